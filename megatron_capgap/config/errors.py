@@ -1,0 +1,21 @@
+"""The errors a user can mend. Everything else that is raised is a bug of ours."""
+
+
+class UserError(ValueError):
+    """Bad input. The message is one line that names the key or file, the value and the fix.
+
+    `__main__` prints it on the first rank only and exits with code 2, before anything is written.
+    """
+
+
+class ConfigError(UserError):
+    """One or more wrong configuration keys; the message has one line for each of them.
+
+    Args:
+        problems: one finished sentence for each wrong key, for example
+            `distill.yaml:7: student.layout.tensor: 3 does not divide student.model.heads 8; use 1, 2, 4 or 8`.
+    """
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = list(problems)
+        super().__init__("\n".join(self.problems))

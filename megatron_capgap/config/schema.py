@@ -1,0 +1,259 @@
+"""Every key of a configuration file: frozen dataclasses, a docstring under every field.
+
+The docstrings are what `--help` prints. Bounds that concern one key alone stand in its type (`Positive`, `Fraction`);
+what two keys must agree on is in `checks.py`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+STAGES = ("adapt", "distill", "evaluate")
+DIVERGENCES = (
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "total_variation",
+    "soft_cross_entropy",
+)
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model described by numbers, in place of a checkpoint."""
+
+    __pydantic_config__ = STRICT
+
+    layers: Positive
+    """Number of transformer layers."""
+    hidden: Positive
+    """Width of the residual stream."""
+    heads: Positive
+    """Number of attention (query) heads."""
+    ffn: Positive
+    """Width of the feed-forward layer; SwiGLU has a gate and an up projection of this width each."""
+    vocab: Positive
+    """Vocabulary size of the tokenizer, before any padding for tensor parallelism."""
+    family: Literal["llama"] = "llama"
+    """Architecture: llama is RMSNorm, SwiGLU, rotary positions, no biases."""
+    kv_heads: Positive | None = None
+    """Number of key/value heads (grouped-query attention); null means one for each query head."""
+    head_dim: Positive | None = None
+    """Width of one head; null means hidden / heads."""
+    rope_theta: PositiveFloat = 10000.0
+    """Base period of the rotary positions."""
+    norm_epsilon: PositiveFloat = 1.0e-5
+    """Epsilon inside RMSNorm."""
+    tied_embeddings: bool = False
+    """Whether the LM head shares the weights of the input embedding."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of the initial weights; projections back into the residual stream get init_std / sqrt(2 layers)."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one model is cut over ranks. The data-parallel size is what remains: world / (tensor * pipeline * context)."""
+
+    __pydantic_config__ = STRICT
+
+    tensor: Positive = 1
+    """Tensor-parallel size: every matrix is cut into this many shards."""
+    pipeline: Positive = 1
+    """Pipeline-parallel size: the layers are cut into this many stages."""
+    virtual_pipeline: Positive = 1
+    """Model chunks on each pipeline rank; above 1 the interleaved schedule runs."""
+    context: Positive = 1
+    """Context-parallel size: the sequence is cut into this many parts inside attention."""
+    sequence: bool = False
+    """Sequence parallelism: norms and residuals are cut along the sequence over the tensor-parallel ranks."""
+
+
+@dataclass(frozen=True)
+class Student:
+    """The model that a stage trains (adapt, distill) or measures (evaluate)."""
+
+    __pydantic_config__ = STRICT
+
+    checkpoint: str | None = None
+    """Where the weights come from: a run directory (its latest step) or RUN/checkpoints/step_N."""
+    model: ModelShape | None = None
+    """The model in numbers, started from random weights; give either this or checkpoint."""
+    layout: Layout = field(default_factory=Layout)
+    """How this model is cut over ranks."""
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The model that a student learns from; it only ever runs forward."""
+
+    __pydantic_config__ = STRICT
+
+    checkpoint: str
+    """Where the weights come from: a run directory (its latest step) or RUN/checkpoints/step_N."""
+    layout: Layout | None = None
+    """How the teacher is cut over ranks; null means as the student is (without virtual stages)."""
+    placement: Literal["colocated"] = "colocated"
+    """colocated: teacher and student take turns on all ranks."""
+    micro_batch: Positive | None = None
+    """Sequences in one teacher forward pass; null means train.micro_batch."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is read."""
+
+    __pydantic_config__ = STRICT
+
+    tokenizer: str
+    """A SentencePiece model file or a Hugging Face tokenizer folder."""
+    train: tuple[str, ...] = ()
+    """Prefixes of Megatron indexed datasets (PREFIX.bin and PREFIX.idx) to train on."""
+    train_weights: tuple[PositiveFloat, ...] | None = None
+    """Share of the samples from each entry of data.train; null means in proportion to their tokens."""
+    valid: tuple[str, ...] = ()
+    """Prefixes of the held-out datasets."""
+    sequence_length: Positive = 1024
+    """Tokens in one sample."""
+
+
+@dataclass(frozen=True)
+class Train:
+    """How long and in what portions."""
+
+    __pydantic_config__ = STRICT
+
+    steps: Positive | None = None
+    """Optimizer steps in the whole run; required where something is trained."""
+    global_batch: Positive | None = None
+    """Sequences in one optimizer step over all ranks; null means micro_batch times the data-parallel size."""
+    micro_batch: Positive = 1
+    """Sequences in one forward pass of one rank."""
+    eval_every: NonNegative = 0
+    """Steps between evaluations on data.valid; 0 means only after the last step."""
+    eval_batches: Positive | None = None
+    """Global batches in one evaluation; null means the whole held-out set."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout rate of attention and residual branches."""
+    log_every: Positive = 1
+    """Steps between lines on the console; metrics.jsonl holds every step."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW and its learning-rate schedule."""
+
+    __pydantic_config__ = STRICT
+
+    lr: PositiveFloat = 3.0e-4
+    """Peak learning rate."""
+    min_lr: NonNegativeFloat = 0.0
+    """Learning rate at the end of the run."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls from lr to min_lr."""
+    warmup_fraction: Fraction = 0.01
+    """Share of train.steps during which the learning rate rises linearly from 0."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay; norms and biases are exempt."""
+    clip_norm: NonNegativeFloat = 1.0
+    """Largest global gradient norm; 0 means no clipping."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """Adam's decay rates of the first and second moment."""
+    epsilon: PositiveFloat = 1.0e-8
+    """Adam's epsilon."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the student minimises: divergence_weight * divergence + cross_entropy_weight * cross-entropy."""
+
+    __pydantic_config__ = STRICT
+
+    divergence: Literal[DIVERGENCES] = "forward_kl"
+    """Distance from the teacher's next-token distribution to the student's."""
+    temperature: PositiveFloat = 1.0
+    """Divides both models' logits inside the divergence, which is then multiplied by temperature squared."""
+    divergence_weight: NonNegativeFloat = 0.5
+    """Weight of the divergence."""
+    cross_entropy_weight: NonNegativeFloat = 0.5
+    """Weight of the cross-entropy with the true next token."""
+    skew_alpha: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the other distribution mixed in by the skew divergences."""
+    jsd_beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Weight of the teacher in the mixture of the generalised Jensen-Shannon divergence."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Arithmetic."""
+
+    __pydantic_config__ = STRICT
+
+    compute: Literal["fp32", "bf16"] = "fp32"
+    """Type of weights and activations; with bf16 the optimizer keeps fp32 master weights and gradients."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is kept."""
+
+    __pydantic_config__ = STRICT
+
+    every: NonNegative = 0
+    """Steps between checkpoints; 0 means only after the last step."""
+    keep: Positive = 2
+    """Number of newest checkpoints that stay on disk."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The ground a run stands on."""
+
+    __pydantic_config__ = STRICT
+
+    timeout_seconds: Positive = 600
+    """How long a collective may wait for the other ranks before the job stops."""
+    tensorboard: bool = True
+    """Whether to write TensorBoard events below run_dir/tensorboard."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run of one stage."""
+
+    __pydantic_config__ = STRICT
+
+    run_dir: str
+    """Directory of this run: resolved.yaml, metrics.jsonl, tensorboard/, checkpoints/, latest."""
+    student: Student
+    """The model that is trained or measured."""
+    data: Data
+    """What is read."""
+    seed: NonNegative = 1234
+    """Decides initial weights, data order and dropout."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes cuda where there is a GPU for this rank, else cpu."""
+    teacher: Teacher | None = None
+    """The model that the student learns from; distill needs it."""
+    train: Train = field(default_factory=Train)
+    """How long and in what portions."""
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    """AdamW and its learning-rate schedule."""
+    objective: Objective = field(default_factory=Objective)
+    """What the student minimises."""
+    precision: Precision = field(default_factory=Precision)
+    """Arithmetic."""
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    """What is kept."""
+    runtime: Runtime = field(default_factory=Runtime)
+    """The ground a run stands on."""

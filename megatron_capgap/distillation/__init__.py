@@ -1,0 +1,1 @@
+"""The teacher: a forward-only input to the student's training."""

@@ -1,0 +1,1 @@
+"""Language models as Megatron-Core builds them, and what they weigh."""

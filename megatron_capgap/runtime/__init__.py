@@ -1,0 +1,1 @@
+"""Where a run happens: launch environment, process groups, devices, logging, signals."""

@@ -1,0 +1,1 @@
+"""Optimizer, one step, the loop around it."""

@@ -1,0 +1,42 @@
+"""Packaging: `pip install .` for the core, `pip install .[dev]` for everything the tests use."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+CORE = [
+    "torch>=2.4",
+    "megatron-core>=0.16,<0.17",  # the range the tests run against; 0.17 moves internals that the CPU device patches
+    "numpy",
+    "psutil",  # Megatron's checkpoint writer imports it
+    "einops",  # Megatron's process grids import it
+    "pydantic>=2.7",
+    "pyyaml",
+    "rich",
+    "safetensors",
+    "sentencepiece",
+    "tensorboard",
+    "tokenizers",
+]
+HF = ["transformers>=4.45"]
+PLOT = ["scipy", "matplotlib"]
+EVAL = ["lm-eval"]
+FP8 = ["transformer-engine[pytorch]"]  # needs an NVIDIA GPU
+DEV = [*HF, *PLOT, "pytest", "pytest-timeout", "hypothesis", "ruff"]
+
+setup(
+    name="megatron_capgap",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "megatron_capgap/__init__.py").read_text())[1],
+    description="Distil small language models out of large ones at cluster scale, with the teacher that the law "
+    "of capacity gap chooses.",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10,<3.12",
+    packages=find_packages(include=["megatron_capgap", "megatron_capgap.*"]),
+    install_requires=CORE,
+    extras_require={"hf": HF, "plot": PLOT, "eval": EVAL, "fp8": FP8, "dev": DEV},
+    entry_points={"console_scripts": ["capgap=megatron_capgap.__main__:main"]},
+)
