@@ -1,0 +1,155 @@
+"""The door: `python -m megatron_capgap STAGE --config FILE [--section.key=value ...] [--check]`.
+
+Nothing heavy is imported before the command line and the configuration are known to be right.
+"""
+
+import importlib
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_capgap import __version__
+from megatron_capgap.config import help
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.keys import table
+from megatron_capgap.config.load import load, nearest
+from megatron_capgap.config.schema import STAGES
+from megatron_capgap.runtime import launch
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+_FLAGS = {"-h": "help", "--help": "help", "--version": "version", "--check": "check"}
+_OPTIONS = ("--config", "--check-world")
+# Launchers end all ranks as soon as one exits; the silent ranks stay this long, so that the first can speak.
+_GRACE_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the command line asks for."""
+
+    stage: str | None
+    flags: frozenset[str]
+    """Of help, version, check."""
+    options: dict[str, str]
+    """The values of --config and --check-world, where given."""
+    overrides: tuple[str, ...]
+    """`--section.key=value` each."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: the words after the program's name; those of this process by default.
+
+    Returns:
+        The exit code: 0, or what the stage says; 2 after mistakes of the user's, which the first rank tells in one
+        line each; 130 after an interrupt from the keyboard.
+    """
+    try:
+        return _obey(parse(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        if _speaks():
+            sys.stderr.write("".join(f"capgap: error: {line}\n" for line in str(error).splitlines()))
+        else:
+            time.sleep(_GRACE_SECONDS)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """Reads the command line; `--name value` and `--name=value` are the same.
+
+    Raises:
+        UserError: a word that is no stage, option or key, or a missing value.
+    """
+    stage, flags, options, overrides = None, set(), {}, []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        if name in _FLAGS:
+            if equals:
+                raise UserError(f"{word}: {name} takes no value; write {name} alone")
+            flags.add(_FLAGS[name])
+        elif not name.startswith("-"):
+            if stage is not None:
+                raise UserError(
+                    f"{word}: {stage} is the stage already; write --KEY=VALUE for a key of the configuration"
+                )
+            stage = word
+        else:
+            _known(name)
+            if not equals:
+                if not words or words[0].startswith("--"):
+                    raise UserError(f"{name}: no value given; write {name}=VALUE")
+                value = words.pop(0)
+            if name in _OPTIONS:
+                options[name] = value
+            else:
+                overrides.append(f"{name}={value}")
+    return Command(stage, frozenset(flags), options, tuple(overrides))
+
+
+def _known(name: str) -> None:
+    """Refuses what is neither an option with a value nor, as far as its first word goes, a configuration key.
+
+    Dotted names are left to the loader, which knows every key and reports all mistakes at once.
+    """
+    keys = [f"--{key}" for key in table()[""].children]
+    if name not in _OPTIONS and name not in keys and "." not in name:
+        near = nearest(name, [*_FLAGS, *_OPTIONS, *keys])
+        raise UserError(f"{name}: no such option or key; {f'did you mean {near}?' if near else 'see --help'}")
+
+
+def _obey(command: Command) -> int:
+    if "version" in command.flags:
+        sys.stdout.write(f"capgap {__version__}\n")
+        return 0
+    if command.stage is not None and command.stage not in STAGES:
+        near = nearest(command.stage, STAGES)
+        hint = f"did you mean {near}? " if near else ""
+        raise UserError(f"{command.stage}: no such stage; {hint}one of {', '.join(STAGES)} would do")
+    if "help" in command.flags:
+        sys.stdout.write(help.stage_help(command.stage) if command.stage else help.overview())
+        return 0
+    if command.stage is None:
+        raise UserError(f"no stage given; one of {', '.join(STAGES)} would do, and --help explains them")
+    if "--config" not in command.options:
+        raise UserError(
+            f"--config: missing; write {command.stage} --config FILE with the YAML file of the run"
+        )
+    environment = launch.read_environment()
+    supposed = _world(command.options)
+    loaded = load(command.options["--config"], command.overrides, command.stage)
+    if "check" in command.flags or supposed:
+        checker = importlib.import_module("megatron_capgap.stages.check")
+        report = checker.report(loaded, command.stage, supposed or environment.world)
+        if environment.rank == 0:
+            sys.stdout.write(f"{report.rstrip()}\n")
+        return 0
+    return importlib.import_module(f"megatron_capgap.stages.{command.stage}").run(loaded, environment)
+
+
+def _world(options: dict[str, str]) -> int | None:
+    """The world that --check-world supposes; None where it was not given."""
+    given = options.get("--check-world")
+    if given is not None and not (given.isdecimal() and int(given) > 0):
+        raise UserError(f"--check-world: {given} given; a number of ranks > 0 would do")
+    return None if given is None else int(given)
+
+
+def _speaks() -> bool:
+    """Whether this rank tells the user's mistakes: the first; each where the launcher's variables are wrong."""
+    try:
+        return launch.read_environment().rank == 0
+    except UserError:
+        return True
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

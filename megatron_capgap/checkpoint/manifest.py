@@ -1,0 +1,151 @@
+"""What lies in a run directory, and what a checkpoint says of itself. No torch: `--check` reads this."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.schema import ModelShape
+
+FORMAT = 1
+MANIFEST = "capgap.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A checkpoint in words; stands beside the shards as capgap.json."""
+
+    step: int
+    """Optimizer steps done."""
+    steps: int
+    """Steps the run was meant to take."""
+    tokens: int
+    """Tokens trained on."""
+    model: ModelShape
+    """The model in numbers."""
+    tokenizer: str
+    """Where the tokenizer was."""
+    tokenizer_fingerprint: str
+    """What it was: equal for equal vocabularies."""
+    stage: str
+    """Which stage wrote this."""
+    seed: int
+    """Of the run."""
+    ranks: tuple[int, int, int, int]
+    """(tensor, pipeline, virtual pipeline, data) sizes of the run that wrote it; random states fit these alone."""
+    sequence_length: int
+    """Tokens in one training sample."""
+    optimizer: bool = True
+    """Whether optimizer and random states are in it."""
+    format: int = FORMAT
+    """Version of this file."""
+
+
+def write(manifest: Manifest, folder: Path) -> None:
+    """Writes the manifest into a checkpoint folder."""
+    (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n")
+
+
+def read(folder: Path) -> Manifest:
+    """Reads a checkpoint's manifest.
+
+    Raises:
+        UserError: there is none, it is damaged, or a newer version of this project wrote it.
+    """
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no {MANIFEST}, so this is not a finished checkpoint; name a run directory or RUN/checkpoints/step_N") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); use another checkpoint") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else content
+        raise UserError(f"{path}: format {found!r}, this version reads format {FORMAT}; use the version that wrote it")
+    try:
+        return TypeAdapter(Manifest).validate_python(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path}: {key}: {first['msg']}; the file is damaged, use another checkpoint") from None
+
+
+def steps_in(run_dir: Path) -> list[int]:
+    """Steps of the finished checkpoints in a run directory, ascending."""
+    found = []
+    for folder in (run_dir / "checkpoints").glob("step_*"):
+        number = folder.name.removeprefix("step_")
+        if number.isdigit() and (folder / MANIFEST).is_file():
+            found.append(int(number))
+    return sorted(found)
+
+
+def latest(run_dir: Path) -> Path | None:
+    """The checkpoint that `latest` names, or None where the run has none yet.
+
+    Raises:
+        UserError: `latest` names a checkpoint that is not there.
+    """
+    pointer = run_dir / "latest"
+    if not pointer.is_file():
+        return None
+    name = pointer.read_text().strip()
+    folder = run_dir / "checkpoints" / name
+    if not name.startswith("step_") or not (folder / MANIFEST).is_file():
+        there = ", ".join(f"step_{step}" for step in steps_in(run_dir)) or "none"
+        raise UserError(f"{pointer}: names {name!r}, which is not a finished checkpoint (there: {there}); write one of those into it")
+    return folder
+
+
+def locate(checkpoint: str) -> Path:
+    """A checkpoint from what a configuration names: a run directory (its latest step) or RUN/checkpoints/step_N.
+
+    Raises:
+        UserError: nothing there is a finished checkpoint.
+    """
+    path = Path(checkpoint)
+    if not path.exists():
+        raise UserError(f"{checkpoint}: no such checkpoint; name a run directory or RUN/checkpoints/step_N")
+    if (path / MANIFEST).is_file():
+        return path
+    newest = latest(path)
+    if newest is None:
+        raise UserError(f"{checkpoint}: neither a run directory with a finished checkpoint nor a checkpoint; name a run directory or RUN/checkpoints/step_N")
+    return newest
+
+
+def publish(staged: Path, run_dir: Path, step: int, keep: int) -> Path:
+    """Gives a completely written checkpoint its name, then points `latest` at it, then drops the oldest ones.
+
+    Every move is one atomic rename; whoever dies between two of them leaves an older, whole checkpoint behind `latest`.
+
+    Args:
+        staged: the folder it was written to, on the same file system.
+        run_dir: where it belongs.
+        step: its step.
+        keep: number of newest checkpoints that stay.
+    """
+    final = run_dir / "checkpoints" / f"step_{step}"
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(staged, final)
+    write_atomically(run_dir / "latest", final.name + "\n")
+    for old in steps_in(run_dir)[:-keep]:
+        shutil.rmtree(run_dir / "checkpoints" / f"step_{old}", ignore_errors=True)
+    return final
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a small file in one step, on disk before it is visible."""
+    beside = path.with_name(f".{path.name}.tmp")
+    with open(beside, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)

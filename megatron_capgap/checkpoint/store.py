@@ -1,0 +1,152 @@
+"""Weights, optimizer and random state to and from Megatron's distributed checkpoints, in any layout."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+from megatron_capgap.checkpoint import manifest as manifests
+from megatron_capgap.checkpoint.manifest import Manifest
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.models.state import sharded_state
+from megatron_capgap.runtime.launch import on_first_rank
+from megatron_capgap.runtime.layout import Grid
+
+# The one optimizer format of Megatron-Core that any data-parallel size can load.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+class Optimization(Protocol):
+    """What a checkpoint needs of the training room's optimizer and schedule."""
+
+    optimizer: Any
+    schedule: Any
+
+
+def save(
+    run_dir: Path,
+    manifest: Manifest,
+    chunks: Sequence[torch.nn.Module],
+    grid: Grid,
+    optimization: Optimization | None,
+    keep: int,
+) -> None:
+    """Writes one checkpoint and makes it the run's latest. Collective.
+
+    Args:
+        run_dir: the run's directory.
+        manifest: what the checkpoint says of itself.
+        chunks: this rank's model chunks.
+        grid: their layout.
+        optimization: optimizer and schedule; None saves weights alone.
+        keep: number of newest checkpoints that stay on disk.
+    """
+    staged = run_dir / "checkpoints" / f".step_{manifest.step}.incomplete"
+    on_first_rank(lambda: _fresh_folder(staged))
+    state = _state(chunks, grid, optimization, loading=False)
+    dist_checkpointing.save(state, str(staged))
+    dist.barrier()
+
+    def finish() -> None:
+        manifests.write(manifest, staged)
+        manifests.publish(staged, run_dir, manifest.step, keep)
+
+    on_first_rank(finish)
+
+
+def load_weights(folder: Path, chunks: Sequence[torch.nn.Module], grid: Grid) -> None:
+    """Fills a model from a checkpoint written in any layout; every parameter must be in it. Collective."""
+    state = sharded_state(list(chunks), grid)
+    loaded = _load(state, folder)
+    _fill(chunks, loaded)
+
+
+def load_training(folder: Path, chunks: Sequence[torch.nn.Module], grid: Grid, optimization: Optimization) -> None:
+    """Fills model, optimizer, schedule and random state from a checkpoint. Collective.
+
+    In the layout that wrote it the run goes on to the last digit; in another one weights and optimizer are the same and
+    dropout draws from new random streams.
+    """
+    manifest = manifests.read(folder)
+    same_ranks = manifest.ranks == ranks(grid)
+    state = _state(chunks, grid, optimization, loading=True, random_state=same_ranks)
+    loaded = _load(state, folder)
+    _fill(chunks, loaded)
+    optimization.optimizer.load_state_dict(loaded["optimizer"])
+    optimization.schedule.num_steps = 0
+    optimization.schedule.step(manifest.step)
+    if same_ranks:
+        _set_random_state(loaded["random"])
+
+
+def ranks(grid: Grid) -> tuple[int, int, int, int]:
+    """(tensor, pipeline, virtual pipeline, data) sizes."""
+    layout = grid.layout
+    return layout.tensor, layout.pipeline, layout.virtual_pipeline, grid.data_size
+
+
+def _state(
+    chunks: Sequence[torch.nn.Module],
+    grid: Grid,
+    optimization: Optimization | None,
+    *,
+    loading: bool,
+    random_state: bool = True,
+) -> ShardedStateDict:
+    state = sharded_state(list(chunks), grid)
+    if optimization is None:
+        return state
+    optimizer = optimization.optimizer.sharded_state_dict(state, is_loading=loading, metadata=_METADATA)
+    state = {**state, "optimizer": optimizer}
+    if random_state:
+        state["random"] = _random_state()
+    return state
+
+
+def _load(state: ShardedStateDict, folder: Path) -> dict[str, Any]:
+    try:
+        return dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
+    except dist_checkpointing.core.CheckpointingException as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder}: does not hold what the model needs ({reason}); is it of another shape?") from error
+
+
+def _fill(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
+    for index, chunk in enumerate(chunks):
+        part = loaded["model"] if len(chunks) == 1 else loaded[f"model{index}"]
+        missing, unexpected = chunk.load_state_dict(part, strict=False)
+        left_over = [name for name in missing if not name.endswith("_extra_state")]
+        assert not left_over and not unexpected, (left_over, unexpected)
+
+
+def _random_state() -> ShardedTensor:
+    """All generators of this rank as one row of bytes: torch's, then Megatron's tracker by name."""
+    states = get_cuda_rng_tracker().get_states()
+    row = torch.cat([torch.get_rng_state(), torch.cuda.get_rng_state(), *(states[name] for name in sorted(states))])
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return ShardedTensor.from_rank_offsets("random", row.unsqueeze(0), (0, rank, world))
+
+
+def _set_random_state(row: torch.Tensor) -> None:
+    states = get_cuda_rng_tracker().get_states()
+    current = [torch.get_rng_state(), torch.cuda.get_rng_state(), *(states[name] for name in sorted(states))]
+    main, device, *tracked = torch.split(row.reshape(-1).cpu(), [state.numel() for state in current])
+    torch.set_rng_state(main.clone())
+    torch.cuda.set_rng_state(device.clone())
+    get_cuda_rng_tracker().set_states({name: state.clone() for name, state in zip(sorted(states), tracked, strict=True)})
+
+
+def _fresh_folder(folder: Path) -> None:
+    """An empty folder to write into; what a killed save left there goes, as does every other unfinished one."""
+    for stale in folder.parent.glob(".step_*.incomplete"):
+        shutil.rmtree(stale)
+    folder.mkdir(parents=True)

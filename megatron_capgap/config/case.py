@@ -1,0 +1,103 @@
+"""What the checks look at, and the words they share."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from megatron_capgap.config import derive
+from megatron_capgap.config.load import Loaded
+from megatron_capgap.config.schema import Config, Layout, ModelShape
+
+_LARGEST_SUGGESTION = 64
+
+
+@dataclass(frozen=True)
+class Model:
+    """The student or the teacher: its shape, its layout, and how messages name them."""
+
+    loaded: Loaded
+    role: str
+    shape: ModelShape
+    layout: Layout
+    layout_key: str
+    """teacher.layout only where it was given; else the teacher is cut as student.layout says."""
+    path: str | None
+    """The checkpoint that the shape was read from; None for a model in numbers."""
+
+    def blame(self, name: str) -> str:
+        """The beginning of a problem with number `name` of the shape."""
+        if self.path is None:
+            return f"{self.loaded.source(f'{self.role}.model.{name}')}: {self.role}.model.{name}"
+        return f"{self.loaded.source(f'{self.role}.checkpoint')}: {self.role}.checkpoint {self.path}: {name}"
+
+    def number(self, name: str) -> str:
+        """How a problem with another key mentions number `name` of the shape."""
+        value = getattr(self.shape, name)
+        return f"{self.role}.model.{name} {value}" if self.path is None else f"{name} {value} of {self.path}"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run as it would be: the configuration, the world and the shapes of its models."""
+
+    loaded: Loaded
+    stage: str
+    world: int
+    models: tuple[Model, ...]
+    """The student, then the teacher where there is one."""
+
+    @property
+    def config(self) -> Config:
+        """The validated configuration."""
+        return self.loaded.config
+
+    @property
+    def layouts(self) -> Iterator[tuple[str, Layout]]:
+        """Every layout that was given, with its key."""
+        return ((m.layout_key, m.layout) for m in self.models if m.layout_key == f"{m.role}.layout")
+
+    @property
+    def copies(self) -> int | None:
+        """The student's data-parallel size; None where the world does not hold whole students."""
+        layout = self.config.student.layout
+        whole = self.world % derive.ranks_per_model(layout) == 0
+        return derive.data_parallel(layout, self.world) if whole else None
+
+    def problem(self, key: str, text: str) -> str:
+        """One finished sentence about `key`."""
+        return f"{self.loaded.source(key)}: {key}: {text}"
+
+
+def build(loaded: Loaded, stage: str, world: int, student: ModelShape, teacher: ModelShape | None) -> Case:
+    """The case of one run; the arguments are those of `checks.check`."""
+    config = loaded.config
+    path = None if config.student.model else config.student.checkpoint
+    models = [Model(loaded, "student", student, config.student.layout, "student.layout", path)]
+    if teacher is not None:
+        assert config.teacher is not None
+        key = "teacher.layout" if config.teacher.layout else "student.layout"
+        layout = derive.teacher_layout(config)
+        models.append(Model(loaded, "teacher", teacher, layout, key, config.teacher.checkpoint))
+    return Case(loaded, stage, world, tuple(models))
+
+
+def divisors(*numbers: int) -> str:
+    """The common divisors up to 64, as in `1, 2 or 4`."""
+    return _either(
+        [size for size in range(1, _LARGEST_SUGGESTION + 1) if all(n % size == 0 for n in numbers)]
+    )
+
+
+def multiples(number: int, step: int) -> str:
+    """The multiples of `step` just below and above `number`, as in `24 or 32`."""
+    below = number // step * step
+    return _either([multiple for multiple in (below, below + step) if multiple > 0])
+
+
+def as_yaml(value: object) -> str:
+    """A scalar as the user would write it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _either(values: Sequence[int]) -> str:
+    *others, last = map(str, values)
+    return f"{', '.join(others)} or {last}" if others else last

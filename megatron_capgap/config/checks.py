@@ -1,0 +1,238 @@
+"""What two keys, or a key and the world size, must agree on: a row of `CHECKS` is one function, and all run.
+
+Each problem says where the key was said, the key, its value, what it clashes with and what would do instead.
+"""
+
+from collections.abc import Callable, Iterator
+
+from megatron_capgap.config import derive
+from megatron_capgap.config.case import Case, as_yaml, build, divisors, multiples
+from megatron_capgap.config.errors import ConfigError
+from megatron_capgap.config.load import NEEDS, Loaded
+from megatron_capgap.config.schema import ModelShape, Objective
+
+
+def check(loaded: Loaded, stage: str, world: int, student: ModelShape, teacher: ModelShape | None) -> None:
+    """Runs every check.
+
+    Args:
+        loaded: from `load`.
+        stage: a name from `schema.STAGES`.
+        world: number of ranks of the run, or the one that `--check-world` supposes.
+        student: student.model, or the shape found in student.checkpoint.
+        teacher: the shape found in teacher.checkpoint; None in a stage without a teacher.
+
+    Raises:
+        ConfigError: with one line for every problem of every check.
+    """
+    case = build(loaded, stage, world, student, teacher)
+    if problems := [problem for row in CHECKS for problem in row(case)]:
+        raise ConfigError(problems)
+
+
+def world_holds_whole_models(case: Case) -> Iterator[str]:
+    """What tensor, pipeline and context leave of the world is the data-parallel size, a whole number."""
+    for key, layout in case.layouts:
+        ranks = derive.ranks_per_model(layout)
+        if case.world % ranks:
+            product = (
+                f"tensor {layout.tensor} * pipeline {layout.pipeline} * context {layout.context} = {ranks}"
+            )
+            yield case.problem(
+                key,
+                f"{product} does not divide the world of {case.world} ranks; {multiples(case.world, ranks)} "
+                "ranks would do (torchrun --nproc-per-node, or --check-world to plan), or a smaller layout",
+            )
+
+
+def tensor_divides_shape(case: Case) -> Iterator[str]:
+    """Attention is cut by heads and groups of heads, the feed-forward layer by columns."""
+    for model in case.models:
+        shape, size = model.shape, model.layout.tensor
+        numbers = {"heads": shape.heads, "kv_heads": shape.kv_heads or shape.heads, "ffn": shape.ffn}
+        wrong = [model.number(name) for name in numbers if (getattr(shape, name) or size) % size]
+        if wrong:
+            text = f"{size} does not divide {' and '.join(wrong)}; {divisors(*numbers.values())} would do"
+            yield case.problem(f"{model.layout_key}.tensor", text)
+
+
+def key_value_heads_divide_heads(case: Case) -> Iterator[str]:
+    """Every key/value head serves as many query heads."""
+    for model in case.models:
+        heads, kv_heads = model.shape.heads, model.shape.kv_heads or model.shape.heads
+        if heads % kv_heads:
+            text = f"{kv_heads} does not divide heads {heads}; {divisors(heads)} would do"
+            yield f"{model.blame('kv_heads')}: {text}"
+
+
+def heads_have_an_even_width(case: Case) -> Iterator[str]:
+    """Rotary positions turn pairs of channels within a head."""
+    for model in case.models:
+        hidden, heads, given = model.shape.hidden, model.shape.heads, model.shape.head_dim
+        width = given or hidden // heads
+        if given is None and hidden % heads:
+            text = f"{hidden} is not divisible by heads {heads}"
+            yield f"{model.blame('hidden')}: {text}; {multiples(hidden, heads)} would do, or give head_dim"
+        elif width % 2:
+            name, value = ("head_dim", given) if given else ("hidden", hidden)
+            text = f"{value} makes heads {width} wide, and rotary positions turn pairs"
+            yield f"{model.blame(name)}: {text}; head_dim {multiples(width, 2)} would do"
+
+
+def layers_fill_the_pipeline(case: Case) -> Iterator[str]:
+    """Every pipeline rank, and every virtual stage on it, holds as many layers."""
+    for model in case.models:
+        layers, pipeline, virtual = model.shape.layers, model.layout.pipeline, model.layout.virtual_pipeline
+        if layers % pipeline:
+            text = f"{pipeline} does not divide {model.number('layers')}; {divisors(layers)} would do"
+            yield case.problem(f"{model.layout_key}.pipeline", text)
+        elif layers % (pipeline * virtual):
+            text = f"{virtual} times pipeline {pipeline} does not divide {model.number('layers')}"
+            key = f"{model.layout_key}.virtual_pipeline"
+            yield case.problem(key, f"{text}; {divisors(layers // pipeline)} would do")
+
+
+def virtual_stages_have_a_pipeline(case: Case) -> Iterator[str]:
+    """Megatron's interleaved schedule walks over the micro-batches in groups of the pipeline size."""
+    layout, train = case.config.student.layout, case.config.train
+    key, virtual = "student.layout.virtual_pipeline", layout.virtual_pipeline
+    if virtual > 1 and layout.pipeline == 1:
+        yield case.problem(key, f"{virtual} needs pipeline > 1; 1 would do, or a larger pipeline")
+    elif virtual > 1 and case.copies:
+        portion = train.micro_batch * case.copies * layout.pipeline
+        batch = derive.global_batch(case.config, layout, case.world)
+        if batch % portion:
+            product = (
+                f"micro_batch {train.micro_batch} * data parallel {case.copies} * pipeline {layout.pipeline}"
+            )
+            text = f"{virtual} needs a train.global_batch, now {batch}, that {product} = {portion} divides"
+            yield case.problem(key, f"{text}; global_batch {multiples(batch, portion)} would do, or 1 here")
+
+
+def sequence_parallel_has_tensor_ranks(case: Case) -> Iterator[str]:
+    """Sequence parallelism cuts the sequence over the tensor-parallel ranks."""
+    length = case.config.data.sequence_length
+    for key, layout in case.layouts:
+        if layout.sequence and layout.tensor == 1:
+            yield case.problem(f"{key}.sequence", "true needs tensor > 1; false would do, or a larger tensor")
+        elif layout.sequence and length % layout.tensor:
+            text = f"{length} is not divisible by {key}.tensor {layout.tensor}, and {key}.sequence is true"
+            yield case.problem("data.sequence_length", f"{text}; {multiples(length, layout.tensor)} would do")
+
+
+def context_parallel_is_not_there_yet(case: Case) -> Iterator[str]:
+    """Megatron's own attention works on whole sequences."""
+    reason = "needs Transformer Engine's attention, which this release does not wire up yet; set context: 1"
+    for key, layout in case.layouts:
+        if layout.context > 1:
+            yield case.problem(f"{key}.context", f"{layout.context}: context parallelism {reason}")
+
+
+def batch_divides_over_ranks(case: Case) -> Iterator[str]:
+    """Every copy of the student runs as many micro-batches."""
+    train, copies = case.config.train, case.copies
+    if train.global_batch and copies and train.global_batch % (train.micro_batch * copies):
+        portion = train.micro_batch * copies
+        product = f"train.micro_batch {train.micro_batch} * data parallel {copies} = {portion}"
+        text = f"{train.global_batch} is not a multiple of {product}"
+        yield case.problem("train.global_batch", f"{text}; {multiples(train.global_batch, portion)} would do")
+
+
+def batch_divides_for_the_teacher(case: Case) -> Iterator[str]:
+    """The teacher cuts each rank's sequences into micro-batches of its own."""
+    config, copies = case.config, case.copies
+    size = config.teacher.micro_batch if config.teacher else None
+    if size is None or copies is None:
+        return
+    batch = derive.global_batch(config, config.student.layout, case.world)
+    if batch % copies == 0 and batch // copies % size:
+        portion = batch // copies
+        text = f"{size} does not divide the {portion} sequences that a data-parallel rank has of {batch}"
+        yield case.problem("teacher.micro_batch", f"{text}; {divisors(portion)} would do")
+
+
+def teacher_shares_the_layout(case: Case) -> Iterator[str]:
+    """Hidden states go from teacher to student on the same rank."""
+    student, teacher = case.config.student.layout, case.config.teacher and case.config.teacher.layout
+    if not teacher:
+        return
+    for name in ("tensor", "pipeline", "context", "sequence"):
+        mine, wanted = as_yaml(getattr(teacher, name)), as_yaml(getattr(student, name))
+        if mine != wanted:
+            text = f"{mine} differs from student.layout.{name} {wanted}; this release runs both in one layout"
+            yield case.problem(f"teacher.layout.{name}", f"{text}: {wanted} would do, or no teacher.layout")
+    if teacher.virtual_pipeline > 1:
+        text = (
+            f"{teacher.virtual_pipeline}: the teacher runs forward only, without virtual stages; 1 would do"
+        )
+        yield case.problem("teacher.layout.virtual_pipeline", text)
+
+
+def teacher_shares_the_vocabulary(case: Case) -> Iterator[str]:
+    """A divergence compares two distributions over the same tokens."""
+    student, *teachers = case.models
+    for teacher in teachers:
+        mine = teacher.shape.vocab
+        if mine != student.shape.vocab:
+            text = f"{mine} differs from {student.number('vocab')}, and both models must speak one vocabulary"
+            yield f"{teacher.blame('vocab')}: {text}; a student of vocab {mine} would do, or another teacher"
+
+
+def learning_rate_falls(case: Case) -> Iterator[str]:
+    """The schedule goes down from lr to min_lr."""
+    lr, min_lr = case.config.optimizer.lr, case.config.optimizer.min_lr
+    if min_lr > lr:
+        yield case.problem("optimizer.min_lr", f"{min_lr} is above optimizer.lr {lr}; at most {lr} would do")
+
+
+def every_training_set_has_a_weight(case: Case) -> Iterator[str]:
+    """Weights belong to data sets by their position."""
+    weights, count = case.config.data.train_weights, len(case.config.data.train)
+    if weights is not None and len(weights) != count:
+        text = f"{len(weights)} weights for the {count} entries of data.train; {count} weights would do"
+        yield case.problem("data.train_weights", text)
+
+
+def evaluations_have_data(case: Case) -> Iterator[str]:
+    """An evaluation that was asked for must be possible."""
+    every = case.config.train.eval_every
+    if every and not case.config.data.valid:
+        yield case.problem(
+            "train.eval_every", f"{every} needs data.valid, which is empty; 0 would do, or give it"
+        )
+
+
+def objective_is_used(case: Case) -> Iterator[str]:
+    """With a teacher there is something to minimise; without one nothing reads the objective."""
+    objective = case.config.objective
+    if NEEDS[case.stage].teacher:
+        if objective.divergence_weight == objective.cross_entropy_weight == 0:
+            text = "0, and cross_entropy_weight is 0 too: nothing to minimise; any number > 0 would do"
+            yield case.problem("objective.divergence_weight", text)
+        return
+    for name, default in vars(Objective()).items():
+        given = getattr(objective, name)
+        # A default is harmless: resolved.yaml of an earlier run holds them all.
+        if f"objective.{name}" in case.loaded.sources and given != default:
+            text = f"{given}: {case.stage} has no teacher, so nothing reads this; remove the key"
+            yield case.problem(f"objective.{name}", text)
+
+
+CHECKS: tuple[Callable[[Case], Iterator[str]], ...] = (
+    world_holds_whole_models,
+    tensor_divides_shape,
+    key_value_heads_divide_heads,
+    heads_have_an_even_width,
+    layers_fill_the_pipeline,
+    virtual_stages_have_a_pipeline,
+    sequence_parallel_has_tensor_ranks,
+    context_parallel_is_not_there_yet,
+    batch_divides_over_ranks,
+    batch_divides_for_the_teacher,
+    teacher_shares_the_layout,
+    teacher_shares_the_vocabulary,
+    learning_rate_falls,
+    every_training_set_has_a_weight,
+    evaluations_have_data,
+    objective_is_used,
+)

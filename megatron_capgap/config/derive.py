@@ -1,0 +1,48 @@
+"""What follows from a configuration and the world size: the nulls resolved, in one place."""
+
+from megatron_capgap.config.schema import Config, Layout
+
+
+def ranks_per_model(layout: Layout) -> int:
+    """Ranks that one copy of a model is cut over."""
+    return layout.tensor * layout.pipeline * layout.context
+
+
+def data_parallel(layout: Layout, world: int) -> int:
+    """Copies of the model that work side by side; `checks` has seen that the world holds whole ones."""
+    assert world % ranks_per_model(layout) == 0, (layout, world)
+    return world // ranks_per_model(layout)
+
+
+def global_batch(config: Config, layout: Layout, world: int) -> int:
+    """Sequences in one optimizer step over all ranks.
+
+    Args:
+        config: `train.global_batch` of null means one micro-batch for each copy of the student.
+        layout: the student's.
+        world: number of ranks.
+    """
+    return config.train.global_batch or config.train.micro_batch * data_parallel(layout, world)
+
+
+def micro_batches(config: Config, layout: Layout, world: int) -> int:
+    """Micro-batches of `train.micro_batch` sequences that each copy of the student runs in one step."""
+    portion = config.train.micro_batch * data_parallel(layout, world)
+    batch = global_batch(config, layout, world)
+    assert batch % portion == 0, (batch, portion)
+    return batch // portion
+
+
+def teacher_layout(config: Config) -> Layout:
+    """How the teacher is cut: teacher.layout, or as the student, but no virtual stages. Needs a teacher."""
+    assert config.teacher is not None
+    student = config.student.layout
+    return config.teacher.layout or Layout(
+        tensor=student.tensor, pipeline=student.pipeline, context=student.context, sequence=student.sequence
+    )
+
+
+def teacher_micro_batch(config: Config) -> int:
+    """Sequences in one forward pass of the teacher. Needs a teacher."""
+    assert config.teacher is not None
+    return config.teacher.micro_batch or config.train.micro_batch

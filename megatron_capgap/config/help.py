@@ -1,0 +1,98 @@
+"""The text of `--help`, made from the schema's docstrings. No torch: it answers at once."""
+
+import textwrap
+
+from megatron_capgap.config.keys import Key, join, table
+from megatron_capgap.config.load import NEEDS
+
+WIDTH = 100
+OF_TEACHER = ("teacher", "objective")
+"""Sections that only a stage with a teacher reads."""
+
+STAGES = {
+    "adapt": "train a model on next tokens, from random weights or from a checkpoint",
+    "distill": "train a student to match a teacher that runs forward only",
+    "evaluate": "measure loss, perplexity and bits per byte on held-out data",
+}
+OPTIONS = {
+    "--config FILE": "the YAML file with the keys of the run",
+    "--section.key=value": "one key from the command line, the value in YAML; wins over the file",
+    "--check": "resolve and check everything, print parameters, ranks and memory, and exit",
+    "--check-world N": "the same for a world of N ranks, on this one process",
+    "--help, -h": "this text; after a STAGE every configuration key",
+    "--version": "the version",
+}
+
+
+def overview() -> str:
+    """The text of `--help`: every stage and every option, a line each."""
+    return "\n".join(
+        [
+            "capgap: small language models out of large ones, on Megatron-Core",
+            "",
+            *_usage("STAGE"),
+            "",
+            "stages",
+            *_columns(STAGES),
+            "",
+            "options",
+            *_columns(OPTIONS),
+            "",
+            "`python -m megatron_capgap STAGE --help` explains every configuration key.",
+            "",
+        ]
+    )
+
+
+def stage_help(stage: str) -> str:
+    """The text of `STAGE --help`: how to start it, and every key with its type, default and meaning.
+
+    Args:
+        stage: a name from `schema.STAGES`.
+    """
+    needs = NEEDS[stage]
+    lines = [f"capgap {stage}: {STAGES[stage]}", "", *_usage(stage), "", "options", *_columns(OPTIONS), ""]
+    lines += [f"{stage} needs student.checkpoint or student.model, and {', '.join(needs.required)}.", ""]
+    lines += ["configuration keys, by section", "", *_section(table()[""], stage)]
+    return "\n".join(lines)
+
+
+def _usage(stage: str) -> list[str]:
+    words = f"megatron_capgap {stage} --config FILE [--section.key=value ...]"
+    return [
+        "usage",
+        f"  python -m {words} [--check] [--check-world N]",
+        f"  torchrun --nproc-per-node RANKS -m {words}",
+        f"  srun --ntasks RANKS --kill-on-bad-exit=1 python -m {words}",
+    ]
+
+
+def _columns(rows: dict[str, str]) -> list[str]:
+    width = max(map(len, rows))
+    return [f"  {name:<{width}}  {text}" for name, text in rows.items()]
+
+
+def _section(section: Key, stage: str) -> list[str]:
+    """The values of a section, then the sections in it."""
+    keys = [table()[join(section.name, child)] for child in section.children]
+    lines = []
+    if section.name:
+        default = f" (default {section.default})" if section.default else ""
+        unread = "" if NEEDS[stage].teacher or section.name not in OF_TEACHER else f" Not read by {stage}."
+        lines += _wrapped(f"{section.name}: {section.doc}{default}{unread}", 0)
+    for key in keys:
+        if not key.children:
+            state = "required" if key.required else f"default {key.default}"
+            lines += [*_wrapped(f"{key.name}: {key.type} ({state})", 2), *_wrapped(key.doc, 6)]
+    lines.append("")
+    for key in keys:
+        if key.children:
+            lines += _section(key, stage)
+    return lines
+
+
+def _wrapped(text: str, indent: int) -> list[str]:
+    inside = " " * max(indent, 6)
+    return textwrap.wrap(
+        text, WIDTH, initial_indent=" " * indent, subsequent_indent=inside, break_on_hyphens=False
+    )

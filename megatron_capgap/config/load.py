@@ -1,0 +1,162 @@
+"""From a YAML file and command-line overrides to one validated `Config`, and back to YAML.
+
+Every mistake is found before anything is raised; each becomes one sentence that says where, which key, what
+was given and what would do.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from megatron_capgap.config.errors import ConfigError
+from megatron_capgap.config.keys import adapter, join, section_name, table
+from megatron_capgap.config.schema import Config
+from megatron_capgap.config.tree import Dumper, Mark, Tree, override, read_file
+
+# A word that is a key of another section needs the higher similarity to pass for a typo of this section's.
+_SURELY_A_TYPO = 0.8
+_PERHAPS_A_TYPO = 0.5
+
+
+@dataclass(frozen=True)
+class StageNeeds:
+    """What a stage wants beyond the schema."""
+
+    required: tuple[str, ...]
+    """Keys that must be given and not be empty."""
+    teacher: bool
+    """Whether there is a teacher; a stage without one refuses the section."""
+
+
+NEEDS = {
+    "adapt": StageNeeds(required=("train.steps", "data.train"), teacher=False),
+    "distill": StageNeeds(required=("train.steps", "data.train", "teacher"), teacher=True),
+    "evaluate": StageNeeds(required=("data.valid",), teacher=False),
+}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A validated configuration that remembers where it came from."""
+
+    config: Config
+    sources: dict[str, str]
+    """Where each dotted key the user gave was said: `distill.yaml:7`, or `--train.steps` for an override."""
+
+    def source(self, key: str) -> str:
+        """Where `key`, or the nearest section around it, was said; `default` where neither was."""
+        while key and key not in self.sources:
+            key = key.rpartition(".")[0]
+        return self.sources.get(key, "default")
+
+
+def load(path: str, overrides: Sequence[str], stage: str) -> Loaded:
+    """Reads and validates the configuration of one stage.
+
+    Args:
+        path: the YAML file.
+        overrides: `--section.key=value` each, the value in YAML; they win over the file,
+            a later one over an earlier.
+        stage: a name from `schema.STAGES`.
+
+    Raises:
+        ConfigError: with one line for every mistake, in the order of the file.
+    """
+    tree = read_file(path)
+    unreadable = bool(tree.problems) and not tree.values
+    for number, words in enumerate(overrides):
+        override(tree, words, number)
+    config = None
+    if not unreadable:
+        config = _validate(tree)
+        for mark, problem in _unmet_needs(tree, stage):
+            tree.report(mark, problem)
+    if config is None or tree.problems:
+        raise ConfigError([text for _, text in sorted(tree.problems, key=lambda problem: problem[0].line)])
+    return Loaded(config, {key: mark.text for key, mark in tree.marks.items()})
+
+
+def dump(config: Config, path: str) -> None:
+    """Writes what `load` reads back to an equal object, keys in schema order; replaces `path` atomically."""
+    text = yaml.dump(json.loads(json.dumps(asdict(config))), Dumper=Dumper, sort_keys=False, width=110)
+    unfinished = f"{path}.tmp"
+    with open(unfinished, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def nearest(word: str, candidates: Sequence[str], cutoff: float = _PERHAPS_A_TYPO) -> str | None:
+    """The candidate that `word` was most likely meant to be; None where nothing is close."""
+    return next(iter(get_close_matches(word, candidates, n=1, cutoff=cutoff)), None)
+
+
+def _validate(tree: Tree) -> Config | None:
+    """The configuration, or None after reporting every key that the schema refuses."""
+    try:
+        # JSON, because pydantic's strict mode takes lists for tuples and mappings for dataclasses only there.
+        return adapter().validate_json(json.dumps(tree.values), strict=True)
+    except ValidationError as errors:
+        for error in errors.errors(include_url=False, include_context=False):
+            names = [str(part) for part in error["loc"] if isinstance(part, str)]
+            key, section = ".".join(names), ".".join(names[:-1])
+            at_item = len(names) < len(error["loc"])
+            if error["type"] == "unexpected_keyword_argument":
+                tree.report(tree.mark(key), f"{key}: {_unknown(section, names[-1])}")
+            elif error["type"] == "missing" and not at_item:
+                row = table()[key]
+                tree.report(tree.mark(section), f"{key}: missing; give {row.type}: {row.doc}")
+            else:
+                tree.report(tree.mark(key), f"{key}: {_unfit(key, error['input'])}")
+        return None
+
+
+def _unknown(section: str, word: str) -> str:
+    """What to say about a key that the section does not have."""
+    if "." in word:
+        return "a dotted key is for the command line; in a file write one section inside the other"
+    siblings = table()[section].children
+    elsewhere = [key for key in table() if key == word or key.endswith(f".{word}")]
+    if near := nearest(word, siblings, _SURELY_A_TYPO if elsewhere else _PERHAPS_A_TYPO):
+        return f"unknown key; did you mean {join(section, near)}?"
+    if elsewhere:
+        return f"unknown key of {section_name(section)}; did you mean {' or '.join(elsewhere)}?"
+    return f"unknown key; {section_name(section)} has {', '.join(siblings)}"
+
+
+def _unfit(key: str, given: Any) -> str:
+    """What to say about a value of the wrong type or out of bounds."""
+    row = table()[key]
+    shown = json.dumps(given)
+    if len(shown) > 80:
+        shown = f"{shown[:77]}..."
+    hint = ""
+    if isinstance(given, str) and (near := nearest(given, row.choices)):
+        hint = f"did you mean {near}? "
+    elif row.children:
+        hint = f"keys {', '.join(row.children)}; "
+    elif row.type.startswith("a string") and isinstance(given, int | float):
+        hint = "quote it; "
+    return f"{shown} given; {hint}{row.type} would do"
+
+
+def _unmet_needs(tree: Tree, stage: str) -> Iterator[tuple[Mark, str]]:
+    """What this stage wants and was not given, or was given and has no use for."""
+    needs = NEEDS[stage]
+    for key in needs.required:
+        if tree.get(key) in (None, [], {}):
+            wanted = table()[key].type.removesuffix(" or null")
+            yield tree.mark(key), f"{key}: {stage} needs it; give {wanted}: {table()[key].doc}"
+    if not needs.teacher and tree.get("teacher") is not None:
+        yield tree.mark("teacher"), f"teacher: {stage} has no teacher; remove the section"
+    given = [name for name in ("checkpoint", "model") if tree.get(f"student.{name}") is not None]
+    if isinstance(tree.get("student"), dict) and len(given) != 1:
+        said = "both" if given else "neither"
+        yield tree.mark("student"), f"student: {said} of checkpoint and model given; give exactly one of them"

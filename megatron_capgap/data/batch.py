@@ -1,0 +1,83 @@
+"""From numbered samples to the micro-batches of one data-parallel rank."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_capgap.data.pretrain import SampleSequence
+
+
+@dataclass
+class MicroBatch:
+    """What one forward pass reads; replicated over the tensor- and pipeline-parallel ranks.
+
+    Attributes:
+        tokens: int64 [b, s].
+        labels: int64 [b, s], the token after each of `tokens`.
+        loss_mask: float32 [b, s], 1 where a label counts.
+        position_ids: int64 [b, s].
+        sample_ids: number of the sample in each row.
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+    position_ids: torch.Tensor
+    sample_ids: list[int]
+
+    def flat(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Labels and loss mask as vectors [s * b], in the order of hidden states [s, b, h] as [s * b, h]."""
+        return self.labels.t().reshape(-1), self.loss_mask.t().reshape(-1)
+
+
+def global_batch_samples(step: int, global_batch: int) -> range:
+    """Numbers of the samples of a step, which counts from 0."""
+    return range(step * global_batch, (step + 1) * global_batch)
+
+
+def micro_batches(
+    sequence: SampleSequence,
+    samples: range,
+    micro_batch: int,
+    data_rank: int,
+    data_size: int,
+    device: torch.device,
+    limit: int | None = None,
+) -> Iterator[MicroBatch]:
+    """The micro-batches of one data-parallel rank.
+
+    `samples` is dealt out in runs of `micro_batch`, to rank 0, 1, ..., data_size - 1 and round again: which
+    samples a global batch holds does not depend on the layout, only who reads them does.
+
+    Args:
+        limit: samples from this number on do not exist; their rows are padding that counts for nothing. With
+            the length of a held-out set it lets every layout count each of its samples once.
+    """
+    deal = micro_batch * data_size
+    assert len(samples) % deal == 0, f"{len(samples)} samples over {data_size} ranks of {micro_batch}"
+    for start in range(data_rank * micro_batch, len(samples), deal):
+        ids = list(samples[start : start + micro_batch])
+        rows = [sequence.tokens(k) if limit is None or k < limit else None for k in ids]
+        yield collate(rows, ids, sequence.sequence_length, device)
+
+
+def collate(
+    rows: Sequence[np.ndarray | None], sample_ids: list[int], sequence_length: int, device: torch.device
+) -> MicroBatch:
+    """Stack rows of int64 [sequence_length + 1] tokens; None makes a row of padding with loss mask 0."""
+    stack = np.zeros((len(rows), sequence_length + 1), dtype=np.int64)
+    loss_mask = np.zeros((len(rows), sequence_length), dtype=np.float32)
+    for index, row in enumerate(rows):
+        if row is not None:
+            stack[index] = row
+            loss_mask[index] = 1
+    tokens = torch.from_numpy(stack).to(device)
+    return MicroBatch(
+        tokens=tokens[:, :-1].contiguous(),
+        labels=tokens[:, 1:].contiguous(),
+        loss_mask=torch.from_numpy(loss_mask).to(device),
+        position_ids=torch.arange(sequence_length, device=device).expand(len(rows), -1),
+        sample_ids=sample_ids,
+    )

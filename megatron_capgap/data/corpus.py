@@ -1,0 +1,239 @@
+"""Text corpora: jsonl files to documents and token ids, on several processes, and a vocabulary trained on
+them."""
+
+import gzip
+import io
+import json
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from multiprocessing import get_context
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
+
+_BLOCK_BYTES = 1 << 20
+_VOCABULARY_BYTES = 256 << 20  # sentencepiece holds its corpus in memory several times over
+_PIECE_OF_LINE = 100_000  # characters; sentencepiece drops longer sentences in silence
+
+
+class Block(NamedTuple):
+    """Consecutive lines of one file.
+
+    Attributes:
+        file: the file they come from.
+        line: number of the first line, from 1.
+        number: number of the first line, over all files, from 0.
+        lines: the lines, undecoded.
+        consumed: bytes read so far, on disk and over all files.
+    """
+
+    file: str
+    line: int
+    number: int
+    lines: list[bytes]
+    consumed: int
+
+
+@dataclass
+class Encoded:
+    """What a block became.
+
+    Attributes:
+        consumed: as in the block.
+        ids: int32, the token ids of all documents, one document after another.
+        lengths: tokens of each document.
+        numbers: number of each document's line, over all files.
+        text_bytes: UTF-8 bytes of each document.
+        problems: (kind, "FILE:LINE: detail") of each line that holds no document, in order.
+    """
+
+    consumed: int
+    ids: np.ndarray
+    lengths: list[int] = field(default_factory=list)
+    numbers: list[int] = field(default_factory=list)
+    text_bytes: list[int] = field(default_factory=list)
+    problems: list[tuple[str, str]] = field(default_factory=list)
+
+
+def read_blocks(files: list[str]) -> Iterator[Block]:
+    """The lines of all files in order, about a megabyte at a time; `.gz` files are unpacked.
+
+    Raises:
+        UserError: a `.gz` file is damaged.
+    """
+    number = consumed = 0
+    for file in files:
+        line = 1
+        with open(file, "rb") as raw:
+            try:
+                stream: IO[bytes] = gzip.GzipFile(fileobj=raw) if file.endswith(".gz") else raw
+                while lines := stream.readlines(_BLOCK_BYTES):
+                    yield Block(file, line, number, lines, consumed + raw.tell())
+                    line += len(lines)
+                    number += len(lines)
+            except (EOFError, gzip.BadGzipFile) as error:
+                raise UserError(f"{file} is damaged after line {line - 1} ({error}): copy it again") from None
+        consumed += Path(file).stat().st_size
+
+
+def parse(line: bytes, text_key: str) -> str:
+    """The document in one line.
+
+    Raises:
+        ValueError: (kind, detail) of what is wrong with the line.
+    """
+    if not line.strip():
+        raise ValueError("empty", "nothing in this line")
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("not JSON", str(error)) from None
+    if not isinstance(record, dict) or text_key not in record:
+        raise ValueError(f"no {text_key!r}", "expected an object with this key")
+    text = record[text_key]
+    if not isinstance(text, str):
+        raise ValueError(f"{text_key!r} is not a string", f"it is {json.dumps(text)[:40]}")
+    if not text.strip():
+        raise ValueError("empty", f"nothing in {text_key!r}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("not Unicode", f"half of a surrogate pair at character {error.start}") from None
+    return text
+
+
+def encode_block(block: Block, tokenizer: Tokenizer, text_key: str, end: int | None) -> Encoded:
+    """Token ids of every document in a block, `end` after each unless it is None."""
+    tokens: list[int] = []
+    encoded = Encoded(block.consumed, np.empty(0, dtype=np.int32))
+    for offset, line in enumerate(block.lines):
+        try:
+            text = parse(line, text_key)
+        except ValueError as problem:
+            kind, detail = problem.args
+            encoded.problems.append((kind, f"{block.file}:{block.line + offset}: {detail}"))
+            continue
+        before = len(tokens)
+        tokens += tokenizer.encode(text)
+        if end is not None:
+            tokens.append(end)
+        encoded.lengths.append(len(tokens) - before)
+        encoded.numbers.append(block.number + offset)
+        encoded.text_bytes.append(len(text.encode()))
+    encoded.ids = np.array(tokens, dtype=np.int32)
+    return encoded
+
+
+def encode_files(
+    files: list[str], tokenizer_path: str, text_key: str, append_eos: bool, workers: int
+) -> Iterator[Encoded]:
+    """Token ids of all files, in their order whatever the number of processes.
+
+    Raises:
+        UserError: a file is damaged, or a process was killed.
+    """
+    blocks = read_blocks(files)
+    setup = (tokenizer_path, text_key, append_eos)
+    if workers == 1:
+        _start_worker(*setup)
+        yield from map(_encode_in_worker, blocks)
+        return
+    # Processes are spawned, not forked: the parent may have threads. A pool of futures notices a killed
+    # process, where multiprocessing.Pool waits for ever; the window keeps a fast reader from filling memory.
+    window: deque[Future[Encoded]] = deque()
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, setup) as pool:
+        try:
+            for block in blocks:
+                window.append(pool.submit(_encode_in_worker, block))
+                if len(window) == 4 * workers:
+                    yield window.popleft().result()
+            while window:
+                yield window.popleft().result()
+        except BrokenProcessPool:
+            raise UserError(
+                "a tokenizing process was killed, most likely for want of memory: use fewer --workers"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_worker: tuple[Tokenizer, str, int | None]
+
+
+def _start_worker(tokenizer_path: str, text_key: str, append_eos: bool) -> None:
+    global _worker
+    tokenizer = open_tokenizer(tokenizer_path)
+    _worker = (tokenizer, text_key, tokenizer.eos if append_eos else None)
+
+
+def _encode_in_worker(block: Block) -> Encoded:
+    return encode_block(block, *_worker)
+
+
+def uniform(number: int) -> float:
+    """A fixed number in [0, 1) for each line number, evenly spread."""
+    return int.from_bytes(blake2b(b"%d" % number, digest_size=6).digest(), "big") / 2**48
+
+
+def train_vocabulary(files: list[str], text_key: str, vocab_size: int) -> bytes:
+    """A SentencePiece BPE model with byte fallback; the same files give the same bytes.
+
+    Of a corpus beyond 256 MB a fixed sample of the lines is read. Spaces are kept as they are, digits stand
+    alone, and unk, bos and eos are 0, 1 and 2, as in LLaMA.
+
+    Raises:
+        UserError: the corpus does not give `vocab_size` pieces, or its characters alone need more.
+    """
+    import sentencepiece
+
+    share = _VOCABULARY_BYTES / max(1, sum(Path(file).stat().st_size for file in files))
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sentences(files, text_key, share),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            character_coverage=0.9995,
+            max_sentence_length=4 * _PIECE_OF_LINE,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).rpartition("] ")[2]
+        raise UserError(
+            f"a vocabulary of {vocab_size} cannot be trained on this corpus ({reason.strip()}): "
+            "choose another --train-tokenizer size or give more text"
+        ) from None
+    return model.getvalue()
+
+
+def _sentences(files: list[str], text_key: str, share: float) -> Iterator[str]:
+    """The lines of the documents. Malformed lines are left out; whoever encodes the files reports them."""
+    for block in read_blocks(files):
+        for offset, line in enumerate(block.lines):
+            if uniform(block.number + offset) >= share:
+                continue
+            try:
+                text = parse(line, text_key)
+            except ValueError:
+                continue
+            for sentence in text.split("\n"):
+                for start in range(0, len(sentence), _PIECE_OF_LINE):
+                    yield sentence[start : start + _PIECE_OF_LINE]

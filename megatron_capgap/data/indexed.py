@@ -1,0 +1,217 @@
+"""Megatron's indexed dataset on disk: what stands in PREFIX.idx, and whether PREFIX.bin is what it promises.
+
+PREFIX.idx, little-endian: 9 bytes magic, u64 version, u8 dtype code, u64 sequences, u64 document marks, then
+i32 length of each sequence, i64 byte offset of each sequence, i64 number of the sequence at which each
+document begins, with the number of sequences at the end. PREFIX.bin holds the ids, one sequence after
+another.
+
+Megatron maps both files without these checks, and a wrong pair shows only when its bad part is read.
+"""
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+import numpy as np
+
+from megatron_capgap.config.errors import UserError
+
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")
+_DTYPES = dict(
+    enumerate(
+        (np.uint8, np.int8, np.int16, np.int32, np.int64, np.float64, np.float32, np.uint16),
+        start=1,
+    )
+)
+_CHUNK = 1 << 20  # items; small enough for a core's cache, large enough to hide Python
+_REBUILD = "make it again with tools/prepare_data.py, or copy both files again"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What one indexed dataset holds.
+
+    Attributes:
+        prefix: PREFIX of PREFIX.bin and PREFIX.idx.
+        tokens: ids in PREFIX.bin.
+        documents: number of documents.
+        dtype: name of the stored integer type, for example "uint16".
+        largest_id: largest token id.
+        bytes: size of both files.
+    """
+
+    prefix: str
+    tokens: int
+    documents: int
+    dtype: str
+    largest_id: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class _Index:
+    """The arrays of PREFIX.idx, mapped: lengths int32 [n], offsets int64 [n], documents int64 [d + 1]."""
+
+    dtype: np.dtype
+    lengths: np.ndarray
+    offsets: np.ndarray
+    documents: np.ndarray
+
+
+def paths(prefix: str) -> tuple[Path, Path]:
+    """PREFIX.bin and PREFIX.idx.
+
+    Raises:
+        UserError: the prefix names one of the files, or a file is missing.
+    """
+    if prefix.endswith((".bin", ".idx")):
+        raise UserError(f"dataset {prefix}: give the prefix without {prefix[-4:]}: {prefix[:-4]}")
+    files = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"dataset {prefix}: {file} does not exist: {_advice(prefix, files)}")
+    return files
+
+
+def inspect(prefix: str, vocab_size: int | None, sequence_length: int | None) -> Facts:
+    """Read all of PREFIX.idx and PREFIX.bin and check that they fit each other, the vocabulary and the
+    samples.
+
+    A pair of files from two datasets with the same total of tokens cannot be told from a good one.
+
+    Args:
+        vocab_size: ids must be smaller; None checks only that none is negative.
+        sequence_length: there must be at least one sample of this many tokens and its last label; None asks
+        for
+            one token.
+
+    Raises:
+        UserError: the first thing that is wrong, with file, value and fix.
+    """
+    bin_file, idx_file = paths(prefix)
+    index = _read_index(idx_file)
+    tokens = _check_index(idx_file, index)
+    size = bin_file.stat().st_size
+    expected = tokens * index.dtype.itemsize
+    if size != expected:
+        kind = "it was cut off" if size < expected else "it belongs to another .idx"
+        raise UserError(
+            f"{bin_file} has {size} bytes, {idx_file} promises {expected} ({tokens} {index.dtype}): "
+            f"{kind}; {_REBUILD}"
+        )
+    needed = 1 if sequence_length is None else sequence_length + 1
+    if tokens < needed:
+        raise UserError(
+            f"{bin_file} has {tokens} tokens, one sample needs {needed}: "
+            "give more text, or a data.sequence_length that it fills"
+        )
+    return Facts(
+        prefix=prefix,
+        tokens=tokens,
+        documents=len(index.documents) - 1,
+        dtype=str(index.dtype),
+        largest_id=_scan(bin_file, index, vocab_size),
+        bytes=size + idx_file.stat().st_size,
+    )
+
+
+def _advice(prefix: str, files: tuple[Path, Path]) -> str:
+    """What to do about a missing file of a dataset."""
+    if any(file.is_file() for file in files):
+        return f"a dataset is two files; {_REBUILD}"
+    there = sorted(str(file)[: -len(".idx")] for file in Path(prefix).parent.glob("*.idx"))
+    near = get_close_matches(str(Path(prefix)), there, n=3, cutoff=0.6)
+    return f"did you mean {' or '.join(near)}?" if near else "make it with tools/prepare_data.py --out"
+
+
+def _read_index(file: Path) -> _Index:
+    """Map the arrays of PREFIX.idx after checking its header and its length."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        header = stream.read(_HEADER.size)
+    if not header.startswith(_MAGIC):
+        raise UserError(f"{file} is not a Megatron index (it begins with {header[:9]!r}): {_REBUILD}")
+    if len(header) < _HEADER.size:
+        raise UserError(
+            f"{file} has {size} bytes, its header alone has {_HEADER.size}: it was cut off; {_REBUILD}"
+        )
+    _, version, code, sequences, marks = _HEADER.unpack(header)
+    if version != 1:
+        raise UserError(f"{file} has format version {version}, Megatron-Core reads 1: {_REBUILD}")
+    if not np.issubdtype(_DTYPES.get(code, np.void), np.integer):
+        raise UserError(f"{file} has dtype code {code}, which is no integer type: {_REBUILD}")
+    promised = _HEADER.size + 12 * sequences + 8 * marks
+    if size != promised:
+        raise UserError(
+            f"{file} has {size} bytes, its header promises {promised} "
+            f"({sequences} sequences, {marks} document marks): {_REBUILD}"
+        )
+    if not sequences or not marks:
+        raise UserError(f"{file} lists no documents: {_REBUILD}")
+    content = np.memmap(file, mode="r", dtype=np.uint8)
+    starts = np.cumsum([_HEADER.size, 4 * sequences, 8 * sequences])
+    return _Index(
+        dtype=np.dtype(_DTYPES[code]),
+        lengths=content[starts[0] : starts[1]].view(np.int32),
+        offsets=content[starts[1] : starts[2]].view(np.int64),
+        documents=content[starts[2] :].view(np.int64),
+    )
+
+
+def _check_index(file: Path, index: _Index) -> int:
+    """Number of tokens, once lengths, offsets and document marks are known to agree."""
+    tokens = 0
+    for part in _parts(len(index.lengths)):
+        lengths = index.lengths[part]
+        ends = tokens + np.cumsum(lengths, dtype=np.int64)
+        if lengths.min() < 0:
+            bad = part.start + int(np.argmax(lengths < 0))
+            raise UserError(
+                f"{file}: sequence {bad} has length {index.lengths[bad]}: the file is damaged; {_REBUILD}"
+            )
+        wrong = index.offsets[part] != (ends - lengths) * index.dtype.itemsize
+        if wrong.any():
+            bad = part.start + int(np.argmax(wrong))
+            raise UserError(
+                f"{file}: sequence {bad} begins at byte {index.offsets[bad]}, which the lengths before deny: "
+                f"the file is damaged; {_REBUILD}"
+            )
+        tokens = int(ends[-1])
+    marks = index.documents
+    if marks[0] != 0 or marks[-1] != len(index.lengths) or (marks[1:] < marks[:-1]).any():
+        raise UserError(
+            f"{file}: document marks run from {marks[0]} to {marks[-1]} over {len(index.lengths)} sequences: "
+            f"the file is damaged; {_REBUILD}"
+        )
+    return tokens
+
+
+def _scan(file: Path, index: _Index, vocab_size: int | None) -> int:
+    """Largest id in PREFIX.bin, once every id is known to be in [0, vocab_size)."""
+    signed = np.issubdtype(index.dtype, np.signedinteger)
+    limit = np.iinfo(index.dtype).max + 1 if vocab_size is None else vocab_size
+    # Seen as unsigned, a negative id is larger than every good one: one pass finds both.
+    ids = np.memmap(file, mode="r", dtype=index.dtype).view(index.dtype.str.replace("i", "u"))
+    largest = 0
+    for part in _parts(len(ids)):
+        found = int(ids[part].max())
+        if found >= limit:
+            position = part.start + int(np.argmax(ids[part] >= limit))
+            token = int(ids[position : position + 1].view(index.dtype)[0])
+            sequence = int(np.searchsorted(index.offsets, position * index.dtype.itemsize, side="right")) - 1
+            document = int(np.searchsorted(index.documents, sequence, side="right")) - 1
+            reason = "negative" if signed and token < 0 else f"not below the vocabulary size {vocab_size}"
+            raise UserError(
+                f"{file}: token {position} (document {document}) is {token}, {reason}: "
+                "use the tokenizer that made this dataset, or make the dataset again"
+            )
+        largest = max(largest, found)
+    return largest
+
+
+def _parts(length: int) -> Iterator[slice]:
+    """[0, length) in slices of at most _CHUNK."""
+    return (slice(start, min(start + _CHUNK, length)) for start in range(0, length, _CHUNK))

@@ -1,0 +1,167 @@
+"""Packed samples of indexed datasets, read through Megatron-Core's GPTDataset.
+
+Megatron shuffles the documents of a dataset once (by the seed), lays them end to end, and cuts the stream
+into samples of `sequence_length` tokens; the last label of a sample is the first token of the next. Samples
+run across documents, as is usual in pretraining: neither attention nor positions start anew at a document.
+What remains at the end, fewer than `sequence_length` + 1 tokens, is read in no epoch. Each dataset is opened
+for exactly one epoch, so that nothing depends on how many samples a run asks for; `order` goes round in it.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.utils import Split
+
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.schema import Data
+from megatron_capgap.data import indexed
+from megatron_capgap.data.order import Order, training_order, validation_order
+
+_VALIDATION_SEED = 0  # held-out samples are the same ones in every run
+
+
+class SampleSequence:
+    """The samples of one or several datasets, numbered.
+
+    Attributes:
+        sequence_length: tokens that a sample predicts; it holds one more.
+    """
+
+    def __init__(
+        self, prefixes: tuple[str, ...], datasets: list[GPTDataset], order: Order, sequence_length: int
+    ) -> None:
+        self.sequence_length = sequence_length
+        self._prefixes = prefixes
+        self._datasets = datasets
+        self._order = order
+
+    def __len__(self) -> int:
+        """Samples in one pass over every dataset."""
+        return sum(len(dataset) for dataset in self._datasets)
+
+    def tokens(self, k: int) -> np.ndarray:
+        """Sample k: int64 [sequence_length + 1]; in training for any k >= 0, held-out for k < len(self)."""
+        place = self._order(k)
+        sample = self._datasets[place.dataset][place.sample]
+        tokens = np.append(sample["tokens"].numpy(), sample["labels"].numpy()[-1:])
+        assert len(tokens) == self.sequence_length + 1
+        return tokens
+
+    def source(self, k: int) -> str:
+        """Where sample k comes from, for messages: "data/train sample 17 (epoch 2)"; epochs count from 1."""
+        place = self._order(k)
+        return f"{self._prefixes[place.dataset]} sample {place.sample} (epoch {place.epoch + 1})"
+
+
+def build_indices(data: Data, vocab_size: int, seed: int, cache_dir: Path) -> None:
+    """Check every dataset of `data` and build the sample indices that `open_training` and `open_validation`
+    read.
+
+    One process does this before any opens them. A dataset that was checked and built before, by this or an
+    earlier run with the same `cache_dir`, costs nothing.
+
+    Raises:
+        UserError: a dataset is damaged, too short or beyond the vocabulary, or `cache_dir` is not writable.
+    """
+    wanted = [(prefix, seed) for prefix in data.train] + [(prefix, _VALIDATION_SEED) for prefix in data.valid]
+    for prefix, shuffle in dict.fromkeys(wanted):
+        entry = _entry(prefix, data.sequence_length, shuffle, cache_dir)
+        facts_file = entry / "facts.json"
+        if facts_file.is_file() and json.loads(facts_file.read_text())["largest_id"] < vocab_size:
+            continue
+        facts = indexed.inspect(prefix, vocab_size, data.sequence_length)
+        # A killed job leaves only the partial folder, and of two jobs with one cache either may finish first.
+        partial = entry.with_name(f"{entry.name}.partial.{os.getpid()}")
+        try:
+            partial.mkdir(parents=True)
+            _open(prefix, data.sequence_length, shuffle, partial)
+            (partial / facts_file.name).write_text(json.dumps(asdict(facts)))
+            if not entry.is_dir():
+                partial.rename(entry)
+        except OSError as error:
+            raise UserError(
+                f"{cache_dir} cannot hold the sample indices of {prefix} ({error.strerror}): "
+                "choose a run_dir that is writable and has space"
+            ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def open_training(data: Data, seed: int, cache_dir: Path) -> SampleSequence:
+    """The endless shuffled blend of data.train; sample k depends on the seed, k, the datasets and their
+    weights alone.
+
+    Raises:
+        UserError: `build_indices` has not built the indices in a `cache_dir` that this host sees.
+    """
+    datasets = [_open_built(prefix, data.sequence_length, seed, cache_dir) for prefix in data.train]
+    order = training_order([len(dataset) for dataset in datasets], data.train_weights, seed)
+    return SampleSequence(data.train, datasets, order, data.sequence_length)
+
+
+def open_validation(data: Data, cache_dir: Path) -> SampleSequence:
+    """Every sample of data.valid once, in a fixed order.
+
+    Raises:
+        UserError: as `open_training`.
+    """
+    datasets = [
+        _open_built(prefix, data.sequence_length, _VALIDATION_SEED, cache_dir) for prefix in data.valid
+    ]
+    order = validation_order([len(dataset) for dataset in datasets])
+    return SampleSequence(data.valid, datasets, order, data.sequence_length)
+
+
+class _NoTokenizer:
+    """Stands where GPTDataset asks for a tokenizer; here no id is padding and none is masked."""
+
+    vocab_size = None
+    eod = None
+    unique_identifiers: dict[str, str] = {}  # noqa: RUF012 (Megatron reads it as an attribute)
+
+
+def _entry(prefix: str, sequence_length: int, seed: int, cache_dir: Path) -> Path:
+    """Folder of one dataset's indices.
+
+    Megatron's own file names leave out what the data is: a dataset made anew would get the old one's indices.
+    """
+    stats = [file.stat() for file in indexed.paths(prefix)]
+    identity = [os.path.abspath(prefix), sequence_length, seed, [(s.st_size, s.st_mtime_ns) for s in stats]]
+    return cache_dir / hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+
+
+def _open_built(prefix: str, sequence_length: int, seed: int, cache_dir: Path) -> GPTDataset:
+    entry = _entry(prefix, sequence_length, seed, cache_dir)
+    if not entry.is_dir():  # else GPTDataset would build on this rank
+        raise UserError(
+            f"{entry} with the sample indices of {prefix} is not there: "
+            "put run_dir and the data on a file system that all hosts share, "
+            "and leave the data alone while a run starts"
+        )
+    return _open(prefix, sequence_length, seed, entry)
+
+
+def _open(prefix: str, sequence_length: int, seed: int, index_dir: Path) -> GPTDataset:
+    """One epoch of a dataset; the indices are read from `index_dir`, or built into it."""
+    path = os.path.abspath(prefix)
+    config = GPTDatasetConfig(
+        random_seed=seed % 2**32,  # the range of NumPy's RandomState
+        sequence_length=sequence_length,
+        blend=([path], None),
+        split="1",
+        path_to_cache=str(index_dir),
+        tokenizer=_NoTokenizer(),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    tokens = GPTDataset.build_low_level_dataset(path, config)
+    sequences = np.arange(GPTDataset.numel_low_level_dataset(tokens), dtype=np.int32)
+    return GPTDataset(tokens, path, sequences, None, Split.train, config)

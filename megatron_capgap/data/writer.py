@@ -1,0 +1,63 @@
+"""Writing Megatron indexed datasets that appear under their names only when they are whole."""
+
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.data.indexed import inspect
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Megatron's, about kernels that matter to training alone
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+
+class DatasetWriter:
+    """PREFIX.bin and PREFIX.idx in the making, as PREFIX.partial.bin and .idx until `publish`.
+
+    Attributes:
+        prefix: where the dataset will stand.
+        counts: "documents", "tokens" and "bytes" (of text) so far.
+    """
+
+    def __init__(self, prefix: str, vocab_size: int) -> None:
+        self.prefix = prefix
+        self.counts: Counter[str] = Counter()
+        self._partial = f"{prefix}.partial"
+        self._vocab_size = vocab_size
+        Path(prefix).absolute().parent.mkdir(parents=True, exist_ok=True)
+        # uint16 where the vocabulary fits into it: NumPy would wrap larger ids in silence.
+        self._builder = IndexedDatasetBuilder(f"{self._partial}.bin", DType.optimal_dtype(vocab_size))
+
+    def add(self, ids: np.ndarray, text_bytes: int) -> None:
+        """Append one document: int32 [tokens]."""
+        self._builder.add_document(ids, [len(ids)])
+        self.counts.update(documents=1, tokens=len(ids), bytes=text_bytes)
+
+    def finish(self) -> None:
+        """Write the index and read both files back.
+
+        Raises:
+            UserError: there is no document, or an id beyond the vocabulary.
+        """
+        if not self.counts["documents"]:
+            raise UserError(
+                f"{self.prefix} would hold no document: give more text or a larger share of --split"
+            )
+        self._builder.finalize(f"{self._partial}.idx")
+        facts = inspect(self._partial, self._vocab_size, None)
+        assert (facts.documents, facts.tokens) == (self.counts["documents"], self.counts["tokens"])
+
+    def publish(self) -> None:
+        """Give both files their names; an old index never stands beside new tokens."""
+        Path(f"{self.prefix}.idx").unlink(missing_ok=True)
+        for ending in (".bin", ".idx"):
+            Path(self._partial + ending).replace(self.prefix + ending)
+
+    def discard(self) -> None:
+        """Remove what was not published."""
+        self._builder.data_file.close()
+        for ending in (".bin", ".idx"):
+            Path(self._partial + ending).unlink(missing_ok=True)

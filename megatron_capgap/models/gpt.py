@@ -1,0 +1,149 @@
+"""Shape, layout and device to Megatron-Core model chunks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from megatron_capgap.config.schema import Layout, ModelShape, Precision
+from megatron_capgap.models import size, specs
+from megatron_capgap.runtime.devices import Device
+from megatron_capgap.runtime.layout import Grid
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class HiddenStateModel(GPTModel):
+    """Megatron's GPT whose last stage returns its final hidden states: the loss owns the LM head, logits never exist.
+
+    `forward(tokens [b, s], position_ids [b, s], attention_mask=None)` returns `[s, b, h]`, or `[s/tp, b, h]` under
+    sequence parallelism, on every stage; on the last one it is after the final norm.
+    """
+
+    def _postprocess(self, hidden_states: Tensor, **unused: object) -> Tensor:
+        # GPTModel offers no argument for "stop before the output layer"; this is the method it calls there.
+        return hidden_states
+
+    def lm_head(self) -> Tensor:
+        """The LM head's local shard `[v/tp, h]`; last stage only. With tied embeddings, the shared weight."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def unwrap(model: torch.nn.Module) -> HiddenStateModel:
+    """The model inside DistributedDataParallel and Float16Module."""
+    while not isinstance(model, HiddenStateModel):
+        model = model.module
+    return model
+
+
+def transformer_config(
+    shape: ModelShape, layout: Layout, precision: Precision, device: Device, dropout: float = 0.0
+) -> TransformerConfig:
+    """The numbers in Megatron's words."""
+    dtype = DTYPES[precision.compute]
+    on_gpu = device.name == "cuda"
+    return TransformerConfig(
+        num_layers=shape.layers,
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        num_query_groups=size.kv_heads(shape),
+        kv_channels=size.head_dim(shape),
+        ffn_hidden_size=shape.ffn,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_epsilon,
+        add_bias_linear=False,
+        hidden_dropout=dropout,
+        attention_dropout=dropout,
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        context_parallel_size=layout.context,
+        sequence_parallel=layout.sequence,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=precision.compute == "bf16",
+        # Weights are filled by `initialise` or from a checkpoint, never by Megatron's own layout-dependent draws.
+        use_cpu_initialization=True,
+        perform_initialization=False,
+        # The loss is a sum over tokens; Megatron divides gradients once, by the global number of valid tokens.
+        calculate_per_token_loss=True,
+        deallocate_pipeline_outputs=True,
+        bias_activation_fusion=on_gpu,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=on_gpu and _active(device, "Apex fused weight gradient"),
+        apply_rope_fusion=on_gpu and device.engine == "transformer_engine",
+    )
+
+
+def build(
+    shape: ModelShape,
+    grid: Grid,
+    precision: Precision,
+    device: Device,
+    *,
+    sequence_length: int,
+    dropout: float = 0.0,
+    virtual: bool = True,
+) -> list[torch.nn.Module]:
+    """This rank's chunks of a model: one, or one for each virtual stage. Weights are not initialised.
+
+    Args:
+        shape: the model in numbers.
+        grid: who holds what.
+        precision: type of weights and activations.
+        device: where they live.
+        sequence_length: longest sequence.
+        dropout: rate in attention and residual branches.
+        virtual: False builds the model without virtual stages, whatever the layout says (a teacher needs none).
+    """
+    layout = grid.layout if virtual else Layout(**{**vars(grid.layout), "virtual_pipeline": 1})
+    config = transformer_config(shape, layout, precision, device, dropout)
+    chunks = []
+    for chunk in range(layout.virtual_pipeline):
+        stage = chunk if layout.virtual_pipeline > 1 else None
+        model = HiddenStateModel(
+            config=config,
+            transformer_layer_spec=specs.block(config, device.engine, stage, grid.pipeline_rank),
+            vocab_size=size.padded_vocab(shape.vocab, layout.tensor),
+            max_sequence_length=sequence_length,
+            pre_process=grid.on_first_stage and chunk == 0,
+            post_process=grid.on_last_stage and chunk == layout.virtual_pipeline - 1,
+            share_embeddings_and_output_weights=shape.tied_embeddings,
+            position_embedding_type="rope",
+            rotary_base=shape.rope_theta,
+            pg_collection=grid.groups,
+            vp_stage=stage,
+        )
+        model.to(device.torch_device)
+        chunks.append(Float16Module(config, model) if config.bf16 else model)
+    return chunks
+
+
+def init_std(name: str, shape: ModelShape) -> float | None:
+    """Standard deviation of a parameter's initial values; None for gains, which start at 1.
+
+    Projections back into the residual stream are scaled down by sqrt(2 layers), as in GPT-2 and Megatron-LM.
+
+    Args:
+        name: the parameter's key in the sharded checkpoint.
+    """
+    if name.endswith(("layernorm.weight", "layer_norm_weight")):
+        return None
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        return shape.init_std / math.sqrt(2.0 * shape.layers)
+    return shape.init_std
+
+
+def _active(device: Device, part: str) -> bool:
+    return any(row.active for row in device.parts if row.name == part)

@@ -1,0 +1,64 @@
+"""Megatron's own pipeline schedules, run over this rank's chunks: the one place that calls them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.utils import get_model_config
+from torch import Tensor
+
+from megatron_capgap.runtime.layout import Grid
+
+LastStage = Callable[[Tensor, Any], Any]
+
+
+def run(
+    chunks: Sequence[torch.nn.Module],
+    grid: Grid,
+    micro_batches: Sequence[Any],
+    last_stage: LastStage,
+    *,
+    forward_only: bool,
+    shape: tuple[int, int],
+) -> list[Any]:
+    """Runs a schedule (none, 1F1B or interleaved, as the chunks' config says) over the micro-batches.
+
+    Args:
+        chunks: this rank's model chunks, wrapped or bare.
+        grid: their layout.
+        micro_batches: what to run; each has `tokens` and `position_ids` `[b, s]`.
+        last_stage: called on the last stage with the final hidden states `[s, b, h]` (`[s/tp, b, h]` under sequence
+            parallelism) and their micro-batch. When training it returns (loss_sum, num_tokens, anything); forward-only,
+            (a scalar tensor, num_tokens, anything). Megatron divides gradients by the global sum of num_tokens.
+        forward_only: no backward pass.
+        shape: (sequence length, micro-batch size).
+
+    Returns:
+        What `last_stage` returned last, one for each micro-batch; empty on other stages.
+    """
+    config = get_model_config(chunks[0])
+
+    def forward(iterator: Any, model: torch.nn.Module) -> tuple[Tensor, Any]:
+        batch = next(iterator)
+        hidden = model(batch.tokens, batch.position_ids, attention_mask=None)
+        return hidden, partial(last_stage, batch=batch)
+
+    execute = get_forward_backward_func(
+        pp_size=grid.layout.pipeline, vp_size=config.virtual_pipeline_model_parallel_size
+    )
+    return execute(
+        forward_step_func=forward,
+        data_iterator=[iter(micro_batches) for _ in chunks],
+        model=list(chunks),
+        num_microbatches=len(micro_batches),
+        seq_length=shape[0],
+        micro_batch_size=shape[1],
+        forward_only=forward_only,
+        p2p_communicator=P2PCommunicator(grid.groups.pp, config),
+        pg_collection=grid.groups,
+    )

@@ -1,0 +1,149 @@
+"""Which modules a transformer layer is made of: Transformer Engine's, or Megatron's local ones with two of ours.
+
+The local ones run on a CPU and on a GPU without Transformer Engine. Ours are an RMSNorm that takes part in sequence
+parallelism (Megatron's wrapper around torch's refuses to) and an attention that never holds a score matrix.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm over the last dimension, with a gain.
+
+    Its gain is replicated over tensor-parallel ranks; under sequence parallelism each rank sees only its part of the
+    sequence, and the mark `sequence_parallel` makes Megatron add up the gain's gradient over them.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: object) -> None:
+        super().__init__()
+        self.epsilon = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`[..., h]` to `[..., h]`, computed in fp32 or wider."""
+        return F.rms_norm(hidden, self.weight.shape, self.weight, self.epsilon)
+
+
+class ScaledDotProductAttention(torch.nn.Module):
+    """Causal attention over `[s, b, heads/tp, d]` by torch's scaled_dot_product_attention."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        **unused: object,
+    ) -> None:
+        super().__init__()
+        assert config.context_parallel_size == 1, "config.checks refuses context parallelism for this attention"
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: object | None = None,
+    ) -> Tensor:
+        """Attends.
+
+        Args:
+            query: `[s, b, heads/tp, d]`; key, value: `[s, b, kv_heads/tp, d]`, local shards.
+            attention_mask, attention_bias, packed_seq_params: must be None; the mask is causal.
+
+        Returns:
+            `[s, b, heads/tp * d]`, a local shard.
+        """
+        assert attention_mask is None and attention_bias is None and packed_seq_params is None
+        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        grouped = key.shape[1] != query.shape[1]
+        dropout = self.dropout if self.training else 0.0
+        if dropout > 0.0:
+            # Every tensor-parallel rank has other heads, hence its own random stream.
+            with get_cuda_rng_tracker().fork():
+                context = self._attend(query, key, value, dropout, grouped)
+        else:
+            context = self._attend(query, key, value, 0.0, grouped)
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float, grouped: bool) -> Tensor:
+        return F.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, is_causal=True, scale=self.scale, enable_gqa=grouped
+        )
+
+
+def _local_layer() -> ModuleSpec:
+    """One pre-norm transformer layer of Megatron's local modules."""
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=ScaledDotProductAttention,
+            linear_proj=RowParallelLinear,
+            q_layernorm=IdentityOp,
+            k_layernorm=IdentityOp,
+        ),
+    )
+    mlp = ModuleSpec(
+        module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=attention,
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=mlp,
+            mlp_bda=get_bias_dropout_add,
+            # Checkpoints carry Transformer Engine's names, where the norm lives inside the linear behind it.
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )
+
+
+def block(
+    config: TransformerConfig, engine: str, chunk: int | None, pipeline_rank: int
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """The layers of one model chunk.
+
+    Args:
+        config: Megatron's transformer configuration.
+        engine: local or transformer_engine.
+        chunk: virtual stage, or None without virtual stages.
+        pipeline_rank: this rank's stage.
+    """
+    if engine == "transformer_engine":
+        return get_gpt_layer_with_transformer_engine_spec()
+    layers = get_num_layers_to_build(config, chunk, pipeline_rank)
+    return TransformerBlockSubmodules(layer_specs=[_local_layer()] * layers, layer_norm=RMSNorm)

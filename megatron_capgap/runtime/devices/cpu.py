@@ -1,0 +1,139 @@
+"""Stock Megatron-Core on a CPU with gloo: "the current CUDA device" comes to mean the CPU.
+
+Megatron-Core asks torch for its CUDA device in some two hundred places. None of them needs a GPU; they need an answer.
+This file is the whole list of answers. It changes names inside `torch` and, for the random state, inside
+`megatron.core.tensor_parallel.random`, for the life of the process: a process that called `prepare` runs on the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import resource
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_capgap.runtime.devices import Device, Part
+
+_CPU = torch.device("cpu")
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "empty_like", "zeros_like", "ones_like")
+
+
+class _Inert:
+    """Stands for streams and events, which a CPU has no use for: every method can be called and does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+def prepare() -> Device:
+    """Patches once, then describes the CPU as a `Device`."""
+    if not getattr(torch.cuda, "_capgap_cpu", False):
+        # Megatron decorates a few element-wise functions, none of which runs here, with torch.compile; importing the
+        # compiler costs seconds, and using it would need a C++ compiler.
+        torch.compile = lambda function=None, **options: function or (lambda wrapped: wrapped)
+        _answer_for_cuda()
+        _rewrite_factories()
+        _share_random_state()
+        _name_types()
+        torch.cuda._capgap_cpu = True
+    return Device(
+        name="cpu",
+        backend="gloo",
+        torch_device=_CPU,
+        engine="local",
+        parts=(
+            Part("Transformer Engine layers", False, "needs an NVIDIA GPU"),
+            Part("scaled-dot-product attention", True, "torch; no score matrix is kept"),
+            Part("Apex kernels", False, "need an NVIDIA GPU"),
+            Part("fused AdamW", True, "torch"),
+        ),
+        peak_memory=peak_resident_bytes,
+        tune_optimizer=_fuse_adam,
+    )
+
+
+def peak_resident_bytes() -> int:
+    """Largest resident set of this process so far, in bytes."""
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def _answer_for_cuda() -> None:
+    """Device queries, synchronisation, streams and memory statistics.
+
+    Every name gets a function object of its own: torch's compiler keeps a rule for each and refuses to share.
+    """
+
+    def answer(value: Any) -> Callable[..., Any]:
+        return lambda *args, **kwargs: value
+
+    cuda = torch.cuda
+    answers = {"current_device": _CPU, "device_count": 1, "get_device_capability": (0, 0), "memory_stats": {}}
+    answers |= dict.fromkeys(("synchronize", "empty_cache", "set_device", "reset_peak_memory_stats"))
+    answers |= dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"), 0)
+    for name, value in answers.items():
+        setattr(cuda, name, answer(value))
+    cuda.Stream, cuda.Event = type("Stream", (_Inert,), {}), type("Event", (_Inert,), {})
+    cuda.current_stream, cuda.default_stream = answer(_Inert()), answer(_Inert())
+    cuda.stream = lambda *args: contextlib.nullcontext()
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+
+
+def _rewrite_factories() -> None:
+    """`torch.zeros(..., device="cuda")` makes a CPU tensor.
+
+    Only the factories are wrapped: a TorchFunctionMode would do the same at the price of a Python call per operator.
+    """
+
+    def on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @functools.wraps(factory)
+        def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
+            device = kwargs.get("device")
+            if device is not None and torch.device(device).type == "cuda":
+                kwargs["device"] = _CPU
+            return factory(*args, **kwargs)
+
+        return wrapped
+
+    for name in _FACTORIES:
+        setattr(torch, name, on_cpu(getattr(torch, name)))
+
+
+def _share_random_state() -> None:
+    """Megatron's CUDA random state is the CPU generator's: on a CPU there is but one."""
+    torch.cuda.manual_seed = torch.cuda.random.manual_seed = lambda seed: torch.manual_seed(seed)
+    torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
+    torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+
+def _name_types() -> None:
+    """`Tensor.type()` names a CPU float tensor as Megatron's optimizer expects it: torch.cuda.FloatTensor."""
+    original = torch.Tensor.type
+
+    @functools.wraps(original)
+    def named(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = original(self, *args, **kwargs)
+        if args or kwargs or not isinstance(answer, str) or answer.startswith("torch.cuda."):
+            return answer
+        return answer.replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.type = named
+
+
+def _fuse_adam(optimizer: torch.optim.Optimizer) -> None:
+    """Megatron makes torch's AdamW with its default loop; the fused kernel reads and writes each parameter once."""
+    for group in optimizer.param_groups:
+        group["fused"] = True
+        group["foreach"] = False

@@ -1,0 +1,171 @@
+"""Who am I among the ranks: torchrun's or SLURM's environment, or one rank alone; and the first collective words.
+
+Nothing here imports torch before `join` is called, so that `--help` and `--check` answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+from megatron_capgap.config.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_capgap.runtime.devices import Device
+
+Answer = TypeVar("Answer")
+
+# srun numbers real steps from 0; the batch script itself and a bare salloc shell carry huge or no step ids.
+_LARGEST_STEP_ID = 1 << 30
+
+
+@dataclass(frozen=True)
+class Environment:
+    """This process among all processes of the job."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    master_addr: str
+    master_port: int
+    launcher: str
+    """torchrun, slurm or alone."""
+
+
+def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
+    """Reads rank and world size from what the launcher exported.
+
+    Args:
+        variables: the environment; `os.environ` by default.
+
+    Raises:
+        UserError: the launcher's variables contradict each other or one is missing.
+    """
+    env = os.environ if variables is None else variables
+    if "RANK" in env or "WORLD_SIZE" in env:
+        return _from_torchrun(env)
+    if 0 <= int(env.get("SLURM_STEP_ID", -1)) < _LARGEST_STEP_ID and "SLURM_PROCID" in env:
+        return _from_slurm(env)
+    return Environment(0, 1, 0, 1, "127.0.0.1", 0, "alone")
+
+
+def _number(env: Mapping[str, str], key: str) -> int:
+    value = env.get(key)
+    if value is None or not value.isdigit():
+        said = "is not set" if value is None else f"is {value!r}, not a number"
+        raise UserError(f"environment variable {key} {said}; start the ranks with torchrun or srun, or unset RANK and WORLD_SIZE")
+    return int(value)
+
+
+def _from_torchrun(env: Mapping[str, str]) -> Environment:
+    rank, world = _number(env, "RANK"), _number(env, "WORLD_SIZE")
+    if not 0 <= rank < world:
+        raise UserError(f"environment variable RANK is {rank} but WORLD_SIZE is {world}; ranks count from 0 to WORLD_SIZE - 1")
+    if world > 1:
+        for key in ("MASTER_ADDR", "MASTER_PORT"):
+            if key not in env:
+                raise UserError(f"environment variable {key} is not set; start the ranks with torchrun or srun")
+    return Environment(
+        rank,
+        world,
+        int(env.get("LOCAL_RANK", rank)),
+        int(env.get("LOCAL_WORLD_SIZE", world)),
+        env.get("MASTER_ADDR", "127.0.0.1"),
+        int(env.get("MASTER_PORT", 0)),
+        "torchrun",
+    )
+
+
+def _from_slurm(env: Mapping[str, str]) -> Environment:
+    rank, world = _number(env, "SLURM_PROCID"), _number(env, "SLURM_NTASKS")
+    nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))
+    # Every task derives the same port from the job and step, so that two jobs on one node do not meet.
+    port = 20000 + (_number(env, "SLURM_JOB_ID") * 7 + int(env["SLURM_STEP_ID"])) % 20000
+    return Environment(
+        rank,
+        world,
+        _number(env, "SLURM_LOCALID"),
+        int(env.get("SLURM_NTASKS_PER_NODE", "0").split("(")[0] or 0) or world,
+        env.get("MASTER_ADDR") or _first_host(nodes),
+        int(env.get("MASTER_PORT", port)),
+        "slurm",
+    )
+
+
+def _first_host(nodes: str) -> str:
+    """The first host of a SLURM node list such as `gpu[07-09]`; SLURM itself knows best how to unfold it."""
+    if not nodes:
+        return "127.0.0.1"
+    if "[" not in nodes and "," not in nodes:
+        return nodes
+    try:
+        listing = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"SLURM_NODELIST {nodes!r}: scontrol could not unfold it ({error}); set MASTER_ADDR yourself") from error
+    return listing.stdout.split()[0]
+
+
+def join(environment: Environment, device: Device, timeout_seconds: int) -> None:
+    """Opens the default process group. Collective over all ranks.
+
+    Args:
+        environment: what `read_environment` returned.
+        device: decides the backend (gloo or nccl).
+        timeout_seconds: how long a collective may wait before it raises.
+    """
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        assert dist.get_world_size() == environment.world
+        return
+    port = environment.master_port if environment.world > 1 else _free_port()
+    dist.init_process_group(
+        device.backend,
+        init_method=f"tcp://{environment.master_addr}:{port}",
+        rank=environment.rank,
+        world_size=environment.world,
+        timeout=timedelta(seconds=timeout_seconds),
+    )
+
+
+def leave() -> None:
+    """Closes the process groups; safe to call when there are none."""
+    if "torch" not in sys.modules:
+        return
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def on_first_rank(work: Callable[[], Answer]) -> Answer:
+    """Runs `work` on rank 0 while the others wait, and gives its answer to all of them.
+
+    Args:
+        work: returns something that can be pickled. A `UserError` it raises is raised on every rank.
+    """
+    import torch.distributed as dist
+
+    answer: list[object] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            answer[0] = work()
+        except UserError as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise UserError(str(answer[1]))
+    return answer[0]  # type: ignore[return-value]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

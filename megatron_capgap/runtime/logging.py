@@ -1,0 +1,166 @@
+"""What a run says: a table at the start, a line or a bar while it goes, metrics.jsonl and TensorBoard for later.
+
+Only rank 0 speaks. A `Log` on another rank takes the same calls and is silent.
+"""
+
+from __future__ import annotations
+
+import json
+import logging as stdlib_logging
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from megatron_capgap.runtime.devices import Device
+
+
+def quiet_libraries() -> None:
+    """Silences what Megatron-Core and torch say about missing optional parts: the start-up table says it once."""
+    for text in (".*Transformer Engine.*", ".*Apex.*", ".*CPU RNG state changed.*", ".*TypedStorage.*"):
+        warnings.filterwarnings("ignore", message=text)
+    for module in (r"megatron\..*", r"torch\.distributed\..*"):
+        warnings.filterwarnings("ignore", module=module)
+    for name in ("megatron", "torch.distributed.checkpoint"):
+        stdlib_logging.getLogger(name).setLevel(stdlib_logging.ERROR)
+
+
+class Log:
+    """The voice of a run.
+
+    Args:
+        run_dir: where metrics.jsonl and tensorboard/ go; None writes no files.
+        speaks: whether this is rank 0.
+        tensorboard: whether to write TensorBoard events.
+    """
+
+    def __init__(self, run_dir: Path | None, speaks: bool, tensorboard: bool = False) -> None:
+        self.speaks = speaks
+        self.console = Console(file=sys.stdout, quiet=not speaks, highlight=False, soft_wrap=True)
+        self._metrics = None
+        self._board = None
+        self._progress: Progress | None = None
+        if speaks and run_dir is not None:
+            self._metrics = open(run_dir / "metrics.jsonl", "a", buffering=1)
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._board = SummaryWriter(str(run_dir / "tensorboard"))
+
+    def say(self, text: str) -> None:
+        """One line to the reader."""
+        self.console.print(text, markup=False)
+
+    def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A small table."""
+        table = Table(*header, title=title, title_justify="left", box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*row)
+        self.console.print(table)
+
+    def parts(self, device: Device) -> None:
+        """The start-up table: which engine and which fused parts are in use, and why not."""
+        rows = [(part.name, "yes" if part.active else "no", part.why) for part in device.parts]
+        self.table(f"device {device.name}, backend {device.backend}, engine {device.engine}", ("part", "in use", ""), rows)
+
+    def record(self, entry: Mapping[str, Any]) -> None:
+        """One object to metrics.jsonl, its numbers to TensorBoard under their names."""
+        if self._metrics is not None:
+            self._metrics.write(json.dumps(dict(entry)) + "\n")
+        if self._board is not None:
+            for name, value in entry.items():
+                if name != "step" and isinstance(value, int | float):
+                    self._board.add_scalar(name, value, entry["step"])
+
+    def close(self) -> None:
+        """Ends the bar and the files."""
+        if self._progress is not None:
+            self._progress.stop()
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._board is not None:
+            self._board.close()
+
+    def bar(self, done: int, total: int) -> None:
+        """Starts a progress bar where the output is a terminal."""
+        if self.speaks and self.console.is_terminal:
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[line]}"), TimeElapsedColumn())
+            self._progress = Progress(*columns, console=self.console)
+            self._progress.add_task("train", completed=done, total=total, line="")
+            self._progress.start()
+
+    def advance(self, step: int, total: int, line: str, every: int) -> None:
+        """Shows step `step` of `total`: on the bar, or as a plain line every `every` steps."""
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=step, line=line)
+        elif step % every == 0 or step == total:
+            self.say(f"step {step}/{total}  {line}")
+
+
+def drop_metrics_after(run_dir: Path, step: int) -> None:
+    """Cuts off what a killed run recorded beyond its last checkpoint, and a line it did not finish. Rank 0 only."""
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    beside = path.with_name(".metrics.jsonl.tmp")
+    beside.write_text("".join(kept))
+    os.replace(beside, path)
+
+
+class Meter:
+    """Speed: of the last step, and an estimate of the time to the end from the recent ones."""
+
+    def __init__(self, flops_a_token: float) -> None:
+        self._flops = flops_a_token
+        self._last = time.perf_counter()
+        self._recent: float | None = None
+
+    def tick(self, tokens: int) -> tuple[float, float]:
+        """Ends a step.
+
+        Args:
+            tokens: of the global batch.
+
+        Returns:
+            (tokens a second, model FLOP/s), all ranks together.
+        """
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        self._recent = seconds if self._recent is None else 0.9 * self._recent + 0.1 * seconds
+        rate = tokens / max(seconds, 1e-9)
+        return rate, rate * self._flops
+
+    def pause(self) -> None:
+        """Leaves the time since the last tick out of the next one: an evaluation, a save."""
+        self._last = time.perf_counter()
+
+    def left(self, steps: int) -> str:
+        """Time that `steps` more steps will take, in words."""
+        if self._recent is None or not math.isfinite(self._recent):
+            return "?"
+        seconds = round(self._recent * steps)
+        hours, minutes = seconds // 3600, seconds // 60 % 60
+        return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds % 60:02d}s"
+
+
+def count(number: float, unit: str = "") -> str:
+    """A number with three digits and a prefix: 12.3M."""
+    for prefix, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(number) >= scale:
+            return f"{number / scale:.3g} {prefix}{unit}" if unit else f"{number / scale:.3g}{prefix}"
+    return f"{number:.3g} {unit}".rstrip()

@@ -1,0 +1,98 @@
+"""--check: what a run would be, in numbers, without torch and without the hardware."""
+
+from __future__ import annotations
+
+from megatron_capgap.config import derive
+from megatron_capgap.config.load import Loaded
+from megatron_capgap.config.schema import Config, Layout, ModelShape
+from megatron_capgap.models import memory, size
+from megatron_capgap.stages.resolve import Resolved, resolve
+
+_MIB = 1 << 20
+
+
+def report(loaded: Loaded, stage: str, world: int) -> str:
+    """Resolves and checks a configuration, and tells parameters, rank grid, tokens a step and memory a rank.
+
+    Args:
+        loaded: the configuration.
+        stage: which stage would run.
+        world: number of ranks, real or supposed.
+
+    Raises:
+        UserError: whatever would stop the run before its first step, short of reading the data.
+    """
+    resolved = resolve(loaded, stage, world)
+    config = resolved.config
+    lines = [f"{stage}: the configuration is sound", ""]
+    lines += _models(resolved)
+    lines += ["", *_grid(config.student.layout, world)]
+    lines += ["", *_work(resolved)]
+    lines += ["", *_memory(resolved)]
+    return "\n".join(lines) + "\n"
+
+
+def _models(resolved: Resolved) -> list[str]:
+    lines = [f"{'model':<9}{'parameters':>16}{'non-embedding':>16}  shape"]
+    for name, shape in (("student", resolved.student), ("teacher", resolved.teacher)):
+        if shape is not None:
+            lines.append(f"{name:<9}{size.parameters(shape):>16,}{size.non_embedding_parameters(shape):>16,}  {_shape(shape)}")
+    if resolved.teacher is not None:
+        ratio = size.non_embedding_parameters(resolved.teacher) / size.non_embedding_parameters(resolved.student)
+        lines.append(f"the teacher is {ratio:.2f} times the student (non-embedding); the law of capacity gap advises about 2.5")
+    return lines
+
+
+def _shape(shape: ModelShape) -> str:
+    tied = "tied" if shape.tied_embeddings else "untied"
+    heads = f"{shape.heads} heads over {size.kv_heads(shape)} groups"
+    return f"{shape.family}: {shape.layers} layers, hidden {shape.hidden}, {heads}, ffn {shape.ffn}, vocab {shape.vocab} {tied}"
+
+
+def _grid(layout: Layout, world: int) -> list[str]:
+    """Who is who, in Megatron's order: tensor fastest, then data, then pipeline."""
+    data = derive.data_parallel(layout, world)
+    lines = [
+        f"rank grid: {world} ranks = tensor {layout.tensor} x data {data} x pipeline {layout.pipeline}"
+        + (f" ({layout.virtual_pipeline} virtual stages each)" if layout.virtual_pipeline > 1 else "")
+        + (", sequence parallel" if layout.sequence else "")
+    ]
+    for stage in range(layout.pipeline):
+        if 2 <= stage < layout.pipeline - 1 and layout.pipeline > 4:
+            if stage == 2:
+                lines.append("  ...")
+            continue
+        first = stage * layout.tensor * data
+        groups = [f"[{_span(first + d * layout.tensor, layout.tensor)}]" for d in range(min(data, 4))]
+        more = f" ... {data} tensor-parallel groups" if data > 4 else ""
+        lines.append(f"  stage {stage}: {' '.join(groups)}{more}")
+    return lines
+
+
+def _span(first: int, count: int) -> str:
+    return str(first) if count == 1 else f"{first}-{first + count - 1}"
+
+
+def _work(resolved: Resolved) -> list[str]:
+    config, batch = resolved.config, resolved.global_batch
+    length = config.data.sequence_length
+    micro = derive.micro_batches(config, config.student.layout, resolved.world)
+    flops = size.training_flops(resolved.student, resolved.teacher, length)
+    lines = [
+        f"tokens a step: {batch * length:,} = {batch} sequences x {length}; {micro} micro-batches of "
+        f"{config.train.micro_batch} on each data-parallel rank"
+    ]
+    if config.train.steps is not None and resolved.stage != "evaluate":
+        tokens = config.train.steps * batch * length
+        lines.append(f"the run: {config.train.steps:,} steps, {tokens:,} tokens, {tokens * flops:.3g} FLOPs")
+    if resolved.resumed is not None:
+        lines.append(f"it goes on from step {resolved.resumed.step}")
+    return lines
+
+
+def _memory(resolved: Resolved) -> list[str]:
+    need = memory.estimate(resolved.config, resolved.stage, resolved.student, resolved.teacher, resolved.world)
+    lines = ["memory of the fullest rank, MiB"]
+    lines += [f"  {name.replace('_', ' '):<18}{value / _MIB:>12,.1f}" for name, value in vars(need).items() if value]
+    lines.append(f"  {'in all':<18}{need.total / _MIB:>12,.1f}  without the interpreter, its libraries and communication buffers")
+    return lines

@@ -1,0 +1,191 @@
+"""What every stage does before its own work: devices, ranks, data, weights, the run directory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_capgap.checkpoint import store
+from megatron_capgap.checkpoint.manifest import Manifest
+from megatron_capgap.config import derive
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.load import Loaded, dump
+from megatron_capgap.config.schema import Config
+from megatron_capgap.data import pretrain
+from megatron_capgap.data.batch import MicroBatch
+from megatron_capgap.models import gpt, size
+from megatron_capgap.models.state import initialise
+from megatron_capgap.runtime import launch, layout
+from megatron_capgap.runtime.devices import Device, choose
+from megatron_capgap.runtime.launch import Environment
+from megatron_capgap.runtime.layout import Grid
+from megatron_capgap.runtime.logging import Log, count, drop_metrics_after, quiet_libraries
+from megatron_capgap.stages.resolve import Resolved, resolve
+from megatron_capgap.training import optimizer
+from megatron_capgap.training.loop import Run
+from megatron_capgap.training.step import Loss
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What a stage stands on once everything was checked."""
+
+    resolved: Resolved
+    device: Device
+    grid: Grid
+    log: Log
+
+    @property
+    def config(self) -> Config:
+        """The configuration."""
+        return self.resolved.config
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's directory."""
+        return Path(self.config.run_dir)
+
+
+@contextmanager
+def ground(loaded: Loaded, stage: str, environment: Environment) -> Iterator[Ground]:
+    """Checks everything, joins the ranks, opens the run directory; leaves the process groups at the end. Collective.
+
+    Raises:
+        UserError: on every rank alike, before anything was written.
+    """
+    quiet_libraries()
+    config = loaded.config
+    resolved = resolve(loaded, stage, environment.world)
+    device = choose(config.device, environment.local_rank)
+    launch.join(environment, device, config.runtime.timeout_seconds)
+    log = None
+    try:
+        launch.on_first_rank(lambda: _open_run_dir(resolved))
+        grid = layout.build(config.student.layout, config.seed)
+        log = Log(Path(config.run_dir), environment.rank == 0, config.runtime.tensorboard)
+        _introduce(log, resolved, device, grid)
+        yield Ground(resolved, device, grid, log)
+    finally:
+        if log is not None:
+            log.close()
+        layout.release()
+        launch.leave()
+
+
+def student_chunks(ground: Ground) -> list[torch.nn.Module]:
+    """The student's chunks on this rank, from its checkpoint or from random weights. Collective."""
+    resolved, config = ground.resolved, ground.config
+    chunks = gpt.build(
+        resolved.student,
+        ground.grid,
+        config.precision,
+        ground.device,
+        sequence_length=config.data.sequence_length,
+        dropout=config.train.dropout,
+    )
+    if resolved.student_source is not None:
+        store.load_weights(resolved.student_source.folder, chunks, ground.grid)
+    else:
+        initialise(chunks, resolved.student, ground.grid, config.seed)
+    return chunks
+
+
+def training_run(ground: Ground, prepare: Callable[[Sequence[MicroBatch]], Loss]) -> Run:
+    """Student, optimizer and data, ready for the loop. Collective.
+
+    Args:
+        ground: what the stage stands on.
+        prepare: gives the loss of each global batch; a teacher runs in it.
+    """
+    config, resolved = ground.config, ground.resolved
+    chunks = optimizer.wrap(student_chunks(ground), ground.grid)
+    cache = cache_dir(config)
+    return Run(
+        config=config,
+        run_dir=ground.run_dir,
+        device=ground.device,
+        grid=ground.grid,
+        chunks=chunks,
+        optimization=optimizer.build(chunks, config, ground.device),
+        train=pretrain.open_training(config.data, config.seed, cache),
+        valid=pretrain.open_validation(config.data, cache) if config.data.valid else None,
+        vocab_size=resolved.student.vocab,
+        byte_lengths=padded_byte_lengths(resolved),
+        global_batch=resolved.global_batch,
+        describe=lambda done: _describe(ground, done),
+        prepare=prepare,
+        flops_a_token=size.training_flops(resolved.student, resolved.teacher, config.data.sequence_length),
+        log=ground.log,
+    )
+
+
+def cache_dir(config: Config) -> Path:
+    """Where the sample indices of the datasets are kept."""
+    return Path(config.run_dir) / "data_cache"
+
+
+def padded_byte_lengths(resolved: Resolved) -> torch.Tensor:
+    """UTF-8 bytes of each token, float64 `[vocab]`; ids that the model has and the tokenizer lacks have none."""
+    lengths = torch.zeros(resolved.student.vocab, dtype=torch.float64)
+    lengths[: resolved.tokenizer.vocab_size] = torch.as_tensor(resolved.tokenizer.byte_lengths(), dtype=torch.float64)
+    return lengths
+
+
+def _open_run_dir(resolved: Resolved) -> None:
+    """Checks the data and makes the run directory. Rank 0 only; what it raises reaches every rank."""
+    config = resolved.config
+    run_dir = Path(config.run_dir)
+    existed = run_dir.exists()
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        probe = run_dir / f".writable.{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        source = resolved.loaded.source("run_dir")
+        raise UserError(f"{source}: run_dir: {run_dir} cannot be written ({error.strerror}); choose another run_dir") from error
+    try:
+        pretrain.build_indices(config.data, resolved.student.vocab, config.seed, cache_dir(config))
+    except UserError:
+        if not existed:
+            run_dir.rmdir()
+        raise
+    drop_metrics_after(run_dir, resolved.resumed.step if resolved.resumed else 0)
+    dump(config, str(run_dir / "resolved.yaml"))
+
+
+def _introduce(log: Log, resolved: Resolved, device: Device, grid: Grid) -> None:
+    """The first lines of a run."""
+    log.parts(device)
+    for name, shape in (("student", resolved.student), ("teacher", resolved.teacher)):
+        if shape is not None:
+            total, inner = size.parameters(shape), size.non_embedding_parameters(shape)
+            log.say(f"{name}: {count(total)} parameters, {count(inner)} without embeddings")
+    cut = grid.layout
+    tokens = resolved.global_batch * resolved.config.data.sequence_length
+    log.say(
+        f"ranks: {resolved.world} = tensor {cut.tensor} x pipeline {cut.pipeline} x data {grid.data_size}; "
+        f"{tokens} tokens a step"
+    )
+
+
+def _describe(ground: Ground, done: int) -> Manifest:
+    resolved, config = ground.resolved, ground.config
+    samples = done * resolved.global_batch
+    return Manifest(
+        step=done,
+        steps=config.train.steps or done,
+        tokens=samples * config.data.sequence_length,
+        model=resolved.student,
+        tokenizer=config.data.tokenizer,
+        tokenizer_fingerprint=resolved.tokenizer.fingerprint,
+        stage=resolved.stage,
+        seed=config.seed,
+        ranks=store.ranks(ground.grid),
+        sequence_length=config.data.sequence_length,
+    )

@@ -1,0 +1,69 @@
+"""distill: a student learns a teacher's next-token distributions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from megatron_capgap.checkpoint import store
+from megatron_capgap.config import derive
+from megatron_capgap.config.load import Loaded
+from megatron_capgap.data.batch import MicroBatch
+from megatron_capgap.distillation.teacher import Teacher, freeze
+from megatron_capgap.losses import DistillationObjective, TeacherHidden, TokenLoss, distillation_loss
+from megatron_capgap.models import gpt
+from megatron_capgap.runtime.launch import Environment
+from megatron_capgap.stages import common
+from megatron_capgap.training.loop import train
+from megatron_capgap.training.step import Loss
+
+
+def run(loaded: Loaded, environment: Environment) -> int:
+    """Distils; returns the exit code."""
+    with common.ground(loaded, "distill", environment) as ground:
+        teacher = open_teacher(ground)
+        objective = DistillationObjective(**vars(ground.config.objective))
+        vocab_size, grid = ground.resolved.student.vocab, ground.grid
+
+        def prepare(batches: Sequence[MicroBatch]) -> Loss:
+            taught = dict(zip(map(id, batches), teacher.hidden_states(batches), strict=True))
+
+            def loss(hidden: Tensor, head: Tensor, batch: MicroBatch) -> TokenLoss:
+                # Popped, so that the teacher's states of a micro-batch go as soon as its loss is known.
+                teaching = taught.pop(id(batch)).flatten(0, 1)
+                return distillation_loss(
+                    hidden.flatten(0, 1),
+                    head,
+                    TeacherHidden(hidden=teaching, head=teacher.head()),
+                    *batch.flat(),
+                    objective=objective,
+                    vocab_size=vocab_size,
+                    group=grid.groups.tp,
+                    sequence_parallel=grid.layout.sequence,
+                )
+
+            return loss
+
+        train(common.training_run(ground, prepare))
+    return 0
+
+
+def open_teacher(ground: common.Ground) -> Teacher:
+    """Builds the teacher in the student's process groups, without virtual stages, and loads its weights. Collective."""
+    resolved, config = ground.resolved, ground.config
+    source, shape = resolved.teacher_source, resolved.teacher
+    assert source is not None and shape is not None, "load refuses a distill configuration without a teacher"
+    chunks = gpt.build(
+        shape,
+        ground.grid,
+        config.precision,
+        ground.device,
+        sequence_length=config.data.sequence_length,
+        virtual=False,
+    )
+    store.load_weights(source.folder, chunks, ground.grid)
+    freeze(chunks)
+    if source.manifest.step < source.manifest.steps:
+        ground.log.say(f"teacher: {source.folder} is at step {source.manifest.step} of {source.manifest.steps}: its run is not finished")
+    return Teacher(chunks, ground.grid, shape, derive.teacher_micro_batch(config))

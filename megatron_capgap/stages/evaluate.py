@@ -1,0 +1,43 @@
+"""evaluate: loss, perplexity and bits per byte on held-out text, in any layout."""
+
+from __future__ import annotations
+
+import json
+
+from megatron_capgap.checkpoint.manifest import write_atomically
+from megatron_capgap.config.load import Loaded
+from megatron_capgap.data import pretrain
+from megatron_capgap.runtime.launch import Environment
+from megatron_capgap.stages import common
+from megatron_capgap.training.evaluate import evaluate
+
+
+def run(loaded: Loaded, environment: Environment) -> int:
+    """Measures, writes RUN/evaluation.json; returns the exit code."""
+    with common.ground(loaded, "evaluate", environment) as ground:
+        config, resolved = ground.config, ground.resolved
+        result = evaluate(
+            common.student_chunks(ground),
+            ground.grid,
+            pretrain.open_validation(config.data, common.cache_dir(config)),
+            vocab_size=resolved.student.vocab,
+            byte_lengths=common.padded_byte_lengths(resolved),
+            micro_batch=config.train.micro_batch,
+            global_batch=resolved.global_batch,
+            batches=config.train.eval_batches,
+            device=ground.device.torch_device,
+        )
+        step = resolved.student_source.manifest.step if resolved.student_source else 0
+        entry = {
+            "step": step,
+            "valid_loss": result.loss,
+            "valid_perplexity": result.perplexity,
+            "bits_per_byte": result.bits_per_byte,
+        }
+        ground.log.record(entry)
+        if ground.log.speaks:
+            facts = {**entry, "tokens": result.tokens, "samples": result.samples, "checkpoint": config.student.checkpoint}
+            write_atomically(ground.run_dir / "evaluation.json", json.dumps(facts, indent=1) + "\n")
+        rows = [(f"{result.loss:.4f}", f"{result.perplexity:.3f}", f"{result.bits_per_byte:.4f}", str(result.tokens))]
+        ground.log.table(f"step {step}", ("loss a token", "perplexity", "bits a byte", "tokens"), rows)
+    return 0

@@ -1,0 +1,129 @@
+"""What a configuration means: model shapes found, everything checked. No torch, nothing written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_capgap.checkpoint import manifest as manifests
+from megatron_capgap.checkpoint.manifest import Manifest
+from megatron_capgap.config import checks, derive
+from megatron_capgap.config.errors import ConfigError, UserError
+from megatron_capgap.config.load import Loaded
+from megatron_capgap.config.schema import Config, ModelShape
+from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model's weights come from."""
+
+    folder: Path
+    manifest: Manifest
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A checked configuration with its models and batch in numbers."""
+
+    loaded: Loaded
+    stage: str
+    world: int
+    student: ModelShape
+    teacher: ModelShape | None
+    student_source: Source | None
+    teacher_source: Source | None
+    resumed: Manifest | None
+    """The newest checkpoint in run_dir, if this run has begun before."""
+    tokenizer: Tokenizer
+
+    @property
+    def config(self) -> Config:
+        """The configuration."""
+        return self.loaded.config
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences in one step over all ranks."""
+        return derive.global_batch(self.config, self.config.student.layout, self.world)
+
+
+def resolve(loaded: Loaded, stage: str, world: int) -> Resolved:
+    """Finds the models and checks everything that can be checked without reading data.
+
+    Raises:
+        UserError: with every problem that was found.
+    """
+    config = loaded.config
+    student_source = _source(loaded, "student.checkpoint", config.student.checkpoint)
+    teacher_source = _source(loaded, "teacher.checkpoint", config.teacher.checkpoint if config.teacher else None)
+    student = config.student.model or (student_source.manifest.model if student_source else None)
+    assert student is not None, "load refuses a student that has neither"
+    teacher = teacher_source.manifest.model if teacher_source else None
+    checks.check(loaded, stage, world, student, teacher)
+    tokenizer = open_tokenizer(config.data.tokenizer)
+    resumed = _begun(loaded, stage, student)
+    problems = [
+        *_vocabulary_problems(loaded, student, tokenizer),
+        *_fingerprint_problems(loaded, "student.checkpoint", student_source, tokenizer),
+        *_fingerprint_problems(loaded, "teacher.checkpoint", teacher_source, tokenizer),
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return Resolved(loaded, stage, world, student, teacher, student_source, teacher_source, resumed, tokenizer)
+
+
+def _source(loaded: Loaded, key: str, checkpoint: str | None) -> Source | None:
+    if checkpoint is None:
+        return None
+    try:
+        folder = manifests.locate(checkpoint)
+        return Source(folder, manifests.read(folder))
+    except UserError as error:
+        raise ConfigError([f"{loaded.source(key)}: {key}: {error}"]) from error
+
+
+def _begun(loaded: Loaded, stage: str, student: ModelShape) -> Manifest | None:
+    """The run's own newest checkpoint; it must be of this stage, model and seed."""
+    config = loaded.config
+    newest = manifests.latest(Path(config.run_dir))
+    if newest is None:
+        return None
+    where = f"{loaded.source('run_dir')}: run_dir: {config.run_dir}"
+    if stage == "evaluate":
+        raise ConfigError([f"{where} is a training run; give the evaluation a run_dir of its own"])
+    found = manifests.read(newest)
+    problems = []
+    if found.stage != stage:
+        problems.append(f"{where} holds a run of stage {found.stage}; choose another run_dir for {stage}")
+    for name, value in vars(student).items():
+        if getattr(found.model, name) != value:
+            was = getattr(found.model, name)
+            problems.append(f"{where} holds a checkpoint with {name} {was}, this student has {name} {value}; choose another run_dir")
+    if found.seed != config.seed:
+        problems.append(f"{where} was begun with seed {found.seed}, not {config.seed}; keep the seed or choose another run_dir")
+    if config.train.steps is not None and found.step > config.train.steps:
+        problems.append(f"{where} is at step {found.step}, beyond train.steps {config.train.steps}; raise train.steps or choose another run_dir")
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def _vocabulary_problems(loaded: Loaded, student: ModelShape, tokenizer: Tokenizer) -> list[str]:
+    if tokenizer.vocab_size <= student.vocab:
+        return []
+    path = loaded.config.data.tokenizer
+    return [
+        f"{loaded.source('data.tokenizer')}: data.tokenizer: {path} has {tokenizer.vocab_size} tokens but the student's "
+        f"vocab is {student.vocab}; set student.model.vocab to {tokenizer.vocab_size} or more, or use the model's own tokenizer"
+    ]
+
+
+def _fingerprint_problems(loaded: Loaded, key: str, source: Source | None, tokenizer: Tokenizer) -> list[str]:
+    if source is None or source.manifest.tokenizer_fingerprint == tokenizer.fingerprint:
+        return []
+    theirs, ours = source.manifest.tokenizer_fingerprint[:12], tokenizer.fingerprint[:12]
+    return [
+        f"{loaded.source(key)}: {key}: {source.folder} was trained with tokenizer {source.manifest.tokenizer} ({theirs}), "
+        f"but data.tokenizer is {loaded.config.data.tokenizer} ({ours}); their tokens differ, use the checkpoint's tokenizer"
+    ]

@@ -1,0 +1,98 @@
+"""Loss on held-out text: the same number in every layout, per token and per byte."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_capgap.data.batch import MicroBatch, micro_batches
+from megatron_capgap.data.pretrain import SampleSequence
+from megatron_capgap.losses import TokenLoss, language_model_loss
+from megatron_capgap.models import schedule
+from megatron_capgap.models.gpt import unwrap
+from megatron_capgap.runtime.layout import Grid
+from megatron_capgap.training.step import reduce_losses
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A model on a held-out set."""
+
+    loss: float
+    """Cross-entropy in nats a token."""
+    bits_per_byte: float
+    """Bits that the model needs for one byte of the text; comparable between tokenizers."""
+    tokens: int
+    """Tokens that were predicted."""
+    samples: int
+    """Sequences that were read."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(min(self.loss, 700.0))
+
+
+def evaluate(
+    chunks: Sequence[torch.nn.Module],
+    grid: Grid,
+    sequence: SampleSequence,
+    *,
+    vocab_size: int,
+    byte_lengths: Tensor,
+    micro_batch: int,
+    global_batch: int,
+    batches: int | None,
+    device: torch.device,
+) -> Evaluation:
+    """Runs the model forward over held-out samples, each exactly once. Collective; leaves the model in training mode.
+
+    Args:
+        chunks: this rank's model chunks.
+        grid: their layout.
+        sequence: held-out samples.
+        vocab_size: columns of the LM head beyond it are padding.
+        byte_lengths: UTF-8 bytes of each token, float64 `[vocab_size]`.
+        micro_batch: sequences in one forward pass of one rank.
+        global_batch: sequences in one pass of all ranks.
+        batches: global batches to read; None reads everything.
+        device: where tensors live.
+    """
+    samples = len(sequence) if batches is None else min(len(sequence), batches * global_batch)
+    lengths = byte_lengths.to(device)
+    losses: list[TokenLoss] = []
+
+    def last_stage(hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, None]:
+        labels, mask = batch.flat()
+        out = language_model_loss(
+            hidden.flatten(0, 1),
+            unwrap(chunks[-1]).lm_head(),
+            labels,
+            mask,
+            vocab_size=vocab_size,
+            group=grid.groups.tp,
+            sequence_parallel=grid.layout.sequence,
+        )
+        count = (lengths[labels.clamp(0, vocab_size - 1)] * mask).sum()
+        losses.append(TokenLoss(out.loss_sum, out.num_tokens, {"bytes": count}))
+        return out.loss_sum, out.num_tokens.to(torch.int), None
+
+    for chunk in chunks:
+        chunk.eval()
+    with torch.no_grad():
+        for start in range(0, samples, global_batch):
+            wanted = range(start, start + global_batch)
+            mine = list(
+                micro_batches(sequence, wanted, micro_batch, grid.data_rank, grid.data_size, device, limit=samples)
+            )
+            shape = (mine[0].tokens.shape[1], micro_batch)
+            schedule.run(chunks, grid, mine, last_stage, forward_only=True, shape=shape)
+    for chunk in chunks:
+        chunk.train()
+    loss, report, tokens = reduce_losses(losses, grid)
+    bits = loss / math.log(2.0) / report["bytes"] if report.get("bytes") else float("nan")
+    return Evaluation(loss, bits, tokens, samples)

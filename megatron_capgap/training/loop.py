@@ -1,0 +1,166 @@
+"""The loop: teach, step, record, evaluate, save, until the last step or a signal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
+
+from megatron_capgap.checkpoint import manifest as manifests
+from megatron_capgap.checkpoint import store
+from megatron_capgap.checkpoint.manifest import Manifest
+from megatron_capgap.config.schema import Config
+from megatron_capgap.data.batch import MicroBatch, global_batch_samples, micro_batches
+from megatron_capgap.data.pretrain import SampleSequence
+from megatron_capgap.runtime.devices import Device
+from megatron_capgap.runtime.layout import Grid
+from megatron_capgap.runtime.logging import Log, Meter, count
+from megatron_capgap.runtime.signals import StopRequest
+from megatron_capgap.training.evaluate import Evaluation, evaluate
+from megatron_capgap.training.optimizer import Optimization
+from megatron_capgap.training.step import Loss, StepResult, train_step
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a training run consists of."""
+
+    config: Config
+    run_dir: Path
+    device: Device
+    grid: Grid
+    chunks: Sequence[DistributedDataParallel]
+    optimization: Optimization
+    train: SampleSequence
+    valid: SampleSequence | None
+    vocab_size: int
+    byte_lengths: Tensor
+    """UTF-8 bytes of each token, float64 `[vocab]`."""
+    global_batch: int
+    describe: Callable[[int], Manifest]
+    """From the number of steps done to what the checkpoint says of itself."""
+    prepare: Callable[[Sequence[MicroBatch]], Loss]
+    """From a global batch's micro-batches to the loss of each: where a teacher runs."""
+    flops_a_token: float
+    log: Log
+
+
+def train(run: Run) -> None:
+    """Trains to the last step, or to the step boundary after a signal, going on from the run's latest checkpoint. Collective."""
+    config, log = run.config, run.log
+    steps = config.train.steps
+    assert steps is not None
+    done = resume(run)
+    meter = Meter(run.flops_a_token)
+    log.bar(done, steps)
+    with StopRequest(run.device.torch_device) as stop:
+        while done < steps:
+            result = one_step(run, done)
+            done += 1
+            _report(run, done, result, meter)
+            signal = stop.agreed()
+            if _due(done, config.train.eval_every, steps) and not signal:
+                _evaluate(run, done)
+            if signal or _due(done, config.checkpoint.every, steps):
+                save(run, done)
+            meter.pause()
+            if signal:
+                log.say(f"stopped by {signal} after step {done} of {steps}; the same command goes on from there")
+                return
+    memory = count(run.device.peak_memory(), "B")
+    log.say(f"finished: {steps} steps, peak memory of rank 0 {memory}, checkpoint {run.run_dir}/checkpoints/step_{steps}")
+
+
+def one_step(run: Run, done: int) -> StepResult:
+    """Step number `done + 1` on its own samples. Collective."""
+    batches = batches_of(run, done)
+    return train_step(
+        run.chunks,
+        run.grid,
+        run.optimization,
+        batches,
+        run.prepare(batches),
+        step=done + 1,
+        clip_norm=run.config.optimizer.clip_norm,
+    )
+
+
+def batches_of(run: Run, done: int) -> list[MicroBatch]:
+    """This data-parallel rank's micro-batches of the step after `done` steps: a function of the seed and `done` alone."""
+    samples = global_batch_samples(done, run.global_batch)
+    rows = micro_batches(
+        run.train,
+        samples,
+        run.config.train.micro_batch,
+        run.grid.data_rank,
+        run.grid.data_size,
+        run.device.torch_device,
+    )
+    return list(rows)
+
+
+def resume(run: Run) -> int:
+    """Loads the run's latest checkpoint, if it has one. Collective.
+
+    Returns:
+        Steps done so far.
+    """
+    newest = manifests.latest(run.run_dir)
+    if newest is None:
+        return 0
+    store.load_training(newest, run.chunks, run.grid, run.optimization)
+    done = manifests.read(newest).step
+    run.log.say(f"resumed from {newest}: step {done} of {run.config.train.steps}")
+    return done
+
+
+def save(run: Run, done: int) -> None:
+    """Writes a checkpoint of the state after `done` steps. Collective."""
+    store.save(run.run_dir, run.describe(done), run.chunks, run.grid, run.optimization, run.config.checkpoint.keep)
+
+
+def _due(done: int, every: int, steps: int) -> bool:
+    return done == steps or (every > 0 and done % every == 0)
+
+
+def _report(run: Run, done: int, result: StepResult, meter: Meter) -> None:
+    """One line of metrics.jsonl, one on the console."""
+    rate, flops = meter.tick(result.tokens)
+    steps = run.config.train.steps
+    entry = {"step": done, "loss": result.loss, **result.report, "grad_norm": result.grad_norm, "lr": result.lr}
+    run.log.record({**entry, "tokens": result.tokens, "tokens_per_second": round(rate, 1)})
+    line = f"loss {result.loss:.4f}  norm {result.grad_norm:.3f}  lr {result.lr:.2e}  {count(rate)} tokens/s  {count(flops, 'FLOP/s')}"
+    run.log.advance(done, steps, f"{line}  left {meter.left(steps - done)}", run.config.train.log_every)
+
+
+def _evaluate(run: Run, done: int) -> Evaluation | None:
+    """Loss on the held-out set, into metrics.jsonl."""
+    if run.valid is None:
+        return None
+    result = evaluate(
+        run.chunks,
+        run.grid,
+        run.valid,
+        vocab_size=run.vocab_size,
+        byte_lengths=run.byte_lengths,
+        micro_batch=run.config.train.micro_batch,
+        global_batch=run.global_batch,
+        batches=run.config.train.eval_batches,
+        device=run.device.torch_device,
+    )
+    run.log.record(
+        {
+            "step": done,
+            "valid_loss": result.loss,
+            "valid_perplexity": result.perplexity,
+            "bits_per_byte": result.bits_per_byte,
+        }
+    )
+    run.log.say(
+        f"step {done}  valid loss {result.loss:.4f}  perplexity {result.perplexity:.2f}  "
+        f"{result.bits_per_byte:.4f} bits a byte  ({count(result.tokens)} tokens)"
+    )
+    return result

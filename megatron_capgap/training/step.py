@@ -1,0 +1,136 @@
+"""One optimizer step: the schedule, one division by the global number of tokens, a check, the update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from torch import Tensor
+
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.data.batch import MicroBatch
+from megatron_capgap.losses import TokenLoss
+from megatron_capgap.models import schedule
+from megatron_capgap.models.gpt import unwrap
+from megatron_capgap.runtime.layout import Grid
+from megatron_capgap.training.optimizer import Optimization
+
+Loss = Callable[[Tensor, Tensor, MicroBatch], TokenLoss]
+"""(final hidden states `[s/tp or s, b, h]`, LM head shard `[v/tp, h]`, micro-batch) to sums over its valid tokens."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did; every number is global and the same on all ranks."""
+
+    loss: float
+    """Mean over valid tokens of what was minimised."""
+    report: dict[str, float]
+    """Its parts, mean over valid tokens."""
+    tokens: int
+    """Valid tokens in the global batch."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+    lr: float
+    """Learning rate that was used."""
+
+
+def train_step(
+    chunks: Sequence[DistributedDataParallel],
+    grid: Grid,
+    optimization: Optimization,
+    batches: Sequence[MicroBatch],
+    loss: Loss,
+    *,
+    step: int,
+    clip_norm: float,
+) -> StepResult:
+    """Trains on one global batch. Collective.
+
+    Args:
+        chunks: the student's chunks on this rank.
+        grid: its layout.
+        optimization: its optimizer and schedule.
+        batches: this data-parallel rank's micro-batches of the global batch.
+        loss: what is minimised.
+        step: its number, for messages.
+        clip_norm: largest gradient norm; 0 does not clip.
+
+    Raises:
+        UserError: loss or gradient norm is not finite; weights and optimizer are as before the step.
+    """
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimization.optimizer.zero_grad()
+    losses: list[tuple[TokenLoss, MicroBatch]] = []
+
+    def last_stage(hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, None]:
+        out = loss(hidden, unwrap(chunks[-1]).lm_head(), batch)
+        losses.append((TokenLoss(out.loss_sum.detach(), out.num_tokens, out.report), batch))
+        return out.loss_sum, out.num_tokens.to(torch.int), None
+
+    micro_batch, sequence_length = batches[0].tokens.shape
+    schedule.run(chunks, grid, batches, last_stage, forward_only=False, shape=(sequence_length, micro_batch))
+    loss_mean, report, tokens = reduce_losses([out for out, _ in losses], grid)
+    if not loss_mean - loss_mean == 0.0:  # also true for NaN and infinities
+        raise UserError(_not_finite(f"loss {loss_mean}", step, [batch for out, batch in losses if not _finite(out)]))
+    grad_norm = _clip(optimization, clip_norm, step, batches)
+    optimization.schedule.step(1)
+    optimization.optimizer.step_with_ready_grads()
+    lr = next(group["lr"] for group in optimization.optimizer.param_groups if group.get("default_config", True))
+    return StepResult(loss_mean, report, tokens, grad_norm, lr)
+
+
+def reduce_losses(losses: Sequence[TokenLoss], grid: Grid) -> tuple[float, dict[str, float], int]:
+    """Means over all valid tokens of all ranks. Collective.
+
+    Args:
+        losses: sums of this rank's micro-batches; known on the last stage only.
+
+    Returns:
+        (mean loss, mean of each report entry, number of tokens), the same on every rank.
+    """
+    names = sorted(losses[0].report) if losses else []
+    if grid.layout.pipeline > 1:
+        answer = [names]
+        dist.broadcast_object_list(answer, src=grid.last_stage_rank, group=grid.groups.pp)
+        names = answer[0]
+    device = losses[0].loss_sum.device if losses else torch.cuda.current_device()
+    sums = torch.zeros(2 + len(names), dtype=torch.float64, device=device)
+    for out in losses:
+        sums += torch.stack([value.double() for value in (out.loss_sum, out.num_tokens, *(out.report[n] for n in names))])
+    total, tokens, *parts = grid.sum_over_data(sums).tolist()
+    count = max(tokens, 1.0)
+    return total / count, {name: part / count for name, part in zip(names, parts, strict=True)}, int(tokens)
+
+
+def _clip(optimization: Optimization, clip_norm: float, step: int, batches: Sequence[MicroBatch]) -> float:
+    """Computes the global gradient norm, refuses one that is not finite, and scales the gradients down to `clip_norm`."""
+    optimizer = optimization.optimizer
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if not norm - norm == 0.0:
+        raise UserError(_not_finite(f"gradient norm {norm}", step, batches))
+    if clip_norm > 0.0:
+        for part in optimizer.chained_optimizers:
+            clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=clip_norm, total_norm=norm)
+    return norm
+
+
+def _finite(out: TokenLoss) -> bool:
+    return bool(torch.isfinite(out.loss_sum))
+
+
+def _not_finite(what: str, step: int, mine: Sequence[MicroBatch]) -> str:
+    """Gathers the ids of the samples under suspicion from all ranks. Collective."""
+    everywhere: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everywhere, [sample for batch in mine for sample in batch.sample_ids])
+    samples = sorted({sample for ids in everywhere for sample in ids})
+    return (
+        f"step {step}: {what} is not finite; weights and optimizer are as after step {step - 1}; suspect samples {samples}; "
+        "look at them, lower optimizer.lr, or start again from the last checkpoint"
+    )

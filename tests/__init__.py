@@ -1,0 +1,1 @@
+"""Tests: `unit` in one process, `distributed` on gloo workers, `end_to_end` through the commands."""

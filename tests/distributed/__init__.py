@@ -1,0 +1,1 @@
+"""Several gloo processes, from the shared pool."""

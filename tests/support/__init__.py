@@ -1,0 +1,1 @@
+"""What tests share: the worker pool and dense references."""
