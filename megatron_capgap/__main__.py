@@ -16,6 +16,7 @@ from megatron_capgap.config.keys import table
 from megatron_capgap.config.load import load, nearest
 from megatron_capgap.config.schema import STAGES
 from megatron_capgap.runtime import launch
+from megatron_capgap.runtime.quiet import quiet_libraries
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -46,14 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after the program's name; those of this process by default.
 
     Returns:
-        The exit code: 0, or what the stage says; 2 after mistakes of the user's, which the first rank tells in one
-        line each; 130 after an interrupt from the keyboard.
+        The exit code: 0, or what the stage says; 2 after mistakes of the user's, which the first rank tells
+        in one line each; 130 after an interrupt from the keyboard.
     """
     try:
         return _obey(parse(sys.argv[1:] if argv is None else argv))
     except UserError as error:
         if _speaks():
-            sys.stderr.write("".join(f"capgap: error: {line}\n" for line in str(error).splitlines()))
+            sys.stderr.write("".join(f"capgap: error: {line}\n" for line in str(error).split("\n")))
         else:
             time.sleep(_GRACE_SECONDS)
         return USER_ERROR
@@ -132,6 +133,7 @@ def _obey(command: Command) -> int:
         if environment.rank == 0:
             sys.stdout.write(f"{report.rstrip()}\n")
         return 0
+    quiet_libraries()
     return importlib.import_module(f"megatron_capgap.stages.{command.stage}").run(loaded, environment)
 
 
@@ -144,7 +146,7 @@ def _world(options: dict[str, str]) -> int | None:
 
 
 def _speaks() -> bool:
-    """Whether this rank tells the user's mistakes: the first; each where the launcher's variables are wrong."""
+    """Whether this rank tells of mistakes: the first; all where the launcher's variables are wrong."""
     try:
         return launch.read_environment().rank == 0
     except UserError:

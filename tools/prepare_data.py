@@ -34,7 +34,7 @@ PLAIN_SECONDS = 10.0  # between lines of progress where there is no terminal
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 with one line on stderr where the input is at fault."""
+    """Exit status: 0; 2 with one line on stderr where the input is at fault; 130 after Ctrl-C."""
     args = parse_arguments(argv)
     try:
         prepare(args, check_paths(args))
@@ -44,6 +44,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"prepare_data: error: {error.filename or args.out}: {error.strerror}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("prepare_data: interrupted, nothing was written", file=sys.stderr)
+        return 130
     return 0
 
 

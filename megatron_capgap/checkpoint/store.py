@@ -17,19 +17,20 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron_capgap.checkpoint import manifest as manifests
 from megatron_capgap.checkpoint.manifest import Manifest
 from megatron_capgap.config.errors import UserError
+from megatron_capgap.models.gpt import unwrap
 from megatron_capgap.models.state import sharded_state
 from megatron_capgap.runtime.launch import on_first_rank
 from megatron_capgap.runtime.layout import Grid
-
-# The one optimizer format of Megatron-Core that any data-parallel size can load.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 class Optimization(Protocol):
     """What a checkpoint needs of the training room's optimizer and schedule."""
 
-    optimizer: Any
-    schedule: Any
+    def sharded_state(self, model: ShardedStateDict, *, loading: bool) -> ShardedStateDict:
+        """Its state by layout-free names."""
+
+    def load(self, state: dict[str, Any], steps: int) -> None:
+        """Takes over a loaded state that stands for `steps` optimizer steps."""
 
 
 def save(
@@ -81,9 +82,7 @@ def load_training(folder: Path, chunks: Sequence[torch.nn.Module], grid: Grid, o
     state = _state(chunks, grid, optimization, loading=True, random_state=same_ranks)
     loaded = _load(state, folder)
     _fill(chunks, loaded)
-    optimization.optimizer.load_state_dict(loaded["optimizer"])
-    optimization.schedule.num_steps = 0
-    optimization.schedule.step(manifest.step)
+    optimization.load(loaded["optimizer"], manifest.step)
     if same_ranks:
         _set_random_state(loaded["random"])
 
@@ -105,8 +104,7 @@ def _state(
     state = sharded_state(list(chunks), grid)
     if optimization is None:
         return state
-    optimizer = optimization.optimizer.sharded_state_dict(state, is_loading=loading, metadata=_METADATA)
-    state = {**state, "optimizer": optimizer}
+    state = {**state, "optimizer": optimization.sharded_state(state, loading=loading)}
     if random_state:
         state["random"] = _random_state()
     return state
@@ -123,7 +121,7 @@ def _load(state: ShardedStateDict, folder: Path) -> dict[str, Any]:
 def _fill(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
     for index, chunk in enumerate(chunks):
         part = loaded["model"] if len(chunks) == 1 else loaded[f"model{index}"]
-        missing, unexpected = chunk.load_state_dict(part, strict=False)
+        missing, unexpected = unwrap(chunk).load_state_dict(part, strict=False)
         left_over = [name for name in missing if not name.endswith("_extra_state")]
         assert not left_over and not unexpected, (left_over, unexpected)
 

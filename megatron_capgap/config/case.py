@@ -24,10 +24,10 @@ class Model:
     """The checkpoint that the shape was read from; None for a model in numbers."""
 
     def blame(self, name: str) -> str:
-        """The beginning of a problem with number `name` of the shape."""
+        """The beginning of a problem with number `name` of the shape; its value comes next."""
         if self.path is None:
-            return f"{self.loaded.source(f'{self.role}.model.{name}')}: {self.role}.model.{name}"
-        return f"{self.loaded.source(f'{self.role}.checkpoint')}: {self.role}.checkpoint {self.path}: {name}"
+            return f"{self.loaded.place(f'{self.role}.model.{name}')}: "
+        return f"{self.loaded.place(f'{self.role}.checkpoint')}: {self.path}: {name} "
 
     def number(self, name: str) -> str:
         """How a problem with another key mentions number `name` of the shape."""
@@ -64,7 +64,7 @@ class Case:
 
     def problem(self, key: str, text: str) -> str:
         """One finished sentence about `key`."""
-        return f"{self.loaded.source(key)}: {key}: {text}"
+        return f"{self.loaded.place(key)}: {text}"
 
 
 def build(loaded: Loaded, stage: str, world: int, student: ModelShape, teacher: ModelShape | None) -> Case:

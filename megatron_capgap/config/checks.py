@@ -62,7 +62,7 @@ def key_value_heads_divide_heads(case: Case) -> Iterator[str]:
         heads, kv_heads = model.shape.heads, model.shape.kv_heads or model.shape.heads
         if heads % kv_heads:
             text = f"{kv_heads} does not divide heads {heads}; {divisors(heads)} would do"
-            yield f"{model.blame('kv_heads')}: {text}"
+            yield f"{model.blame('kv_heads')}{text}"
 
 
 def heads_have_an_even_width(case: Case) -> Iterator[str]:
@@ -72,11 +72,11 @@ def heads_have_an_even_width(case: Case) -> Iterator[str]:
         width = given or hidden // heads
         if given is None and hidden % heads:
             text = f"{hidden} is not divisible by heads {heads}"
-            yield f"{model.blame('hidden')}: {text}; {multiples(hidden, heads)} would do, or give head_dim"
+            yield f"{model.blame('hidden')}{text}; {multiples(hidden, heads)} would do, or give head_dim"
         elif width % 2:
             name, value = ("head_dim", given) if given else ("hidden", hidden)
             text = f"{value} makes heads {width} wide, and rotary positions turn pairs"
-            yield f"{model.blame(name)}: {text}; head_dim {multiples(width, 2)} would do"
+            yield f"{model.blame(name)}{text}; head_dim {multiples(width, 2)} would do"
 
 
 def layers_fill_the_pipeline(case: Case) -> Iterator[str]:
@@ -175,7 +175,7 @@ def teacher_shares_the_vocabulary(case: Case) -> Iterator[str]:
         mine = teacher.shape.vocab
         if mine != student.shape.vocab:
             text = f"{mine} differs from {student.number('vocab')}, and both models must speak one vocabulary"
-            yield f"{teacher.blame('vocab')}: {text}; a student of vocab {mine} would do, or another teacher"
+            yield f"{teacher.blame('vocab')}{text}; a student of vocab {mine} would do, or another teacher"
 
 
 def learning_rate_falls(case: Case) -> Iterator[str]:

@@ -54,6 +54,11 @@ def join(section: str, key: str) -> str:
     return f"{section}.{key}" if section else key
 
 
+def place(source: str, key: str) -> str:
+    """How a message begins: `distill.yaml:7: train.steps`, or `--train.steps` alone."""
+    return source if not key or source == f"--{key}" else f"{source}: {key}"
+
+
 def section_name(section: str) -> str:
     """How a message speaks of a section."""
     return section or "the top level"

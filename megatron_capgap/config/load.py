@@ -15,9 +15,9 @@ import yaml
 from pydantic import ValidationError
 
 from megatron_capgap.config.errors import ConfigError
-from megatron_capgap.config.keys import adapter, join, section_name, table
+from megatron_capgap.config.keys import adapter, join, place, section_name, table
 from megatron_capgap.config.schema import Config
-from megatron_capgap.config.tree import Dumper, Mark, Tree, override, read_file
+from megatron_capgap.config.tree import Dumper, Tree, override, read_file
 
 # A word that is a key of another section needs the higher similarity to pass for a typo of this section's.
 _SURELY_A_TYPO = 0.8
@@ -55,6 +55,10 @@ class Loaded:
             key = key.rpartition(".")[0]
         return self.sources.get(key, "default")
 
+    def place(self, key: str) -> str:
+        """How a message about `key` begins: `distill.yaml:7: train.steps`, or `--train.steps` alone."""
+        return place(self.source(key), key)
+
 
 def load(path: str, overrides: Sequence[str], stage: str) -> Loaded:
     """Reads and validates the configuration of one stage.
@@ -75,8 +79,8 @@ def load(path: str, overrides: Sequence[str], stage: str) -> Loaded:
     config = None
     if not unreadable:
         config = _validate(tree)
-        for mark, problem in _unmet_needs(tree, stage):
-            tree.report(mark, problem)
+        for key, problem in _unmet_needs(tree, stage):
+            tree.report(tree.mark(key), key, problem)
     if config is None or tree.problems:
         raise ConfigError([text for _, text in sorted(tree.problems, key=lambda problem: problem[0].line)])
     return Loaded(config, {key: mark.text for key, mark in tree.marks.items()})
@@ -109,12 +113,12 @@ def _validate(tree: Tree) -> Config | None:
             key, section = ".".join(names), ".".join(names[:-1])
             at_item = len(names) < len(error["loc"])
             if error["type"] == "unexpected_keyword_argument":
-                tree.report(tree.mark(key), f"{key}: {_unknown(section, names[-1])}")
+                tree.report(tree.mark(key), key, _unknown(section, names[-1]))
             elif error["type"] == "missing" and not at_item:
                 row = table()[key]
-                tree.report(tree.mark(section), f"{key}: missing; give {row.type}: {row.doc}")
+                tree.report(tree.mark(section), key, f"missing; give {row.type}: {row.doc}")
             else:
-                tree.report(tree.mark(key), f"{key}: {_unfit(key, error['input'])}")
+                tree.report(tree.mark(key), key, _unfit(key, error["input"]))
         return None
 
 
@@ -147,16 +151,16 @@ def _unfit(key: str, given: Any) -> str:
     return f"{shown} given; {hint}{row.type} would do"
 
 
-def _unmet_needs(tree: Tree, stage: str) -> Iterator[tuple[Mark, str]]:
+def _unmet_needs(tree: Tree, stage: str) -> Iterator[tuple[str, str]]:
     """What this stage wants and was not given, or was given and has no use for."""
     needs = NEEDS[stage]
     for key in needs.required:
         if tree.get(key) in (None, [], {}):
             wanted = table()[key].type.removesuffix(" or null")
-            yield tree.mark(key), f"{key}: {stage} needs it; give {wanted}: {table()[key].doc}"
+            yield key, f"{stage} needs it; give {wanted}: {table()[key].doc}"
     if not needs.teacher and tree.get("teacher") is not None:
-        yield tree.mark("teacher"), f"teacher: {stage} has no teacher; remove the section"
+        yield "teacher", f"{stage} has no teacher; remove the section"
     given = [name for name in ("checkpoint", "model") if tree.get(f"student.{name}") is not None]
     if isinstance(tree.get("student"), dict) and len(given) != 1:
         said = "both" if given else "neither"
-        yield tree.mark("student"), f"student: {said} of checkpoint and model given; give exactly one of them"
+        yield "student", f"{said} of checkpoint and model given; give exactly one of them"

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from megatron_capgap.config.keys import join
+from megatron_capgap.config.keys import join, place
 
 _NULL, _BOOL, _INT, _FLOAT, _STRING, _LIST, _MAPPING = (
     f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")
@@ -74,9 +74,10 @@ class Tree:
             value = value.get(part) if isinstance(value, dict) else None
         return value
 
-    def report(self, mark: Mark, problem: str) -> None:
-        """Adds a problem; `problem` begins with the dotted key."""
-        self.problems.append((mark, f"{mark.text}: {problem}"))
+    def report(self, mark: Mark, key: str, problem: str) -> None:
+        """Adds a problem with a dotted key, or "" for none; what would break the line is escaped."""
+        text = f"{place(mark.text, key)}: {problem}"
+        self.problems.append((mark, "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)))
 
 
 def read_file(path: str) -> Tree:
@@ -87,14 +88,14 @@ def read_file(path: str) -> Tree:
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        tree.report(start, f"cannot read the configuration: {reason}; give --config a YAML file")
+        tree.report(start, "", f"cannot read the configuration: {reason}; give --config a YAML file")
         return tree
     reader = _Reader(tree, lambda line: Mark(line, f"{path}:{line}"))
     node = reader.compose(text)
     if isinstance(node, yaml.MappingNode):
         tree.values = reader.mapping(node, "", ())
     elif not tree.problems:
-        tree.report(start, "the file is empty or not a mapping; write keys such as `run_dir: runs/one`")
+        tree.report(start, "", "the file is empty or not a mapping; write keys such as `run_dir: runs/one`")
     return tree
 
 
@@ -109,7 +110,7 @@ def override(tree: Tree, words: str, number: int) -> None:
     name, equals, text = words.partition("=")
     key, mark = name.removeprefix("--"), Mark(_AFTER_THE_FILE + number, name)
     if not equals:
-        tree.report(mark, f"no value given; write {name}=VALUE")
+        tree.report(mark, "", f"no value given; write {name}=VALUE")
         return
     reader = _Reader(tree, lambda line: mark)
     node = reader.compose(text)
@@ -125,7 +126,7 @@ def override(tree: Tree, words: str, number: int) -> None:
         inside = inside[section]
         if not isinstance(inside, dict):
             said = tree.mark(prefix).text
-            tree.report(mark, f"{key}: {prefix} is {inside!r} ({said}), not a section; remove one of them")
+            tree.report(mark, key, f"{prefix} is {inside!r} ({said}), not a section; remove one of them")
             return
     tree.marks = {said: where for said, where in tree.marks.items() if not f"{said}.".startswith(f"{key}.")}
     tree.marks[key] = mark
@@ -151,7 +152,7 @@ class _Reader:
         except yaml.reader.ReaderError as error:
             line = text.count("\n", 0, error.position) + 1
             problem = f"not YAML: the character {chr(error.character)!a} is not allowed; remove it"
-        self.tree.report(self.mark(line), problem)
+        self.tree.report(self.mark(line), "", problem)
         return None
 
     def mapping(self, node: yaml.MappingNode, section: str, around: tuple[yaml.Node, ...]) -> dict[str, Any]:
@@ -173,16 +174,16 @@ class _Reader:
         for name, _ in node.value:
             mark = self._mark(name)
             if not isinstance(name, yaml.ScalarNode):
-                self.tree.report(mark, f"{section or 'the file'}: a key must be one word")
+                self.tree.report(mark, section, "a key must be one word")
             elif name.value in first:
                 key, before = join(section, name.value), first[name.value].text
-                self.tree.report(mark, f"{key}: said twice, first at {before}; keep one of them")
+                self.tree.report(mark, key, f"said twice, first at {before}; keep one of them")
             else:
                 first[name.value] = mark
         try:
             self.loader.flatten_mapping(node)
         except yaml.MarkedYAMLError as error:
-            self.tree.report(self._mark(node), f"{section or 'the file'}: {error.problem}")
+            self.tree.report(self._mark(node), section, f"cannot merge: {error.problem}")
 
     def value(self, node: yaml.Node, key: str, around: tuple[yaml.Node, ...]) -> Any:
         """The plain value of any node.
@@ -193,13 +194,12 @@ class _Reader:
             around: the nodes it lies in; an anchor that holds itself is a problem.
         """
         if any(node is outer for outer in around):
-            self.tree.report(self._mark(node), f"{key}: the anchor holds itself")
+            self.tree.report(self._mark(node), key, "the anchor holds itself")
             return None
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node, key)
         if node.tag != (_MAPPING if isinstance(node, yaml.MappingNode) else _LIST):
-            self.tree.report(self._mark(node), f"{key}: the tag {node.tag} is not read; remove it")
-            return None
+            self.tree.report(self._mark(node), key, f"the tag {node.tag} is not read; remove it")
         if isinstance(node, yaml.MappingNode):
             return self.mapping(node, key, around)
         return [self.value(item, key, (*around, node)) for item in node.value]
@@ -208,8 +208,8 @@ class _Reader:
         plain = node.style is None
         tag = self.loader.resolve(yaml.ScalarNode, node.value, (plain, not plain))
         if node.tag != tag:
-            self.tree.report(self._mark(node), f"{key}: the tag {node.tag} is not read; quote it instead")
-            return None
+            self.tree.report(self._mark(node), key, f"the tag {node.tag} is not read; quote it instead")
+            return node.value
         if tag == _NULL:
             return None
         if tag == _BOOL:

@@ -4,6 +4,7 @@ them."""
 import gzip
 import io
 import json
+import signal
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from multiprocessing import get_context
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -94,7 +95,9 @@ def parse(line: bytes, text_key: str) -> str:
         raise ValueError("empty", "nothing in this line")
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError) as error:
+    except json.JSONDecodeError as error:
+        raise ValueError("not JSON", f"{error.msg} at column {error.colno}") from None
+    except (UnicodeDecodeError, RecursionError) as error:
         raise ValueError("not JSON", str(error)) from None
     if not isinstance(record, dict) or text_key not in record:
         raise ValueError(f"no {text_key!r}", "expected an object with this key")
@@ -149,7 +152,7 @@ def encode_files(
     # Processes are spawned, not forked: the parent may have threads. A pool of futures notices a killed
     # process, where multiprocessing.Pool waits for ever; the window keeps a fast reader from filling memory.
     window: deque[Future[Encoded]] = deque()
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, setup) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_process, setup) as pool:
         try:
             for block in blocks:
                 window.append(pool.submit(_encode_in_worker, block))
@@ -172,6 +175,11 @@ def _start_worker(tokenizer_path: str, text_key: str, append_eos: bool) -> None:
     global _worker
     tokenizer = open_tokenizer(tokenizer_path)
     _worker = (tokenizer, text_key, tokenizer.eos if append_eos else None)
+
+
+def _start_process(*setup: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent answers it
+    _start_worker(*setup)
 
 
 def _encode_in_worker(block: Block) -> Encoded:

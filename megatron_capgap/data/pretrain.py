@@ -1,10 +1,11 @@
 """Packed samples of indexed datasets, read through Megatron-Core's GPTDataset.
 
 Megatron shuffles the documents of a dataset once (by the seed), lays them end to end, and cuts the stream
-into samples of `sequence_length` tokens; the last label of a sample is the first token of the next. Samples
-run across documents, as is usual in pretraining: neither attention nor positions start anew at a document.
-What remains at the end, fewer than `sequence_length` + 1 tokens, is read in no epoch. Each dataset is opened
-for exactly one epoch, so that nothing depends on how many samples a run asks for; `order` goes round in it.
+into samples of `sequence_length` tokens, which it shuffles once more; the last label of a sample is the first
+token of the next. Samples run across documents, as is usual in pretraining: neither attention nor positions
+start anew at a document. What remains at the end, fewer than `sequence_length` + 1 tokens, is read in no
+epoch. Each dataset is opened for exactly one epoch, so that nothing depends on how many samples a run asks
+for; `order` goes round in it.
 """
 
 import hashlib
@@ -106,7 +107,9 @@ def open_training(data: Data, seed: int, cache_dir: Path) -> SampleSequence:
 
 
 def open_validation(data: Data, cache_dir: Path) -> SampleSequence:
-    """Every sample of data.valid once, in a fixed order.
+    """Every sample of data.valid once: dataset after dataset, each in Megatron's shuffle with a fixed seed.
+
+    The first samples are therefore a fair portion of their dataset.
 
     Raises:
         UserError: as `open_training`.

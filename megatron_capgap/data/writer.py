@@ -2,6 +2,7 @@
 
 import warnings
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,7 @@ class DatasetWriter:
 
     def discard(self) -> None:
         """Remove what was not published."""
-        self._builder.data_file.close()
+        with suppress(OSError):  # on a full disk closing fails once more
+            self._builder.data_file.close()
         for ending in (".bin", ".idx"):
             Path(self._partial + ending).unlink(missing_ok=True)

@@ -7,6 +7,12 @@ import math
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -49,7 +55,6 @@ def transformer_config(
 ) -> TransformerConfig:
     """The numbers in Megatron's words."""
     dtype = DTYPES[precision.compute]
-    on_gpu = device.name == "cuda"
     return TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
@@ -77,12 +82,16 @@ def transformer_config(
         perform_initialization=False,
         # The loss is a sum over tokens; Megatron divides gradients once, by the global number of valid tokens.
         calculate_per_token_loss=True,
-        deallocate_pipeline_outputs=True,
-        bias_activation_fusion=on_gpu,
+        deallocate_pipeline_outputs=device.send_keeps_data or layout.virtual_pipeline == 1,
+        # With two pipeline ranks the next stage is also the previous one. Batched sends and receives are matched by
+        # order alone, so that an interleaved schedule would take gradients for activations, silently.
+        batch_p2p_comm=layout.virtual_pipeline == 1,
+        overlap_p2p_comm=layout.virtual_pipeline > 1,
+        bias_activation_fusion=device.fused_kernels,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=on_gpu and _active(device, "Apex fused weight gradient"),
-        apply_rope_fusion=on_gpu and device.engine == "transformer_engine",
+        gradient_accumulation_fusion=_active(device, "Apex fused weight gradient"),
+        apply_rope_fusion=device.engine == "transformer_engine",
     )
 
 
@@ -125,9 +134,21 @@ def build(
             pg_collection=grid.groups,
             vp_stage=stage,
         )
+        _mark_shards(model)
         model.to(device.torch_device)
         chunks.append(Float16Module(config, model) if config.bf16 else model)
     return chunks
+
+
+def _mark_shards(model: torch.nn.Module) -> None:
+    """Says of each weight along which dimension it is cut, as Megatron's own initialisation would have.
+
+    Gradient norms count unmarked parameters as replicated, once for all tensor-parallel ranks.
+    """
+    for module in model.modules():
+        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding | RowParallelLinear) and module.weight is not None:
+            dim = 1 if isinstance(module, RowParallelLinear) else 0
+            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
 
 
 def init_std(name: str, shape: ModelShape) -> float | None:

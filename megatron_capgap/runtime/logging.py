@@ -6,12 +6,10 @@ Only rank 0 speaks. A `Log` on another rank takes the same calls and is silent.
 from __future__ import annotations
 
 import json
-import logging as stdlib_logging
 import math
 import os
 import sys
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,16 +19,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from megatron_capgap.runtime.devices import Device
-
-
-def quiet_libraries() -> None:
-    """Silences what Megatron-Core and torch say about missing optional parts: the start-up table says it once."""
-    for text in (".*Transformer Engine.*", ".*Apex.*", ".*CPU RNG state changed.*", ".*TypedStorage.*"):
-        warnings.filterwarnings("ignore", message=text)
-    for module in (r"megatron\..*", r"torch\.distributed\..*"):
-        warnings.filterwarnings("ignore", module=module)
-    for name in ("megatron", "torch.distributed.checkpoint"):
-        stdlib_logging.getLogger(name).setLevel(stdlib_logging.ERROR)
 
 
 class Log:

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from megatron_capgap.config.load import Loaded
 from megatron_capgap.data.batch import MicroBatch
-from megatron_capgap.losses import TokenLoss, language_model_loss
+from megatron_capgap.losses import Loss, language_model_loss
 from megatron_capgap.runtime.launch import Environment
 from megatron_capgap.stages import common
 from megatron_capgap.training.loop import train
-from megatron_capgap.training.step import Loss
+from megatron_capgap.training.step import LossFunction
 
 
 def run(loaded: Loaded, environment: Environment) -> int:
@@ -20,7 +20,7 @@ def run(loaded: Loaded, environment: Environment) -> int:
     with common.ground(loaded, "adapt", environment) as ground:
         vocab_size, grid = ground.resolved.student.vocab, ground.grid
 
-        def loss(hidden: Tensor, head: Tensor, batch: MicroBatch) -> TokenLoss:
+        def loss(hidden: Tensor, head: Tensor, batch: MicroBatch) -> Loss:
             return language_model_loss(
                 hidden.flatten(0, 1),
                 head,
@@ -30,7 +30,7 @@ def run(loaded: Loaded, environment: Environment) -> int:
                 sequence_parallel=grid.layout.sequence,
             )
 
-        def prepare(batches: Sequence[MicroBatch]) -> Loss:
+        def prepare(batches: Sequence[MicroBatch]) -> LossFunction:
             return loss
 
         train(common.training_run(ground, prepare))

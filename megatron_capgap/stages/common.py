@@ -24,11 +24,11 @@ from megatron_capgap.runtime import launch, layout
 from megatron_capgap.runtime.devices import Device, choose
 from megatron_capgap.runtime.launch import Environment
 from megatron_capgap.runtime.layout import Grid
-from megatron_capgap.runtime.logging import Log, count, drop_metrics_after, quiet_libraries
+from megatron_capgap.runtime.logging import Log, count, drop_metrics_after
 from megatron_capgap.stages.resolve import Resolved, resolve
 from megatron_capgap.training import optimizer
 from megatron_capgap.training.loop import Run
-from megatron_capgap.training.step import Loss
+from megatron_capgap.training.step import LossFunction
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,6 @@ def ground(loaded: Loaded, stage: str, environment: Environment) -> Iterator[Gro
     Raises:
         UserError: on every rank alike, before anything was written.
     """
-    quiet_libraries()
     config = loaded.config
     resolved = resolve(loaded, stage, environment.world)
     device = choose(config.device, environment.local_rank)
@@ -95,7 +94,7 @@ def student_chunks(ground: Ground) -> list[torch.nn.Module]:
     return chunks
 
 
-def training_run(ground: Ground, prepare: Callable[[Sequence[MicroBatch]], Loss]) -> Run:
+def training_run(ground: Ground, prepare: Callable[[Sequence[MicroBatch]], LossFunction]) -> Run:
     """Student, optimizer and data, ready for the loop. Collective.
 
     Args:

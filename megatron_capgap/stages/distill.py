@@ -11,12 +11,12 @@ from megatron_capgap.config import derive
 from megatron_capgap.config.load import Loaded
 from megatron_capgap.data.batch import MicroBatch
 from megatron_capgap.distillation.teacher import Teacher, freeze
-from megatron_capgap.losses import DistillationObjective, TeacherHidden, TokenLoss, distillation_loss
+from megatron_capgap.losses import DistillationObjective, TeacherHidden, Loss, distillation_loss
 from megatron_capgap.models import gpt
 from megatron_capgap.runtime.launch import Environment
 from megatron_capgap.stages import common
 from megatron_capgap.training.loop import train
-from megatron_capgap.training.step import Loss
+from megatron_capgap.training.step import LossFunction
 
 
 def run(loaded: Loaded, environment: Environment) -> int:
@@ -26,10 +26,10 @@ def run(loaded: Loaded, environment: Environment) -> int:
         objective = DistillationObjective(**vars(ground.config.objective))
         vocab_size, grid = ground.resolved.student.vocab, ground.grid
 
-        def prepare(batches: Sequence[MicroBatch]) -> Loss:
+        def prepare(batches: Sequence[MicroBatch]) -> LossFunction:
             taught = dict(zip(map(id, batches), teacher.hidden_states(batches), strict=True))
 
-            def loss(hidden: Tensor, head: Tensor, batch: MicroBatch) -> TokenLoss:
+            def loss(hidden: Tensor, head: Tensor, batch: MicroBatch) -> Loss:
                 # Popped, so that the teacher's states of a micro-batch go as soon as its loss is known.
                 teaching = taught.pop(id(batch)).flatten(0, 1)
                 return distillation_loss(

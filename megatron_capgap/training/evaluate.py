@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_capgap.data.batch import MicroBatch, micro_batches
 from megatron_capgap.data.pretrain import SampleSequence
-from megatron_capgap.losses import TokenLoss, language_model_loss
+from megatron_capgap.losses import Loss, language_model_loss
 from megatron_capgap.models import schedule
 from megatron_capgap.models.gpt import unwrap
 from megatron_capgap.runtime.layout import Grid
@@ -64,7 +64,7 @@ def evaluate(
     """
     samples = len(sequence) if batches is None else min(len(sequence), batches * global_batch)
     lengths = byte_lengths.to(device)
-    losses: list[TokenLoss] = []
+    losses: list[Loss] = []
 
     def last_stage(hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, None]:
         labels, mask = batch.flat()
@@ -78,7 +78,7 @@ def evaluate(
             sequence_parallel=grid.layout.sequence,
         )
         count = (lengths[labels.clamp(0, vocab_size - 1)] * mask).sum()
-        losses.append(TokenLoss(out.loss_sum, out.num_tokens, {"bytes": count}))
+        losses.append(Loss(out.loss_sum, out.num_tokens, {"bytes": count}))
         return out.loss_sum, out.num_tokens.to(torch.int), None
 
     for chunk in chunks:

@@ -21,7 +21,7 @@ from megatron_capgap.runtime.logging import Log, Meter, count
 from megatron_capgap.runtime.signals import StopRequest
 from megatron_capgap.training.evaluate import Evaluation, evaluate
 from megatron_capgap.training.optimizer import Optimization
-from megatron_capgap.training.step import Loss, StepResult, train_step
+from megatron_capgap.training.step import LossFunction, StepResult, train_step
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Run:
     global_batch: int
     describe: Callable[[int], Manifest]
     """From the number of steps done to what the checkpoint says of itself."""
-    prepare: Callable[[Sequence[MicroBatch]], Loss]
+    prepare: Callable[[Sequence[MicroBatch]], LossFunction]
     """From a global batch's micro-batches to the loss of each: where a teacher runs."""
     flops_a_token: float
     log: Log

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -36,12 +39,74 @@ def wrap(chunks: list[torch.nn.Module], grid: Grid) -> list[DistributedDataParal
     return wrapped
 
 
+# The one optimizer format of Megatron-Core that a run of any other data-parallel size can load.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
 @dataclass(frozen=True)
 class Optimization:
-    """The optimizer and its schedule; both have a state dict."""
+    """The optimizer and its learning-rate schedule."""
 
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
+
+    def sharded_state(self, model: ShardedStateDict, *, loading: bool) -> ShardedStateDict:
+        """The optimizer's state by layout-free names.
+
+        Args:
+            model: the model's own sharded state, which names and cuts the parameters.
+            loading: whether it is about to be filled.
+        """
+        return self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_METADATA)
+
+    def load(self, state: dict[str, Any], steps: int) -> None:
+        """Takes over a loaded state.
+
+        Args:
+            state: what `sharded_state` described, filled.
+            steps: optimizer steps it stands for.
+        """
+        inner = list(_torch_optimizers(self.optimizer))
+        if not inner:
+            self.optimizer.load_state_dict(state)
+        for part in inner:
+            _load_torch(self.optimizer, part, state, steps)
+        self.schedule.num_steps = 0
+        self.schedule.step(steps)
+
+
+def _torch_optimizers(optimizer: MegatronOptimizer) -> Iterator[torch.optim.AdamW]:
+    """The torch optimizers that Megatron falls back to without Transformer Engine and Apex."""
+    for part in optimizer.chained_optimizers:
+        if isinstance(part.optimizer, torch.optim.AdamW):
+            yield part.optimizer
+
+
+def _load_torch(optimizer: MegatronOptimizer, inner: torch.optim.AdamW, state: dict[str, Any], steps: int) -> None:
+    """Loads a distributed optimizer that wraps torch's AdamW.
+
+    Megatron's own `load_state_dict` stumbles over torch's step counters (it looks for them among the sharded tensors) and
+    would share one counter among all parameters, which each would count up: so the counters stay out of its way.
+    """
+    (part,) = optimizer.chained_optimizers
+    groups = {key: value for key, value in state.items() if not key.startswith("param_state")}
+    part.load_state_dict(groups)
+    for entry in inner.state.values():
+        del entry["step"]
+    part.load_parameter_state_from_fully_reshardable(state["param_state"])
+    for entry in inner.state.values():
+        entry["step"] = torch.tensor(float(steps))
+
+
+def _allocate(optimizer: torch.optim.AdamW) -> None:
+    """Makes Adam's state before the first step: Megatron can load a checkpoint only into state that is there."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
 
 def build(chunks: list[DistributedDataParallel], config: Config, device: Device) -> Optimization:
@@ -69,8 +134,9 @@ def build(chunks: list[DistributedDataParallel], config: Config, device: Device)
         use_distributed_optimizer=True,
     )
     optimizer = get_megatron_optimizer(settings, chunks)
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        device.tune_optimizer(part.optimizer)
+    for inner in _torch_optimizers(optimizer):
+        device.tune_optimizer(inner)
+        _allocate(inner)
     assert config.train.steps is not None
     schedule = OptimizerParamScheduler(
         optimizer,

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.data.batch import MicroBatch
-from megatron_capgap.losses import TokenLoss
+from megatron_capgap.losses import Loss
 from megatron_capgap.models import schedule
 from megatron_capgap.models.gpt import unwrap
 from megatron_capgap.runtime.layout import Grid
 from megatron_capgap.training.optimizer import Optimization
 
-Loss = Callable[[Tensor, Tensor, MicroBatch], TokenLoss]
+LossFunction = Callable[[Tensor, Tensor, MicroBatch], Loss]
 """(final hidden states `[s/tp or s, b, h]`, LM head shard `[v/tp, h]`, micro-batch) to sums over its valid tokens."""
 
 
@@ -44,7 +44,7 @@ def train_step(
     grid: Grid,
     optimization: Optimization,
     batches: Sequence[MicroBatch],
-    loss: Loss,
+    loss: LossFunction,
     *,
     step: int,
     clip_norm: float,
@@ -66,11 +66,11 @@ def train_step(
     for chunk in chunks:
         chunk.zero_grad_buffer()
     optimization.optimizer.zero_grad()
-    losses: list[tuple[TokenLoss, MicroBatch]] = []
+    losses: list[tuple[Loss, MicroBatch]] = []
 
     def last_stage(hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, None]:
         out = loss(hidden, unwrap(chunks[-1]).lm_head(), batch)
-        losses.append((TokenLoss(out.loss_sum.detach(), out.num_tokens, out.report), batch))
+        losses.append((Loss(out.loss_sum.detach(), out.num_tokens, out.report), batch))
         return out.loss_sum, out.num_tokens.to(torch.int), None
 
     micro_batch, sequence_length = batches[0].tokens.shape
@@ -85,7 +85,7 @@ def train_step(
     return StepResult(loss_mean, report, tokens, grad_norm, lr)
 
 
-def reduce_losses(losses: Sequence[TokenLoss], grid: Grid) -> tuple[float, dict[str, float], int]:
+def reduce_losses(losses: Sequence[Loss], grid: Grid) -> tuple[float, dict[str, float], int]:
     """Means over all valid tokens of all ranks. Collective.
 
     Args:
@@ -121,7 +121,7 @@ def _clip(optimization: Optimization, clip_norm: float, step: int, batches: Sequ
     return norm
 
 
-def _finite(out: TokenLoss) -> bool:
+def _finite(out: Loss) -> bool:
     return bool(torch.isfinite(out.loss_sum))
 
 

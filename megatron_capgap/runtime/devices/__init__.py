@@ -39,6 +39,11 @@ class Device:
     """Where tensors live."""
     engine: str
     """Which layer modules are built: local or transformer_engine."""
+    fused_kernels: bool
+    """Whether Megatron's fused element-wise kernels run here."""
+    send_keeps_data: bool
+    """Whether a tensor may be freed while its asynchronous send is under way: NCCL's stream order allows it, gloo reads
+    the freed memory."""
     parts: tuple[Part, ...]
     """The start-up table."""
     peak_memory: Callable[[], int]

@@ -47,6 +47,8 @@ def prepare() -> Device:
         backend="gloo",
         torch_device=_CPU,
         engine="local",
+        fused_kernels=False,
+        send_keeps_data=False,
         parts=(
             Part("Transformer Engine layers", False, "needs an NVIDIA GPU"),
             Part("scaled-dot-product attention", True, "torch; no score matrix is kept"),

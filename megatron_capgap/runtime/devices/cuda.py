@@ -20,6 +20,8 @@ def prepare(local_rank: int) -> Device:
         backend="nccl",
         torch_device=torch.device("cuda", local_rank),
         engine=engine,
+        fused_kernels=True,
+        send_keeps_data=True,
         parts=(
             Part("Transformer Engine layers", with_engine, why),
             Part("scaled-dot-product attention", not with_engine, "torch" if not with_engine else "Transformer Engine's own is used"),

@@ -1,0 +1,321 @@
+"""The distillation loss beside its peers: time, memory and exactness, forward and backward, both LM heads included.
+
+    python benchmarks/loss.py [--sizes 32k 152k] [--repeats 5] [--json FILE]
+
+Peers are measured when they can be imported, in the same run, in turn with ours, on the same tensors:
+    pip install --no-deps nvidia-modelopt==0.47.0 omegaconf "antlr4-python3-runtime==4.9.3" nvidia-ml-py ninja pulp
+    pip install requests          # modelopt imports it
+    pip install --no-deps liger-kernel
+Best in a virtual environment of their own, made with --system-site-packages beside the project's.
+
+tensor parallel 2 (two gloo processes of one thread): ours; modelopt's LogitsKLLoss and Megatron's
+    vocab_parallel_cross_entropy on materialised logits; the four bare matrix products that any of them needs.
+tensor parallel 1 (one process of one thread): ours; Liger's chunked loss, which knows no tensor parallelism.
+Every contender minimises 0.5 KL(teacher || student) + 0.5 cross-entropy in fp32.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+import types
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from megatron_capgap.losses import DistillationObjective, TeacherHidden, distillation_loss
+
+MB = 1e6
+CHECKED_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Size:
+    """One problem; the vocabulary is cut over the ranks."""
+
+    tokens: int
+    student: int
+    teacher: int
+    vocab: int
+
+
+SIZES = {"32k": Size(2048, 512, 1024, 32000), "152k": Size(2048, 512, 1024, 151936)}
+
+
+@dataclass
+class Problem:
+    """The tensors of one rank, fp32: hidden [n, h], heads [v/tp, h], labels [n]."""
+
+    size: Size
+    world: int
+    rank: int
+    hidden: Tensor = field(init=False)
+    head: Tensor = field(init=False)
+    teacher_hidden: Tensor = field(init=False)
+    teacher_head: Tensor = field(init=False)
+    labels: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        size, make = self.size, torch.Generator().manual_seed(0)
+        self.hidden, self.teacher_hidden = (
+            torch.randn(size.tokens, width, generator=make) for width in (size.student, size.teacher)
+        )
+        self.labels = torch.randint(size.vocab, (size.tokens,), generator=make)
+        self.hidden.requires_grad_()
+        make.manual_seed(1 + self.rank)
+        rows = size.vocab // self.world
+        self.head = (torch.randn(rows, size.student, generator=make) * size.student**-0.5).requires_grad_()
+        self.teacher_head = torch.randn(rows, size.teacher, generator=make) * 2 * size.teacher**-0.5
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        return dist.group.WORLD if self.world > 1 else None
+
+
+Contender = Callable[[Problem], Tensor]  # returns the loss; its backward fills the gradients of hidden and head
+
+
+def ours(chunk_tokens: int) -> Contender:
+    objective = DistillationObjective()
+
+    def loss(p: Problem) -> Tensor:
+        teacher = TeacherHidden(p.teacher_hidden, p.teacher_head)
+        mask = torch.ones(p.size.tokens)
+        return distillation_loss(
+            p.hidden, p.head, teacher, p.labels, mask,
+            objective=objective, vocab_size=p.size.vocab, group=p.group, chunk_tokens=chunk_tokens,
+        ).loss_sum  # fmt: skip
+
+    return loss
+
+
+def modelopt(world: int) -> Contender:
+    """Raises ImportError where nvidia-modelopt is not installed."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import (
+        copy_to_tensor_model_parallel_region,
+        vocab_parallel_cross_entropy,
+    )
+    from modelopt.torch.distill.plugins.megatron import LogitsKLLoss
+
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
+    config = types.SimpleNamespace(tensor_model_parallel_size=world, sequence_parallel=False)
+    kl = LogitsKLLoss(config)
+
+    def loss(p: Problem) -> Tensor:
+        student = (copy_to_tensor_model_parallel_region(p.hidden) @ p.head.t())[:, None]  # [s, b = 1, v/tp]
+        with torch.no_grad():
+            teacher = (p.teacher_hidden @ p.teacher_head.t())[:, None]
+        divergence = kl(student, teacher)[0].sum()
+        # After the divergence: in fp32 Megatron's cross-entropy overwrites the logits it is given.
+        cross_entropy = vocab_parallel_cross_entropy(student, p.labels[:, None]).sum()
+        whole = divergence.detach().clone()
+        dist.all_reduce(whole)  # modelopt returns this rank's share; the gradient wants the share, the report the sum
+        return 0.5 * (divergence + (whole - divergence.detach())) + 0.5 * cross_entropy
+
+    return loss
+
+
+def liger(chunk_tokens: int) -> Contender:
+    """Raises ImportError where liger-kernel is not installed."""
+    from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction
+
+    def loss(p: Problem) -> Tensor:
+        # beta 0 is the forward KL divergence; it returns the mean over tokens.
+        return LigerFusedLinearJSDFunction.apply(
+            p.hidden, p.head, p.teacher_hidden, p.teacher_head, p.labels, None, None,
+            0.5, 0.5, 0.0, -100, 1.0, False, chunk_tokens, False,
+        )  # fmt: skip
+
+    return loss
+
+
+def matrix_products(chunk_tokens: int) -> Callable[[Problem], None]:
+    """What no loss over two LM heads can do without, in the same shapes: two products forward, two backward."""
+
+    def run(p: Problem) -> None:
+        hidden, head = p.hidden.detach(), p.head.detach()
+        head_gradient = torch.zeros_like(head)
+        student, teacher = (torch.empty(chunk_tokens, head.shape[0]) for _ in range(2))
+        hidden_gradient = torch.empty_like(hidden)
+        for first in range(0, p.size.tokens, chunk_tokens):
+            rows = slice(first, first + chunk_tokens)
+            torch.mm(hidden[rows], head.t(), out=student)
+            torch.mm(p.teacher_hidden[rows], p.teacher_head.t(), out=teacher)
+            torch.mm(student, head, out=hidden_gradient[rows])
+            head_gradient.addmm_(student.t(), hidden[rows])
+
+    return run
+
+
+@dataclass
+class Row:
+    """One line of the table."""
+
+    name: str
+    seconds: float
+    held_mb: float | None = None
+    peak_mb: float | None = None
+    gradient_error: float | None = None
+
+
+def measure(problem: Problem, contenders: dict[str, Contender], chunks: list[int], repeats: int) -> list[Row]:
+    """Times in turn, so that a busy machine is equally busy for all; the slowest rank counts, then the median."""
+    runs: dict[str, Callable[[], None]] = {
+        name: (lambda loss=loss: step(problem, loss)) for name, loss in contenders.items()
+    }
+    for chunk in chunks:
+        products = matrix_products(chunk)
+        runs[f"bare matrix products, {chunk} tokens"] = lambda products=products: products(problem)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for repeat in range(repeats + 1):
+        for name, run in runs.items():
+            taken = slowest(run, problem)
+            if repeat:  # the first round warms up
+                seconds[name].append(taken)
+    rows = []
+    for name, taken in seconds.items():
+        row = Row(name, statistics.median(taken))
+        if name in contenders:
+            row.held_mb, row.peak_mb = memory(problem, contenders[name])
+            row.gradient_error = gradient_error(problem, contenders[name])
+        rows.append(row)
+    return rows
+
+
+def step(problem: Problem, loss: Contender) -> None:
+    problem.hidden.grad = problem.head.grad = None
+    loss(problem).backward()
+
+
+def slowest(run: Callable[[], None], problem: Problem) -> float:
+    if problem.world > 1:
+        dist.barrier()
+    started = time.perf_counter()
+    run()
+    taken = torch.tensor(time.perf_counter() - started)
+    if problem.world > 1:
+        dist.all_reduce(taken, dist.ReduceOp.MAX)
+    return taken.item()
+
+
+def memory(problem: Problem, loss: Contender) -> tuple[float, float]:
+    """MB on this rank above the inputs: held between forward and backward, and at the peak, gradients included."""
+    problem.hidden.grad = problem.head.grad = None
+    out, held, peak = allocations(lambda: loss(problem))
+    _, _, peak_backward = allocations(out.backward)
+    return held / MB, max(peak, held + peak_backward) / MB
+
+
+def allocations(run: Callable[[], Tensor]) -> tuple[Tensor, float, float]:
+    """What `run` returns, and by how many bytes the allocated memory grew at the end and at the most."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        out = run()
+    now = most = 0
+    for event in recorded.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return out, now, most
+
+
+def gradient_error(problem: Problem, loss: Contender) -> float:
+    """The larger relative error of the two gradients, against float64, on the first tokens of the problem."""
+    few = replace(problem, size=replace(problem.size, tokens=CHECKED_TOKENS))
+    step(few, loss)
+    hidden, teacher_hidden = few.hidden.detach().double(), few.teacher_hidden.double()
+    shares = [few.head.detach().double(), few.teacher_head.double()]
+    logits = [hidden @ shares[0].t(), teacher_hidden @ shares[1].t()]
+    lse = torch.stack([x.logsumexp(1) for x in logits])
+    everyone = [torch.empty_like(lse) for _ in range(few.world)]
+    if few.world > 1:
+        dist.all_gather(everyone, lse)
+        lse = torch.stack(everyone).logsumexp(0)
+    q, p = ((x - total[:, None]).exp() for x, total in zip(logits, lse, strict=True))
+    columns = few.labels - few.rank * q.shape[1]
+    here = (columns >= 0) & (columns < q.shape[1])
+    gradient = q - 0.5 * p
+    gradient[here, columns[here]] -= 0.5
+    expected = [gradient @ shares[0], gradient.t() @ hidden]
+    if few.world > 1:
+        dist.all_reduce(expected[0])
+    errors = []
+    for got, want in zip((few.hidden.grad.double(), few.head.grad.double()), expected, strict=True):
+        scale = (got * want).sum() / (want * want).sum()  # a mean and a sum are the same gradient
+        scale = 1 / CHECKED_TOKENS if abs(scale * CHECKED_TOKENS - 1) < 0.1 else 1.0
+        errors.append(((got / scale - want).norm() / want.norm()).item())
+    return max(errors)
+
+
+def worker(rank: int, world: int, sizes: list[str], repeats: int, folder: str) -> None:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world)
+    chunks = [128, 512]
+    contenders = {f"ours, {chunk} tokens at a time": ours(chunk) for chunk in chunks}
+    missing = []
+    peers = {
+        2: ("modelopt LogitsKLLoss + Megatron CE", lambda: modelopt(world)),
+        1: ("Liger chunked loss, 128 tokens", lambda: liger(128)),
+    }
+    name, make = peers[world]
+    try:
+        contenders[name] = make()
+    except ImportError as error:
+        missing.append(f"{name}: not measured ({error})")
+    tables = {}
+    for size in sizes:
+        problem = Problem(SIZES[size], world, rank)
+        tables[size] = [asdict(row) for row in measure(problem, contenders, chunks, repeats)]
+    if rank == 0:
+        Path(folder, f"{world}.json").write_text(json.dumps({"tables": tables, "missing": missing}))
+    dist.destroy_process_group()
+
+
+def show(size: Size, world: int, rows: list[dict]) -> None:
+    print(f"\n{size.tokens} tokens, widths {size.student} and {size.teacher}, vocabulary {size.vocab}, fp32, TP {world}")
+    print(f"| {'a rank':44} | time s | x first | held MB | peak MB | gradient error |")
+    print(f"|{'-' * 46}|{'-' * 8}|{'-' * 9}|{'-' * 9}|{'-' * 9}|{'-' * 16}|")
+    for row in rows:
+        numbers = ["" if row[key] is None else f"{row[key]:.0f}" for key in ("held_mb", "peak_mb")]
+        exact = "" if row["gradient_error"] is None else f"{row['gradient_error']:.1e}"
+        ratio = row["seconds"] / rows[0]["seconds"]
+        print(
+            f"| {row['name']:44} | {row['seconds']:6.2f} | {ratio:7.2f} | {numbers[0]:>7} | {numbers[1]:>7} "
+            f"| {exact:>14} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--worlds", nargs="+", type=int, choices=(1, 2), default=[2, 1])
+    parser.add_argument("--json", help="also write everything to this file")
+    args = parser.parse_args()
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    results = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
+    with tempfile.TemporaryDirectory() as folder:
+        for world in args.worlds:
+            torch.multiprocessing.spawn(worker, (world, args.sizes, args.repeats, folder), nprocs=world)
+            result = json.loads(Path(folder, f"{world}.json").read_text())
+            for size, rows in result["tables"].items():
+                show(SIZES[size], world, rows)
+            print("\n".join(result["missing"]))
+            results[f"tp{world}"] = result
+    if args.json:
+        Path(args.json).write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

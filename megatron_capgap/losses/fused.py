@@ -1,0 +1,289 @@
+"""The losses over hidden states: both LM heads run inside, a chunk of tokens at a time.
+
+A chunk's logits are made, compared, turned into their gradient and multiplied back into the gradients of
+hidden states and LM head, all in the forward pass; then the next chunk takes their place. So memory grows
+with the chunk and not with the number of tokens, and the backward pass has nothing to do but scale.
+
+Collectives over the tensor-parallel group: one all-gather of statistics a chunk (two for the divergences
+without a chain rule), one all-reduce a call for the hidden states' gradient. With sequence parallelism each
+chunk gathers its hidden states, and reduce-scatters their gradient, instead. None in the backward pass.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.schema import Objective
+from megatron_capgap.losses.objective import DistillationObjective
+from megatron_capgap.losses.shard import VocabShard
+from megatron_capgap.losses.teachers import Teacher, TeacherLogits, TeacherTopK
+from megatron_capgap.losses.vocab_parallel import (
+    Comparison,
+    DenseComparison,
+    SparseComparison,
+    chunk_losses_,
+)
+
+
+class Loss(NamedTuple):
+    """What the losses return; all of it the same on every tensor-parallel rank."""
+
+    loss_sum: Tensor
+    """Scalar: weighted sum over valid tokens, fp32 (float64 for float64 inputs). Divide by the global
+    num_tokens."""
+    num_tokens: Tensor
+    """Scalar, fp32: sum of the loss mask."""
+    report: dict[str, Tensor]
+    """Scalars, detached: the unweighted sums "cross_entropy" and, where a teacher was looked at,
+    "divergence"."""
+
+
+def distillation_loss(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher: Teacher,
+    labels: Tensor,
+    loss_mask: Tensor,
+    *,
+    objective: DistillationObjective,
+    vocab_size: int,
+    group: dist.ProcessGroup | None,
+    sequence_parallel: bool = False,
+    chunk_tokens: int = 512,
+) -> Loss:
+    """Divergence from the teacher plus cross-entropy, summed over the valid tokens of a micro-batch.
+
+    `loss_sum.backward()` fills the gradients of student_hidden (complete, not partial) and student_head (this
+    shard's). Without gradients, under torch.no_grad() for instance, no gradient work is done.
+
+    Args:
+        student_hidden: [n, h] replicated, or with sequence_parallel [n/tp, h]: tokens rank * n/tp + i, as
+            Megatron cuts the sequence. After the final norm.
+        student_head: [v/tp, h] local shard of the LM head, padding included.
+        teacher: hidden states and LM head, logits, or top-k log-probabilities.
+        labels: [n] int64, always all tokens.
+        loss_mask: [n] weight of each token, 0 where it does not count; its label is not looked at then.
+        objective: what is summed, and how it is weighted.
+        vocab_size: real columns of the vocabulary; the rest of the heads' rows is padding, weighs nothing and
+            gets no gradient.
+        group: the tensor-parallel group; None for one rank.
+        sequence_parallel: whether hidden states arrive cut along the sequence.
+        chunk_tokens: tokens whose logits exist at a time. More of them make larger matrix products, fewer
+            save memory.
+
+    Raises:
+        UserError: shapes that do not fit each other, a label outside the vocabulary (on the CPU; on a GPU an
+            asynchronous device assertion, because the message would cost a synchronisation).
+    """
+    if objective.divergence_weight == 0:
+        teacher = None
+    task = _Task(
+        teacher, labels, loss_mask, objective, VocabShard.of(student_head.shape[0], vocab_size, group),
+        sequence_parallel, chunk_tokens,
+    )  # fmt: skip
+    return _loss(student_hidden, student_head, task, vocab_size)
+
+
+def language_model_loss(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    loss_mask: Tensor,
+    *,
+    vocab_size: int,
+    group: dist.ProcessGroup | None,
+    sequence_parallel: bool = False,
+    chunk_tokens: int = 512,
+) -> Loss:
+    """Cross-entropy alone, for pretraining, finetuning and evaluation; the arguments are those of
+    distillation_loss."""
+    objective = Objective(divergence_weight=0.0, cross_entropy_weight=1.0)
+    shard = VocabShard.of(head.shape[0], vocab_size, group)
+    task = _Task(None, labels, loss_mask, objective, shard, sequence_parallel, chunk_tokens)
+    return _loss(hidden, head, task, vocab_size)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Everything about one call but the two tensors that may want a gradient."""
+
+    teacher: Teacher | None
+    labels: Tensor
+    loss_mask: Tensor
+    objective: Objective
+    shard: VocabShard
+    sequence_parallel: bool
+    chunk_tokens: int
+
+    @property
+    def parts(self) -> int:
+        """Number of ranks over which the tokens are cut."""
+        return self.shard.size if self.sequence_parallel else 1
+
+    def of_chunk(self, everything: Tensor, rows: slice) -> Tensor:
+        """[n, ...] -> the chunk's tokens [c, ...]: `rows` of every rank's part, in the order of the ranks."""
+        return everything.unflatten(0, (self.parts, -1))[:, rows].flatten(0, 1)
+
+    def gathered(self, part: Tensor, rows: slice) -> Tensor:
+        """[n / parts, h] on each rank -> the chunk's tokens [c, h]; one all-gather where there are several
+        parts."""
+        mine = part[rows]
+        if self.parts == 1:
+            return mine
+        chunk = mine.new_empty(self.parts * mine.shape[0], mine.shape[1])
+        dist.all_gather_into_tensor(chunk, mine.contiguous(), group=self.shard.group)
+        return chunk
+
+    def comparison(self, rows: slice, buffer: Tensor) -> Comparison:
+        """The teacher's side of one chunk; dense logits are made in `buffer` [c, w]."""
+        teacher, objective, shard = self.teacher, self.objective, self.shard
+        if isinstance(teacher, TeacherTopK):
+            ids, log_probs = (self.of_chunk(x, rows) for x in (teacher.ids, teacher.log_probs))
+            return SparseComparison(ids.long(), log_probs.to(buffer.dtype), teacher.tail, objective, shard)
+        if isinstance(teacher, TeacherLogits):
+            buffer.copy_(self.of_chunk(teacher.logits, rows)[:, : shard.width])
+        else:
+            whole = teacher.hidden.shape[0] == self.labels.shape[0]
+            hidden = self.of_chunk(teacher.hidden, rows) if whole else self.gathered(teacher.hidden, rows)
+            _project(hidden, teacher.head[: shard.width], buffer)
+        if objective.temperature != 1:
+            buffer.div_(objective.temperature)
+        return DenseComparison(buffer, objective, shard)
+
+
+class _GradientInForward(torch.autograd.Function):
+    """The walk over chunks as one node of the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, task: _Task) -> tuple[Tensor, Tensor]:
+        loss_sum, sums, gradients = _walk(hidden, head, task, ctx.needs_input_grad[:2])
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(sums)
+        return loss_sum, sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, loss_gradient: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        # In place: the gradients were made for this moment. A second backward finds them changed and raises.
+        hidden, head = (
+            None if gradient is None else gradient.mul_(loss_gradient) for gradient in ctx.saved_tensors
+        )
+        return hidden, head, None
+
+
+def _walk(
+    hidden: Tensor, head: Tensor, task: _Task, wanted: tuple[bool, bool]
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
+    """Returns the loss, the sums of cross-entropy and divergence [2], and the wanted gradients of hidden and
+    head."""
+    objective, shard, parts = task.objective, task.shard, task.parts
+    real_head = head[: shard.width]
+    exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    step = max(1, min(task.chunk_tokens // parts, hidden.shape[0]))
+    student, teacher, spare = (
+        hidden.new_empty(parts * step, shard.width, dtype=exact) if needed else None
+        for needed in (
+            True,
+            task.teacher is not None,
+            task.teacher is not None and objective.temperature != 1,
+        )
+    )
+    hidden_gradient = torch.empty_like(hidden, memory_format=torch.contiguous_format) if wanted[0] else None
+    head_gradient = torch.zeros_like(head, dtype=exact) if wanted[1] else None
+    sums = hidden.new_zeros(2, dtype=exact)
+    for first in range(0, hidden.shape[0], step):
+        rows = slice(first, min(first + step, hidden.shape[0]))
+        chunk = task.gathered(hidden, rows)
+        logits, teacher_logits, tempered = (
+            x if x is None else x[: chunk.shape[0]] for x in (student, teacher, spare)
+        )
+        _project(chunk, real_head, logits)
+        comparison = None if task.teacher is None else task.comparison(rows, teacher_logits)
+        weight = task.of_chunk(task.loss_mask, rows).to(exact)
+        losses = chunk_losses_(
+            logits, comparison, task.of_chunk(task.labels, rows), weight, objective, shard,
+            spare=tempered, with_gradient=any(wanted),
+        )  # fmt: skip
+        sums[0] += losses.cross_entropy @ weight
+        if losses.divergence is not None:
+            sums[1] += losses.divergence @ weight
+        gradient = logits.to(hidden.dtype)
+        if hidden_gradient is not None:
+            _multiply_back(gradient, real_head, hidden_gradient[rows], task)
+        if head_gradient is not None:
+            _accumulate(head_gradient[: shard.width], gradient, chunk)
+    if hidden_gradient is not None and shard.size > parts:
+        dist.all_reduce(hidden_gradient, group=shard.group)
+    if head_gradient is not None:
+        head_gradient = head_gradient.to(head.dtype)
+    loss_sum = objective.cross_entropy_weight * sums[0] + objective.divergence_weight * sums[1]
+    return loss_sum, sums, (hidden_gradient, head_gradient)
+
+
+def _project(hidden: Tensor, head: Tensor, out: Tensor) -> None:
+    """out [c, w] = hidden [c, h] @ head [w, h]^T, in the type of the inputs."""
+    if hidden.dtype == out.dtype:
+        torch.mm(hidden, head.t(), out=out)
+    else:
+        out.copy_(torch.mm(hidden, head.t()))
+
+
+def _multiply_back(gradient: Tensor, head: Tensor, out: Tensor, task: _Task) -> None:
+    """out = gradient [c, w] @ head [w, h]: [c, h] partial over the ranks, or [c/tp, h] complete when cut by
+    tokens."""
+    if task.parts == 1:
+        torch.mm(gradient, head, out=out)
+    else:
+        dist.reduce_scatter_tensor(out, torch.mm(gradient, head), group=task.shard.group)
+
+
+def _accumulate(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
+    """total [w, h] += gradient [c, w]^T @ hidden [c, h]; total is fp32 for bf16 inputs."""
+    if hidden.dtype == total.dtype:
+        total.addmm_(gradient.t(), hidden)
+    else:
+        total.add_(torch.mm(gradient.t(), hidden))
+
+
+def _loss(hidden: Tensor, head: Tensor, task: _Task, vocab_size: int) -> Loss:
+    _check(hidden, head, task, vocab_size)
+    if torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad):
+        loss_sum, sums = _GradientInForward.apply(hidden, head, task)
+    else:
+        with torch.no_grad():
+            loss_sum, sums, _ = _walk(hidden, head, task, (False, False))
+    report = {"cross_entropy": sums[0]}
+    if task.teacher is not None:
+        report["divergence"] = sums[1]
+    return Loss(loss_sum, task.loss_mask.sum(dtype=torch.float32), report)
+
+
+def _check(hidden: Tensor, head: Tensor, task: _Task, vocab_size: int) -> None:
+    """Raises UserError where shapes do not fit or a counted label is no id of the vocabulary."""
+    labels, mask, parts = task.labels, task.loss_mask, task.parts
+    if hidden.shape[-1] != head.shape[1]:
+        raise UserError(
+            f"student hidden states are {hidden.shape[-1]} wide but its LM head is {head.shape[1]} wide"
+        )
+    if hidden.dim() != 2 or hidden.shape[0] * parts != labels.shape[0] or labels.shape != mask.shape:
+        raise UserError(
+            f"student hidden states {tuple(hidden.shape)} over {parts} sequence part(s) need labels and mask "
+            f"of [{hidden.shape[0] * parts}], not {tuple(labels.shape)} and {tuple(mask.shape)}"
+        )
+    if task.chunk_tokens < 1:
+        raise UserError(f"chunk_tokens: {task.chunk_tokens} must be at least 1")
+    if task.teacher is not None:
+        task.teacher.check(labels.shape[0], parts, head.shape[0])
+    wrong = (mask != 0) & ((labels < 0) | (labels >= vocab_size))
+    if labels.device.type != "cpu":
+        torch._assert_async(~wrong.any(), f"a label with weight lies outside the vocabulary of {vocab_size}")
+    elif wrong.any():
+        raise UserError(
+            f"labels: {labels[wrong][0].item()} lies outside the vocabulary of {vocab_size}; "
+            "correct it or set its loss mask to 0"
+        )

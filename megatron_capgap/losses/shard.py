@@ -1,0 +1,108 @@
+"""One rank's share of the vocabulary, and the collective that completes its statistics."""
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_capgap.config.errors import UserError
+
+# The log of "no mass at all". Finite, so that 0 * log 0 is 0 and not NaN, and far below any real logit.
+LOG_OF_NOTHING = -1.0e30
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """Columns [start, start + width) of the vocabulary, on this rank of the tensor-parallel group.
+
+    `width` counts real columns only. A padded vocabulary gives the last ranks fewer of them, perhaps none;
+    the padded columns are never computed, which is how they weigh nothing and get no gradient.
+    """
+
+    group: dist.ProcessGroup | None
+    size: int
+    rank: int
+    start: int
+    width: int
+
+    @classmethod
+    def of(cls, padded_width: int, vocab_size: int, group: dist.ProcessGroup | None) -> "VocabShard":
+        """The shard of this rank.
+
+        Args:
+            padded_width: rows of the LM head on each rank, padding included (v/tp).
+            vocab_size: number of real columns of the whole vocabulary.
+            group: the tensor-parallel group; None for one rank.
+
+        Raises:
+            UserError: the shards together are smaller than the vocabulary.
+        """
+        size, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
+        if not 0 < vocab_size <= size * padded_width:
+            raise UserError(
+                f"vocab_size {vocab_size} does not fit {size} LM-head shard(s) of {padded_width} rows "
+                f"({size * padded_width} in all); pad the heads or give the vocabulary they were built for"
+            )
+        start = rank * padded_width
+        return cls(group, size, rank, start, min(max(vocab_size - start, 0), padded_width))
+
+    def gather(self, local: Tensor) -> Tensor:
+        """[m, c] on each rank -> [tp, m, c], the same on every rank. One collective; none on one rank."""
+        if self.size == 1:
+            return local[None]
+        everyone = local.new_empty(self.size * local.shape[0], local.shape[1])
+        dist.all_gather_into_tensor(everyone, local.contiguous(), group=self.group)
+        return everyone.view(self.size, *local.shape)
+
+    def pick(self, values: Tensor, ids: Tensor) -> Tensor:
+        """values [c, width], ids [c, k] in the whole vocabulary -> [c, k]; 0 where the id lives on another
+        rank.
+
+        Summed over the ranks this is the value at the id, since exactly one rank has it.
+        """
+        if self.width == 0:
+            return values.new_zeros(ids.shape)
+        columns, here = self._columns(ids)
+        return values.gather(1, columns).masked_fill_(~here, 0)
+
+    def add_at_(self, values: Tensor, ids: Tensor, increments: Tensor) -> None:
+        """values [c, width] += increments [c, k] at ids [c, k], as far as the ids live on this rank."""
+        if self.width:
+            columns, here = self._columns(ids)
+            values.scatter_add_(1, columns, increments.masked_fill(~here, 0))
+
+    def _columns(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        columns = ids - self.start
+        here = (columns >= 0) & (columns < self.width)
+        return columns.masked_fill_(~here, 0), here
+
+
+def blocks_in_cache(matrix: Tensor) -> list[slice]:
+    """Cuts the rows of [c, w] so that the temporaries of elementwise work stay in a core's cache.
+
+    A GPU has no such cache and pays for every launch, so there the block is the whole matrix.
+    """
+    count, width = matrix.shape
+    step = count if matrix.is_cuda else max(1, 2**16 // max(1, width))
+    return [slice(first, min(first + step, count)) for first in range(0, count, step)]
+
+
+def log_softmax_(logits: Tensor) -> Tensor:
+    """Turns logits [r, w] into log-probabilities within the shard, in place; returns their log-sum-exp
+    [r]."""
+    if logits.shape[1] == 0:
+        return logits.new_full(logits.shape[:1], LOG_OF_NOTHING)
+    top = logits.amax(1, keepdim=True)
+    logits.sub_(top)
+    log_total = logits.exp().sum(1, keepdim=True).log_()
+    logits.sub_(log_total)
+    return (top + log_total)[:, 0]
+
+
+def softmax_(logits: Tensor) -> Tensor:
+    """Turns logits [c, w] into probabilities within the shard, in place; returns their log-sum-exp [c]."""
+    lse = logits.new_empty(logits.shape[0])
+    for rows in blocks_in_cache(logits):
+        lse[rows] = log_softmax_(logits[rows])
+        logits[rows].exp_()
+    return lse

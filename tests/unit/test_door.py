@@ -1,0 +1,195 @@
+"""The door: what the command line means, who speaks, and the exit codes. Only the stages are stood in for."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import megatron_capgap
+from megatron_capgap import __main__ as door
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.schema import STAGES
+
+CONFIG = """\
+run_dir: runs/one
+student: {model: {layers: 2, hidden: 16, heads: 2, ffn: 32, vocab: 100}}
+data: {tokenizer: t.model, train: [a], valid: [b]}
+train: {steps: 5}
+"""
+
+
+@pytest.fixture
+def stages(tmp_path, monkeypatch):
+    """A folder with adapt.yaml, no launcher, and stand-ins for the stages that record their calls."""
+    monkeypatch.chdir(tmp_path)
+    Path("adapt.yaml").write_text(CONFIG)
+    for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_ID", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    calls = SimpleNamespace(run=[], report=[], answer=0, slept=[])
+
+    def answer() -> int:
+        if isinstance(calls.answer, BaseException):
+            raise calls.answer
+        return calls.answer
+
+    def run(loaded, environment) -> int:
+        calls.run.append((loaded, environment))
+        return answer()
+
+    def report(loaded, stage, world) -> str:
+        calls.report.append((stage, world))
+        return f"{stage} at {world} is right{answer() or ''}\n"
+
+    for stage in STAGES:
+        monkeypatch.setitem(sys.modules, f"megatron_capgap.stages.{stage}", SimpleNamespace(run=run))
+    monkeypatch.setitem(sys.modules, "megatron_capgap.stages.check", SimpleNamespace(report=report))
+    monkeypatch.setattr(door.time, "sleep", calls.slept.append)
+    return calls
+
+
+def as_rank(monkeypatch, rank: int, world: int) -> None:
+    values = {"RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}
+    for name, value in values.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_a_stage_runs_with_its_configuration_and_its_exit_code_is_returned(stages, capsys):
+    stages.answer = 7
+    assert door.main(["adapt", "--config", "adapt.yaml", "--train.steps", "9", "--seed=3"]) == 7
+    ((loaded, environment),) = stages.run
+    assert (loaded.config.train.steps, loaded.config.seed) == (9, 3)
+    assert loaded.sources["train.steps"] == "--train.steps"
+    assert (environment.rank, environment.world) == (0, 1)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "words", [["--check-world", "16"], ["--check-world=16"], ["--check", "--check-world=16"]]
+)
+def test_check_world_reports_and_runs_nothing(stages, capsys, words):
+    assert door.main(["adapt", "--config=adapt.yaml", *words]) == 0
+    assert stages.report == [("adapt", 16)] and stages.run == []
+    assert capsys.readouterr().out == "adapt at 16 is right\n"
+
+
+def test_check_takes_the_world_of_the_launcher_and_only_the_first_rank_prints(stages, capsys, monkeypatch):
+    for rank in range(2):
+        as_rank(monkeypatch, rank, 4)
+        assert door.main(["--check", "adapt", "--config", "adapt.yaml"]) == 0
+    assert stages.report == [("adapt", 4)] * 2
+    assert capsys.readouterr().out == "adapt at 4 is right\n"
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "no stage given; one of adapt, distill, evaluate would do"),
+        (["distil"], "distil: no such stage; did you mean distill? one of adapt, distill, evaluate would do"),
+        (["cook", "--help"], "cook: no such stage; one of adapt, distill, evaluate would do"),
+        (["adapt"], "--config: missing; write adapt --config FILE"),
+        (["adapt", "--config"], "--config: no value given; write --config=VALUE"),
+        (["adapt", "--config", "--check"], "--config: no value given; write --config=VALUE"),
+        (
+            ["adapt", "--config", "adapt.yaml", "--chek"],
+            "--chek: no such option or key; did you mean --check?",
+        ),
+        (
+            ["adapt", "--config", "adapt.yaml", "--sede=3"],
+            "--sede: no such option or key; did you mean --seed?",
+        ),
+        (["adapt", "--config", "adapt.yaml", "-x"], "-x: no such option or key; "),
+        (
+            ["adapt", "--config", "adapt.yaml", "--check=8"],
+            "--check=8: --check takes no value; write --check alone",
+        ),
+        (["adapt", "train.steps=3"], "train.steps=3: adapt is the stage already; write --KEY=VALUE"),
+        (
+            ["adapt", "--config", "adapt.yaml", "--check-world", "0"],
+            "--check-world: 0 given; a number of ranks > 0",
+        ),
+        (
+            ["adapt", "--config", "adapt.yaml", "--check-world=-4"],
+            "--check-world: -4 given; a number of ranks > 0",
+        ),
+        (
+            ["adapt", "--config", "adapt.yaml", "--train.steps"],
+            "--train.steps: no value given; write --train.steps=",
+        ),
+        (["adapt", "--config", "nowhere.yaml"], "nowhere.yaml: cannot read the configuration: No such file"),
+        (["adapt", "--config", "adapt.yaml", "--train.stesp=3"], "unknown key; did you mean train.steps?"),
+    ],
+)
+def test_a_wrong_command_is_one_line_and_exit_code_2(stages, capsys, words, message):
+    assert door.main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err
+    assert err.startswith("capgap: error: ") and err.count("\n") == 1
+    assert stages.run == [] and stages.report == [] and not Path("runs").exists()
+
+
+def test_every_problem_has_its_own_line(stages, capsys):
+    assert (
+        door.main(["adapt", "--config", "adapt.yaml", "--train.stesp=3", "--optimizer.lr=0", "--device=gpu"])
+        == 2
+    )
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and all(line.startswith("capgap: error: --") for line in lines)
+
+
+@pytest.mark.parametrize(
+    "words", [["distil"], ["adapt", "--config", "nowhere.yaml"], ["adapt", "--config", "adapt.yaml"]]
+)
+def test_one_rank_speaks_for_all(stages, capsys, monkeypatch, words):
+    stages.answer = UserError("data.train: a.bin is cut short; prepare it again")
+    for rank in range(4):
+        as_rank(monkeypatch, rank, 4)
+        assert door.main(words) == 2
+    assert capsys.readouterr().err.count("capgap: error: ") == 1
+    assert len(stages.slept) == 3  # the silent ranks leave the first one time to speak
+
+
+def test_a_broken_launcher_is_one_line(stages, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    assert door.main(["adapt", "--config", "adapt.yaml"]) == 2
+    assert capsys.readouterr().err.startswith("capgap: error: environment variable WORLD_SIZE is not set")
+
+
+def test_an_interrupt_is_130_and_a_bug_keeps_its_traceback(stages):
+    stages.answer = KeyboardInterrupt()
+    assert door.main(["adapt", "--config", "adapt.yaml"]) == 130
+    stages.answer = ZeroDivisionError()
+    with pytest.raises(ZeroDivisionError):
+        door.main(["adapt", "--config", "adapt.yaml"])
+
+
+def python(*words: str, **options) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(Path(megatron_capgap.__file__).parents[1])}
+    return subprocess.run(
+        [sys.executable, *words], env=environment, capture_output=True, text=True, **options
+    )
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["-h"], *([stage, "--help"] for stage in STAGES), ["--version"]]
+)
+def test_help_answers_without_anything_heavy(words):
+    program = (
+        "import sys; from megatron_capgap.__main__ import main; code = main(sys.argv[1:])\n"
+        "heavy = {'torch', 'megatron', 'numpy', 'transformers'} & set(sys.modules)\n"
+        "raise SystemExit(code or (f'imported {heavy}' if heavy else 0))"
+    )
+    done = python("-c", program, *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("capgap")
+    if words[0] in ("--help", "-h"):
+        assert all(f"\n  {stage} " in done.stdout for stage in STAGES)
+
+
+def test_the_module_is_the_door(tmp_path):
+    done = python("-m", "megatron_capgap", "distil", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("capgap: error: distil: no such stage; did you mean distill?")
+    assert done.stderr.count("\n") == 1
