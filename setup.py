@@ -13,7 +13,7 @@ CORE = [
     "numpy",
     "psutil",  # Megatron's checkpoint writer imports it
     "einops",  # Megatron's process grids import it
-    "pydantic>=2.7",
+    "pydantic>=2.11",
     "pyyaml",
     "rich",
     "safetensors",
@@ -25,6 +25,7 @@ HF = ["transformers>=4.45"]
 PLOT = ["scipy", "matplotlib"]
 EVAL = ["lm-eval"]
 FP8 = ["transformer-engine[pytorch]"]  # needs an NVIDIA GPU
+QUICKSTART: list[str] = []
 DEV = [*HF, *PLOT, "pytest", "pytest-timeout", "hypothesis", "ruff"]
 
 setup(
@@ -37,6 +38,6 @@ setup(
     python_requires=">=3.10,<3.12",
     packages=find_packages(include=["megatron_capgap", "megatron_capgap.*"]),
     install_requires=CORE,
-    extras_require={"hf": HF, "plot": PLOT, "eval": EVAL, "fp8": FP8, "dev": DEV},
+    extras_require={"hf": HF, "plot": PLOT, "eval": EVAL, "fp8": FP8, "quickstart": QUICKSTART, "dev": DEV},
     entry_points={"console_scripts": ["capgap=megatron_capgap.__main__:main"]},
 )

@@ -1,11 +1,13 @@
 """Fixtures and settings that all tests share."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from tests.support.pool import WorkerPool
+from tests.support.runs import Material, make_material, make_teacher
 
 # The same examples in every run, and no time limit for one: the machine may be busy.
 settings.register_profile("capgap", deadline=None, derandomize=True, max_examples=25)
@@ -18,3 +20,15 @@ def pool() -> Iterator[WorkerPool]:
     workers = WorkerPool()
     yield workers
     workers.close()
+
+
+@pytest.fixture(scope="session")
+def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
+    """A tokenizer and indexed datasets for runs on tiny models, made once for the whole session."""
+    return make_material(tmp_path_factory.mktemp("material"))
+
+
+@pytest.fixture(scope="session")
+def teacher(pool: WorkerPool, material: Material) -> Path:
+    """The run directory of a larger tiny model that has learned something."""
+    return make_teacher(pool, material)

@@ -14,6 +14,8 @@ NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -167,7 +169,7 @@ class Optimizer:
     """Decoupled weight decay; norms and biases are exempt."""
     clip_norm: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0 means no clipping."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Adam's decay rates of the first and second moment."""
     epsilon: PositiveFloat = 1.0e-8
     """Adam's epsilon."""
@@ -239,7 +241,7 @@ class Config:
     """The model that is trained or measured."""
     data: Data
     """What is read."""
-    seed: NonNegative = 1234
+    seed: Seed = 1234
     """Decides initial weights, data order and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes cuda where there is a GPU for this rank, else cpu."""

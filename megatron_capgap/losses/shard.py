@@ -1,7 +1,9 @@
 """One rank's share of the vocabulary, and the collective that completes its statistics."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -77,32 +79,37 @@ class VocabShard:
         return columns.masked_fill_(~here, 0), here
 
 
-def blocks_in_cache(matrix: Tensor) -> list[slice]:
-    """Cuts the rows of [c, w] so that the temporaries of elementwise work stay in a core's cache.
+def blocks_in_cache(matrix: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Cuts a matrix [c, w] and others of c rows into views of few enough rows that the temporaries of elementwise
+    work stay in a core's cache.
 
-    A GPU has no such cache and pays for every launch, so there the block is the whole matrix.
+    A GPU has no such cache and pays for every launch, so there the block is the whole.
     """
-    count, width = matrix.shape
-    step = count if matrix.is_cuda else max(1, 2**16 // max(1, width))
-    return [slice(first, min(first + step, count)) for first in range(0, count, step)]
+    rows = matrix.shape[0] if matrix.is_cuda else max(1, 2**16 // max(1, matrix.shape[1]))
+    return zip(*(tensor.split(rows) for tensor in (matrix, *others)), strict=True)
 
 
-def log_softmax_(logits: Tensor) -> Tensor:
-    """Turns logits [r, w] into log-probabilities within the shard, in place; returns their log-sum-exp
-    [r]."""
+def local_softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Turns logits [r, w] into probabilities within the shard, in place.
+
+    Returns their logarithms [r, w] and the log-sum-exp [r] of what the logits were.
+    """
     if logits.shape[1] == 0:
-        return logits.new_full(logits.shape[:1], LOG_OF_NOTHING)
+        return logits, logits.new_full(logits.shape[:1], LOG_OF_NOTHING)
     top = logits.amax(1, keepdim=True)
-    logits.sub_(top)
-    log_total = logits.exp().sum(1, keepdim=True).log_()
-    logits.sub_(log_total)
-    return (top + log_total)[:, 0]
+    log_probs = logits - top
+    total = torch.exp(log_probs, out=logits).sum(1, keepdim=True)
+    log_total = total.log()
+    logits.mul_(total.reciprocal_())
+    return log_probs.sub_(log_total), (top + log_total)[:, 0]
 
 
 def softmax_(logits: Tensor) -> Tensor:
     """Turns logits [c, w] into probabilities within the shard, in place; returns their log-sum-exp [c]."""
-    lse = logits.new_empty(logits.shape[0])
-    for rows in blocks_in_cache(logits):
-        lse[rows] = log_softmax_(logits[rows])
-        logits[rows].exp_()
-    return lse
+    return torch.cat([local_softmax_(block)[1] for (block,) in blocks_in_cache(logits)])
+
+
+def log_sum_exp(logits: Tensor) -> Tensor:
+    """[c, w] -> [c], over the shard."""
+    lse = torch.cat([block.logsumexp(1) for (block,) in blocks_in_cache(logits)])
+    return lse.clamp_min_(LOG_OF_NOTHING)

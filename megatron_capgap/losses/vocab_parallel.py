@@ -17,7 +17,14 @@ from torch import Tensor
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.schema import Objective
 from megatron_capgap.losses.divergences import DIVERGENCES
-from megatron_capgap.losses.shard import LOG_OF_NOTHING, VocabShard, blocks_in_cache, log_softmax_, softmax_
+from megatron_capgap.losses.shard import (
+    LOG_OF_NOTHING,
+    VocabShard,
+    blocks_in_cache,
+    local_softmax_,
+    log_sum_exp,
+    softmax_,
+)
 from megatron_capgap.losses.teachers import Tail
 
 
@@ -52,36 +59,29 @@ class DenseComparison:
         self.row = DIVERGENCES[objective.divergence]
 
     def local_(self, student: Tensor) -> tuple[Tensor, Tensor]:
-        """As in `Comparison`; the teacher's logits become the pull. Statistics: lse, teacher's lse, sum of
-        values, sum of pulls."""
-        statistics = student.new_empty(4, student.shape[0])
-        blocks = blocks_in_cache(student)
-        chain = self.row.shard_weight is not None
-        for rows in blocks:
-            statistics[0, rows] = log_softmax_(student[rows])
-            statistics[1, rows] = log_softmax_(self.teacher[rows])
-            if chain:
-                statistics[2:, rows] = self._evaluate_(student[rows], self.teacher[rows])
-        if chain:
+        """As in `Comparison`; the teacher's logits become the pull. Statistics: log-sum-exp of the student and of
+        the teacher within the shard, sums of values and of pulls."""
+        parts = []
+        if self.row.shard_weight is not None:
+            for q, p in blocks_in_cache(student, self.teacher):
+                (log_q, lse_q), (log_p, lse_p) = local_softmax_(q), local_softmax_(p)
+                parts.append(torch.stack([lse_q, lse_p, *self._pull_(q, p, log_q, log_p)]))
+            statistics = torch.cat(parts, 1)
             return statistics[0], statistics
-        normaliser = self.shard.gather(statistics[:2]).logsumexp(0)
-        mass = statistics[:2] - normaliser
-        for rows in blocks:
-            log_q, log_p = (
-                student[rows].add_(mass[0, rows, None]),
-                self.teacher[rows].add_(mass[1, rows, None]),
-            )
-            statistics[2:, rows] = self._evaluate_(log_q, log_p)
-        return normaliser[0], statistics
+        lse = torch.stack([log_sum_exp(student), log_sum_exp(self.teacher)])
+        whole = self.shard.gather(lse).logsumexp(0)
+        for q, p, lse_q, lse_p in blocks_in_cache(student, self.teacher, *whole):
+            log_q, log_p = q - lse_q[:, None], p - lse_p[:, None]
+            torch.exp(log_q, out=q)
+            torch.exp(log_p, out=p)
+            parts.append(torch.stack(self._pull_(q, p, log_q, log_p)))
+        return whole[0], torch.cat([lse, torch.cat(parts, 1)])
 
-    def _evaluate_(self, log_q: Tensor, log_p: Tensor) -> Tensor:
-        """Log-probabilities [r, w] become q and the pull, in place; returns the sums of value and pull [2,
-        r]."""
-        q, p = log_q.exp(), log_p.exp()
+    def _pull_(self, q: Tensor, p: Tensor, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        """Puts the pull in place of p [r, w]; returns the sums of values and of pulls [r]."""
         value, pull = self.row.formula(p, q, log_p, log_q, self.objective)
-        log_q.copy_(q)
-        log_p.copy_(pull)
-        return torch.stack([value.sum(1), pull.sum(1)])
+        p.copy_(pull)
+        return value.sum(1), pull.sum(1)
 
     def resolve(self, gathered: Tensor) -> tuple[Tensor, Tensor]:
         """As in `Comparison`."""

@@ -146,8 +146,8 @@ def _open_run_dir(resolved: Resolved) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        source = resolved.loaded.source("run_dir")
-        raise UserError(f"{source}: run_dir: {run_dir} cannot be written ({error.strerror}); choose another run_dir") from error
+        place = resolved.loaded.place("run_dir")
+        raise UserError(f"{place}: {run_dir} cannot be written ({error.strerror}); choose another run_dir") from error
     try:
         pretrain.build_indices(config.data, resolved.student.vocab, config.seed, cache_dir(config))
     except UserError:

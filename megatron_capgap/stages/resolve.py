@@ -80,7 +80,7 @@ def _source(loaded: Loaded, key: str, checkpoint: str | None) -> Source | None:
         folder = manifests.locate(checkpoint)
         return Source(folder, manifests.read(folder))
     except UserError as error:
-        raise ConfigError([f"{loaded.source(key)}: {key}: {error}"]) from error
+        raise ConfigError([f"{loaded.place(key)}: {error}"]) from error
 
 
 def _begun(loaded: Loaded, stage: str, student: ModelShape) -> Manifest | None:
@@ -89,7 +89,7 @@ def _begun(loaded: Loaded, stage: str, student: ModelShape) -> Manifest | None:
     newest = manifests.latest(Path(config.run_dir))
     if newest is None:
         return None
-    where = f"{loaded.source('run_dir')}: run_dir: {config.run_dir}"
+    where = f"{loaded.place('run_dir')}: {config.run_dir}"
     if stage == "evaluate":
         raise ConfigError([f"{where} is a training run; give the evaluation a run_dir of its own"])
     found = manifests.read(newest)
@@ -114,7 +114,7 @@ def _vocabulary_problems(loaded: Loaded, student: ModelShape, tokenizer: Tokeniz
         return []
     path = loaded.config.data.tokenizer
     return [
-        f"{loaded.source('data.tokenizer')}: data.tokenizer: {path} has {tokenizer.vocab_size} tokens but the student's "
+        f"{loaded.place('data.tokenizer')}: {path} has {tokenizer.vocab_size} tokens but the student's "
         f"vocab is {student.vocab}; set student.model.vocab to {tokenizer.vocab_size} or more, or use the model's own tokenizer"
     ]
 
@@ -124,6 +124,6 @@ def _fingerprint_problems(loaded: Loaded, key: str, source: Source | None, token
         return []
     theirs, ours = source.manifest.tokenizer_fingerprint[:12], tokenizer.fingerprint[:12]
     return [
-        f"{loaded.source(key)}: {key}: {source.folder} was trained with tokenizer {source.manifest.tokenizer} ({theirs}), "
+        f"{loaded.place(key)}: {source.folder} was trained with tokenizer {source.manifest.tokenizer} ({theirs}), "
         f"but data.tokenizer is {loaded.config.data.tokenizer} ({ours}); their tokens differ, use the checkpoint's tokenizer"
     ]

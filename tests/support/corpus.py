@@ -11,7 +11,7 @@ import numpy as np
 import sentencepiece
 import tokenizers
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 SYLLABLES = ("ka", "lo", "mi", "ner", "tu", "sha", "ve", "or", "in", "das", "pel", "qui")
 
@@ -59,6 +59,9 @@ def save_byte_level(folder: Path, vocab_size: int = 400) -> str:
     )
     tokenizer.train_from_iterator(texts(200), trainer)
     tokenizer.add_tokens(["\u00e9\u00e9\u00e9"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", 0)]
+    )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"bos_token": {"content": "<|begin|>", "lstrip": False}, "eos_token": "<|end|>"}

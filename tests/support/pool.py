@@ -22,7 +22,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["torch", "torch.distributed", "megatron.core", "pytest"]
+PRELOADED = ["torch", "torch.distributed", "megatron.core", "megatron_capgap.stages.distill", "pytest"]
 STREAMS = ("stdout", "stderr")
 SECONDS_AFTER_A_FAILURE = 15.0  # what the other ranks get to notice that one of them is gone
 
@@ -192,6 +192,8 @@ def _serve(pipe: connection.Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
+    # Daemonic, so that a worker never outlives the tests; but Megatron's checkpoint writer forks children of its own.
+    multiprocessing.current_process()._config["daemon"] = False
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)
     while True:

@@ -10,7 +10,9 @@ import pytest
 
 import megatron_capgap
 from megatron_capgap import __main__ as door
+from megatron_capgap.config import help
 from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.keys import table
 from megatron_capgap.config.schema import STAGES
 
 CONFIG = """\
@@ -163,6 +165,19 @@ def test_an_interrupt_is_130_and_a_bug_keeps_its_traceback(stages):
     stages.answer = ZeroDivisionError()
     with pytest.raises(ZeroDivisionError):
         door.main(["adapt", "--config", "adapt.yaml"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_explains_every_key(stage):
+    text = " ".join(help.stage_help(stage).split())
+    for key in list(table().values())[1:]:
+        assert f"{key.name}: " in text
+        assert " ".join(key.doc.split()) in text
+        if not key.children:
+            state = "required" if key.required else f"default {key.default}"
+            assert f"{key.name}: {key.type} ({state})" in text
+    assert max(map(len, help.stage_help(stage).splitlines())) <= 120
+    assert "torchrun" in text and "srun" in text and "python -m" in text
 
 
 def python(*words: str, **options) -> subprocess.CompletedProcess:

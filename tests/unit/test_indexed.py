@@ -12,6 +12,7 @@ from megatron_capgap.data import indexed
 from tests.support import corpus
 
 LENGTHS = [5, 1, 0, 17, 40, 8]
+N = len(LENGTHS)
 TOKENS = sum(LENGTHS)
 HEADER = 34  # bytes before the sequence lengths
 
@@ -73,6 +74,13 @@ def test_every_truncated_index_is_noticed(prefix: str) -> None:
             indexed.inspect(prefix, None, None)
 
 
+def test_index_longer_than_it_says(prefix: str) -> None:
+    with Path(f"{prefix}.idx").open("ab") as file:
+        file.write(bytes(N))  # as a multimodal dataset has it
+    with pytest.raises(UserError, match="its header promises"):
+        indexed.inspect(prefix, None, None)
+
+
 def test_index_of_another_corpus(prefix: str, tmp_path: Path) -> None:
     other = corpus.write_dataset(tmp_path / "other", documents(lengths=[9, 9]))
     Path(f"{other}.idx").replace(f"{prefix}.idx")
@@ -80,7 +88,6 @@ def test_index_of_another_corpus(prefix: str, tmp_path: Path) -> None:
         indexed.inspect(prefix, None, None)
 
 
-N = len(LENGTHS)
 DAMAGES: list[tuple[str, int, bytes, str]] = [
     ("magic", 0, b"GGUF", "is not a Megatron index"),
     ("version", 9, struct.pack("<Q", 2), "format version 2"),

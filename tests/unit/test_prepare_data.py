@@ -84,7 +84,8 @@ def test_a_large_vocabulary_is_stored_in_int32(here: Path) -> None:
     assert inspect("out/d", 70_001, None).dtype == "int32"
 
 
-def test_processes_and_gzip_do_not_change_the_output(here: Path) -> None:
+def test_processes_and_gzip_do_not_change_the_output(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rooms_corpus, "_BLOCK_BYTES", 50_000)  # more blocks than wait at a time
     texts = corpus.texts(6000, words=120)
     corpus.write_jsonl(here / "a.jsonl", texts[:2500])
     with gzip.open(here / "b.jsonl.gz", "wt") as stream:
@@ -140,6 +141,16 @@ def test_malformed_lines_are_counted_and_placed(here: Path, capsys: pytest.Captu
         assert output.index(f"left out: {kind}") < output.index(f"  a.jsonl:{number}: ")
 
 
+def test_places_are_right_beyond_the_first_block(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rooms_corpus, "_BLOCK_BYTES", 100)
+    with (here / "a.jsonl").open("a") as file:
+        file.write("{\n")
+    assert run("--workers", "1", "--input", "a.jsonl", "a.jsonl") == 0
+    assert capsys.readouterr().err.count("  a.jsonl:51: ") == 2
+
+
 @pytest.mark.parametrize(("line", "kind"), BAD_LINES.items())
 def test_strict_stops_at_the_first(
     here: Path, line: str, kind: str, capsys: pytest.CaptureFixture[str]
@@ -165,9 +176,14 @@ def test_training_a_tokenizer(here: Path) -> None:
     assert (tokenizer.vocab_size, tokenizer.bos, tokenizer.eos) == (350, 1, 2)
     text = "  def f(x):\n\treturn  2024  \u2603\n"
     assert tokenizer.decode(tokenizer.encode(text)) == text
-    pieces = [piece for piece in tokenizer.pieces() if piece]
-    assert not any(char.isdigit() for piece in pieces if len(piece) > 2 and piece[0] != "<" for char in piece)
     assert [tokenizer.decode(ids) for ids in read("one")] == corpus.texts(50)
+
+
+def test_trained_digits_stand_alone(here: Path) -> None:
+    corpus.write_jsonl(here / "a.jsonl", ["in 2024 and 2025", *corpus.texts(50)] * 9)
+    assert run("--train-tokenizer", "350", "--tokenizer", "new.model") == 0
+    tokenizer = open_tokenizer("new.model")
+    assert [tokenizer.decode([token]) for token in tokenizer.encode("2024")][-4:] == ["2", "0", "2", "4"]
 
 
 def test_training_reads_a_fixed_sample_of_a_large_corpus(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,6 +62,12 @@ def test_usual_blends_stay_within_one_sample(weights: list[float]) -> None:
         assert np.abs(counts - (k + 1) * shares).max() <= 1
 
 
+def test_a_blend_does_not_depend_on_the_order_of_its_list() -> None:
+    one, other = Blend([0.1, 0.5, 0.15, 0.25]), Blend([0.5, 0.25, 0.15, 0.1])
+    names, other_names = "abcd", "bdca"
+    assert [names[one(k)[0]] for k in range(200)] == [other_names[other(k)[0]] for k in range(200)]
+
+
 @given(sizes=SIZES, seed=st.integers(0, 2**70))
 def test_without_weights_one_pass_holds_every_sample_once(sizes: list[int], seed: int) -> None:
     order = training_order(sizes, None, seed)

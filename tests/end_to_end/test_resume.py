@@ -1,0 +1,155 @@
+"""Killed and started again: the same numbers as a run that nobody stopped."""
+
+import os
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_capgap.__main__ import main
+from tests.support import runs
+from tests.support.pool import WorkerError, WorkerPool
+from tests.support.processes import job
+from tests.support.runs import Material
+
+TP2_PP2 = {"tensor": 2, "pipeline": 2, "sequence": True}
+
+
+def last_step(run_dir: Path) -> int:
+    steps = runs.steps_of(run_dir)
+    return steps[-1]["step"] if steps else 0
+
+
+def kill_myself_after(step: int, words: list[str]) -> int:
+    """Runs a command on a rank that dies by SIGKILL once `step` stands in metrics.jsonl."""
+    from megatron_capgap.training import loop
+
+    report = loop._report
+
+    def report_and_die(run: loop.Run, done: int, *rest: Any) -> None:
+        report(run, done, *rest)
+        if done == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    loop._report = report_and_die
+    return main(words)
+
+
+def kill_myself_while_saving(step: int, words: list[str]) -> int:
+    """Runs a command on a rank that dies by SIGKILL when all shards of a step are written, but not their manifest."""
+    from megatron_capgap.checkpoint import manifest
+
+    write = manifest.write
+
+    def write_or_die(content: manifest.Manifest, folder: Path) -> None:
+        if content.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(content, folder)
+
+    manifest.write = write_or_die
+    return main(words)
+
+
+def run_and_lose(pool: WorkerPool, work: partial[int], world: int) -> None:
+    with pytest.raises(WorkerError, match="died with exit code -9"):
+        pool.run(work, world=world, initialise=False)
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on_to_the_last_digit(pool: WorkerPool, material: Material, tmp_path: Path) -> None:
+    changes = {"train__steps": 60, "train__eval_every": 20, "train__dropout": 0.1, "checkpoint__every": 20}
+    unbroken = runs.metrics(runs.train(pool, "adapt", runs.adapt_config(material, tmp_path / "unbroken", **changes)))
+    killed = tmp_path / "killed"
+    words = ["adapt", "--config", runs.write_config(runs.adapt_config(material, killed, **changes))]
+    with job(words, 1, tmp_path / "first") as first:
+        first.wait_until(lambda: last_step(killed) >= 22)
+        first.signal(signal.SIGKILL)
+        assert first.wait() == [-signal.SIGKILL]
+    assert (killed / "latest").read_text() == "step_20\n"
+    lost = last_step(killed)
+    assert lost in range(22, 40)
+    with job(words, 1, tmp_path / "second") as second:
+        assert second.wait() == [0], second.stderr()
+        assert f"resumed from {killed}/checkpoints/step_20: step 20 of 60" in second.stdout()
+    assert runs.metrics(killed) == unbroken
+    assert [entry["step"] for entry in runs.steps_of(killed)] == list(range(1, 61))
+
+
+def test_four_killed_ranks_go_on_to_the_last_digit(
+    pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path
+) -> None:
+    """Distillation under TP2 x PP2 with dropout: every rank's random state goes on too."""
+    changes = {"train__steps": 6, "train__dropout": 0.1, "checkpoint__every": 2, "student__layout": TP2_PP2}
+    unbroken = runs.distill_config(material, tmp_path / "unbroken", teacher, **changes)
+    broken = runs.distill_config(material, tmp_path / "broken", teacher, **changes)
+    words = ["distill", "--config", runs.write_config(broken)]
+    run_and_lose(pool, partial(kill_myself_after, 3, words), world=4)
+    assert last_step(tmp_path / "broken") == 3
+    assert (tmp_path / "broken" / "latest").read_text() == "step_2\n"
+    ranks = runs.run_stage(pool, "distill", broken, world=4)
+    assert [rank.value for rank in ranks] == [0] * 4
+    assert "step_2: step 2 of 6" in ranks[0].stdout
+    assert runs.metrics(tmp_path / "broken") == runs.metrics(runs.train(pool, "distill", unbroken, world=4))
+
+
+def test_dropout_was_on(pool: WorkerPool, material: Material, tmp_path: Path) -> None:
+    """Otherwise the random state above resumes for nothing; two different seeds of a worker change nothing."""
+    with_dropout = runs.adapt_config(material, tmp_path / "with", train__steps=1, train__dropout=0.1)
+    without = runs.adapt_config(material, tmp_path / "without", train__steps=1)
+    one, other = (runs.metrics(runs.train(pool, "adapt", config))[0] for config in (with_dropout, without))
+    assert abs(one["loss"] - other["loss"]) > 1e-4
+
+
+def test_a_checkpoint_goes_on_in_other_layouts(pool: WorkerPool, material: Material, tmp_path: Path) -> None:
+    changes = {"train__steps": 6, "checkpoint__every": 3}
+    config = runs.adapt_config(material, tmp_path / "tp2_pp2", student__layout=TP2_PP2, **changes)
+    expected = runs.metrics(runs.train(pool, "adapt", config, world=4))
+    for name, world in (("one_rank", 1), ("dp2", 2)):
+        run_dir = runs.rewind(tmp_path / "tp2_pp2", tmp_path / name, step=3)
+        found = runs.metrics(runs.train(pool, "adapt", runs.adapt_config(material, run_dir, **changes), world))
+        assert found[:3] == expected[:3], "steps before the checkpoint stay as they were"
+        for mine, theirs in zip(found[3:], expected[3:], strict=True):
+            runs.assert_close(mine, theirs, 1e-5, name)
+
+
+def test_a_longer_run_reads_on_where_the_shorter_one_ended(
+    pool: WorkerPool, material: Material, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"optimizer__schedule": "constant", "data__valid": None}
+    whole = runs.adapt_config(material, tmp_path / "whole", train__steps=6, **changes)
+    parts = runs.adapt_config(material, tmp_path / "parts", train__steps=3, **changes)
+    runs.train(pool, "adapt", parts)
+    runs.train(pool, "adapt", runs.changed(parts, train__steps=6))
+    assert runs.metrics(tmp_path / "parts") == runs.metrics(runs.train(pool, "adapt", whole))
+
+
+def test_a_finished_run_does_nothing_and_says_so(pool: WorkerPool, material: Material, tmp_path: Path) -> None:
+    config = runs.adapt_config(material, tmp_path / "run", train__steps=2)
+    before = runs.files_of(runs.train(pool, "adapt", config))
+    (rank,) = runs.run_stage(pool, "adapt", config)
+    assert rank.value == 0
+    assert "nothing to do: all 2 steps are done" in rank.stdout
+    assert runs.files_of(tmp_path / "run") == before
+
+
+def test_the_newest_checkpoints_stay(pool: WorkerPool, material: Material, tmp_path: Path) -> None:
+    changes = {"train__steps": 5, "checkpoint__every": 1, "checkpoint__keep": 3, "data__valid": None}
+    run_dir = runs.train(pool, "adapt", runs.adapt_config(material, tmp_path / "run", **changes))
+    assert runs.checkpoints(run_dir) == ["step_3", "step_4", "step_5"]
+    assert (run_dir / "latest").read_text() == "step_5\n"
+
+
+def test_a_save_that_is_killed_leaves_the_older_checkpoint(
+    pool: WorkerPool, material: Material, tmp_path: Path
+) -> None:
+    changes = {"train__steps": 6, "checkpoint__every": 2, "data__valid": None}
+    unbroken = runs.train(pool, "adapt", runs.adapt_config(material, tmp_path / "unbroken", **changes))
+    broken = runs.adapt_config(material, tmp_path / "broken", **changes)
+    run_and_lose(pool, partial(kill_myself_while_saving, 4, ["adapt", "--config", runs.write_config(broken)]), 1)
+    assert runs.checkpoints(tmp_path / "broken") == [".step_4.incomplete", "step_2"]
+    assert (tmp_path / "broken" / "latest").read_text() == "step_2\n"
+    runs.train(pool, "adapt", broken)
+    assert runs.checkpoints(tmp_path / "broken") == ["step_4", "step_6"]
+    assert runs.metrics(tmp_path / "broken") == runs.metrics(unbroken)

@@ -1,0 +1,161 @@
+"""Whole runs on tiny models: the material they read, their configurations, and what they leave behind."""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_capgap.__main__ import main
+from tests.support.corpus import texts, write_jsonl
+from tests.support.pool import RankResult, WorkerPool
+
+VOCAB = 301  # a prime with no tensor-parallel size to fit it
+STUDENT = {"layers": 4, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 48, "vocab": VOCAB}
+TEACHER = {"layers": 4, "hidden": 48, "heads": 6, "kv_heads": 2, "ffn": 80, "vocab": VOCAB}
+
+
+@dataclass(frozen=True)
+class Material:
+    """A tokenizer and two indexed datasets in a folder, made by tools/prepare_data.py."""
+
+    folder: Path
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The data section of a configuration."""
+        return {
+            "tokenizer": str(self.folder / "tokenizer.model"),
+            "train": [str(self.folder / "corpus_train")],
+            "valid": [str(self.folder / "corpus_valid")],
+            "sequence_length": 32,
+        }
+
+
+def make_material(folder: Path) -> Material:
+    """Trains a tokenizer of exactly `VOCAB` tokens and cuts a corpus into samples."""
+    from tools import prepare_data
+
+    words = ["--input", write_jsonl(folder / "corpus.jsonl", texts(300, seed=5)), "--split", "0.9,0.1"]
+    words += ["--tokenizer", str(folder / "tokenizer.model"), "--train-tokenizer", str(VOCAB)]
+    assert prepare_data.main([*words, "--out", str(folder / "corpus"), "--workers", "1"]) == 0
+    return Material(folder)
+
+
+def adapt_config(material: Material, run_dir: Path, **changes: Any) -> dict[str, Any]:
+    """Four steps of next-token training on global batches of 8, in fp32 without dropout.
+
+    Args:
+        changes: dotted keys with `__` for the dots, as in `student__layout={"tensor": 2}`; None removes a key.
+    """
+    config = {
+        "run_dir": str(run_dir),
+        "device": "cpu",
+        "student": {"model": dict(STUDENT), "layout": {}},
+        "data": material.data,
+        "train": {"steps": 4, "global_batch": 8, "micro_batch": 2, "eval_batches": 2},
+        "optimizer": {"lr": 3.0e-3, "min_lr": 3.0e-4, "warmup_fraction": 0.0},
+        "checkpoint": {"every": 0},
+        "runtime": {"timeout_seconds": 60, "tensorboard": False},
+    }
+    return changed(config, **changes)
+
+
+def distill_config(material: Material, run_dir: Path, teacher: Path, **changes: Any) -> dict[str, Any]:
+    """As `adapt_config`, taught by a checkpoint in forward passes of four sequences where the student has two."""
+    config = adapt_config(material, run_dir)
+    config["teacher"] = {"checkpoint": str(teacher), "micro_batch": 4}
+    config["objective"] = {"temperature": 2.0}
+    return changed(config, **changes)
+
+
+def changed(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """A copy with some keys set, or removed where the new value is None."""
+    config = json.loads(json.dumps(config))
+    for key, value in changes.items():
+        *sections, name = key.split("__")
+        section = config
+        for part in sections:
+            section = section.setdefault(part, {})
+        if value is None:
+            section.pop(name)
+        else:
+            section[name] = value
+    return config
+
+
+def write_config(config: dict[str, Any]) -> str:
+    """Writes a configuration beside its run directory; returns the file."""
+    path = Path(f"{config['run_dir']}.yaml")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return str(path)
+
+
+def run_stage(
+    pool: WorkerPool, stage: str, config: dict[str, Any], world: int = 1, overrides: Sequence[str] = ()
+) -> list[RankResult]:
+    """Runs one stage on `world` ranks; the value of each rank is its exit code."""
+    words = [stage, "--config", write_config(config), *overrides]
+    return pool.run(main, words, world=world, initialise=False, capture=True)
+
+
+def train(pool: WorkerPool, stage: str, config: dict[str, Any], world: int = 1) -> Path:
+    """Runs one stage that must succeed; returns its run directory."""
+    ranks = run_stage(pool, stage, config, world)
+    assert [rank.value for rank in ranks] == [0] * world, ranks
+    assert all(not rank.stdout for rank in ranks[1:]), "only the first rank speaks"
+    return Path(config["run_dir"])
+
+
+def make_teacher(pool: WorkerPool, material: Material) -> Path:
+    """Trains `TEACHER` until its predictions differ clearly from those of random weights."""
+    changes = {"student__model": TEACHER, "train__steps": 25, "optimizer__lr": 1.0e-2, "data__valid": None}
+    return train(pool, "adapt", adapt_config(material, material.folder / "runs" / "teacher", **changes))
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that are whole, without what a clock says."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    entries = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [{k: v for k, v in entry.items() if k != "tokens_per_second"} for entry in entries]
+
+
+def steps_of(run_dir: Path) -> list[dict[str, Any]]:
+    """The training steps in metrics.jsonl."""
+    return [entry for entry in metrics(run_dir) if "loss" in entry]
+
+
+def checkpoints(run_dir: Path) -> list[str]:
+    """What lies in the folder of checkpoints, by name."""
+    return sorted(os.listdir(run_dir / "checkpoints"))
+
+
+def files_of(folder: Path) -> dict[str, bytes] | None:
+    """Every file below a folder with its content; None where there is no folder."""
+    if not folder.exists():
+        return None
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def rewind(run_dir: Path, copy: Path, step: int) -> Path:
+    """A copy of a run as it was after an earlier checkpoint that is still there."""
+    shutil.copytree(run_dir, copy)
+    for folder in (copy / "checkpoints").iterdir():
+        if folder.name != f"step_{step}":
+            shutil.rmtree(folder)
+    (copy / "latest").write_text(f"step_{step}\n")
+    return copy
+
+
+def assert_close(found: dict[str, Any], expected: dict[str, Any], tolerance: float, where: str = "") -> None:
+    """Every number of two entries of metrics.jsonl agrees to a relative tolerance."""
+    assert found.keys() == expected.keys(), where
+    for name, value in expected.items():
+        error = abs(found[name] - value) / abs(value)
+        assert error <= tolerance, f"{where} step {expected['step']}: {name} {found[name]} vs {value}: {error:.1e}"
