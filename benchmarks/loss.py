@@ -1,6 +1,6 @@
 """The distillation loss beside its peers: time, memory and exactness, forward and backward, both LM heads included.
 
-    python benchmarks/loss.py [--sizes 32k 152k] [--repeats 5] [--json FILE]
+    python benchmarks/loss.py [--sizes 32k 152k] [--rounds 5] [--json FILE]
 
 Peers are measured when they can be imported, in the same run, in turn with ours, on the same tensors:
     pip install --no-deps nvidia-modelopt==0.47.0 omegaconf "antlr4-python3-runtime==4.9.3" nvidia-ml-py ninja pulp
@@ -18,14 +18,15 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import tempfile
 import time
 import types
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -82,7 +83,14 @@ class Problem:
         return dist.group.WORLD if self.world > 1 else None
 
 
-Contender = Callable[[Problem], Tensor]  # returns the loss; its backward fills the gradients of hidden and head
+@dataclass(frozen=True)
+class Contender:
+    """A way to the loss; its backward fills the gradients of hidden and head."""
+
+    name: str
+    loss: Callable[[Problem], Tensor]
+    is_mean: bool = False
+    """Whether it returns the mean over tokens, not the sum."""
 
 
 def ours(chunk_tokens: int) -> Contender:
@@ -96,7 +104,7 @@ def ours(chunk_tokens: int) -> Contender:
             objective=objective, vocab_size=p.size.vocab, group=p.group, chunk_tokens=chunk_tokens,
         ).loss_sum  # fmt: skip
 
-    return loss
+    return Contender(f"ours, {chunk_tokens} tokens at a time", loss)
 
 
 def modelopt(world: int) -> Contender:
@@ -123,7 +131,7 @@ def modelopt(world: int) -> Contender:
         dist.all_reduce(whole)  # modelopt returns this rank's share; the gradient wants the share, the report the sum
         return 0.5 * (divergence + (whole - divergence.detach())) + 0.5 * cross_entropy
 
-    return loss
+    return Contender("modelopt LogitsKLLoss + Megatron CE", loss)
 
 
 def liger(chunk_tokens: int) -> Contender:
@@ -137,7 +145,7 @@ def liger(chunk_tokens: int) -> Contender:
             0.5, 0.5, 0.0, -100, 1.0, False, chunk_tokens, False,
         )  # fmt: skip
 
-    return loss
+    return Contender(f"Liger chunked loss, {chunk_tokens} tokens", loss, is_mean=True)
 
 
 def matrix_products(chunk_tokens: int) -> Callable[[Problem], None]:
@@ -160,59 +168,61 @@ def matrix_products(chunk_tokens: int) -> Callable[[Problem], None]:
 
 @dataclass
 class Row:
-    """One line of the table."""
+    """One line of the table; medians over the rounds."""
 
     name: str
     seconds: float
+    cpu_seconds: float
+    """Processor time of the busier rank: steadier than the clock on a machine that others use."""
+    times_first: float
+    """Processor time over that of the first row, round by round."""
     held_mb: float | None = None
     peak_mb: float | None = None
     gradient_error: float | None = None
 
 
-def measure(problem: Problem, contenders: dict[str, Contender], chunks: list[int], repeats: int) -> list[Row]:
-    """Times in turn, so that a busy machine is equally busy for all; the slowest rank counts, then the median."""
-    runs: dict[str, Callable[[], None]] = {
-        name: (lambda loss=loss: step(problem, loss)) for name, loss in contenders.items()
-    }
+def measure(problem: Problem, contenders: list[Contender], chunks: list[int], rounds: int) -> list[Row]:
+    """Times all in turn, round after round, so that a busy machine is equally busy for all."""
+    runs: dict[str, Callable[[], None]] = {c.name: partial(step, problem, c) for c in contenders}
     for chunk in chunks:
-        products = matrix_products(chunk)
-        runs[f"bare matrix products, {chunk} tokens"] = lambda products=products: products(problem)
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 1):
+        runs[f"bare matrix products, {chunk} tokens"] = partial(matrix_products(chunk), problem)
+    for run in runs.values():  # warms up
+        run()
+    taken = {name: [] for name in runs}
+    for _ in range(rounds):
         for name, run in runs.items():
-            taken = slowest(run, problem)
-            if repeat:  # the first round warms up
-                seconds[name].append(taken)
-    rows = []
-    for name, taken in seconds.items():
-        row = Row(name, statistics.median(taken))
-        if name in contenders:
-            row.held_mb, row.peak_mb = memory(problem, contenders[name])
-            row.gradient_error = gradient_error(problem, contenders[name])
-        rows.append(row)
+            taken[name].append(timed(run, problem))
+    rows, first = [], next(iter(taken.values()))
+    for name, rounds_of in taken.items():
+        clock, cpu = (median(column) for column in zip(*rounds_of, strict=True))
+        rows.append(Row(name, clock, cpu, median([x[1] / y[1] for x, y in zip(rounds_of, first, strict=True)])))
+    for row, contender in zip(rows, contenders, strict=False):
+        row.held_mb, row.peak_mb = memory(problem, contender)
+        row.gradient_error = gradient_error(problem, contender)
     return rows
 
 
-def step(problem: Problem, loss: Contender) -> None:
+def step(problem: Problem, contender: Contender) -> None:
     problem.hidden.grad = problem.head.grad = None
-    loss(problem).backward()
+    contender.loss(problem).backward()
 
 
-def slowest(run: Callable[[], None], problem: Problem) -> float:
+def timed(run: Callable[[], None], problem: Problem) -> tuple[float, float]:
+    """Seconds by the clock and of the processor, of the slower rank."""
     if problem.world > 1:
         dist.barrier()
-    started = time.perf_counter()
+    clock, cpu = time.perf_counter(), time.process_time()
     run()
-    taken = torch.tensor(time.perf_counter() - started)
+    taken = torch.tensor([time.perf_counter() - clock, time.process_time() - cpu])
     if problem.world > 1:
         dist.all_reduce(taken, dist.ReduceOp.MAX)
-    return taken.item()
+    return tuple(taken.tolist())
 
 
-def memory(problem: Problem, loss: Contender) -> tuple[float, float]:
+def memory(problem: Problem, contender: Contender) -> tuple[float, float]:
     """MB on this rank above the inputs: held between forward and backward, and at the peak, gradients included."""
     problem.hidden.grad = problem.head.grad = None
-    out, held, peak = allocations(lambda: loss(problem))
+    out, held, peak = allocations(lambda: contender.loss(problem))
     _, _, peak_backward = allocations(out.backward)
     return held / MB, max(peak, held + peak_backward) / MB
 
@@ -229,10 +239,10 @@ def allocations(run: Callable[[], Tensor]) -> tuple[Tensor, float, float]:
     return out, now, most
 
 
-def gradient_error(problem: Problem, loss: Contender) -> float:
+def gradient_error(problem: Problem, contender: Contender) -> float:
     """The larger relative error of the two gradients, against float64, on the first tokens of the problem."""
     few = replace(problem, size=replace(problem.size, tokens=CHECKED_TOKENS))
-    step(few, loss)
+    step(few, contender)
     hidden, teacher_hidden = few.hidden.detach().double(), few.teacher_hidden.double()
     shares = [few.head.detach().double(), few.teacher_head.double()]
     logits = [hidden @ shares[0].t(), teacher_hidden @ shares[1].t()]
@@ -249,57 +259,65 @@ def gradient_error(problem: Problem, loss: Contender) -> float:
     expected = [gradient @ shares[0], gradient.t() @ hidden]
     if few.world > 1:
         dist.all_reduce(expected[0])
-    errors = []
-    for got, want in zip((few.hidden.grad.double(), few.head.grad.double()), expected, strict=True):
-        scale = (got * want).sum() / (want * want).sum()  # a mean and a sum are the same gradient
-        scale = 1 / CHECKED_TOKENS if abs(scale * CHECKED_TOKENS - 1) < 0.1 else 1.0
-        errors.append(((got / scale - want).norm() / want.norm()).item())
-    return max(errors)
+    scale = CHECKED_TOKENS if contender.is_mean else 1
+    got = [few.hidden.grad.double() * scale, few.head.grad.double() * scale]
+    return max(((x - y).norm() / y.norm()).item() for x, y in zip(got, expected, strict=True))
 
 
-def worker(rank: int, world: int, sizes: list[str], repeats: int, folder: str) -> None:
+def worker(rank: int, world: int, sizes: list[str], rounds: int, folder: str) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store{world}", rank=rank, world_size=world)
     chunks = [128, 512]
-    contenders = {f"ours, {chunk} tokens at a time": ours(chunk) for chunk in chunks}
-    missing = []
-    peers = {
-        2: ("modelopt LogitsKLLoss + Megatron CE", lambda: modelopt(world)),
-        1: ("Liger chunked loss, 128 tokens", lambda: liger(128)),
-    }
-    name, make = peers[world]
+    contenders, missing = [ours(chunk) for chunk in chunks], []
     try:
-        contenders[name] = make()
+        contenders.append(modelopt(world) if world > 1 else liger(128))
     except ImportError as error:
-        missing.append(f"{name}: not measured ({error})")
+        missing.append(f"a peer was not measured: {error}")
     tables = {}
     for size in sizes:
         problem = Problem(SIZES[size], world, rank)
-        tables[size] = [asdict(row) for row in measure(problem, contenders, chunks, repeats)]
+        tables[size] = [asdict(row) for row in measure(problem, contenders, chunks, rounds)]
     if rank == 0:
         Path(folder, f"{world}.json").write_text(json.dumps({"tables": tables, "missing": missing}))
     dist.destroy_process_group()
 
 
 def show(size: Size, world: int, rows: list[dict]) -> None:
-    print(f"\n{size.tokens} tokens, widths {size.student} and {size.teacher}, vocabulary {size.vocab}, fp32, TP {world}")
-    print(f"| {'a rank':44} | time s | x first | held MB | peak MB | gradient error |")
-    print(f"|{'-' * 46}|{'-' * 8}|{'-' * 9}|{'-' * 9}|{'-' * 9}|{'-' * 16}|")
+    """Prints one table and, below it, how the first rows stand to the others."""
+    print(
+        f"\n{size.tokens} tokens, widths {size.student} and {size.teacher}, vocabulary {size.vocab}, TP {world}, fp32"
+    )
+    print("| for each rank                        | seconds | cpu s | x first | held MB | peak MB | gradient error |")
+    print("|--------------------------------------|---------|-------|---------|---------|---------|----------------|")
     for row in rows:
-        numbers = ["" if row[key] is None else f"{row[key]:.0f}" for key in ("held_mb", "peak_mb")]
+        held, peak = ("" if row[key] is None else f"{row[key]:.0f}" for key in ("held_mb", "peak_mb"))
         exact = "" if row["gradient_error"] is None else f"{row['gradient_error']:.1e}"
-        ratio = row["seconds"] / rows[0]["seconds"]
         print(
-            f"| {row['name']:44} | {row['seconds']:6.2f} | {ratio:7.2f} | {numbers[0]:>7} | {numbers[1]:>7} "
-            f"| {exact:>14} |"
+            f"| {row['name']:36} | {row['seconds']:7.2f} | {row['cpu_seconds']:5.2f} | {row['times_first']:7.2f} "
+            f"| {held:>7} | {peak:>7} | {exact:>14} |"
         )
+    named = {row["name"]: row for row in rows}
+    for chunk in (128, 512):
+        mine, products = named[f"ours, {chunk} tokens at a time"], named[f"bare matrix products, {chunk} tokens"]
+        print(
+            f"{chunk} tokens: the matrix products are {products['times_first'] / mine['times_first']:.0%} of the time",
+            end="",
+        )
+        for name, peer in named.items():
+            if not name.startswith(("ours", "bare")):
+                print(
+                    f"; {mine['times_first'] / peer['times_first']:.2f} of the time and "
+                    f"1/{peer['peak_mb'] / mine['peak_mb']:.0f} of the peak memory of {name}",
+                    end="",
+                )
+        print()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--worlds", nargs="+", type=int, choices=(1, 2), default=[2, 1])
     parser.add_argument("--json", help="also write everything to this file")
     args = parser.parse_args()
@@ -307,7 +325,7 @@ def main() -> None:
     results = {"machine": platform.processor() or platform.machine(), "torch": torch.__version__}
     with tempfile.TemporaryDirectory() as folder:
         for world in args.worlds:
-            torch.multiprocessing.spawn(worker, (world, args.sizes, args.repeats, folder), nprocs=world)
+            torch.multiprocessing.spawn(worker, (world, args.sizes, args.rounds, folder), nprocs=world)
             result = json.loads(Path(folder, f"{world}.json").read_text())
             for size, rows in result["tables"].items():
                 show(SIZES[size], world, rows)

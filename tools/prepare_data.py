@@ -56,9 +56,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--input", nargs="+", required=True, metavar="FILE", help=".jsonl or .jsonl.gz, in order"
-    )
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=".jsonl or .jsonl.gz, in order")
     parser.add_argument(
         "--tokenizer",
         required=True,
@@ -107,9 +105,7 @@ def positive(value: str) -> int:
 def shares(value: str) -> list[float]:
     parts = [float(part) for part in value.split(",")]
     if not 2 <= len(parts) <= len(SPLITS) or min(parts) <= 0 or abs(sum(parts) - 1) > 1e-6:
-        raise argparse.ArgumentTypeError(
-            f"{value} is not two or three shares that add up to 1, like 0.99,0.01"
-        )
+        raise argparse.ArgumentTypeError(f"{value} is not two or three shares that add up to 1, like 0.99,0.01")
     return parts
 
 
@@ -188,9 +184,7 @@ def tokenize(args: argparse.Namespace, tokenizer_path: str, writers: list["Datas
         for encoded in blocks:
             for kind, where in encoded.problems:
                 if args.strict:
-                    raise UserError(
-                        f"{where} ({kind}): mend the line, or leave out --strict to skip such lines"
-                    )
+                    raise UserError(f"{where} ({kind}): mend the line, or leave out --strict to skip such lines")
                 malformed.add(kind, where)
             for number, ids, size in documents(encoded):
                 writers[sum(uniform(number) >= bound for bound in bounds)].add(ids, size)

@@ -62,7 +62,9 @@ def read(folder: Path) -> Manifest:
     try:
         content = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{folder}: no {MANIFEST}, so this is not a finished checkpoint; name a run directory or RUN/checkpoints/step_N") from None
+        raise UserError(
+            f"{folder}: no {MANIFEST}, so this is not a finished checkpoint; name a run directory or RUN/checkpoints/step_N"
+        ) from None
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: cannot be read ({error}); use another checkpoint") from None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -99,7 +101,9 @@ def latest(run_dir: Path) -> Path | None:
     folder = run_dir / "checkpoints" / name
     if not name.startswith("step_") or not (folder / MANIFEST).is_file():
         there = ", ".join(f"step_{step}" for step in steps_in(run_dir)) or "none"
-        raise UserError(f"{pointer}: names {name!r}, which is not a finished checkpoint (there: {there}); write one of those into it")
+        raise UserError(
+            f"{pointer}: names {name!r}, which is not a finished checkpoint (there: {there}); write one of those into it"
+        )
     return folder
 
 
@@ -116,7 +120,9 @@ def locate(checkpoint: str) -> Path:
         return path
     newest = latest(path)
     if newest is None:
-        raise UserError(f"{checkpoint}: neither a run directory with a finished checkpoint nor a checkpoint; name a run directory or RUN/checkpoints/step_N")
+        raise UserError(
+            f"{checkpoint}: neither a run directory with a finished checkpoint nor a checkpoint; name a run directory or RUN/checkpoints/step_N"
+        )
     return newest
 
 

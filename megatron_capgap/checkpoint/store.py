@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTe
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_capgap.checkpoint import manifest as manifests
 from megatron_capgap.checkpoint.manifest import Manifest
@@ -120,8 +121,14 @@ def _load(state: ShardedStateDict, folder: Path) -> dict[str, Any]:
     try:
         return dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
     except dist_checkpointing.core.CheckpointingException as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder}: does not hold what the model needs ({reason}); is it of another shape?") from error
+        raise _unfit(folder, error) from error
+    except CheckpointException as error:  # torch's; gathers what went wrong on any rank, on every rank
+        raise _unfit(folder, next(iter(error.failures.values()))[0]) from error
+
+
+def _unfit(folder: Path, error: BaseException) -> UserError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return UserError(f"{folder}: does not hold what the model needs ({reason}); use a checkpoint of the model's shape")
 
 
 def _fill(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
@@ -146,7 +153,9 @@ def _set_random_state(row: torch.Tensor) -> None:
     main, device, *tracked = torch.split(row.reshape(-1).cpu(), [state.numel() for state in current])
     torch.set_rng_state(main.clone())
     torch.cuda.set_rng_state(device.clone())
-    get_cuda_rng_tracker().set_states({name: state.clone() for name, state in zip(sorted(states), tracked, strict=True)})
+    get_cuda_rng_tracker().set_states(
+        {name: state.clone() for name, state in zip(sorted(states), tracked, strict=True)}
+    )
 
 
 def _fresh_folder(folder: Path) -> None:

@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import signal
+import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -80,7 +81,7 @@ def read_blocks(files: list[str]) -> Iterator[Block]:
                     yield Block(file, line, number, lines, consumed + raw.tell())
                     line += len(lines)
                     number += len(lines)
-            except (EOFError, gzip.BadGzipFile) as error:
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise UserError(f"{file} is damaged after line {line - 1} ({error}): copy it again") from None
         consumed += Path(file).stat().st_size
 

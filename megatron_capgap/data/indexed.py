@@ -99,8 +99,7 @@ def inspect(prefix: str, vocab_size: int | None, sequence_length: int | None) ->
     if size != expected:
         kind = "it was cut off" if size < expected else "it belongs to another .idx"
         raise UserError(
-            f"{bin_file} has {size} bytes, {idx_file} promises {expected} ({tokens} {index.dtype}): "
-            f"{kind}; {_REBUILD}"
+            f"{bin_file} has {size} bytes, {idx_file} promises {expected} ({tokens} {index.dtype}): {kind}; {_REBUILD}"
         )
     needed = 1 if sequence_length is None else sequence_length + 1
     if tokens < needed:
@@ -135,9 +134,7 @@ def _read_index(file: Path) -> _Index:
     if not header.startswith(_MAGIC):
         raise UserError(f"{file} is not a Megatron index (it begins with {header[:9]!r}): {_REBUILD}")
     if len(header) < _HEADER.size:
-        raise UserError(
-            f"{file} has {size} bytes, its header alone has {_HEADER.size}: it was cut off; {_REBUILD}"
-        )
+        raise UserError(f"{file} has {size} bytes, its header alone has {_HEADER.size}: it was cut off; {_REBUILD}")
     _, version, code, sequences, marks = _HEADER.unpack(header)
     if version != 1:
         raise UserError(f"{file} has format version {version}, Megatron-Core reads 1: {_REBUILD}")
@@ -169,9 +166,7 @@ def _check_index(file: Path, index: _Index) -> int:
         ends = tokens + np.cumsum(lengths, dtype=np.int64)
         if lengths.min() < 0:
             bad = part.start + int(np.argmax(lengths < 0))
-            raise UserError(
-                f"{file}: sequence {bad} has length {index.lengths[bad]}: the file is damaged; {_REBUILD}"
-            )
+            raise UserError(f"{file}: sequence {bad} has length {index.lengths[bad]}: the file is damaged; {_REBUILD}")
         wrong = index.offsets[part] != (ends - lengths) * index.dtype.itemsize
         if wrong.any():
             bad = part.start + int(np.argmax(wrong))

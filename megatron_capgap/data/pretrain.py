@@ -24,6 +24,7 @@ from megatron_capgap.config.schema import Data
 from megatron_capgap.data import indexed
 from megatron_capgap.data.order import Order, training_order, validation_order
 
+_FACTS = "facts.json"  # in the folder of a dataset's indices: what was found when it was checked
 _VALIDATION_SEED = 0  # held-out samples are the same ones in every run
 
 
@@ -71,18 +72,19 @@ def build_indices(data: Data, vocab_size: int, seed: int, cache_dir: Path) -> No
         UserError: a dataset is damaged, too short or beyond the vocabulary, or `cache_dir` is not writable.
     """
     wanted = [(prefix, seed) for prefix in data.train] + [(prefix, _VALIDATION_SEED) for prefix in data.valid]
-    for prefix, shuffle in dict.fromkeys(wanted):
+    missing: dict[tuple[str, int], indexed.Facts] = {}
+    for prefix, shuffle in dict.fromkeys(wanted):  # all are checked before anything is written
+        facts_file = _entry(prefix, data.sequence_length, shuffle, cache_dir) / _FACTS
+        if not facts_file.is_file() or json.loads(facts_file.read_text())["largest_id"] >= vocab_size:
+            missing[prefix, shuffle] = indexed.inspect(prefix, vocab_size, data.sequence_length)
+    for (prefix, shuffle), facts in missing.items():
         entry = _entry(prefix, data.sequence_length, shuffle, cache_dir)
-        facts_file = entry / "facts.json"
-        if facts_file.is_file() and json.loads(facts_file.read_text())["largest_id"] < vocab_size:
-            continue
-        facts = indexed.inspect(prefix, vocab_size, data.sequence_length)
         # A killed job leaves only the partial folder, and of two jobs with one cache either may finish first.
         partial = entry.with_name(f"{entry.name}.partial.{os.getpid()}")
         try:
             partial.mkdir(parents=True)
             _open(prefix, data.sequence_length, shuffle, partial)
-            (partial / facts_file.name).write_text(json.dumps(asdict(facts)))
+            (partial / _FACTS).write_text(json.dumps(asdict(facts)))
             if not entry.is_dir():
                 partial.rename(entry)
         except OSError as error:
@@ -114,9 +116,7 @@ def open_validation(data: Data, cache_dir: Path) -> SampleSequence:
     Raises:
         UserError: as `open_training`.
     """
-    datasets = [
-        _open_built(prefix, data.sequence_length, _VALIDATION_SEED, cache_dir) for prefix in data.valid
-    ]
+    datasets = [_open_built(prefix, data.sequence_length, _VALIDATION_SEED, cache_dir) for prefix in data.valid]
     order = validation_order([len(dataset) for dataset in datasets])
     return SampleSequence(data.valid, datasets, order, data.sequence_length)
 

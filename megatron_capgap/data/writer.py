@@ -44,9 +44,7 @@ class DatasetWriter:
             UserError: there is no document, or an id beyond the vocabulary.
         """
         if not self.counts["documents"]:
-            raise UserError(
-                f"{self.prefix} would hold no document: give more text or a larger share of --split"
-            )
+            raise UserError(f"{self.prefix} would hold no document: give more text or a larger share of --split")
         self._builder.finalize(f"{self._partial}.idx")
         facts = inspect(self._partial, self._vocab_size, None)
         assert (facts.documents, facts.tokens) == (self.counts["documents"], self.counts["tokens"])

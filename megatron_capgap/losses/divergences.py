@@ -1,5 +1,4 @@
-"""The divergences between the teacher's distribution p and the student's q: one function and one row of the
-table each.
+"""The divergences of the teacher's distribution p and the student's q: one function and one row of a table each.
 
 A formula sees p, q and their logarithms at some entries of the vocabulary (any shape, all four alike) and
 returns, entry by entry and without writing its arguments,
@@ -42,8 +41,7 @@ class Divergence:
     formula: Formula
     """(p, q, log p, log q, objective) -> (value, pull), as described at the top of this file."""
     shard_weight: Literal["teacher", "student"] | None = None
-    """W of the chain rule; None where there is none, and the statistics take two collectives instead of
-    one."""
+    """W of the chain rule; None where there is none, and the statistics take two collectives, not one."""
     finite_without_teacher: bool = True
     """Whether D stays finite where p is 0 and q is not (a sparse teacher's dropped tail)."""
 
@@ -59,9 +57,7 @@ def reverse_kl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: Objective)
     return -pull, pull
 
 
-def soft_cross_entropy(
-    p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: Objective
-) -> tuple[Tensor, Tensor]:
+def soft_cross_entropy(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: Objective) -> tuple[Tensor, Tensor]:
     """H(p, q) = - sum p log q: forward_kl plus the teacher's entropy, so the same gradient; MiniMA's loss."""
     return (p * log_q).neg_(), p - q
 
@@ -75,9 +71,7 @@ def jsd(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, objective: Objective
     return _log_ratio(mixture, p).mul_(p).mul_(-b).sub_(pull), pull
 
 
-def skew_forward_kl(
-    p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, objective: Objective
-) -> tuple[Tensor, Tensor]:
+def skew_forward_kl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
     """KL(p || m) with m = a p + (1 - a) q, a = skew_alpha: DistiLLM (Ko et al., 2024); bounded by -log a."""
     a = objective.skew_alpha
     mixture = torch.lerp(q, p, a)
@@ -85,9 +79,7 @@ def skew_forward_kl(
     return _log_ratio(mixture, p).mul_(p).neg_(), pull
 
 
-def skew_reverse_kl(
-    p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, objective: Objective
-) -> tuple[Tensor, Tensor]:
+def skew_reverse_kl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
     """KL(q || m) with m = (1 - a) p + a q, a = skew_alpha: DistiLLM (Ko et al., 2024); bounded by -log a."""
     a = objective.skew_alpha
     mixture = torch.lerp(p, q, a)
@@ -95,9 +87,7 @@ def skew_reverse_kl(
     return -towards, _over(p - q, mixture).mul_(q).mul_(-a * (1 - a)).add_(towards)
 
 
-def total_variation(
-    p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: Objective
-) -> tuple[Tensor, Tensor]:
+def total_variation(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: Objective) -> tuple[Tensor, Tensor]:
     """1/2 sum |p - q|: the largest difference in the probability of any event."""
     difference = p - q
     return difference.abs().mul_(0.5), difference.sign().mul_(q).mul_(0.5)

@@ -1,12 +1,12 @@
 """The losses over hidden states: both LM heads run inside, a chunk of tokens at a time.
 
-A chunk's logits are made, compared, turned into their gradient and multiplied back into the gradients of
-hidden states and LM head, all in the forward pass; then the next chunk takes their place. So memory grows
-with the chunk and not with the number of tokens, and the backward pass has nothing to do but scale.
+A chunk's logits are made, compared, turned into their gradient and multiplied back into the gradients of hidden
+states and LM head, all in the forward pass; then the next chunk takes their place. So memory grows with the chunk and
+not with the number of tokens, and the backward pass has nothing to do but scale.
 
-Collectives over the tensor-parallel group: one all-gather of statistics a chunk (two for the divergences
-without a chain rule), one all-reduce a call for the hidden states' gradient. With sequence parallelism each
-chunk gathers its hidden states, and reduce-scatters their gradient, instead. None in the backward pass.
+Collectives over the tensor-parallel group: one all-gather of statistics a chunk (two for the divergences without a
+chain rule), and one all-reduce a call for the hidden states' gradient. With sequence parallelism each chunk gathers
+its hidden states and reduce-scatters their gradient instead. None in the backward pass.
 """
 
 from dataclasses import dataclass
@@ -19,15 +19,11 @@ from torch.autograd.function import once_differentiable
 
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.schema import Objective
+from megatron_capgap.losses.comparison import Comparison, DenseComparison, NoComparison, SparseComparison
 from megatron_capgap.losses.objective import DistillationObjective
 from megatron_capgap.losses.shard import VocabShard
-from megatron_capgap.losses.teachers import Teacher, TeacherLogits, TeacherTopK
-from megatron_capgap.losses.vocab_parallel import (
-    Comparison,
-    DenseComparison,
-    SparseComparison,
-    chunk_losses_,
-)
+from megatron_capgap.losses.teachers import Teacher, TeacherLogits, TeacherTopK, check_ids
+from megatron_capgap.losses.vocab_parallel import chunk_losses_
 
 
 class Loss(NamedTuple):
@@ -77,16 +73,14 @@ def distillation_loss(
             save memory.
 
     Raises:
-        UserError: shapes that do not fit each other, a label outside the vocabulary (on the CPU; on a GPU an
-            asynchronous device assertion, because the message would cost a synchronisation).
+        UserError: shapes that do not fit each other, a counted label or a teacher's id outside the vocabulary (on a
+            GPU a device assertion, since the message would cost a synchronisation).
     """
     if objective.divergence_weight == 0:
         teacher = None
-    task = _Task(
-        teacher, labels, loss_mask, objective, VocabShard.of(student_head.shape[0], vocab_size, group),
-        sequence_parallel, chunk_tokens,
-    )  # fmt: skip
-    return _loss(student_hidden, student_head, task, vocab_size)
+    shard = VocabShard.of(student_head.shape[0], vocab_size, group)
+    task = _Task(teacher, labels, loss_mask, objective, vocab_size, shard, sequence_parallel, chunk_tokens)
+    return _loss(student_hidden, student_head, task)
 
 
 def language_model_loss(
@@ -104,8 +98,8 @@ def language_model_loss(
     distillation_loss."""
     objective = Objective(divergence_weight=0.0, cross_entropy_weight=1.0)
     shard = VocabShard.of(head.shape[0], vocab_size, group)
-    task = _Task(None, labels, loss_mask, objective, shard, sequence_parallel, chunk_tokens)
-    return _loss(hidden, head, task, vocab_size)
+    task = _Task(None, labels, loss_mask, objective, vocab_size, shard, sequence_parallel, chunk_tokens)
+    return _loss(hidden, head, task)
 
 
 @dataclass(frozen=True)
@@ -116,6 +110,7 @@ class _Task:
     labels: Tensor
     loss_mask: Tensor
     objective: Objective
+    vocab_size: int
     shard: VocabShard
     sequence_parallel: bool
     chunk_tokens: int
@@ -130,8 +125,7 @@ class _Task:
         return everything.unflatten(0, (self.parts, -1))[:, rows].flatten(0, 1)
 
     def gathered(self, part: Tensor, rows: slice) -> Tensor:
-        """[n / parts, h] on each rank -> the chunk's tokens [c, h]; one all-gather where there are several
-        parts."""
+        """[n / parts, h] on each rank -> the chunk's tokens [c, h]; an all-gather where there are several parts."""
         mine = part[rows]
         if self.parts == 1:
             return mine
@@ -139,9 +133,11 @@ class _Task:
         dist.all_gather_into_tensor(chunk, mine.contiguous(), group=self.shard.group)
         return chunk
 
-    def comparison(self, rows: slice, buffer: Tensor) -> Comparison:
+    def comparison(self, rows: slice, buffer: Tensor | None) -> Comparison:
         """The teacher's side of one chunk; dense logits are made in `buffer` [c, w]."""
         teacher, objective, shard = self.teacher, self.objective, self.shard
+        if teacher is None:
+            return NoComparison()
         if isinstance(teacher, TeacherTopK):
             ids, log_probs = (self.of_chunk(x, rows) for x in (teacher.ids, teacher.log_probs))
             return SparseComparison(ids.long(), log_probs.to(buffer.dtype), teacher.tail, objective, shard)
@@ -154,6 +150,79 @@ class _Task:
         if objective.temperature != 1:
             buffer.div_(objective.temperature)
         return DenseComparison(buffer, objective, shard)
+
+
+class _Gradients:
+    """Gradients of hidden states [n / parts, h] and LM head [v/tp, h] as they grow, each only if wanted.
+
+    The head's sum over chunks is kept in `exact` precision and rounded to the head's type once, at the end.
+    """
+
+    def __init__(self, hidden: Tensor, head: Tensor, task: _Task, wanted: tuple[bool, bool], exact: torch.dtype):
+        self.task, self.real_head, self.head_type = task, head[: task.shard.width], head.dtype
+        self.of_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if wanted[0] else None
+        self.of_head = torch.zeros_like(head, dtype=exact) if wanted[1] else None
+
+    def add_(self, rows: slice, logits: Tensor, hidden: Tensor) -> None:
+        """One chunk: the gradient of its logits [c, w] and its hidden states [c, h]."""
+        logits = logits.to(hidden.dtype)
+        if self.of_hidden is not None:
+            if self.task.parts == 1:  # partial over the ranks until `finished`
+                torch.mm(logits, self.real_head, out=self.of_hidden[rows])
+            else:
+                partial = torch.mm(logits, self.real_head)
+                dist.reduce_scatter_tensor(self.of_hidden[rows], partial, group=self.task.shard.group)
+        if self.of_head is not None:
+            of_real_head = self.of_head[: self.real_head.shape[0]]
+            if hidden.dtype == of_real_head.dtype:
+                of_real_head.addmm_(logits.t(), hidden)
+            else:
+                of_real_head.add_(torch.mm(logits.t(), hidden))
+
+    def finished(self) -> tuple[Tensor | None, Tensor | None]:
+        """Both gradients, complete."""
+        if self.of_hidden is not None and self.task.parts < self.task.shard.size:
+            dist.all_reduce(self.of_hidden, group=self.task.shard.group)
+        return self.of_hidden, None if self.of_head is None else self.of_head.to(self.head_type)
+
+
+def _walk(
+    hidden: Tensor, head: Tensor, task: _Task, wanted: tuple[bool, bool]
+) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
+    """Returns the loss, the sums of cross-entropy and divergence [2], and the wanted gradients of hidden and head."""
+    objective, shard, parts = task.objective, task.shard, task.parts
+    exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    step = max(1, min(task.chunk_tokens // parts, hidden.shape[0]))
+    compared = task.teacher is not None
+    buffers = [
+        hidden.new_empty(parts * step, shard.width, dtype=exact) if needed else None
+        for needed in (True, compared, compared and objective.temperature != 1)
+    ]
+    gradients = _Gradients(hidden, head, task, wanted, exact)
+    sums = hidden.new_zeros(2, dtype=exact)
+    for first in range(0, hidden.shape[0], step):
+        rows = slice(first, min(first + step, hidden.shape[0]))
+        chunk = task.gathered(hidden, rows)
+        logits, of_teacher, spare = (x if x is None else x[: chunk.shape[0]] for x in buffers)
+        _project(chunk, head[: shard.width], logits)
+        comparison = task.comparison(rows, of_teacher)
+        labels, weight = task.of_chunk(task.labels, rows), task.of_chunk(task.loss_mask, rows).to(exact)
+        losses = chunk_losses_(
+            logits, comparison, labels, weight, objective, shard, spare=spare, with_gradient=any(wanted)
+        )
+        sums += torch.stack(losses) @ weight
+        if any(wanted):
+            gradients.add_(rows, logits, chunk)
+    loss_sum = objective.cross_entropy_weight * sums[0] + objective.divergence_weight * sums[1]
+    return loss_sum, sums, gradients.finished()
+
+
+def _project(hidden: Tensor, head: Tensor, out: Tensor) -> None:
+    """out [c, w] = hidden [c, h] @ head [w, h]^T, multiplied in the type of the inputs."""
+    if hidden.dtype == out.dtype:
+        torch.mm(hidden, head.t(), out=out)
+    else:
+        out.copy_(torch.mm(hidden, head.t()))
 
 
 class _GradientInForward(torch.autograd.Function):
@@ -169,89 +238,13 @@ class _GradientInForward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, loss_gradient: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        # In place: the gradients were made for this moment. A second backward finds them changed and raises.
-        hidden, head = (
-            None if gradient is None else gradient.mul_(loss_gradient) for gradient in ctx.saved_tensors
-        )
+        # In place, since the gradients were made for this moment. A second backward finds them changed and raises.
+        hidden, head = (None if saved is None else saved.mul_(loss_gradient) for saved in ctx.saved_tensors)
         return hidden, head, None
 
 
-def _walk(
-    hidden: Tensor, head: Tensor, task: _Task, wanted: tuple[bool, bool]
-) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
-    """Returns the loss, the sums of cross-entropy and divergence [2], and the wanted gradients of hidden and
-    head."""
-    objective, shard, parts = task.objective, task.shard, task.parts
-    real_head = head[: shard.width]
-    exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    step = max(1, min(task.chunk_tokens // parts, hidden.shape[0]))
-    student, teacher, spare = (
-        hidden.new_empty(parts * step, shard.width, dtype=exact) if needed else None
-        for needed in (
-            True,
-            task.teacher is not None,
-            task.teacher is not None and objective.temperature != 1,
-        )
-    )
-    hidden_gradient = torch.empty_like(hidden, memory_format=torch.contiguous_format) if wanted[0] else None
-    head_gradient = torch.zeros_like(head, dtype=exact) if wanted[1] else None
-    sums = hidden.new_zeros(2, dtype=exact)
-    for first in range(0, hidden.shape[0], step):
-        rows = slice(first, min(first + step, hidden.shape[0]))
-        chunk = task.gathered(hidden, rows)
-        logits, teacher_logits, tempered = (
-            x if x is None else x[: chunk.shape[0]] for x in (student, teacher, spare)
-        )
-        _project(chunk, real_head, logits)
-        comparison = None if task.teacher is None else task.comparison(rows, teacher_logits)
-        weight = task.of_chunk(task.loss_mask, rows).to(exact)
-        losses = chunk_losses_(
-            logits, comparison, task.of_chunk(task.labels, rows), weight, objective, shard,
-            spare=tempered, with_gradient=any(wanted),
-        )  # fmt: skip
-        sums[0] += losses.cross_entropy @ weight
-        if losses.divergence is not None:
-            sums[1] += losses.divergence @ weight
-        gradient = logits.to(hidden.dtype)
-        if hidden_gradient is not None:
-            _multiply_back(gradient, real_head, hidden_gradient[rows], task)
-        if head_gradient is not None:
-            _accumulate(head_gradient[: shard.width], gradient, chunk)
-    if hidden_gradient is not None and shard.size > parts:
-        dist.all_reduce(hidden_gradient, group=shard.group)
-    if head_gradient is not None:
-        head_gradient = head_gradient.to(head.dtype)
-    loss_sum = objective.cross_entropy_weight * sums[0] + objective.divergence_weight * sums[1]
-    return loss_sum, sums, (hidden_gradient, head_gradient)
-
-
-def _project(hidden: Tensor, head: Tensor, out: Tensor) -> None:
-    """out [c, w] = hidden [c, h] @ head [w, h]^T, in the type of the inputs."""
-    if hidden.dtype == out.dtype:
-        torch.mm(hidden, head.t(), out=out)
-    else:
-        out.copy_(torch.mm(hidden, head.t()))
-
-
-def _multiply_back(gradient: Tensor, head: Tensor, out: Tensor, task: _Task) -> None:
-    """out = gradient [c, w] @ head [w, h]: [c, h] partial over the ranks, or [c/tp, h] complete when cut by
-    tokens."""
-    if task.parts == 1:
-        torch.mm(gradient, head, out=out)
-    else:
-        dist.reduce_scatter_tensor(out, torch.mm(gradient, head), group=task.shard.group)
-
-
-def _accumulate(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
-    """total [w, h] += gradient [c, w]^T @ hidden [c, h]; total is fp32 for bf16 inputs."""
-    if hidden.dtype == total.dtype:
-        total.addmm_(gradient.t(), hidden)
-    else:
-        total.add_(torch.mm(gradient.t(), hidden))
-
-
-def _loss(hidden: Tensor, head: Tensor, task: _Task, vocab_size: int) -> Loss:
-    _check(hidden, head, task, vocab_size)
+def _loss(hidden: Tensor, head: Tensor, task: _Task) -> Loss:
+    _check(hidden, head, task)
     if torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad):
         loss_sum, sums = _GradientInForward.apply(hidden, head, task)
     else:
@@ -263,13 +256,11 @@ def _loss(hidden: Tensor, head: Tensor, task: _Task, vocab_size: int) -> Loss:
     return Loss(loss_sum, task.loss_mask.sum(dtype=torch.float32), report)
 
 
-def _check(hidden: Tensor, head: Tensor, task: _Task, vocab_size: int) -> None:
+def _check(hidden: Tensor, head: Tensor, task: _Task) -> None:
     """Raises UserError where shapes do not fit or a counted label is no id of the vocabulary."""
     labels, mask, parts = task.labels, task.loss_mask, task.parts
     if hidden.shape[-1] != head.shape[1]:
-        raise UserError(
-            f"student hidden states are {hidden.shape[-1]} wide but its LM head is {head.shape[1]} wide"
-        )
+        raise UserError(f"student hidden states are {hidden.shape[-1]} wide but its LM head is {head.shape[1]} wide")
     if hidden.dim() != 2 or hidden.shape[0] * parts != labels.shape[0] or labels.shape != mask.shape:
         raise UserError(
             f"student hidden states {tuple(hidden.shape)} over {parts} sequence part(s) need labels and mask "
@@ -277,13 +268,6 @@ def _check(hidden: Tensor, head: Tensor, task: _Task, vocab_size: int) -> None:
         )
     if task.chunk_tokens < 1:
         raise UserError(f"chunk_tokens: {task.chunk_tokens} must be at least 1")
+    check_ids("labels", labels, mask != 0, task.vocab_size, "set its loss mask to 0")
     if task.teacher is not None:
-        task.teacher.check(labels.shape[0], parts, head.shape[0])
-    wrong = (mask != 0) & ((labels < 0) | (labels >= vocab_size))
-    if labels.device.type != "cpu":
-        torch._assert_async(~wrong.any(), f"a label with weight lies outside the vocabulary of {vocab_size}")
-    elif wrong.any():
-        raise UserError(
-            f"labels: {labels[wrong][0].item()} lies outside the vocabulary of {vocab_size}; "
-            "correct it or set its loss mask to 0"
-        )
+        task.teacher.check(labels.shape[0], parts, head.shape[0], task.vocab_size)

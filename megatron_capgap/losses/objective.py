@@ -10,8 +10,7 @@ from megatron_capgap.losses.divergences import DIVERGENCES, Divergence
 
 @dataclass(frozen=True)
 class DistillationObjective(Objective):
-    """divergence_weight * T^2 * D(teacher/T, student/T) + cross_entropy_weight * cross-entropy, summed over
-    tokens.
+    """divergence_weight * T^2 * D(teacher / T, student / T) + cross_entropy_weight * cross-entropy.
 
     The fields and their defaults are those of the section `objective` of a configuration:
     `DistillationObjective(**dataclasses.asdict(config.objective))`. With divergence_weight 0 no teacher is
@@ -26,8 +25,7 @@ class DistillationObjective(Objective):
             closest = get_close_matches(str(self.divergence), DIVERGENCES, n=1, cutoff=0.0)[0]
             known = ", ".join(DIVERGENCES)
             raise UserError(
-                f"objective.divergence: {self.divergence!r} is unknown; did you mean {closest!r}? "
-                f"There are {known}"
+                f"objective.divergence: {self.divergence!r} is unknown; did you mean {closest!r}? There are {known}"
             )
         for key in ("divergence_weight", "cross_entropy_weight"):
             if not 0 <= getattr(self, key) < float("inf"):
@@ -36,9 +34,7 @@ class DistillationObjective(Objective):
             raise UserError(f"objective.temperature: {self.temperature} must be a number above 0")
         for key in ("skew_alpha", "jsd_beta"):
             if not 0 < getattr(self, key) < 1:
-                raise UserError(
-                    f"objective.{key}: {getattr(self, key)} must lie between 0 and 1, both excluded"
-                )
+                raise UserError(f"objective.{key}: {getattr(self, key)} must lie between 0 and 1, both excluded")
 
     @property
     def row(self) -> Divergence:

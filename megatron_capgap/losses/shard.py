@@ -57,8 +57,7 @@ class VocabShard:
         return everyone.view(self.size, *local.shape)
 
     def pick(self, values: Tensor, ids: Tensor) -> Tensor:
-        """values [c, width], ids [c, k] in the whole vocabulary -> [c, k]; 0 where the id lives on another
-        rank.
+        """values [c, width], ids [c, k] in the whole vocabulary -> [c, k]; 0 where another rank has the id.
 
         Summed over the ranks this is the value at the id, since exactly one rank has it.
         """
@@ -80,8 +79,7 @@ class VocabShard:
 
 
 def blocks_in_cache(matrix: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Cuts a matrix [c, w] and others of c rows into views of few enough rows that the temporaries of elementwise
-    work stay in a core's cache.
+    """Cuts a matrix [c, w], and others of c rows, into views of so few rows that temporaries stay in a core's cache.
 
     A GPU has no such cache and pays for every launch, so there the block is the whole.
     """

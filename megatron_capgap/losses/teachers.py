@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from megatron_capgap.config.errors import UserError
@@ -12,8 +13,7 @@ Tail = Literal["drop", "renormalise", "ghost"]
 
 @dataclass(frozen=True)
 class TeacherHidden:
-    """Final hidden states (after the final norm) and the teacher's LM head; its logits are made chunk by
-    chunk.
+    """Final hidden states, after the final norm, and the teacher's LM head; logits are made chunk by chunk.
 
     The head's shard must have as many rows as the student's: the same vocabulary, cut at the same places. The
     widths of the two models may differ.
@@ -24,22 +24,17 @@ class TeacherHidden:
     head: Tensor
     """[v/tp, h_teacher] local shard of the LM head."""
 
-    def check(self, tokens: int, shards: int, padded_width: int) -> None:
-        """Raises UserError unless the shapes fit `tokens` = n, tp = `shards` and the student's v/tp =
-        `padded_width`."""
+    def check(self, tokens: int, parts: int, padded_width: int, vocab_size: int) -> None:
+        """Raises UserError unless the shapes fit n tokens, cut into parts, and the student's v/tp = padded_width."""
         if self.head.shape[0] != padded_width:
             raise UserError(
                 f"teacher LM head: {self.head.shape[0]} rows on this rank, but the student's has "
                 f"{padded_width}; both need the same vocabulary, padded alike"
             )
         if self.hidden.shape[-1] != self.head.shape[1]:
-            raise UserError(
-                f"teacher hidden states are {self.hidden.shape[-1]} wide, its LM head {self.head.shape[1]}"
-            )
-        if self.hidden.shape[0] * shards != tokens and self.hidden.shape[0] != tokens:
-            raise UserError(
-                f"teacher hidden states: {self.hidden.shape[0]} tokens, but there are {tokens} labels"
-            )
+            raise UserError(f"teacher hidden states are {self.hidden.shape[-1]} wide, its LM head {self.head.shape[1]}")
+        if self.hidden.shape[0] * parts != tokens and self.hidden.shape[0] != tokens:
+            raise UserError(f"teacher hidden states: {self.hidden.shape[0]} tokens, but there are {tokens} labels")
 
 
 @dataclass(frozen=True)
@@ -47,10 +42,9 @@ class TeacherLogits:
     """Logits that somebody else has made."""
 
     logits: Tensor
-    """[n, v/tp] local shard: all tokens (also with sequence parallelism), columns cut as the student's LM
-    head is."""
+    """[n, v/tp] local shard: all tokens, with sequence parallelism too; columns cut as the student's LM head is."""
 
-    def check(self, tokens: int, shards: int, padded_width: int) -> None:
+    def check(self, tokens: int, parts: int, padded_width: int, vocab_size: int) -> None:
         """Raises UserError unless the logits are [n, v/tp]."""
         if tuple(self.logits.shape) != (tokens, padded_width):
             raise UserError(
@@ -64,18 +58,17 @@ class TeacherTopK:
     """The teacher's k most probable tokens at each position, replicated on the tensor-parallel ranks."""
 
     ids: Tensor
-    """[n, k] integer ids within the whole vocabulary, distinct at each position."""
+    """[n, k] ids within the whole vocabulary, distinct at each position; any number where log_probs is -inf."""
     log_probs: Tensor
-    """[n, k] log-probabilities, at the temperature of the objective (they are taken as they are); -inf fills
-    up a shorter list."""
+    """[n, k] log-probabilities at the temperature of the objective (taken as they are); -inf fills up a short list."""
     tail: Tail = "drop"
     """What is assumed of the tokens that are not listed.
     drop: the teacher gives them nothing, and its listed probabilities may sum to less than 1;
     renormalise: nothing, and both distributions are scaled to sum to 1 over the listed tokens;
     ghost: all of them together are one more outcome, with the remaining mass on either side."""
 
-    def check(self, tokens: int, shards: int, padded_width: int) -> None:
-        """Raises UserError unless ids and log_probs are [n, k] and the tail is known."""
+    def check(self, tokens: int, parts: int, padded_width: int, vocab_size: int) -> None:
+        """Raises UserError unless ids and log_probs are [n, k], the ids real and the tail known."""
         if self.ids.shape != self.log_probs.shape or self.ids.dim() != 2 or self.ids.shape[0] != tokens:
             raise UserError(
                 f"teacher top-k: ids {tuple(self.ids.shape)} and log_probs {tuple(self.log_probs.shape)} "
@@ -83,6 +76,21 @@ class TeacherTopK:
             )
         if self.tail not in get_args(Tail):
             raise UserError(f"teacher top-k: tail {self.tail!r} is unknown; use {', '.join(get_args(Tail))}")
+        check_ids("teacher top-k ids", self.ids, ~self.log_probs.isneginf(), vocab_size, "fill up with -inf")
 
 
 Teacher = TeacherHidden | TeacherLogits | TeacherTopK
+
+
+def check_ids(what: str, ids: Tensor, counted: Tensor, vocab_size: int, way_out: str) -> None:
+    """Raises UserError where a counted id lies outside the vocabulary.
+
+    On a GPU that is an asynchronous device assertion: reading one number back would make the host wait for the device
+    in every micro-batch.
+    """
+    wrong = counted & ((ids < 0) | (ids >= vocab_size))
+    if not ids.is_cpu:
+        torch._assert_async(~wrong.any(), f"{what}: an id lies outside the vocabulary of {vocab_size}")
+    elif wrong.any():
+        found = ids[wrong][0].item()
+        raise UserError(f"{what}: {found} lies outside the vocabulary of {vocab_size}; correct it or {way_out}")

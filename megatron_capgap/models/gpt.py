@@ -87,7 +87,8 @@ def transformer_config(
         # order alone, so that an interleaved schedule would take gradients for activations, silently.
         batch_p2p_comm=layout.virtual_pipeline == 1,
         overlap_p2p_comm=layout.virtual_pipeline > 1,
-        bias_activation_fusion=device.fused_kernels,
+        # SwiGLU keeps its input alone and recomputes the rest, on any device.
+        bias_activation_fusion=True,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=_active(device, "Apex fused weight gradient"),

@@ -56,18 +56,30 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
     return Environment(0, 1, 0, 1, "127.0.0.1", 0, "alone")
 
 
-def _number(env: Mapping[str, str], key: str) -> int:
+def _number(env: Mapping[str, str], key: str, default: int | None = None) -> int:
     value = env.get(key)
-    if value is None or not value.isdigit():
+    if value is None and default is not None:
+        return default
+    if value is None or not value.isdecimal():
         said = "is not set" if value is None else f"is {value!r}, not a number"
-        raise UserError(f"environment variable {key} {said}; start the ranks with torchrun or srun, or unset RANK and WORLD_SIZE")
+        raise UserError(
+            f"environment variable {key} {said}; start the ranks with torchrun or srun, or unset RANK and WORLD_SIZE"
+        )
     return int(value)
 
 
+def _rank_and_world(env: Mapping[str, str], rank_key: str, world_key: str) -> tuple[int, int]:
+    rank, world = _number(env, rank_key), _number(env, world_key)
+    if rank >= world:
+        raise UserError(
+            f"environment variable {rank_key} is {rank} but {world_key} is {world}; "
+            f"ranks count from 0 to {world_key} - 1"
+        )
+    return rank, world
+
+
 def _from_torchrun(env: Mapping[str, str]) -> Environment:
-    rank, world = _number(env, "RANK"), _number(env, "WORLD_SIZE")
-    if not 0 <= rank < world:
-        raise UserError(f"environment variable RANK is {rank} but WORLD_SIZE is {world}; ranks count from 0 to WORLD_SIZE - 1")
+    rank, world = _rank_and_world(env, "RANK", "WORLD_SIZE")
     if world > 1:
         for key in ("MASTER_ADDR", "MASTER_PORT"):
             if key not in env:
@@ -75,16 +87,16 @@ def _from_torchrun(env: Mapping[str, str]) -> Environment:
     return Environment(
         rank,
         world,
-        int(env.get("LOCAL_RANK", rank)),
-        int(env.get("LOCAL_WORLD_SIZE", world)),
+        _number(env, "LOCAL_RANK", rank),
+        _number(env, "LOCAL_WORLD_SIZE", world),
         env.get("MASTER_ADDR", "127.0.0.1"),
-        int(env.get("MASTER_PORT", 0)),
+        _number(env, "MASTER_PORT", 0),
         "torchrun",
     )
 
 
 def _from_slurm(env: Mapping[str, str]) -> Environment:
-    rank, world = _number(env, "SLURM_PROCID"), _number(env, "SLURM_NTASKS")
+    rank, world = _rank_and_world(env, "SLURM_PROCID", "SLURM_NTASKS")
     nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))
     # Every task derives the same port from the job and step, so that two jobs on one node do not meet.
     port = 20000 + (_number(env, "SLURM_JOB_ID") * 7 + int(env["SLURM_STEP_ID"])) % 20000
@@ -94,7 +106,7 @@ def _from_slurm(env: Mapping[str, str]) -> Environment:
         _number(env, "SLURM_LOCALID"),
         int(env.get("SLURM_NTASKS_PER_NODE", "0").split("(")[0] or 0) or world,
         env.get("MASTER_ADDR") or _first_host(nodes),
-        int(env.get("MASTER_PORT", port)),
+        _number(env, "MASTER_PORT", port),
         "slurm",
     )
 
@@ -108,7 +120,9 @@ def _first_host(nodes: str) -> str:
     try:
         listing = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(f"SLURM_NODELIST {nodes!r}: scontrol could not unfold it ({error}); set MASTER_ADDR yourself") from error
+        raise UserError(
+            f"SLURM_NODELIST {nodes!r}: scontrol could not unfold it ({error}); set MASTER_ADDR yourself"
+        ) from error
     return listing.stdout.split()[0]
 
 

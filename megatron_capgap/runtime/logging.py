@@ -25,7 +25,7 @@ class Log:
     """The voice of a run.
 
     Args:
-        run_dir: where metrics.jsonl and tensorboard/ go; None writes no files.
+        run_dir: where metrics.jsonl and tensorboard/ go, from the first record on; None writes no files.
         speaks: whether this is rank 0.
         tensorboard: whether to write TensorBoard events.
     """
@@ -33,15 +33,11 @@ class Log:
     def __init__(self, run_dir: Path | None, speaks: bool, tensorboard: bool = False) -> None:
         self.speaks = speaks
         self.console = Console(file=sys.stdout, quiet=not speaks, highlight=False, soft_wrap=True)
+        self._run_dir = run_dir if speaks else None
+        self._tensorboard = tensorboard
         self._metrics = None
         self._board = None
         self._progress: Progress | None = None
-        if speaks and run_dir is not None:
-            self._metrics = open(run_dir / "metrics.jsonl", "a", buffering=1)
-            if tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._board = SummaryWriter(str(run_dir / "tensorboard"))
 
     def say(self, text: str) -> None:
         """One line to the reader."""
@@ -57,16 +53,28 @@ class Log:
     def parts(self, device: Device) -> None:
         """The start-up table: which engine and which fused parts are in use, and why not."""
         rows = [(part.name, "yes" if part.active else "no", part.why) for part in device.parts]
-        self.table(f"device {device.name}, backend {device.backend}, engine {device.engine}", ("part", "in use", ""), rows)
+        self.table(
+            f"device {device.name}, backend {device.backend}, engine {device.engine}", ("part", "in use", ""), rows
+        )
 
     def record(self, entry: Mapping[str, Any]) -> None:
         """One object to metrics.jsonl, its numbers to TensorBoard under their names."""
-        if self._metrics is not None:
-            self._metrics.write(json.dumps(dict(entry)) + "\n")
+        if self._run_dir is None:
+            return
+        if self._metrics is None:
+            self._open(self._run_dir)
+        self._metrics.write(json.dumps(dict(entry)) + "\n")
         if self._board is not None:
             for name, value in entry.items():
                 if name != "step" and isinstance(value, int | float):
                     self._board.add_scalar(name, value, entry["step"])
+
+    def _open(self, run_dir: Path) -> None:
+        self._metrics = open(run_dir / "metrics.jsonl", "a", buffering=1)
+        if self._tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(run_dir / "tensorboard"))
 
     def close(self) -> None:
         """Ends the bar and the files."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_capgap.config import derive
 from megatron_capgap.config.load import Loaded
-from megatron_capgap.config.schema import Config, Layout, ModelShape
+from megatron_capgap.config.schema import Layout, ModelShape
 from megatron_capgap.models import memory, size
 from megatron_capgap.stages.resolve import Resolved, resolve
 
@@ -36,10 +36,14 @@ def _models(resolved: Resolved) -> list[str]:
     lines = [f"{'model':<9}{'parameters':>16}{'non-embedding':>16}  shape"]
     for name, shape in (("student", resolved.student), ("teacher", resolved.teacher)):
         if shape is not None:
-            lines.append(f"{name:<9}{size.parameters(shape):>16,}{size.non_embedding_parameters(shape):>16,}  {_shape(shape)}")
+            lines.append(
+                f"{name:<9}{size.parameters(shape):>16,}{size.non_embedding_parameters(shape):>16,}  {_shape(shape)}"
+            )
     if resolved.teacher is not None:
         ratio = size.non_embedding_parameters(resolved.teacher) / size.non_embedding_parameters(resolved.student)
-        lines.append(f"the teacher is {ratio:.2f} times the student (non-embedding); the law of capacity gap advises about 2.5")
+        lines.append(
+            f"the teacher is {ratio:.2f} times the student (non-embedding); the law of capacity gap advises about 2.5"
+        )
     return lines
 
 
@@ -94,5 +98,7 @@ def _memory(resolved: Resolved) -> list[str]:
     need = memory.estimate(resolved.config, resolved.stage, resolved.student, resolved.teacher, resolved.world)
     lines = ["memory of the fullest rank, MiB"]
     lines += [f"  {name.replace('_', ' '):<18}{value / _MIB:>12,.1f}" for name, value in vars(need).items() if value]
-    lines.append(f"  {'in all':<18}{need.total / _MIB:>12,.1f}  without the interpreter, its libraries and communication buffers")
+    lines.append(
+        f"  {'in all':<18}{need.total / _MIB:>12,.1f}  without the interpreter, its libraries and communication buffers"
+    )
     return lines

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,6 @@ import torch
 
 from megatron_capgap.checkpoint import store
 from megatron_capgap.checkpoint.manifest import Manifest
-from megatron_capgap.config import derive
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.load import Loaded, dump
 from megatron_capgap.config.schema import Config
@@ -29,6 +29,8 @@ from megatron_capgap.stages.resolve import Resolved, resolve
 from megatron_capgap.training import optimizer
 from megatron_capgap.training.loop import Run
 from megatron_capgap.training.step import LossFunction
+
+_RESOLVED = "resolved.yaml"
 
 
 @dataclass(frozen=True)
@@ -55,20 +57,26 @@ class Ground:
 def ground(loaded: Loaded, stage: str, environment: Environment) -> Iterator[Ground]:
     """Checks everything, joins the ranks, opens the run directory; leaves the process groups at the end. Collective.
 
+    A run directory that was made here goes again where the stage fails before it has called `begin`.
+
     Raises:
-        UserError: on every rank alike, before anything was written.
+        UserError: on every rank alike.
     """
     config = loaded.config
     resolved = resolve(loaded, stage, environment.world)
     device = choose(config.device, environment.local_rank)
     launch.join(environment, device, config.runtime.timeout_seconds)
     log = None
+    new = _missing_folders(Path(config.run_dir)) if environment.rank == 0 else []
     try:
         launch.on_first_rank(lambda: _open_run_dir(resolved))
         grid = layout.build(config.student.layout, config.seed)
         log = Log(Path(config.run_dir), environment.rank == 0, config.runtime.tensorboard)
         _introduce(log, resolved, device, grid)
         yield Ground(resolved, device, grid, log)
+    except BaseException:
+        _remove_unless_begun(new)
+        raise
     finally:
         if log is not None:
             log.close()
@@ -95,7 +103,7 @@ def student_chunks(ground: Ground) -> list[torch.nn.Module]:
 
 
 def training_run(ground: Ground, prepare: Callable[[Sequence[MicroBatch]], LossFunction]) -> Run:
-    """Student, optimizer and data, ready for the loop. Collective.
+    """Student, optimizer and data, ready for the loop; begins the run. Collective.
 
     Args:
         ground: what the stage stands on.
@@ -104,7 +112,7 @@ def training_run(ground: Ground, prepare: Callable[[Sequence[MicroBatch]], LossF
     config, resolved = ground.config, ground.resolved
     chunks = optimizer.wrap(student_chunks(ground), ground.grid)
     cache = cache_dir(config)
-    return Run(
+    run = Run(
         config=config,
         run_dir=ground.run_dir,
         device=ground.device,
@@ -121,6 +129,8 @@ def training_run(ground: Ground, prepare: Callable[[Sequence[MicroBatch]], LossF
         flops_a_token=size.training_flops(resolved.student, resolved.teacher, config.data.sequence_length),
         log=ground.log,
     )
+    begin(ground)
+    return run
 
 
 def cache_dir(config: Config) -> Path:
@@ -135,11 +145,21 @@ def padded_byte_lengths(resolved: Resolved) -> torch.Tensor:
     return lengths
 
 
+def begin(ground: Ground) -> None:
+    """Everything is found and loaded: from here on the run directory speaks of this run. Collective."""
+    resolved = ground.resolved
+
+    def write() -> None:
+        drop_metrics_after(ground.run_dir, resolved.resumed.step if resolved.resumed else 0)
+        dump(ground.config, str(ground.run_dir / _RESOLVED))
+
+    launch.on_first_rank(write)
+
+
 def _open_run_dir(resolved: Resolved) -> None:
-    """Checks the data and makes the run directory. Rank 0 only; what it raises reaches every rank."""
+    """Makes the run directory, checks the data and indexes it. Rank 0 only; what it raises reaches every rank."""
     config = resolved.config
     run_dir = Path(config.run_dir)
-    existed = run_dir.exists()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe = run_dir / f".writable.{os.getpid()}"
@@ -148,14 +168,22 @@ def _open_run_dir(resolved: Resolved) -> None:
     except OSError as error:
         place = resolved.loaded.place("run_dir")
         raise UserError(f"{place}: {run_dir} cannot be written ({error.strerror}); choose another run_dir") from error
-    try:
-        pretrain.build_indices(config.data, resolved.student.vocab, config.seed, cache_dir(config))
-    except UserError:
-        if not existed:
-            run_dir.rmdir()
-        raise
-    drop_metrics_after(run_dir, resolved.resumed.step if resolved.resumed else 0)
-    dump(config, str(run_dir / "resolved.yaml"))
+    pretrain.build_indices(config.data, resolved.student.vocab, config.seed, cache_dir(config))
+
+
+def _missing_folders(run_dir: Path) -> list[Path]:
+    """The run directory and its parents as far as they are not there yet, innermost first."""
+    return [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+
+
+def _remove_unless_begun(new: list[Path]) -> None:
+    """Removes the folders that this run made, unless the run has begun or others have put something into them."""
+    if not new or (new[0] / _RESOLVED).exists():
+        return
+    shutil.rmtree(new[0], ignore_errors=True)
+    with suppress(OSError):
+        for folder in new[1:]:
+            folder.rmdir()
 
 
 def _introduce(log: Log, resolved: Resolved, device: Device, grid: Grid) -> None:

@@ -11,7 +11,7 @@ from megatron_capgap.config import derive
 from megatron_capgap.config.load import Loaded
 from megatron_capgap.data.batch import MicroBatch
 from megatron_capgap.distillation.teacher import Teacher, freeze
-from megatron_capgap.losses import DistillationObjective, TeacherHidden, Loss, distillation_loss
+from megatron_capgap.losses import DistillationObjective, Loss, TeacherHidden, distillation_loss
 from megatron_capgap.models import gpt
 from megatron_capgap.runtime.launch import Environment
 from megatron_capgap.stages import common
@@ -65,5 +65,7 @@ def open_teacher(ground: common.Ground) -> Teacher:
     store.load_weights(source.folder, chunks, ground.grid)
     freeze(chunks)
     if source.manifest.step < source.manifest.steps:
-        ground.log.say(f"teacher: {source.folder} is at step {source.manifest.step} of {source.manifest.steps}: its run is not finished")
+        ground.log.say(
+            f"teacher: {source.folder} is at step {source.manifest.step} of {source.manifest.steps}: its run is not finished"
+        )
     return Teacher(chunks, ground.grid, shape, derive.teacher_micro_batch(config))

@@ -16,10 +16,13 @@ def run(loaded: Loaded, environment: Environment) -> int:
     """Measures, writes RUN/evaluation.json; returns the exit code."""
     with common.ground(loaded, "evaluate", environment) as ground:
         config, resolved = ground.config, ground.resolved
+        chunks = common.student_chunks(ground)
+        samples = pretrain.open_validation(config.data, common.cache_dir(config))
+        common.begin(ground)
         result = evaluate(
-            common.student_chunks(ground),
+            chunks,
             ground.grid,
-            pretrain.open_validation(config.data, common.cache_dir(config)),
+            samples,
             vocab_size=resolved.student.vocab,
             byte_lengths=common.padded_byte_lengths(resolved),
             micro_batch=config.train.micro_batch,
@@ -36,7 +39,12 @@ def run(loaded: Loaded, environment: Environment) -> int:
         }
         ground.log.record(entry)
         if ground.log.speaks:
-            facts = {**entry, "tokens": result.tokens, "samples": result.samples, "checkpoint": config.student.checkpoint}
+            facts = {
+                **entry,
+                "tokens": result.tokens,
+                "samples": result.samples,
+                "checkpoint": config.student.checkpoint,
+            }
             write_atomically(ground.run_dir / "evaluation.json", json.dumps(facts, indent=1) + "\n")
         rows = [(f"{result.loss:.4f}", f"{result.perplexity:.3f}", f"{result.bits_per_byte:.4f}", str(result.tokens))]
         ground.log.table(f"step {step}", ("loss a token", "perplexity", "bits a byte", "tokens"), rows)

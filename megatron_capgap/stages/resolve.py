@@ -99,11 +99,17 @@ def _begun(loaded: Loaded, stage: str, student: ModelShape) -> Manifest | None:
     for name, value in vars(student).items():
         if getattr(found.model, name) != value:
             was = getattr(found.model, name)
-            problems.append(f"{where} holds a checkpoint with {name} {was}, this student has {name} {value}; choose another run_dir")
+            problems.append(
+                f"{where} holds a checkpoint with {name} {was}, this student has {name} {value}; choose another run_dir"
+            )
     if found.seed != config.seed:
-        problems.append(f"{where} was begun with seed {found.seed}, not {config.seed}; keep the seed or choose another run_dir")
+        problems.append(
+            f"{where} was begun with seed {found.seed}, not {config.seed}; keep the seed or choose another run_dir"
+        )
     if config.train.steps is not None and found.step > config.train.steps:
-        problems.append(f"{where} is at step {found.step}, beyond train.steps {config.train.steps}; raise train.steps or choose another run_dir")
+        problems.append(
+            f"{where} is at step {found.step}, beyond train.steps {config.train.steps}; raise train.steps or choose another run_dir"
+        )
     if problems:
         raise ConfigError(problems)
     return found

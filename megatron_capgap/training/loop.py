@@ -54,6 +54,9 @@ def train(run: Run) -> None:
     steps = config.train.steps
     assert steps is not None
     done = resume(run)
+    if done >= steps:
+        log.say(f"nothing to do: all {steps} steps are done; raise train.steps to go on")
+        return
     meter = Meter(run.flops_a_token)
     log.bar(done, steps)
     with StopRequest(run.device.torch_device) as stop:
@@ -71,7 +74,9 @@ def train(run: Run) -> None:
                 log.say(f"stopped by {signal} after step {done} of {steps}; the same command goes on from there")
                 return
     memory = count(run.device.peak_memory(), "B")
-    log.say(f"finished: {steps} steps, peak memory of rank 0 {memory}, checkpoint {run.run_dir}/checkpoints/step_{steps}")
+    log.say(
+        f"finished: {steps} steps, peak memory of rank 0 {memory}, checkpoint {run.run_dir}/checkpoints/step_{steps}"
+    )
 
 
 def one_step(run: Run, done: int) -> StepResult:

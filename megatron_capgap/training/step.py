@@ -102,7 +102,9 @@ def reduce_losses(losses: Sequence[Loss], grid: Grid) -> tuple[float, dict[str, 
     device = losses[0].loss_sum.device if losses else torch.cuda.current_device()
     sums = torch.zeros(2 + len(names), dtype=torch.float64, device=device)
     for out in losses:
-        sums += torch.stack([value.double() for value in (out.loss_sum, out.num_tokens, *(out.report[n] for n in names))])
+        sums += torch.stack(
+            [value.double() for value in (out.loss_sum, out.num_tokens, *(out.report[n] for n in names))]
+        )
     total, tokens, *parts = grid.sum_over_data(sums).tolist()
     count = max(tokens, 1.0)
     return total / count, {name: part / count for name, part in zip(names, parts, strict=True)}, int(tokens)

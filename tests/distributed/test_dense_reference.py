@@ -48,7 +48,12 @@ def test_steps_agree_with_a_plain_llama(
     pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path, stage: str, tied: bool
 ) -> None:
     changes: dict[str, Any] = {"optimizer__schedule": "constant", "student__model__tied_embeddings": tied}
-    changes |= {"train__steps": 3, "optimizer__clip_norm": 0.5, "student__model__rope_theta": 500.0, "data__valid": None}
+    changes |= {
+        "train__steps": 3,
+        "optimizer__clip_norm": 0.5,
+        "student__model__rope_theta": 500.0,
+        "data__valid": None,
+    }
     # Under 1e-4 Adam's first updates are the signs of gradients, and float32 does not know all of them.
     changes |= {"optimizer__epsilon": 1.0e-4, "student__layout": {"tensor": 2, "sequence": True}}
     if stage == "adapt":

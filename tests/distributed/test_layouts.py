@@ -49,9 +49,7 @@ def run(pool: WorkerPool, material: Material, teacher: Path, tmp_path_factory: p
     return run
 
 
-@pytest.mark.parametrize(
-    "stage, name, tied", CASES, ids=[f"{s}-{n}{'-tied' if t else ''}" for s, n, t in CASES]
-)
+@pytest.mark.parametrize("stage, name, tied", CASES, ids=[f"{s}-{n}{'-tied' if t else ''}" for s, n, t in CASES])
 def test_every_layout_gives_the_losses_of_one_rank(run: Run, stage: str, name: str, tied: bool) -> None:
     world, layout = LAYOUTS[name]
     expected = runs.metrics(run(stage, tied, 1, {}))

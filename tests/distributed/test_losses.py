@@ -1,14 +1,16 @@
 """The sharded losses against the dense reference, on 1, 2 and 4 gloo ranks."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_capgap.config.errors import UserError
 from megatron_capgap.losses import (
     DistillationObjective,
     TeacherHidden,
@@ -150,6 +152,84 @@ def count_collectives() -> dict[str, int]:
     return counts
 
 
+@dataclass
+class Plain:
+    """What one rank got from the cross-entropy alone."""
+
+    loss: Tensor
+    report: dict[str, Tensor]
+    hidden_gradient: Tensor
+    head_gradient: Tensor
+    forward_only: Tensor
+    collectives_forward_only: dict[str, int]
+
+
+def run_language_model(case: Case) -> Plain:
+    whole = Tensors(case)
+    hidden, head, _ = whole.of_rank(dist.get_rank(), dist.get_world_size())
+    hidden, head = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+    run = partial(
+        language_model_loss,
+        hidden,
+        head,
+        whole.labels,
+        whole.mask,
+        vocab_size=case.vocab,
+        group=dist.group.WORLD,
+        sequence_parallel=case.sequence_parallel,
+        chunk_tokens=case.chunk_tokens,
+    )
+    out = run()
+    out.loss_sum.backward()
+    counts = count_collectives()
+    with torch.no_grad():
+        forward_only = run().loss_sum
+    return Plain(out.loss_sum.detach(), out.report, hidden.grad, head.grad, forward_only, counts)
+
+
+def run_equal_models(cases: list[Case]) -> list[float]:
+    """The teacher is the student itself: the largest entry of the gradients."""
+    largest = []
+    for case in cases:
+        whole = Tensors(case)
+        hidden, head, _ = whole.of_rank(dist.get_rank(), dist.get_world_size())
+        leaves = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+        distillation_loss(
+            *leaves,
+            TeacherHidden(hidden, head),
+            whole.labels,
+            whole.mask,
+            objective=case.objective(),
+            vocab_size=case.vocab,
+            group=dist.group.WORLD,
+            chunk_tokens=case.chunk_tokens,
+        ).loss_sum.backward()
+        largest.append(max(leaf.grad.abs().max().item() for leaf in leaves))
+    return largest
+
+
+def run_megatron_cross_entropy() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss and gradient of the logits' shard: Megatron's own cross-entropy, and ours through an identity head."""
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=world)
+    make = torch.Generator().manual_seed(3)
+    logits = torch.randn(11, 16, generator=make)
+    labels = torch.randint(16, (11,), generator=make)
+    columns = slice(16 // world * rank, 16 // world * (rank + 1))
+    shard = logits[:, columns].clone().requires_grad_()
+    theirs = vocab_parallel_cross_entropy(shard.clone(), labels).sum()
+    theirs.backward()
+    hidden = logits.clone().requires_grad_()
+    ours = language_model_loss(
+        hidden, torch.eye(16)[columns], labels, torch.ones(11), vocab_size=16, group=dist.group.WORLD
+    ).loss_sum
+    ours.backward()
+    return theirs.detach(), shard.grad, ours.detach(), hidden.grad[:, columns]
+
+
 def error(got: Tensor, expected: Tensor) -> float:
     return ((got.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
 
@@ -228,3 +308,102 @@ def test_against_the_dense_reference(pool: WorkerPool, world: int, cases: list[C
     answers = pool.run(run_cases, cases, world=world)
     for case, of_ranks in zip(cases, zip(*answers, strict=True), strict=True):
         check(case, list(of_ranks))
+
+
+CASES = st.builds(
+    Case,
+    divergence=st.sampled_from(list(DIVERGENCES)),
+    temperature=st.sampled_from([0.7, 1.0, 3.0]),
+    teacher=st.sampled_from(["hidden", "logits", "ghost", "renormalise"]),
+    tokens=st.integers(1, 5).map(lambda quarter: 4 * quarter),
+    chunk_tokens=st.integers(1, 24),
+    vocab=st.integers(7, 64),
+    sequence_parallel=st.booleans(),
+    masked=st.sampled_from(["none", "some", "all"]),
+    weights=st.tuples(st.sampled_from([0.3, 1.0]), st.sampled_from([0.0, 0.6])),
+)
+
+
+@given(case=CASES, world=st.sampled_from([2, 4]))
+def test_any_case(pool: WorkerPool, case: Case, world: int) -> None:
+    check(case, pool.run(run_case, case, world=world))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_incoming_gradient_scales(pool: WorkerPool, world: int) -> None:
+    check(BASE, pool.run(run_case, BASE, 0.125, world=world), 0.125)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("case", [BASE, SEQUENCE[0], replace(BASE, dtype=torch.bfloat16)], ids=["", "sequence", "bf16"])
+def test_cross_entropy_alone(pool: WorkerPool, world: int, case: Case) -> None:
+    answers = pool.run(run_language_model, case, world=world)
+    objective = DistillationObjective(divergence_weight=0.0, cross_entropy_weight=1.0)
+    whole = Tensors(case)
+    expected = reference_loss(whole.hidden, whole.head, None, whole.labels, whole.mask, objective, case.vocab)
+    cut = [answer.hidden_gradient for answer in answers]
+    gradient = torch.cat(cut) if case.sequence_parallel else cut[0]
+    limit = TOLERANCE[case.dtype]
+    assert error(answers[0].loss, expected.loss) <= limit
+    assert error(gradient, expected.hidden_gradient) <= limit
+    assert error(torch.cat([answer.head_gradient for answer in answers]), expected.head_gradient) <= limit
+    for answer in answers:
+        assert set(answer.report) == {"cross_entropy"} and torch.equal(answer.report["cross_entropy"], answer.loss)
+        assert torch.equal(answer.forward_only, answer.loss)
+
+
+def test_forward_only_reduces_no_gradient(pool: WorkerPool) -> None:
+    for case, gathers in ((BASE, 4), (SEQUENCE[0], 8)):
+        answer = pool.run(run_language_model, case, world=2)[0]
+        assert answer.collectives_forward_only == {"all_gather_into_tensor": gathers}
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_number_of_collectives(pool: WorkerPool, world: int) -> None:
+    """28 tokens: 4 chunks of at most 9, or with sequence parallelism chunks of 8 (8 = 9 // world * world)."""
+    chunks = 4
+    for divergence, row in DIVERGENCES.items():
+        statistics = chunks * (1 if row.shard_weight else 2)
+        case = Case(divergence)
+        for answer in pool.run(run_case, case, world=world):
+            assert answer.collectives == {"all_gather_into_tensor": statistics, "all_reduce": 1}
+        hidden_of_both_models = 2 * chunks
+        for answer in pool.run(run_case, replace(case, sequence_parallel=True), world=world):
+            assert answer.collectives == {
+                "all_gather_into_tensor": statistics + hidden_of_both_models,
+                "reduce_scatter_tensor": chunks,
+            }
+    for tail in ("renormalise", "ghost"):
+        for answer in pool.run(run_case, Case("jsd", teacher=tail), world=world):
+            assert answer.collectives == {"all_gather_into_tensor": chunks, "all_reduce": 1}
+
+
+def test_the_rows_that_need_one_collective() -> None:
+    one = {name for name, row in DIVERGENCES.items() if row.shard_weight}
+    assert one == {"forward_kl", "reverse_kl", "soft_cross_entropy"}
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_equal_models_give_exactly_zero(pool: WorkerPool, world: int) -> None:
+    cases = [
+        Case(divergence, temperature, dtype=dtype, weights=(1.0, 0.0))
+        for divergence in DIVERGENCES
+        for temperature in (1.0, 2.0)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    for largest in pool.run(run_equal_models, cases, world=world):
+        assert largest == [0.0] * len(cases)
+
+
+def test_against_megatrons_cross_entropy(pool: WorkerPool) -> None:
+    for theirs, their_gradient, ours, our_gradient in pool.run(run_megatron_cross_entropy, world=2):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+        torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_a_tensor_that_does_not_fit_is_refused_on_every_rank(pool: WorkerPool) -> None:
+    with pytest.raises(WorkerError) as caught:
+        pool.run(run_case, replace(BASE, vocab=65), world=2)
+    assert set(caught.value.failures) == {0, 1}
+    for failure in caught.value.failures.values():
+        assert "vocab_size 65 does not fit 2 LM-head shard(s) of 32 rows (64 in all)" in failure.reason

@@ -67,6 +67,7 @@ def test_a_killed_process_goes_on_to_the_last_digit(pool: WorkerPool, material: 
         first.wait_until(lambda: last_step(killed) >= 22)
         first.signal(signal.SIGKILL)
         assert first.wait() == [-signal.SIGKILL]
+        assert first.left_behind() == []
     assert (killed / "latest").read_text() == "step_20\n"
     lost = last_step(killed)
     assert lost in range(22, 40)

@@ -66,10 +66,14 @@ def llama(shape: ModelShape, weights: Weights) -> LlamaForCausalLM:
     state = {
         "model.embed_tokens.weight": weights["embedding.word_embeddings.weight"][: shape.vocab],
         "model.norm.weight": weights["decoder.final_layernorm.weight"],
-        "lm_head.weight": weights.get("output_layer.weight", weights["embedding.word_embeddings.weight"])[: shape.vocab],
+        "lm_head.weight": weights.get("output_layer.weight", weights["embedding.word_embeddings.weight"])[
+            : shape.vocab
+        ],
     }
     for layer in range(shape.layers):
-        state |= _layer(weights, f"decoder.layers.{layer}", f"model.layers.{layer}", kv_heads, shape.hidden // shape.heads)
+        state |= _layer(
+            weights, f"decoder.layers.{layer}", f"model.layers.{layer}", kv_heads, shape.hidden // shape.heads
+        )
     model.load_state_dict(state)
     return model
 
@@ -94,7 +98,9 @@ def _layer(weights: Weights, theirs: str, ours: str, groups: int, width: int) ->
     }
 
 
-def loss(student: LlamaForCausalLM, teacher: LlamaForCausalLM | None, rows: Tensor, objective: Objective) -> dict[str, Tensor]:
+def loss(
+    student: LlamaForCausalLM, teacher: LlamaForCausalLM | None, rows: Tensor, objective: Objective
+) -> dict[str, Tensor]:
     """Means over all tokens of `rows`, `[b, s + 1]`; with a teacher the divergence is its forward KL."""
     tokens, labels = rows[:, :-1], rows[:, 1:]
     logits = student(tokens).logits

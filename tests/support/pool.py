@@ -238,9 +238,7 @@ def _forget_groups() -> None:
     if calculator := sys.modules.get("megatron.core.num_microbatches_calculator"):
         calculator.unset_num_microbatches_calculator()
     if torch.distributed.is_initialized():
-        with suppress(
-            Exception
-        ):  # a group whose peer is gone may not close cleanly; the call has failed already
+        with suppress(Exception):  # a group whose peer is gone may not close cleanly; the call has failed already
             torch.distributed.destroy_process_group()
 
 

@@ -7,10 +7,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-
-import psutil
 
 import megatron_capgap
 
@@ -37,6 +35,7 @@ class Job:
                 env={**environment(), **dict(zip(LAUNCHER, values, strict=True)), "GLOO_SOCKET_IFNAME": "lo"},
                 stdout=out,
                 stderr=err,
+                start_new_session=True,  # a process group for each rank and what it starts
             )
 
     def stdout(self, rank: int = 0) -> str:
@@ -57,13 +56,9 @@ class Job:
         deadline = time.monotonic() + limit
         return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.ranks]
 
-    def children(self) -> list[psutil.Process]:
-        """Processes below the ranks, which must not outlive them."""
-        found = []
-        for process in self.ranks:
-            if process.poll() is None:
-                found += psutil.Process(process.pid).children(recursive=True)
-        return found
+    def left_behind(self) -> list[int]:
+        """Ranks that have ended while processes which they started have not."""
+        return [rank for rank, process in enumerate(self.ranks) if _group_lives(process.pid)]
 
     def wait_until(self, condition: Callable[[], bool], limit: float = 120.0) -> None:
         """Looks often, for what is waited for may be over soon."""
@@ -83,8 +78,17 @@ def job(words: Sequence[str], world: int, folder: Path) -> Iterator[Job]:
         yield started
     finally:
         for process in started.ranks:
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def environment() -> dict[str, str]:

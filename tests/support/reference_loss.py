@@ -72,9 +72,7 @@ def reference_loss(
     elif isinstance(teacher, TeacherTopK):
         per_token = divergence(*listed_outcomes(teacher, log_q), objective)
     else:
-        per_token = divergence(
-            teacher_log_probs(teacher, objective.temperature, vocab_size), log_q, objective
-        )
+        per_token = divergence(teacher_log_probs(teacher, objective.temperature, vocab_size), log_q, objective)
     per_token = per_token * objective.temperature**2
 
     sums = [(mask.double() * per_token).sum() for per_token in (cross_entropy, per_token)]

@@ -88,9 +88,9 @@ def changed(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return config
 
 
-def write_config(config: dict[str, Any]) -> str:
-    """Writes a configuration beside its run directory; returns the file."""
-    path = Path(f"{config['run_dir']}.yaml")
+def write_config(config: dict[str, Any], path: Path | None = None) -> str:
+    """Writes a configuration, beside its run directory unless told otherwise; returns the file."""
+    path = path or Path(f"{config['run_dir']}.yaml")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     return str(path)

@@ -25,13 +25,10 @@ class Counting:
         return np.arange(k * 100, k * 100 + SEQUENCE + 1)
 
 
-def deal(
-    samples: range, micro_batch: int, data_size: int, limit: int | None = None
-) -> list[list[MicroBatch]]:
+def deal(samples: range, micro_batch: int, data_size: int, limit: int | None = None) -> list[list[MicroBatch]]:
     sequence = Counting() if limit is None else Counting(limit)
     return [
-        list(micro_batches(sequence, samples, micro_batch, rank, data_size, CPU, limit))
-        for rank in range(data_size)
+        list(micro_batches(sequence, samples, micro_batch, rank, data_size, CPU, limit)) for rank in range(data_size)
     ]
 
 

@@ -342,9 +342,7 @@ def test_a_default_that_clashes_is_named_as_default():
 
 def test_derived_numbers():
     layout = Layout(tensor=2, pipeline=2, virtual_pipeline=2, sequence=True)
-    config = Config(
-        "r", Student(model=STUDENT, layout=layout), Data("t"), train=Train(global_batch=24, micro_batch=3)
-    )
+    config = Config("r", Student(model=STUDENT, layout=layout), Data("t"), train=Train(global_batch=24, micro_batch=3))
     assert derive.ranks_per_model(layout) == 4
     assert derive.data_parallel(layout, 16) == 4
     assert derive.global_batch(config, layout, 16) == 24

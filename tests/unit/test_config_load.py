@@ -103,9 +103,7 @@ def test_an_alias_of_a_merged_mapping_says_nothing_twice(read):
     assert "checkpoint.tensorboard: unknown key" in problem
 
 
-@pytest.mark.parametrize(
-    "value, expected", [("2.0", 2), ("1e3", 1000), ("1_000", 1000), ("010", 10), ("+7", 7)]
-)
+@pytest.mark.parametrize("value, expected", [("2.0", 2), ("1e3", 1000), ("1_000", 1000), ("010", 10), ("+7", 7)])
 def test_whole_numbers_are_integers(read, value, expected):
     steps = read(GOOD, f"--train.steps={value}").config.train.steps
     assert steps == expected and isinstance(steps, int)
@@ -254,9 +252,7 @@ def test_a_path_that_cannot_be_read_is_one_line(tmp_path):
 
 def test_all_mistakes_at_once_in_the_order_of_the_file(read):
     text = GOOD.replace("tensor: 2", "tenosr: 2").replace("steps: 300", "steps: many\n  micro_batch: 0")
-    problems = read(
-        text.replace("lr: 3e-4", "lr: -1").replace("run_dir", "rundir"), "--seed=-1", "--device=gpu"
-    )
+    problems = read(text.replace("lr: 3e-4", "lr: -1").replace("run_dir", "rundir"), "--seed=-1", "--device=gpu")
     assert [problem.split(": ")[:2] for problem in problems] == [
         ["distill.yaml", "run_dir"],
         ["distill.yaml:1", "rundir"],
@@ -321,13 +317,10 @@ shapes = st.builds(
 configs = st.builds(
     Config,
     run_dir=texts,
-    student=st.builds(Student, checkpoint=texts, layout=layouts)
-    | st.builds(Student, model=shapes, layout=layouts),
+    student=st.builds(Student, checkpoint=texts, layout=layouts) | st.builds(Student, model=shapes, layout=layouts),
     data=st.builds(
         Data,
-        tokenizer=st.sampled_from(
-            ["3e-4", "no", "null", "010", "1_000", "~", "<<", "2020-01-01", "a: b", "'", ""]
-        ),
+        tokenizer=st.sampled_from(["3e-4", "no", "null", "010", "1_000", "~", "<<", "2020-01-01", "a: b", "'", ""]),
         train=st.lists(texts, min_size=1, max_size=3).map(tuple),
         train_weights=st.none() | st.lists(rates, max_size=3).map(tuple),
     ),

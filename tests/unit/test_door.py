@@ -68,9 +68,7 @@ def test_a_stage_runs_with_its_configuration_and_its_exit_code_is_returned(stage
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(
-    "words", [["--check-world", "16"], ["--check-world=16"], ["--check", "--check-world=16"]]
-)
+@pytest.mark.parametrize("words", [["--check-world", "16"], ["--check-world=16"], ["--check", "--check-world=16"]])
 def test_check_world_reports_and_runs_nothing(stages, capsys, words):
     assert door.main(["adapt", "--config=adapt.yaml", *words]) == 0
     assert stages.report == [("adapt", 16)] and stages.run == []
@@ -133,10 +131,7 @@ def test_a_wrong_command_is_one_line_and_exit_code_2(stages, capsys, words, mess
 
 
 def test_every_problem_has_its_own_line(stages, capsys):
-    assert (
-        door.main(["adapt", "--config", "adapt.yaml", "--train.stesp=3", "--optimizer.lr=0", "--device=gpu"])
-        == 2
-    )
+    assert door.main(["adapt", "--config", "adapt.yaml", "--train.stesp=3", "--optimizer.lr=0", "--device=gpu"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and all(line.startswith("capgap: error: --") for line in lines)
 
@@ -182,14 +177,10 @@ def test_help_explains_every_key(stage):
 
 def python(*words: str, **options) -> subprocess.CompletedProcess:
     environment = {**os.environ, "PYTHONPATH": str(Path(megatron_capgap.__file__).parents[1])}
-    return subprocess.run(
-        [sys.executable, *words], env=environment, capture_output=True, text=True, **options
-    )
+    return subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, **options)
 
 
-@pytest.mark.parametrize(
-    "words", [["--help"], ["-h"], *([stage, "--help"] for stage in STAGES), ["--version"]]
-)
+@pytest.mark.parametrize("words", [["--help"], ["-h"], *([stage, "--help"] for stage in STAGES), ["--version"]])
 def test_help_answers_without_anything_heavy(words):
     program = (
         "import sys; from megatron_capgap.__main__ import main; code = main(sys.argv[1:])\n"

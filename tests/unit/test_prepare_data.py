@@ -152,9 +152,7 @@ def test_places_are_right_beyond_the_first_block(
 
 
 @pytest.mark.parametrize(("line", "kind"), BAD_LINES.items())
-def test_strict_stops_at_the_first(
-    here: Path, line: str, kind: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_strict_stops_at_the_first(here: Path, line: str, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "a.jsonl").write_bytes(f'{{"text": "good"}}\n{line}\n{{\n'.encode("latin-1"))
     assert run("--strict") == 2
     (message,) = capsys.readouterr().err.splitlines()
@@ -180,7 +178,7 @@ def test_training_a_tokenizer(here: Path) -> None:
 
 
 def test_trained_digits_stand_alone(here: Path) -> None:
-    corpus.write_jsonl(here / "a.jsonl", ["in 2024 and 2025", *corpus.texts(50)] * 9)
+    corpus.write_jsonl(here / "a.jsonl", ["2024 " * 900, *corpus.texts(50)])
     assert run("--train-tokenizer", "350", "--tokenizer", "new.model") == 0
     tokenizer = open_tokenizer("new.model")
     assert [tokenizer.decode([token]) for token in tokenizer.encode("2024")][-4:] == ["2", "0", "2", "4"]
@@ -212,6 +210,7 @@ def test_training_reads_a_fixed_sample_of_a_large_corpus(here: Path, monkeypatch
         (["--tokenizer", "nothing"], "tokenizer nothing does not exist"),
         (["--input", "a.jsonl", "b.jsonl"], "--input b.jsonl does not exist"),
         (["--input", "damaged.jsonl.gz"], "damaged.jsonl.gz is damaged after line"),
+        (["--input", "corrupt.jsonl.gz"], "corrupt.jsonl.gz is damaged after line"),
         (["--input", "plain.jsonl.gz"], "plain.jsonl.gz is damaged after line 0"),
         (["--input", "empty.jsonl"], "out/d would hold no document"),
         (["--split", "0.999999,0.000001"], "out/d_valid would hold no document"),
@@ -225,6 +224,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 ) -> None:
     packed = gzip.compress((here / "a.jsonl").read_bytes())
     (here / "damaged.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    (here / "corrupt.jsonl.gz").write_bytes(packed[:900] + bytes(9) + packed[909:])
     (here / "plain.jsonl.gz").write_bytes(b'{"text": "x"}\n')
     (here / "empty.jsonl").write_text("")
     corpus.write_dataset(here / "old", [[1, 2]])

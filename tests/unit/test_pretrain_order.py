@@ -51,9 +51,7 @@ def test_blend_keeps_every_share(weights: list[float]) -> None:
             assert abs(counts[i] - (k + 1) * weight / total) <= bound + 1e-6
 
 
-@pytest.mark.parametrize(
-    "weights", [[1] * 10, [5, 4, 3, 2, 1, 1, 1], [0.9] + [0.001] * 100, [2**-i for i in range(9)]]
-)
+@pytest.mark.parametrize("weights", [[1] * 10, [5, 4, 3, 2, 1, 1, 1], [0.9] + [0.001] * 100, [2**-i for i in range(9)]])
 def test_usual_blends_stay_within_one_sample(weights: list[float]) -> None:
     blend, counts = Blend(weights), np.zeros(len(weights))
     shares = np.array(weights) / sum(weights)
@@ -95,9 +93,7 @@ def test_each_epoch_of_each_dataset_holds_every_sample_once(
 
 def test_order_depends_on_the_seed_and_the_epoch() -> None:
     first, second = training_order([50], None, 1), training_order([50], None, 2)
-    epochs = [
-        [order(k).sample for k in range(start, start + 50)] for order in (first, second) for start in (0, 50)
-    ]
+    epochs = [[order(k).sample for k in range(start, start + 50)] for order in (first, second) for start in (0, 50)]
     assert len({tuple(epoch) for epoch in epochs}) == 4
 
 

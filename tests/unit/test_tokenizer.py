@@ -126,7 +126,5 @@ def test_bad_paths_say_what_would_do(tmp_path: Path, file: str | None, content: 
 def test_eos_that_the_vocabulary_lacks(tmp_path: Path) -> None:
     path = Path(corpus.save_byte_level(tmp_path))
     (path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
-    with pytest.raises(
-        UserError, match=r"tokenizer_config\.json: eos_token '</s>' is not in tokenizer\.json"
-    ):
+    with pytest.raises(UserError, match=r"tokenizer_config\.json: eos_token '</s>' is not in tokenizer\.json"):
         open_tokenizer(str(path))

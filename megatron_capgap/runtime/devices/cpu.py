@@ -16,10 +16,22 @@ from typing import Any
 
 import torch
 
-from megatron_capgap.runtime.devices import Device, Part
+from megatron_capgap.runtime.devices.device import Device, Part
 
 _CPU = torch.device("cpu")
-_FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn", "empty_like", "zeros_like", "ones_like")
+_FACTORIES = (
+    "tensor",
+    "zeros",
+    "ones",
+    "empty",
+    "full",
+    "arange",
+    "rand",
+    "randn",
+    "empty_like",
+    "zeros_like",
+    "ones_like",
+)
 
 
 class _Inert:
@@ -47,7 +59,6 @@ def prepare() -> Device:
         backend="gloo",
         torch_device=_CPU,
         engine="local",
-        fused_kernels=False,
         send_keeps_data=False,
         parts=(
             Part("Transformer Engine layers", False, "needs an NVIDIA GPU"),

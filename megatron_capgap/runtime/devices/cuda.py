@@ -6,7 +6,7 @@ import importlib.util
 
 import torch
 
-from megatron_capgap.runtime.devices import Device, Part, library
+from megatron_capgap.runtime.devices.device import Device, Part, library
 
 
 def prepare(local_rank: int) -> Device:
@@ -20,12 +20,19 @@ def prepare(local_rank: int) -> Device:
         backend="nccl",
         torch_device=torch.device("cuda", local_rank),
         engine=engine,
-        fused_kernels=True,
         send_keeps_data=True,
         parts=(
             Part("Transformer Engine layers", with_engine, why),
-            Part("scaled-dot-product attention", not with_engine, "torch" if not with_engine else "Transformer Engine's own is used"),
-            library("Apex fused weight gradient", "fused_weight_gradient_mlp_cuda", "gradients accumulate in fp32 inside the GEMM"),
+            Part(
+                "scaled-dot-product attention",
+                not with_engine,
+                "torch" if not with_engine else "Transformer Engine's own is used",
+            ),
+            library(
+                "Apex fused weight gradient",
+                "fused_weight_gradient_mlp_cuda",
+                "gradients accumulate in fp32 inside the GEMM",
+            ),
             library("Apex fused Adam", "apex", "used where Transformer Engine's is absent"),
         ),
         peak_memory=torch.cuda.max_memory_allocated,

@@ -1,0 +1,184 @@
+"""Student against teacher on one chunk of tokens: what each rank does before and after the collective.
+
+Shapes: c tokens in the chunk, r of them in a block that fits the cache, w real columns of the shard, tp ranks, k
+listed tokens of a sparse teacher.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.schema import Objective
+from megatron_capgap.losses.divergences import DIVERGENCES
+from megatron_capgap.losses.shard import (
+    LOG_OF_NOTHING,
+    VocabShard,
+    blocks_in_cache,
+    local_softmax_,
+    log_sum_exp,
+    softmax_,
+)
+from megatron_capgap.losses.teachers import Tail
+
+
+class Comparison(Protocol):
+    """The gradient of the divergence with respect to the student's logits is `probabilities * factor + rest`."""
+
+    def local_(self, student: Tensor) -> tuple[Tensor, Tensor]:
+        """Student logits [c, w] become the probabilities exp(logits - normaliser).
+
+        Returns the normaliser [c], and the statistics [m, c] that `resolve` needs of all ranks; their first row is
+        the student's log-sum-exp within the shard.
+        """
+
+    def resolve(self, gathered: Tensor) -> tuple[Tensor, Tensor]:
+        """All ranks' statistics [tp, m, c] -> the divergence [c], the same on every rank, and the factor [c]."""
+
+    def add_rest_(self, gradient: Tensor, scale: Tensor) -> None:
+        """gradient [c, w] += scale [c] * rest."""
+
+
+class NoComparison:
+    """There is no teacher: the divergence is 0."""
+
+    def local_(self, student: Tensor) -> tuple[Tensor, Tensor]:
+        lse = softmax_(student)
+        return lse, lse[None]
+
+    def resolve(self, gathered: Tensor) -> tuple[Tensor, Tensor]:
+        zero = torch.zeros_like(gathered[0, 0])
+        return zero, zero
+
+    def add_rest_(self, gradient: Tensor, scale: Tensor) -> None:
+        pass
+
+
+class DenseComparison:
+    """All logits of the teacher are known. The rest of the gradient is the weighted pull of `divergences.py`.
+
+    Args:
+        teacher: [c, w] teacher logits over the temperature; become the pull.
+        objective: names the divergence.
+        shard: this rank's columns.
+    """
+
+    def __init__(self, teacher: Tensor, objective: Objective, shard: VocabShard) -> None:
+        self.teacher, self.objective, self.shard = teacher, objective, shard
+        self.row = DIVERGENCES[objective.divergence]
+
+    def local_(self, student: Tensor) -> tuple[Tensor, Tensor]:
+        """Statistics: log-sum-exp of student and teacher within the shard, sums of values and of pulls."""
+        parts = []
+        if self.row.shard_weight is not None:
+            for q, p in blocks_in_cache(student, self.teacher):
+                (log_q, lse_q), (log_p, lse_p) = local_softmax_(q), local_softmax_(p)
+                parts.append(torch.stack([lse_q, lse_p, *self._pull_(q, p, log_q, log_p)]))
+            statistics = torch.cat(parts, 1)
+            return statistics[0], statistics
+        # No chain rule: the formula needs probabilities of the whole vocabulary, so their normalisers come first.
+        lse = torch.stack([log_sum_exp(student), log_sum_exp(self.teacher)])
+        normalisers = self.shard.gather(lse).logsumexp(0)
+        for q, p, of_q, of_p in blocks_in_cache(student, self.teacher, *normalisers):
+            log_q, log_p = q - of_q[:, None], p - of_p[:, None]
+            torch.exp(log_q, out=q)
+            torch.exp(log_p, out=p)
+            parts.append(torch.stack(self._pull_(q, p, log_q, log_p)))
+        return normalisers[0], torch.cat([lse, torch.cat(parts, 1)])
+
+    def _pull_(self, q: Tensor, p: Tensor, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+        """Puts the pull in place of p [r, w]; returns the sums of values and of pulls [r]."""
+        value, pull = self.row.formula(p, q, log_p, log_q, self.objective)
+        p.copy_(pull)
+        return value.sum(1), pull.sum(1)
+
+    def resolve(self, gathered: Tensor) -> tuple[Tensor, Tensor]:
+        """As in `Comparison`; by the chain rule, where there is one."""
+        mine = self.shard.rank
+        value, pull = gathered[:, 2], gathered[:, 3]
+        if self.row.shard_weight is None:
+            self.weight = torch.ones_like(value[mine])
+            return value.sum(0), pull.sum(0)
+        # Masses P and Q of the shards, [tp, c], and their own divergence, by the same formula.
+        log_q, log_p = (gathered[:, i] - gathered[:, i].logsumexp(0) for i in (0, 1))
+        q, p = log_q.exp(), log_p.exp()
+        outer_value, outer_pull = self.row.formula(p, q, log_p, log_q, self.objective)
+        weight = p if self.row.shard_weight == "teacher" else q
+        inner = (weight * value).sum(0)
+        # A logit moves the softmax within its shard, the shard's mass, and with it the weights if they are Q.
+        factor = weight[mine] * pull[mine] + q[mine] * outer_pull.sum(0) - outer_pull[mine]
+        if self.row.shard_weight == "student":
+            factor += q[mine] * (value[mine] - inner)
+        self.weight = weight[mine]
+        return inner + outer_value.sum(0), factor
+
+    def add_rest_(self, gradient: Tensor, scale: Tensor) -> None:
+        """As in `Comparison`."""
+        gradient.addcmul_(self.teacher, (scale * self.weight)[:, None], value=-1)
+
+
+class SparseComparison:
+    """Of the teacher, k tokens a position are known with their log-probabilities.
+
+    Both distributions shrink to the same few outcomes, the listed tokens and perhaps one for all others, and the
+    formula is evaluated there, on every rank alike. The rest of the gradient stands at the listed tokens.
+
+    Args:
+        ids: [c, k] int64 ids in the whole vocabulary; any number where the log-probability is -inf.
+        log_probs: [c, k].
+        tail: see `TeacherTopK`.
+        objective: names the divergence.
+        shard: this rank's columns.
+
+    Raises:
+        UserError: the tail is dropped, and the divergence is infinite where the teacher gives nothing.
+    """
+
+    def __init__(self, ids: Tensor, log_probs: Tensor, tail: Tail, objective: Objective, shard: VocabShard):
+        self.ids, self.log_probs, self.tail = ids, log_probs, tail
+        self.objective, self.shard, self.row = objective, shard, DIVERGENCES[objective.divergence]
+        if tail == "drop" and not self.row.finite_without_teacher:
+            raise UserError(
+                f"teacher top-k with tail 'drop': {objective.divergence} is infinite where the teacher gives "
+                "nothing; use tail 'renormalise' or 'ghost'"
+            )
+
+    def local_(self, student: Tensor) -> tuple[Tensor, Tensor]:
+        """Statistics: log-sum-exp of the student within the shard, its logits at the k ids."""
+        listed = self.shard.pick(student, self.ids)
+        lse = softmax_(student)
+        return lse, torch.cat([lse[None], listed.t()])
+
+    def resolve(self, gathered: Tensor) -> tuple[Tensor, Tensor]:
+        """As in `Comparison`."""
+        lse = gathered[:, 0].logsumexp(0)
+        absent = self.log_probs.isneginf()
+        log_p = self.log_probs.masked_fill(absent, LOG_OF_NOTHING)
+        log_q = (gathered[:, 1:].sum(0).t() - lse[:, None]).masked_fill(absent, LOG_OF_NOTHING)
+        if self.tail == "renormalise":
+            log_p, log_q = log_p.log_softmax(1), log_q.log_softmax(1)
+        else:
+            nothing = torch.full_like(lse[:, None], LOG_OF_NOTHING)
+            log_p = torch.cat([log_p, nothing if self.tail == "drop" else _log_remainder(log_p)], 1)
+            log_q = torch.cat([log_q, _log_remainder(log_q)], 1)
+        q = log_q.exp()
+        value, pull = self.row.formula(log_p.exp(), q, log_p, log_q, self.objective)
+        on_outcomes = q * pull.sum(1, keepdim=True) - pull
+        if self.tail == "renormalise":
+            per_mass = torch.zeros_like(lse)
+        else:  # an unlisted token moves the last outcome in proportion to its share of that mass
+            per_mass = on_outcomes[:, -1] / q[:, -1]
+            on_outcomes, q = on_outcomes[:, :-1], q[:, :-1]
+        self.at_listed = on_outcomes - per_mass[:, None] * q
+        return value.sum(1), per_mass * (gathered[self.shard.rank, 0] - lse).exp()
+
+    def add_rest_(self, gradient: Tensor, scale: Tensor) -> None:
+        """As in `Comparison`."""
+        self.shard.add_at_(gradient, self.ids, scale[:, None] * self.at_listed)
+
+
+def _log_remainder(log_probs: Tensor) -> Tensor:
+    """log(1 - sum exp), [c, k] -> [c, 1]; no less than the log of the rounding error of the sum."""
+    remainder = 1 - log_probs.exp().sum(1, keepdim=True)
+    return remainder.clamp_min_(torch.finfo(log_probs.dtype).eps).log_()

@@ -1,0 +1,101 @@
+"""What a device is, and which one this rank takes."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from megatron_capgap.config.errors import UserError
+
+MEGATRON_RANGE = ((0, 16), (0, 17))
+
+
+@dataclass(frozen=True)
+class Part:
+    """One row of the start-up table: a kernel or library that may or may not be in use."""
+
+    name: str
+    active: bool
+    why: str
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the rest of the project needs to know of the ground it runs on."""
+
+    name: str
+    """cpu or cuda."""
+    backend: str
+    """torch.distributed backend: gloo or nccl."""
+    torch_device: torch.device
+    """Where tensors live."""
+    engine: str
+    """Which layer modules are built: local or transformer_engine."""
+    send_keeps_data: bool
+    """Whether a tensor may be freed while its asynchronous send is under way: NCCL's stream order allows it, gloo reads
+    the freed memory."""
+    parts: tuple[Part, ...]
+    """The start-up table."""
+    peak_memory: Callable[[], int]
+    """Peak bytes of this process on the device since it started."""
+    tune_optimizer: Callable[[torch.optim.Optimizer], None]
+    """Switches on what this device can fuse in the optimizer Megatron made."""
+
+
+def choose(name: str, local_rank: int) -> Device:
+    """Picks and prepares the device of this rank, and checks the Megatron-Core version first.
+
+    Args:
+        name: auto, cpu or cuda; auto takes cuda where a GPU is visible for this rank.
+        local_rank: this rank's number on its node.
+
+    Raises:
+        UserError: cuda was asked for and is not there, or megatron-core is outside the tested range.
+    """
+    check_megatron(_installed("megatron-core"))
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cuda" and gpus <= local_rank:
+        raise UserError(
+            f"device: cuda, but rank {local_rank} of this node sees {gpus} GPUs; "
+            f"use device: cpu or start at most {gpus} ranks a node"
+        )
+    if name == "cuda" or (name == "auto" and gpus > local_rank):
+        from megatron_capgap.runtime.devices import cuda
+
+        return cuda.prepare(local_rank)
+    from megatron_capgap.runtime.devices import cpu
+
+    return cpu.prepare()
+
+
+def check_megatron(found: str | None) -> None:
+    """Refuses a Megatron-Core that the tests do not run against; the CPU device patches its internals.
+
+    Raises:
+        UserError: it is missing or outside the range.
+    """
+    low, high = (".".join(map(str, bound)) for bound in MEGATRON_RANGE)
+    if found is None:
+        raise UserError(f"megatron-core is not installed; pip install 'megatron-core>={low},<{high}'")
+    release = tuple(int(part) for part in found.split(".")[:2])
+    if not MEGATRON_RANGE[0] <= release < MEGATRON_RANGE[1]:
+        raise UserError(
+            f"megatron-core {found} is outside the tested range; pip install 'megatron-core>={low},<{high}'"
+        )
+
+
+def library(name: str, package: str, use: str) -> Part:
+    """A table row for an optional library that Megatron-Core picks up by itself where it can be imported."""
+    present = importlib.util.find_spec(package) is not None
+    return Part(name, present, use if present else f"{package} is not installed; torch's own kernels are used")
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,205 @@
+"""Ten kinds of bad input: one line from one rank that names key or file, value and fix, exit code 2, no traces."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_capgap.__main__ import main
+from tests.support import corpus, runs
+from tests.support.pool import WorkerPool
+from tests.support.processes import job
+from tests.support.runs import Material
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One kind of bad input to adapt, or to distill where there is a teacher."""
+
+    says: tuple[str, ...]
+    """What the error line must hold: key or file, value, fix. FOLDER stands for the test's own folder."""
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Of the configuration, as in `runs.changed`; FOLDER is filled in here too."""
+    spoil: Callable[[Path], object] = lambda folder: None
+    """What is done to the folder with the data before the run starts."""
+    stage: str = "adapt"
+    worlds: tuple[int, ...] = (1,)
+
+
+def cut_off(folder: Path) -> None:
+    os.truncate(folder / "corpus_train.bin", 1001)
+
+
+def cut_off_held_out(folder: Path) -> None:
+    os.truncate(folder / "corpus_valid.bin", 1001)
+
+
+def large_tokenizer(folder: Path) -> None:
+    corpus.save_sentencepiece(folder / "large.model", 400)
+
+
+def reshaped_teacher(folder: Path) -> None:
+    """A teacher whose words say another width than its shards have."""
+    manifest = folder / "teacher" / "checkpoints" / "step_25" / "capgap.json"
+    content = json.loads(manifest.read_text())
+    content["model"]["ffn"] = 96
+    manifest.write_text(json.dumps(content))
+
+
+MISTAKES = {
+    "unknown key": Mistake(
+        ("FOLDER/run.yaml:", "student.layout.tensr: unknown key", "did you mean student.layout.tensor?"),
+        {"student__layout": {"tensr": 2}},
+        worlds=(1, 2),
+    ),
+    "bad type": Mistake(
+        ("FOLDER/run.yaml:", 'train.steps: "many" given', "an integer > 0 or null would do"), {"train__steps": "many"}
+    ),
+    "heads not divisible by tensor": Mistake(
+        ("student.layout.tensor: 2 does not divide", "student.model.heads 3", "would do"),
+        {
+            "student__layout": {"tensor": 2},
+            "student__model__heads": 3,
+            "student__model__kv_heads": 3,
+            "student__model__hidden": 48,
+        },
+        worlds=(2,),
+    ),
+    "batch not divisible": Mistake(
+        ("train.global_batch: 9 is not a multiple of train.micro_batch 2", "8 or 10 would do"),
+        {"train__global_batch": 9},
+    ),
+    "batch not divisible over ranks": Mistake(
+        ("train.global_batch: 6 is not a multiple of", "micro_batch 2 * data parallel 2 = 4", "4 or 8 would do"),
+        {"train__global_batch": 6},
+        worlds=(2,),
+    ),
+    "missing data file": Mistake(
+        ("FOLDER/corpus_trian.bin does not exist", "did you mean FOLDER/corpus_train"),
+        {"data__train": ["FOLDER/corpus_trian"]},
+        worlds=(1, 2),
+    ),
+    "truncated .bin": Mistake(
+        ("FOLDER/corpus_train.bin has 1001 bytes", "promises", "make it again with tools/prepare_data.py"),
+        spoil=cut_off,
+        worlds=(1, 2),
+    ),
+    "truncated held-out .bin": Mistake(
+        ("FOLDER/corpus_valid.bin has 1001 bytes", "promises", "make it again with tools/prepare_data.py"),
+        spoil=cut_off_held_out,
+    ),
+    "tokenizer too large": Mistake(
+        ("data.tokenizer: FOLDER/large.model has 400 tokens", "vocab is 301", "set student.model.vocab to 400"),
+        {"data__tokenizer": "FOLDER/large.model"},
+        spoil=large_tokenizer,
+        worlds=(1, 2),
+    ),
+    "checkpoint of another vocabulary": Mistake(
+        ("teacher.checkpoint: FOLDER/teacher: vocab 301 differs", "student.model.vocab 304", "a student of vocab 301"),
+        {"student__model__vocab": 304},
+        stage="distill",
+        worlds=(1, 2),
+    ),
+    "checkpoint of another shape than it says": Mistake(
+        ("FOLDER/teacher/checkpoints/step_25", "use a checkpoint of the model's shape"),
+        spoil=reshaped_teacher,
+        stage="distill",
+        worlds=(1, 2),
+    ),
+    "run_dir not writable": Mistake(
+        ("run_dir: FOLDER/corpus.jsonl/run cannot be written (Not a directory)", "choose another run_dir"),
+        {"run_dir": "FOLDER/corpus.jsonl/run"},
+        worlds=(1, 2),
+    ),
+    "world size that does not match the layout": Mistake(
+        ("tensor 1 * pipeline 4 * context 1 = 4 does not divide the world of", "4 ranks would do"),
+        {"student__layout": {"pipeline": 4}},
+        worlds=(1, 2),
+    ),
+}
+CASES = [(name, world) for name, mistake in MISTAKES.items() for world in mistake.worlds]
+
+
+def set_up(mistake: Mistake, material: Material, teacher: Path, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Copies data and teacher into a folder; returns a sound configuration of a run there, and one with the mistake."""
+    for file in material.folder.iterdir():
+        if file.is_file():
+            shutil.copy2(file, folder)
+    shutil.copytree(teacher, folder / "teacher")
+    sound = runs.adapt_config(Material(folder), folder / "run")
+    if mistake.stage == "distill":
+        sound = runs.distill_config(Material(folder), folder / "run", folder / "teacher")
+    wrong = json.loads(json.dumps(runs.changed(sound, **mistake.changes)).replace("FOLDER", str(folder)))
+    return sound, wrong
+
+
+def assert_one_line(stderr: str, mistake: Mistake, folder: Path) -> None:
+    (line,) = stderr.splitlines()
+    assert line.startswith("capgap: error: ")
+    for part in mistake.says:
+        assert part.replace("FOLDER", str(folder)) in line
+
+
+@pytest.mark.parametrize("name, world", CASES, ids=[f"{name}-{world}" for name, world in CASES])
+def test_one_line_exit_code_2_and_no_traces(
+    pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path, name: str, world: int
+) -> None:
+    mistake = MISTAKES[name]
+    _, wrong = set_up(mistake, material, teacher, tmp_path)
+    mistake.spoil(tmp_path)
+    words = [mistake.stage, "--config", runs.write_config(wrong, tmp_path / "run.yaml")]
+    before = runs.files_of(tmp_path)
+    ranks = pool.run(main, words, world=world, initialise=False, capture=True)
+    assert [rank.value for rank in ranks] == [2] * world
+    assert_one_line(ranks[0].stderr, mistake, tmp_path)
+    assert all(rank.stderr == rank.stdout == "" for rank in ranks[1:])
+    assert runs.files_of(tmp_path) == before
+    assert not Path(wrong["run_dir"]).exists()
+
+
+@pytest.mark.parametrize("name", [name for name in MISTAKES if name != "run_dir not writable"])
+def test_a_run_that_is_there_stays_as_it_was(
+    pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path, name: str
+) -> None:
+    mistake = MISTAKES[name]
+    sound, wrong = set_up(mistake, material, teacher, tmp_path)
+    runs.train(pool, mistake.stage, runs.changed(sound, train__steps=1))
+    mistake.spoil(tmp_path)
+    words = [mistake.stage, "--config", runs.write_config(wrong, tmp_path / "run.yaml")]
+    before = runs.files_of(tmp_path)
+    ranks = pool.run(main, words, world=mistake.worlds[0], initialise=False, capture=True)
+    assert [rank.value for rank in ranks] == [2] * len(ranks)
+    assert ranks[0].stderr.startswith("capgap: error: ")
+    assert runs.files_of(tmp_path) == before
+
+
+def test_a_run_of_another_shape_is_not_continued(pool: WorkerPool, material: Material, tmp_path: Path) -> None:
+    runs.train(pool, "adapt", runs.adapt_config(material, tmp_path / "run", train__steps=1))
+    before = runs.files_of(tmp_path / "run")
+    config = runs.adapt_config(material, tmp_path / "run", student__model__ffn=64)
+    (rank,) = runs.run_stage(pool, "adapt", config)
+    assert rank.value == 2
+    (line,) = rank.stderr.splitlines()
+    assert f"run_dir: {tmp_path}/run holds a checkpoint with ffn 48, this student has ffn 64; choose another" in line
+    assert runs.files_of(tmp_path / "run") == before
+
+
+@pytest.mark.slow
+def test_real_processes_leave_with_code_2(material: Material, teacher: Path, tmp_path: Path) -> None:
+    """What only shows outside the pool: warnings of imports, destructors, the launcher's view."""
+    mistake = MISTAKES["truncated .bin"]
+    _, wrong = set_up(mistake, material, teacher, tmp_path)
+    mistake.spoil(tmp_path)
+    wrong["run_dir"] = str(tmp_path / "runs" / "of" / "mine")
+    words = ["adapt", "--config", runs.write_config(wrong, tmp_path / "run.yaml")]
+    with job(words, 2, tmp_path / "job") as ranks:
+        assert ranks.wait() == [2, 2]
+        assert_one_line(ranks.stderr(), mistake, tmp_path)
+        assert ranks.stdout() == ranks.stdout(1) == ranks.stderr(1) == ""
+        assert ranks.left_behind() == []
+    assert not (tmp_path / "runs").exists()

@@ -1,0 +1,170 @@
+"""Asked to stop, a run saves and leaves; fed nonsense, it stops before the optimizer is touched."""
+
+import hashlib
+import signal
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_capgap.__main__ import main
+from tests.support import runs
+from tests.support.pool import WorkerPool
+from tests.support.processes import job
+from tests.support.runs import Material
+
+LAYOUTS = {"pp2": {"pipeline": 2}, "dp2": {}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, rank", [(signal.SIGTERM, 1), (signal.SIGUSR1, 0)], ids=["SIGTERM", "SIGUSR1"])
+def test_a_signal_to_one_rank_stops_all_at_a_step(
+    pool: WorkerPool, material: Material, tmp_path: Path, number: signal.Signals, rank: int
+) -> None:
+    changes = {"train__steps": 2000, "student__layout": LAYOUTS["pp2"], "data__valid": None}
+    config = runs.adapt_config(material, tmp_path / "run", **changes)
+    run_dir = tmp_path / "run"
+    with job(["adapt", "--config", runs.write_config(config)], 2, tmp_path / "job") as ranks:
+        ranks.wait_until(lambda: len(runs.steps_of(run_dir)) >= 3)
+        ranks.signal(number, [rank])
+        assert ranks.wait() == [0, 0], ranks.stderr()
+        done = len(runs.steps_of(run_dir))
+        assert f"stopped by {number.name} after step {done} of 2000" in ranks.stdout()
+        assert ranks.stdout(1) == "" and ranks.stderr(0) == ranks.stderr(1) == ""
+        assert ranks.left_behind() == []
+    assert 3 <= done < 2000
+    assert runs.checkpoints(run_dir) == [f"step_{done}"]
+    assert (run_dir / "latest").read_text() == f"step_{done}\n"
+    # The cosine schedule of the resumed run is another one, so that only its place is compared here.
+    ranks = runs.run_stage(pool, "adapt", runs.changed(config, train__steps=done + 1), world=2)
+    assert [rank.value for rank in ranks] == [0, 0], ranks
+    assert [entry["step"] for entry in runs.steps_of(run_dir)] == list(range(1, done + 2))
+
+
+def signal_myself(step: int, number: int, words: list[str]) -> int:
+    """Runs a command whose process is signalled in the middle of a step."""
+    from megatron_capgap.training import loop
+
+    report = loop._report
+
+    def report_and_signal(run: loop.Run, done: int, *rest: Any) -> None:
+        report(run, done, *rest)
+        if done == step:
+            signal.raise_signal(number)
+
+    loop._report = report_and_signal
+    try:
+        return main(words)
+    finally:
+        loop._report = report
+
+
+def test_a_stopped_run_goes_on_to_the_last_digit(pool: WorkerPool, material: Material, tmp_path: Path) -> None:
+    changes = {"train__steps": 5, "train__dropout": 0.1}
+    unbroken = runs.train(pool, "adapt", runs.adapt_config(material, tmp_path / "unbroken", **changes))
+    stopped = runs.adapt_config(material, tmp_path / "stopped", **changes)
+    handler = pool.run(signal.getsignal, signal.SIGTERM, world=1, initialise=False)
+    work = partial(signal_myself, 2, signal.SIGTERM, ["adapt", "--config", runs.write_config(stopped)])
+    assert pool.run(work, world=1, initialise=False) == [0]
+    assert pool.run(signal.getsignal, signal.SIGTERM, world=1, initialise=False) == handler
+    assert [entry["step"] for entry in runs.metrics(tmp_path / "stopped")] == [1, 2]
+    assert runs.metrics(runs.train(pool, "adapt", stopped)) == runs.metrics(unbroken)
+
+
+class Poison(torch.autograd.Function):
+    """Leaves a tensor as it is and makes NaN of its gradient."""
+
+    @staticmethod
+    def forward(context: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient * float("nan")
+
+
+def state_of(run: Any) -> str:
+    """A digest of this rank's weights, Adam's moments and step counters, and the place in the schedule."""
+    digest = hashlib.sha256()
+    for chunk in run.chunks:
+        for parameter in chunk.parameters():
+            digest.update(parameter.detach().numpy().tobytes())
+    for part in run.optimization.optimizer.chained_optimizers:
+        for entry in part.optimizer.state.values():
+            digest.update(b"".join(value.detach().numpy().tobytes() for value in entry.values()))
+    digest.update(str(run.optimization.schedule.num_steps).encode())
+    return digest.hexdigest()
+
+
+def run_poisoned(part: str, sample: int, words: list[str]) -> tuple[int, list[str]]:
+    """Runs adapt while the loss, or its gradient, of the micro-batch with one sample is NaN.
+
+    Returns:
+        The exit code, and a digest of the state before training, after each step and at the end.
+    """
+    from megatron_capgap.stages import adapt
+    from megatron_capgap.training import loop
+
+    report, train, loss = loop._report, adapt.train, adapt.language_model_loss
+    seen: list[loop.Run] = []
+    digests: list[str] = []
+    batches: list[Any] = []
+
+    def report_and_digest(run: loop.Run, *rest: Any) -> None:
+        report(run, *rest)
+        digests.append(state_of(run))
+
+    def remember_and_train(run: loop.Run) -> None:
+        def prepare_and_remember(mine: Any) -> Any:
+            batches[:] = mine
+            return run.prepare(mine)
+
+        seen.append(run)
+        digests.append(state_of(run))
+        train(replace(run, prepare=prepare_and_remember))
+
+    def poisoned_loss(
+        hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, *rest: Any, **options: Any
+    ) -> Any:
+        (batch,) = (batch for batch in batches if torch.equal(batch.flat()[0], labels))
+        if sample in batch.sample_ids and part == "gradient":
+            hidden = Poison.apply(hidden)
+        out = loss(hidden, head, labels, *rest, **options)
+        if sample in batch.sample_ids and part == "loss":
+            out.loss_sum.mul_(float("nan"))
+        return out
+
+    loop._report, adapt.train, adapt.language_model_loss = report_and_digest, remember_and_train, poisoned_loss
+    try:
+        code = main(words)
+    finally:
+        loop._report, adapt.train, adapt.language_model_loss = report, train, loss
+    return code, [*digests, state_of(seen[0])]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("part", ["loss", "gradient"])
+def test_what_is_not_finite_stops_the_run_before_the_optimizer(
+    pool: WorkerPool, material: Material, tmp_path: Path, part: str, layout: str
+) -> None:
+    changes = {"train__steps": 6, "checkpoint__every": 2, "student__layout": LAYOUTS[layout], "data__valid": None}
+    config = runs.adapt_config(material, tmp_path / "run", **changes)
+    sample = 3 * 8 + 5  # in the third micro-batch of the fourth step
+    work = partial(run_poisoned, part, sample, ["adapt", "--config", runs.write_config(config)])
+    ranks = pool.run(work, world=2, initialise=False, capture=True)
+    for rank in ranks:
+        code, (*earlier, after_three_steps, at_the_end) = rank.value
+        assert code == 2
+        assert at_the_end == after_three_steps
+        assert len({*earlier, at_the_end}) == 4, "every earlier step changed the weights"
+    (line,) = ranks[0].stderr.splitlines()
+    suspects = [28, 29] if part == "loss" else list(range(24, 32))
+    assert line.startswith(f"capgap: error: step 4: {'loss' if part == 'loss' else 'gradient norm'} nan is not finite")
+    assert f"suspect samples {suspects};" in line
+    assert ranks[1].stderr == ""
+    assert len(runs.steps_of(tmp_path / "run")) == 3
+    assert runs.checkpoints(tmp_path / "run") == ["step_2"]
+    assert (tmp_path / "run" / "latest").read_text() == "step_2\n"

@@ -1,0 +1,188 @@
+"""The CPU device: what it changes in torch, and initial weights that no layout and no padding shows in."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.schema import Layout, ModelShape, Precision
+from megatron_capgap.runtime.devices.device import check_megatron
+from tests.support import runs
+from tests.support.pool import WorkerPool
+
+# Patches of torch stay in a process, so that all of this runs in workers.
+
+
+@pytest.mark.parametrize("release", ["0.15.3", "0.17.0", "0.17.0rc1", "1.0"])
+def test_another_megatron_is_one_line(release: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_megatron(release)
+    expected = f"megatron-core {release} is outside the tested range; pip install 'megatron-core>=0.16,<0.17'"
+    assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize("release", ["0.16.0", "0.16.1", "0.16.1.post1", "0.16.0rc0"])
+def test_the_tested_range_passes(release: str) -> None:
+    check_megatron(release)
+
+
+def test_no_megatron_is_one_line() -> None:
+    with pytest.raises(UserError, match=r"megatron-core is not installed; pip install 'megatron-core>=0\.16,<0\.17'"):
+        check_megatron(None)
+
+
+def prepare_twice() -> tuple[bool, str]:
+    """Whether a second call leaves every name in torch alone."""
+    from megatron_capgap.runtime.devices import cpu
+
+    places = (torch, torch.cuda, torch.cuda.random, torch.Tensor, torch.nn.Module)
+    first = cpu.prepare()
+    before = [dict(vars(place)) for place in places]
+    second = cpu.prepare()
+    after = [dict(vars(place)) for place in places]
+    same = all(a.keys() == b.keys() and all(a[k] is b[k] for k in a) for a, b in zip(before, after, strict=True))
+    return same and first.parts == second.parts, second.name
+
+
+def test_preparing_twice_is_preparing_once(pool: WorkerPool) -> None:
+    assert pool.run(prepare_twice, world=1) == [(True, "cpu")]
+
+
+def ask_for_cuda() -> dict[str, str]:
+    """The device of tensors that were asked for on the GPU, by how."""
+    from megatron_capgap.runtime.devices import cpu
+
+    cpu.prepare()
+    like = torch.zeros(2)
+    made: dict[str, Tensor] = {
+        "tensor": torch.tensor([1.0], device="cuda"),
+        "zeros": torch.zeros(2, device="cuda:0"),
+        "ones": torch.ones(2, device=torch.device("cuda", 0)),
+        "empty": torch.empty(2, device=torch.cuda.current_device()),
+        "full": torch.full((2,), 3.0, device="cuda"),
+        "arange": torch.arange(3, device="cuda"),
+        "randn": torch.randn(2, device="cuda"),
+        "zeros_like": torch.zeros_like(like, device="cuda"),
+        "cuda": like.cuda(),
+        "module": next(torch.nn.Linear(2, 2).cuda().parameters()),
+        "without a device": torch.zeros(2),
+        "meta": torch.zeros(2, device="meta"),
+    }
+    return {name: str(tensor.device) for name, tensor in made.items()}
+
+
+def test_what_is_asked_for_on_the_gpu_is_made_on_the_cpu(pool: WorkerPool) -> None:
+    (devices,) = pool.run(ask_for_cuda, world=1)
+    assert devices.pop("meta") == "meta"
+    assert set(devices.values()) == {"cpu"}
+
+
+def ask_for_types() -> dict[str, Any]:
+    from megatron_capgap.runtime.devices import cpu
+
+    cpu.prepare()
+    numbers = torch.tensor([1.5, -2.5])
+    as_integers, as_double = numbers.type(torch.int64), numbers.type("torch.DoubleTensor")
+    return {
+        "float": numbers.type(),
+        "bfloat16": numbers.bfloat16().type(),
+        "int": numbers.int().type(),
+        "parameter": torch.nn.Parameter(numbers).type(),
+        "again": numbers.type(),
+        "as_integers": (as_integers.dtype, as_integers.tolist()),
+        "as_double": (as_double.dtype, as_double.tolist()),
+        "by keyword": numbers.type(dtype=torch.float16).dtype,
+    }
+
+
+def test_types_have_the_names_that_megatron_looks_for(pool: WorkerPool) -> None:
+    (types,) = pool.run(ask_for_types, world=1)
+    assert types == {
+        "float": "torch.cuda.FloatTensor",
+        "bfloat16": "torch.cuda.BFloat16Tensor",
+        "int": "torch.cuda.IntTensor",
+        "parameter": "torch.cuda.FloatTensor",
+        "again": "torch.cuda.FloatTensor",
+        "as_integers": (torch.int64, [1, -2]),
+        "as_double": (torch.float64, [1.5, -2.5]),
+        "by keyword": torch.float16,
+    }
+
+
+def random_numbers() -> tuple[list[float], list[float], list[float]]:
+    """Draws before and after Megatron's random state was saved and restored, and from a named stream."""
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    from megatron_capgap.runtime import layout
+    from megatron_capgap.runtime.devices import cpu
+
+    cpu.prepare()
+    layout.build(Layout(tensor=2), seed=1)
+    torch.cuda.manual_seed(3)
+    state = torch.cuda.get_rng_state()
+    first = torch.rand(3).tolist()
+    torch.cuda.set_rng_state(state)
+    with get_cuda_rng_tracker().fork():
+        shared_over_nothing = torch.rand(3).tolist()
+    return first, torch.rand(3).tolist(), shared_over_nothing
+
+
+def test_the_random_state_of_the_gpu_is_the_cpus(pool: WorkerPool) -> None:
+    ours, theirs = pool.run(random_numbers, world=2)
+    assert ours[0] == ours[1] == theirs[0], "a fork leaves the default stream alone, which tensor ranks share"
+    assert ours[2] != theirs[2], "and every tensor rank has a stream of its own for its heads"
+
+
+def initial_shards(shape: ModelShape, layout: Layout) -> list[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]]:
+    """(name, shape of the whole, offset in it, values) of each shard that a rank holds after initialisation."""
+    from megatron_capgap.models import gpt
+    from megatron_capgap.models.state import initialise, shards
+    from megatron_capgap.runtime import layout as layouts
+    from megatron_capgap.runtime.devices import choose
+
+    device = choose("cpu", 0)
+    grid = layouts.build(layout, seed=7)
+    chunks = gpt.build(shape, grid, Precision(), device, sequence_length=8)
+    initialise(chunks, shape, grid, seed=7)
+    return [(s.key, s.global_shape, s.global_offset, s.data.detach().clone()) for s in shards(chunks, grid)]
+
+
+def whole(pool: WorkerPool, shape: ModelShape, layout: Layout, world: int) -> dict[str, Tensor]:
+    """Puts the shards of all ranks together; every element must be given, and by every rank alike."""
+    tensors: dict[str, Tensor] = {}
+    for rank in pool.run(initial_shards, shape, layout, world=world):
+        for key, size, offset, values in rank:
+            target = tensors.setdefault(key, torch.full(size, torch.nan))
+            if values.ndim < len(size):
+                values = values.reshape((1,) * (len(size) - values.ndim) + values.shape)
+            place = target[tuple(slice(o, o + n) for o, n in zip(offset, values.shape, strict=True))]
+            assert place.isnan().all() or torch.equal(place, values), f"{key} differs between ranks"
+            place.copy_(values)
+    assert not [key for key, tensor in tensors.items() if tensor.isnan().any()]
+    return tensors
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize(
+    ("layout", "world"),
+    [
+        (Layout(tensor=2, pipeline=2, sequence=True), 4),
+        (Layout(pipeline=2, virtual_pipeline=2), 2),
+        (Layout(tensor=2), 2),
+    ],
+    ids=["tp2_pp2", "pp2_vp2", "tp2"],
+)
+def test_initial_weights_do_not_depend_on_the_layout(pool: WorkerPool, layout: Layout, world: int, tied: bool) -> None:
+    shape = ModelShape(**runs.STUDENT, tied_embeddings=tied)
+    expected, found = whole(pool, shape, Layout(), 1), whole(pool, shape, layout, world)
+    assert found.keys() == expected.keys()
+    rows = shape.vocab
+    for key, tensor in found.items():
+        if key.startswith(("embedding.", "output_layer.")):
+            assert tensor.shape[0] == rows + (rows % 2 if layout.tensor == 2 else 0)
+            assert not tensor[rows:].any(), f"{key}: padding of the vocabulary is zero"
+            tensor = tensor[:rows]
+        assert torch.equal(tensor, expected[key]), key
+    assert 0.015 < expected["embedding.word_embeddings.weight"].std() < 0.025

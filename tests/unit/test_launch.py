@@ -1,0 +1,121 @@
+"""Who am I: what torchrun, SLURM and nobody leave in the environment, and what is wrong with it."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.runtime.launch import Environment, read_environment
+
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "node07",
+    "MASTER_PORT": "29400",
+}
+SLURM = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "9",
+    "SLURM_NTASKS": "16",
+    "SLURM_LOCALID": "1",
+    "SLURM_NTASKS_PER_NODE": "8",
+    "SLURM_STEP_NODELIST": "gpu07",
+    "SLURM_NODELIST": "gpu[05-09]",
+}
+
+
+def without(variables: dict[str, str], *names: str) -> dict[str, str]:
+    return {name: value for name, value in variables.items() if name not in names}
+
+
+def test_torchrun() -> None:
+    assert read_environment(TORCHRUN) == Environment(5, 8, 1, 4, "node07", 29400, "torchrun")
+
+
+def test_rank_and_world_size_are_enough_for_one_rank() -> None:
+    assert read_environment({"RANK": "0", "WORLD_SIZE": "1"}) == Environment(0, 1, 0, 1, "127.0.0.1", 0, "torchrun")
+
+
+def test_alone() -> None:
+    assert read_environment({"HOME": "/"}) == Environment(0, 1, 0, 1, "127.0.0.1", 0, "alone")
+
+
+def test_the_process_environment_is_read_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*SLURM, *TORCHRUN):
+        monkeypatch.delenv(name, raising=False)
+    assert read_environment().launcher == "alone"
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    assert read_environment().rank == 5
+
+
+def test_slurm() -> None:
+    found = read_environment(SLURM)
+    assert (found.rank, found.world, found.local_rank, found.local_world) == (9, 16, 1, 8)
+    assert (found.master_addr, found.launcher) == ("gpu07", "slurm")
+    assert 20000 <= found.master_port < 40000
+
+
+def test_every_task_of_a_step_finds_the_same_port_and_other_steps_another() -> None:
+    ports = {read_environment({**SLURM, "SLURM_PROCID": str(rank)}).master_port for rank in range(16)}
+    others = {read_environment({**SLURM, "SLURM_STEP_ID": str(step)}).master_port for step in range(1, 4)}
+    other_job = read_environment({**SLURM, "SLURM_JOB_ID": "4712"}).master_port
+    assert len(ports) == 1 and len(ports | others | {other_job}) == 5
+
+
+def test_the_address_and_port_of_the_user_win_under_slurm() -> None:
+    found = read_environment({**SLURM, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "555"})
+    assert (found.master_addr, found.master_port) == ("10.0.0.1", 555)
+
+
+def test_torchrun_inside_of_a_slurm_step_is_torchrun() -> None:
+    assert read_environment({**SLURM, **TORCHRUN}).launcher == "torchrun"
+
+
+@pytest.mark.parametrize("step", [None, "4294967291", "4294967290"])
+def test_a_batch_script_or_a_bare_allocation_is_one_rank_alone(step: str | None) -> None:
+    variables = without(SLURM, "SLURM_STEP_ID") | ({} if step is None else {"SLURM_STEP_ID": step})
+    assert read_environment(variables).launcher == "alone"
+
+
+def test_a_list_of_nodes_is_unfolded_by_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "scontrol"
+    script.write_text('#!/bin/sh\n[ "$1 $2 $3" = "show hostnames gpu[05-09]" ] && echo gpu05 && echo gpu06\n')
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert read_environment(without(SLURM, "SLURM_STEP_NODELIST")).master_addr == "gpu05"
+
+
+def test_without_scontrol_the_list_of_nodes_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"SLURM_NODELIST 'gpu\[05-09\]': scontrol could not .*; set MASTER_ADDR"):
+        read_environment(without(SLURM, "SLURM_STEP_NODELIST"))
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (without(TORCHRUN, "RANK"), "RANK is not set; start the ranks with torchrun or srun"),
+        (without(TORCHRUN, "WORLD_SIZE"), "WORLD_SIZE is not set; "),
+        (TORCHRUN | {"RANK": "two"}, "RANK is 'two', not a number; "),
+        (TORCHRUN | {"WORLD_SIZE": "-1"}, "WORLD_SIZE is '-1', not a number; "),
+        (TORCHRUN | {"RANK": "8"}, "RANK is 8 but WORLD_SIZE is 8; ranks count from 0 to WORLD_SIZE - 1"),
+        (TORCHRUN | {"LOCAL_RANK": "one"}, "LOCAL_RANK is 'one', not a number; "),
+        (TORCHRUN | {"MASTER_PORT": "http"}, "MASTER_PORT is 'http', not a number; "),
+        (without(TORCHRUN, "MASTER_ADDR"), "MASTER_ADDR is not set; start the ranks with torchrun or srun"),
+        (without(TORCHRUN, "MASTER_PORT"), "MASTER_PORT is not set; "),
+        (without(SLURM, "SLURM_NTASKS"), "SLURM_NTASKS is not set; "),
+        (without(SLURM, "SLURM_LOCALID"), "SLURM_LOCALID is not set; "),
+        (SLURM | {"SLURM_PROCID": "16"}, "SLURM_PROCID is 16 but SLURM_NTASKS is 16; "),
+    ],
+)
+def test_what_contradicts_is_one_line(variables: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_environment(variables)
+    text = str(caught.value)
+    assert text.startswith(f"environment variable {message}") and "\n" not in text
