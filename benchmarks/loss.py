@@ -26,7 +26,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -168,14 +167,12 @@ def matrix_products(chunk_tokens: int) -> Callable[[Problem], None]:
 
 @dataclass
 class Row:
-    """One line of the table; medians over the rounds."""
+    """One line of the table; the fastest of the rounds, which on a shared machine is the least disturbed."""
 
     name: str
     seconds: float
     cpu_seconds: float
-    """Processor time of the busier rank: steadier than the clock on a machine that others use."""
-    times_first: float
-    """Processor time over that of the first row, round by round."""
+    """Processor time of the busier rank: what remains where others use the machine."""
     held_mb: float | None = None
     peak_mb: float | None = None
     gradient_error: float | None = None
@@ -192,10 +189,7 @@ def measure(problem: Problem, contenders: list[Contender], chunks: list[int], ro
     for _ in range(rounds):
         for name, run in runs.items():
             taken[name].append(timed(run, problem))
-    rows, first = [], next(iter(taken.values()))
-    for name, rounds_of in taken.items():
-        clock, cpu = (median(column) for column in zip(*rounds_of, strict=True))
-        rows.append(Row(name, clock, cpu, median([x[1] / y[1] for x, y in zip(rounds_of, first, strict=True)])))
+    rows = [Row(name, *(min(column) for column in zip(*of_rounds, strict=True))) for name, of_rounds in taken.items()]
     for row, contender in zip(rows, contenders, strict=False):
         row.held_mb, row.peak_mb = memory(problem, contender)
         row.gradient_error = gradient_error(problem, contender)
@@ -284,34 +278,28 @@ def worker(rank: int, world: int, sizes: list[str], rounds: int, folder: str) ->
 
 
 def show(size: Size, world: int, rows: list[dict]) -> None:
-    """Prints one table and, below it, how the first rows stand to the others."""
+    """Prints one table and, below it, how ours stands to the others."""
     print(
         f"\n{size.tokens} tokens, widths {size.student} and {size.teacher}, vocabulary {size.vocab}, TP {world}, fp32"
     )
-    print("| for each rank                        | seconds | cpu s | x first | held MB | peak MB | gradient error |")
-    print("|--------------------------------------|---------|-------|---------|---------|---------|----------------|")
+    print("| for each rank                        | seconds | cpu seconds | held MB | peak MB | gradient error |")
+    print("|--------------------------------------|---------|-------------|---------|---------|----------------|")
     for row in rows:
         held, peak = ("" if row[key] is None else f"{row[key]:.0f}" for key in ("held_mb", "peak_mb"))
         exact = "" if row["gradient_error"] is None else f"{row['gradient_error']:.1e}"
-        print(
-            f"| {row['name']:36} | {row['seconds']:7.2f} | {row['cpu_seconds']:5.2f} | {row['times_first']:7.2f} "
-            f"| {held:>7} | {peak:>7} | {exact:>14} |"
-        )
-    named = {row["name"]: row for row in rows}
-    for chunk in (128, 512):
-        mine, products = named[f"ours, {chunk} tokens at a time"], named[f"bare matrix products, {chunk} tokens"]
-        print(
-            f"{chunk} tokens: the matrix products are {products['times_first'] / mine['times_first']:.0%} of the time",
-            end="",
-        )
-        for name, peer in named.items():
-            if not name.startswith(("ours", "bare")):
-                print(
-                    f"; {mine['times_first'] / peer['times_first']:.2f} of the time and "
-                    f"1/{peer['peak_mb'] / mine['peak_mb']:.0f} of the peak memory of {name}",
-                    end="",
-                )
-        print()
+        times = f"{row['seconds']:7.2f} | {row['cpu_seconds']:11.2f}"
+        print(f"| {row['name']:36} | {times} | {held:>7} | {peak:>7} | {exact:>14} |")
+    mine, products = (
+        [row for row in rows if row["name"].startswith(start)] for start in ("ours", "bare matrix products")
+    )
+    for our, bare in zip(mine, products, strict=True):
+        print(f"{our['name']}: the matrix products take {bare['cpu_seconds'] / our['cpu_seconds']:.0%} of the cpu time")
+        for peer in (row for row in rows if row not in mine + products):
+            times = (our[key] / peer[key] for key in ("seconds", "cpu_seconds"))
+            print(
+                f"    beside {peer['name']}: {next(times):.2f} of the time, {next(times):.2f} of the cpu time, "
+                f"1/{peer['peak_mb'] / our['peak_mb']:.1f} of the peak memory"
+            )
 
 
 def main() -> None:

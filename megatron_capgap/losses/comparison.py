@@ -74,8 +74,8 @@ class DenseComparison:
         if self.row.shard_weight is not None:
             for q, p in blocks_in_cache(student, self.teacher):
                 (log_q, lse_q), (log_p, lse_p) = local_softmax_(q), local_softmax_(p)
-                parts.append(torch.stack([lse_q, lse_p, *self._pull_(q, p, log_q, log_p)]))
-            statistics = torch.cat(parts, 1)
+                parts.append((lse_q, lse_p, *self._pull_(q, p, log_q, log_p)))
+            statistics = _in_rows(parts)
             return statistics[0], statistics
         # No chain rule: the formula needs probabilities of the whole vocabulary, so their normalisers come first.
         lse = torch.stack([log_sum_exp(student), log_sum_exp(self.teacher)])
@@ -84,8 +84,8 @@ class DenseComparison:
             log_q, log_p = q - of_q[:, None], p - of_p[:, None]
             torch.exp(log_q, out=q)
             torch.exp(log_p, out=p)
-            parts.append(torch.stack(self._pull_(q, p, log_q, log_p)))
-        return normalisers[0], torch.cat([lse, torch.cat(parts, 1)])
+            parts.append(self._pull_(q, p, log_q, log_p))
+        return normalisers[0], torch.cat([lse, _in_rows(parts)])
 
     def _pull_(self, q: Tensor, p: Tensor, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
         """Puts the pull in place of p [r, w]; returns the sums of values and of pulls [r]."""
@@ -176,6 +176,11 @@ class SparseComparison:
     def add_rest_(self, gradient: Tensor, scale: Tensor) -> None:
         """As in `Comparison`."""
         self.shard.add_at_(gradient, self.ids, scale[:, None] * self.at_listed)
+
+
+def _in_rows(parts: list[tuple[Tensor, ...]]) -> Tensor:
+    """m numbers a token, block by block as m tensors [r] -> [m, c]."""
+    return torch.stack([torch.cat(row) for row in zip(*parts, strict=True)])
 
 
 def _log_remainder(log_probs: Tensor) -> Tensor:

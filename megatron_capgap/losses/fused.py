@@ -126,12 +126,7 @@ class _Task:
 
     def gathered(self, part: Tensor, rows: slice) -> Tensor:
         """[n / parts, h] on each rank -> the chunk's tokens [c, h]; an all-gather where there are several parts."""
-        mine = part[rows]
-        if self.parts == 1:
-            return mine
-        chunk = mine.new_empty(self.parts * mine.shape[0], mine.shape[1])
-        dist.all_gather_into_tensor(chunk, mine.contiguous(), group=self.shard.group)
-        return chunk
+        return part[rows] if self.parts == 1 else self.shard.gather_rows(part[rows])
 
     def comparison(self, rows: slice, buffer: Tensor | None) -> Comparison:
         """The teacher's side of one chunk; dense logits are made in `buffer` [c, w]."""
@@ -170,8 +165,7 @@ class _Gradients:
             if self.task.parts == 1:  # partial over the ranks until `finished`
                 torch.mm(logits, self.real_head, out=self.of_hidden[rows])
             else:
-                partial = torch.mm(logits, self.real_head)
-                dist.reduce_scatter_tensor(self.of_hidden[rows], partial, group=self.task.shard.group)
+                self.task.shard.reduce_rows(torch.mm(logits, self.real_head), self.of_hidden[rows])
         if self.of_head is not None:
             of_real_head = self.of_head[: self.real_head.shape[0]]
             if hidden.dtype == of_real_head.dtype:
@@ -238,9 +232,11 @@ class _GradientInForward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, loss_gradient: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        # In place, since the gradients were made for this moment. A second backward finds them changed and raises.
-        hidden, head = (None if saved is None else saved.mul_(loss_gradient) for saved in ctx.saved_tensors)
-        return hidden, head, None
+        gradients = ctx.saved_tensors
+        if not (loss_gradient.is_cpu and loss_gradient == 1):  # a GPU would multiply sooner than it answers
+            # In place: they were made for this moment. A second backward finds them changed and raises.
+            gradients = (None if gradient is None else gradient.mul_(loss_gradient) for gradient in gradients)
+        return *gradients, None
 
 
 def _loss(hidden: Tensor, head: Tensor, task: _Task) -> Loss:

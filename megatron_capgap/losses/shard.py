@@ -12,6 +12,10 @@ from megatron_capgap.config.errors import UserError
 # The log of "no mass at all". Finite, so that 0 * log 0 is 0 and not NaN, and far below any real logit.
 LOG_OF_NOTHING = -1.0e30
 
+# Newer torch warns at the older names.
+_ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 @dataclass(frozen=True)
 class VocabShard:
@@ -52,9 +56,17 @@ class VocabShard:
         """[m, c] on each rank -> [tp, m, c], the same on every rank. One collective; none on one rank."""
         if self.size == 1:
             return local[None]
+        return self.gather_rows(local).view(self.size, *local.shape)
+
+    def gather_rows(self, local: Tensor) -> Tensor:
+        """[m, c] on each rank -> [tp * m, c], in the order of the ranks. One collective."""
         everyone = local.new_empty(self.size * local.shape[0], local.shape[1])
-        dist.all_gather_into_tensor(everyone, local.contiguous(), group=self.group)
-        return everyone.view(self.size, *local.shape)
+        _ALL_GATHER(everyone, local.contiguous(), group=self.group)
+        return everyone
+
+    def reduce_rows(self, partial: Tensor, out: Tensor) -> None:
+        """out [m, c] = this rank's rows of the sum over ranks of partial [tp * m, c]. One collective."""
+        _REDUCE_SCATTER(out, partial, group=self.group)
 
     def pick(self, values: Tensor, ids: Tensor) -> Tensor:
         """values [c, width], ids [c, k] in the whole vocabulary -> [c, k]; 0 where another rank has the id.
@@ -99,7 +111,7 @@ def local_softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
     total = torch.exp(log_probs, out=logits).sum(1, keepdim=True)
     log_total = total.log()
     logits.mul_(total.reciprocal_())
-    return log_probs.sub_(log_total), (top + log_total)[:, 0]
+    return log_probs.sub_(log_total), top.add_(log_total).squeeze_(1)
 
 
 def softmax_(logits: Tensor) -> Tensor:

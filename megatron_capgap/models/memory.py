@@ -1,4 +1,9 @@
-"""Bytes that a run needs on its fullest rank, by arithmetic alone. No torch."""
+"""Bytes that a run needs on its fullest rank, by arithmetic alone. No torch.
+
+Counted is what is alive at the worst moment of a step, the first layer of the backward pass: weights, gradients,
+optimizer state, every activation that the local layers keep, the loss, and the teacher. Saving a checkpoint comes at
+another moment, when no activation is alive. Not counted: the interpreter with its libraries, communication buffers.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,14 @@ from megatron_capgap.config.schema import Config, Layout, ModelShape
 from megatron_capgap.models import size
 
 _BYTES = {"fp32": 4, "bf16": 2}
+_CHUNK_TOKENS = 512  # the losses' own default
+# Of Megatron's checkpoint, bytes a parameter and in all, measured: weights and both moments whole on every data-parallel rank,
+# then copies of them on their way to the file.
+_SAVED_BYTES, _SAVING_BUFFERS = 36, 16 << 20
+# On a CPU glibc serves blocks below 4 MiB from its heap, where a freed aligned block rarely fits the next request:
+# measured, every byte alive there holds 1.5 more.
+_HEAP_BLOCK, _HEAP_WASTE = 4 << 20, 1.5
+_WORKSPACE = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -19,16 +32,113 @@ class Memory:
     gradients: int = 0
     optimizer: int = 0
     activations: int = 0
+    backward_pass: int = 0
+    loss: int = 0
     teacher_weights: int = 0
     teacher_hidden: int = 0
-    loss: int = 0
+    heap: int = 0
+    """What a CPU's allocator holds on top of small activations."""
+    workspace: int = 0
+    """What a CPU's matrix library packs its operands into, measured."""
+    saving: int = 0
+    """Copies while a checkpoint is written; not at the same time as activations, backward pass and loss."""
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return sum(vars(self).values())
+        """At the worst moment."""
+        passing = self.activations + self.backward_pass + self.loss + self.heap
+        return sum(vars(self).values()) - min(passing, self.saving)
 
 
 def estimate(config: Config, stage: str, student: ModelShape, teacher: ModelShape | None, world: int) -> Memory:
-    """The fullest rank of a run."""
-    return Memory()
+    """The fullest rank of a run.
+
+    Args:
+        config: checked.
+        stage: adapt, distill or evaluate.
+        student, teacher: shapes.
+        world: number of ranks.
+    """
+    stages = range(config.student.layout.pipeline)
+    needs = [_of_stage(config, stage, student, teacher, world, pipeline_rank) for pipeline_rank in stages]
+    return max(needs, key=lambda need: need.total)
+
+
+def _of_stage(
+    config: Config, stage: str, student: ModelShape, teacher: ModelShape | None, world: int, pipeline_rank: int
+) -> Memory:
+    layout, width = config.student.layout, _BYTES[config.precision.compute]
+    held = size.rank_parameters(student, layout, pipeline_rank)
+    tokens = config.train.micro_batch * config.data.sequence_length
+    last = pipeline_rank == layout.pipeline - 1
+    backward = 6 * student.ffn // layout.tensor  # of one feed-forward layer, the largest
+    if stage == "evaluate":
+        passing = backward * tokens * width
+        return Memory(
+            weights=held * width, activations=passing, loss=_logits(student, layout, tokens) if last else 0
+        )
+    micro_batches = derive.micro_batches(config, layout, world)
+    kept = _kept(student, layout) * _layers_in_flight(layout, micro_batches, pipeline_rank, student.layers)
+    kept += [_cut(student.hidden, layout)] * 2 if last else []
+    return Memory(
+        weights=held * width,
+        gradients=held * 4,
+        # Adam's two moments in fp32, and with bf16 weights the fp32 ones, cut over data-parallel ranks.
+        optimizer=held * (8 if width == 4 else 12) // derive.data_parallel(layout, world),
+        activations=sum(kept) * tokens * width,
+        backward_pass=backward * tokens * width,
+        loss=_loss(student, teacher, layout, tokens, width) if last else 0,
+        teacher_weights=size.rank_parameters(teacher, layout, pipeline_rank) * width if teacher else 0,
+        teacher_hidden=micro_batches * tokens * _cut(teacher.hidden, layout) * width if teacher and last else 0,
+        heap=_heap([*kept, *[student.ffn // layout.tensor] * 6], tokens * width) if config.device == "cpu" else 0,
+        workspace=_WORKSPACE if config.device == "cpu" else 0,
+        saving=_SAVED_BYTES * held + _SAVING_BUFFERS,
+    )
+
+
+def _cut(hidden: int, layout: Layout) -> int:
+    """Width of the residual stream, as if cut, under sequence parallelism, where it is the sequence that is."""
+    return hidden // layout.tensor if layout.sequence else hidden
+
+
+def _kept(shape: ModelShape, layout: Layout) -> list[int]:
+    """Widths of the tensors that one layer keeps for the backward pass.
+
+    Twice the norm's input and its output; the packed queries, keys and values; queries and keys after rotation; the
+    attention's output; gate and up; their product.
+    """
+    query, key_value = shape.heads * size.head_dim(shape), size.kv_heads(shape) * size.head_dim(shape)
+    inner = [query + 2 * key_value, query, key_value, query, 2 * shape.ffn, shape.ffn]
+    return [_cut(shape.hidden, layout)] * 4 + [width // layout.tensor for width in inner]
+
+
+def _layers_in_flight(layout: Layout, micro_batches: int, pipeline_rank: int, layers: int) -> int:
+    """Layers times micro-batches between forward and backward pass on one stage, at most.
+
+    1F1B holds one micro-batch for each stage from here to the end. The interleaved schedule counts chunks of layers: two
+    for each later stage, a round for each further virtual stage, and the one at work.
+    """
+    behind = layout.pipeline - pipeline_rank
+    on_stage = layers // layout.pipeline
+    if layout.virtual_pipeline == 1:
+        return min(behind, micro_batches) * on_stage
+    chunks = 2 * (behind - 1) + (layout.virtual_pipeline - 1) * layout.pipeline + 1
+    return min(chunks, micro_batches * layout.virtual_pipeline) * on_stage // layout.virtual_pipeline
+
+
+def _heap(widths: list[int], bytes_a_column: int) -> int:
+    """What glibc's heap holds beyond the tensors that live in it."""
+    sizes = [width * bytes_a_column for width in widths]
+    return int(_HEAP_WASTE * sum(nbytes for nbytes in sizes if nbytes < _HEAP_BLOCK))
+
+
+def _loss(student: ModelShape, teacher: ModelShape | None, layout: Layout, tokens: int, width: int) -> int:
+    """Logits of one chunk for each model, and the gradients of hidden states and LM head until the backward pass."""
+    head = size.padded_vocab(student.vocab, layout.tensor) // layout.tensor * student.hidden
+    models = 1 if teacher is None else 2
+    return models * _logits(student, layout, tokens) + 4 * head + tokens * student.hidden * width
+
+
+def _logits(shape: ModelShape, layout: Layout, tokens: int) -> int:
+    """Bytes of the fp32 logits that the loss holds of one model at a time."""
+    return 4 * min(_CHUNK_TOKENS, tokens) * size.padded_vocab(shape.vocab, layout.tensor) // layout.tensor

@@ -18,7 +18,7 @@ from megatron_capgap.config.load import Loaded, dump
 from megatron_capgap.config.schema import Config
 from megatron_capgap.data import pretrain
 from megatron_capgap.data.batch import MicroBatch
-from megatron_capgap.models import gpt, size
+from megatron_capgap.models import gpt, memory, size
 from megatron_capgap.models.state import initialise
 from megatron_capgap.runtime import launch, layout
 from megatron_capgap.runtime.devices import Device, choose
@@ -40,6 +40,8 @@ class Ground:
     resolved: Resolved
     device: Device
     grid: Grid
+    memory_at_start: int
+    """Peak bytes of this process before it built a model."""
     log: Log
 
     @property
@@ -73,7 +75,7 @@ def ground(loaded: Loaded, stage: str, environment: Environment) -> Iterator[Gro
         grid = layout.build(config.student.layout, config.seed)
         log = Log(Path(config.run_dir), environment.rank == 0, config.runtime.tensorboard)
         _introduce(log, resolved, device, grid)
-        yield Ground(resolved, device, grid, log)
+        yield Ground(resolved, device, grid, device.peak_memory(), log)
     except BaseException:
         _remove_unless_begun(new)
         raise
@@ -127,6 +129,10 @@ def training_run(ground: Ground, prepare: Callable[[Sequence[MicroBatch]], LossF
         describe=lambda done: _describe(ground, done),
         prepare=prepare,
         flops_a_token=size.training_flops(resolved.student, resolved.teacher, config.data.sequence_length),
+        memory_at_start=ground.memory_at_start,
+        memory_estimate=memory.estimate(
+            config, resolved.stage, resolved.student, resolved.teacher, resolved.world
+        ).total,
         log=ground.log,
     )
     begin(ground)

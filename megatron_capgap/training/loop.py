@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
@@ -45,6 +47,10 @@ class Run:
     prepare: Callable[[Sequence[MicroBatch]], LossFunction]
     """From a global batch's micro-batches to the loss of each: where a teacher runs."""
     flops_a_token: float
+    memory_at_start: int
+    """Peak bytes of this process before the model was built: the interpreter, its libraries, communication buffers."""
+    memory_estimate: int
+    """Bytes that --check foresees above that."""
     log: Log
 
 
@@ -73,9 +79,11 @@ def train(run: Run) -> None:
             if signal:
                 log.say(f"stopped by {signal} after step {done} of {steps}; the same command goes on from there")
                 return
-    memory = count(run.device.peak_memory(), "B")
+    above = torch.tensor(run.device.peak_memory() - run.memory_at_start, device=run.device.torch_device)
+    dist.all_reduce(above, op=dist.ReduceOp.MAX)
     log.say(
-        f"finished: {steps} steps, peak memory of rank 0 {memory}, checkpoint {run.run_dir}/checkpoints/step_{steps}"
+        f"finished: {steps} steps, checkpoint {run.run_dir}/checkpoints/step_{steps}; peak memory of the fullest rank "
+        f"{above / 2**20:.0f} MiB above start-up, estimated {run.memory_estimate / 2**20:.0f} MiB"
     )
 
 
@@ -124,6 +132,8 @@ def resume(run: Run) -> int:
 
 def save(run: Run, done: int) -> None:
     """Writes a checkpoint of the state after `done` steps. Collective."""
+    # Saving copies the optimizer's state, in the room that the activations leave.
+    run.device.release_memory()
     store.save(run.run_dir, run.describe(done), run.chunks, run.grid, run.optimization, run.config.checkpoint.keep)
 
 

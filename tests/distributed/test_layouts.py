@@ -1,5 +1,6 @@
 """The same run in every layout: losses, gradient norms and the held-out loss of four steps agree with one rank's."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,3 +66,22 @@ def test_every_layout_gives_the_losses_of_one_rank(run: Run, stage: str, name: s
 def test_tied_embeddings_are_another_model(run: Run, stage: str) -> None:
     tied, untied = (runs.metrics(run(stage, tied, 1, {}))[0] for tied in (True, False))
     assert abs(tied["grad_norm"] - untied["grad_norm"]) > 1e-3 * untied["grad_norm"]
+
+
+def test_evaluate_counts_every_held_out_token_once(
+    pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path
+) -> None:
+    """The last pass over the held-out set is not full, and where its rows of padding lie depends on the layout."""
+    found = []
+    cases = [("even", 1, 8, {}), ("odd", 1, 12, {}), ("dp2", 2, 12, {}), ("tp2_pp2", 4, 12, LAYOUTS["tp2_pp2_sp"][1])]
+    for name, world, global_batch, layout in cases:
+        changes = {"student__model": None, "train__eval_batches": None, "train__global_batch": global_batch}
+        changes |= {"student__checkpoint": str(teacher), "student__layout": layout}
+        run_dir = runs.train(pool, "evaluate", runs.adapt_config(material, tmp_path / name, **changes), world)
+        found.append(json.loads((run_dir / "evaluation.json").read_text()))
+    samples = found[0]["samples"]
+    assert samples % 8 == 0 and samples % 12 != 0
+    for entry in found:
+        assert (entry["samples"], entry["tokens"], entry["step"]) == (samples, 32 * samples, 25)
+        numbers = ("step", "valid_loss", "valid_perplexity", "bits_per_byte")
+        runs.assert_close({n: entry[n] for n in numbers}, {n: found[0][n] for n in numbers}, TOLERANCE)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from megatron_capgap.losses import (
     DistillationObjective,
+    Loss,
     TeacherHidden,
     TeacherLogits,
     TeacherTopK,
@@ -20,6 +21,7 @@ from megatron_capgap.losses import (
     language_model_loss,
 )
 from megatron_capgap.losses.divergences import DIVERGENCES
+from tests.support.collectives import counted
 from tests.support.pool import WorkerError, WorkerPool
 from tests.support.reference_loss import reference_loss, teacher_log_probs
 
@@ -106,49 +108,51 @@ class Answer:
     report: dict[str, Tensor]
     hidden_gradient: Tensor
     head_gradient: Tensor
-    collectives: dict[str, int]
 
 
-def run_case(case: Case, loss_scale: float = 1.0) -> Answer:
-    rank, world = dist.get_rank(), dist.get_world_size()
-    hidden, head, teacher = Tensors(case).of_rank(rank, world)
-    labels, mask = (t := Tensors(case)).labels, t.mask
-    hidden, head = hidden.clone().requires_grad_(), head.clone().requires_grad_()
-    inputs = [hidden, head, labels, mask, *vars(teacher).values()]
-    before = [x.detach().clone() for x in inputs if isinstance(x, Tensor)]
-    counts = count_collectives()
-    out = distillation_loss(
+def leaves(case: Case) -> tuple[Tensors, Tensor, Tensor, Any]:
+    """The whole tensors; and this rank's hidden and head, which want gradients, and teacher."""
+    whole = Tensors(case)
+    hidden, head, teacher = whole.of_rank(dist.get_rank(), dist.get_world_size())
+    return whole, hidden.clone().requires_grad_(), head.clone().requires_grad_(), teacher
+
+
+def distil(case: Case, whole: Tensors, hidden: Tensor, head: Tensor, teacher: Any) -> Loss:
+    return distillation_loss(
         hidden,
         head,
         teacher,
-        labels,
-        mask,
+        whole.labels,
+        whole.mask,
         objective=case.objective(),
         vocab_size=case.vocab,
         group=dist.group.WORLD,
         sequence_parallel=case.sequence_parallel,
         chunk_tokens=case.chunk_tokens,
     )
-    forward = dict(counts)
+
+
+def run_case(case: Case, loss_scale: float = 1.0) -> Answer:
+    whole, hidden, head, teacher = leaves(case)
+    inputs = [x for x in (hidden, head, whole.labels, whole.mask, *vars(teacher).values()) if isinstance(x, Tensor)]
+    before = [x.detach().clone() for x in inputs]
+    out = distil(case, whole, hidden, head, teacher)
     (out.loss_sum * loss_scale).backward()
-    assert counts == forward, "a collective in the backward pass"
-    after = [x for x in inputs if isinstance(x, Tensor)]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "an input was written"
-    return Answer(out.loss_sum.detach(), out.report, hidden.grad, head.grad, forward)
+    assert all(torch.equal(a, b) for a, b in zip(before, inputs, strict=True)), "an input was written"
+    return Answer(out.loss_sum.detach(), out.report, hidden.grad, head.grad)
 
 
-def count_collectives() -> dict[str, int]:
-    """Counts calls by name from now on; the calls still happen."""
-    counts: dict[str, int] = {}
-    for name in ("all_gather_into_tensor", "all_reduce", "reduce_scatter_tensor", "all_gather", "broadcast"):
-        original = getattr(getattr(dist, name), "counted", getattr(dist, name))
+def run_cases(cases: list[Case]) -> list[Answer]:
+    return [run_case(case) for case in cases]
 
-        def counted(*args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
-            counts[name] = counts.get(name, 0) + 1
-            return original(*args, **kwargs)
 
-        counted.counted = original
-        setattr(dist, name, counted)
+def run_counted(cases: list[Case]) -> list[dict[str, int]]:
+    """The collectives of the forward pass; of the backward pass there must be none."""
+    counts = []
+    for case in cases:
+        out, forward = counted(partial(distil, case, *leaves(case)))
+        assert counted(out.loss_sum.backward)[1] == {}
+        counts.append(forward)
     return counts
 
 
@@ -165,9 +169,7 @@ class Plain:
 
 
 def run_language_model(case: Case) -> Plain:
-    whole = Tensors(case)
-    hidden, head, _ = whole.of_rank(dist.get_rank(), dist.get_world_size())
-    hidden, head = hidden.clone().requires_grad_(), head.clone().requires_grad_()
+    whole, hidden, head, _ = leaves(case)
     run = partial(
         language_model_loss,
         hidden,
@@ -181,30 +183,18 @@ def run_language_model(case: Case) -> Plain:
     )
     out = run()
     out.loss_sum.backward()
-    counts = count_collectives()
     with torch.no_grad():
-        forward_only = run().loss_sum
-    return Plain(out.loss_sum.detach(), out.report, hidden.grad, head.grad, forward_only, counts)
+        again, collectives = counted(run)
+    return Plain(out.loss_sum.detach(), out.report, hidden.grad, head.grad, again.loss_sum, collectives)
 
 
 def run_equal_models(cases: list[Case]) -> list[float]:
     """The teacher is the student itself: the largest entry of the gradients."""
     largest = []
     for case in cases:
-        whole = Tensors(case)
-        hidden, head, _ = whole.of_rank(dist.get_rank(), dist.get_world_size())
-        leaves = hidden.clone().requires_grad_(), head.clone().requires_grad_()
-        distillation_loss(
-            *leaves,
-            TeacherHidden(hidden, head),
-            whole.labels,
-            whole.mask,
-            objective=case.objective(),
-            vocab_size=case.vocab,
-            group=dist.group.WORLD,
-            chunk_tokens=case.chunk_tokens,
-        ).loss_sum.backward()
-        largest.append(max(leaf.grad.abs().max().item() for leaf in leaves))
+        whole, hidden, head, _ = leaves(case)
+        distil(case, whole, hidden, head, TeacherHidden(hidden.detach(), head.detach())).loss_sum.backward()
+        largest.append(max(leaf.grad.abs().max().item() for leaf in (hidden, head)))
     return largest
 
 
@@ -232,10 +222,6 @@ def run_megatron_cross_entropy() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def error(got: Tensor, expected: Tensor) -> float:
     return ((got.double() - expected).norm() / expected.norm().clamp_min(1e-30)).item()
-
-
-def run_cases(cases: list[Case]) -> list[Answer]:
-    return [run_case(case) for case in cases]
 
 
 def check(case: Case, answers: list[Answer], loss_scale: float = 1.0) -> None:
@@ -355,27 +341,25 @@ def test_cross_entropy_alone(pool: WorkerPool, world: int, case: Case) -> None:
 def test_forward_only_reduces_no_gradient(pool: WorkerPool) -> None:
     for case, gathers in ((BASE, 4), (SEQUENCE[0], 8)):
         answer = pool.run(run_language_model, case, world=2)[0]
-        assert answer.collectives_forward_only == {"all_gather_into_tensor": gathers}
+        assert answer.collectives_forward_only == {"all_gather": gathers}
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_the_number_of_collectives(pool: WorkerPool, world: int) -> None:
-    """28 tokens: 4 chunks of at most 9, or with sequence parallelism chunks of 8 (8 = 9 // world * world)."""
-    chunks = 4
+    """28 tokens are 4 chunks of at most 9, and with sequence parallelism, which rounds down to a multiple of the
+    ranks, 4 chunks of at most 8."""
+    chunks, dense, hidden_of_both = 4, {}, 8
     for divergence, row in DIVERGENCES.items():
         statistics = chunks * (1 if row.shard_weight else 2)
-        case = Case(divergence)
-        for answer in pool.run(run_case, case, world=world):
-            assert answer.collectives == {"all_gather_into_tensor": statistics, "all_reduce": 1}
-        hidden_of_both_models = 2 * chunks
-        for answer in pool.run(run_case, replace(case, sequence_parallel=True), world=world):
-            assert answer.collectives == {
-                "all_gather_into_tensor": statistics + hidden_of_both_models,
-                "reduce_scatter_tensor": chunks,
-            }
-    for tail in ("renormalise", "ghost"):
-        for answer in pool.run(run_case, Case("jsd", teacher=tail), world=world):
-            assert answer.collectives == {"all_gather_into_tensor": chunks, "all_reduce": 1}
+        dense[Case(divergence)] = {"all_gather": statistics, "all_reduce": 1}
+        dense[Case(divergence, sequence_parallel=True)] = {
+            "all_gather": statistics + hidden_of_both,
+            "reduce_scatter": chunks,
+        }
+    sparse = {Case("jsd", teacher=tail): {"all_gather": chunks, "all_reduce": 1} for tail in ("renormalise", "ghost")}
+    expected = dense | sparse
+    for of_rank in pool.run(run_counted, list(expected), world=world):
+        assert dict(zip(expected, of_rank, strict=True)) == expected
 
 
 def test_the_rows_that_need_one_collective() -> None:

@@ -36,5 +36,6 @@ def prepare(local_rank: int) -> Device:
             library("Apex fused Adam", "apex", "used where Transformer Engine's is absent"),
         ),
         peak_memory=torch.cuda.max_memory_allocated,
+        release_memory=torch.cuda.empty_cache,
         tune_optimizer=lambda optimizer: None,
     )

@@ -42,6 +42,8 @@ class Device:
     """The start-up table."""
     peak_memory: Callable[[], int]
     """Peak bytes of this process on the device since it started."""
+    release_memory: Callable[[], None]
+    """Gives memory that the allocator keeps for later back to the system."""
     tune_optimizer: Callable[[torch.optim.Optimizer], None]
     """Switches on what this device can fuse in the optimizer Megatron made."""
 
