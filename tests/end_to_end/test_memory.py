@@ -1,0 +1,44 @@
+"""The memory that --check foresees, against the resident set that a run measures."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import runs
+from tests.support.processes import job
+from tests.support.runs import Material
+
+SHAPE = {"layers": 6, "hidden": 256, "heads": 8, "ffn": 704, "vocab": 2000}
+CASES = {
+    "adapt, one rank": (1, {}),
+    "adapt, small micro-batches": (1, {"train__micro_batch": 4}),
+    "distill, tensor 2 with sequence": (2, {"student__layout": {"tensor": 2, "sequence": True}}),
+    "adapt, pipeline 2": (2, {"student__layout": {"pipeline": 2}, "train__global_batch": 32}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_the_estimate_is_within_15_percent(name: str, material: Material, tmp_path: Path) -> None:
+    world, changes = CASES[name]
+    common: dict[str, Any] = {
+        "student__model": SHAPE,
+        "data__sequence_length": 128,
+        "train__global_batch": 16,
+        "train__micro_batch": 16,
+        **changes,
+    }
+    config = runs.adapt_config(material, tmp_path / "run", **common)
+    stage = name.split(",")[0]
+    if stage == "distill":
+        teacher = runs.adapt_config(material, tmp_path / "teacher", **{**common, "train__steps": 1, "student__layout": {}})
+        with job(["adapt", "--config", runs.write_config(teacher)], 1, tmp_path / "teacher_output") as taught:
+            assert taught.wait() == [0], taught.stderr()
+        config["teacher"] = {"checkpoint": teacher["run_dir"]}
+    # Processes of their own: a resident set remembers the largest run of a worker.
+    with job([stage, "--config", runs.write_config(config)], world, tmp_path / "output") as run:
+        assert run.wait() == [0] * world, run.stderr()
+        measured, estimated = map(int, re.findall(r"(\d+) MiB", run.stdout().splitlines()[-1]))
+    assert 0.85 < estimated / measured < 1.15, f"estimated {estimated} MiB, measured {measured} MiB"
