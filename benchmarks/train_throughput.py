@@ -65,7 +65,10 @@ def prepare(folder: Path) -> None:
         for _ in range(600):
             file.write(json.dumps({"text": " ".join(draw.choices(words, k=200))}) + "\n")
     tool = [sys.executable, str(ROOT / "tools/prepare_data.py")]
-    call([*tool, "--input", "text.jsonl", "--tokenizer", "tok.model", "--train-tokenizer", "2000", "--out", "data"], folder)
+    call(
+        [*tool, "--input", "text.jsonl", "--tokenizer", "tok.model", "--train-tokenizer", "2000", "--out", "data"],
+        folder,
+    )
     common = {
         "seed": 1,
         "device": "cpu",
@@ -125,8 +128,9 @@ def ours(layout: dict[str, object]) -> object:
     """A contender: the distill stage itself."""
 
     def contender(folder: Path, steps: int) -> dict[str, float]:
-        import torch  # noqa: F401
         import megatron.core  # noqa: F401
+        import torch  # noqa: F401
+
         from megatron_capgap.__main__ import main as capgap
 
         base = peak_resident()
@@ -138,7 +142,11 @@ def ours(layout: dict[str, object]) -> object:
         assert code == 0
         lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         speeds = [line["tokens_per_second"] for line in lines[WARM_UP:]]
-        return {"tokens_per_second": statistics.median(speeds), "peak": peak_resident() - base, "loss": lines[0]["loss"]}
+        return {
+            "tokens_per_second": statistics.median(speeds),
+            "peak": peak_resident() - base,
+            "loss": lines[0]["loss"],
+        }
 
     return contender
 
@@ -147,9 +155,10 @@ def plain_loop(folder: Path, steps: int) -> dict[str, float]:
     """The peer: Hugging Face models, sdpa attention, materialised logits, torch's optimizer."""
     import torch
     import torch.nn.functional as F
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     from megatron_capgap.config.schema import Data
     from megatron_capgap.data import pretrain
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     base = peak_resident()
     torch.manual_seed(1)
@@ -182,7 +191,9 @@ def plain_loop(folder: Path, steps: int) -> dict[str, float]:
             target = F.log_softmax(teacher(tokens).logits, dim=-1)
         logits = student(tokens).logits
         cross_entropy = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-        divergence = F.kl_div(F.log_softmax(logits, dim=-1).flatten(0, 1), target.flatten(0, 1), log_target=True, reduction="batchmean")
+        divergence = F.kl_div(
+            F.log_softmax(logits, dim=-1).flatten(0, 1), target.flatten(0, 1), log_target=True, reduction="batchmean"
+        )
         loss = 0.5 * cross_entropy + 0.5 * divergence
         optimizer.zero_grad()
         loss.backward()
@@ -201,7 +212,9 @@ def summarise(results: dict[str, list[dict[str, float]]]) -> dict[str, dict[str,
     for name, rounds in results.items():
         speed = statistics.median(r["tokens_per_second"] for r in rounds)
         peak = statistics.median(r["peak"] for r in rounds)
-        faster = statistics.median(r["tokens_per_second"] / p["tokens_per_second"] for r, p in zip(rounds, peer, strict=True))
+        faster = statistics.median(
+            r["tokens_per_second"] / p["tokens_per_second"] for r, p in zip(rounds, peer, strict=True)
+        )
         larger = statistics.median(r["peak"] / p["peak"] for r, p in zip(rounds, peer, strict=True))
         table[name] = {"tokens_per_second": speed, "speed_ratio": faster, "peak_bytes": peak, "peak_ratio": larger}
         print(f"{name:<24}{speed:>10.0f}{faster:>8.2f}{peak / MIB:>17.0f}{larger:>8.2f}{rounds[0]['loss']:>12.4f}")

@@ -121,9 +121,7 @@ def _obey(command: Command) -> int:
     if command.stage is None:
         raise UserError(f"no stage given; one of {', '.join(STAGES)} would do, and --help explains them")
     if "--config" not in command.options:
-        raise UserError(
-            f"--config: missing; write {command.stage} --config FILE with the YAML file of the run"
-        )
+        raise UserError(f"--config: missing; write {command.stage} --config FILE with the YAML file of the run")
     environment = launch.read_environment()
     supposed = _world(command.options)
     loaded = load(command.options["--config"], command.overrides, command.stage)

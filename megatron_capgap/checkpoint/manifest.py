@@ -63,7 +63,7 @@ def read(folder: Path) -> Manifest:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(
-            f"{folder}: no {MANIFEST}, so this is not a finished checkpoint; name a run directory or RUN/checkpoints/step_N"
+            f"{folder}: no {MANIFEST}, so it is no finished checkpoint; name a run directory or RUN/checkpoints/step_N"
         ) from None
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: cannot be read ({error}); use another checkpoint") from None
@@ -102,7 +102,7 @@ def latest(run_dir: Path) -> Path | None:
     if not name.startswith("step_") or not (folder / MANIFEST).is_file():
         there = ", ".join(f"step_{step}" for step in steps_in(run_dir)) or "none"
         raise UserError(
-            f"{pointer}: names {name!r}, which is not a finished checkpoint (there: {there}); write one of those into it"
+            f"{pointer}: names {name!r}, which is no finished checkpoint (there: {there}); write one of those into it"
         )
     return folder
 
@@ -121,7 +121,7 @@ def locate(checkpoint: str) -> Path:
     newest = latest(path)
     if newest is None:
         raise UserError(
-            f"{checkpoint}: neither a run directory with a finished checkpoint nor a checkpoint; name a run directory or RUN/checkpoints/step_N"
+            f"{checkpoint}: holds no finished checkpoint; name a run directory that has one, or RUN/checkpoints/step_N"
         )
     return newest
 

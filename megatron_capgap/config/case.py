@@ -82,9 +82,7 @@ def build(loaded: Loaded, stage: str, world: int, student: ModelShape, teacher: 
 
 def divisors(*numbers: int) -> str:
     """The common divisors up to 64, as in `1, 2 or 4`."""
-    return _either(
-        [size for size in range(1, _LARGEST_SUGGESTION + 1) if all(n % size == 0 for n in numbers)]
-    )
+    return _either([size for size in range(1, _LARGEST_SUGGESTION + 1) if all(n % size == 0 for n in numbers)])
 
 
 def multiples(number: int, step: int) -> str:

@@ -35,9 +35,7 @@ def world_holds_whole_models(case: Case) -> Iterator[str]:
     for key, layout in case.layouts:
         ranks = derive.ranks_per_model(layout)
         if case.world % ranks:
-            product = (
-                f"tensor {layout.tensor} * pipeline {layout.pipeline} * context {layout.context} = {ranks}"
-            )
+            product = f"tensor {layout.tensor} * pipeline {layout.pipeline} * context {layout.context} = {ranks}"
             yield case.problem(
                 key,
                 f"{product} does not divide the world of {case.world} ranks; {multiples(case.world, ranks)} "
@@ -102,9 +100,7 @@ def virtual_stages_have_a_pipeline(case: Case) -> Iterator[str]:
         portion = train.micro_batch * case.copies * layout.pipeline
         batch = derive.global_batch(case.config, layout, case.world)
         if batch % portion:
-            product = (
-                f"micro_batch {train.micro_batch} * data parallel {case.copies} * pipeline {layout.pipeline}"
-            )
+            product = f"micro_batch {train.micro_batch} * data parallel {case.copies} * pipeline {layout.pipeline}"
             text = f"{virtual} needs a train.global_batch, now {batch}, that {product} = {portion} divides"
             yield case.problem(key, f"{text}; global_batch {multiples(batch, portion)} would do, or 1 here")
 
@@ -162,9 +158,7 @@ def teacher_shares_the_layout(case: Case) -> Iterator[str]:
             text = f"{mine} differs from student.layout.{name} {wanted}; this release runs both in one layout"
             yield case.problem(f"teacher.layout.{name}", f"{text}: {wanted} would do, or no teacher.layout")
     if teacher.virtual_pipeline > 1:
-        text = (
-            f"{teacher.virtual_pipeline}: the teacher runs forward only, without virtual stages; 1 would do"
-        )
+        text = f"{teacher.virtual_pipeline}: the teacher runs forward only, without virtual stages; 1 would do"
         yield case.problem("teacher.layout.virtual_pipeline", text)
 
 
@@ -197,9 +191,7 @@ def evaluations_have_data(case: Case) -> Iterator[str]:
     """An evaluation that was asked for must be possible."""
     every = case.config.train.eval_every
     if every and not case.config.data.valid:
-        yield case.problem(
-            "train.eval_every", f"{every} needs data.valid, which is empty; 0 would do, or give it"
-        )
+        yield case.problem("train.eval_every", f"{every} needs data.valid, which is empty; 0 would do, or give it")
 
 
 def objective_is_used(case: Case) -> Iterator[str]:

@@ -93,6 +93,4 @@ def _section(section: Key, stage: str) -> list[str]:
 
 def _wrapped(text: str, indent: int) -> list[str]:
     inside = " " * max(indent, 6)
-    return textwrap.wrap(
-        text, WIDTH, initial_indent=" " * indent, subsequent_indent=inside, break_on_hyphens=False
-    )
+    return textwrap.wrap(text, WIDTH, initial_indent=" " * indent, subsequent_indent=inside, break_on_hyphens=False)

@@ -60,12 +60,12 @@ class ModelShape:
     tied_embeddings: bool = False
     """Whether the LM head shares the weights of the input embedding."""
     init_std: PositiveFloat = 0.02
-    """Standard deviation of the initial weights; projections back into the residual stream get init_std / sqrt(2 layers)."""
+    """Standard deviation of the initial weights; projections into the residual stream get init_std / sqrt(2 layers)."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one model is cut over ranks. The data-parallel size is what remains: world / (tensor * pipeline * context)."""
+    """How a model is cut over ranks; the data-parallel size is what remains: world / (tensor * pipeline * context)."""
 
     __pydantic_config__ = STRICT
 

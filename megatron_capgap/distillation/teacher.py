@@ -76,6 +76,10 @@ def regroup(batches: Sequence[MicroBatch], rows: int) -> Sequence[MicroBatch]:
     }
     ids = [sample for batch in batches for sample in batch.sample_ids]
     return [
-        replace(batches[0], **{name: parts[i] for name, parts in together.items()}, sample_ids=ids[i * rows : (i + 1) * rows])
+        replace(
+            batches[0],
+            **{name: parts[i] for name, parts in together.items()},
+            sample_ids=ids[i * rows : (i + 1) * rows],
+        )
         for i in range(len(together["tokens"]))
     ]

@@ -147,7 +147,10 @@ def _mark_shards(model: torch.nn.Module) -> None:
     Gradient norms count unmarked parameters as replicated, once for all tensor-parallel ranks.
     """
     for module in model.modules():
-        if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding | RowParallelLinear) and module.weight is not None:
+        if (
+            isinstance(module, ColumnParallelLinear | VocabParallelEmbedding | RowParallelLinear)
+            and module.weight is not None
+        ):
             dim = 1 if isinstance(module, RowParallelLinear) else 0
             set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
 

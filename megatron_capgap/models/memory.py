@@ -15,8 +15,8 @@ from megatron_capgap.models import size
 
 _BYTES = {"fp32": 4, "bf16": 2}
 _CHUNK_TOKENS = 512  # the losses' own default
-# Of Megatron's checkpoint, bytes a parameter and in all, measured: weights and both moments whole on every data-parallel rank,
-# then copies of them on their way to the file.
+# While a checkpoint is written, bytes a parameter and in all, measured: weights and both moments whole on every
+# data-parallel rank, then copies of them on their way to the file.
 _SAVED_BYTES, _SAVING_BUFFERS = 36, 16 << 20
 # On a CPU glibc serves blocks below 4 MiB from its heap, where a freed aligned block rarely fits the next request:
 # measured, every byte alive there holds 1.5 more.
@@ -74,9 +74,7 @@ def _of_stage(
     backward = 6 * student.ffn // layout.tensor  # of one feed-forward layer, the largest
     if stage == "evaluate":
         passing = backward * tokens * width
-        return Memory(
-            weights=held * width, activations=passing, loss=_logits(student, layout, tokens) if last else 0
-        )
+        return Memory(weights=held * width, activations=passing, loss=_logits(student, layout, tokens) if last else 0)
     micro_batches = derive.micro_batches(config, layout, world)
     kept = _kept(student, layout) * _layers_in_flight(layout, micro_batches, pipeline_rank, student.layers)
     kept += [_cut(student.hidden, layout)] * 2 if last else []
@@ -115,8 +113,8 @@ def _kept(shape: ModelShape, layout: Layout) -> list[int]:
 def _layers_in_flight(layout: Layout, micro_batches: int, pipeline_rank: int, layers: int) -> int:
     """Layers times micro-batches between forward and backward pass on one stage, at most.
 
-    1F1B holds one micro-batch for each stage from here to the end. The interleaved schedule counts chunks of layers: two
-    for each later stage, a round for each further virtual stage, and the one at work.
+    1F1B holds one micro-batch for each stage from here to the end. The interleaved schedule counts chunks of layers:
+    two for each later stage, a round for each further virtual stage, and the one at work.
     """
     behind = layout.pipeline - pipeline_rank
     on_stage = layers // layout.pipeline

@@ -29,8 +29,8 @@ from torch import Tensor
 class _RMSNormFunction(torch.autograd.Function):
     """x * rstd * gain, with rstd = 1 / sqrt(mean(x^2) + epsilon).
 
-    Keeps x, which the residual stream keeps anyway, and one number a token; torch's own composite keeps the normalised x
-    as well and passes over memory twice as often.
+    Keeps x, which the residual stream keeps anyway, and one number a token; torch's own composite keeps the
+    normalised x as well and passes over memory twice as often.
     """
 
     @staticmethod

@@ -36,7 +36,7 @@ def sharded_state(chunks: list[torch.nn.Module], grid: Grid) -> ShardedStateDict
 
 
 def shards(chunks: list[torch.nn.Module], grid: Grid) -> Iterator[ShardedTensor]:
-    """Every local shard, with its place in the whole tensor. `.data` is a view of the parameter: writing to it fills it."""
+    """Every local shard, with its place in the whole tensor; `.data` is a view of the parameter, to be written to."""
     state = sharded_state(chunks, grid)
     apply_factories(state)
     tensors, _ = extract_sharded_tensors(state)
@@ -47,8 +47,8 @@ def shards(chunks: list[torch.nn.Module], grid: Grid) -> Iterator[ShardedTensor]
 def initialise(chunks: list[torch.nn.Module], shape: ModelShape, grid: Grid, seed: int) -> None:
     """Fills all weights with random values that depend on the seed and the parameter's name alone.
 
-    Every tensor has a generator of its own and is drawn whole, row by row, whichever part a rank keeps: the same model in
-    every layout, on every device.
+    Every tensor has a generator of its own and is drawn whole, row by row, whichever part a rank keeps: the same
+    model in every layout, on every device.
 
     Args:
         chunks: this rank's model chunks.
@@ -84,4 +84,3 @@ def _draw(shard: ShardedTensor, std: float, seed: int, vocab: int) -> None:
         if first < last:
             part = block[first - start : last - start, column0 : column0 + local_columns]
             shard.data[first - row0 : last - row0].copy_(part)
-

@@ -60,8 +60,8 @@ class Grid:
 def build(layout: Layout, seed: int) -> Grid:
     """Makes the process groups of `layout` over the whole world. Collective.
 
-    Virtual stages are not told to `parallel_state`: schedules and modules read them from the model's own config, so that
-    a teacher without virtual stages can share the groups.
+    Virtual stages are not told to `parallel_state`: schedules and modules read them from the model's own config, so
+    that a teacher without virtual stages can share the groups.
 
     Args:
         layout: sizes; their product with the data-parallel size is the world size.

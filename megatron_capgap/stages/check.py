@@ -50,7 +50,8 @@ def _models(resolved: Resolved) -> list[str]:
 def _shape(shape: ModelShape) -> str:
     tied = "tied" if shape.tied_embeddings else "untied"
     heads = f"{shape.heads} heads over {size.kv_heads(shape)} groups"
-    return f"{shape.family}: {shape.layers} layers, hidden {shape.hidden}, {heads}, ffn {shape.ffn}, vocab {shape.vocab} {tied}"
+    width = f"hidden {shape.hidden}, {heads}, ffn {shape.ffn}"
+    return f"{shape.family}: {shape.layers} layers, {width}, vocab {shape.vocab} {tied}"
 
 
 def _grid(layout: Layout, world: int) -> list[str]:

@@ -65,7 +65,6 @@ def open_teacher(ground: common.Ground) -> Teacher:
     store.load_weights(source.folder, chunks, ground.grid)
     freeze(chunks)
     if source.manifest.step < source.manifest.steps:
-        ground.log.say(
-            f"teacher: {source.folder} is at step {source.manifest.step} of {source.manifest.steps}: its run is not finished"
-        )
+        done = f"step {source.manifest.step} of {source.manifest.steps}"
+        ground.log.say(f"teacher: {source.folder} is at {done}: its run is not finished")
     return Teacher(chunks, ground.grid, shape, derive.teacher_micro_batch(config))

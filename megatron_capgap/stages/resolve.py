@@ -108,7 +108,8 @@ def _begun(loaded: Loaded, stage: str, student: ModelShape) -> Manifest | None:
         )
     if config.train.steps is not None and found.step > config.train.steps:
         problems.append(
-            f"{where} is at step {found.step}, beyond train.steps {config.train.steps}; raise train.steps or choose another run_dir"
+            f"{where} is at step {found.step}, beyond train.steps {config.train.steps}; "
+            "raise train.steps or choose another run_dir"
         )
     if problems:
         raise ConfigError(problems)
@@ -121,7 +122,8 @@ def _vocabulary_problems(loaded: Loaded, student: ModelShape, tokenizer: Tokeniz
     path = loaded.config.data.tokenizer
     return [
         f"{loaded.place('data.tokenizer')}: {path} has {tokenizer.vocab_size} tokens but the student's "
-        f"vocab is {student.vocab}; set student.model.vocab to {tokenizer.vocab_size} or more, or use the model's own tokenizer"
+        f"vocab is {student.vocab}; set student.model.vocab to {tokenizer.vocab_size} or more, or use the model's "
+        "own tokenizer"
     ]
 
 
@@ -131,5 +133,6 @@ def _fingerprint_problems(loaded: Loaded, key: str, source: Source | None, token
     theirs, ours = source.manifest.tokenizer_fingerprint[:12], tokenizer.fingerprint[:12]
     return [
         f"{loaded.place(key)}: {source.folder} was trained with tokenizer {source.manifest.tokenizer} ({theirs}), "
-        f"but data.tokenizer is {loaded.config.data.tokenizer} ({ours}); their tokens differ, use the checkpoint's tokenizer"
+        f"but data.tokenizer is {loaded.config.data.tokenizer} ({ours}); their tokens differ, "
+        "use the checkpoint's tokenizer"
     ]

@@ -55,7 +55,7 @@ class Run:
 
 
 def train(run: Run) -> None:
-    """Trains to the last step, or to the step boundary after a signal, going on from the run's latest checkpoint. Collective."""
+    """Trains from the run's latest checkpoint to its last step, or to the step boundary after a signal. Collective."""
     config, log = run.config, run.log
     steps = config.train.steps
     assert steps is not None
@@ -102,7 +102,7 @@ def one_step(run: Run, done: int) -> StepResult:
 
 
 def batches_of(run: Run, done: int) -> list[MicroBatch]:
-    """This data-parallel rank's micro-batches of the step after `done` steps: a function of the seed and `done` alone."""
+    """This data-parallel rank's micro-batches of the step after `done` steps: the seed and `done` alone decide them."""
     samples = global_batch_samples(done, run.global_batch)
     rows = micro_batches(
         run.train,
@@ -147,7 +147,8 @@ def _report(run: Run, done: int, result: StepResult, meter: Meter) -> None:
     steps = run.config.train.steps
     entry = {"step": done, "loss": result.loss, **result.report, "grad_norm": result.grad_norm, "lr": result.lr}
     run.log.record({**entry, "tokens": result.tokens, "tokens_per_second": round(rate, 1)})
-    line = f"loss {result.loss:.4f}  norm {result.grad_norm:.3f}  lr {result.lr:.2e}  {count(rate)} tokens/s  {count(flops, 'FLOP/s')}"
+    speed = f"{count(rate)} tokens/s  {count(flops, 'FLOP/s')}"
+    line = f"loss {result.loss:.4f}  norm {result.grad_norm:.3f}  lr {result.lr:.2e}  {speed}"
     run.log.advance(done, steps, f"{line}  left {meter.left(steps - done)}", run.config.train.log_every)
 
 

@@ -19,7 +19,7 @@ from megatron_capgap.runtime.layout import Grid
 
 
 def wrap(chunks: list[torch.nn.Module], grid: Grid) -> list[DistributedDataParallel]:
-    """Puts model chunks into Megatron's DistributedDataParallel, whose optimizer state is cut over data-parallel ranks."""
+    """Puts model chunks into Megatron's DistributedDataParallel, with optimizer state cut over data-parallel ranks."""
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
@@ -85,8 +85,8 @@ def _torch_optimizers(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Adam
 def _load_torch(optimizer: MegatronOptimizer, inner: torch.optim.AdamW, state: dict[str, Any], steps: int) -> None:
     """Loads a distributed optimizer that wraps torch's AdamW.
 
-    Megatron's own `load_state_dict` stumbles over torch's step counters (it looks for them among the sharded tensors) and
-    would share one counter among all parameters, which each would count up: so the counters stay out of its way.
+    Megatron's own `load_state_dict` stumbles over torch's step counters (it looks for them among the sharded tensors)
+    and would share one counter among all parameters, which each would count up: so the counters stay out of its way.
     """
     (part,) = optimizer.chained_optimizers
     groups = {key: value for key, value in state.items() if not key.startswith("param_state")}

@@ -111,7 +111,7 @@ def reduce_losses(losses: Sequence[Loss], grid: Grid) -> tuple[float, dict[str, 
 
 
 def _clip(optimization: Optimization, clip_norm: float, step: int, batches: Sequence[MicroBatch]) -> float:
-    """Computes the global gradient norm, refuses one that is not finite, and scales the gradients down to `clip_norm`."""
+    """Computes the global gradient norm, refuses one that is not finite, scales the gradients down to `clip_norm`."""
     optimizer = optimization.optimizer
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
@@ -133,6 +133,6 @@ def _not_finite(what: str, step: int, mine: Sequence[MicroBatch]) -> str:
     dist.all_gather_object(everywhere, [sample for batch in mine for sample in batch.sample_ids])
     samples = sorted({sample for ids in everywhere for sample in ids})
     return (
-        f"step {step}: {what} is not finite; weights and optimizer are as after step {step - 1}; suspect samples {samples}; "
-        "look at them, lower optimizer.lr, or start again from the last checkpoint"
+        f"step {step}: {what} is not finite; weights and optimizer are as after step {step - 1}; "
+        f"suspect samples {samples}; look at them, lower optimizer.lr, or start again from the last checkpoint"
     )

@@ -33,7 +33,9 @@ def test_the_estimate_is_within_15_percent(name: str, material: Material, tmp_pa
     config = runs.adapt_config(material, tmp_path / "run", **common)
     stage = name.split(",")[0]
     if stage == "distill":
-        teacher = runs.adapt_config(material, tmp_path / "teacher", **{**common, "train__steps": 1, "student__layout": {}})
+        teacher = runs.adapt_config(
+            material, tmp_path / "teacher", **{**common, "train__steps": 1, "student__layout": {}}
+        )
         with job(["adapt", "--config", runs.write_config(teacher)], 1, tmp_path / "teacher_output") as taught:
             assert taught.wait() == [0], taught.stderr()
         config["teacher"] = {"checkpoint": teacher["run_dir"]}
