@@ -10,7 +10,7 @@ from megatron_capgap.runtime.devices.device import Device, Part, library
 
 
 def prepare(local_rank: int) -> Device:
-    """Takes this rank's GPU; Megatron-Core looks for Apex and Transformer Engine itself, the table says what it finds."""
+    """Takes this rank's GPU; the table says what Megatron-Core finds of Apex and Transformer Engine."""
     torch.cuda.set_device(local_rank)
     with_engine = importlib.util.find_spec("transformer_engine") is not None
     engine = "transformer_engine" if with_engine else "local"
