@@ -1,0 +1,59 @@
+"""Every command in README.md is run as it stands there, on a tiny corpus and for two steps."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_capgap.config.load import load
+from tests.support.corpus import texts, write_jsonl
+from tests.support.processes import ROOT, environment
+
+PYTHON = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
+# Run by CI itself and by the quickstart's own test of its configurations.
+SCRIPTS = {"bash tests/run.sh", "bash examples/quickstart/run.sh"}
+
+
+def commands() -> list[str]:
+    """The lines of README.md's bash blocks."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+@pytest.mark.slow
+def test_the_commands_run(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "examples" / "tutorial", tmp_path / "examples" / "tutorial")
+    (tmp_path / "tools").symlink_to(ROOT / "tools")
+    (tmp_path / "data").mkdir()
+    write_jsonl(tmp_path / "corpus.jsonl", texts(4000, seed=11))
+    wanted = [line for line in commands() if line not in SCRIPTS]
+    assert any(" distill " in line for line in wanted) and any(" evaluate " in line for line in wanted)
+    for line in wanted:
+        program, *words = shlex.split(line)
+        if ("adapt" in words or "distill" in words) and "--check" not in line:
+            words.append("--train.steps=2")
+        words = ["500" if word == "2048" else word for word in words]  # what so small a corpus can fill
+        done = subprocess.run(
+            [*PYTHON[program], *words], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+    assert (tmp_path / "runs" / "distill" / "latest").read_text() == "step_2\n"
+    one, two = ((tmp_path / "runs" / name / "evaluation.json").read_text() for name in ("evaluate", "evaluate2"))
+    assert re.findall(r'"(?:tokens|samples)": \d+', one) == re.findall(r'"(?:tokens|samples)": \d+', two)
+
+
+def test_only_known_scripts_are_left_out() -> None:
+    assert {line for line in commands() if line.startswith("bash ")} == SCRIPTS
+    for line in SCRIPTS:
+        assert (ROOT / line.split()[1]).is_file()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*/*.yaml")), ids=lambda path: path.stem)
+def test_every_example_is_a_valid_configuration(path: Path) -> None:
+    stage = re.match(r"# (adapt|distill|evaluate): ", path.read_text())
+    assert stage, f"{path.name} does not begin with the stage that it is for"
+    load(str(path), [], stage[1])
