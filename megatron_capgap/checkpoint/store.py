@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
@@ -24,10 +22,6 @@ from megatron_capgap.models.gpt import unwrap
 from megatron_capgap.models.state import sharded_state
 from megatron_capgap.runtime.launch import on_first_rank
 from megatron_capgap.runtime.layout import Grid
-
-# Where Megatron's writer leaves its results. It would start a server process on every rank to hand them over from an
-# asynchronous save, and a killed rank would leave that process behind; here the rank itself saves.
-filesystem_async._results_queue = queue.Queue()
 
 
 class Optimization(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import queue
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -59,6 +60,7 @@ def choose(name: str, local_rank: int) -> Device:
         UserError: cuda was asked for and is not there, or megatron-core is outside the tested range.
     """
     check_megatron(_installed("megatron-core"))
+    _save_in_this_process()
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cuda" and gpus <= local_rank:
         raise UserError(
@@ -72,6 +74,18 @@ def choose(name: str, local_rank: int) -> Device:
     from megatron_capgap.runtime.devices import cpu
 
     return cpu.prepare()
+
+
+def _save_in_this_process() -> None:
+    """Gives Megatron's checkpoint writer a queue for its results.
+
+    It would start a server process on every rank, to hand them over from an asynchronous save, and a killed rank would
+    leave that process behind; here the rank itself saves.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    if filesystem_async._results_queue is None:
+        filesystem_async._results_queue = queue.Queue()
 
 
 def check_megatron(found: str | None) -> None:
