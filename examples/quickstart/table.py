@@ -41,7 +41,7 @@ def main(runs: Path, names: list[str]) -> None:
             f"{result['bits_per_byte']:.4f}",
             f"{speed:,.0f}",
         )
-    Console(soft_wrap=True).print(table)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

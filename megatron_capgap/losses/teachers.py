@@ -15,8 +15,8 @@ Tail = Literal["drop", "renormalise", "ghost"]
 class TeacherHidden:
     """Final hidden states, after the final norm, and the teacher's LM head; logits are made chunk by chunk.
 
-    The head's shard must have as many rows as the student's: the same vocabulary, cut at the same places. The
-    widths of the two models may differ.
+    Both heads must be cut at the same places: their shards have equally many rows, or each holds the whole vocabulary,
+    which may then be padded differently. The widths of the two models may differ.
     """
 
     hidden: Tensor
@@ -26,10 +26,10 @@ class TeacherHidden:
 
     def check(self, tokens: int, parts: int, padded_width: int, vocab_size: int) -> None:
         """Raises UserError unless the shapes fit n tokens, cut into parts, and the student's v/tp = padded_width."""
-        if self.head.shape[0] != padded_width:
+        if not _cut_alike(self.head.shape[0], padded_width, vocab_size):
             raise UserError(
-                f"teacher LM head: {self.head.shape[0]} rows on this rank, but the student's has "
-                f"{padded_width}; both need the same vocabulary, padded alike"
+                f"teacher LM head: {self.head.shape[0]} rows on this rank, but the student's has {padded_width}; "
+                f"both must cut the vocabulary of {vocab_size} at the same places"
             )
         if self.hidden.shape[-1] != self.head.shape[1]:
             raise UserError(f"teacher hidden states are {self.hidden.shape[-1]} wide, its LM head {self.head.shape[1]}")
@@ -46,10 +46,11 @@ class TeacherLogits:
 
     def check(self, tokens: int, parts: int, padded_width: int, vocab_size: int) -> None:
         """Raises UserError unless the logits are [n, v/tp]."""
-        if tuple(self.logits.shape) != (tokens, padded_width):
+        shape = tuple(self.logits.shape)
+        if len(shape) != 2 or shape[0] != tokens or not _cut_alike(shape[1], padded_width, vocab_size):
             raise UserError(
-                f"teacher logits: shape {tuple(self.logits.shape)}, but {tokens} labels and a student head "
-                f"of {padded_width} rows on this rank need {(tokens, padded_width)}"
+                f"teacher logits: shape {shape}, but {tokens} labels and a student head of {padded_width} rows on "
+                f"this rank, for a vocabulary of {vocab_size}, need {(tokens, padded_width)}"
             )
 
 
@@ -80,6 +81,11 @@ class TeacherTopK:
 
 
 Teacher = TeacherHidden | TeacherLogits | TeacherTopK
+
+
+def _cut_alike(rows: int, student_rows: int, vocab_size: int) -> bool:
+    """Whether the real columns of two shards are the same ones."""
+    return rows == student_rows or min(rows, student_rows) >= vocab_size
 
 
 def check_ids(what: str, ids: Tensor, counted: Tensor, vocab_size: int, way_out: str) -> None:

@@ -13,7 +13,6 @@ from megatron.core.tensor_parallel.layers import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -44,7 +43,7 @@ class HiddenStateModel(GPTModel):
 
 
 def unwrap(model: torch.nn.Module) -> HiddenStateModel:
-    """The model inside DistributedDataParallel and Float16Module."""
+    """The model inside DistributedDataParallel."""
     while not isinstance(model, HiddenStateModel):
         model = model.module
     return model
@@ -137,7 +136,8 @@ def build(
         )
         _mark_shards(model)
         model.to(device.torch_device)
-        chunks.append(Float16Module(config, model) if config.bf16 else model)
+        # No Float16Module around it: params_dtype has made the weights bf16, and the loss wants bf16 hidden states.
+        chunks.append(model)
     return chunks
 
 

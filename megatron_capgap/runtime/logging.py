@@ -34,7 +34,12 @@ class Log:
         self.speaks = speaks
         self.console = Console(file=sys.stdout, quiet=not speaks, highlight=False, soft_wrap=True)
         self._run_dir = run_dir if speaks else None
-        self._tensorboard = tensorboard
+        self._writer = None
+        if self._run_dir is not None and tensorboard:
+            # Loaded before memory is measured: TensorBoard alone weighs as much as a small model.
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter
         self._metrics = None
         self._board = None
         self._progress: Progress | None = None
@@ -71,10 +76,8 @@ class Log:
 
     def _open(self, run_dir: Path) -> None:
         self._metrics = open(run_dir / "metrics.jsonl", "a", buffering=1)
-        if self._tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._board = SummaryWriter(str(run_dir / "tensorboard"))
+        if self._writer is not None:
+            self._board = self._writer(str(run_dir / "tensorboard"))
 
     def close(self) -> None:
         """Ends the bar and the files."""

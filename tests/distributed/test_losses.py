@@ -1,6 +1,6 @@
 """The sharded losses against the dense reference, on 1, 2 and 4 gloo ranks."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,89 +15,16 @@ from megatron_capgap.losses import (
     DistillationObjective,
     Loss,
     TeacherHidden,
-    TeacherLogits,
-    TeacherTopK,
     distillation_loss,
     language_model_loss,
 )
 from megatron_capgap.losses.divergences import DIVERGENCES
 from tests.support.collectives import counted
+from tests.support.loss_cases import Case, Tensors
 from tests.support.pool import WorkerError, WorkerPool
-from tests.support.reference_loss import reference_loss, teacher_log_probs
+from tests.support.reference_loss import reference_loss
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}
-
-
-@dataclass(frozen=True)
-class Case:
-    """One comparison; the defaults are odd on purpose."""
-
-    divergence: str = "forward_kl"
-    temperature: float = 1.0
-    teacher: str = "hidden"
-    dtype: torch.dtype = torch.float64
-    tokens: int = 28
-    chunk_tokens: int = 9
-    vocab: int = 53
-    padded: int = 64
-    sequence_parallel: bool = False
-    masked: str = "some"
-    weights: tuple[float, float] = (0.7, 0.4)
-    scale: float = 1.0
-
-    def objective(self) -> DistillationObjective:
-        return DistillationObjective(
-            divergence=self.divergence,
-            temperature=self.temperature,
-            divergence_weight=self.weights[0],
-            cross_entropy_weight=self.weights[1],
-            skew_alpha=0.3,
-            jsd_beta=0.2,
-        )
-
-
-@dataclass
-class Tensors:
-    """Whole tensors, the same on every rank."""
-
-    case: Case
-    hidden: Tensor = field(init=False)
-    head: Tensor = field(init=False)
-    teacher: Any = field(init=False)
-    labels: Tensor = field(init=False)
-    mask: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        case, make = self.case, torch.Generator().manual_seed(7)
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=make, dtype=torch.float64).to(case.dtype)
-
-        self.hidden, self.head = random(case.tokens, 6) * case.scale, random(case.padded, 6)
-        dense = TeacherHidden(random(case.tokens, 10) * case.scale, random(case.padded, 10))
-        if case.teacher == "hidden":
-            self.teacher = dense
-        elif case.teacher == "logits":
-            self.teacher = TeacherLogits(dense.hidden @ dense.head.t())
-        else:
-            log_probs, ids = teacher_log_probs(dense, case.temperature, case.vocab).topk(5)
-            self.teacher = TeacherTopK(ids, log_probs.to(case.dtype), case.teacher)
-        self.labels = torch.randint(case.vocab, (case.tokens,), generator=make)
-        share = {"none": 1.1, "some": 0.7, "all": -0.1}[case.masked]
-        self.mask = (torch.rand(case.tokens, generator=make) < share).float()
-        self.labels[self.mask == 0] = -100
-
-    def of_rank(self, rank: int, world: int) -> tuple[Tensor, Tensor, Any]:
-        """hidden, head and teacher as one rank holds them."""
-        cut = world if self.case.sequence_parallel else 1
-        tokens = slice(*(self.case.tokens // cut * (rank % cut + i) for i in (0, 1)))
-        columns = slice(*(self.case.padded // world * (rank + i) for i in (0, 1)))
-        teacher = self.teacher
-        if isinstance(teacher, TeacherHidden):
-            teacher = TeacherHidden(teacher.hidden[tokens], teacher.head[columns])
-        elif isinstance(teacher, TeacherLogits):
-            teacher = TeacherLogits(teacher.logits[:, columns])
-        return self.hidden[tokens], self.head[columns], teacher
 
 
 @dataclass
@@ -385,9 +312,20 @@ def test_against_megatrons_cross_entropy(pool: WorkerPool) -> None:
         torch.testing.assert_close(our_gradient, their_gradient, rtol=1e-5, atol=1e-6)
 
 
-def test_a_tensor_that_does_not_fit_is_refused_on_every_rank(pool: WorkerPool) -> None:
+def run_teacher_cut_elsewhere(case: Case) -> None:
+    whole, hidden, head, teacher = leaves(case)
+    distil(case, whole, hidden, head, TeacherHidden(teacher.hidden, torch.cat([teacher.head, teacher.head[:4]])))
+
+
+@pytest.mark.parametrize(
+    ("run", "case", "message"),
+    [
+        (run_case, replace(BASE, vocab=65), "vocab_size 65 does not fit 2 LM-head shard(s) of 32 rows (64 in all)"),
+        (run_teacher_cut_elsewhere, BASE, "teacher LM head: 36 rows on this rank, but the student's has 32"),
+    ],
+)
+def test_what_does_not_fit_is_refused_on_every_rank(pool: WorkerPool, run: Any, case: Case, message: str) -> None:
     with pytest.raises(WorkerError) as caught:
-        pool.run(run_case, replace(BASE, vocab=65), world=2)
+        pool.run(run, case, world=2)
     assert set(caught.value.failures) == {0, 1}
-    for failure in caught.value.failures.values():
-        assert "vocab_size 65 does not fit 2 LM-head shard(s) of 32 rows (64 in all)" in failure.reason
+    assert all(message in failure.reason for failure in caught.value.failures.values())

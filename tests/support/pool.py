@@ -221,6 +221,7 @@ def _answer(call: _Call) -> bytes:
                 world_size=call.world,
                 timeout=timedelta(seconds=call.limit),
             )
+            torch.distributed.barrier()  # no rank may fail, and close its sockets, while another still connects
         function, args = pickle.loads(call.work)
         return pickle.dumps((True, function(*args)))
     except BaseException:  # SystemExit of a command under test included
