@@ -24,7 +24,7 @@ from megatron_capgap.losses.teachers import Tail
 
 
 class Comparison(Protocol):
-    """The gradient of the divergence with respect to the student's logits is `probabilities * factor + rest`."""
+    """The gradient of the divergence with respect to the student's logits is `factor * probabilities + rest`."""
 
     def local_(self, student: Tensor) -> tuple[Tensor, Tensor]:
         """Student logits [c, w] become the probabilities exp(logits - normaliser).
@@ -36,8 +36,8 @@ class Comparison(Protocol):
     def resolve(self, gathered: Tensor) -> tuple[Tensor, Tensor]:
         """All ranks' statistics [tp, m, c] -> the divergence [c], the same on every rank, and the factor [c]."""
 
-    def add_rest_(self, gradient: Tensor, scale: Tensor) -> None:
-        """gradient [c, w] += scale [c] * rest."""
+    def gradient_(self, probabilities: Tensor, factor: Tensor, scale: Tensor) -> None:
+        """Probabilities [c, w] become factor [c] * probabilities + scale [c] * rest."""
 
 
 class NoComparison:
@@ -51,8 +51,8 @@ class NoComparison:
         zero = torch.zeros_like(gathered[0, 0])
         return zero, zero
 
-    def add_rest_(self, gradient: Tensor, scale: Tensor) -> None:
-        pass
+    def gradient_(self, probabilities: Tensor, factor: Tensor, scale: Tensor) -> None:
+        probabilities.mul_(factor[:, None])
 
 
 class DenseComparison:
@@ -113,9 +113,10 @@ class DenseComparison:
         self.weight = weight[mine]
         return inner + outer_value.sum(0), factor
 
-    def add_rest_(self, gradient: Tensor, scale: Tensor) -> None:
+    def gradient_(self, probabilities: Tensor, factor: Tensor, scale: Tensor) -> None:
         """As in `Comparison`."""
-        gradient.addcmul_(self.teacher, (scale * self.weight)[:, None], value=-1)
+        for q, pull, of_q, of_pull in blocks_in_cache(probabilities, self.teacher, factor, -scale * self.weight):
+            q.mul_(of_q[:, None]).addcmul_(pull, of_pull[:, None])
 
 
 class SparseComparison:
@@ -173,9 +174,10 @@ class SparseComparison:
         self.at_listed = on_outcomes - per_mass[:, None] * q
         return value.sum(1), per_mass * (gathered[self.shard.rank, 0] - lse).exp()
 
-    def add_rest_(self, gradient: Tensor, scale: Tensor) -> None:
+    def gradient_(self, probabilities: Tensor, factor: Tensor, scale: Tensor) -> None:
         """As in `Comparison`."""
-        self.shard.add_at_(gradient, self.ids, scale[:, None] * self.at_listed)
+        probabilities.mul_(factor[:, None])
+        self.shard.add_at_(probabilities, self.ids, scale[:, None] * self.at_listed)
 
 
 def _in_rows(parts: list[tuple[Tensor, ...]]) -> Tensor:

@@ -18,8 +18,9 @@ chain rule
     D(p, q) = sum_r W_r * D(p/P_r, q/Q_r) + D(P, Q)            W = P or W = Q
 
 so each rank works with its own normaliser and one collective of a few numbers a token completes the sum. For
-the others the entries need the global normaliser first: two collectives. The column `shard_weight` says which
-W, or None.
+the others the entries need the global normaliser first: two collectives. (The second could travel with the first
+of the next chunk, but two chunks in memory at a time, each of half the tokens, are as many collectives as before.)
+The column `shard_weight` says which W, or None.
 """
 
 from collections.abc import Callable

@@ -30,13 +30,11 @@ class Loss(NamedTuple):
     """What the losses return; all of it the same on every tensor-parallel rank."""
 
     loss_sum: Tensor
-    """Scalar: weighted sum over valid tokens, fp32 (float64 for float64 inputs). Divide by the global
-    num_tokens."""
+    """Scalar: weighted sum over valid tokens, fp32 (float64 for float64 inputs), to divide by the global num_tokens."""
     num_tokens: Tensor
     """Scalar, fp32: sum of the loss mask."""
     report: dict[str, Tensor]
-    """Scalars, detached: the unweighted sums "cross_entropy" and, where a teacher was looked at,
-    "divergence"."""
+    """Scalars, detached: the unweighted sums "cross_entropy" and, where a teacher was looked at, "divergence"."""
 
 
 def distillation_loss(
@@ -54,8 +52,8 @@ def distillation_loss(
 ) -> Loss:
     """Divergence from the teacher plus cross-entropy, summed over the valid tokens of a micro-batch.
 
-    `loss_sum.backward()` fills the gradients of student_hidden (complete, not partial) and student_head (this
-    shard's). Without gradients, under torch.no_grad() for instance, no gradient work is done.
+    `loss_sum.backward()` fills the gradients of student_hidden (complete, not partial) and student_head (of this
+    shard). It may be called once. Under torch.no_grad(), or where neither wants one, no gradient work is done.
 
     Args:
         student_hidden: [n, h] replicated, or with sequence_parallel [n/tp, h]: tokens rank * n/tp + i, as
@@ -94,8 +92,7 @@ def language_model_loss(
     sequence_parallel: bool = False,
     chunk_tokens: int = 512,
 ) -> Loss:
-    """Cross-entropy alone, for pretraining, finetuning and evaluation; the arguments are those of
-    distillation_loss."""
+    """Cross-entropy alone, for pretraining, finetuning and evaluation; the arguments are distillation_loss's."""
     objective = Objective(divergence_weight=0.0, cross_entropy_weight=1.0)
     shard = VocabShard.of(head.shape[0], vocab_size, group)
     task = _Task(None, labels, loss_mask, objective, vocab_size, shard, sequence_parallel, chunk_tokens)

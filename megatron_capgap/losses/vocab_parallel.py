@@ -56,9 +56,9 @@ def chunk_losses_(
         for_divergence = weight * objective.divergence_weight * temperature  # T^2 of the loss over T of s / T
         on_softmax, on_tempered = for_cross_entropy * (normaliser - lse).exp(), for_divergence * factor
         if spare is None:
-            logits.mul_((on_softmax + on_tempered)[:, None])
+            comparison.gradient_(logits, on_softmax + on_tempered, for_divergence)
         else:
-            logits.mul_(on_softmax[:, None]).addcmul_(spare, on_tempered[:, None])
-        comparison.add_rest_(logits, for_divergence)
+            comparison.gradient_(spare, on_tempered, for_divergence)
+            torch.addcmul(spare, logits, on_softmax[:, None], out=logits)
         shard.add_at_(logits, labels[:, None], -for_cross_entropy[:, None])
     return cross_entropy, temperature**2 * divergence
