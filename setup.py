@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 
 CORE = [
-    "torch>=2.4",
+    "torch>=2.5",
     "megatron-core>=0.16,<0.17",  # the range the tests run against; 0.17 moves internals that the CPU device patches
     "numpy",
     "psutil",  # Megatron's checkpoint writer imports it

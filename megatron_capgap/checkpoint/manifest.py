@@ -41,6 +41,8 @@ class Manifest:
     """(tensor, pipeline, virtual pipeline, data) sizes of the run that wrote it; random states fit these alone."""
     sequence_length: int
     """Tokens in one training sample."""
+    device: str = "cpu"
+    """Kind of device that wrote it; random states fit this alone."""
     optimizer: bool = True
     """Whether optimizer and random states are in it."""
     format: int = FORMAT
@@ -76,6 +78,16 @@ def read(folder: Path) -> Manifest:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise UserError(f"{path}: {key}: {first['msg']}; the file is damaged, use another checkpoint") from None
+
+
+def begin_training_run(run_dir: Path) -> None:
+    """Makes the folder that tells a training run from an evaluation, before there is a checkpoint in it."""
+    (run_dir / "checkpoints").mkdir(exist_ok=True)
+
+
+def is_training_run(run_dir: Path) -> bool:
+    """Whether a training run has begun in this directory."""
+    return (run_dir / "checkpoints").is_dir()
 
 
 def steps_in(run_dir: Path) -> list[int]:
@@ -138,11 +150,14 @@ def publish(staged: Path, run_dir: Path, step: int, keep: int) -> Path:
         keep: number of newest checkpoints that stay.
     """
     final = run_dir / "checkpoints" / f"step_{step}"
+    replaced = final.with_name(f".{final.name}.replaced.incomplete")
     if final.exists():
-        shutil.rmtree(final)
+        os.replace(final, replaced)
     os.replace(staged, final)
     write_atomically(run_dir / "latest", final.name + "\n")
-    for old in steps_in(run_dir)[:-keep]:
+    shutil.rmtree(replaced, ignore_errors=True)
+    # Later steps than this one are there when the run went on from an older checkpoint; they do not count.
+    for old in [done for done in steps_in(run_dir) if done <= step][:-keep]:
         shutil.rmtree(run_dir / "checkpoints" / f"step_{old}", ignore_errors=True)
     return final
 

@@ -79,13 +79,18 @@ def load_training(folder: Path, chunks: Sequence[torch.nn.Module], grid: Grid, o
     dropout draws from new random streams.
     """
     manifest = manifests.read(folder)
-    same_ranks = manifest.ranks == ranks(grid)
+    same_ranks = manifest.ranks == ranks(grid) and manifest.device == chunks_device(chunks)
     state = _state(chunks, grid, optimization, loading=True, random_state=same_ranks)
     loaded = _load(state, folder)
     _fill(chunks, loaded)
     optimization.load(loaded["optimizer"], manifest.step)
     if same_ranks:
         _set_random_state(loaded["random"])
+
+
+def chunks_device(chunks: Sequence[torch.nn.Module]) -> str:
+    """Kind of device that a model lives on: cpu or cuda."""
+    return next(chunks[0].parameters()).device.type
 
 
 def ranks(grid: Grid) -> tuple[int, int, int, int]:

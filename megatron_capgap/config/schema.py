@@ -244,7 +244,7 @@ class Config:
     seed: Seed = 1234
     """Decides initial weights, data order and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes cuda where there is a GPU for this rank, else cpu."""
+    """auto takes cuda where a GPU is visible, else cpu."""
     teacher: Teacher | None = None
     """The model that the student learns from; distill needs it."""
     train: Train = field(default_factory=Train)

@@ -7,7 +7,7 @@ another moment, when no activation is alive. Not counted: the interpreter with i
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_capgap.config import derive
 from megatron_capgap.config.schema import Config, Layout, ModelShape
@@ -50,7 +50,9 @@ class Memory:
         return sum(vars(self).values()) - min(passing, self.saving)
 
 
-def estimate(config: Config, stage: str, student: ModelShape, teacher: ModelShape | None, world: int) -> Memory:
+def estimate(
+    config: Config, stage: str, student: ModelShape, teacher: ModelShape | None, world: int, *, on_cpu: bool
+) -> Memory:
     """The fullest rank of a run.
 
     Args:
@@ -58,9 +60,12 @@ def estimate(config: Config, stage: str, student: ModelShape, teacher: ModelShap
         stage: adapt, distill or evaluate.
         student, teacher: shapes.
         world: number of ranks.
+        on_cpu: whether the run is on a CPU, whose allocator and matrix library hold more.
     """
     stages = range(config.student.layout.pipeline)
     needs = [_of_stage(config, stage, student, teacher, world, pipeline_rank) for pipeline_rank in stages]
+    if not on_cpu:
+        needs = [replace(need, heap=0, workspace=0) for need in needs]
     return max(needs, key=lambda need: need.total)
 
 
@@ -88,8 +93,8 @@ def _of_stage(
         loss=_loss(student, teacher, layout, tokens, width) if last else 0,
         teacher_weights=size.rank_parameters(teacher, layout, pipeline_rank) * width if teacher else 0,
         teacher_hidden=micro_batches * tokens * _cut(teacher.hidden, layout) * width if teacher and last else 0,
-        heap=_heap([*kept, *[student.ffn // layout.tensor] * 6], tokens * width) if config.device == "cpu" else 0,
-        workspace=_WORKSPACE if config.device == "cpu" else 0,
+        heap=_heap([*kept, *[student.ffn // layout.tensor] * 6], tokens * width),
+        workspace=_WORKSPACE,
         saving=_SAVED_BYTES * held + _SAVING_BUFFERS,
     )
 

@@ -173,6 +173,10 @@ def on_first_rank(work: Callable[[], Answer]) -> Answer:
             answer[0] = work()
         except UserError as error:
             answer[1] = str(error)
+        except OSError as error:  # a full or broken disk: the others must not wait for an answer
+            answer[1] = (
+                f"{error.filename or 'file system'}: {error.strerror or error}; free space or mend it, then start again"
+            )
     dist.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
         raise UserError(str(answer[1]))

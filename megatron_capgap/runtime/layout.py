@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +58,7 @@ class Grid:
         return total
 
 
-def build(layout: Layout, seed: int) -> Grid:
+def build(layout: Layout, seed: int, timeout_seconds: int = 600) -> Grid:
     """Makes the process groups of `layout` over the whole world. Collective.
 
     Virtual stages are not told to `parallel_state`: schedules and modules read them from the model's own config, so
@@ -65,6 +66,7 @@ def build(layout: Layout, seed: int) -> Grid:
 
     Args:
         layout: sizes; their product with the data-parallel size is the world size.
+        timeout_seconds: how long a collective may wait, in whole minutes.
         seed: decides dropout; every pipeline stage and data-parallel rank draws its own.
     """
     parallel_state.destroy_model_parallel()
@@ -73,6 +75,7 @@ def build(layout: Layout, seed: int) -> Grid:
         pipeline_model_parallel_size=layout.pipeline,
         context_parallel_size=layout.context,
         create_gloo_process_groups=True,
+        distributed_timeout_minutes=math.ceil(timeout_seconds / 60),
     )
     pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
     data_rank = parallel_state.get_data_parallel_rank()

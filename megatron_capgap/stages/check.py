@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from megatron_capgap.config import derive
 from megatron_capgap.config.load import Loaded
 from megatron_capgap.config.schema import Layout, ModelShape
@@ -96,8 +98,11 @@ def _work(resolved: Resolved) -> list[str]:
 
 
 def _memory(resolved: Resolved) -> list[str]:
-    need = memory.estimate(resolved.config, resolved.stage, resolved.student, resolved.teacher, resolved.world)
-    lines = ["memory of the fullest rank, MiB"]
+    config = resolved.config
+    # Without torch: the driver's device node tells whether `auto` would find a GPU on this machine.
+    on_cpu = config.device == "cpu" or (config.device == "auto" and not Path("/dev/nvidiactl").exists())
+    need = memory.estimate(config, resolved.stage, resolved.student, resolved.teacher, resolved.world, on_cpu=on_cpu)
+    lines = [f"memory of the fullest rank on a {'CPU' if on_cpu else 'GPU'}, MiB"]
     lines += [f"  {name.replace('_', ' '):<18}{value / _MIB:>12,.1f}" for name, value in vars(need).items() if value]
     lines.append(
         f"  {'in all':<18}{need.total / _MIB:>12,.1f}  without the interpreter, its libraries and communication buffers"

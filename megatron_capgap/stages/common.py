@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from megatron_capgap.checkpoint import store
-from megatron_capgap.checkpoint.manifest import Manifest
+from megatron_capgap.checkpoint.manifest import Manifest, begin_training_run
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.load import Loaded, dump
 from megatron_capgap.config.schema import Config
@@ -72,18 +72,24 @@ def ground(loaded: Loaded, stage: str, environment: Environment) -> Iterator[Gro
     new = _missing_folders(Path(config.run_dir)) if environment.rank == 0 else []
     try:
         launch.on_first_rank(lambda: _open_run_dir(resolved))
-        grid = layout.build(config.student.layout, config.seed)
+        grid = layout.build(config.student.layout, config.seed, config.runtime.timeout_seconds)
         log = Log(Path(config.run_dir), environment.rank == 0, config.runtime.tensorboard)
         _introduce(log, resolved, device, grid)
         yield Ground(resolved, device, grid, device.peak_memory(), log)
-    except BaseException:
+    except BaseException as error:
         _remove_unless_begun(new)
+        if not isinstance(error, UserError):
+            raise  # one rank alone: closing the groups could wait for the others and hide the reason
+        _close(log)
         raise
-    finally:
-        if log is not None:
-            log.close()
-        layout.release()
-        launch.leave()
+    _close(log)
+
+
+def _close(log: Log | None) -> None:
+    if log is not None:
+        log.close()
+    layout.release()
+    launch.leave()
 
 
 def student_chunks(ground: Ground) -> list[torch.nn.Module]:
@@ -131,7 +137,12 @@ def training_run(ground: Ground, prepare: Callable[[Sequence[MicroBatch]], LossF
         flops_a_token=size.training_flops(resolved.student, resolved.teacher, config.data.sequence_length),
         memory_at_start=ground.memory_at_start,
         memory_estimate=memory.estimate(
-            config, resolved.stage, resolved.student, resolved.teacher, resolved.world
+            config,
+            resolved.stage,
+            resolved.student,
+            resolved.teacher,
+            resolved.world,
+            on_cpu=ground.device.name == "cpu",
         ).total,
         log=ground.log,
     )
@@ -156,7 +167,9 @@ def begin(ground: Ground) -> None:
     resolved = ground.resolved
 
     def write() -> None:
-        drop_metrics_after(ground.run_dir, resolved.resumed.step if resolved.resumed else 0)
+        if resolved.stage != "evaluate":
+            drop_metrics_after(ground.run_dir, resolved.resumed.step if resolved.resumed else 0)
+            begin_training_run(ground.run_dir)
         dump(ground.config, str(ground.run_dir / _RESOLVED))
 
     launch.on_first_rank(write)
@@ -220,5 +233,6 @@ def _describe(ground: Ground, done: int) -> Manifest:
         stage=resolved.stage,
         seed=config.seed,
         ranks=store.ranks(ground.grid),
+        device=ground.device.name,
         sequence_length=config.data.sequence_length,
     )

@@ -62,7 +62,7 @@ def resolve(loaded: Loaded, stage: str, world: int) -> Resolved:
     teacher = teacher_source.manifest.model if teacher_source else None
     checks.check(loaded, stage, world, student, teacher)
     tokenizer = open_tokenizer(config.data.tokenizer)
-    resumed = _begun(loaded, stage, student)
+    resumed = _begun(loaded, stage, world, student, tokenizer)
     problems = [
         *_vocabulary_problems(loaded, student, tokenizer),
         *_fingerprint_problems(loaded, "student.checkpoint", student_source, tokenizer),
@@ -83,15 +83,15 @@ def _source(loaded: Loaded, key: str, checkpoint: str | None) -> Source | None:
         raise ConfigError([f"{loaded.place(key)}: {error}"]) from error
 
 
-def _begun(loaded: Loaded, stage: str, student: ModelShape) -> Manifest | None:
-    """The run's own newest checkpoint; it must be of this stage, model and seed."""
+def _begun(loaded: Loaded, stage: str, world: int, student: ModelShape, tokenizer: Tokenizer) -> Manifest | None:
+    """The run's own newest checkpoint; it must be of this stage, model, seed and data order."""
     config = loaded.config
+    where = f"{loaded.place('run_dir')}: {config.run_dir}"
+    if stage == "evaluate" and manifests.is_training_run(Path(config.run_dir)):
+        raise ConfigError([f"{where} is a training run; give the evaluation a run_dir of its own"])
     newest = manifests.latest(Path(config.run_dir))
     if newest is None:
         return None
-    where = f"{loaded.place('run_dir')}: {config.run_dir}"
-    if stage == "evaluate":
-        raise ConfigError([f"{where} is a training run; give the evaluation a run_dir of its own"])
     found = manifests.read(newest)
     problems = []
     if found.stage != stage:
@@ -105,6 +105,22 @@ def _begun(loaded: Loaded, stage: str, student: ModelShape) -> Manifest | None:
     if found.seed != config.seed:
         problems.append(
             f"{where} was begun with seed {found.seed}, not {config.seed}; keep the seed or choose another run_dir"
+        )
+    if found.sequence_length != config.data.sequence_length:
+        problems.append(
+            f"{where} was begun with data.sequence_length {found.sequence_length}, not {config.data.sequence_length}; "
+            "keep it or choose another run_dir"
+        )
+    batch = derive.global_batch(config, config.student.layout, world)
+    begun_with = found.tokens // (found.step * found.sequence_length) if found.step else batch
+    if begun_with != batch:
+        problems.append(
+            f"{where} was begun with global batches of {begun_with}, this start has {batch}; "
+            f"set train.global_batch to {begun_with} or choose another run_dir"
+        )
+    if found.tokenizer_fingerprint != tokenizer.fingerprint:
+        problems.append(
+            f"{where} was begun with another tokenizer ({found.tokenizer}); use it or choose another run_dir"
         )
     if config.train.steps is not None and found.step > config.train.steps:
         problems.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from megatron_capgap.checkpoint.manifest import Manifest
 from megatron_capgap.config.schema import Config
 from megatron_capgap.data.batch import MicroBatch, global_batch_samples, micro_batches
 from megatron_capgap.data.pretrain import SampleSequence
+from megatron_capgap.runtime import launch
 from megatron_capgap.runtime.devices import Device
 from megatron_capgap.runtime.layout import Grid
 from megatron_capgap.runtime.logging import Log, Meter, count
@@ -60,6 +62,8 @@ def train(run: Run) -> None:
     steps = config.train.steps
     assert steps is not None
     done = resume(run)
+    if done and _due(done, config.train.eval_every, steps) and not launch.on_first_rank(lambda: _evaluated(run, done)):
+        _evaluate(run, done)  # the run was stopped between saving and evaluating
     if done >= steps:
         log.say(f"nothing to do: all {steps} steps are done; raise train.steps to go on")
         return
@@ -71,10 +75,10 @@ def train(run: Run) -> None:
             done += 1
             _report(run, done, result, meter)
             signal = stop.agreed()
-            if _due(done, config.train.eval_every, steps) and not signal:
-                _evaluate(run, done)
             if signal or _due(done, config.checkpoint.every, steps):
                 save(run, done)
+            if _due(done, config.train.eval_every, steps) and not signal:
+                _evaluate(run, done)
             meter.pause()
             if signal:
                 log.say(f"stopped by {signal} after step {done} of {steps}; the same command goes on from there")
@@ -139,6 +143,13 @@ def save(run: Run, done: int) -> None:
 
 def _due(done: int, every: int, steps: int) -> bool:
     return done == steps or (every > 0 and done % every == 0)
+
+
+def _evaluated(run: Run, done: int) -> bool:
+    """Whether metrics.jsonl holds the evaluation after step `done`. Rank 0 only."""
+    path = run.run_dir / "metrics.jsonl"
+    entries = map(json.loads, path.read_text().splitlines()) if path.is_file() else ()
+    return run.valid is None or any(entry["step"] == done and "valid_loss" in entry for entry in entries)
 
 
 def _report(run: Run, done: int, result: StepResult, meter: Meter) -> None:

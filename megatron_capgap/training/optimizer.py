@@ -43,6 +43,9 @@ def wrap(chunks: list[torch.nn.Module], grid: Grid) -> list[DistributedDataParal
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
+_FROM_CONFIG = ("max_lr", "min_lr", "betas", "eps", "fused", "foreach")
+
+
 @dataclass(frozen=True)
 class Optimization:
     """The optimizer and its learning-rate schedule."""
@@ -66,11 +69,15 @@ class Optimization:
             state: what `sharded_state` described, filled.
             steps: optimizer steps it stands for.
         """
+        # What the configuration says now holds, whatever the checkpoint was written with.
+        wanted = [{key: group[key] for key in _FROM_CONFIG if key in group} for group in self.optimizer.param_groups]
         inner = list(_torch_optimizers(self.optimizer))
         if not inner:
             self.optimizer.load_state_dict(state)
         for part in inner:
             _load_torch(self.optimizer, part, state, steps)
+        for group, values in zip(self.optimizer.param_groups, wanted, strict=True):
+            group.update(values)
         self.schedule.num_steps = 0
         self.schedule.step(steps)
 

@@ -53,7 +53,7 @@ def choose(name: str, local_rank: int) -> Device:
     """Picks and prepares the device of this rank, and checks the Megatron-Core version first.
 
     Args:
-        name: auto, cpu or cuda; auto takes cuda where a GPU is visible for this rank.
+        name: auto, cpu or cuda; auto takes cuda where any GPU is visible.
         local_rank: this rank's number on its node.
 
     Raises:
@@ -62,15 +62,17 @@ def choose(name: str, local_rank: int) -> Device:
     check_megatron(_installed("megatron-core"))
     _save_in_this_process()
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "cuda" and gpus <= local_rank:
-        raise UserError(
-            f"device: cuda, but rank {local_rank} of this node sees {gpus} GPUs; "
-            f"use device: cpu or start at most {gpus} ranks a node"
-        )
-    if name == "cuda" or (name == "auto" and gpus > local_rank):
+    # A launcher may show each rank its own GPU alone.
+    index = 0 if gpus == 1 else local_rank
+    if name == "cuda" or (name == "auto" and gpus > 0):
+        if gpus <= index:
+            raise UserError(
+                f"device: {name}, but rank {local_rank} of this node sees {gpus} GPUs; "
+                f"use device: cpu or start at most {gpus} ranks a node"
+            )
         from megatron_capgap.runtime.devices import cuda
 
-        return cuda.prepare(local_rank)
+        return cuda.prepare(index)
     from megatron_capgap.runtime.devices import cpu
 
     return cpu.prepare()
