@@ -44,14 +44,17 @@ class NoComparison:
     """There is no teacher: the divergence is 0."""
 
     def local_(self, student: Tensor) -> tuple[Tensor, Tensor]:
+        """Statistics: log-sum-exp of the student within the shard."""
         lse = softmax_(student)
         return lse, lse[None]
 
     def resolve(self, gathered: Tensor) -> tuple[Tensor, Tensor]:
+        """Nothing, and no factor."""
         zero = torch.zeros_like(gathered[0, 0])
         return zero, zero
 
     def gradient_(self, probabilities: Tensor, factor: Tensor, scale: Tensor) -> None:
+        """As in `Comparison`; there is no rest."""
         probabilities.mul_(factor[:, None])
 
 

@@ -92,7 +92,7 @@ def test_grid_and_work_of_a_distillation(material: Material, teacher: Path, tmp_
     assert "  stage 0: [0-1] [2-3]" in lines and "  stage 1: [4-5] [6-7]" in lines
     assert "tokens a step: 256 = 8 sequences x 32; 2 micro-batches of 2 on each data-parallel rank" in lines
     assert any(line.startswith("the run: 4 steps, 1,024 tokens, ") for line in lines)
-    memory = lines.index("memory of the fullest rank, MiB")
+    memory = lines.index("memory of the fullest rank on a CPU, MiB")
     assert lines[-1].startswith("  in all") and memory < len(lines) - 1
 
 
