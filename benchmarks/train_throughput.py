@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import socket
 import statistics
 import subprocess
@@ -119,11 +118,6 @@ def run_contender(name: str, ranks: int, folder: Path, steps: int) -> dict[str, 
     return {**answers[0], "peak": max(answer["peak"] for answer in answers)}
 
 
-def peak_resident() -> int:
-    """Largest resident set of this process so far, bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def ours(layout: dict[str, object]) -> object:
     """A contender: the distill stage itself."""
 
@@ -132,8 +126,9 @@ def ours(layout: dict[str, object]) -> object:
         import torch  # noqa: F401
 
         from megatron_capgap.__main__ import main as capgap
+        from megatron_capgap.runtime.devices.cpu import peak_resident_bytes
 
-        base = peak_resident()
+        base = peak_resident_bytes()
         os.chdir(folder)
         run_dir = Path(f"run_{os.environ['MASTER_PORT']}")
         words = [f"--student.layout.{key}={value}" for key, value in layout.items()]
@@ -144,7 +139,7 @@ def ours(layout: dict[str, object]) -> object:
         speeds = [line["tokens_per_second"] for line in lines[WARM_UP:]]
         return {
             "tokens_per_second": statistics.median(speeds),
-            "peak": peak_resident() - base,
+            "peak": peak_resident_bytes() - base,
             "loss": lines[0]["loss"],
         }
 
@@ -159,8 +154,9 @@ def plain_loop(folder: Path, steps: int) -> dict[str, float]:
 
     from megatron_capgap.config.schema import Data
     from megatron_capgap.data import pretrain
+    from megatron_capgap.runtime.devices.cpu import peak_resident_bytes
 
-    base = peak_resident()
+    base = peak_resident_bytes()
     torch.manual_seed(1)
     teacher, student = (
         LlamaForCausalLM(
@@ -201,7 +197,11 @@ def plain_loop(folder: Path, steps: int) -> dict[str, float]:
         optimizer.step()
         first = first or loss.item()
         speeds.append(BATCH * LENGTH / (time.perf_counter() - start))
-    return {"tokens_per_second": statistics.median(speeds[WARM_UP:]), "peak": peak_resident() - base, "loss": first}
+    return {
+        "tokens_per_second": statistics.median(speeds[WARM_UP:]),
+        "peak": peak_resident_bytes() - base,
+        "loss": first,
+    }
 
 
 def summarise(results: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:

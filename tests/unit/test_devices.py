@@ -1,5 +1,6 @@
 """The CPU device: what it changes in torch, and initial weights that no layout and no padding shows in."""
 
+import sys
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from megatron_capgap.config.schema import Layout, ModelShape, Precision
 from megatron_capgap.runtime.devices.device import check_megatron
 from tests.support import runs
 from tests.support.pool import WorkerPool
+from tests.support.processes import environment
 
 # Patches of torch stay in a process, so that all of this runs in workers.
 
@@ -186,3 +188,14 @@ def test_initial_weights_do_not_depend_on_the_layout(pool: WorkerPool, layout: L
             tensor = tensor[:rows]
         assert torch.equal(tensor, expected[key]), key
     assert 0.015 < expected["embedding.word_embeddings.weight"].std() < 0.025
+
+
+def test_peak_memory_is_this_process_s_own() -> None:
+    """A child started by a large process; `ru_maxrss` would report the parent's peak in it."""
+    child = "from megatron_capgap.runtime.devices.cpu import peak_resident_bytes as peak; print(peak())"
+    parent = (
+        "import subprocess, sys; block = bytearray(b'x') * (1500 << 20); "
+        f"subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", parent], env=environment(), capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout) < 1000 << 20
