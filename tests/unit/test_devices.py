@@ -1,5 +1,6 @@
 """The CPU device: what it changes in torch, and initial weights that no layout and no padding shows in."""
 
+import subprocess
 import sys
 from typing import Any
 
