@@ -11,6 +11,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.files import write_atomically
 from megatron_capgap.config.schema import ModelShape
 
 FORMAT = 1
@@ -43,8 +44,6 @@ class Manifest:
     """Tokens in one training sample."""
     device: str = "cpu"
     """Kind of device that wrote it; random states fit this alone."""
-    optimizer: bool = True
-    """Whether optimizer and random states are in it."""
     format: int = FORMAT
     """Version of this file."""
 
@@ -160,13 +159,3 @@ def publish(staged: Path, run_dir: Path, step: int, keep: int) -> Path:
     for old in [done for done in steps_in(run_dir) if done <= step][:-keep]:
         shutil.rmtree(run_dir / "checkpoints" / f"step_{old}", ignore_errors=True)
     return final
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a small file in one step, on disk before it is visible."""
-    beside = path.with_name(f".{path.name}.tmp")
-    with open(beside, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)

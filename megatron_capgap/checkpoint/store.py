@@ -39,7 +39,7 @@ def save(
     manifest: Manifest,
     chunks: Sequence[torch.nn.Module],
     grid: Grid,
-    optimization: Optimization | None,
+    optimization: Optimization,
     keep: int,
 ) -> None:
     """Writes one checkpoint and makes it the run's latest. Collective.
@@ -49,7 +49,7 @@ def save(
         manifest: what the checkpoint says of itself.
         chunks: this rank's model chunks.
         grid: their layout.
-        optimization: optimizer and schedule; None saves weights alone.
+        optimization: optimizer and schedule.
         keep: number of newest checkpoints that stay on disk.
     """
     staged = run_dir / "checkpoints" / f".step_{manifest.step}.incomplete"
@@ -102,14 +102,12 @@ def ranks(grid: Grid) -> tuple[int, int, int, int]:
 def _state(
     chunks: Sequence[torch.nn.Module],
     grid: Grid,
-    optimization: Optimization | None,
+    optimization: Optimization,
     *,
     loading: bool,
     random_state: bool = True,
 ) -> ShardedStateDict:
     state = sharded_state(list(chunks), grid)
-    if optimization is None:
-        return state
     state = {**state, "optimizer": optimization.sharded_state(state, loading=loading)}
     if random_state:
         state["random"] = _random_state()

@@ -5,16 +5,17 @@ was given and what would do.
 """
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
 from megatron_capgap.config.errors import ConfigError
+from megatron_capgap.config.files import write_atomically
 from megatron_capgap.config.keys import adapter, join, place, section_name, table
 from megatron_capgap.config.schema import Config
 from megatron_capgap.config.tree import Dumper, Tree, override, read_file
@@ -89,12 +90,7 @@ def load(path: str, overrides: Sequence[str], stage: str) -> Loaded:
 def dump(config: Config, path: str) -> None:
     """Writes what `load` reads back to an equal object, keys in schema order; replaces `path` atomically."""
     text = yaml.dump(json.loads(json.dumps(asdict(config))), Dumper=Dumper, sort_keys=False, width=110)
-    unfinished = f"{path}.tmp"
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    write_atomically(Path(path), text)
 
 
 def nearest(word: str, candidates: Sequence[str], cutoff: float = _PERHAPS_A_TYPO) -> str | None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from megatron_capgap.config.files import write_atomically
 from megatron_capgap.runtime.devices import Device
 
 
@@ -116,9 +116,7 @@ def drop_metrics_after(run_dir: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             continue
-    beside = path.with_name(".metrics.jsonl.tmp")
-    beside.write_text("".join(kept))
-    os.replace(beside, path)
+    write_atomically(path, "".join(kept))
 
 
 class Meter:

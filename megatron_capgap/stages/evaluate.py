@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from megatron_capgap.checkpoint.manifest import write_atomically
+from megatron_capgap.config.files import write_atomically
 from megatron_capgap.config.load import Loaded
 from megatron_capgap.data import pretrain
 from megatron_capgap.runtime.launch import Environment
@@ -31,12 +31,7 @@ def run(loaded: Loaded, environment: Environment) -> int:
             device=ground.device.torch_device,
         )
         step = resolved.student_source.manifest.step if resolved.student_source else 0
-        entry = {
-            "step": step,
-            "valid_loss": result.loss,
-            "valid_perplexity": result.perplexity,
-            "bits_per_byte": result.bits_per_byte,
-        }
+        entry = result.entry(step)
         ground.log.record(entry)
         if ground.log.speaks:
             facts = {

@@ -36,6 +36,15 @@ class Evaluation:
         """exp(loss)."""
         return math.exp(min(self.loss, 700.0))
 
+    def entry(self, step: int) -> dict[str, float]:
+        """Its line in metrics.jsonl."""
+        return {
+            "step": step,
+            "valid_loss": self.loss,
+            "valid_perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+        }
+
 
 def evaluate(
     chunks: Sequence[torch.nn.Module],

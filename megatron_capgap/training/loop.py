@@ -23,7 +23,7 @@ from megatron_capgap.runtime.devices import Device
 from megatron_capgap.runtime.layout import Grid
 from megatron_capgap.runtime.logging import Log, Meter, count
 from megatron_capgap.runtime.signals import StopRequest
-from megatron_capgap.training.evaluate import Evaluation, evaluate
+from megatron_capgap.training.evaluate import evaluate
 from megatron_capgap.training.optimizer import Optimization
 from megatron_capgap.training.step import LossFunction, StepResult, train_step
 
@@ -163,10 +163,10 @@ def _report(run: Run, done: int, result: StepResult, meter: Meter) -> None:
     run.log.advance(done, steps, f"{line}  left {meter.left(steps - done)}", run.config.train.log_every)
 
 
-def _evaluate(run: Run, done: int) -> Evaluation | None:
+def _evaluate(run: Run, done: int) -> None:
     """Loss on the held-out set, into metrics.jsonl."""
     if run.valid is None:
-        return None
+        return
     result = evaluate(
         run.chunks,
         run.grid,
@@ -178,16 +178,8 @@ def _evaluate(run: Run, done: int) -> Evaluation | None:
         batches=run.config.train.eval_batches,
         device=run.device.torch_device,
     )
-    run.log.record(
-        {
-            "step": done,
-            "valid_loss": result.loss,
-            "valid_perplexity": result.perplexity,
-            "bits_per_byte": result.bits_per_byte,
-        }
-    )
+    run.log.record(result.entry(done))
     run.log.say(
         f"step {done}  valid loss {result.loss:.4f}  perplexity {result.perplexity:.2f}  "
         f"{result.bits_per_byte:.4f} bits a byte  ({count(result.tokens)} tokens)"
     )
-    return result
