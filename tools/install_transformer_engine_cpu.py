@@ -1,0 +1,42 @@
+"""Installs Transformer Engine's Python files without its GPU libraries, for `engine: transformer_engine` on a CPU.
+
+    python tools/install_transformer_engine_cpu.py
+
+They come from its package of that name (under 1 MB, Python files alone), into a folder of their own beside the
+other packages of this Python. Does nothing where they are there already, or where a build for GPUs is.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from megatron_capgap.runtime.devices.transformer_engine_cpu import files
+
+
+def main() -> int:
+    """Installs unless installed; returns the exit code."""
+    found = files.installed()
+    if found is not None and (found[0] != files.folder() or found[1] == files.VERSION):
+        print(f"transformer_engine {found[1]} is in {found[0]}")
+        return 0
+    with tempfile.TemporaryDirectory() as name:
+        download = Path(name)
+        package = f"transformer-engine=={files.VERSION}"
+        words = ["download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"]
+        subprocess.run([sys.executable, "-m", "pip", *words, "--dest", name, package], check=True)
+        (wheel,) = download.glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            wanted = [item for item in archive.namelist() if item.endswith(".py") or ".dist-info/" in item]
+            archive.extractall(download / "files", wanted)
+        # In one step, so that an interrupted installation leaves nothing that looks whole.
+        shutil.rmtree(files.folder(), ignore_errors=True)
+        shutil.move(download / "files", files.folder())
+    print(f"installed transformer_engine {files.VERSION} (Python files) into {files.folder()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
