@@ -8,21 +8,25 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from megatron_capgap import __version__
-from megatron_capgap.config import help
+from megatron_capgap.config import derive, help
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.keys import table
-from megatron_capgap.config.load import load, nearest
+from megatron_capgap.config.load import Loaded, load, nearest
 from megatron_capgap.config.schema import STAGES
 from megatron_capgap.runtime import launch
 from megatron_capgap.runtime.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from megatron_capgap.runtime.devices import Device
 
 USER_ERROR = 2
 INTERRUPTED = 130
 
 _FLAGS = {"-h": "help", "--help": "help", "--version": "version", "--check": "check"}
-_OPTIONS = ("--config", "--check-world")
+_OPTIONS = ("--config", "--check-world", "--check-capability")
 # Launchers end all ranks as soon as one exits; the silent ranks stay this long, so that the first can speak.
 _GRACE_SECONDS = 2.0
 
@@ -35,7 +39,7 @@ class Command:
     flags: frozenset[str]
     """Of help, version, check."""
     options: dict[str, str]
-    """The values of --config and --check-world, where given."""
+    """The values of --config, --check-world and --check-capability, where given."""
     overrides: tuple[str, ...]
     """`--section.key=value` each."""
 
@@ -123,16 +127,23 @@ def _obey(command: Command) -> int:
     if "--config" not in command.options:
         raise UserError(f"--config: missing; write {command.stage} --config FILE with the YAML file of the run")
     environment = launch.read_environment()
-    supposed = _world(command.options)
+    supposed, capability = _world(command.options), _capability(command.options)
     loaded = load(command.options["--config"], command.overrides, command.stage)
-    if "check" in command.flags or supposed:
+    if "check" in command.flags or supposed or capability:
         checker = importlib.import_module("megatron_capgap.stages.check")
-        report = checker.report(loaded, command.stage, supposed or environment.world)
+        report = checker.report(loaded, command.stage, supposed or environment.world, capability)
         if environment.rank == 0:
             sys.stdout.write(f"{report.rstrip()}\n")
         return 0
     quiet_libraries()
-    return importlib.import_module(f"megatron_capgap.stages.{command.stage}").run(loaded, environment)
+    device = _choose_device(loaded, environment)
+    return importlib.import_module(f"megatron_capgap.stages.{command.stage}").run(loaded, environment, device)
+
+
+def _choose_device(loaded: Loaded, environment: launch.Environment) -> "Device":
+    """The device comes before the stages, which import Megatron-Core."""
+    devices = importlib.import_module("megatron_capgap.runtime.devices")
+    return devices.choose(loaded.config.device, environment.local_rank, derive.precisions(loaded.config))
 
 
 def _world(options: dict[str, str]) -> int | None:
@@ -141,6 +152,17 @@ def _world(options: dict[str, str]) -> int | None:
     if given is not None and not (given.isdecimal() and int(given) > 0):
         raise UserError(f"--check-world: {given} given; a number of ranks > 0 would do")
     return None if given is None else int(given)
+
+
+def _capability(options: dict[str, str]) -> tuple[int, int] | None:
+    """The GPUs' compute capability that --check-capability supposes; None where it was not given."""
+    given = options.get("--check-capability")
+    if given is None:
+        return None
+    major, dot, minor = given.partition(".")
+    if not (dot and major.isdecimal() and minor.isdecimal()):
+        raise UserError(f"--check-capability: {given} given; 8.0 (A100), 9.0 (H100) or 10.0 (B200) would do")
+    return int(major), int(minor)
 
 
 def _speaks() -> bool:

@@ -44,8 +44,15 @@ class Manifest:
     """Tokens in one training sample."""
     device: str = "cpu"
     """Kind of device that wrote it; random states fit this alone."""
+    fp8_recipe: str | None = None
+    """FP8 recipe of the run that wrote it; delayed scaling keeps its scales in the checkpoint."""
     format: int = FORMAT
     """Version of this file."""
+
+    @property
+    def holds_scales(self) -> bool:
+        """Whether the scales of delayed FP8 scaling are in it."""
+        return self.fp8_recipe == "delayed"
 
 
 def write(manifest: Manifest, folder: Path) -> None:

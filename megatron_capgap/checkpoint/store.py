@@ -54,7 +54,7 @@ def save(
     """
     staged = run_dir / "checkpoints" / f".step_{manifest.step}.incomplete"
     on_first_rank(lambda: _fresh_folder(staged))
-    state = _state(chunks, grid, optimization, loading=False)
+    state = _state(chunks, grid, optimization, loading=False, scales=manifest.holds_scales)
     dist_checkpointing.save(state, str(staged))
     dist.barrier()
 
@@ -73,14 +73,17 @@ def load_weights(folder: Path, chunks: Sequence[torch.nn.Module], grid: Grid) ->
 
 
 def load_training(folder: Path, chunks: Sequence[torch.nn.Module], grid: Grid, optimization: Optimization) -> None:
-    """Fills model, optimizer, schedule and random state from a checkpoint. Collective.
+    """Fills model, optimizer, schedule, FP8 scales and random state from a checkpoint. Collective.
 
     In the layout that wrote it the run goes on to the last digit; in another one weights and optimizer are the same and
     dropout draws from new random streams.
     """
     manifest = manifests.read(folder)
     same_ranks = manifest.ranks == ranks(grid) and manifest.device == chunks_device(chunks)
-    state = _state(chunks, grid, optimization, loading=True, random_state=same_ranks)
+    # Without its own scales, delayed scaling starts as a new run would; other recipes keep none.
+    config = unwrap(chunks[0]).config
+    scales = manifest.holds_scales and config.fp8 is not None and config.fp8_recipe == manifest.fp8_recipe
+    state = _state(chunks, grid, optimization, loading=True, random_state=same_ranks, scales=scales)
     loaded = _load(state, folder)
     _fill(chunks, loaded)
     optimization.load(loaded["optimizer"], manifest.step)
@@ -106,9 +109,13 @@ def _state(
     *,
     loading: bool,
     random_state: bool = True,
+    scales: bool = False,
 ) -> ShardedStateDict:
-    state = sharded_state(list(chunks), grid)
-    state = {**state, "optimizer": optimization.sharded_state(state, loading=loading)}
+    weights = sharded_state(list(chunks), grid)
+    state = {
+        **(sharded_state(list(chunks), grid, scales=True) if scales else weights),
+        "optimizer": optimization.sharded_state(weights, loading=loading),
+    }
     if random_state:
         state["random"] = _random_state()
     return state

@@ -44,6 +44,8 @@ class Case:
     world: int
     models: tuple[Model, ...]
     """The student, then the teacher where there is one."""
+    capability: tuple[int, int] | None = None
+    """Compute capability of the GPUs, or the supposed one; None where there are none, or nobody knows."""
 
     @property
     def config(self) -> Config:
@@ -67,7 +69,14 @@ class Case:
         return f"{self.loaded.place(key)}: {text}"
 
 
-def build(loaded: Loaded, stage: str, world: int, student: ModelShape, teacher: ModelShape | None) -> Case:
+def build(
+    loaded: Loaded,
+    stage: str,
+    world: int,
+    student: ModelShape,
+    teacher: ModelShape | None,
+    capability: tuple[int, int] | None,
+) -> Case:
     """The case of one run; the arguments are those of `checks.check`."""
     config = loaded.config
     path = None if config.student.model else config.student.checkpoint
@@ -77,7 +86,7 @@ def build(loaded: Loaded, stage: str, world: int, student: ModelShape, teacher: 
         key = "teacher.layout" if config.teacher.layout else "student.layout"
         layout = derive.teacher_layout(config)
         models.append(Model(loaded, "teacher", teacher, layout, key, config.teacher.checkpoint))
-    return Case(loaded, stage, world, tuple(models))
+    return Case(loaded, stage, world, tuple(models), capability)
 
 
 def divisors(*numbers: int) -> str:

@@ -5,14 +5,21 @@ Each problem says where the key was said, the key, its value, what it clashes wi
 
 from collections.abc import Callable, Iterator
 
-from megatron_capgap.config import derive
+from megatron_capgap.config import derive, fp8
 from megatron_capgap.config.case import Case, as_yaml, build, divisors, multiples
 from megatron_capgap.config.errors import ConfigError
 from megatron_capgap.config.load import NEEDS, Loaded
 from megatron_capgap.config.schema import ModelShape, Objective
 
 
-def check(loaded: Loaded, stage: str, world: int, student: ModelShape, teacher: ModelShape | None) -> None:
+def check(
+    loaded: Loaded,
+    stage: str,
+    world: int,
+    student: ModelShape,
+    teacher: ModelShape | None,
+    capability: tuple[int, int] | None = None,
+) -> None:
     """Runs every check.
 
     Args:
@@ -21,11 +28,12 @@ def check(loaded: Loaded, stage: str, world: int, student: ModelShape, teacher: 
         world: number of ranks of the run, or the one that `--check-world` supposes.
         student: student.model, or the shape found in student.checkpoint.
         teacher: the shape found in teacher.checkpoint; None in a stage without a teacher.
+        capability: compute capability of the GPUs; None where there are none, or nobody knows.
 
     Raises:
         ConfigError: with one line for every problem of every check.
     """
-    case = build(loaded, stage, world, student, teacher)
+    case = build(loaded, stage, world, student, teacher, capability)
     if problems := [problem for row in CHECKS for problem in row(case)]:
         raise ConfigError(problems)
 
@@ -227,4 +235,5 @@ CHECKS: tuple[Callable[[Case], Iterator[str]], ...] = (
     every_training_set_has_a_weight,
     evaluations_have_data,
     objective_is_used,
+    *fp8.CHECKS,
 )

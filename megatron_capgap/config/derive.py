@@ -1,6 +1,6 @@
 """What follows from a configuration and the world size: the nulls resolved, in one place."""
 
-from megatron_capgap.config.schema import Config, Layout
+from megatron_capgap.config.schema import Config, Layout, Precision
 
 
 def ranks_per_model(layout: Layout) -> int:
@@ -46,3 +46,31 @@ def teacher_micro_batch(config: Config) -> int:
     """Sequences in one forward pass of the teacher. Needs a teacher."""
     assert config.teacher is not None
     return config.teacher.micro_batch or config.train.micro_batch
+
+
+def student_precision(config: Config) -> Precision:
+    """The student's arithmetic: its own section, or the common one."""
+    return config.student.precision or config.precision
+
+
+def teacher_precision(config: Config) -> Precision:
+    """The teacher's arithmetic: its own section, or the common one. Needs a teacher."""
+    assert config.teacher is not None
+    return config.teacher.precision or config.precision
+
+
+def precisions(config: Config) -> tuple[Precision, ...]:
+    """The arithmetic of each model, the student's first."""
+    teacher = (teacher_precision(config),) if config.teacher else ()
+    return (student_precision(config), *teacher)
+
+
+def engine(precision: Precision, default: str) -> str:
+    """local or transformer_engine: what precision.engine comes to.
+
+    Args:
+        default: what `auto` is on the device at hand, without FP8.
+    """
+    if precision.engine != "auto":
+        return precision.engine
+    return "transformer_engine" if precision.fp8 else default

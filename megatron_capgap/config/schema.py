@@ -82,6 +82,44 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class FP8:
+    """8-bit matrix products of the transformer layers' linears, by Transformer Engine."""
+
+    __pydantic_config__ = STRICT
+
+    recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
+    """Where scales come from: delayed (a tensor's largest values in earlier steps), tensorwise (the tensor at hand),
+    blockwise (128 x 128 of a weight, 1 x 128 of the rest), mxfp8 (32 values; Blackwell)."""
+    format: Literal["hybrid", "e4m3"] = "hybrid"
+    """hybrid: E4M3 forward and E5M2 for gradients; e4m3: E4M3 everywhere."""
+    first_last_layers_bf16: NonNegative = 0
+    """So many layers at either end of the model stay in the type of compute; not with recipe delayed."""
+    amax_history: Positive = 1024
+    """Steps that recipe delayed remembers."""
+    amax_algorithm: Literal["max", "most_recent"] = "max"
+    """What recipe delayed takes from its history."""
+    param_gather: bool = False
+    """Keep the weights themselves in FP8, and gather those after each step; saves memory and communication."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Arithmetic."""
+
+    __pydantic_config__ = STRICT
+
+    compute: Literal["fp32", "bf16"] = "fp32"
+    """Type of weights and activations; with bf16 the optimizer keeps fp32 master weights and gradients."""
+    engine: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Whose layers are built: local is Megatron's own; auto is transformer_engine where fp8 is given or a GPU is used
+    and Transformer Engine is installed, local otherwise. On a CPU transformer_engine runs its modules on emulated
+    kernels."""
+    fp8: FP8 | None = None
+    """8-bit matrix products; null means none. LM heads, embeddings, norms, attention scores and the loss stay in the
+    type of compute or wider."""
+
+
+@dataclass(frozen=True)
 class Student:
     """The model that a stage trains (adapt, distill) or measures (evaluate)."""
 
@@ -93,6 +131,8 @@ class Student:
     """The model in numbers, started from random weights; give either this or checkpoint."""
     layout: Layout = field(default_factory=Layout)
     """How this model is cut over ranks."""
+    precision: Precision | None = None
+    """This model's own arithmetic, in place of the section precision; null means that section."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +149,8 @@ class Teacher:
     """colocated: teacher and student take turns on all ranks."""
     micro_batch: Positive | None = None
     """Sequences in one teacher forward pass; null means train.micro_batch."""
+    precision: Precision | None = None
+    """The teacher's own arithmetic, in place of the section precision; null means that section."""
 
 
 @dataclass(frozen=True)
@@ -196,16 +238,6 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class Precision:
-    """Arithmetic."""
-
-    __pydantic_config__ = STRICT
-
-    compute: Literal["fp32", "bf16"] = "fp32"
-    """Type of weights and activations; with bf16 the optimizer keeps fp32 master weights and gradients."""
-
-
-@dataclass(frozen=True)
 class Checkpoint:
     """What is kept."""
 
@@ -254,7 +286,7 @@ class Config:
     objective: Objective = field(default_factory=Objective)
     """What the student minimises."""
     precision: Precision = field(default_factory=Precision)
-    """Arithmetic."""
+    """Arithmetic of student and teacher, where they have no section of their own."""
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     """What is kept."""
     runtime: Runtime = field(default_factory=Runtime)

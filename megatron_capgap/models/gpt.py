@@ -16,7 +16,8 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_capgap.config.schema import Layout, ModelShape, Precision
+from megatron_capgap.config import derive
+from megatron_capgap.config.schema import FP8, Layout, ModelShape, Precision
 from megatron_capgap.models import size, specs
 from megatron_capgap.runtime.devices import Device
 from megatron_capgap.runtime.layout import Grid
@@ -54,7 +55,9 @@ def transformer_config(
 ) -> TransformerConfig:
     """The numbers in Megatron's words."""
     dtype = DTYPES[precision.compute]
+    engine = derive.engine(precision, device.default_engine)
     return TransformerConfig(
+        **_fp8(precision.fp8),
         num_layers=shape.layers,
         hidden_size=shape.hidden,
         num_attention_heads=shape.heads,
@@ -91,8 +94,24 @@ def transformer_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=_active(device, "Apex fused weight gradient"),
-        apply_rope_fusion=device.engine == "transformer_engine",
+        apply_rope_fusion=engine == "transformer_engine" and device.name == "cuda",
     )
+
+
+def _fp8(wanted: FP8 | None) -> dict[str, object]:
+    """FP8 in Megatron's words; it enters Transformer Engine's context around each block or layer by itself."""
+    if wanted is None:
+        return {}
+    return {
+        "fp8": wanted.format,
+        "fp8_recipe": wanted.recipe,
+        "fp8_amax_history_len": wanted.amax_history,
+        "fp8_amax_compute_algo": wanted.amax_algorithm,
+        "fp8_param": wanted.param_gather,
+        "first_last_layers_bf16": wanted.first_last_layers_bf16 > 0,
+        "num_layers_at_start_in_bf16": wanted.first_last_layers_bf16,
+        "num_layers_at_end_in_bf16": wanted.first_last_layers_bf16,
+    }
 
 
 def build(
@@ -118,12 +137,13 @@ def build(
     """
     layout = grid.layout if virtual else Layout(**{**vars(grid.layout), "virtual_pipeline": 1})
     config = transformer_config(shape, layout, precision, device, dropout)
+    engine = derive.engine(precision, device.default_engine)
     chunks = []
     for chunk in range(layout.virtual_pipeline):
         stage = chunk if layout.virtual_pipeline > 1 else None
         model = HiddenStateModel(
             config=config,
-            transformer_layer_spec=specs.block(config, device.engine, stage, grid.pipeline_rank),
+            transformer_layer_spec=specs.block(config, engine, device, stage, grid.pipeline_rank),
             vocab_size=size.padded_vocab(shape.vocab, layout.tensor),
             max_sequence_length=sequence_length,
             pre_process=grid.on_first_stage and chunk == 0,

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_capgap.config import derive
-from megatron_capgap.config.schema import Config, Layout, ModelShape
+from megatron_capgap.config import derive, fp8
+from megatron_capgap.config.schema import Config, Layout, ModelShape, Precision
 from megatron_capgap.models import size
 
 _BYTES = {"fp32": 4, "bf16": 2}
@@ -34,6 +34,8 @@ class Memory:
     activations: int = 0
     backward_pass: int = 0
     loss: int = 0
+    fp8_copies: int = 0
+    """Weights of the layers cast to FP8, kept for a step: the student's for forward and backward pass."""
     teacher_weights: int = 0
     teacher_hidden: int = 0
     heap: int = 0
@@ -72,14 +74,20 @@ def estimate(
 def _of_stage(
     config: Config, stage: str, student: ModelShape, teacher: ModelShape | None, world: int, pipeline_rank: int
 ) -> Memory:
-    layout, width = config.student.layout, _BYTES[config.precision.compute]
+    layout, precision = config.student.layout, derive.student_precision(config)
+    width = _BYTES[precision.compute]
     held = size.rank_parameters(student, layout, pipeline_rank)
     tokens = config.train.micro_batch * config.data.sequence_length
     last = pipeline_rank == layout.pipeline - 1
     backward = 6 * student.ffn // layout.tensor  # of one feed-forward layer, the largest
     if stage == "evaluate":
         passing = backward * tokens * width
-        return Memory(weights=held * width, activations=passing, loss=_logits(student, layout, tokens) if last else 0)
+        return Memory(
+            weights=held * width,
+            activations=passing,
+            loss=_logits(student, layout, tokens) if last else 0,
+            fp8_copies=_fp8_copies(precision, student, layout, trains=False),
+        )
     micro_batches = derive.micro_batches(config, layout, world)
     kept = _kept(student, layout) * _layers_in_flight(layout, micro_batches, pipeline_rank, student.layers)
     kept += [_cut(student.hidden, layout)] * 2 if last else []
@@ -91,12 +99,32 @@ def _of_stage(
         activations=sum(kept) * tokens * width,
         backward_pass=backward * tokens * width,
         loss=_loss(student, teacher, layout, tokens, width) if last else 0,
-        teacher_weights=size.rank_parameters(teacher, layout, pipeline_rank) * width if teacher else 0,
-        teacher_hidden=micro_batches * tokens * _cut(teacher.hidden, layout) * width if teacher and last else 0,
+        fp8_copies=_fp8_copies(precision, student, layout, trains=True),
+        **(_of_teacher(config, teacher, micro_batches * tokens, pipeline_rank) if teacher else {}),
         heap=_heap([*kept, *[student.ffn // layout.tensor] * 6], tokens * width),
         workspace=_WORKSPACE,
         saving=_SAVED_BYTES * held + _SAVING_BUFFERS,
     )
+
+
+def _of_teacher(config: Config, teacher: ModelShape, tokens: int, pipeline_rank: int) -> dict[str, int]:
+    """Its weights, and the hidden states of a global batch, on one rank of the layout that it shares."""
+    layout, precision = config.student.layout, derive.teacher_precision(config)
+    width, last = _BYTES[precision.compute], pipeline_rank == layout.pipeline - 1
+    weights = size.rank_parameters(teacher, layout, pipeline_rank) * width
+    return {
+        "teacher_weights": weights + _fp8_copies(precision, teacher, layout, trains=False),
+        "teacher_hidden": tokens * _cut(teacher.hidden, layout) * width if last else 0,
+    }
+
+
+def _fp8_copies(precision: Precision, shape: ModelShape, layout: Layout, *, trains: bool) -> int:
+    """A byte a weight, and another for the transposed copy that the backward pass multiplies with."""
+    if precision.fp8 is None:
+        return 0
+    layers = shape.layers - 2 * precision.fp8.first_last_layers_bf16
+    weights = sum(outputs * inputs for outputs, inputs in fp8.linears(shape, layout).values())
+    return (2 if trains else 1) * weights * min(layers, shape.layers // layout.pipeline)
 
 
 def _cut(hidden: int, layout: Layout) -> int:

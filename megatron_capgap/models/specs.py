@@ -25,6 +25,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from megatron_capgap.runtime.devices import Device
+
 
 class _RMSNormFunction(torch.autograd.Function):
     """x * rstd * gain, with rstd = 1 / sqrt(mean(x^2) + epsilon).
@@ -163,18 +165,27 @@ def _local_layer() -> ModuleSpec:
     )
 
 
+def _engine_layer(own_attention: bool) -> ModuleSpec:
+    """One layer of Transformer Engine's modules; its attention needs a GPU."""
+    layer = get_gpt_layer_with_transformer_engine_spec()
+    if own_attention:
+        layer.submodules.self_attention.submodules.core_attention = ScaledDotProductAttention
+    return layer
+
+
 def block(
-    config: TransformerConfig, engine: str, chunk: int | None, pipeline_rank: int
+    config: TransformerConfig, engine: str, device: Device, chunk: int | None, pipeline_rank: int
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """The layers of one model chunk.
 
     Args:
         config: Megatron's transformer configuration.
         engine: local or transformer_engine.
+        device: what it is to run on.
         chunk: virtual stage, or None without virtual stages.
         pipeline_rank: this rank's stage.
     """
     if engine == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec()
+        return _engine_layer(own_attention=device.name == "cpu")
     layers = get_num_layers_to_build(config, chunk, pipeline_rank)
     return TransformerBlockSubmodules(layer_specs=[_local_layer()] * layers, layer_norm=RMSNorm)

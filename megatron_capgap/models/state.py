@@ -18,10 +18,16 @@ from megatron_capgap.runtime.layout import Grid
 _ROWS = 4096
 
 
-def sharded_state(chunks: list[torch.nn.Module], grid: Grid) -> ShardedStateDict:
+def sharded_state(chunks: list[torch.nn.Module], grid: Grid, *, scales: bool = False) -> ShardedStateDict:
     """Megatron's sharded state dict of all chunks of this rank.
 
-    The keys name every tensor the same way in every layout. `_extra_state` entries, which only FP8 fills, are left out.
+    The keys name every tensor the same way in every layout.
+
+    Args:
+        chunks: this rank's model chunks.
+        grid: their layout.
+        scales: with Transformer Engine's `_extra_state`: the scales and histories of delayed FP8 scaling. They are the
+            same on all tensor- and data-parallel ranks, and one entry a linear, so that they fit any layout too.
 
     Returns:
         `{"model": {...}}`, or `{"model0": {...}, "model1": {...}}` with virtual stages.
@@ -31,7 +37,7 @@ def sharded_state(chunks: list[torch.nn.Module], grid: Grid) -> ShardedStateDict
     for index, chunk in enumerate(chunks):
         part = unwrap(chunk).sharded_state_dict(metadata=metadata)
         name = "model" if len(chunks) == 1 else f"model{index}"
-        state[name] = {key: value for key, value in part.items() if not key.endswith("_extra_state")}
+        state[name] = {key: value for key, value in part.items() if scales or not key.endswith("_extra_state")}
     return state
 
 

@@ -58,9 +58,7 @@ class Log:
     def parts(self, device: Device) -> None:
         """The start-up table: which engine and which fused parts are in use, and why not."""
         rows = [(part.name, "yes" if part.active else "no", part.why) for part in device.parts]
-        self.table(
-            f"device {device.name}, backend {device.backend}, engine {device.engine}", ("part", "in use", ""), rows
-        )
+        self.table(f"device {device.name}, backend {device.backend}", ("part", "in use", ""), rows)
 
     def record(self, entry: Mapping[str, Any]) -> None:
         """One object to metrics.jsonl, its numbers to TensorBoard under their names."""

@@ -9,15 +9,16 @@ from torch import Tensor
 from megatron_capgap.config.load import Loaded
 from megatron_capgap.data.batch import MicroBatch
 from megatron_capgap.losses import Loss, language_model_loss
+from megatron_capgap.runtime.devices import Device
 from megatron_capgap.runtime.launch import Environment
 from megatron_capgap.stages import common
 from megatron_capgap.training.loop import train
 from megatron_capgap.training.step import LossFunction
 
 
-def run(loaded: Loaded, environment: Environment) -> int:
+def run(loaded: Loaded, environment: Environment, device: Device) -> int:
     """Trains; returns the exit code."""
-    with common.ground(loaded, "adapt", environment) as ground:
+    with common.ground(loaded, "adapt", environment, device) as ground:
         vocab_size, grid = ground.resolved.student.vocab, ground.grid
 
         def loss(hidden: Tensor, head: Tensor, batch: MicroBatch) -> Loss:

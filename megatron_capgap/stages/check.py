@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_capgap.config import derive
+from megatron_capgap.config import derive, fp8
 from megatron_capgap.config.load import Loaded
 from megatron_capgap.config.schema import Layout, ModelShape
 from megatron_capgap.models import memory, size
@@ -13,23 +13,24 @@ from megatron_capgap.stages.resolve import Resolved, resolve
 _MIB = 1 << 20
 
 
-def report(loaded: Loaded, stage: str, world: int) -> str:
+def report(loaded: Loaded, stage: str, world: int, capability: tuple[int, int] | None = None) -> str:
     """Resolves and checks a configuration, and tells parameters, rank grid, tokens a step and memory a rank.
 
     Args:
         loaded: the configuration.
         stage: which stage would run.
         world: number of ranks, real or supposed.
+        capability: compute capability of the GPUs that the run is to get; None leaves FP8 recipes unchecked for them.
 
     Raises:
         UserError: whatever would stop the run before its first step, short of reading the data.
     """
-    resolved = resolve(loaded, stage, world)
+    resolved = resolve(loaded, stage, world, capability)
     config = resolved.config
     lines = [f"{stage}: the configuration is sound", ""]
     lines += _models(resolved)
     lines += ["", *_grid(config.student.layout, world)]
-    lines += ["", *_work(resolved)]
+    lines += ["", *arithmetic(resolved), *_work(resolved)]
     lines += ["", *_memory(resolved)]
     return "\n".join(lines) + "\n"
 
@@ -78,6 +79,26 @@ def _grid(layout: Layout, world: int) -> list[str]:
 
 def _span(first: int, count: int) -> str:
     return str(first) if count == 1 else f"{first}-{first + count - 1}"
+
+
+def arithmetic(resolved: Resolved) -> list[str]:
+    """One line for each model: the type it computes in and how many matrix products run in FP8."""
+    lines = []
+    shapes = (("student", resolved.student), ("teacher", resolved.teacher))
+    for (name, shape), precision in zip(shapes, derive.precisions(resolved.config), strict=False):
+        assert shape is not None
+        trains = name == "student" and resolved.stage != "evaluate"
+        count = fp8.gemm_count(precision, shape, trains=trains)
+        line = f"{name} arithmetic: {precision.compute}"
+        if precision.fp8 is not None:
+            wanted = precision.fp8
+            needed = ".".join(map(str, fp8.CAPABILITY[wanted.recipe]))
+            line += (
+                f" and FP8 ({wanted.recipe}, {wanted.format}; GPUs of compute capability {needed} or newer): "
+                f"{count.fp8} matrix products of a micro-batch in FP8, {count.others} in {precision.compute}"
+            )
+        lines.append(line)
+    return lines
 
 
 def _work(resolved: Resolved) -> list[str]:

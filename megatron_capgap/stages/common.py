@@ -13,6 +13,7 @@ import torch
 
 from megatron_capgap.checkpoint import store
 from megatron_capgap.checkpoint.manifest import Manifest, begin_training_run
+from megatron_capgap.config import derive
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.load import Loaded, dump
 from megatron_capgap.config.schema import Config
@@ -21,10 +22,11 @@ from megatron_capgap.data.batch import MicroBatch
 from megatron_capgap.models import gpt, memory, size
 from megatron_capgap.models.state import initialise
 from megatron_capgap.runtime import launch, layout
-from megatron_capgap.runtime.devices import Device, choose
+from megatron_capgap.runtime.devices import Device
 from megatron_capgap.runtime.launch import Environment
 from megatron_capgap.runtime.layout import Grid
 from megatron_capgap.runtime.logging import Log, count, drop_metrics_after
+from megatron_capgap.stages import check
 from megatron_capgap.stages.resolve import Resolved, resolve
 from megatron_capgap.training import optimizer
 from megatron_capgap.training.loop import Run
@@ -56,7 +58,7 @@ class Ground:
 
 
 @contextmanager
-def ground(loaded: Loaded, stage: str, environment: Environment) -> Iterator[Ground]:
+def ground(loaded: Loaded, stage: str, environment: Environment, device: Device) -> Iterator[Ground]:
     """Checks everything, joins the ranks, opens the run directory; leaves the process groups at the end. Collective.
 
     A run directory that was made here goes again where the stage fails before it has called `begin`.
@@ -65,8 +67,7 @@ def ground(loaded: Loaded, stage: str, environment: Environment) -> Iterator[Gro
         UserError: on every rank alike.
     """
     config = loaded.config
-    resolved = resolve(loaded, stage, environment.world)
-    device = choose(config.device, environment.local_rank)
+    resolved = resolve(loaded, stage, environment.world, device.capability)
     launch.join(environment, device, config.runtime.timeout_seconds)
     log = None
     new = _missing_folders(Path(config.run_dir)) if environment.rank == 0 else []
@@ -98,7 +99,7 @@ def student_chunks(ground: Ground) -> list[torch.nn.Module]:
     chunks = gpt.build(
         resolved.student,
         ground.grid,
-        config.precision,
+        derive.student_precision(config),
         ground.device,
         sequence_length=config.data.sequence_length,
         dropout=config.train.dropout,
@@ -212,6 +213,8 @@ def _introduce(log: Log, resolved: Resolved, device: Device, grid: Grid) -> None
         if shape is not None:
             total, inner = size.parameters(shape), size.non_embedding_parameters(shape)
             log.say(f"{name}: {count(total)} parameters, {count(inner)} without embeddings")
+    for line in check.arithmetic(resolved):
+        log.say(line)
     cut = grid.layout
     tokens = resolved.global_batch * resolved.config.data.sequence_length
     log.say(
@@ -223,6 +226,7 @@ def _introduce(log: Log, resolved: Resolved, device: Device, grid: Grid) -> None
 def _describe(ground: Ground, done: int) -> Manifest:
     resolved, config = ground.resolved, ground.config
     samples = done * resolved.global_batch
+    fp8 = derive.student_precision(config).fp8
     return Manifest(
         step=done,
         steps=config.train.steps or done,
@@ -235,4 +239,5 @@ def _describe(ground: Ground, done: int) -> Manifest:
         ranks=store.ranks(ground.grid),
         device=ground.device.name,
         sequence_length=config.data.sequence_length,
+        fp8_recipe=fp8.recipe if fp8 else None,
     )

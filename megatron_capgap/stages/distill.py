@@ -13,15 +13,16 @@ from megatron_capgap.data.batch import MicroBatch
 from megatron_capgap.distillation.teacher import Teacher, freeze
 from megatron_capgap.losses import DistillationObjective, Loss, TeacherHidden, distillation_loss
 from megatron_capgap.models import gpt
+from megatron_capgap.runtime.devices import Device
 from megatron_capgap.runtime.launch import Environment
 from megatron_capgap.stages import common
 from megatron_capgap.training.loop import train
 from megatron_capgap.training.step import LossFunction
 
 
-def run(loaded: Loaded, environment: Environment) -> int:
+def run(loaded: Loaded, environment: Environment, device: Device) -> int:
     """Distils; returns the exit code."""
-    with common.ground(loaded, "distill", environment) as ground:
+    with common.ground(loaded, "distill", environment, device) as ground:
         teacher = open_teacher(ground)
         objective = DistillationObjective(**vars(ground.config.objective))
         vocab_size, grid = ground.resolved.student.vocab, ground.grid
@@ -57,7 +58,7 @@ def open_teacher(ground: common.Ground) -> Teacher:
     chunks = gpt.build(
         shape,
         ground.grid,
-        config.precision,
+        derive.teacher_precision(config),
         ground.device,
         sequence_length=config.data.sequence_length,
         virtual=False,

@@ -7,14 +7,15 @@ import json
 from megatron_capgap.config.files import write_atomically
 from megatron_capgap.config.load import Loaded
 from megatron_capgap.data import pretrain
+from megatron_capgap.runtime.devices import Device
 from megatron_capgap.runtime.launch import Environment
 from megatron_capgap.stages import common
 from megatron_capgap.training.evaluate import evaluate
 
 
-def run(loaded: Loaded, environment: Environment) -> int:
+def run(loaded: Loaded, environment: Environment, device: Device) -> int:
     """Measures, writes RUN/evaluation.json; returns the exit code."""
-    with common.ground(loaded, "evaluate", environment) as ground:
+    with common.ground(loaded, "evaluate", environment, device) as ground:
         config, resolved = ground.config, ground.resolved
         chunks = common.student_chunks(ground)
         samples = pretrain.open_validation(config.data, common.cache_dir(config))

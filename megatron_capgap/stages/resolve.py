@@ -48,7 +48,7 @@ class Resolved:
         return derive.global_batch(self.config, self.config.student.layout, self.world)
 
 
-def resolve(loaded: Loaded, stage: str, world: int) -> Resolved:
+def resolve(loaded: Loaded, stage: str, world: int, capability: tuple[int, int] | None = None) -> Resolved:
     """Finds the models and checks everything that can be checked without reading data.
 
     Raises:
@@ -60,7 +60,7 @@ def resolve(loaded: Loaded, stage: str, world: int) -> Resolved:
     student = config.student.model or (student_source.manifest.model if student_source else None)
     assert student is not None, "load refuses a student that has neither"
     teacher = teacher_source.manifest.model if teacher_source else None
-    checks.check(loaded, stage, world, student, teacher)
+    checks.check(loaded, stage, world, student, teacher, capability)
     tokenizer = open_tokenizer(config.data.tokenizer)
     resumed = _begun(loaded, stage, world, student, tokenizer)
     problems = [

@@ -13,6 +13,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
 
+from megatron_capgap.config import derive
 from megatron_capgap.config.schema import Config
 from megatron_capgap.runtime.devices import Device
 from megatron_capgap.runtime.layout import Grid
@@ -125,7 +126,8 @@ def build(chunks: list[DistributedDataParallel], config: Config, device: Device)
         device: switches on its fused kernels.
     """
     wanted = config.optimizer
-    bf16 = config.precision.compute == "bf16"
+    precision = derive.student_precision(config)
+    bf16 = precision.compute == "bf16"
     settings = OptimizerConfig(
         optimizer="adam",
         lr=wanted.lr,

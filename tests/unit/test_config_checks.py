@@ -33,11 +33,11 @@ def problems_of(tmp_path, monkeypatch):
     Path("distill.yaml").write_text(yaml.safe_dump(BASE, sort_keys=False))
 
     def problems_of(
-        *overrides: str, world: int = 8, stage: str = "distill", student=None, teacher=TEACHER
+        *overrides: str, world: int = 8, stage: str = "distill", student=None, teacher=TEACHER, capability=None
     ) -> list[str]:
         loaded = load("distill.yaml", overrides, stage)
         try:
-            checks.check(loaded, stage, world, student or loaded.config.student.model, teacher)
+            checks.check(loaded, stage, world, student or loaded.config.student.model, teacher, capability)
         except ConfigError as error:
             return error.problems
         return []
@@ -264,6 +264,95 @@ ONE_PROBLEM = [
         "distill.yaml:33: objective.temperature: 2.0: adapt has no teacher",
         ["remove the key"],
     ),
+    (
+        ["--student.precision.fp8.recipe=tensorwise", "--student.precision.engine=local"],
+        {},
+        "--student.precision.engine: local has no FP8;",
+        ["transformer_engine or auto would do"],
+    ),
+    (
+        ["--student.precision.fp8.recipe=blockwise", "--student.precision.fp8.amax_history=16", "--student.layout={}"],
+        {"teacher": ModelShape(8, 96, 8, 256, 1000)},
+        "--student.precision.fp8.amax_history: 16: recipe blockwise keeps no history",
+        ["remove the key"],
+    ),
+    (
+        ["--teacher.precision.fp8.recipe=delayed"],
+        {},
+        "--teacher.precision.fp8.recipe: delayed: its scales are learned in training, and the teacher only runs",
+        ["tensorwise or blockwise would do"],
+    ),
+    (
+        ["--student.precision.fp8.recipe=delayed", "--student.precision.fp8.first_last_layers_bf16=1"],
+        {},
+        "--student.precision.fp8.first_last_layers_bf16: 1: recipe delayed has one scaling context",
+        ["0 would do, or another recipe"],
+    ),
+    (
+        ["--student.precision.fp8.recipe=tensorwise", "--student.precision.fp8.first_last_layers_bf16=2"],
+        {},
+        "--student.precision.fp8.first_last_layers_bf16: 2 at either end leave none of the student.model.layers 4",
+        ["at most 1 would do"],
+    ),
+    (
+        [
+            "--student.precision.fp8.recipe=tensorwise",
+            "--student.precision.fp8.first_last_layers_bf16=3",
+            "--student.model.layers=8",
+            "--student.layout.pipeline=4",
+        ],
+        {},
+        "--student.precision.fp8.first_last_layers_bf16: 3 is more than the 2 layers of a pipeline stage",
+        ["at most 2 would do"],
+    ),
+    (
+        ["--student.precision.fp8.recipe=tensorwise", "--student.precision.fp8.param_gather=true"],
+        {},
+        "--student.precision.fp8.param_gather: true needs student.precision.compute bf16, now fp32;",
+        ["false would do"],
+    ),
+    (
+        ["--teacher.precision={compute: bf16, fp8: {recipe: tensorwise, param_gather: true}}"],
+        {},
+        "--teacher.precision: teacher.precision.fp8.param_gather: true: the teacher is not trained here",
+        ["false would do"],
+    ),
+    (
+        ["--student.precision={compute: bf16, fp8: {recipe: tensorwise, param_gather: true}}", "--device=cpu"],
+        {},
+        "--student.precision: student.precision.fp8.param_gather: true needs a GPU's kernels, and device is cpu;",
+        [],
+    ),
+    (
+        ["--student.precision.fp8.recipe=tensorwise", "--student.model.ffn=176"],
+        {},
+        "--student.precision.fp8.recipe: tensorwise needs multiples of 16, and the student's fc2 has 88 inputs a rank",
+        ["at tensor 2 (hidden 64, heads 8, ffn 176); 80 or 96 would do"],
+    ),
+    (
+        ["--student.precision.fp8.recipe=blockwise", "--data.sequence_length=128"],
+        {},
+        "--student.precision.fp8.recipe: blockwise with sequence parallelism needs a multiple of 128 and not student.",
+        ["hidden 64; 128 would do"],
+    ),
+    (
+        ["--student.precision.fp8.recipe=mxfp8", "--data.sequence_length=36", "--student.model.ffn=192"],
+        {},
+        "--student.precision.fp8.recipe: mxfp8 needs a multiple of 32 tokens a rank; the student has 36 = micro",
+        ["* sequence_length 36 / 2; 32 or 64 would do"],
+    ),
+    (
+        ["--teacher.precision.fp8.recipe=mxfp8"],
+        {"capability": (9, 0), "teacher": ModelShape(8, 128, 8, 256, 1000)},
+        "--teacher.precision.fp8.recipe: mxfp8 needs compute capability 10.0, the GPUs have 9.0;",
+        ["delayed or tensorwise or blockwise would do"],
+    ),
+    (
+        ["--teacher.precision.fp8.recipe=tensorwise"],
+        {"capability": (8, 0)},
+        "--teacher.precision.fp8.recipe: tensorwise needs compute capability 8.9, the GPUs have 8.0;",
+        ["these GPUs have no FP8: remove fp8"],
+    ),
 ]
 
 
@@ -288,6 +377,9 @@ def test_every_check_finds_one_of_the_mistakes(problems_of, monkeypatch):
 RIGHT = [
     ([], {}),
     ([], {"world": 4096}),
+    (["--precision.fp8.recipe=tensorwise", "--precision.compute=bf16"], {"capability": (9, 0)}),
+    (["--student.precision.fp8.recipe=delayed", "--precision.engine=transformer_engine"], {"capability": (8, 9)}),
+    (["--student.precision.fp8={recipe: tensorwise, first_last_layers_bf16: 1}"], {}),
     ([*FROM_CHECKPOINT], {"student": STUDENT}),
     (["--student.layout.virtual_pipeline=2"], {}),
     (["--teacher.layout={tensor: 2, pipeline: 2, sequence: true}", "--teacher.micro_batch=8"], {}),

@@ -37,16 +37,19 @@ def stages(tmp_path, monkeypatch):
             raise calls.answer
         return calls.answer
 
-    def run(loaded, environment) -> int:
+    def run(loaded, environment, device) -> int:
         calls.run.append((loaded, environment))
+        assert device == f"cpu of {environment.local_rank}"
         return answer()
 
-    def report(loaded, stage, world) -> str:
-        calls.report.append((stage, world))
+    def report(loaded, stage, world, capability) -> str:
+        calls.report.append((stage, world, capability))
         return f"{stage} at {world} is right{answer() or ''}\n"
 
     for stage in STAGES:
         monkeypatch.setitem(sys.modules, f"megatron_capgap.stages.{stage}", SimpleNamespace(run=run))
+    devices = SimpleNamespace(choose=lambda name, local_rank, precisions: f"cpu of {local_rank}")
+    monkeypatch.setitem(sys.modules, "megatron_capgap.runtime.devices", devices)
     monkeypatch.setitem(sys.modules, "megatron_capgap.stages.check", SimpleNamespace(report=report))
     monkeypatch.setattr(door.time, "sleep", calls.slept.append)
     return calls
@@ -71,15 +74,30 @@ def test_a_stage_runs_with_its_configuration_and_its_exit_code_is_returned(stage
 @pytest.mark.parametrize("words", [["--check-world", "16"], ["--check-world=16"], ["--check", "--check-world=16"]])
 def test_check_world_reports_and_runs_nothing(stages, capsys, words):
     assert door.main(["adapt", "--config=adapt.yaml", *words]) == 0
-    assert stages.report == [("adapt", 16)] and stages.run == []
+    assert stages.report == [("adapt", 16, None)] and stages.run == []
     assert capsys.readouterr().out == "adapt at 16 is right\n"
+
+
+@pytest.mark.parametrize("words", [["--check-capability", "9.0"], ["--check", "--check-capability=9.0"]])
+def test_check_capability_supposes_gpus(stages, words):
+    assert door.main(["adapt", "--config=adapt.yaml", *words]) == 0
+    assert stages.report == [("adapt", 1, (9, 0))] and stages.run == []
+
+
+@pytest.mark.parametrize("given", ["9", "h100", "9.x", ""])
+def test_a_capability_has_two_numbers(stages, capsys, given):
+    assert door.main(["adapt", "--config=adapt.yaml", f"--check-capability={given}"]) == 2
+    assert (
+        f"--check-capability: {given} given; 8.0 (A100), 9.0 (H100) or 10.0 (B200) would do" in capsys.readouterr().err
+    )
+    assert stages.report == [] and stages.run == []
 
 
 def test_check_takes_the_world_of_the_launcher_and_only_the_first_rank_prints(stages, capsys, monkeypatch):
     for rank in range(2):
         as_rank(monkeypatch, rank, 4)
         assert door.main(["--check", "adapt", "--config", "adapt.yaml"]) == 0
-    assert stages.report == [("adapt", 4)] * 2
+    assert stages.report == [("adapt", 4, None)] * 2
     assert capsys.readouterr().out == "adapt at 4 is right\n"
 
 

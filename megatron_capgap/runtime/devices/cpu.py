@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from megatron_capgap.runtime.devices import transformer_engine_cpu
 from megatron_capgap.runtime.devices.device import Device, Part
 
 _CPU = torch.device("cpu")
@@ -45,8 +46,15 @@ class _Inert:
         return lambda *args, **kwargs: None
 
 
-def prepare() -> Device:
-    """Patches once, then describes the CPU as a `Device`."""
+def prepare(with_engine: bool = False) -> Device:
+    """Patches once, then describes the CPU as a `Device`.
+
+    Args:
+        with_engine: whether a model is built of Transformer Engine's layers, over emulated kernels.
+
+    Raises:
+        UserError: it is, and Transformer Engine's Python modules are not installed.
+    """
     if not getattr(torch.cuda, "_capgap_cpu", False):
         # Megatron decorates a few element-wise functions, none of which runs here, with torch.compile; importing the
         # compiler costs seconds, and using it would need a C++ compiler.
@@ -57,14 +65,21 @@ def prepare() -> Device:
         _name_types()
         _tune_allocator()
         torch.cuda._capgap_cpu = True
+    if with_engine:
+        transformer_engine_cpu.install()
+    else:
+        # Megatron looks for it, and without the emulation it would look for a GPU.
+        sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
+    why = "its own modules on emulated kernels: for study, not for speed" if with_engine else "not asked for"
     return Device(
         name="cpu",
         backend="gloo",
         torch_device=_CPU,
-        engine="local",
+        default_engine="local",
+        capability=None,
         send_keeps_data=False,
         parts=(
-            Part("Transformer Engine layers", False, "needs an NVIDIA GPU"),
+            Part("Transformer Engine layers", with_engine, why),
             Part("scaled-dot-product attention", True, "torch; no score matrix is kept"),
             Part("Apex kernels", False, "need an NVIDIA GPU"),
             Part("fused AdamW", True, "torch"),

@@ -3,30 +3,46 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 
+from megatron_capgap.config import derive
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.schema import Precision
 from megatron_capgap.runtime.devices.device import Device, Part, library
 
 
-def prepare(local_rank: int) -> Device:
-    """Takes this rank's GPU; the table says what Megatron-Core finds of Apex and Transformer Engine."""
+def prepare(local_rank: int, precisions: Sequence[Precision]) -> Device:
+    """Takes this rank's GPU; the table says what Megatron-Core finds of Apex and Transformer Engine.
+
+    Raises:
+        UserError: a model wants Transformer Engine, which is not installed.
+    """
     torch.cuda.set_device(local_rank)
-    with_engine = importlib.util.find_spec("transformer_engine") is not None
-    engine = "transformer_engine" if with_engine else "local"
-    why = "fused norms, linears and attention" if with_engine else "transformer_engine is not installed"
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    default = "transformer_engine" if installed else "local"
+    engines = {derive.engine(precision, default) for precision in precisions}
+    if "transformer_engine" in engines and not installed:
+        raise UserError(
+            "precision.engine: transformer_engine is not installed; pip install 'transformer-engine[pytorch]', or give "
+            "engine: local and no fp8"
+        )
+    used = "transformer_engine" in engines
+    absent = "not asked for" if installed else "transformer_engine is not installed"
     return Device(
         name="cuda",
         backend="nccl",
         torch_device=torch.device("cuda", local_rank),
-        engine=engine,
+        default_engine=default,
+        capability=torch.cuda.get_device_capability(local_rank),
         send_keeps_data=True,
         parts=(
-            Part("Transformer Engine layers", with_engine, why),
+            Part("Transformer Engine layers", used, "fused norms, linears and attention" if used else absent),
             Part(
                 "scaled-dot-product attention",
-                not with_engine,
-                "torch" if not with_engine else "Transformer Engine's own is used",
+                "local" in engines,
+                "torch" if "local" in engines else "Transformer Engine's own is used",
             ),
             library(
                 "Apex fused weight gradient",

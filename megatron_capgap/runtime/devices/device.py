@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from megatron_capgap.config import derive
 from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.schema import Precision
 
 MEGATRON_RANGE = ((0, 16), (0, 17))
 
@@ -34,8 +36,10 @@ class Device:
     """torch.distributed backend: gloo or nccl."""
     torch_device: torch.device
     """Where tensors live."""
-    engine: str
-    """Which layer modules are built: local or transformer_engine."""
+    default_engine: str
+    """Whose layers precision.engine auto means, without FP8: local or transformer_engine."""
+    capability: tuple[int, int] | None
+    """CUDA compute capability; None on a CPU, whose emulation knows every FP8 recipe."""
     send_keeps_data: bool
     """Whether a tensor may be freed while its asynchronous send is under way: NCCL's stream order allows it, gloo reads
     the freed memory."""
@@ -49,18 +53,28 @@ class Device:
     """Switches on what this device can fuse in the optimizer Megatron made."""
 
 
-def choose(name: str, local_rank: int) -> Device:
+def choose(name: str, local_rank: int, precisions: Sequence[Precision] = ()) -> Device:
     """Picks and prepares the device of this rank, and checks the Megatron-Core version first.
+
+    To be called before anything imports Megatron-Core, which at its import decides what it compiles and whether
+    Transformer Engine is there.
 
     Args:
         name: auto, cpu or cuda; auto takes cuda where any GPU is visible.
         local_rank: this rank's number on its node.
+        precisions: the arithmetic of each model.
 
     Raises:
-        UserError: cuda was asked for and is not there, or megatron-core is outside the tested range.
+        UserError: cuda or Transformer Engine was asked for and is not there, or megatron-core is outside the tested
+            range.
     """
     check_megatron(_installed("megatron-core"))
+    device = _prepare(name, local_rank, precisions)
     _save_in_this_process()
+    return device
+
+
+def _prepare(name: str, local_rank: int, precisions: Sequence[Precision]) -> Device:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     # A launcher may show each rank its own GPU alone.
     index = 0 if gpus == 1 else local_rank
@@ -72,10 +86,10 @@ def choose(name: str, local_rank: int) -> Device:
             )
         from megatron_capgap.runtime.devices import cuda
 
-        return cuda.prepare(index)
+        return cuda.prepare(index, precisions)
     from megatron_capgap.runtime.devices import cpu
 
-    return cpu.prepare()
+    return cpu.prepare(any(derive.engine(wanted, "local") == "transformer_engine" for wanted in precisions))
 
 
 def _save_in_this_process() -> None:

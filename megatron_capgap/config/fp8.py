@@ -1,0 +1,180 @@
+"""What FP8 asks of a configuration: which combinations run, and how many matrix products they put into 8 bits.
+
+Transformer Engine and Megatron accept some of what is refused here and fail hours later, or ignore it. Sizes are those
+of Transformer Engine 2.11 on Hopper and Blackwell, whose GEMMs read rows of 16 bytes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_capgap.config import derive
+from megatron_capgap.config.case import Case, Model, multiples
+from megatron_capgap.config.schema import FP8, Layout, ModelShape, Precision
+
+# The least compute capability of the GPUs that have each recipe's kernels.
+CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+# Numbers that the sides of a linear's local weight and input are multiples of.
+_ALIGNMENT = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
+# Under sequence parallelism blockwise quantises the local part of the input before it is gathered.
+_BLOCK = 128
+_LINEARS = 4  # of one layer: qkv, proj, fc1, fc2
+
+
+@dataclass(frozen=True)
+class GemmCount:
+    """Matrix products of linears in one micro-batch: transformer layers' and, for a student, the LM head's."""
+
+    fp8: int
+    others: int
+
+
+def gemm_count(precision: Precision, shape: ModelShape, *, trains: bool) -> GemmCount:
+    """How many matrix products run in FP8; a forward pass has one for each linear, a backward pass two more.
+
+    Args:
+        precision: the model's.
+        shape: the model in numbers.
+        trains: whether there is a backward pass.
+    """
+    passes = 3 if trains else 1
+    layers = max(0, shape.layers - 2 * precision.fp8.first_last_layers_bf16) if precision.fp8 else 0
+    return GemmCount(fp8=passes * _LINEARS * layers, others=passes * (_LINEARS * (shape.layers - layers) + 1))
+
+
+def linears(shape: ModelShape, layout: Layout) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of the local weight of each linear of a layer."""
+    width = shape.head_dim or shape.hidden // shape.heads
+    query, key_value = shape.heads * width, (shape.kv_heads or shape.heads) * width
+    tensor = layout.tensor
+    return {
+        "qkv": ((query + 2 * key_value) // tensor, shape.hidden),
+        "proj": (shape.hidden, query // tensor),
+        "fc1": (2 * shape.ffn // tensor, shape.hidden),
+        "fc2": (shape.hidden, shape.ffn // tensor),
+    }
+
+
+def _models(case: Case) -> Iterator[tuple[Model, str, Precision, FP8]]:
+    """Every model with FP8, the key of its precision, that, and its FP8."""
+    sections = (case.config.student, case.config.teacher)
+    for model, section, precision in zip(case.models, sections, derive.precisions(case.config), strict=False):
+        assert section is not None
+        if precision.fp8 is not None:
+            yield model, f"{model.role}.precision" if section.precision else "precision", precision, precision.fp8
+
+
+def _forward_only(case: Case, model: Model) -> bool:
+    return model.role == "teacher" or case.stage == "evaluate"
+
+
+def needs_transformer_engine(case: Case) -> Iterator[str]:
+    """Megatron's local layers have no FP8."""
+    for _, key, precision, _ in _models(case):
+        if precision.engine == "local":
+            text = "local has no FP8; transformer_engine or auto would do, or no fp8"
+            yield case.problem(f"{key}.engine", text)
+
+
+def options_are_read(case: Case) -> Iterator[str]:
+    """Only delayed scaling has a history."""
+    defaults = FP8(recipe="delayed")
+    for _, key, _, fp8 in _models(case):
+        for name in ("amax_history", "amax_algorithm"):
+            given = getattr(fp8, name)
+            if fp8.recipe != "delayed" and given != getattr(defaults, name):
+                text = f"{given}: recipe {fp8.recipe} keeps no history, so nothing reads this; remove the key"
+                yield case.problem(f"{key}.fp8.{name}", text)
+
+
+def delayed_scales_are_learned(case: Case) -> Iterator[str]:
+    """Transformer Engine updates delayed scales in training alone; without it every tensor would be cast as it is."""
+    for model, key, _, fp8 in _models(case):
+        if fp8.recipe == "delayed" and _forward_only(case, model):
+            text = f"delayed: its scales are learned in training, and the {model.role} only runs forward here"
+            yield case.problem(f"{key}.fp8.recipe", f"{text}; tensorwise or blockwise would do")
+
+
+def first_and_last_layers(case: Case) -> Iterator[str]:
+    """Layers outside FP8 lie within the first and last pipeline stage, leave some for FP8, and exclude delayed."""
+    for model, key, _, fp8 in _models(case):
+        count, layers, pipeline = fp8.first_last_layers_bf16, model.shape.layers, model.layout.pipeline
+        where = f"{key}.fp8.first_last_layers_bf16"
+        if count and fp8.recipe == "delayed":
+            text = f"{count}: recipe delayed has one scaling context for all layers"
+            yield case.problem(where, f"{text}; 0 would do, or another recipe")
+        elif 2 * count >= layers:
+            text = f"{count} at either end leave none of the {model.number('layers')} in FP8"
+            yield case.problem(where, f"{text}; at most {(layers - 1) // 2} would do, or no fp8")
+        elif count > layers // pipeline:
+            text = f"{count} is more than the {layers // pipeline} layers of a pipeline stage"
+            yield case.problem(where, f"{text}; at most {layers // pipeline} would do")
+
+
+def weights_in_fp8(case: Case) -> Iterator[str]:
+    """FP8 weights belong to the distributed optimizer's bf16 path."""
+    for model, key, precision, fp8 in _models(case):
+        where = f"{key}.fp8.param_gather"
+        if not fp8.param_gather:
+            continue
+        if _forward_only(case, model):
+            yield case.problem(
+                where, f"true: the {model.role} is not trained here, so nothing is gathered; false would do"
+            )
+        elif precision.compute != "bf16":
+            text = f"true needs {key}.compute bf16, now {precision.compute}; false would do, or bf16"
+            yield case.problem(where, text)
+        elif case.config.device == "cpu":
+            yield case.problem(where, "true needs a GPU's kernels, and device is cpu; false would do")
+
+
+def sizes_are_aligned(case: Case) -> Iterator[str]:
+    """The sides of each rank's part of a weight."""
+    for model, key, _, fp8 in _models(case):
+        unit, shape, where = _ALIGNMENT[fp8.recipe], model.shape, f"{key}.fp8.recipe"
+        made_of = f"at tensor {model.layout.tensor} (hidden {shape.hidden}, heads {shape.heads}, ffn {shape.ffn})"
+        for name, sides in linears(shape, model.layout).items():
+            for what, side in zip(("outputs", "inputs"), sides, strict=True):
+                if side % unit:
+                    text = f"{fp8.recipe} needs multiples of {unit}, and the {model.role}'s {name} has {side} {what}"
+                    yield case.problem(where, f"{text} a rank {made_of}; {multiples(side, unit)} would do")
+        if fp8.recipe == "blockwise" and model.layout.sequence and shape.hidden % _BLOCK:
+            text = f"blockwise with sequence parallelism needs a multiple of {_BLOCK} and not {model.number('hidden')}"
+            yield case.problem(where, f"{text}; {multiples(shape.hidden, _BLOCK)} would do")
+
+
+def tokens_are_aligned(case: Case) -> Iterator[str]:
+    """The tokens of a micro-batch are a side of the input, and of both operands of the weight's gradient."""
+    config = case.config
+    for model, key, _, fp8 in _models(case):
+        size = config.train.micro_batch if model.role == "student" else derive.teacher_micro_batch(config)
+        cut = model.layout.tensor if model.layout.sequence else 1
+        unit = _BLOCK if fp8.recipe == "blockwise" and model.layout.sequence else _ALIGNMENT[fp8.recipe]
+        tokens = size * config.data.sequence_length // cut
+        if tokens % unit:
+            product = f"micro_batch {size} * sequence_length {config.data.sequence_length} / {cut}"
+            text = f"{fp8.recipe} needs a multiple of {unit} tokens a rank; the {model.role} has {tokens} = {product}"
+            yield case.problem(f"{key}.fp8.recipe", f"{text}; {multiples(tokens, unit)} would do")
+
+
+def gpus_have_the_kernels(case: Case) -> Iterator[str]:
+    """A recipe needs a generation of GPUs; unknown at --check unless --check-capability tells."""
+    for _, key, _, fp8 in _models(case):
+        least = CAPABILITY[fp8.recipe]
+        if case.capability is not None and case.capability < least:
+            there, needed = (".".join(map(str, version)) for version in (case.capability, least))
+            able = [name for name, version in CAPABILITY.items() if version <= case.capability]
+            hint = f"{' or '.join(able)} would do" if able else "these GPUs have no FP8: remove fp8"
+            text = f"{fp8.recipe} needs compute capability {needed}, the GPUs have {there}; {hint}"
+            yield case.problem(f"{key}.fp8.recipe", text)
+
+
+CHECKS = (
+    needs_transformer_engine,
+    options_are_read,
+    delayed_scales_are_learned,
+    first_and_last_layers,
+    weights_in_fp8,
+    sizes_are_aligned,
+    tokens_are_aligned,
+    gpus_have_the_kernels,
+)
