@@ -326,5 +326,5 @@ def fused_amax_and_scale_update_after_reduction(
         # A module that has not run since the last update keeps history and scale.
         ran = newest != 0
         history.copy_(torch.where(ran, rolled, history))
-        quotient = (aim / amax).clamp(max=FLOAT_MAX)
+        quotient = (torch.full_like(amax, aim) / amax).clamp(max=FLOAT_MAX)
         scale.copy_(torch.where(ran & amax.isfinite() & (amax > 0), quotient, scale))
