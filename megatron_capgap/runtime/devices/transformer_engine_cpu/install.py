@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -67,13 +66,15 @@ def _import(place: Path) -> None:
     common = importlib.util.module_from_spec(spec)
     sys.modules[name] = common
     # With this variable set, `common` asks for no shared library.
-    with mock.patch.dict(os.environ, {"NVTE_PROJECT_BUILDING": "1"}), _optional_modules():
+    os.environ["NVTE_PROJECT_BUILDING"] = "1"
+    with _optional_modules():
         spec.loader.exec_module(common)
         common.load_framework_extension = lambda framework: None
         import transformer_engine
 
         transformer_engine.common = common
         import transformer_engine.pytorch
+    del os.environ["NVTE_PROJECT_BUILDING"]
 
 
 def _answer() -> None:
@@ -85,9 +86,9 @@ def _answer() -> None:
     utils._get_device_compute_capability = lambda device: _CAPABILITY
     # These remember their first answer, so that it is asked for while torch gives those of a GPU.
     with (
-        mock.patch.object(torch.cuda, "get_device_capability", lambda *args: _CAPABILITY),
-        mock.patch.object(torch.cuda, "current_device", lambda: torch.device("cpu")),
-        mock.patch.object(torch.version, "cuda", _CUDA),
+        _replaced(torch.cuda, "get_device_capability", lambda *args: _CAPABILITY),
+        _replaced(torch.cuda, "current_device", lambda: torch.device("cpu")),
+        _replaced(torch.version, "cuda", _CUDA),
     ):
         answers = [utils.is_non_tn_fp8_gemm_supported()]
         checks = ("check_fp8_support", "check_mxfp8_support", "check_fp8_block_scaling_support")
@@ -102,13 +103,24 @@ def _answer() -> None:
     _run_coalesced_collectives_at_once()
 
 
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Another attribute, for a while."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
 def _wrap_modules(module: type) -> None:
     """Lets the two assertions of `TransformerEngineBaseModule` that a GPU is there pass; only inside these methods."""
     build, prepare = module.__init__, module.prepare_forward
 
     @functools.wraps(build)
     def built(self: Any, *args: Any, **kwargs: Any) -> None:
-        with mock.patch.object(torch.cuda, "is_available", lambda: True):
+        with _replaced(torch.cuda, "is_available", lambda: True):
             build(self, *args, **kwargs)
 
     @functools.wraps(prepare)
