@@ -25,7 +25,7 @@ def pool() -> Iterator[WorkerPool]:
 @pytest.fixture(scope="session")
 def fresh_pool() -> Iterator[WorkerPool]:
     """As `pool`, of workers that have not imported Megatron: a test may decide what Megatron finds as it is."""
-    workers = WorkerPool(size=2, fresh=True)
+    workers = WorkerPool(size=3, fresh=True)
     yield workers
     workers.close()
 

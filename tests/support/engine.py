@@ -183,3 +183,65 @@ def delayed_scales(model: torch.nn.Module) -> Iterator[tuple[str, list[float]]]:
         if "scaling_fwd" in state and hasattr(state["scaling_fwd"], "scale"):
             forward, backward = state["scaling_fwd"].scale.tolist(), state["scaling_bwd"].scale.tolist()
             yield name, [forward[0], forward[1], backward[0]]
+
+
+@dataclass(frozen=True)
+class Held:
+    """A weight that lives in FP8 after some steps, and this rank's slice of its master."""
+
+    codes: torch.Tensor
+    """`[h, w]`, uint8."""
+    inverse: torch.Tensor
+    start: int
+    """Where the slice begins in the flattened weight."""
+    master: torch.Tensor
+    """`[n]`, fp32; empty where other ranks hold it all."""
+
+
+def train_distributed(recipe: str, in_fp8: bool) -> tuple[list[float], dict[str, Held]]:
+    """Steps of Megatron's distributed optimizer over all ranks, with weights in bf16 or in FP8."""
+    start()
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    torch.set_num_threads(1)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+    model = build(Case(recipe, bf16=True, options={"fp8_param": True} if in_fp8 else {}))
+    exact = dict(build(Case(bf16=True)).named_parameters())
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "get_high_precision_init_val"):
+            # Masters begin with what construction left here, not with what the weight was set to later.
+            parameter.get_high_precision_init_val().copy_(exact[name].detach())
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=True, fp8_param_gather=in_fp8
+    )
+    ddp = DistributedDataParallel(config=model.config, ddp_config=ddp_config, module=model)
+    settings = {"bf16": True, "params_dtype": torch.bfloat16, "use_distributed_optimizer": True, "fp8_recipe": recipe}
+    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=1e-3, weight_decay=0.0, **settings), [ddp])
+    generator = torch.Generator().manual_seed(5 + torch.distributed.get_rank())
+    rows = torch.randint(VOCAB, (BATCH, SEQUENCE + 1), generator=generator)
+    losses = []
+    for _ in range(4):
+        model.set_is_first_microbatch()
+        ddp.zero_grad_buffer()
+        optimizer.zero_grad()
+        loss = loss_of(ddp, rows)
+        loss.backward()
+        ddp.finish_grad_sync()
+        optimizer.step()
+        losses.append(loss.item())
+    (inner,) = optimizer.chained_optimizers
+    held = {}
+    for name, parameter in model.named_parameters():
+        if in_fp8 and name.endswith(("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight")):
+            codes, inverse = (
+                ("_data", "_scale_inv") if recipe != "blockwise" else ("_rowwise_data", "_rowwise_scale_inv")
+            )
+            main = getattr(parameter, "main_param", None)
+            here = inner._get_model_param_range_map(parameter)["param"].start if main is not None else 0
+            parts = getattr(parameter, codes).clone(), getattr(parameter, inverse).clone()
+            held[name] = Held(*parts, here, torch.empty(0) if main is None else main.detach().clone())
+    return losses, held

@@ -100,7 +100,7 @@ def _answer() -> None:
     # Megatron takes torch's AdamW and its own norms where these are absent, as it does with the local engine.
     for kernel in ("FusedAdam", "FusedSGD", "multi_tensor_applier", "multi_tensor_l2norm", "multi_tensor_scale"):
         delattr(optimizers, kernel)
-    _run_coalesced_collectives_at_once()
+    _coalesce_by_type()
 
 
 @contextlib.contextmanager
@@ -147,22 +147,32 @@ class _Done:
         """Nothing is left to wait for."""
 
 
-def _run_coalesced_collectives_at_once() -> None:
-    """gloo cannot gather bytes and scales in one go, as Transformer Engine's quantised all-gather asks of it.
+def _coalesce_by_type() -> None:
+    """gloo takes several collectives in one go only if all are of one type; of several types it mixes up the bytes.
 
-    It alone names a device; Megatron's use of the same function stays as it is.
+    Transformer Engine's quantised all-gather (which alone names a device) moves bytes and scales; its collectives run
+    as they are called. Megatron's gather of FP8 and BF16 parameters is cut by type.
     """
     coalesce = torch.distributed._coalescing_manager
+    recorded = torch.distributed.distributed_c10d._world.pg_coalesce_state
 
     @contextlib.contextmanager
-    def at_once(group: Any = None, device: Any = None, async_ops: bool = False) -> Iterator[Any]:
-        if device is None:
-            with coalesce(group, device, async_ops) as manager:
-                yield manager
-        else:
+    def by_type(group: Any = None, device: Any = None, async_ops: bool = False) -> Iterator[Any]:
+        if device is not None:
             yield _Done()
+            return
+        key = group or torch.distributed.group.WORLD
+        with coalesce(group, None, async_ops) as manager:
+            yield manager
+            dtypes = [collective.tensor.dtype for collective in recorded[key]]
+            others = [one for one, dtype in zip(recorded[key], dtypes, strict=True) if dtype != dtypes[0]]
+            recorded[key][:] = [one for one, dtype in zip(recorded[key], dtypes, strict=True) if dtype == dtypes[0]]
+        if others:
+            with by_type(group, None, async_ops) as more:
+                recorded[key].extend(others)
+            manager.works.extend(more.works)
 
-    torch.distributed._coalescing_manager = at_once
+    torch.distributed._coalescing_manager = by_type
 
 
 class _Anything:
