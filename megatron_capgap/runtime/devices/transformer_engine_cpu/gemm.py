@@ -89,8 +89,7 @@ def generic_gemm(
     if plain and bias is None and alpha == 1.0 and not accumulate:
         product = first @ second
     else:
-        product = _wide_product(first, second, left.scale, right.scale, alpha)
-        product = product if bias is None else product + bias.float()
+        product = _wide_product(first, second, left.scale, right.scale, alpha, bias)
     product = product.view(*shape, product.shape[-1])
     if D is None:
         return product.to(dtype), grad_bias, None, extra_output
@@ -101,9 +100,12 @@ def generic_gemm(
     return D, grad_bias, None, extra_output
 
 
-def _wide_product(first: Tensor, second: Tensor, scale: Tensor | None, other: Tensor | None, alpha: float) -> Tensor:
-    """`alpha * first @ second` in fp32; per-tensor scales multiply the sum by their product."""
-    product = first.float() @ second.float()
-    for factor in (alpha, scale if other is None else other if scale is None else scale * other):
-        product = product if factor is None else product.mul_(factor)
-    return product
+def _wide_product(
+    first: Tensor, second: Tensor, scale: Tensor | None, other: Tensor | None, alpha: float, bias: Tensor | None
+) -> Tensor:
+    """`alpha * first @ second + bias` in fp32; two per-tensor scales multiply the sum by their product."""
+    product = (first.float() @ second.float()).mul_(alpha)
+    assert (scale is None) == (other is None), "both operands are scaled per tensor, or neither is"
+    if scale is not None and other is not None:
+        product.mul_(scale * other)
+    return product if bias is None else product.add_(bias.float())
