@@ -23,6 +23,14 @@ def pool() -> Iterator[WorkerPool]:
 
 
 @pytest.fixture(scope="session")
+def fresh_pool() -> Iterator[WorkerPool]:
+    """As `pool`, of workers that have not imported Megatron: a test may decide what Megatron finds as it is."""
+    workers = WorkerPool(size=3, fresh=True)
+    yield workers
+    workers.close()
+
+
+@pytest.fixture(scope="session")
 def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
     """A tokenizer and indexed datasets for runs on tiny models, made once for the whole session."""
     return make_material(tmp_path_factory.mktemp("material"))

@@ -86,12 +86,14 @@ class WorkerPool:
 
     Args:
         size: the largest world that `run` accepts.
+        fresh: workers that have imported nothing yet, for what must come before Megatron's import.
     """
 
-    def __init__(self, size: int = 8) -> None:
+    def __init__(self, size: int = 8, fresh: bool = False) -> None:
         self.size = size
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(PRELOADED)
+        self._context = multiprocessing.get_context("spawn" if fresh else "forkserver")
+        if not fresh:
+            self._context.set_forkserver_preload(PRELOADED)
         self._workers: list[tuple[multiprocessing.Process, connection.Connection]] = []
 
     def run(
@@ -238,6 +240,8 @@ def _forget_groups() -> None:
         parallel_state.destroy_model_parallel()
     if calculator := sys.modules.get("megatron.core.num_microbatches_calculator"):
         calculator.unset_num_microbatches_calculator()
+    if engine := sys.modules.get("transformer_engine.pytorch.quantization"):
+        engine.FP8GlobalStateManager.reset()  # it would go on to reduce the maxima of modules that are gone
     if torch.distributed.is_initialized():
         with suppress(Exception):  # a group whose peer is gone may not close cleanly; the call has failed already
             torch.distributed.destroy_process_group()

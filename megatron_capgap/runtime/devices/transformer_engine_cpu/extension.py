@@ -7,7 +7,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from megatron_capgap.runtime.devices.transformer_engine_cpu import gemm, norms, quantize
+from megatron_capgap.runtime.devices.transformer_engine_cpu import gemm, master, norms, quantize
 from megatron_capgap.runtime.devices.transformer_engine_cpu.formats import DType
 
 NAME = "transformer_engine_torch"
@@ -63,6 +63,10 @@ _FUNCTIONS: tuple[Callable[..., Any], ...] = (
     quantize.fp8_transpose,
     quantize.swap_first_dims,
     quantize.fused_amax_and_scale_update_after_reduction,
+    master.multi_tensor_scale,
+    master.multi_tensor_compute_scale_and_scale_inv,
+    master.fp8_block_scaling_compute_partial_amax,
+    master.fp8_block_scaling_partial_cast,
     norms.rmsnorm_fwd,
     norms.rmsnorm_bwd,
     norms.layernorm_fwd,

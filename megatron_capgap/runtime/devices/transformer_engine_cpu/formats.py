@@ -99,7 +99,8 @@ def scale_from_amax(amax: Tensor, largest: float, epsilon: float, power_of_two: 
         Scales; 1 where `amax` is 0, infinite or NaN.
     """
     amax = torch.where(amax < epsilon, torch.full_like(amax, epsilon), amax)
-    scale = largest / amax
+    # A Python number over a tensor would be a product with the reciprocal, rounded twice.
+    scale = torch.full_like(amax, largest) / amax
     scale = torch.where(scale.isinf(), torch.full_like(scale, for_infinity), scale)
     if power_of_two:
         scale = (scale.view(torch.int32) & _EXPONENT_BITS).view(torch.float32)

@@ -85,17 +85,11 @@ def generic_gemm(
         bias = None
     first = left.values.t() if transB else left.values
     second = right.values.t() if transA else right.values
-    plain = left.scale is None and right.scale is None
-    if plain and bias is None and alpha == 1.0 and first.dtype == second.dtype == dtype and not accumulate:
+    plain = left.scale is None and right.scale is None and first.dtype == second.dtype == dtype
+    if plain and bias is None and alpha == 1.0 and not accumulate:
         product = first @ second
     else:
-        product = first.float() @ second.float()
-        for scale in (left.scale, right.scale):
-            assert scale is None or scale.numel() == 1
-        if not plain:
-            product *= alpha * (_one(left.scale) * _one(right.scale))
-        if bias is not None:
-            product += bias.float()
+        product = _wide_product(first, second, left.scale, right.scale, alpha, bias)
     product = product.view(*shape, product.shape[-1])
     if D is None:
         return product.to(dtype), grad_bias, None, extra_output
@@ -106,5 +100,12 @@ def generic_gemm(
     return D, grad_bias, None, extra_output
 
 
-def _one(scale: Tensor | None) -> Tensor:
-    return torch.ones(1) if scale is None else scale
+def _wide_product(
+    first: Tensor, second: Tensor, scale: Tensor | None, other: Tensor | None, alpha: float, bias: Tensor | None
+) -> Tensor:
+    """`alpha * first @ second + bias` in fp32; two per-tensor scales multiply the sum by their product."""
+    product = (first.float() @ second.float()).mul_(alpha)
+    assert (scale is None) == (other is None), "both operands are scaled per tensor, or neither is"
+    if scale is not None and other is not None:
+        product.mul_(scale * other)
+    return product if bias is None else product.add_(bias.float())

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -67,13 +66,15 @@ def _import(place: Path) -> None:
     common = importlib.util.module_from_spec(spec)
     sys.modules[name] = common
     # With this variable set, `common` asks for no shared library.
-    with mock.patch.dict(os.environ, {"NVTE_PROJECT_BUILDING": "1"}), _optional_modules():
+    os.environ["NVTE_PROJECT_BUILDING"] = "1"
+    with _optional_modules():
         spec.loader.exec_module(common)
         common.load_framework_extension = lambda framework: None
         import transformer_engine
 
         transformer_engine.common = common
         import transformer_engine.pytorch
+    del os.environ["NVTE_PROJECT_BUILDING"]
 
 
 def _answer() -> None:
@@ -85,9 +86,9 @@ def _answer() -> None:
     utils._get_device_compute_capability = lambda device: _CAPABILITY
     # These remember their first answer, so that it is asked for while torch gives those of a GPU.
     with (
-        mock.patch.object(torch.cuda, "get_device_capability", lambda *args: _CAPABILITY),
-        mock.patch.object(torch.cuda, "current_device", lambda: torch.device("cpu")),
-        mock.patch.object(torch.version, "cuda", _CUDA),
+        _replaced(torch.cuda, "get_device_capability", lambda *args: _CAPABILITY),
+        _replaced(torch.cuda, "current_device", lambda: torch.device("cpu")),
+        _replaced(torch.version, "cuda", _CUDA),
     ):
         answers = [utils.is_non_tn_fp8_gemm_supported()]
         checks = ("check_fp8_support", "check_mxfp8_support", "check_fp8_block_scaling_support")
@@ -99,7 +100,18 @@ def _answer() -> None:
     # Megatron takes torch's AdamW and its own norms where these are absent, as it does with the local engine.
     for kernel in ("FusedAdam", "FusedSGD", "multi_tensor_applier", "multi_tensor_l2norm", "multi_tensor_scale"):
         delattr(optimizers, kernel)
-    _run_coalesced_collectives_at_once()
+    _coalesce_by_type()
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Another attribute, for a while."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 def _wrap_modules(module: type) -> None:
@@ -108,7 +120,7 @@ def _wrap_modules(module: type) -> None:
 
     @functools.wraps(build)
     def built(self: Any, *args: Any, **kwargs: Any) -> None:
-        with mock.patch.object(torch.cuda, "is_available", lambda: True):
+        with _replaced(torch.cuda, "is_available", lambda: True):
             build(self, *args, **kwargs)
 
     @functools.wraps(prepare)
@@ -135,22 +147,32 @@ class _Done:
         """Nothing is left to wait for."""
 
 
-def _run_coalesced_collectives_at_once() -> None:
-    """gloo cannot gather bytes and scales in one go, as Transformer Engine's quantised all-gather asks of it.
+def _coalesce_by_type() -> None:
+    """gloo takes several collectives in one go only if all are of one type; of several types it mixes up the bytes.
 
-    It alone names a device; Megatron's use of the same function stays as it is.
+    Transformer Engine's quantised all-gather (which alone names a device) moves bytes and scales; its collectives run
+    as they are called. Megatron's gather of FP8 and BF16 parameters is cut by type.
     """
     coalesce = torch.distributed._coalescing_manager
+    recorded = torch.distributed.distributed_c10d._world.pg_coalesce_state
 
     @contextlib.contextmanager
-    def at_once(group: Any = None, device: Any = None, async_ops: bool = False) -> Iterator[Any]:
-        if device is None:
-            with coalesce(group, device, async_ops) as manager:
-                yield manager
-        else:
+    def by_type(group: Any = None, device: Any = None, async_ops: bool = False) -> Iterator[Any]:
+        if device is not None:
             yield _Done()
+            return
+        key = group or torch.distributed.group.WORLD
+        with coalesce(group, None, async_ops) as manager:
+            yield manager
+            dtypes = [collective.tensor.dtype for collective in recorded[key]]
+            others = [one for one, dtype in zip(recorded[key], dtypes, strict=True) if dtype != dtypes[0]]
+            recorded[key][:] = [one for one, dtype in zip(recorded[key], dtypes, strict=True) if dtype == dtypes[0]]
+        if others:
+            with by_type(group, None, async_ops) as more:
+                recorded[key].extend(others)
+            manager.works.extend(more.works)
 
-    torch.distributed._coalescing_manager = at_once
+    torch.distributed._coalescing_manager = by_type
 
 
 class _Anything:

@@ -281,8 +281,8 @@ def bgrad_quantize(input: Tensor, quantizer: Any) -> tuple[Tensor, Any]:
 
 
 def compute_amax(input: Tensor, amax: Tensor) -> None:
-    """The extension's face: the largest magnitude, over the old `amax` if that is larger."""
-    torch.maximum(amax, largest_magnitude(input.detach()).reshape(amax.shape), out=amax)
+    """The extension's face: puts the largest magnitude into `amax`, one number."""
+    amax.copy_(largest_magnitude(input.detach()).reshape(amax.shape))
 
 
 def fp8_transpose(input: Tensor, dtype: DType, *, out: Tensor | None = None) -> Tensor:
@@ -326,5 +326,5 @@ def fused_amax_and_scale_update_after_reduction(
         # A module that has not run since the last update keeps history and scale.
         ran = newest != 0
         history.copy_(torch.where(ran, rolled, history))
-        quotient = (aim / amax).clamp(max=FLOAT_MAX)
+        quotient = (torch.full_like(amax, aim) / amax).clamp(max=FLOAT_MAX)
         scale.copy_(torch.where(ran & amax.isfinite() & (amax > 0), quotient, scale))

@@ -1,0 +1,207 @@
+"""Casts, scales and maxima of Transformer Engine's four FP8 recipes on the CPU: bit-equal to formulas written apart."""
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_capgap.runtime.devices.transformer_engine_cpu import formats, quantize
+from tests.support import fp8_reference as reference
+from tests.support.engine import needs_files, start
+from tests.support.pool import WorkerPool
+
+PAIRS = {"e4m3": (formats.E4M3, reference.E4M3), "e5m2": (formats.E5M2, reference.E5M2)}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+INFINITY, NAN = float("inf"), float("nan")
+
+
+def double(tensor: Tensor) -> reference.Array:
+    return tensor.double().numpy()
+
+
+def inputs(rows: int, columns: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Matrices of every kind."""
+    generator = torch.Generator().manual_seed(rows * columns)
+    normal = torch.randn(rows, columns, generator=generator)
+    # From the smallest subnormals to numbers whose scale overflows nothing.
+    wide = normal * torch.exp2(torch.randint(-140, 120, (rows, columns), generator=generator).double()).float()
+    spoilt = normal.clone()
+    spoilt[0, :7] = torch.tensor([INFINITY, -INFINITY, NAN, -NAN, 0.0, -0.0, 3.0e38])
+    spoilt[rows // 2] = NAN
+    lone = torch.zeros(rows, columns)
+    lone[-1, -1] = 1.0e-39
+    kinds = {"normal": normal, "wide": wide, "spoilt": spoilt, "zero": torch.zeros(rows, columns)}
+    kinds |= {"huge": normal.clamp(-1, 1) * 3.0e38, "tiny": normal * 1.0e-39, "lone": lone}
+    kinds |= {"infinite": torch.full((rows, columns), INFINITY), "nan": torch.full((rows, columns), NAN)}
+    return {name: values.to(dtype) for name, values in kinds.items()}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_every_bfloat16_and_the_halves_between_codes_are_cast_to_the_nearest(name: str) -> None:
+    ours, theirs = PAIRS[name]
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    middles = [(low + high) / 2 for low, high in itertools.pairwise(theirs.values)]
+    beside = torch.tensor(middles, dtype=torch.float32)
+    beside = torch.cat([beside, torch.nextafter(beside, beside * 0), torch.nextafter(beside, beside * 4)])
+    for values, scale in itertools.product((every, beside, -beside), (1.0, 0.37, 2.0**-30, 3.0e38)):
+        found = ours.cast(values, torch.tensor(scale))
+        expected = reference.cast(double(values), float(np.float32(scale)), theirs)
+        assert np.array_equal(found.numpy(), expected), scale
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_codes_are_read_as_they_are_listed(name: str) -> None:
+    ours, theirs = PAIRS[name]
+    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8)
+    assert np.array_equal(double(ours.decode(codes)), np.array(theirs.codes), equal_nan=True)
+
+
+AMAXES = (0.0, 1.0e-45, 1.0e-39, 1.3e-36, 1.0e-20, 0.3, 1.0, 448.0, 449.0, 57344.0, 1.0e30, 3.4028235e38, INFINITY)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_scales_and_shared_exponents(name: str) -> None:
+    ours, theirs = PAIRS[name]
+    generator = torch.Generator().manual_seed(1)
+    many = torch.exp2(torch.rand(3000, generator=generator) * 270 - 148)
+    powers = ours.largest * torch.exp2(torch.arange(-149, 118).double()).float()
+    amax = torch.cat([torch.tensor(AMAXES), many, powers, torch.nextafter(powers, powers * 2)])
+    exponents = formats.shared_exponent(amax, ours.largest).tolist()
+    assert exponents == [reference.exponent_of(value, theirs) for value in double(amax).tolist()]
+    for power_of_two, overflow in itertools.product((False, True), (reference.FLOAT_MAX, reference.BF16_MAX)):
+        found = formats.scale_from_amax(amax, ours.largest, 0.0, power_of_two, overflow)
+        options = {"power_of_two": power_of_two, "overflow": overflow}
+        assert found.tolist() == [reference.scale_of(value, theirs, **options) for value in double(amax).tolist()]
+
+
+def test_a_floor_under_the_maximum() -> None:
+    amax = torch.tensor([0.0, 1.0e-6, 2.0])
+    assert formats.scale_from_amax(amax, 448.0, 0.5, False, 1.0).tolist() == [896.0, 896.0, 224.0]
+
+
+@pytest.mark.parametrize("algorithm", ["max", "most_recent"])
+@pytest.mark.parametrize("length", [1, 2, 4])
+@pytest.mark.parametrize("margin", [0, 2])
+@pytest.mark.parametrize("name", PAIRS)
+def test_scales_of_delayed_scaling_over_many_steps(name: str, margin: int, length: int, algorithm: str) -> None:
+    dtype = {"e4m3": formats.DType.kFloat8E4M3, "e5m2": formats.DType.kFloat8E5M2}[name]
+    generator = torch.Generator().manual_seed(length)
+    numbers = torch.exp2(torch.rand(24, 5, generator=generator) * 40 - 20)
+    numbers[3] = numbers[4] = 0.0
+    numbers[7, 1], numbers[9, 2], numbers[10, 2], numbers[12, 3] = INFINITY, 1.0e-42, 1.0e-42, 0.0
+    twins = [reference.Delayed(PAIRS[name][1], length, algorithm, margin) for _ in range(5)]
+    histories, scales = [torch.zeros(length, 3), torch.zeros(length, 2)], [torch.ones(3), torch.ones(2)]
+    for row in numbers:
+        for twin, number in zip(twins, row.tolist(), strict=True):
+            twin.record(number)
+            twin.update()
+        for history, part in zip(histories, row.split([3, 2]), strict=True):
+            history[0] = part  # what this rank saw; the reduced maxima come in one buffer
+        quantize.fused_amax_and_scale_update_after_reduction(row, histories, scales, algorithm, dtype, margin)
+        assert torch.cat(scales).tolist() == [twin.scale for twin in twins]
+        assert torch.cat(histories, 1).t().tolist() == [twin.history for twin in twins]
+
+
+def test_the_reduced_maximum_goes_before_this_rank_s_own() -> None:
+    history, scale = torch.tensor([[2.0, 2.0]]), torch.ones(2)
+    reduced = torch.tensor([8.0, 0.0])
+    arguments = "max", formats.DType.kFloat8E4M3, 0
+    quantize.fused_amax_and_scale_update_after_reduction(reduced, [history], [scale], *arguments)
+    assert scale.tolist() == [56.0, 224.0] and history.tolist() == [[0.0, 0.0]]
+
+
+def quantise_in_worker(recipe: str, name: str, values: Tensor, weight: bool, internal: bool) -> dict[str, Any]:
+    """The buffers that Transformer Engine's own quantiser fills, made anew, then overwritten after other values."""
+    start()
+    import transformer_engine.pytorch as te
+    from transformer_engine_torch import DType
+
+    dtype = {"e4m3": DType.kFloat8E4M3, "e5m2": DType.kFloat8E5M2}[name]
+    amax = torch.zeros(1)
+    quantizer = {
+        "delayed": lambda: te.Float8Quantizer(torch.tensor(3.0), amax, dtype),
+        "tensorwise": lambda: te.Float8CurrentScalingQuantizer(dtype, device="cpu"),
+        "blockwise": lambda: te.Float8BlockQuantizer(
+            dtype, rowwise=True, columnwise=True, block_scaling_dim=2 if weight else 1
+        ),
+        "mxfp8": lambda: te.MXFP8Quantizer(dtype),
+    }[recipe]()
+    quantizer.internal = internal
+    found = quantizer(values)
+    parts = {key: value for key, value in vars(found).items() if isinstance(value, Tensor)}
+    if not internal:
+        again = quantizer(torch.zeros_like(values))
+        quantizer.update_quantized(values, again)
+        for key, value in parts.items():
+            assert torch.equal(getattr(again, key), value), key
+        if recipe != "blockwise":
+            parts["dequantised"] = found.dequantize(dtype=torch.float32)
+    return {**parts, "amax": amax}
+
+
+def expected_buffers(recipe: str, name: str, values: Tensor, weight: bool) -> dict[str, np.ndarray]:
+    """The same from the reference, in the layouts that a GEMM reads."""
+    target, matrix = PAIRS[name][1], double(values).reshape(-1, values.shape[-1])
+    turned = np.ascontiguousarray(matrix.T)
+    if recipe in ("delayed", "tensorwise"):
+        scale = 3.0 if recipe == "delayed" else reference.current_scale(reference.amax(matrix), target)
+        made = reference.per_tensor(matrix, target, scale)
+        return {"_data": made.codes, "_scale_inv": made.inverse[0]}
+    if recipe == "blockwise":
+        overflow = reference.BF16_MAX if values.dtype == torch.bfloat16 else reference.FLOAT_MAX
+        tall = 128 if weight else 1
+        rows = reference.block(matrix, target, tall, 128, overflow)
+        columns = reference.block(turned, target, tall, 128, overflow)
+        turn = (lambda scales: scales) if weight else np.transpose
+        return {
+            "_rowwise_data": rows.codes,
+            "_rowwise_scale_inv": turn(rows.inverse),
+            "_columnwise_data": columns.codes,
+            "_columnwise_scale_inv": turn(columns.inverse),
+        }
+    (rows, row_exponents), (columns, column_exponents) = (
+        reference.mx(matrix, target, columns=along) for along in (False, True)
+    )
+    return {
+        "_rowwise_data": rows.codes,
+        "_rowwise_scale_inv": row_exponents,
+        "_columnwise_data": columns.codes,
+        "_columnwise_scale_inv": column_exponents,
+    }
+
+
+@needs_files
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("recipe", "name", "weight"),
+    [
+        ("delayed", "e4m3", False),
+        ("delayed", "e5m2", False),
+        ("tensorwise", "e4m3", False),
+        ("tensorwise", "e5m2", False),
+        ("blockwise", "e4m3", False),
+        ("blockwise", "e5m2", False),
+        ("blockwise", "e4m3", True),
+        ("mxfp8", "e4m3", False),
+        ("mxfp8", "e5m2", False),
+    ],
+)
+def test_quantisers_fill_the_buffers_that_the_recipe_says(
+    fresh_pool: WorkerPool, recipe: str, name: str, weight: bool, dtype: str
+) -> None:
+    rows, columns = (64, 96) if recipe == "mxfp8" else (144, 176)
+    for kind, values in inputs(rows, columns, DTYPES[dtype]).items():
+        for internal in (False, True):
+            shaped = values.view(2, rows // 2, columns)
+            (found,) = fresh_pool.run(quantise_in_worker, recipe, name, shaped, weight, internal, world=1)
+            for key, wanted in expected_buffers(recipe, name, values, weight).items():
+                mine = found[key].numpy()
+                if not key.endswith("data"):
+                    assert not mine[wanted.shape[0] :].any()
+                    mine = mine[tuple(slice(size) for size in wanted.shape)]  # the rest is padding
+                assert np.array_equal(mine.reshape(wanted.shape), wanted), (kind, key)
+            if recipe == "delayed":
+                assert found["amax"].item() == reference.amax(double(values)), kind
