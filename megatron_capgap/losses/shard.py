@@ -12,6 +12,10 @@ from megatron_capgap.config.errors import UserError
 # The log of "no mass at all". Finite, so that 0 * log 0 is 0 and not NaN, and far below any real logit.
 LOG_OF_NOTHING = -1.0e30
 
+# Entries of a block for each thread: a few such temporaries fit a core's cache, and torch, which hands no thread fewer
+# than 2^15, uses all threads.
+BLOCK_OF_A_CORE = 2**16
+
 # Newer torch warns at the older names.
 _ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -91,11 +95,12 @@ class VocabShard:
 
 
 def blocks_in_cache(matrix: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Cuts a matrix [c, w], and others of c rows, into views of so few rows that temporaries stay in a core's cache.
+    """Cuts a matrix [c, w], and others of c rows, into views of so few rows that temporaries stay in the cores' caches.
 
     A GPU has no such cache and pays for every launch, so there the block is the whole.
     """
-    rows = matrix.shape[0] if matrix.is_cuda else max(1, 2**16 // max(1, matrix.shape[1]))
+    block = BLOCK_OF_A_CORE * torch.get_num_threads()
+    rows = matrix.shape[0] if matrix.is_cuda else max(1, block // max(1, matrix.shape[1]))
     return zip(*(tensor.split(rows) for tensor in (matrix, *others)), strict=True)
 
 

@@ -21,6 +21,7 @@ from megatron_capgap.losses import (
     language_model_loss,
 )
 from megatron_capgap.losses.divergences import DIVERGENCES
+from megatron_capgap.losses.shard import BLOCK_OF_A_CORE, blocks_in_cache
 from tests.support.memory import allocations
 from tests.support.reference_loss import reference_loss
 
@@ -200,7 +201,22 @@ def test_memory_grows_with_the_chunk_and_not_with_the_tokens() -> None:
         _, held, peak = allocations(run)
         gradients = 4 * width * (vocab + tokens)
         assert gradients <= held <= gradients + 1000
-        assert peak <= gradients + 4 * (2 * chunk * vocab + 6 * 2**16) + 20000
+        block = BLOCK_OF_A_CORE * torch.get_num_threads()
+        assert peak <= gradients + 4 * (2 * chunk * vocab + 6 * block) + 20000
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_a_block_has_work_for_every_thread(threads: int) -> None:
+    """Torch gives no thread fewer than 2^15 entries; the rest of the threads would stand by."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for width in (1, 8192, 16000, 50000, 151936):
+            sizes = [block.numel() for (block,) in blocks_in_cache(torch.empty(8 * threads, 1).expand(-1, width))]
+            whole = 8 * threads * width
+            assert sum(sizes) == whole and sizes[0] >= min(whole, 2**15 * threads)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_fill_of_a_short_list_weighs_nothing() -> None:
