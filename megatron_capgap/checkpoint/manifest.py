@@ -44,6 +44,8 @@ class Manifest:
     """Tokens in one training sample."""
     device: str = "cpu"
     """Kind of device that wrote it; random states fit this alone."""
+    projections: tuple[str, ...] = ()
+    """Matched pairs of layers whose projections are in it, by name, ascending."""
     format: int = FORMAT
     """Version of this file."""
 

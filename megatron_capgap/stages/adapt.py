@@ -33,5 +33,5 @@ def run(loaded: Loaded, environment: Environment) -> int:
         def prepare(batches: Sequence[MicroBatch]) -> LossFunction:
             return loss
 
-        train(common.training_run(ground, prepare))
+        train(common.training_run(ground, common.student_chunks(ground), prepare))
     return 0

@@ -278,11 +278,14 @@ def test_nearly_every_misspelt_key_is_answered_with_the_right_one(read):
         *sections, word = key.split(".")
         typos = sorted(misspellings(word) - set(table()[".".join(sections)].children))
         opening = [f"{' ' * depth}{section}:" for depth, section in enumerate(sections)]
-        problems = read("\n".join([*opening, *(f"{' ' * len(sections)}{typo}: 1" for typo in typos)]))
+        if table()[".".join(sections)].type.startswith("a list"):
+            sections.append("0")
+            opening.append(f"{' ' * len(sections)}-")
+        problems = read("\n".join([*opening, *(f"{' ' * (len(sections) + 1)}{typo}: 1" for typo in typos)]))
         for line, typo in enumerate(typos, start=len(sections) + 1):
             start = f"distill.yaml:{line}: {'.'.join([*sections, typo])}: unknown key"
             (answer,) = (problem for problem in problems if problem.startswith(start))
-            hit = answer.endswith(f"did you mean {key}?")
+            hit = answer.endswith(f"did you mean {'.'.join([*sections, word])}?")
             right, wrong = right + hit, wrong + (not hit)
     assert right + wrong > 700
     assert right / (right + wrong) >= 0.95, (right, wrong)
