@@ -74,6 +74,7 @@ def _of_stage(
 ) -> Memory:
     layout, width = config.student.layout, _BYTES[config.precision.compute]
     held = size.rank_parameters(student, layout, pipeline_rank)
+    held += _projections(config, student, teacher, pipeline_rank)
     tokens = config.train.micro_batch * config.data.sequence_length
     last = pipeline_rank == layout.pipeline - 1
     backward = 6 * student.ffn // layout.tensor  # of one feed-forward layer, the largest
@@ -81,6 +82,8 @@ def _of_stage(
         passing = backward * tokens * width
         return Memory(weights=held * width, activations=passing, loss=_logits(student, layout, tokens) if last else 0)
     micro_batches = derive.micro_batches(config, layout, world)
+    # Of the teacher's layers with a match here, and behind the last one, until the student has used them.
+    states = len(_matched_layers(config, teacher, pipeline_rank)) + last
     kept = _kept(student, layout) * _layers_in_flight(layout, micro_batches, pipeline_rank, student.layers)
     kept += [_cut(student.hidden, layout)] * 2 if last else []
     return Memory(
@@ -92,11 +95,27 @@ def _of_stage(
         backward_pass=backward * tokens * width,
         loss=_loss(student, teacher, layout, tokens, width) if last else 0,
         teacher_weights=size.rank_parameters(teacher, layout, pipeline_rank) * width if teacher else 0,
-        teacher_hidden=micro_batches * tokens * _cut(teacher.hidden, layout) * width if teacher and last else 0,
+        teacher_hidden=states * micro_batches * tokens * _cut(teacher.hidden, layout) * width if teacher else 0,
         heap=_heap([*kept, *[student.ffn // layout.tensor] * 6], tokens * width),
         workspace=_WORKSPACE,
         saving=_SAVED_BYTES * held + _SAVING_BUFFERS,
     )
+
+
+def _matched_layers(config: Config, teacher: ModelShape | None, pipeline_rank: int) -> set[int]:
+    """Layers of the teacher on this stage that a layer of the student is matched with."""
+    if teacher is None or not config.objective.matching:
+        return set()
+    stages = derive.stages_of_layers(teacher.layers, derive.teacher_layout(config))
+    wanted = {pair.teacher_layer for pair in config.objective.matching}
+    return {layer for layer in wanted if stages[layer - 1] == pipeline_rank}
+
+
+def _projections(config: Config, student: ModelShape, teacher: ModelShape | None, pipeline_rank: int) -> int:
+    """Parameters of the linear maps on one stage, whole on each tensor-parallel rank."""
+    matched = _matched_layers(config, teacher, pipeline_rank)
+    pairs = [p for p in derive.projected_pairs(config, student, teacher) if p.teacher_layer in matched]
+    return len(pairs) * teacher.hidden * student.hidden if pairs else 0
 
 
 def _cut(hidden: int, layout: Layout) -> int:

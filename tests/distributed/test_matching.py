@@ -4,7 +4,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from megatron_capgap.config.schema import LayerPair, Layout, ModelShape, Precision
+from megatron_capgap.data.batch import MicroBatch
+from megatron_capgap.distillation.matching import Matching
+from megatron_capgap.distillation.teacher import Taught
+from megatron_capgap.models import gpt, projections
+from megatron_capgap.models.state import initialise
+from megatron_capgap.runtime import layout
+from megatron_capgap.runtime.devices import choose
 from tests.support import dense, runs
 from tests.support.pool import WorkerPool
 from tests.support.runs import Material
@@ -61,8 +70,8 @@ def assert_steps(run_dir: Path, expected: list[dict[str, float]]) -> None:
 def test_steps_agree_with_a_plain_llama(
     pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path, expected: list[dict[str, float]], name: str
 ) -> None:
-    world, layout = LAYOUTS[name]
-    raw = configuration(material, tmp_path / name, teacher, PAIRS, student__layout=layout)
+    world, cut = LAYOUTS[name]
+    raw = configuration(material, tmp_path / name, teacher, PAIRS, student__layout=cut)
     assert_steps(runs.train(pool, "distill", raw, world), expected)
     assert expected[0]["matching"] > expected[-1]["matching"] > 0
 
@@ -72,10 +81,41 @@ def test_steps_agree_with_a_plain_llama(
 def test_the_last_layer_of_a_stage_and_equal_widths(
     pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path, name: str, model: dict[str, int]
 ) -> None:
-    world, layout = LAYOUTS[name]
-    changes = {"student__layout": layout, "student__model": model, "data__valid": None}
+    world, cut = LAYOUTS[name]
+    changes = {"student__layout": cut, "student__model": model, "data__valid": None}
     raw = configuration(material, tmp_path / name, teacher, AT_THE_END_OF_A_STAGE, **changes)
     assert_steps(runs.train(pool, "distill", raw, world), dense.steps(pool, "distill", raw))
+
+
+def masked_pass(cut: Layout) -> tuple[float, torch.Tensor]:
+    """Runs in a worker: sum of the matching losses of two micro-batches with masks, and the projection's gradient."""
+    shape, make = ModelShape(**runs.STUDENT), torch.Generator().manual_seed(3)
+    grid = layout.build(cut, 0)
+    chunks = gpt.build(shape, grid, Precision(), choose("cpu", 0), sequence_length=8)
+    pair = LayerPair(student_layer=2, teacher_layer=1)
+    projections.add(chunks, [pair], 10)
+    initialise(chunks, shape, grid, seed=1)
+    matching = Matching(chunks, grid, [pair])
+    batches, taught = [], []
+    for _ in range(2):
+        tokens, mask = torch.randint(301, (3, 8), generator=make), (torch.rand(3, 8, generator=make) < 0.6).float()
+        batches.append(MicroBatch(tokens, tokens, mask, torch.arange(8).expand(3, -1), [0, 1, 2]))
+        states = torch.randn(8, 3, 10, generator=make)
+        taught.append(states.chunk(cut.tensor)[grid.tensor_rank] if cut.sequence else states)
+    matching.begin(batches, Taught([None, None], {1: taught}))
+    for batch in batches:
+        (0 * chunks[0](batch.tokens, batch.position_ids, attention_mask=None)).sum().backward()
+    return matching.loss().loss_sum.item(), chunks[0].projections[pair.name].weight.grad
+
+
+def test_masks_are_cut_as_the_sequence_is(pool: WorkerPool) -> None:
+    ((loss, gradient),) = pool.run(masked_pass, Layout(), world=1)
+    assert loss > 0
+    whole = pool.run(masked_pass, Layout(tensor=2), world=2)
+    parts = pool.run(masked_pass, Layout(tensor=2, sequence=True), world=2)
+    assert [found for found, _ in whole + parts] == pytest.approx([loss] * 4, rel=1e-5)
+    for found in (whole[0][1], whole[1][1], parts[0][1] + parts[1][1]):
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_resuming_is_exact_and_any_layout_goes_on(
@@ -98,7 +138,7 @@ def test_resuming_is_exact_and_any_layout_goes_on(
 def test_a_checkpoint_is_a_model_without_projections(
     pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path
 ) -> None:
-    """It is measured, taught from, and trained on without them; and a run with them starts from a checkpoint without."""
+    """It is measured, taught from and trained on without them; a run with them starts from a checkpoint without."""
     raw = configuration(material, tmp_path / "run", teacher, PAIRS, student__layout={"pipeline": 2})
     run_dir = runs.train(pool, "distill", raw, 2)
     changes = {"student__model": None, "student__checkpoint": str(run_dir), "train__eval_batches": 2}
