@@ -51,6 +51,8 @@ class Matching:
             batches: the student's micro-batches.
             taught: with the outputs of `teacher_layers`.
         """
+        if not self._waiting:
+            return
         masks = [self._part(batch.loss_mask.t()).reshape(-1) for batch in batches]
         for pair, waiting in self._waiting.items():
             assert not waiting, f"{len(waiting)} micro-batches of the last step were not matched"
