@@ -90,8 +90,9 @@ def test_the_last_layer_of_a_stage_and_equal_widths(
 def masked_pass(cut: Layout) -> tuple[float, torch.Tensor]:
     """Runs in a worker: sum of the matching losses of two micro-batches with masks, and the projection's gradient."""
     shape, make = ModelShape(**runs.STUDENT), torch.Generator().manual_seed(3)
+    device = choose("cpu", 0)
     grid = layout.build(cut, 0)
-    chunks = gpt.build(shape, grid, Precision(), choose("cpu", 0), sequence_length=8)
+    chunks = gpt.build(shape, grid, Precision(), device, sequence_length=8)
     pair = LayerPair(student_layer=2, teacher_layer=1)
     projections.add(chunks, [pair], 10)
     initialise(chunks, shape, grid, seed=1)

@@ -38,8 +38,9 @@ def megatron_weights(source: Source) -> Weights:
     from megatron_capgap.runtime import layout
     from megatron_capgap.runtime.devices import choose
 
+    device = choose("cpu", 0)
     grid = layout.build(Layout(), source.seed)
-    chunks = gpt.build(source.shape, grid, Precision(), choose("cpu", 0), sequence_length=8)
+    chunks = gpt.build(source.shape, grid, Precision(), device, sequence_length=8)
     projections.add(chunks, source.pairs, source.taught_width)
     if source.checkpoint is None:
         initialise(chunks, source.shape, grid, source.seed)
