@@ -46,6 +46,8 @@ class Manifest:
     """Kind of device that wrote it; random states fit this alone."""
     fp8_recipe: str | None = None
     """FP8 recipe of the run that wrote it; delayed scaling keeps its scales in the checkpoint."""
+    projections: tuple[str, ...] = ()
+    """Matched pairs of layers whose projections are in it, by name, ascending."""
     format: int = FORMAT
     """Version of this file."""
 

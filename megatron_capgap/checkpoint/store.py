@@ -19,6 +19,7 @@ from megatron_capgap.checkpoint import manifest as manifests
 from megatron_capgap.checkpoint.manifest import Manifest
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.models.gpt import unwrap
+from megatron_capgap.models.projections import PREFIX
 from megatron_capgap.models.state import sharded_state
 from megatron_capgap.runtime.launch import on_first_rank
 from megatron_capgap.runtime.layout import Grid
@@ -66,8 +67,11 @@ def save(
 
 
 def load_weights(folder: Path, chunks: Sequence[torch.nn.Module], grid: Grid) -> None:
-    """Fills a model from a checkpoint written in any layout; every parameter must be in it. Collective."""
-    state = sharded_state(list(chunks), grid)
+    """Fills a model from a checkpoint written in any layout; every parameter must be in it. Collective.
+
+    Projections are no part of the model: they stay as they are, and those of the checkpoint are not looked at.
+    """
+    state = sharded_state(list(chunks), grid, with_projections=False)
     loaded = _load(state, folder)
     _fill(chunks, loaded)
 
@@ -113,7 +117,7 @@ def _state(
 ) -> ShardedStateDict:
     weights = sharded_state(list(chunks), grid)
     state = {
-        **(sharded_state(list(chunks), grid, scales=True) if scales else weights),
+        **(sharded_state(list(chunks), grid, with_scales=True) if scales else weights),
         "optimizer": optimization.sharded_state(weights, loading=loading),
     }
     if random_state:
@@ -139,7 +143,7 @@ def _fill(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
     for index, chunk in enumerate(chunks):
         part = loaded["model"] if len(chunks) == 1 else loaded[f"model{index}"]
         missing, unexpected = unwrap(chunk).load_state_dict(part, strict=False)
-        left_over = [name for name in missing if not name.endswith("_extra_state")]
+        left_over = [name for name in missing if not name.endswith("_extra_state") and not name.startswith(PREFIX)]
         assert not left_over and not unexpected, (left_over, unexpected)
 
 

@@ -1,6 +1,6 @@
 """What the checks look at, and the words they share."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_capgap.config import derive
@@ -100,11 +100,22 @@ def multiples(number: int, step: int) -> str:
     return _either([multiple for multiple in (below, below + step) if multiple > 0])
 
 
+def spans(numbers: Iterable[int]) -> str:
+    """Ascending numbers, as in `1 to 4, 9 or 11 to 12`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return _either([str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs])
+
+
 def as_yaml(value: object) -> str:
     """A scalar as the user would write it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _either(values: Sequence[int]) -> str:
+def _either(values: Sequence[object]) -> str:
     *others, last = map(str, values)
     return f"{', '.join(others)} or {last}" if others else last

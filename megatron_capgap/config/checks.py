@@ -4,9 +4,10 @@ Each problem says where the key was said, the key, its value, what it clashes wi
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from megatron_capgap.config import derive, fp8
-from megatron_capgap.config.case import Case, as_yaml, build, divisors, multiples
+from megatron_capgap.config.case import Case, as_yaml, build, divisors, multiples, spans
 from megatron_capgap.config.errors import ConfigError
 from megatron_capgap.config.load import NEEDS, Loaded
 from megatron_capgap.config.schema import ModelShape, Objective
@@ -206,7 +207,7 @@ def objective_is_used(case: Case) -> Iterator[str]:
     """With a teacher there is something to minimise; without one nothing reads the objective."""
     objective = case.config.objective
     if NEEDS[case.stage].teacher:
-        if objective.divergence_weight == objective.cross_entropy_weight == 0:
+        if objective.divergence_weight == objective.cross_entropy_weight == 0 and not objective.matching:
             text = "0, and cross_entropy_weight is 0 too: nothing to minimise; any number > 0 would do"
             yield case.problem("objective.divergence_weight", text)
         return
@@ -214,8 +215,45 @@ def objective_is_used(case: Case) -> Iterator[str]:
         given = getattr(objective, name)
         # A default is harmless: resolved.yaml of an earlier run holds them all.
         if f"objective.{name}" in case.loaded.sources and given != default:
-            text = f"{given}: {case.stage} has no teacher, so nothing reads this; remove the key"
+            shown = f"{len(given)} pairs" if isinstance(given, tuple) else given
+            text = f"{shown}: {case.stage} has no teacher, so nothing reads this; remove the key"
             yield case.problem(f"objective.{name}", text)
+
+
+def matched_layers_exist(case: Case) -> Iterator[str]:
+    """A pair names a layer of each model, and no two pairs say the same."""
+    pairs = case.config.objective.matching
+    for index, pair in enumerate(pairs):
+        key = f"objective.matching.{index}"
+        for model in case.models:
+            layer, layers = getattr(pair, f"{model.role}_layer"), model.shape.layers
+            if layer > layers:
+                text = f"{layer} is beyond {model.number('layers')}; {spans(range(1, layers + 1))} would do"
+                yield case.problem(f"{key}.{model.role}_layer", text)
+        if any(replace(other, weight=pair.weight) == pair for other in pairs[:index]):
+            said = f"student layer {pair.student_layer}, teacher layer {pair.teacher_layer}, {pair.kind}"
+            yield case.problem(key, f"{said} was said before; keep one of them, with the sum of their weights")
+
+
+def matched_layers_share_a_stage(case: Case) -> Iterator[str]:
+    """Hidden states within the models never travel between pipeline ranks."""
+    cuts = [(m.shape.layers, m.layout) for m in case.models]
+    if len(cuts) < 2 or any(layers % (cut.pipeline * cut.virtual_pipeline) for layers, cut in cuts):
+        return
+    of_student, of_teacher = (derive.stages_of_layers(layers, cut) for layers, cut in cuts)
+    for index, pair in enumerate(case.config.objective.matching):
+        if pair.student_layer > len(of_student) or pair.teacher_layer > len(of_teacher):
+            continue
+        mine, theirs = of_student[pair.student_layer - 1], of_teacher[pair.teacher_layer - 1]
+        if mine != theirs:
+            for_student = spans(i for i, stage in enumerate(of_student, 1) if stage == theirs)
+            for_teacher = spans(i for i, stage in enumerate(of_teacher, 1) if stage == mine)
+            yield case.problem(
+                f"objective.matching.{index}",
+                f"student layer {pair.student_layer} is on pipeline stage {mine}, teacher layer {pair.teacher_layer} "
+                f"on stage {theirs}, and hidden states within the models stay on their stage; teacher layer "
+                f"{for_teacher} or student layer {for_student} would do",
+            )
 
 
 CHECKS: tuple[Callable[[Case], Iterator[str]], ...] = (
@@ -235,5 +273,7 @@ CHECKS: tuple[Callable[[Case], Iterator[str]], ...] = (
     every_training_set_has_a_weight,
     evaluations_have_data,
     objective_is_used,
+    matched_layers_exist,
+    matched_layers_share_a_stage,
     *fp8.CHECKS,
 )

@@ -1,6 +1,6 @@
 """What follows from a configuration and the world size: the nulls resolved, in one place."""
 
-from megatron_capgap.config.schema import Config, Layout, Precision
+from megatron_capgap.config.schema import Config, LayerPair, Layout, ModelShape, Precision
 
 
 def ranks_per_model(layout: Layout) -> int:
@@ -31,6 +31,25 @@ def micro_batches(config: Config, layout: Layout, world: int) -> int:
     batch = global_batch(config, layout, world)
     assert batch % portion == 0, (batch, portion)
     return batch // portion
+
+
+def stages_of_layers(layers: int, layout: Layout) -> list[int]:
+    """The pipeline rank of each layer; `checks` has seen that pipeline * virtual_pipeline divides their number.
+
+    With virtual stages the chunks of layers go round over the pipeline ranks.
+    """
+    a_chunk = layers // (layout.pipeline * layout.virtual_pipeline)
+    return [layer // a_chunk % layout.pipeline for layer in range(layers)]
+
+
+def projected_pairs(config: Config, student: ModelShape, teacher: ModelShape | None) -> tuple[LayerPair, ...]:
+    """The matched pairs of layers that need a linear map from the student's width to the teacher's."""
+    return config.objective.matching if teacher is not None and student.hidden != teacher.hidden else ()
+
+
+def projection_names(config: Config, student: ModelShape, teacher: ModelShape | None) -> tuple[str, ...]:
+    """Their names, ascending."""
+    return tuple(sorted(pair.name for pair in projected_pairs(config, student, teacher)))
 
 
 def teacher_layout(config: Config) -> Layout:

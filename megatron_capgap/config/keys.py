@@ -81,9 +81,10 @@ def _add_rows(rows: dict[str, Key], name: str, node: Node, definitions: Node, re
 
 
 def _target(node: Node, definitions: Node) -> Node:
-    """The node without its references and without `or null`."""
+    """The node without its references, without `or null`, and of a list its entries."""
     if "anyOf" in node:
         node = next(option for option in node["anyOf"] if option.get("type") != "null")
+    node = node.get("items", node)
     return definitions[node["$ref"].rpartition("/")[2]] if "$ref" in node else node
 
 

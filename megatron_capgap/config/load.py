@@ -107,25 +107,27 @@ def _validate(tree: Tree) -> Config | None:
         for error in errors.errors(include_url=False, include_context=False):
             names = [str(part) for part in error["loc"] if isinstance(part, str)]
             key, section = ".".join(names), ".".join(names[:-1])
-            at_item = len(names) < len(error["loc"])
+            at_item = isinstance(error["loc"][-1], int)
+            # With the numbers of list entries around it, but not of the entry itself; the table knows no numbers.
+            where = ".".join(map(str, error["loc"][:-1] if at_item else error["loc"]))
             if error["type"] == "unexpected_keyword_argument":
-                tree.report(tree.mark(key), key, _unknown(section, names[-1]))
+                tree.report(tree.mark(where), where, _unknown(section, where.rpartition(".")[0], names[-1]))
             elif error["type"] == "missing" and not at_item:
                 row = table()[key]
-                tree.report(tree.mark(section), key, f"missing; give {row.type}: {row.doc}")
+                tree.report(tree.mark(where), where, f"missing; give {row.type}: {row.doc}")
             else:
-                tree.report(tree.mark(key), key, _unfit(key, error["input"]))
+                tree.report(tree.mark(where), where, _unfit(key, error["input"]))
         return None
 
 
-def _unknown(section: str, word: str) -> str:
-    """What to say about a key that the section does not have."""
+def _unknown(section: str, inside: str, word: str) -> str:
+    """What to say about a key that `section` does not have; `inside` also has the numbers of list entries."""
     if "." in word:
         return "a dotted key is for the command line; in a file write one section inside the other"
     siblings = table()[section].children
     elsewhere = [key for key in table() if key == word or key.endswith(f".{word}")]
     if near := nearest(word, siblings, _SURELY_A_TYPO if elsewhere else _PERHAPS_A_TYPO):
-        return f"unknown key; did you mean {join(section, near)}?"
+        return f"unknown key; did you mean {join(inside, near)}?"
     if elsewhere:
         return f"unknown key of {section_name(section)}; did you mean {' or '.join(elsewhere)}?"
     return f"unknown key; {section_name(section)} has {', '.join(siblings)}"

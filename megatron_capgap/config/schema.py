@@ -29,6 +29,7 @@ DIVERGENCES = (
     "total_variation",
     "soft_cross_entropy",
 )
+MATCHINGS = ("mse", "cosine")
 
 
 @dataclass(frozen=True)
@@ -218,8 +219,29 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
+class LayerPair:
+    """A student layer whose output, the residual stream behind it, is to resemble that of a teacher layer."""
+
+    __pydantic_config__ = STRICT
+
+    student_layer: Positive
+    """Which of the student's transformer layers, counted from 1."""
+    teacher_layer: Positive
+    """Which of the teacher's; both must lie on the same pipeline rank."""
+    kind: Literal[MATCHINGS] = "mse"
+    """mse: the squared difference, mean over the width; cosine: 1 minus the cosine of the angle between them."""
+    weight: PositiveFloat = 1.0
+    """Weight of this pair in the loss."""
+
+    @property
+    def name(self) -> str:
+        """What a checkpoint calls the pair's projection."""
+        return f"{self.student_layer}_{self.teacher_layer}_{self.kind}"
+
+
+@dataclass(frozen=True)
 class Objective:
-    """What the student minimises: divergence_weight * divergence + cross_entropy_weight * cross-entropy."""
+    """What the student minimises: divergence_weight * divergence + cross_entropy_weight * cross-entropy + matching."""
 
     __pydantic_config__ = STRICT
 
@@ -235,6 +257,8 @@ class Objective:
     """Share of the other distribution mixed in by the skew divergences."""
     jsd_beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Weight of the teacher in the mixture of the generalised Jensen-Shannon divergence."""
+    matching: tuple[LayerPair, ...] = ()
+    """A list of layer pairs whose hidden states are matched, through a learned linear map where the widths differ."""
 
 
 @dataclass(frozen=True)

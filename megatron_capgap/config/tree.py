@@ -202,7 +202,7 @@ class _Reader:
             self.tree.report(self._mark(node), key, f"the tag {node.tag} is not read; remove it")
         if isinstance(node, yaml.MappingNode):
             return self.mapping(node, key, around)
-        return [self.value(item, key, (*around, node)) for item in node.value]
+        return [self.value(item, join(key, str(i)), (*around, node)) for i, item in enumerate(node.value)]
 
     def _scalar(self, node: yaml.ScalarNode, key: str) -> Any:
         plain = node.style is None

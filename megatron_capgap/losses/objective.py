@@ -14,7 +14,8 @@ class DistillationObjective(Objective):
 
     The fields and their defaults are those of the section `objective` of a configuration:
     `DistillationObjective(**dataclasses.asdict(config.objective))`. With divergence_weight 0 no teacher is
-    looked at; with cross_entropy_weight 0 the cross-entropy is still reported.
+    looked at; with cross_entropy_weight 0 the cross-entropy is still reported. `matching` speaks of layers that
+    distillation_loss does not see: `losses.matching` has its formulas, the stage distill attaches them to the layers.
 
     Raises:
         UserError: a divergence that is not in the table, or a number out of its range.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,11 @@ class HiddenStateModel(GPTModel):
     `forward(tokens [b, s], position_ids [b, s], attention_mask=None)` returns `[s, b, h]`, or `[s/tp, b, h]` under
     sequence parallelism, on every stage; on the last one it is after the final norm.
     """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.projections = torch.nn.ModuleDict()
+        """Trained and saved with the model, and no part of it: see `models.projections`."""
 
     def _postprocess(self, hidden_states: Tensor, **unused: object) -> Tensor:
         # GPTModel offers no argument for "stop before the output layer"; this is the method it calls there.

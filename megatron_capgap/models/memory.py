@@ -77,6 +77,7 @@ def _of_stage(
     layout, precision = config.student.layout, derive.student_precision(config)
     width = _BYTES[precision.compute]
     held = size.rank_parameters(student, layout, pipeline_rank)
+    held += _projections(config, student, teacher, pipeline_rank)
     tokens = config.train.micro_batch * config.data.sequence_length
     last = pipeline_rank == layout.pipeline - 1
     backward = 6 * student.ffn // layout.tensor  # of one feed-forward layer, the largest
@@ -89,6 +90,8 @@ def _of_stage(
             fp8_copies=_fp8_copies(precision, student, layout, trains=False),
         )
     micro_batches = derive.micro_batches(config, layout, world)
+    # Of the teacher's layers with a match here, and behind the last one, until the student has used them.
+    states = len(_matched_layers(config, teacher, pipeline_rank)) + last
     kept = _kept(student, layout) * _layers_in_flight(layout, micro_batches, pipeline_rank, student.layers)
     kept += [_cut(student.hidden, layout)] * 2 if last else []
     return Memory(
@@ -100,7 +103,7 @@ def _of_stage(
         backward_pass=backward * tokens * width,
         loss=_loss(student, teacher, layout, tokens, width) if last else 0,
         fp8_copies=_fp8_copies(precision, student, layout, trains=True),
-        **(_of_teacher(config, teacher, micro_batches * tokens, pipeline_rank) if teacher else {}),
+        **(_of_teacher(config, teacher, states * micro_batches * tokens, pipeline_rank) if teacher else {}),
         heap=_heap([*kept, *[student.ffn // layout.tensor] * 6], tokens * width),
         workspace=_WORKSPACE,
         saving=_SAVED_BYTES * held + _SAVING_BUFFERS,
@@ -108,13 +111,13 @@ def _of_stage(
 
 
 def _of_teacher(config: Config, teacher: ModelShape, tokens: int, pipeline_rank: int) -> dict[str, int]:
-    """Its weights, and the hidden states of a global batch, on one rank of the layout that it shares."""
+    """Its weights, and its hidden states of `tokens` tokens, on one rank of the layout that it shares."""
     layout, precision = config.student.layout, derive.teacher_precision(config)
-    width, last = _BYTES[precision.compute], pipeline_rank == layout.pipeline - 1
+    width = _BYTES[precision.compute]
     weights = size.rank_parameters(teacher, layout, pipeline_rank) * width
     return {
         "teacher_weights": weights + _fp8_copies(precision, teacher, layout, trains=False),
-        "teacher_hidden": tokens * _cut(teacher.hidden, layout) * width if last else 0,
+        "teacher_hidden": tokens * _cut(teacher.hidden, layout) * width,
     }
 
 
@@ -125,6 +128,22 @@ def _fp8_copies(precision: Precision, shape: ModelShape, layout: Layout, *, trai
     layers = shape.layers - 2 * precision.fp8.first_last_layers_bf16
     weights = sum(outputs * inputs for outputs, inputs in fp8.linears(shape, layout).values())
     return (2 if trains else 1) * weights * min(layers, shape.layers // layout.pipeline)
+
+
+def _matched_layers(config: Config, teacher: ModelShape | None, pipeline_rank: int) -> set[int]:
+    """Layers of the teacher on this stage that a layer of the student is matched with."""
+    if teacher is None or not config.objective.matching:
+        return set()
+    stages = derive.stages_of_layers(teacher.layers, derive.teacher_layout(config))
+    wanted = {pair.teacher_layer for pair in config.objective.matching}
+    return {layer for layer in wanted if stages[layer - 1] == pipeline_rank}
+
+
+def _projections(config: Config, student: ModelShape, teacher: ModelShape | None, pipeline_rank: int) -> int:
+    """Parameters of the linear maps on one stage, whole on each tensor-parallel rank."""
+    matched = _matched_layers(config, teacher, pipeline_rank)
+    pairs = [p for p in derive.projected_pairs(config, student, teacher) if p.teacher_layer in matched]
+    return len(pairs) * teacher.hidden * student.hidden if pairs else 0
 
 
 def _cut(hidden: int, layout: Layout) -> int:

@@ -12,13 +12,16 @@ from megatron.core.dist_checkpointing.utils import extract_sharded_tensors
 
 from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.models.gpt import init_std, unwrap
+from megatron_capgap.models.projections import PREFIX
 from megatron_capgap.runtime.layout import Grid
 
 # Rows drawn at once while initialising: bounds the memory, does not change the values.
 _ROWS = 4096
 
 
-def sharded_state(chunks: list[torch.nn.Module], grid: Grid, *, scales: bool = False) -> ShardedStateDict:
+def sharded_state(
+    chunks: list[torch.nn.Module], grid: Grid, *, with_projections: bool = True, with_scales: bool = False
+) -> ShardedStateDict:
     """Megatron's sharded state dict of all chunks of this rank.
 
     The keys name every tensor the same way in every layout.
@@ -26,8 +29,9 @@ def sharded_state(chunks: list[torch.nn.Module], grid: Grid, *, scales: bool = F
     Args:
         chunks: this rank's model chunks.
         grid: their layout.
-        scales: with Transformer Engine's `_extra_state`: the scales and histories of delayed FP8 scaling. They are the
-            same on all tensor- and data-parallel ranks, and one entry a linear, so that they fit any layout too.
+        with_projections: False leaves the model alone.
+        with_scales: with Transformer Engine's `_extra_state`: the scales and histories of delayed FP8 scaling. They are
+            the same on all tensor- and data-parallel ranks, and one entry a linear, so that they fit any layout too.
 
     Returns:
         `{"model": {...}}`, or `{"model0": {...}, "model1": {...}}` with virtual stages.
@@ -37,7 +41,11 @@ def sharded_state(chunks: list[torch.nn.Module], grid: Grid, *, scales: bool = F
     for index, chunk in enumerate(chunks):
         part = unwrap(chunk).sharded_state_dict(metadata=metadata)
         name = "model" if len(chunks) == 1 else f"model{index}"
-        state[name] = {key: value for key, value in part.items() if scales or not key.endswith("_extra_state")}
+        state[name] = {
+            key: value
+            for key, value in part.items()
+            if (with_scales or not key.endswith("_extra_state")) and (with_projections or not key.startswith(PREFIX))
+        }
     return state
 
 
@@ -50,7 +58,9 @@ def shards(chunks: list[torch.nn.Module], grid: Grid) -> Iterator[ShardedTensor]
 
 
 @torch.no_grad()
-def initialise(chunks: list[torch.nn.Module], shape: ModelShape, grid: Grid, seed: int) -> None:
+def initialise(
+    chunks: list[torch.nn.Module], shape: ModelShape, grid: Grid, seed: int, *, only_projections: bool = False
+) -> None:
     """Fills all weights with random values that depend on the seed and the parameter's name alone.
 
     Every tensor has a generator of its own and is drawn whole, row by row, whichever part a rank keeps: the same
@@ -61,8 +71,11 @@ def initialise(chunks: list[torch.nn.Module], shape: ModelShape, grid: Grid, see
         shape: gives the standard deviations.
         grid: this rank's place.
         seed: of the run.
+        only_projections: leaves the model as it is.
     """
     for shard in shards(chunks, grid):
+        if only_projections and not shard.key.startswith(PREFIX):
+            continue
         std = init_std(shard.key, shape)
         if std is None:
             shard.data.fill_(1.0)

@@ -36,25 +36,20 @@ class Grid:
         """Whether this rank holds the final norm and the LM head, and computes the loss."""
         return self.pipeline_rank == self.layout.pipeline - 1
 
-    @property
-    def last_stage_rank(self) -> int:
-        """Global rank of the last stage in this rank's pipeline: where losses are known."""
-        return dist.get_process_group_ranks(self.groups.pp)[-1]
-
-    def sum_over_data(self, values: torch.Tensor) -> torch.Tensor:
-        """Adds per-micro-batch sums over the data-parallel ranks, and tells every stage what the last one knows.
+    def sum_over_copies_and_stages(self, values: torch.Tensor) -> torch.Tensor:
+        """Adds sums over tokens over the data-parallel ranks and the pipeline stages. Collective.
 
         Args:
-            values: a vector of sums over this rank's tokens; read on the last stage only.
+            values: a vector of sums over this rank's tokens, 0 for what another stage counts; replicated over
+                tensor-parallel ranks.
 
         Returns:
-            The same vector, summed over data-parallel ranks, replicated on all ranks.
+            Their sums, replicated on all ranks.
         """
         total = values.clone()
-        if self.on_last_stage:
-            dist.all_reduce(total, group=self.groups.dp_cp)
+        dist.all_reduce(total, group=self.groups.dp_cp)
         if self.layout.pipeline > 1:
-            dist.broadcast(total, src=self.last_stage_rank, group=self.groups.pp)
+            dist.all_reduce(total, group=self.groups.pp)
         return total
 
 

@@ -34,5 +34,5 @@ def run(loaded: Loaded, environment: Environment, device: Device) -> int:
         def prepare(batches: Sequence[MicroBatch]) -> LossFunction:
             return loss
 
-        train(common.training_run(ground, prepare))
+        train(common.training_run(ground, common.student_chunks(ground), prepare))
     return 0

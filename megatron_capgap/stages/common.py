@@ -19,7 +19,8 @@ from megatron_capgap.config.load import Loaded, dump
 from megatron_capgap.config.schema import Config
 from megatron_capgap.data import pretrain
 from megatron_capgap.data.batch import MicroBatch
-from megatron_capgap.models import gpt, memory, size
+from megatron_capgap.losses import Loss
+from megatron_capgap.models import gpt, memory, projections, size
 from megatron_capgap.models.state import initialise
 from megatron_capgap.runtime import launch, layout
 from megatron_capgap.runtime.devices import Device
@@ -94,7 +95,8 @@ def _close(log: Log | None) -> None:
 
 
 def student_chunks(ground: Ground) -> list[torch.nn.Module]:
-    """The student's chunks on this rank, from its checkpoint or from random weights. Collective."""
+    """The student's chunks on this rank, from its checkpoint or from random weights, with projections where layers of
+    another width are matched. Collective."""
     resolved, config = ground.resolved, ground.config
     chunks = gpt.build(
         resolved.student,
@@ -104,22 +106,31 @@ def student_chunks(ground: Ground) -> list[torch.nn.Module]:
         sequence_length=config.data.sequence_length,
         dropout=config.train.dropout,
     )
+    if resolved.teacher is not None:
+        pairs = derive.projected_pairs(config, resolved.student, resolved.teacher)
+        projections.add(chunks, pairs, resolved.teacher.hidden)
     if resolved.student_source is not None:
         store.load_weights(resolved.student_source.folder, chunks, ground.grid)
-    else:
-        initialise(chunks, resolved.student, ground.grid, config.seed)
+    initialise(chunks, resolved.student, ground.grid, config.seed, only_projections=resolved.student_source is not None)
     return chunks
 
 
-def training_run(ground: Ground, prepare: Callable[[Sequence[MicroBatch]], LossFunction]) -> Run:
-    """Student, optimizer and data, ready for the loop; begins the run. Collective.
+def training_run(
+    ground: Ground,
+    student: list[torch.nn.Module],
+    prepare: Callable[[Sequence[MicroBatch]], LossFunction],
+    loss_of_layers: Callable[[], Loss] | None = None,
+) -> Run:
+    """Optimizer and data, ready for the loop; begins the run. Collective.
 
     Args:
         ground: what the stage stands on.
+        student: its chunks on this rank.
         prepare: gives the loss of each global batch; a teacher runs in it.
+        loss_of_layers: see `train_step`.
     """
     config, resolved = ground.config, ground.resolved
-    chunks = optimizer.wrap(student_chunks(ground), ground.grid)
+    chunks = optimizer.wrap(student, ground.grid)
     cache = cache_dir(config)
     run = Run(
         config=config,
@@ -135,6 +146,7 @@ def training_run(ground: Ground, prepare: Callable[[Sequence[MicroBatch]], LossF
         global_batch=resolved.global_batch,
         describe=lambda done: _describe(ground, done),
         prepare=prepare,
+        loss_of_layers=loss_of_layers,
         flops_a_token=size.training_flops(resolved.student, resolved.teacher, config.data.sequence_length),
         memory_at_start=ground.memory_at_start,
         memory_estimate=memory.estimate(
@@ -238,6 +250,7 @@ def _describe(ground: Ground, done: int) -> Manifest:
         seed=config.seed,
         ranks=store.ranks(ground.grid),
         device=ground.device.name,
+        projections=derive.projection_names(config, resolved.student, resolved.teacher),
         sequence_length=config.data.sequence_length,
         fp8_recipe=fp8.recipe if fp8 else None,
     )

@@ -10,6 +10,7 @@ from megatron_capgap.checkpoint import store
 from megatron_capgap.config import derive
 from megatron_capgap.config.load import Loaded
 from megatron_capgap.data.batch import MicroBatch
+from megatron_capgap.distillation.matching import Matching
 from megatron_capgap.distillation.teacher import Teacher, freeze
 from megatron_capgap.losses import DistillationObjective, Loss, TeacherHidden, distillation_loss
 from megatron_capgap.models import gpt
@@ -23,12 +24,15 @@ from megatron_capgap.training.step import LossFunction
 def run(loaded: Loaded, environment: Environment, device: Device) -> int:
     """Distils; returns the exit code."""
     with common.ground(loaded, "distill", environment, device) as ground:
-        teacher = open_teacher(ground)
+        teacher, student = open_teacher(ground), common.student_chunks(ground)
         objective = DistillationObjective(**vars(ground.config.objective))
         vocab_size, grid = ground.resolved.student.vocab, ground.grid
+        matching = Matching(student, grid, objective.matching)
 
         def prepare(batches: Sequence[MicroBatch]) -> LossFunction:
-            taught = dict(zip(map(id, batches), teacher.hidden_states(batches), strict=True))
+            states = teacher.hidden_states(batches, matching.teacher_layers)
+            matching.begin(batches, states)
+            taught = dict(zip(map(id, batches), states.final, strict=True))
 
             def loss(hidden: Tensor, head: Tensor, batch: MicroBatch) -> Loss:
                 # Popped, so that the teacher's states of a micro-batch go as soon as its loss is known.
@@ -46,7 +50,7 @@ def run(loaded: Loaded, environment: Environment, device: Device) -> int:
 
             return loss
 
-        train(common.training_run(ground, prepare))
+        train(common.training_run(ground, student, prepare, matching.loss if objective.matching else None))
     return 0
 
 

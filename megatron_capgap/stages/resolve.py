@@ -62,7 +62,7 @@ def resolve(loaded: Loaded, stage: str, world: int, capability: tuple[int, int] 
     teacher = teacher_source.manifest.model if teacher_source else None
     checks.check(loaded, stage, world, student, teacher, capability)
     tokenizer = open_tokenizer(config.data.tokenizer)
-    resumed = _begun(loaded, stage, world, student, tokenizer)
+    resumed = _begun(loaded, stage, world, student, teacher, tokenizer)
     problems = [
         *_vocabulary_problems(loaded, student, tokenizer),
         *_fingerprint_problems(loaded, "student.checkpoint", student_source, tokenizer),
@@ -83,7 +83,9 @@ def _source(loaded: Loaded, key: str, checkpoint: str | None) -> Source | None:
         raise ConfigError([f"{loaded.place(key)}: {error}"]) from error
 
 
-def _begun(loaded: Loaded, stage: str, world: int, student: ModelShape, tokenizer: Tokenizer) -> Manifest | None:
+def _begun(
+    loaded: Loaded, stage: str, world: int, student: ModelShape, teacher: ModelShape | None, tokenizer: Tokenizer
+) -> Manifest | None:
     """The run's own newest checkpoint; it must be of this stage, model, seed and data order."""
     config = loaded.config
     where = f"{loaded.place('run_dir')}: {config.run_dir}"
@@ -102,6 +104,13 @@ def _begun(loaded: Loaded, stage: str, world: int, student: ModelShape, tokenize
             problems.append(
                 f"{where} holds a checkpoint with {name} {was}, this student has {name} {value}; choose another run_dir"
             )
+    projections = derive.projection_names(config, student, teacher)
+    if found.projections != projections:
+        was, now = (" ".join(names) or "none" for names in (found.projections, projections))
+        problems.append(
+            f"{loaded.place('objective.matching')}: {config.run_dir} was begun with projections of layers {was}, "
+            f"this start has {now}; keep objective.matching or choose another run_dir"
+        )
     if found.seed != config.seed:
         problems.append(
             f"{where} was begun with seed {found.seed}, not {config.seed}; keep the seed or choose another run_dir"

@@ -18,6 +18,7 @@ from megatron_capgap.checkpoint.manifest import Manifest
 from megatron_capgap.config.schema import Config
 from megatron_capgap.data.batch import MicroBatch, global_batch_samples, micro_batches
 from megatron_capgap.data.pretrain import SampleSequence
+from megatron_capgap.losses import Loss
 from megatron_capgap.runtime import launch
 from megatron_capgap.runtime.devices import Device
 from megatron_capgap.runtime.layout import Grid
@@ -48,6 +49,8 @@ class Run:
     """From the number of steps done to what the checkpoint says of itself."""
     prepare: Callable[[Sequence[MicroBatch]], LossFunction]
     """From a global batch's micro-batches to the loss of each: where a teacher runs."""
+    loss_of_layers: Callable[[], Loss] | None
+    """What the global batch cost within the layers; see `train_step`."""
     flops_a_token: float
     memory_at_start: int
     """Peak bytes of this process before the model was built: the interpreter, its libraries, communication buffers."""
@@ -100,6 +103,7 @@ def one_step(run: Run, done: int) -> StepResult:
         run.optimization,
         batches,
         run.prepare(batches),
+        run.loss_of_layers,
         step=done + 1,
         clip_norm=run.config.optimizer.clip_norm,
     )

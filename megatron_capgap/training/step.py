@@ -45,6 +45,7 @@ def train_step(
     optimization: Optimization,
     batches: Sequence[MicroBatch],
     loss: LossFunction,
+    loss_of_layers: Callable[[], Loss] | None = None,
     *,
     step: int,
     clip_norm: float,
@@ -56,7 +57,9 @@ def train_step(
         grid: its layout.
         optimization: its optimizer and schedule.
         batches: this data-parallel rank's micro-batches of the global batch.
-        loss: what is minimised.
+        loss: what is minimised, of the final hidden states.
+        loss_of_layers: tells, once all micro-batches have run, the sums over this rank's tokens of what the layers of
+            this stage have put into the backward pass themselves; collective over the tensor-parallel ranks.
         step: its number, for messages.
         clip_norm: largest gradient norm; 0 does not clip.
 
@@ -75,9 +78,11 @@ def train_step(
 
     micro_batch, sequence_length = batches[0].tokens.shape
     schedule.run(chunks, grid, batches, last_stage, forward_only=False, shape=(sequence_length, micro_batch))
-    loss_mean, report, tokens = reduce_losses([out for out, _ in losses], grid)
+    of_layers = [] if loss_of_layers is None else [loss_of_layers()]
+    loss_mean, report, tokens = reduce_losses([*(out for out, _ in losses), *of_layers], grid)
     if not loss_mean - loss_mean == 0.0:  # also true for NaN and infinities
-        raise UserError(_not_finite(f"loss {loss_mean}", step, [batch for out, batch in losses if not _finite(out)]))
+        suspect = [batch for out, batch in losses if not _finite(out)]
+        raise UserError(_not_finite(f"loss {loss_mean}", step, suspect if all(map(_finite, of_layers)) else batches))
     grad_norm = _clip(optimization, clip_norm, step, batches)
     optimization.schedule.step(1)
     optimization.optimizer.step_with_ready_grads()
@@ -89,23 +94,23 @@ def reduce_losses(losses: Sequence[Loss], grid: Grid) -> tuple[float, dict[str, 
     """Means over all valid tokens of all ranks. Collective.
 
     Args:
-        losses: sums of this rank's micro-batches; known on the last stage only.
+        losses: sums that this rank knows, replicated over tensor-parallel ranks; each token is counted on one stage.
 
     Returns:
         (mean loss, mean of each report entry, number of tokens), the same on every rank.
     """
-    names = sorted(losses[0].report) if losses else []
+    names = sorted({name for out in losses for name in out.report})
     if grid.layout.pipeline > 1:
-        answer = [names]
-        dist.broadcast_object_list(answer, src=grid.last_stage_rank, group=grid.groups.pp)
-        names = answer[0]
+        of_stages: list[list[str]] = [[]] * grid.layout.pipeline
+        dist.all_gather_object(of_stages, names, group=grid.groups.pp)
+        names = sorted({name for of_stage in of_stages for name in of_stage})
     device = losses[0].loss_sum.device if losses else torch.cuda.current_device()
     sums = torch.zeros(2 + len(names), dtype=torch.float64, device=device)
+    nothing = torch.zeros((), device=device)
     for out in losses:
-        sums += torch.stack(
-            [value.double() for value in (out.loss_sum, out.num_tokens, *(out.report[n] for n in names))]
-        )
-    total, tokens, *parts = grid.sum_over_data(sums).tolist()
+        numbers = (out.loss_sum, out.num_tokens, *(out.report.get(name, nothing) for name in names))
+        sums += torch.stack([number.double() for number in numbers])
+    total, tokens, *parts = grid.sum_over_copies_and_stages(sums).tolist()
     count = max(tokens, 1.0)
     return total / count, {name: part / count for name, part in zip(names, parts, strict=True)}, int(tokens)
 

@@ -259,6 +259,45 @@ ONE_PROBLEM = [
         ["any number > 0 would do"],
     ),
     (
+        ["--objective.matching=[{student_layer: 5, teacher_layer: 8}]"],
+        {},
+        "--objective.matching: objective.matching.0.student_layer: 5 is beyond student.model.layers 4;",
+        ["1 to 4 would do"],
+    ),
+    (
+        ["--objective.matching=[{student_layer: 4, teacher_layer: 8}, {student_layer: 1, teacher_layer: 9}]"],
+        {},
+        "--objective.matching: objective.matching.1.teacher_layer: 9 is beyond layers 8 of runs/large;",
+        ["1 to 8 would do"],
+    ),
+    (
+        [
+            "--objective.matching="
+            "[{student_layer: 4, teacher_layer: 8}, {student_layer: 4, teacher_layer: 8, weight: 2}]"
+        ],
+        {},
+        "--objective.matching: objective.matching.1: student layer 4, teacher layer 8, mse was said before;",
+        ["the sum of their weights"],
+    ),
+    (
+        ["--objective.matching=[{student_layer: 1, teacher_layer: 1}, {student_layer: 2, teacher_layer: 6}]"],
+        {},
+        "--objective.matching: objective.matching.1: student layer 2 is on pipeline stage 0,",
+        ["teacher layer 6 on stage 1", "teacher layer 1 to 4 or student layer 3 to 4 would do"],
+    ),
+    (
+        ["--objective.matching=[{student_layer: 2, teacher_layer: 4}]", "--student.layout.virtual_pipeline=2"],
+        {},
+        "--objective.matching: objective.matching.0: student layer 2 is on pipeline stage 1,",
+        ["teacher layer 4 on stage 0", "teacher layer 5 to 8 or student layer 1 or 3 would do"],
+    ),
+    (
+        ["--teacher=null", "--objective={matching: [{student_layer: 1, teacher_layer: 1}]}"],
+        {"stage": "adapt", "teacher": None},
+        "--objective: objective.matching: 1 pairs: adapt has no teacher",
+        ["remove the key"],
+    ),
+    (
         ["--teacher=null"],
         {"stage": "adapt", "teacher": None},
         "distill.yaml:33: objective.temperature: 2.0: adapt has no teacher",

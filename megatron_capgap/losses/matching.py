@@ -1,0 +1,84 @@
+"""Hidden states within the models: how far a student layer's are from a teacher layer's, and the gradient of that.
+
+Shapes: n tokens (with sequence parallelism this rank's part of them), h_student and h_teacher wide.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """[n, h], [n, h] -> [n]: the squared difference, mean over the width."""
+    return (student - teacher).square().mean(-1)
+
+
+def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    """[n, h], [n, h] -> [n]: 1 minus the cosine of the angle between them."""
+    return 1 - torch.cosine_similarity(student, teacher, dim=-1)
+
+
+MATCHINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": mean_squared_error, "cosine": cosine_distance}
+
+
+def matching_sum(student: Tensor, teacher: Tensor, mask: Tensor, kind: str, projection: Tensor | None) -> Tensor:
+    """The distance of student from teacher, summed over the tokens that count: a scalar, fp32 or wider.
+
+    Args:
+        student: [n, h_student].
+        teacher: [n, h_teacher].
+        mask: [n] weight of each token.
+        kind: a name from `MATCHINGS`.
+        projection: [h_teacher, h_student], applied to the student; None where the widths are equal.
+    """
+    if projection is not None:
+        student = student @ projection.t()
+    exact = torch.promote_types(student.dtype, torch.float32)
+    return MATCHINGS[kind](student.to(exact), teacher.to(exact)) @ mask.to(exact)
+
+
+def match(
+    student: Tensor, teacher: Tensor, mask: Tensor, kind: str, weight: float, projection: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Puts a matching loss onto the path of hidden states, without a say of whoever runs the backward pass.
+
+    With sequence parallelism the sum is partial over the tensor-parallel ranks, and so is the projection's gradient.
+    No collectives. Until the backward pass, which computes the distance once more, nothing is held but the arguments.
+
+    Args: those of `matching_sum`, and
+        weight: of the loss.
+
+    Returns:
+        The student's hidden states, a view, whose backward pass adds the gradient of weight * sum to the one that
+        arrives; and weight * sum, detached.
+    """
+    return _Match.apply(student, projection, teacher, mask, kind, weight)
+
+
+class _Match(torch.autograd.Function):
+    """The identity, with a loss on the side."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, projection: Tensor | None, teacher: Tensor, mask: Tensor, kind: str, weight: float
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(student, projection, teacher, mask)
+        ctx.kind, ctx.weight = kind, weight
+        loss = weight * matching_sum(student, teacher, mask, kind, projection)
+        ctx.mark_non_differentiable(loss)
+        return student.view_as(student), loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        student, projection, teacher, mask = ctx.saved_tensors
+        leaves = [x.detach().requires_grad_() for x in (student, projection) if x is not None]
+        with torch.enable_grad():
+            loss = ctx.weight * matching_sum(
+                leaves[0], teacher, mask, ctx.kind, None if projection is None else leaves[1]
+            )
+            of_student, *of_projection = torch.autograd.grad(loss, leaves)
+        return gradient + of_student, *(of_projection or [None]), None, None, None, None
