@@ -110,21 +110,12 @@ def first_and_last_layers(case: Case) -> Iterator[str]:
             yield case.problem(where, f"{text}; at most {layers // pipeline} would do")
 
 
-def weights_in_fp8(case: Case) -> Iterator[str]:
-    """FP8 weights belong to the distributed optimizer's bf16 path."""
-    for model, key, precision, fp8 in _models(case):
-        where = f"{key}.fp8.param_gather"
-        if not fp8.param_gather:
-            continue
-        if _forward_only(case, model):
-            yield case.problem(
-                where, f"true: the {model.role} is not trained here, so nothing is gathered; false would do"
-            )
-        elif precision.compute != "bf16":
-            text = f"true needs {key}.compute bf16, now {precision.compute}; false would do, or bf16"
-            yield case.problem(where, text)
-        elif case.config.device == "cpu":
-            yield case.problem(where, "true needs a GPU's kernels, and device is cpu; false would do")
+def weights_in_fp8_are_not_there_yet(case: Case) -> Iterator[str]:
+    """Master weights would start from what construction left in Transformer Engine's copies, not from the model's."""
+    for _, key, _, fp8 in _models(case):
+        if fp8.param_gather:
+            text = "true: weights kept in FP8 are not wired up yet; false would do"
+            yield case.problem(f"{key}.fp8.param_gather", text)
 
 
 def sizes_are_aligned(case: Case) -> Iterator[str]:
@@ -173,7 +164,7 @@ CHECKS = (
     options_are_read,
     delayed_scales_are_learned,
     first_and_last_layers,
-    weights_in_fp8,
+    weights_in_fp8_are_not_there_yet,
     sizes_are_aligned,
     tokens_are_aligned,
     gpus_have_the_kernels,

@@ -100,7 +100,7 @@ class FP8:
     amax_algorithm: Literal["max", "most_recent"] = "max"
     """What recipe delayed takes from its history."""
     param_gather: bool = False
-    """Keep the weights themselves in FP8, and gather those after each step; saves memory and communication."""
+    """Keep the weights themselves in FP8 and gather those after each step; not there yet, only false is taken."""
 
 
 @dataclass(frozen=True)

@@ -347,20 +347,8 @@ ONE_PROBLEM = [
     (
         ["--student.precision.fp8.recipe=tensorwise", "--student.precision.fp8.param_gather=true"],
         {},
-        "--student.precision.fp8.param_gather: true needs student.precision.compute bf16, now fp32;",
+        "--student.precision.fp8.param_gather: true: weights kept in FP8 are not wired up yet;",
         ["false would do"],
-    ),
-    (
-        ["--teacher.precision={compute: bf16, fp8: {recipe: tensorwise, param_gather: true}}"],
-        {},
-        "--teacher.precision: teacher.precision.fp8.param_gather: true: the teacher is not trained here",
-        ["false would do"],
-    ),
-    (
-        ["--student.precision={compute: bf16, fp8: {recipe: tensorwise, param_gather: true}}", "--device=cpu"],
-        {},
-        "--student.precision: student.precision.fp8.param_gather: true needs a GPU's kernels, and device is cpu;",
-        [],
     ),
     (
         ["--student.precision.fp8.recipe=tensorwise", "--student.model.ffn=176"],

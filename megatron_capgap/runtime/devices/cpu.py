@@ -55,6 +55,11 @@ def prepare(with_engine: bool = False) -> Device:
     Raises:
         UserError: it is, and Transformer Engine's Python modules are not installed.
     """
+    if with_engine:
+        transformer_engine_cpu.install()  # before the patches below, which import some of Megatron
+    else:
+        # Megatron looks for it, and without the emulation it would look for a GPU.
+        sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
     if not getattr(torch.cuda, "_capgap_cpu", False):
         # Megatron decorates a few element-wise functions, none of which runs here, with torch.compile; importing the
         # compiler costs seconds, and using it would need a C++ compiler.
@@ -65,11 +70,6 @@ def prepare(with_engine: bool = False) -> Device:
         _name_types()
         _tune_allocator()
         torch.cuda._capgap_cpu = True
-    if with_engine:
-        transformer_engine_cpu.install()
-    else:
-        # Megatron looks for it, and without the emulation it would look for a GPU.
-        sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
     why = "its own modules on emulated kernels: for study, not for speed" if with_engine else "not asked for"
     return Device(
         name="cpu",
