@@ -1,0 +1,141 @@
+"""Whole runs on a GPU, under NCCL and real Transformer Engine; what the CPU says is the reference."""
+
+import importlib.util
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support import runs
+from tests.support.processes import job
+from tests.support.runs import Material
+
+GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
+CAPABILITY = torch.cuda.get_device_capability() if GPUS else (0, 0)
+ENGINE = importlib.util.find_spec("transformer_engine") is not None
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(GPUS == 0, reason="no CUDA GPU is visible"),
+]
+with_engine = pytest.mark.skipif(not ENGINE, reason="Transformer Engine is not installed")
+two_gpus = pytest.mark.skipif(GPUS < 2, reason=f"needs 2 GPUs, {GPUS} visible")
+
+# Sides of every linear's weight are multiples of 128, as all FP8 recipes want them.
+SHAPE = {"layers": 4, "hidden": 256, "heads": 4, "kv_heads": 2, "ffn": 512, "vocab": runs.VOCAB}
+RECIPES = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+
+
+def config(material: Material, run_dir: Path, **changes: Any) -> dict[str, Any]:
+    """Four steps of next-token training on the GPU."""
+    common = {"device": "cuda", "student__model": SHAPE, "data__sequence_length": 128, "optimizer__lr": 1.0e-3}
+    return runs.adapt_config(material, run_dir, **{**common, **changes})
+
+
+def run(stage: str, settings: dict[str, Any], world: int = 1) -> list[dict[str, Any]]:
+    """Runs a stage in processes of its own; returns its training steps."""
+    run_dir = Path(settings["run_dir"])
+    output = run_dir.with_name(f"{run_dir.name}_output")
+    with job([stage, "--config", runs.write_config(settings)], world, output) as ranks:
+        assert ranks.wait(300) == [0] * world, ranks.stderr()
+    return runs.steps_of(run_dir)
+
+
+def recipe(name: str) -> Any:
+    """A parameter that is skipped where the GPU lacks the kernels."""
+    needed = RECIPES[name]
+    lacking = CAPABILITY < needed
+    return pytest.param(name, marks=pytest.mark.skipif(lacking, reason=f"{name} needs {needed}, this is {CAPABILITY}"))
+
+
+def assert_near(found: list[dict[str, Any]], expected: list[dict[str, Any]], tolerance: float) -> None:
+    """Losses and gradient norms agree step by step."""
+    assert len(found) == len(expected) > 0
+    for one, other in zip(found, expected, strict=True):
+        for name in ("loss", "grad_norm"):
+            assert one[name] == pytest.approx(other[name], rel=tolerance), (one, other)
+
+
+@pytest.fixture(scope="module")
+def on_the_cpu(material: Material) -> list[dict[str, Any]]:
+    """The same run in fp32 on the CPU."""
+    return run("adapt", config(material, material.folder / "gpu" / "cpu", device="cpu"))
+
+
+@pytest.mark.parametrize(
+    "engine, compute, tolerance",
+    [
+        pytest.param("local", "fp32", 1e-3, id="local fp32"),
+        pytest.param("local", "bf16", 2e-2, id="local bf16"),
+        pytest.param("transformer_engine", "fp32", 1e-3, id="engine fp32", marks=with_engine),
+        pytest.param("transformer_engine", "bf16", 2e-2, id="engine bf16", marks=with_engine),
+    ],
+)
+def test_a_gpu_trains_as_the_cpu_does(
+    engine: str, compute: str, tolerance: float, material: Material, tmp_path: Path, on_the_cpu: list[dict[str, Any]]
+) -> None:
+    settings = config(material, tmp_path / "run", precision={"engine": engine, "compute": compute})
+    assert_near(run("adapt", settings), on_the_cpu, tolerance)
+
+
+@with_engine
+@pytest.mark.parametrize("name", [recipe(name) for name in RECIPES])
+def test_fp8_trains_near_bf16(name: str, material: Material, tmp_path: Path, on_the_cpu: list[dict[str, Any]]) -> None:
+    settings = config(material, tmp_path / "run", precision={"compute": "bf16", "fp8": {"recipe": name}})
+    steps = run("adapt", settings)
+    assert [step["loss"] for step in steps] == pytest.approx([step["loss"] for step in on_the_cpu], rel=2e-2)
+    assert steps[0]["loss"] != on_the_cpu[0]["loss"]
+
+
+@with_engine
+@pytest.mark.parametrize("name", [recipe("delayed"), recipe("tensorwise")])
+def test_an_fp8_run_goes_on_to_the_last_digit(name: str, material: Material, tmp_path: Path) -> None:
+    precision = {"compute": "bf16", "fp8": {"recipe": name}}
+    changes = {"precision": precision, "train__steps": 6, "checkpoint__every": 3, "checkpoint__keep": 3}
+    whole = config(material, tmp_path / "whole", **changes)
+    unbroken = run("adapt", whole)
+    runs.rewind(tmp_path / "whole", tmp_path / "resumed", 3)
+    resumed = run("adapt", {**whole, "run_dir": str(tmp_path / "resumed")})
+    assert resumed == unbroken
+
+
+@with_engine
+def test_a_teacher_in_fp8_teaches_a_student_in_bf16(material: Material, tmp_path: Path) -> None:
+    run("adapt", config(material, tmp_path / "teacher", precision={"compute": "bf16"}))
+    changes = {"student__model": SHAPE, "data__sequence_length": 128, "device": "cuda", "optimizer__lr": 1.0e-3}
+    precisions = {
+        "bf16": {"compute": "bf16"},
+        "fp8": {"compute": "bf16", "fp8": {"recipe": "tensorwise"}},
+    }
+    steps = {}
+    for name, precision in precisions.items():
+        settings = runs.distill_config(material, tmp_path / name, tmp_path / "teacher", **changes)
+        settings["precision"] = {"compute": "bf16"}
+        settings["teacher"]["precision"] = precision
+        steps[name] = run("distill", settings)
+    assert [s["loss"] for s in steps["fp8"]] == pytest.approx([s["loss"] for s in steps["bf16"]], rel=2e-2)
+    assert steps["fp8"][0]["divergence"] != steps["bf16"][0]["divergence"]
+    assert steps["fp8"][0]["cross_entropy"] == steps["bf16"][0]["cross_entropy"]
+
+
+@two_gpus
+@pytest.mark.parametrize("layout", [{"tensor": 2, "sequence": True}, {"pipeline": 2}, {}])
+def test_layouts_agree_under_nccl(
+    layout: dict[str, Any], material: Material, tmp_path: Path, on_the_cpu: list[dict[str, Any]]
+) -> None:
+    settings = config(material, tmp_path / "run", student__layout=layout, precision={"engine": "local"})
+    assert_near(run("adapt", settings, world=2), on_the_cpu, 1e-3)
+
+
+def test_a_checkpoint_of_the_gpu_loads_on_the_cpu(material: Material, tmp_path: Path) -> None:
+    settings = config(material, tmp_path / "run", precision={"engine": "local"})
+    run("adapt", settings)
+    losses = []
+    for device in ("cuda", "cpu"):
+        evaluation = {"run_dir": str(tmp_path / device), "device": device, "data": settings["data"]}
+        evaluation |= {"student": {"checkpoint": settings["run_dir"]}, "precision": {"engine": "local"}}
+        run("evaluate", evaluation)
+        losses.append(runs.metrics(tmp_path / device)[-1]["valid_loss"])
+    assert math.isclose(*losses, rel_tol=1e-3)
