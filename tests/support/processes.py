@@ -95,4 +95,5 @@ def environment() -> dict[str, str]:
     """This process's environment without a launcher in it, with the checkout importable, one thread a rank."""
     launchers = (*LAUNCHER, "SLURM_STEP_ID", "SLURM_PROCID")
     kept = {name: value for name, value in os.environ.items() if name not in launchers}
-    return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**kept, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
