@@ -75,7 +75,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     comparing = commands.add_parser("verify", help="compare the logits of both, in fp32 on the CPU")
     comparing.add_argument("--hf", required=True, metavar="DIR", help="for transformers")
     comparing.add_argument("--checkpoint", required=True, metavar="RUN_DIR", help="for Megatron")
-    comparing.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens in each of two sequences (64)")
+    comparing.add_argument("--tokens", type=int, metavar="N", help="in each of two sequences (64, or all it can)")
     comparing.add_argument("--seed", type=int, default=0, metavar="N", help="of the random tokens (0)")
     comparing.add_argument("--tensor", type=int, default=1, metavar="N", help="tensor-parallel size (1)")
     comparing.add_argument("--pipeline", type=int, default=1, metavar="N", help="pipeline-parallel size (1)")

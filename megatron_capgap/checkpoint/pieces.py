@@ -1,4 +1,4 @@
-"""Megatron's distributed checkpoints piece by piece, for whoever never holds a model: nothing but one piece is in memory.
+"""Megatron's distributed checkpoints piece by piece: whoever never holds a model has one piece at a time in memory.
 
 A tensor of all layers is one entry `[layers, rows, ...]` of the checkpoint; a piece is a block of rows of one layer.
 """

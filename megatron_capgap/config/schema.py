@@ -68,9 +68,9 @@ class ModelShape:
     vocab: Positive
     """Vocabulary size of the tokenizer, before any padding for tensor parallelism."""
     family: Literal[tuple(FAMILIES)] = "llama"
-    """Architecture: llama and mistral are RMSNorm, SwiGLU, rotary positions, no biases; qwen2 adds biases of queries, keys
-    and values, qwen3 norms of queries and keys; gpt2 and gpt_neox are LayerNorm, GELU and biases, gpt2 with learned
-    positions, gpt_neox with rotary ones and parallel residuals."""
+    """Architecture: llama and mistral are RMSNorm, SwiGLU, rotary positions, no biases; qwen2 adds biases of queries,
+    keys and values, qwen3 norms of queries and keys; gpt2 and gpt_neox are LayerNorm, GELU and biases, gpt2 with
+    learned positions, gpt_neox with rotary ones and parallel residuals."""
     kv_heads: Positive | None = None
     """Number of key/value heads (grouped-query attention); null means one for each query head."""
     head_dim: Positive | None = None

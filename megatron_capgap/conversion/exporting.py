@@ -208,15 +208,13 @@ def config_of(
     kept = known if known.get("model_type") == family.name else {}
     # Code of others' and ways of writing the positions that the shape's keys replace.
     kept = {key: value for key, value in kept.items() if key not in ("auto_map", "rope_parameters", "dtype")}
-    positions = shape.max_positions or known.get("max_position_embeddings") or manifest.sequence_length
     tokens = {key: known.get(key, getattr(words, key)) for key in ("bos_token_id", "eos_token_id")}
     return {
-        "max_position_embeddings": positions,
         **tokens,
         **kept,
         "architectures": [family.architecture],
         "model_type": family.name,
-        **family.config(shape),
+        **family.config(shape, shape.max_positions or manifest.sequence_length),
         "torch_dtype": dtype,
     }
 

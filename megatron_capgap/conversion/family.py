@@ -88,8 +88,8 @@ class Family:
     Raises:
         UserError: a value that this project does not compute.
     """
-    config: Callable[[ModelShape], dict[str, Any]]
-    """Keys of config.json that the shape decides."""
+    config: Callable[[ModelShape, int], dict[str, Any]]
+    """Keys of config.json that the shape and the longest sequence decide."""
 
     def rows_of(self, shape: ModelShape) -> tuple[Row, ...]:
         """The table without the LM head where that is the input embedding."""

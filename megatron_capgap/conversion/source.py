@@ -122,8 +122,8 @@ def _tensors(folder: Path) -> dict[str, Stored]:
     pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
     if pickles:
         raise UserError(
-            f"{folder / pickles[0]}: a pickle can run any program and is not opened; convert it where you trust it, with "
-            "AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., safe_serialization=True)"
+            f"{folder / pickles[0]}: a pickle can run any program and is not opened; convert it where you trust it, "
+            "with AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., safe_serialization=True)"
         )
     raise UserError(f"{folder}: has neither {_INDEX} nor {_SINGLE}; give a folder that save_pretrained has written")
 

@@ -1,4 +1,4 @@
-"""The tokenizer of an exported model: files that came along, or a SentencePiece model in the form transformers reads."""
+"""The tokenizer of an exported model: files that came along, or a SentencePiece model as transformers reads it."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class _Trace:
     logits: Tensor | None = None
 
 
-def compare(hf: Path, checkpoint: str, layout: Layout, device: Device, *, tokens: int, seed: int) -> Comparison:
+def compare(hf: Path, checkpoint: str, layout: Layout, device: Device, *, tokens: int | None, seed: int) -> Comparison:
     """Runs both models. Collective.
 
     Args:
@@ -81,7 +81,7 @@ def compare(hf: Path, checkpoint: str, layout: Layout, device: Device, *, tokens
         checkpoint: a run directory or RUN/checkpoints/step_N.
         layout: of the Megatron model; its size divides the world.
         device: a CPU.
-        tokens: length of each sequence.
+        tokens: length of each sequence; None takes 64, or the model's longest where that is shorter.
         seed: of the random tokens.
 
     Raises:
@@ -90,7 +90,11 @@ def compare(hf: Path, checkpoint: str, layout: Layout, device: Device, *, tokens
     source = open_source(hf)
     folder = manifests.locate(checkpoint)
     shape = manifests.read(folder).model
-    _check(source.shape, shape, layout, tokens)
+    longest = min(filter(None, (shape.max_positions, shape.attention_window)), default=None)
+    tokens = tokens if tokens is not None else min(64, longest or 64)
+    if tokens < 1 or tokens > (longest or tokens):
+        raise UserError(f"--tokens: {tokens} is not within 1 and the model's longest sequence {longest}")
+    _check(source.shape, shape, layout)
     ids = torch.randint(shape.vocab, (SEQUENCES, tokens), generator=torch.Generator().manual_seed(seed))
     # One model after the other, so that both need not fit at once.
     theirs = on_first_rank(lambda: _transformers(hf, source.family, ids))
@@ -103,15 +107,12 @@ def compare(hf: Path, checkpoint: str, layout: Layout, device: Device, *, tokens
     return Comparison(**next(numbers for _, numbers in compared if numbers), layers=layers)
 
 
-def _check(theirs: ModelShape, ours: ModelShape, layout: Layout, tokens: int) -> None:
+def _check(theirs: ModelShape, ours: ModelShape, layout: Layout) -> None:
     for name in ("family", "layers", "hidden", "heads", "ffn", "vocab"):
         if getattr(theirs, name) != getattr(ours, name):
             raise UserError(
                 f"--hf has {name} {getattr(theirs, name)}, --checkpoint has {getattr(ours, name)}; compare one model"
             )
-    longest = min(filter(None, (ours.max_positions, ours.attention_window)), default=tokens)
-    if not 0 < tokens <= longest:
-        raise UserError(f"--tokens: {tokens} is not within 1 and the model's longest sequence {longest}")
     if dist.get_world_size() % (layout.tensor * layout.pipeline):
         raise UserError(
             f"--tensor {layout.tensor} times --pipeline {layout.pipeline} does not divide the world of "

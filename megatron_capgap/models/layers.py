@@ -15,8 +15,8 @@ class LayerNorm(torch.nn.Module):
     """Mean and variance norm over the last dimension, with gain and bias.
 
     Both are replicated over tensor-parallel ranks; under sequence parallelism each rank sees only its part of the
-    sequence, and the mark `sequence_parallel` makes Megatron add up their gradients over them. Megatron's wrapper around
-    torch's norm refuses sequence parallelism.
+    sequence, and the mark `sequence_parallel` makes Megatron add up their gradients over them. Megatron's wrapper
+    around torch's norm refuses sequence parallelism.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: object) -> None:

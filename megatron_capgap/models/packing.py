@@ -1,7 +1,7 @@
 """How Megatron packs several projections into one matrix: the one place that knows. No torch.
 
-A packed matrix is described by its rows, from top to bottom, as runs of consecutive rows of its parts. Fused queries, keys
-and values lie group by group, each group's queries before its key and its value; gate lies above up.
+A packed matrix is described by its rows, from top to bottom, as runs of consecutive rows of its parts. Fused queries,
+keys and values lie group by group, each group's queries before its key and its value; gate lies above up.
 """
 
 from __future__ import annotations

@@ -30,12 +30,14 @@ MATRICES = (
 BUFFERS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
 
-def sizes(settings: Settings, *, head_dim: int | None = None, kv_heads: int | None = None) -> dict[str, Any]:
+def sizes(
+    settings: Settings, *, max_positions: int, head_dim: int | None = None, kv_heads: int | None = None
+) -> dict[str, Any]:
     """The numbers that LLaMA and its relatives name alike.
 
     Args:
         settings: their config.json.
-        head_dim, kv_heads: what the family takes where the key is missing.
+        max_positions, head_dim, kv_heads: what the family takes where the key is missing.
     """
     settings.demand("hidden_act", ("silu",), "silu")
     return {
@@ -46,7 +48,7 @@ def sizes(settings: Settings, *, head_dim: int | None = None, kv_heads: int | No
         "head_dim": settings.get("head_dim", head_dim),
         "ffn": settings.need("intermediate_size"),
         "vocab": settings.need("vocab_size"),
-        "max_positions": settings.get("max_position_embeddings", None),
+        "max_positions": settings.get("max_position_embeddings", max_positions),
         "norm_epsilon": settings.get("rms_norm_eps", 1e-6),
         "init_std": settings.get("initializer_range", 0.02),
         "tied_embeddings": settings.get("tie_word_embeddings", False),
@@ -90,9 +92,10 @@ def rotary_config(scaling: RopeScaling | None) -> dict[str, Any] | None:
     }
 
 
-def sizes_config(shape: ModelShape) -> dict[str, Any]:
+def sizes_config(shape: ModelShape, max_positions: int) -> dict[str, Any]:
     """The inverse of `sizes`."""
     return {
+        "max_position_embeddings": max_positions,
         "num_hidden_layers": shape.layers,
         "hidden_size": shape.hidden,
         "num_attention_heads": shape.heads,
@@ -111,12 +114,12 @@ def sizes_config(shape: ModelShape) -> dict[str, Any]:
 def _shape(settings: Settings) -> dict[str, Any]:
     settings.demand("attention_bias", (False,), False)
     settings.demand("mlp_bias", (False,), False)
-    return sizes(settings)
+    return sizes(settings, max_positions=2048)
 
 
-def _config(shape: ModelShape) -> dict[str, Any]:
+def _config(shape: ModelShape, max_positions: int) -> dict[str, Any]:
     return {
-        **sizes_config(shape),
+        **sizes_config(shape, max_positions),
         "head_dim": size.head_dim(shape),
         "attention_bias": False,
         "mlp_bias": False,

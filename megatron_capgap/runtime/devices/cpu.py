@@ -153,8 +153,8 @@ def _rewrite_factories() -> None:
 
         return wrapped
 
-    # `with torch.device("meta")` looks factories up in a set made at its first use; it must hold torch's own, or a model
-    # that transformers loads there in this process gets buffers that nothing fills.
+    # `with torch.device("meta")` looks factories up in a set made at its first use; it must hold torch's own, or a
+    # model that transformers loads in this process gets buffers that nothing fills.
     _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, on_cpu(getattr(torch, name)))
