@@ -80,8 +80,8 @@ def family_has_the_numbers(case: Case) -> Iterator[str]:
         if traits.learned_positions and shape.max_positions is None:
             text = f"null, but {shape.family} learns an embedding for each position; give the longest sequence"
             yield f"{model.blame('max_positions')}{text}"
-        unread = ("rope_scaling", "rotary_share", "rope_theta") if traits.learned_positions else ("rotary_share",)
-        for name in unread if shape.family != "gpt_neox" else ():
+        unread = ["rope_scaling", "rope_theta"] if traits.learned_positions else []
+        for name in [*unread, *([] if traits.partial_rotary else ["rotary_share"])]:
             if (value := getattr(shape, name)) != _default(name):
                 yield f"{model.blame(name)}{value}: nothing in {shape.family} reads this; remove the key"
 

@@ -22,6 +22,8 @@ class Traits:
     """Whether each head's query and key go through a norm before they are rotated."""
     learned_positions: bool = False
     """Whether positions have an embedding each; else queries and keys are rotated."""
+    partial_rotary: bool = False
+    """Whether a share of each head's channels may stay unrotated."""
     parallel_residual: bool = False
     """Whether the feed-forward layer reads the layer's input, beside attention instead of behind it."""
     grouped_queries: bool = True
@@ -49,6 +51,7 @@ FAMILIES = {
         activation="gelu",
         gated=False,
         linear_bias=True,
+        partial_rotary=True,
         parallel_residual=True,
         grouped_queries=False,
         free_head_dim=False,

@@ -17,11 +17,11 @@ from megatron_capgap.checkpoint.manifest import Manifest
 from megatron_capgap.checkpoint.pieces import Entry, Reader
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.conversion import card, plan, tokenizer
-from megatron_capgap.conversion.families import FAMILIES
 from megatron_capgap.conversion.family import Family
 from megatron_capgap.conversion.importing import CARRIED, Progress
 from megatron_capgap.conversion.output import refuse_existing, replacing
 from megatron_capgap.conversion.plan import Target
+from megatron_capgap.conversion.registry import FAMILIES
 from megatron_capgap.conversion.safetensors import Writer
 from megatron_capgap.conversion.source import listed, read_json
 from megatron_capgap.models import packing
@@ -84,7 +84,11 @@ def export_checkpoint(
     files = _files(_tensors(targets, entries, dtype), max_shard_bytes)
     first = next(iter(files.values()))[0].dtype
     config = config_of(family, manifest, carried, words, _NAMES[first])
-    mine = [(name, tensors) for i, (name, tensors) in enumerate(files.items()) if i % dist.get_world_size() == rank()]
+    mine = [
+        (name, tensors)
+        for i, (name, tensors) in enumerate(files.items())
+        if i % dist.get_world_size() == dist.get_rank()
+    ]
     total, done = sum(tensor.nbytes for _, tensors in mine for tensor in tensors), 0
     with replacing(out, _exported, force=force) as staged:
         for name, tensors in mine:
@@ -103,11 +107,6 @@ def export_checkpoint(
 
         on_first_rank(finish)
     return manifest
-
-
-def rank() -> int:
-    """This process's number."""
-    return dist.get_rank()
 
 
 def _exported(folder: Path) -> bool:
@@ -143,7 +142,7 @@ def _entries(folder: Path, reader: Reader, targets: Sequence[Target], layers: in
         found[target.key] = Entry(target.key, size, dtype, target.layered)
     extra = sorted(key for key in there.keys() - found.keys() if not re.fullmatch(_NOT_WEIGHTS, key))
     if extra:
-        raise UserError(f"{folder}: {listed(extra)} left over; a {targets[0].row.megatron} model has no such tensor")
+        raise UserError(f"{folder}: {listed(extra)} left over; its model has no such tensor, use another checkpoint")
     return found
 
 

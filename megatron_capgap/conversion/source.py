@@ -13,8 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.families import FAMILIES as TRAITS
 from megatron_capgap.config.schema import ModelShape
-from megatron_capgap.conversion.families import FAMILIES
 from megatron_capgap.conversion.family import Family, Settings
+from megatron_capgap.conversion.registry import FAMILIES
 from megatron_capgap.conversion.safetensors import Stored, read_header
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"

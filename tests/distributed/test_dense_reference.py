@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_capgap.config.load import load
 from megatron_capgap.config.schema import Config, ModelShape
@@ -14,32 +13,15 @@ from tests.support.runs import Material
 
 
 def dense_steps(pool: WorkerPool, config: Config, teacher: Path | None) -> list[dict[str, float]]:
-    """The run that a configuration means, written out: AdamW with clipping, one global batch at a time."""
-    torch.set_num_threads(1)
-    shape, seed, batch = config.student.model, config.seed, config.train.global_batch
-    assert shape is not None and batch is not None
+    """The run that a configuration means, from the initial weights of the stack."""
+    shape, seed = config.student.model, config.seed
+    assert shape is not None
     student = dense.llama(shape, pool.run(dense.megatron_weights, dense.Source(shape, seed), world=1)[0])
     taught = None
     if teacher is not None:
         source = dense.Source(ModelShape(**runs.TEACHER), seed, teacher)
         taught = dense.llama(source.shape, pool.run(dense.megatron_weights, source, world=1)[0])
-    wanted = config.optimizer
-    matrices = [p for p in student.parameters() if p.ndim > 1]
-    gains = [p for p in student.parameters() if p.ndim == 1]
-    groups = [{"params": matrices, "weight_decay": wanted.weight_decay}, {"params": gains, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=wanted.lr, betas=wanted.betas, eps=wanted.epsilon)
-    entries = []
-    for step in range(config.train.steps or 0):
-        cache = Path(config.run_dir) / "data_cache"
-        rows = pool.run(dense.samples, config.data, seed, cache, step * batch, batch, world=1)[0]
-        optimizer.zero_grad()
-        parts = dense.loss(student, taught, rows, config.objective)
-        parts["loss"].backward()
-        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), wanted.clip_norm)
-        optimizer.step()
-        numbers = {name: part.item() for name, part in parts.items()}
-        entries.append({"step": step + 1, **numbers, "grad_norm": norm.item(), "tokens": rows[:, 1:].numel()})
-    return entries
+    return dense.steps(pool, config, student, taught)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

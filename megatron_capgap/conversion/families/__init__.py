@@ -1,5 +1,1 @@
-"""The architectures that are converted: one file and one row each."""
-
-from megatron_capgap.conversion.families import gpt2, gpt_neox, llama, mistral, qwen2, qwen3
-
-FAMILIES = {module.FAMILY.name: module.FAMILY for module in (llama, mistral, qwen2, qwen3, gpt2, gpt_neox)}
+"""The architectures that are converted: one file each, one row each in `conversion.registry`."""
