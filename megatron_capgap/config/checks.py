@@ -4,11 +4,12 @@ Each problem says where the key was said, the key, its value, what it clashes wi
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from megatron_capgap.config import derive, fp8
 from megatron_capgap.config.case import Case, as_yaml, build, divisors, multiples, spans
 from megatron_capgap.config.errors import ConfigError
+from megatron_capgap.config.families import FAMILIES
 from megatron_capgap.config.load import NEEDS, Loaded
 from megatron_capgap.config.schema import ModelShape, Objective
 
@@ -72,6 +73,44 @@ def key_value_heads_divide_heads(case: Case) -> Iterator[str]:
             yield f"{model.blame('kv_heads')}{text}"
 
 
+def family_has_the_numbers(case: Case) -> Iterator[str]:
+    """A family computes what some numbers of the shape speak of, and not others."""
+    for model in case.models:
+        shape, traits = model.shape, FAMILIES[model.shape.family]
+        if not traits.grouped_queries and shape.kv_heads not in (None, shape.heads):
+            text = f"{shape.kv_heads} differs from heads {shape.heads}, and {shape.family} groups no queries"
+            yield f"{model.blame('kv_heads')}{text}; {shape.heads} would do"
+        if not traits.free_head_dim and (shape.head_dim or 0) * shape.heads not in (0, shape.hidden):
+            text = (
+                f"{shape.head_dim} times heads {shape.heads} is not hidden {shape.hidden}, as it is in {shape.family}"
+            )
+            yield f"{model.blame('head_dim')}{text}; leave it out"
+        if traits.learned_positions and shape.max_positions is None:
+            text = f"null, but {shape.family} learns an embedding for each position; give the longest sequence"
+            yield f"{model.blame('max_positions')}{text}"
+        unread = ["rope_scaling", "rope_theta"] if traits.learned_positions else []
+        for name in [*unread, *([] if traits.partial_rotary else ["rotary_share"])]:
+            if (value := getattr(shape, name)) != _default(name):
+                yield f"{model.blame(name)}{value}: nothing in {shape.family} reads this; remove the key"
+
+
+def sequences_fit_the_models(case: Case) -> Iterator[str]:
+    """Beyond the last learned position there is none, and a window shorter than the sequence changes attention."""
+    length = case.config.data.sequence_length
+    for model in case.models:
+        learned = FAMILIES[model.shape.family].learned_positions
+        names = ("max_positions", "attention_window") if learned else ("attention_window",)
+        for name in names:
+            most = getattr(model.shape, name)
+            if most is not None and length > most:
+                text = f"{length} is longer than {model.number(name)}; {most} would do, or another model"
+                yield case.problem("data.sequence_length", text)
+
+
+def _default(name: str) -> object:
+    return next(field.default for field in fields(ModelShape) if field.name == name)
+
+
 def heads_have_an_even_width(case: Case) -> Iterator[str]:
     """Rotary positions turn pairs of channels within a head."""
     for model in case.models:
@@ -80,7 +119,9 @@ def heads_have_an_even_width(case: Case) -> Iterator[str]:
         if given is None and hidden % heads:
             text = f"{hidden} is not divisible by heads {heads}"
             yield f"{model.blame('hidden')}{text}; {multiples(hidden, heads)} would do, or give head_dim"
-        elif width % 2:
+        elif FAMILIES[model.shape.family].learned_positions:
+            continue
+        elif (turned := int(width * model.shape.rotary_share)) % 2 or not turned:
             name, value = ("head_dim", given) if given else ("hidden", hidden)
             text = f"{value} makes heads {width} wide, and rotary positions turn pairs"
             yield f"{model.blame(name)}{text}; head_dim {multiples(width, 2)} would do"
@@ -260,6 +301,8 @@ CHECKS: tuple[Callable[[Case], Iterator[str]], ...] = (
     world_holds_whole_models,
     tensor_divides_shape,
     key_value_heads_divide_heads,
+    family_has_the_numbers,
+    sequences_fit_the_models,
     heads_have_an_even_width,
     layers_fill_the_pipeline,
     virtual_stages_have_a_pipeline,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from megatron_capgap.config import derive
 from megatron_capgap.config.case import Case, Model, multiples
+from megatron_capgap.config.families import FAMILIES
 from megatron_capgap.config.schema import FP8, Layout, ModelShape, Precision
 
 # The least compute capability of the GPUs that have each recipe's kernels.
@@ -49,7 +50,7 @@ def linears(shape: ModelShape, layout: Layout) -> dict[str, tuple[int, int]]:
     return {
         "qkv": ((query + 2 * key_value) // tensor, shape.hidden),
         "proj": (shape.hidden, query // tensor),
-        "fc1": (2 * shape.ffn // tensor, shape.hidden),
+        "fc1": ((2 if FAMILIES[shape.family].gated else 1) * shape.ffn // tensor, shape.hidden),
         "fc2": (shape.hidden, shape.ffn // tensor),
     }
 

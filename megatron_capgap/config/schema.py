@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
+from megatron_capgap.config.families import FAMILIES
+
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -33,6 +35,24 @@ MATCHINGS = ("mse", "cosine")
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """Rotary positions stretched over longer sequences than the model was first trained on."""
+
+    __pydantic_config__ = STRICT
+
+    kind: Literal["llama3", "linear"] = "llama3"
+    """llama3: only low frequencies are stretched, with a smooth passage; linear: all of them."""
+    factor: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 8.0
+    """How far the low frequencies are stretched."""
+    low_frequency_factor: PositiveFloat = 1.0
+    """llama3: wavelengths above original_max_positions / this are stretched in full."""
+    high_frequency_factor: PositiveFloat = 4.0
+    """llama3: wavelengths below original_max_positions / this stay as they are."""
+    original_max_positions: Positive = 8192
+    """llama3: longest sequence before the stretching."""
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """A model described by numbers, in place of a checkpoint."""
 
@@ -45,19 +65,29 @@ class ModelShape:
     heads: Positive
     """Number of attention (query) heads."""
     ffn: Positive
-    """Width of the feed-forward layer; SwiGLU has a gate and an up projection of this width each."""
+    """Width of the feed-forward layer; where it is gated, of its gate and its up projection each."""
     vocab: Positive
     """Vocabulary size of the tokenizer, before any padding for tensor parallelism."""
-    family: Literal["llama"] = "llama"
-    """Architecture: llama is RMSNorm, SwiGLU, rotary positions, no biases."""
+    family: Literal[tuple(FAMILIES)] = "llama"
+    """Architecture: llama and mistral are RMSNorm, SwiGLU, rotary positions, no biases; qwen2 adds biases of queries,
+    keys and values, qwen3 norms of queries and keys; gpt2 and gpt_neox are LayerNorm, GELU and biases, gpt2 with
+    learned positions, gpt_neox with rotary ones and parallel residuals."""
     kv_heads: Positive | None = None
     """Number of key/value heads (grouped-query attention); null means one for each query head."""
     head_dim: Positive | None = None
     """Width of one head; null means hidden / heads."""
     rope_theta: PositiveFloat = 10000.0
     """Base period of the rotary positions."""
+    rope_scaling: RopeScaling | None = None
+    """How the rotary positions are stretched; null means not at all."""
+    rotary_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of each head's channels that are rotated (gpt_neox: 0.25 in Pythia)."""
+    max_positions: Positive | None = None
+    """Longest sequence the model is made for; learned positions need it, for they have an embedding each."""
+    attention_window: Positive | None = None
+    """Tokens that attention looks back over; sequences may be at most as long, where the window changes nothing."""
     norm_epsilon: PositiveFloat = 1.0e-5
-    """Epsilon inside RMSNorm."""
+    """Epsilon inside the norms."""
     tied_embeddings: bool = False
     """Whether the LM head shares the weights of the input embedding."""
     init_std: PositiveFloat = 0.02

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_capgap.config import derive
-from megatron_capgap.config.schema import FP8, Layout, ModelShape, Precision
+from megatron_capgap.config.families import FAMILIES
+from megatron_capgap.config.schema import FP8, Layout, ModelShape, Precision, RopeScaling
 from megatron_capgap.models import size, specs
 from megatron_capgap.runtime.devices import Device
 from megatron_capgap.runtime.layout import Grid
 
+_ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -62,6 +65,7 @@ def transformer_config(
     """The numbers in Megatron's words."""
     dtype = DTYPES[precision.compute]
     engine = derive.engine(precision, device.default_engine)
+    traits = FAMILIES[shape.family]
     return TransformerConfig(
         **_fp8(precision.fp8),
         num_layers=shape.layers,
@@ -70,11 +74,13 @@ def transformer_config(
         num_query_groups=size.kv_heads(shape),
         kv_channels=size.head_dim(shape),
         ffn_hidden_size=shape.ffn,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        normalization="RMSNorm",
+        gated_linear_unit=traits.gated,
+        activation_func=_ACTIVATIONS[traits.activation],
+        normalization=traits.norm,
         layernorm_epsilon=shape.norm_epsilon,
-        add_bias_linear=False,
+        add_bias_linear=traits.linear_bias,
+        add_qkv_bias=traits.qkv_bias,
+        qk_layernorm=traits.qk_norm,
         hidden_dropout=dropout,
         attention_dropout=dropout,
         tensor_model_parallel_size=layout.tensor,
@@ -95,8 +101,9 @@ def transformer_config(
         # order alone, so that an interleaved schedule would take gradients for activations, silently.
         batch_p2p_comm=layout.virtual_pipeline == 1,
         overlap_p2p_comm=layout.virtual_pipeline > 1,
-        # SwiGLU keeps its input alone and recomputes the rest, on any device.
-        bias_activation_fusion=True,
+        # SwiGLU keeps its input alone and recomputes the rest, on any device. Megatron's fused GELU would be its tanh
+        # approximation under either name.
+        bias_activation_fusion=traits.gated,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=_active(device, "Apex fused weight gradient"),
@@ -144,27 +151,54 @@ def build(
     layout = grid.layout if virtual else Layout(**{**vars(grid.layout), "virtual_pipeline": 1})
     config = transformer_config(shape, layout, precision, device, dropout)
     engine = derive.engine(precision, device.default_engine)
+    traits = FAMILIES[shape.family]
     chunks = []
     for chunk in range(layout.virtual_pipeline):
         stage = chunk if layout.virtual_pipeline > 1 else None
         model = HiddenStateModel(
             config=config,
-            transformer_layer_spec=specs.block(config, engine, device, stage, grid.pipeline_rank),
+            transformer_layer_spec=specs.block(config, engine, device, stage, grid.pipeline_rank, traits),
             vocab_size=size.padded_vocab(shape.vocab, layout.tensor),
-            max_sequence_length=sequence_length,
+            max_sequence_length=(shape.max_positions if traits.learned_positions else None) or sequence_length,
             pre_process=grid.on_first_stage and chunk == 0,
             post_process=grid.on_last_stage and chunk == layout.virtual_pipeline - 1,
             share_embeddings_and_output_weights=shape.tied_embeddings,
-            position_embedding_type="rope",
+            position_embedding_type="learned_absolute" if traits.learned_positions else "rope",
             rotary_base=shape.rope_theta,
+            rotary_percent=shape.rotary_share,
             pg_collection=grid.groups,
             vp_stage=stage,
         )
+        _scale_rotary(model, shape.rope_scaling)
+        _type_positions(model)
         _mark_shards(model)
         model.to(device.torch_device)
         # No Float16Module around it: params_dtype has made the weights bf16, and the loss wants bf16 hidden states.
         chunks.append(model)
     return chunks
+
+
+def _scale_rotary(model: GPTModel, scaling: RopeScaling | None) -> None:
+    """Stretches the rotary positions; GPTModel's own argument for it takes the factor alone."""
+    if scaling is None:
+        return
+    rotary = model.rotary_pos_emb
+    if scaling.kind == "linear":
+        rotary.inv_freq = rotary.inv_freq / scaling.factor
+    else:
+        rotary.inv_freq = rotary._apply_scaling(
+            rotary.inv_freq,
+            factor=scaling.factor,
+            low_freq_factor=scaling.low_frequency_factor,
+            high_freq_factor=scaling.high_frequency_factor,
+            original_max_position_embeddings=scaling.original_max_positions,
+        )
+
+
+def _type_positions(model: GPTModel) -> None:
+    """Learned positions in the type of the other weights: Megatron leaves them to the Float16Module around a model."""
+    if model.pre_process and model.embedding.add_position_embedding:
+        model.embedding.position_embeddings.to(model.config.params_dtype)
 
 
 def _mark_shards(model: torch.nn.Module) -> None:
@@ -182,7 +216,7 @@ def _mark_shards(model: torch.nn.Module) -> None:
 
 
 def init_std(name: str, shape: ModelShape) -> float | None:
-    """Standard deviation of a parameter's initial values; None for gains, which start at 1.
+    """Standard deviation of a parameter's initial values; None for gains, which start at 1; 0 for biases.
 
     Projections back into the residual stream are scaled down by sqrt(2 layers), as in GPT-2 and Megatron-LM.
 
@@ -191,6 +225,8 @@ def init_std(name: str, shape: ModelShape) -> float | None:
     """
     if name.endswith(("layernorm.weight", "layer_norm_weight")):
         return None
+    if name.endswith("bias"):
+        return 0.0
     if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
         return shape.init_std / math.sqrt(2.0 * shape.layers)
     return shape.init_std

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megatron_capgap.config import derive, fp8
+from megatron_capgap.config.families import FAMILIES
 from megatron_capgap.config.schema import Config, Layout, ModelShape, Precision
 from megatron_capgap.models import size
 
@@ -80,7 +81,8 @@ def _of_stage(
     held += _projections(config, student, teacher, pipeline_rank)
     tokens = config.train.micro_batch * config.data.sequence_length
     last = pipeline_rank == layout.pipeline - 1
-    backward = 6 * student.ffn // layout.tensor  # of one feed-forward layer, the largest
+    gated = FAMILIES[student.family].gated
+    backward = (6 if gated else 4) * student.ffn // layout.tensor  # of one feed-forward layer, the largest
     if stage == "evaluate":
         passing = backward * tokens * width
         return Memory(
@@ -155,10 +157,13 @@ def _kept(shape: ModelShape, layout: Layout) -> list[int]:
     """Widths of the tensors that one layer keeps for the backward pass.
 
     Twice the norm's input and its output; the packed queries, keys and values; queries and keys after rotation; the
-    attention's output; gate and up; their product.
+    attention's output; gate and up, or up alone; what the activation makes of them. Where queries and keys have norms,
+    what goes into those.
     """
+    traits = FAMILIES[shape.family]
     query, key_value = shape.heads * size.head_dim(shape), size.kv_heads(shape) * size.head_dim(shape)
-    inner = [query + 2 * key_value, query, key_value, query, 2 * shape.ffn, shape.ffn]
+    inner = [query + 2 * key_value, query, key_value, query, (2 if traits.gated else 1) * shape.ffn, shape.ffn]
+    inner += [query, key_value] if traits.qk_norm else []
     return [_cut(shape.hidden, layout)] * 4 + [width // layout.tensor for width in inner]
 
 

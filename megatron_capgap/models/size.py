@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_capgap.config.families import FAMILIES
 from megatron_capgap.config.schema import Layout, ModelShape
 
 
@@ -20,21 +21,51 @@ def padded_vocab(vocab: int, tensor: int) -> int:
     return -(-vocab // tensor) * tensor
 
 
-def layer_parameters(shape: ModelShape) -> int:
-    """Parameters of one transformer layer: attention projections, gate, up and down, two norms."""
+def _layer_matrices(shape: ModelShape) -> int:
+    """Parameters of one layer's matrices: attention projections, gate (where there is one), up and down."""
     query, key_value = shape.heads * head_dim(shape), 2 * kv_heads(shape) * head_dim(shape)
     attention = shape.hidden * (query + key_value) + query * shape.hidden
-    return attention + 3 * shape.hidden * shape.ffn + 2 * shape.hidden
+    return attention + (3 if FAMILIES[shape.family].gated else 2) * shape.hidden * shape.ffn
+
+
+def _layer_cut_vectors(shape: ModelShape) -> int:
+    """Parameters of one layer's biases that are cut with the columns they belong to: queries, keys, values and up."""
+    traits = FAMILIES[shape.family]
+    biases = (shape.heads + 2 * kv_heads(shape)) * head_dim(shape) if traits.qkv_bias or traits.linear_bias else 0
+    return biases + (shape.ffn if traits.linear_bias else 0)
+
+
+def _norm_parameters(shape: ModelShape) -> int:
+    """Parameters of one norm over the residual stream: a gain, and with LayerNorm a bias."""
+    return shape.hidden * (2 if FAMILIES[shape.family].norm == "LayerNorm" else 1)
+
+
+def _layer_whole_vectors(shape: ModelShape) -> int:
+    """Parameters of one layer that every tensor-parallel rank holds: norms, and biases behind the row-parallel
+    projections."""
+    traits = FAMILIES[shape.family]
+    biases = 2 * shape.hidden if traits.linear_bias else 0
+    return 2 * _norm_parameters(shape) + biases + (2 * head_dim(shape) if traits.qk_norm else 0)
+
+
+def layer_parameters(shape: ModelShape) -> int:
+    """Parameters of one transformer layer: matrices, biases and norms."""
+    return _layer_matrices(shape) + _layer_cut_vectors(shape) + _layer_whole_vectors(shape)
+
+
+def position_parameters(shape: ModelShape) -> int:
+    """Parameters of learned positions."""
+    return (shape.max_positions or 0) * shape.hidden if FAMILIES[shape.family].learned_positions else 0
 
 
 def embedding_parameters(shape: ModelShape) -> int:
-    """Parameters of the input embedding and, unless tied, the LM head; padding not counted."""
-    return shape.vocab * shape.hidden * (1 if shape.tied_embeddings else 2)
+    """Parameters of the input embedding, learned positions and, unless tied, the LM head; padding not counted."""
+    return shape.vocab * shape.hidden * (1 if shape.tied_embeddings else 2) + position_parameters(shape)
 
 
 def non_embedding_parameters(shape: ModelShape) -> int:
-    """Parameters without input embedding and LM head: the size that the law of capacity gap speaks of."""
-    return shape.layers * layer_parameters(shape) + shape.hidden
+    """Parameters without embeddings and LM head: the size that the law of capacity gap speaks of."""
+    return shape.layers * layer_parameters(shape) + _norm_parameters(shape)
 
 
 def parameters(shape: ModelShape) -> int:
@@ -45,7 +76,7 @@ def parameters(shape: ModelShape) -> int:
 def forward_flops(shape: ModelShape, sequence_length: int) -> float:
     """Floating-point operations of one token's forward pass: two for each weight of a matrix product (the LM head
     included, the embedding look-up not), and the causal half of the attention scores."""
-    matrices = shape.layers * (layer_parameters(shape) - 2 * shape.hidden) + shape.vocab * shape.hidden
+    matrices = shape.layers * _layer_matrices(shape) + shape.vocab * shape.hidden
     scores = shape.layers * 2 * shape.heads * head_dim(shape) * sequence_length
     return 2.0 * matrices + scores
 
@@ -57,14 +88,16 @@ def training_flops(shape: ModelShape, teacher: ModelShape | None, sequence_lengt
 
 
 def rank_parameters(shape: ModelShape, layout: Layout, stage: int) -> int:
-    """Parameters that one rank of pipeline stage `stage` holds; norms are replicated over tensor-parallel ranks."""
-    layer = (layer_parameters(shape) - 2 * shape.hidden) // layout.tensor + 2 * shape.hidden
+    """Parameters that one rank of pipeline stage `stage` holds; norms, learned positions and biases of row-parallel
+    projections are replicated over tensor-parallel ranks."""
+    cut = (_layer_matrices(shape) + _layer_cut_vectors(shape)) // layout.tensor
+    layer = cut + _layer_whole_vectors(shape)
     count = shape.layers // layout.pipeline * layer
     rows = padded_vocab(shape.vocab, layout.tensor) // layout.tensor * shape.hidden
     first, last = stage == 0, stage == layout.pipeline - 1
     if first:
-        count += rows
+        count += rows + position_parameters(shape)
     if last:
-        count += shape.hidden
+        count += _norm_parameters(shape)
         count += 0 if shape.tied_embeddings and first else rows
     return count

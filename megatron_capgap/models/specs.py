@@ -25,6 +25,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from megatron_capgap.config.families import Traits
+from megatron_capgap.models.layers import LayerNorm, ParallelResidualLayer
 from megatron_capgap.runtime.devices import Device
 
 
@@ -74,6 +76,9 @@ class RMSNorm(torch.nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """`[..., h]` to `[..., h]`, computed in fp32 or wider."""
         return _RMSNormFunction.apply(hidden, self.weight, self.epsilon)
+
+
+_NORMS = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
 
 
 class ScaledDotProductAttention(torch.nn.Module):
@@ -131,8 +136,10 @@ class ScaledDotProductAttention(torch.nn.Module):
         )
 
 
-def _local_layer() -> ModuleSpec:
+def _local_layer(traits: Traits) -> ModuleSpec:
     """One pre-norm transformer layer of Megatron's local modules."""
+    norm = _NORMS[traits.norm]
+    qk_norm = RMSNorm if traits.qk_norm else IdentityOp
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -140,20 +147,20 @@ def _local_layer() -> ModuleSpec:
             linear_qkv=ColumnParallelLinear,
             core_attention=ScaledDotProductAttention,
             linear_proj=RowParallelLinear,
-            q_layernorm=IdentityOp,
-            k_layernorm=IdentityOp,
+            q_layernorm=qk_norm,
+            k_layernorm=qk_norm,
         ),
     )
     mlp = ModuleSpec(
         module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     )
     return ModuleSpec(
-        module=TransformerLayer,
+        module=_layer_class(traits),
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=norm,
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
+            pre_mlp_layernorm=norm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
             # Checkpoints carry Transformer Engine's names, where the norm lives inside the linear behind it.
@@ -165,16 +172,26 @@ def _local_layer() -> ModuleSpec:
     )
 
 
-def _engine_layer(own_attention: bool) -> ModuleSpec:
+def _engine_layer(traits: Traits, own_attention: bool) -> ModuleSpec:
     """One layer of Transformer Engine's modules; its attention needs a GPU."""
-    layer = get_gpt_layer_with_transformer_engine_spec()
+    layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=traits.qk_norm)
+    layer.module = _layer_class(traits)
     if own_attention:
         layer.submodules.self_attention.submodules.core_attention = ScaledDotProductAttention
     return layer
 
 
+def _layer_class(traits: Traits) -> type[TransformerLayer]:
+    return ParallelResidualLayer if traits.parallel_residual else TransformerLayer
+
+
 def block(
-    config: TransformerConfig, engine: str, device: Device, chunk: int | None, pipeline_rank: int
+    config: TransformerConfig,
+    engine: str,
+    device: Device,
+    chunk: int | None,
+    pipeline_rank: int,
+    traits: Traits,
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """The layers of one model chunk.
 
@@ -184,8 +201,9 @@ def block(
         device: what it is to run on.
         chunk: virtual stage, or None without virtual stages.
         pipeline_rank: this rank's stage.
+        traits: what the model's family fixes.
     """
     if engine == "transformer_engine":
-        return _engine_layer(own_attention=device.name == "cpu")
+        return _engine_layer(traits, own_attention=device.name == "cpu")
     layers = get_num_layers_to_build(config, chunk, pipeline_rank)
-    return TransformerBlockSubmodules(layer_specs=[_local_layer()] * layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[_local_layer(traits)] * layers, layer_norm=_NORMS[traits.norm])

@@ -79,6 +79,8 @@ def initialise(
         std = init_std(shard.key, shape)
         if std is None:
             shard.data.fill_(1.0)
+        elif std == 0.0:
+            shard.data.zero_()
         else:
             _draw(shard, std, seed, shape.vocab)
 
@@ -92,7 +94,7 @@ def _draw(shard: ShardedTensor, std: float, seed: int, vocab: int) -> None:
     rows, columns = shard.global_shape[prefix:]
     row0, column0 = shard.global_offset[prefix:]
     local_rows, local_columns = shard.data.shape
-    if shard.key.startswith(("embedding.", "output_layer.")):
+    if shard.key.startswith(("embedding.word_embeddings.", "output_layer.")):
         rows = vocab
     name = f"{seed}/{shard.key}/{shard.global_offset[:prefix]}"
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big"))

@@ -25,7 +25,8 @@ ROOMS = {
     "models": _BASE,
     "data": _BASE,
     "checkpoint": _BASE | {"models"},
-    "conversion": _BASE | {"models", "checkpoint"},
+    # A converted model comes with its tokenizer.
+    "conversion": _BASE | {"models", "checkpoint", "data"},
     "pruning": _BASE | {"models", "checkpoint"},
     # The teacher reads the micro-batches that data yields.
     "distillation": _BASE | {"models", "checkpoint", "losses", "data"},
@@ -42,6 +43,7 @@ LIGHT = (
     "law/*.py",
     "models/size.py",
     "models/memory.py",
+    "models/packing.py",
     "checkpoint/manifest.py",
     "runtime/launch.py",
     "runtime/quiet.py",

@@ -253,6 +253,42 @@ ONE_PROBLEM = [
         ["0 would do"],
     ),
     (
+        ["--student.model.family=gpt_neox"],
+        {},
+        "distill.yaml:7: student.model.kv_heads: 4 differs from heads 8, and gpt_neox groups no queries;",
+        ["8 would do"],
+    ),
+    (
+        ["--student.model.family=qwen2", "--student.model.head_dim=16"],
+        {},
+        "--student.model.head_dim: 16 times heads 8 is not hidden 64, as it is in qwen2;",
+        ["leave it out"],
+    ),
+    (
+        ["--student.model.family=gpt2", "--student.model.kv_heads=8"],
+        {},
+        "distill.yaml:3: student.model.max_positions: null, but gpt2 learns an embedding for each position;",
+        ["give the longest sequence"],
+    ),
+    (
+        ["--student.model.rotary_share=0.5"],
+        {},
+        "--student.model.rotary_share: 0.5: nothing in llama reads this;",
+        ["remove the key"],
+    ),
+    (
+        ["--student.model.family=gpt2", "--student.model.kv_heads=8", "--student.model.max_positions=24"],
+        {},
+        "distill.yaml:25: data.sequence_length: 32 is longer than student.model.max_positions 24;",
+        ["24 would do"],
+    ),
+    (
+        [],
+        {"teacher": ModelShape(8, 96, 8, 256, 1000, family="mistral", attention_window=16)},
+        "distill.yaml:25: data.sequence_length: 32 is longer than attention_window 16 of runs/large;",
+        [],
+    ),
+    (
         ["--objective.divergence_weight=0", "--objective.cross_entropy_weight=0"],
         {},
         "--objective.divergence_weight: 0, and cross_entropy_weight is 0 too",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 from megatron_capgap.runtime.devices import transformer_engine_cpu
 from megatron_capgap.runtime.devices.device import Device, Part
@@ -167,6 +168,9 @@ def _rewrite_factories() -> None:
 
         return wrapped
 
+    # `with torch.device("meta")` looks factories up in a set made at its first use; it must hold torch's own, or a
+    # model that transformers loads in this process gets buffers that nothing fills.
+    _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, on_cpu(getattr(torch, name)))
 

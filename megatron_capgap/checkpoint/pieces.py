@@ -1,0 +1,204 @@
+"""Megatron's distributed checkpoints piece by piece: whoever never holds a model has one piece at a time in memory.
+
+A tensor of all layers is one entry `[layers, rows, ...]` of the checkpoint; a piece is a block of rows of one layer.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from torch import Tensor
+from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    LoadPlanner,
+    ReadItem,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_capgap.config.errors import UserError
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a checkpoint."""
+
+    key: str
+    """Its layout-free name."""
+    shape: tuple[int, ...]
+    """`[layers, rows, ...]` where `layered`, else `[rows, ...]`."""
+    dtype: torch.dtype
+    layered: bool
+
+    def bytes_a_row(self) -> int:
+        """Bytes of one row of one layer."""
+        inner = self.shape[2 if self.layered else 1 :]
+        return torch.Size(inner).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows `start` to `start + count` of an entry, in one layer of it."""
+
+    entry: Entry
+    layer: int
+    start: int
+    count: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the piece."""
+        return self.count * self.entry.bytes_a_row()
+
+    @property
+    def chunk(self) -> ChunkStorageMetadata:
+        """Its place in the entry."""
+        inner = self.entry.shape[2 if self.entry.layered else 1 :]
+        offsets = (self.start, *(0 for _ in inner))
+        sizes = (self.count, *inner)
+        if self.entry.layered:
+            offsets, sizes = (self.layer, *offsets), (1, *sizes)
+        return ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+
+
+def write(folder: Path, pieces: Sequence[Piece], produce: Callable[[Piece], Tensor]) -> None:
+    """Writes this rank's pieces of a checkpoint; the pieces of all ranks fill every entry once. Collective.
+
+    Args:
+        folder: an empty folder.
+        pieces: this rank's.
+        produce: gives a piece `[count, ...]`; called when it is written, once for each.
+    """
+    # Megatron's own marks of a distributed checkpoint: the format, and no common state.
+    dist_checkpointing.save({}, str(folder))
+    # One thread, for torch loses an error of a second one.
+    writer = FileSystemWriter(folder, thread_count=1, sync_files=True)
+    torch_checkpoint.save({}, storage_writer=writer, planner=_Writing(pieces, produce))
+
+
+class Reader:
+    """Reads a checkpoint by pieces.
+
+    Args:
+        folder: the checkpoint.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._reader = FileSystemReader(folder)
+        try:
+            self._metadata = self._reader.read_metadata()
+        except Exception as error:  # a damaged pickle raises anything
+            raise UserError(f"{folder}: its .metadata cannot be read ({error}); use another checkpoint") from None
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type of every tensor, optimizer state included, by its key."""
+        found = self._metadata.state_dict_metadata.items()
+        return {key: (tuple(e.size), e.properties.dtype) for key, e in found if isinstance(e, TensorStorageMetadata)}
+
+    def read(self, piece: Piece) -> Tensor:
+        """One piece `[count, ...]`, on the CPU.
+
+        Raises:
+            UserError: a file of the checkpoint is missing or damaged.
+        """
+        chunk = piece.chunk
+        target = torch.empty(chunk.sizes, dtype=piece.entry.dtype)
+        items = create_read_items_for_chunk_list(
+            piece.entry.key, self._metadata.state_dict_metadata[piece.entry.key], [chunk]
+        )
+        try:
+            self._reader.read_data(LoadPlan(items), _Reading(target)).wait()
+        except (OSError, RuntimeError, ValueError, EOFError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{self._folder}: {piece.entry.key} cannot be read ({reason}); use another checkpoint"
+            ) from None
+        return target[0] if piece.entry.layered else target
+
+
+class _Writing(SavePlanner):
+    """torch's part in a save that makes each tensor when its turn comes."""
+
+    def __init__(self, pieces: Sequence[Piece], produce: Callable[[Piece], Tensor]) -> None:
+        self._produce = produce
+        self._pieces = {MetadataIndex(piece.entry.key, piece.chunk.offsets): piece for piece in pieces}
+
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        """Nothing to prepare."""
+
+    def create_local_plan(self) -> SavePlan:
+        items = []
+        for index, piece in self._pieces.items():
+            properties = TensorProperties(dtype=piece.entry.dtype)
+            data = TensorWriteData(chunk=piece.chunk, properties=properties, size=torch.Size(piece.entry.shape))
+            items.append(WriteItem(index=index, type=WriteItemType.SHARD, tensor_data=data))
+        return SavePlan(items)
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        return create_default_global_save_plan(all_plans)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        # torch numbers the chunks of an entry in the global plan; offsets tell them apart as well.
+        piece = self._pieces[MetadataIndex(write_item.index.fqn, write_item.index.offset)]
+        tensor = self._produce(piece)
+        assert tensor.dtype == piece.entry.dtype and tensor.shape[0] == piece.count, (piece, tensor.shape)
+        return tensor.reshape(piece.chunk.sizes)
+
+
+class _Reading(LoadPlanner):
+    """torch's part in a load into one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        self._target = target
+
+    def set_up_planner(self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False) -> None:
+        """Nothing to prepare."""
+
+    def create_local_plan(self) -> LoadPlan:
+        raise NotImplementedError("the plan is given")
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        return global_plan
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        return central_plan
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        raise NotImplementedError("tensors alone are read")
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        view = self._target
+        for dim, (offset, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            view = view.narrow(dim, offset, length)
+        return view
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """What was resolved is a view of the target already."""

@@ -1,0 +1,98 @@
+"""The model card: what a run directory knows of the model in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_capgap.checkpoint import manifest as manifests
+from megatron_capgap.checkpoint.manifest import Manifest
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.conversion.family import Family
+from megatron_capgap.conversion.importing import STAGE
+from megatron_capgap.models import size
+
+
+def text(folder: Path, manifest: Manifest, family: Family) -> str:
+    """README.md of an exported model.
+
+    Args:
+        folder: the checkpoint.
+        manifest: what it says of itself.
+        family: its architecture.
+    """
+    shape = manifest.model
+    total, inner = size.parameters(shape), size.non_embedding_parameters(shape)
+    tags = [family.name, *(["distillation"] if manifest.stage == "distill" else [])]
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:"]
+    lines += [*(f"- {tag}" for tag in tags), "---", "", f"# {folder.parents[1].resolve().name}", ""]
+    lines += [f"A {family.name} model with {total:,} parameters, {inner:,} without embeddings:"]
+    lines += [f"{shape.layers} layers, hidden size {shape.hidden}, vocabulary {shape.vocab}.", ""]
+    if manifest.stage == STAGE:
+        lines += ["Its weights were imported and exported again without training.", ""]
+    else:
+        lines += [
+            f"Exported with megatron_capgap from step {manifest.step} of a run of the stage {manifest.stage}.",
+            "",
+        ]
+        facts = _facts(folder.parents[1], manifest)
+        lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in facts.items()), ""]
+    return "\n".join(lines)
+
+
+def _facts(run_dir: Path, manifest: Manifest) -> dict[str, str]:
+    """The run in numbers."""
+    facts = {
+        "tokens trained on": f"{manifest.tokens:,}",
+        "sequence length": f"{manifest.sequence_length:,}",
+        "steps": f"{manifest.step:,} of {manifest.steps:,}",
+        "seed": str(manifest.seed),
+    }
+    resolved = _resolved(run_dir)
+    if teacher := (resolved.get("teacher") or {}).get("checkpoint"):
+        facts |= _teacher(teacher, manifest)
+        objective = resolved["objective"]
+        facts["objective"] = (
+            f"{objective['divergence_weight']} x {objective['divergence']} at temperature {objective['temperature']} + "
+            f"{objective['cross_entropy_weight']} x cross-entropy"
+        )
+    if rate := (resolved.get("optimizer") or {}).get("lr"):
+        facts["peak learning rate"] = str(rate)
+    names = {"loss": "training loss", "cross_entropy": "training cross-entropy", "divergence": "training divergence"}
+    names |= {"valid_loss": "held-out loss", "valid_perplexity": "held-out perplexity"}
+    last = _last_numbers(run_dir, manifest.step)
+    return facts | {words: f"{last[name]:.4f}" for name, words in names.items() if name in last}
+
+
+def _teacher(checkpoint: str, manifest: Manifest) -> dict[str, str]:
+    """The teacher's name and, where it is still there, its size."""
+    facts = {"teacher": f"`{Path(checkpoint).name}`"}
+    try:
+        shape = manifests.read(manifests.locate(checkpoint)).model
+    except UserError:  # the run is over; its teacher may be gone
+        return facts
+    inner = size.non_embedding_parameters(shape)
+    ratio = inner / size.non_embedding_parameters(manifest.model)
+    return facts | {"teacher's parameters": f"{inner:,} without embeddings, {ratio:.2f} times the student's"}
+
+
+def _resolved(run_dir: Path) -> dict[str, Any]:
+    file = run_dir / "resolved.yaml"
+    return (yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file.is_file() else {}
+
+
+def _last_numbers(run_dir: Path, step: int) -> dict[str, float]:
+    """The last value of each number up to the checkpoint's step."""
+    file = run_dir / "metrics.jsonl"
+    last: dict[str, float] = {}
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:  # a killed run's last line
+            continue
+        if entry.get("step", step + 1) <= step:
+            last |= entry
+    return last

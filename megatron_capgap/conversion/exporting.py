@@ -1,0 +1,236 @@
+"""A distributed checkpoint of any layout to a Hugging Face folder that transformers loads."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_capgap.checkpoint import manifest as manifests
+from megatron_capgap.checkpoint.manifest import Manifest
+from megatron_capgap.checkpoint.pieces import Entry, Reader
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.conversion import card, plan, tokenizer
+from megatron_capgap.conversion.family import Family
+from megatron_capgap.conversion.importing import CARRIED, Progress
+from megatron_capgap.conversion.output import refuse_existing, replacing
+from megatron_capgap.conversion.plan import Target
+from megatron_capgap.conversion.registry import FAMILIES
+from megatron_capgap.conversion.safetensors import Writer
+from megatron_capgap.conversion.source import listed, read_json
+from megatron_capgap.models import packing
+from megatron_capgap.runtime.devices import Device
+from megatron_capgap.runtime.launch import on_first_rank
+
+_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+# What else a training run keeps in a checkpoint.
+_NOT_WEIGHTS = r"(optimizer|random)\b.*|.*_extra_state.*"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor to write."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    target: Target
+    part: int
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def export_checkpoint(
+    checkpoint: str,
+    out: Path,
+    device: Device,
+    *,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int,
+    force: bool,
+    progress: Progress,
+) -> Manifest:
+    """Exports a checkpoint. Collective; the files are shared out over the ranks.
+
+    Args:
+        checkpoint: a run directory or RUN/checkpoints/step_N.
+        out: the folder to make.
+        device: a CPU.
+        dtype: type of the weights; None keeps each as it is.
+        max_shard_bytes: largest file; a larger tensor gets a file of its own.
+        force: replace what an earlier export wrote there.
+        progress: told after each block of rows.
+
+    Raises:
+        UserError: before anything is written, wherever it can be known then.
+    """
+    refuse_existing(out, _exported, force)
+    folder = manifests.locate(checkpoint)
+    manifest = manifests.read(folder)
+    family, carried = FAMILIES[manifest.model.family], _carried(folder, manifest)
+    words = tokenizer.find(carried, manifest)
+    reader = Reader(folder)
+    targets = plan.unfold(family, manifest.model, device)
+    entries = _entries(folder, reader, targets, manifest.model.layers)
+    files = _files(_tensors(targets, entries, dtype), max_shard_bytes)
+    first = next(iter(files.values()))[0].dtype
+    config = config_of(family, manifest, carried, words, _NAMES[first])
+    mine = [
+        (name, tensors)
+        for i, (name, tensors) in enumerate(files.items())
+        if i % dist.get_world_size() == dist.get_rank()
+    ]
+    total, done = sum(tensor.nbytes for _, tensors in mine for tensor in tensors), 0
+    with replacing(out, _exported, force=force) as staged:
+        for name, tensors in mine:
+            writer = Writer(staged / name, {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors})
+            for nbytes in _fill(writer, tensors, reader, entries):
+                done += nbytes
+                progress(done, total)
+            writer.close()
+
+        def finish() -> None:
+            _write_index(staged, files)
+            _write_json(staged / "config.json", config)
+            _write_json(staged / "generation_config.json", _generation(carried, config))
+            words.write(staged)
+            (staged / "README.md").write_text(card.text(folder, manifest, family), encoding="utf-8")
+
+        on_first_rank(finish)
+    return manifest
+
+
+def _exported(folder: Path) -> bool:
+    """Whether a folder is a Hugging Face model."""
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+def _carried(folder: Path, manifest: Manifest) -> Path | None:
+    """The Hugging Face files that came along: of an import, or of the tokenizer folder that a run used."""
+    for place in (folder.parents[1] / CARRIED, Path(manifest.tokenizer)):
+        if place.is_dir():
+            return place
+    return None
+
+
+def _entries(folder: Path, reader: Reader, targets: Sequence[Target], layers: int) -> dict[str, Entry]:
+    """Every tensor of the model as the checkpoint has it.
+
+    Raises:
+        UserError: one is missing, of another shape or left over.
+    """
+    there = reader.tensors()
+    found: dict[str, Entry] = {}
+    for target in targets:
+        if target.key not in there:
+            raise UserError(f"{folder}: {target.key} is missing; use a checkpoint of this model")
+        size, dtype = there[target.key]
+        entry = target.entry(layers, dtype)
+        # Rows beyond the vocabulary are padding of the layout that wrote them.
+        padded = target.key.startswith(("embedding.word_embeddings.", "output_layer."))
+        if size != entry.shape and not (padded and size[1:] == entry.shape[1:] and size[0] > entry.shape[0]):
+            raise UserError(f"{folder}: {target.key} is {list(size)}, the model's is {list(entry.shape)}")
+        found[target.key] = Entry(target.key, size, dtype, target.layered)
+    extra = sorted(key for key in there.keys() - found.keys() if not re.fullmatch(_NOT_WEIGHTS, key))
+    if extra:
+        raise UserError(f"{folder}: {listed(extra)} left over; its model has no such tensor, use another checkpoint")
+    return found
+
+
+def _tensors(targets: Sequence[Target], entries: dict[str, Entry], dtype: torch.dtype | None) -> list[Tensor]:
+    return [
+        Tensor(name, shape, dtype or entries[target.key].dtype, target, part)
+        for target in targets
+        for part, (name, shape) in enumerate(zip(target.parts, target.part_shapes(), strict=True))
+    ]
+
+
+def _files(tensors: Sequence[Tensor], most: int) -> dict[str, list[Tensor]]:
+    """Tensors by file, in order, none above `most` bytes unless it holds one tensor alone."""
+    groups: list[list[Tensor]] = [[]]
+    held = 0
+    for tensor in tensors:
+        if groups[-1] and held + tensor.nbytes > most:
+            groups.append([])
+            held = 0
+        groups[-1].append(tensor)
+        held += tensor.nbytes
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
+
+
+def _fill(writer: Writer, tensors: Sequence[Tensor], reader: Reader, entries: dict[str, Entry]) -> Iterator[int]:
+    """Writes the tensors of a file, each of Megatron's read once for all its parts in the file; yields bytes."""
+    wanted: dict[tuple[str, int], list[Tensor]] = {}
+    for tensor in tensors:
+        wanted.setdefault((tensor.target.key, tensor.target.layer), []).append(tensor)
+    for group in wanted.values():
+        target, names = group[0].target, {tensor.part: tensor for tensor in group}
+        for piece in target.pieces(entries[target.key]):
+            rows = reader.read(piece)
+            if target.row.transposed:
+                yield _write_transposed(writer, names, target, rows)
+                continue
+            for run in packing.parts_of_rows(target.runs, piece.start, piece.count):
+                if (tensor := names.get(run.part)) is not None:
+                    part = rows.narrow(0, run.packed - piece.start, run.count)
+                    writer.write(tensor.name, run.start, part.to(tensor.dtype))
+                    yield part.numel() * tensor.dtype.itemsize
+
+
+def _write_transposed(writer: Writer, names: dict[int, Tensor], target: Target, packed: torch.Tensor) -> int:
+    """A matrix kept `[in, out]` in one part: its columns are put in place, then it is written whole."""
+    (tensor,) = names.values()
+    whole = torch.empty_like(packed)
+    for run in target.runs:
+        whole[run.start : run.start + run.count] = packed[run.packed : run.packed + run.count]
+    writer.write(tensor.name, 0, whole.t().to(tensor.dtype))
+    return tensor.nbytes
+
+
+def config_of(
+    family: Family, manifest: Manifest, carried: Path | None, words: tokenizer.Words, dtype: str
+) -> dict[str, Any]:
+    """config.json: what the shape decides, over what came along from a model of the same family."""
+    shape = manifest.model
+    known = read_json(carried / "config.json") if carried and (carried / "config.json").is_file() else {}
+    kept = known if known.get("model_type") == family.name else {}
+    # Code of others' and ways of writing the positions that the shape's keys replace.
+    kept = {key: value for key, value in kept.items() if key not in ("auto_map", "rope_parameters", "dtype")}
+    tokens = {key: known.get(key, getattr(words, key)) for key in ("bos_token_id", "eos_token_id")}
+    return {
+        **tokens,
+        **kept,
+        "architectures": [family.architecture],
+        "model_type": family.name,
+        **family.config(shape, shape.max_positions or manifest.sequence_length),
+        "torch_dtype": dtype,
+    }
+
+
+def _generation(carried: Path | None, config: dict[str, Any]) -> dict[str, Any]:
+    if carried and (carried / "generation_config.json").is_file():
+        return read_json(carried / "generation_config.json")
+    return {"_from_model_config": True, **{key: config[key] for key in ("bos_token_id", "eos_token_id")}}
+
+
+def _write_index(folder: Path, files: dict[str, list[Tensor]]) -> None:
+    if len(files) == 1:
+        return
+    where = {tensor.name: file for file, tensors in files.items() for tensor in tensors}
+    total = sum(tensor.nbytes for tensors in files.values() for tensor in tensors)
+    _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

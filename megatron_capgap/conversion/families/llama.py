@@ -1,0 +1,129 @@
+"""LLaMA 1, 2 and 3, SmolLM; and what its relatives share: names of tensors, rotary positions, sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_capgap.config.schema import ModelShape, RopeScaling
+from megatron_capgap.conversion.family import Family, Row, Settings
+from megatron_capgap.models import size
+
+EMBEDDINGS = (
+    Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
+    Row("decoder.final_layernorm.weight", ("model.norm.weight",)),
+    Row("output_layer.weight", ("lm_head.weight",)),
+)
+_LAYER = "model.layers.{layer}"
+QKV = tuple(f"{_LAYER}.self_attn.{name}_proj" for name in "qkv")
+MATRICES = (
+    Row("decoder.layers.self_attention.linear_qkv.layer_norm_weight", (f"{_LAYER}.input_layernorm.weight",)),
+    Row("decoder.layers.self_attention.linear_qkv.weight", tuple(f"{name}.weight" for name in QKV), "qkv"),
+    Row("decoder.layers.self_attention.linear_proj.weight", (f"{_LAYER}.self_attn.o_proj.weight",)),
+    Row("decoder.layers.mlp.linear_fc1.layer_norm_weight", (f"{_LAYER}.post_attention_layernorm.weight",)),
+    Row(
+        "decoder.layers.mlp.linear_fc1.weight",
+        (f"{_LAYER}.mlp.gate_proj.weight", f"{_LAYER}.mlp.up_proj.weight"),
+        "gate_up",
+    ),
+    Row("decoder.layers.mlp.linear_fc2.weight", (f"{_LAYER}.mlp.down_proj.weight",)),
+)
+BUFFERS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
+
+
+def sizes(
+    settings: Settings, *, max_positions: int, head_dim: int | None = None, kv_heads: int | None = None
+) -> dict[str, Any]:
+    """The numbers that LLaMA and its relatives name alike.
+
+    Args:
+        settings: their config.json.
+        max_positions, head_dim, kv_heads: what the family takes where the key is missing.
+    """
+    settings.demand("hidden_act", ("silu",), "silu")
+    return {
+        "layers": settings.need("num_hidden_layers"),
+        "hidden": settings.need("hidden_size"),
+        "heads": settings.need("num_attention_heads"),
+        "kv_heads": settings.get("num_key_value_heads", kv_heads),
+        "head_dim": settings.get("head_dim", head_dim),
+        "ffn": settings.need("intermediate_size"),
+        "vocab": settings.need("vocab_size"),
+        "max_positions": settings.get("max_position_embeddings", max_positions),
+        "norm_epsilon": settings.get("rms_norm_eps", 1e-6),
+        "init_std": settings.get("initializer_range", 0.02),
+        "tied_embeddings": settings.get("tie_word_embeddings", False),
+        **rotary(settings),
+    }
+
+
+def rotary(settings: Settings, base_key: str = "rope_theta") -> dict[str, Any]:
+    """Base and stretching of the rotary positions, from either way of writing them."""
+    # transformers 5 keeps all of it in rope_parameters, earlier ones in two keys.
+    given = {**settings.get("rope_scaling", {}), **settings.get("rope_parameters", {})}
+    kind = given.get("rope_type", given.get("type", "default"))
+    found: dict[str, Any] = {"rope_theta": given.get("rope_theta", settings.get(base_key, 10000.0))}
+    if kind not in ("default", "linear", "llama3"):
+        raise settings.wrong("rope_type", f'"{kind}" is not supported, default, linear and llama3 are')
+    if kind == "linear":
+        found["rope_scaling"] = {"kind": kind, "factor": given.get("factor")}
+    if kind == "llama3":
+        found["rope_scaling"] = {
+            "kind": kind,
+            "factor": given.get("factor"),
+            "low_frequency_factor": given.get("low_freq_factor"),
+            "high_frequency_factor": given.get("high_freq_factor"),
+            "original_max_positions": given.get("original_max_position_embeddings"),
+        }
+    return found
+
+
+def rotary_config(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    """`rope_scaling` of config.json, which every version of transformers reads."""
+    if scaling is None:
+        return None
+    if scaling.kind == "linear":
+        return {"rope_type": "linear", "factor": scaling.factor}
+    return {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_frequency_factor,
+        "high_freq_factor": scaling.high_frequency_factor,
+        "original_max_position_embeddings": scaling.original_max_positions,
+    }
+
+
+def sizes_config(shape: ModelShape, max_positions: int) -> dict[str, Any]:
+    """The inverse of `sizes`."""
+    return {
+        "max_position_embeddings": max_positions,
+        "num_hidden_layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": size.kv_heads(shape),
+        "intermediate_size": shape.ffn,
+        "vocab_size": shape.vocab,
+        "hidden_act": "silu",
+        "rms_norm_eps": shape.norm_epsilon,
+        "initializer_range": shape.init_std,
+        "tie_word_embeddings": shape.tied_embeddings,
+        "rope_theta": shape.rope_theta,
+        "rope_scaling": rotary_config(shape.rope_scaling),
+    }
+
+
+def _shape(settings: Settings) -> dict[str, Any]:
+    settings.demand("attention_bias", (False,), False)
+    settings.demand("mlp_bias", (False,), False)
+    return sizes(settings, max_positions=2048)
+
+
+def _config(shape: ModelShape, max_positions: int) -> dict[str, Any]:
+    return {
+        **sizes_config(shape, max_positions),
+        "head_dim": size.head_dim(shape),
+        "attention_bias": False,
+        "mlp_bias": False,
+    }
+
+
+FAMILY = Family("llama", "LlamaForCausalLM", "model.", (*EMBEDDINGS, *MATRICES), BUFFERS, _shape, _config)

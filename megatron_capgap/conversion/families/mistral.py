@@ -1,0 +1,35 @@
+"""Mistral 7B and Nemo: LLaMA's layers, with a window that attention looks back over."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_capgap.config.schema import ModelShape
+from megatron_capgap.conversion.families import llama
+from megatron_capgap.conversion.family import Family, Settings
+from megatron_capgap.models import size
+
+
+def _shape(settings: Settings) -> dict[str, Any]:
+    # Here null is a value: no window. Where the key is missing the family has one.
+    window = settings.content.get("sliding_window", 4096)
+    return {**llama.sizes(settings, max_positions=131072, kv_heads=8), "attention_window": window}
+
+
+def _config(shape: ModelShape, max_positions: int) -> dict[str, Any]:
+    return {
+        **llama.sizes_config(shape, max_positions),
+        "head_dim": size.head_dim(shape),
+        "sliding_window": shape.attention_window,
+    }
+
+
+FAMILY = Family(
+    "mistral",
+    "MistralForCausalLM",
+    "model.",
+    (*llama.EMBEDDINGS, *llama.MATRICES),
+    llama.BUFFERS,
+    _shape,
+    _config,
+)

@@ -1,0 +1,215 @@
+"""Hugging Face folder to a run directory whose only checkpoint holds the weights, for any layout."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_capgap.checkpoint import manifest as manifests
+from megatron_capgap.checkpoint import pieces as storage
+from megatron_capgap.checkpoint.manifest import Manifest
+from megatron_capgap.checkpoint.pieces import Piece
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.conversion import plan
+from megatron_capgap.conversion.output import refuse_existing, replacing
+from megatron_capgap.conversion.plan import Target
+from megatron_capgap.conversion.safetensors import Files, Stored
+from megatron_capgap.conversion.source import Source, listed, open_source
+from megatron_capgap.data.tokenizer import open_tokenizer
+from megatron_capgap.models import packing
+from megatron_capgap.runtime.devices import Device
+from megatron_capgap.runtime.launch import on_first_rank
+
+STAGE = "import"
+CARRIED = "huggingface"
+"""Folder of a run directory with what came along: configuration, tokenizer, generation settings."""
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+CARRIED_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+
+Progress = Callable[[int, int], None]
+"""(bytes done by this rank, bytes of this rank in all)."""
+
+
+def import_folder(
+    hf: Path, out: Path, device: Device, *, dtype: torch.dtype | None, force: bool, progress: Progress
+) -> Source:
+    """Imports a model. Collective; each rank reads and writes its own share of the bytes.
+
+    Args:
+        hf: the Hugging Face folder.
+        out: the run directory to make.
+        device: a CPU.
+        dtype: type of the weights; None keeps each as it is.
+        force: replace what an earlier import wrote there.
+        progress: told after each piece.
+
+    Raises:
+        UserError: before anything is written, wherever it can be known then.
+    """
+    refuse_existing(out, _imported, force)
+    source = open_source(hf)
+    tokenizer = open_tokenizer(str(hf))
+    targets = plan.unfold(source.family, source.shape, device)
+    tensors = _matched(source, targets)
+    types = _types(targets, tensors, dtype)
+    of_piece = {
+        piece: target
+        for target in targets
+        for piece in target.pieces(target.entry(source.shape.layers, types[target.key]))
+    }
+    mine = plan.share(list(of_piece), dist.get_rank(), dist.get_world_size())
+    produce = _Reading(of_piece, tensors, sum(piece.nbytes for piece in mine), progress)
+    with replacing(out, _imported, force=force) as staged:
+        checkpoint = staged / "checkpoints" / ".step_0.incomplete"
+        on_first_rank(lambda: checkpoint.mkdir(parents=True))
+        try:
+            storage.write(checkpoint, mine, produce)
+        except CheckpointException as error:  # torch's; gathers what went wrong on any rank, on every rank
+            raise UserError(f"{out}: {next(iter(error.failures.values()))[0]}") from error
+        finally:
+            produce.close()
+
+        def finish() -> None:
+            manifests.write(_manifest(source, out, tokenizer.fingerprint), checkpoint)
+            manifests.publish(checkpoint, staged, step=0, keep=1)
+            _carry(hf, staged / CARRIED)
+
+        on_first_rank(finish)
+    return source
+
+
+def _imported(run_dir: Path) -> bool:
+    """Whether a run directory is an import's, not a training run's."""
+    try:
+        newest = manifests.latest(run_dir)
+        return newest is not None and manifests.read(newest).stage == STAGE
+    except UserError:
+        return False
+
+
+def _matched(source: Source, targets: Sequence[Target]) -> dict[str, Stored]:
+    """The tensors of the source that the targets are made of: all of them, each used once.
+
+    Raises:
+        UserError: names are missing or left over, or a shape is not the one that config.json speaks of.
+    """
+    tensors = dict(source.tensors)
+    if source.shape.tied_embeddings:
+        _drop_copy_of_embedding(source, tensors)
+    wanted: dict[str, tuple[int, ...]] = {}
+    for target in targets:
+        for name, size in zip(target.parts, target.part_shapes(), strict=True):
+            assert name not in wanted, f"{name} stands in the table twice"
+            wanted[name] = size
+    if missing := sorted(wanted.keys() - tensors.keys()):
+        raise UserError(f"{source.folder}: {listed(missing)} missing; give all files of a {source.family.name} model")
+    if extra := sorted(tensors.keys() - wanted.keys()):
+        raise UserError(f"{source.folder}: {listed(extra)} left over; config.json speaks of a model without them")
+    for name, stored in tensors.items():
+        if stored.shape != wanted[name]:
+            raise UserError(
+                f"{stored.file}: {name} is {list(stored.shape)}, config.json speaks of {list(wanted[name])}; "
+                "use the configuration of these weights"
+            )
+    return tensors
+
+
+def _drop_copy_of_embedding(source: Source, tensors: dict[str, Stored]) -> None:
+    """Some files carry the LM head of tied embeddings as well; it must be the embedding."""
+    names = {row.megatron: row.hf[0] for row in source.family.rows}
+    head = tensors.pop(names["output_layer.weight"], None)
+    embedding = tensors.get(names["embedding.word_embeddings.weight"])
+    if head is None or embedding is None:
+        return
+    files = Files()
+    step = max(1, plan.BLOCK_BYTES // max(1, head.row_bytes))
+    same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype) and all(
+        torch.equal(*(files.read(one, row, min(step, head.shape[0] - row)) for one in (head, embedding)))
+        for row in range(0, head.shape[0], step)
+    )
+    files.close()
+    if not same:
+        raise UserError(
+            f"{head.file}: {names['output_layer.weight']} is not the embedding, but config.json ties them; "
+            "set tie_word_embeddings to false"
+        )
+
+
+def _types(targets: Sequence[Target], tensors: dict[str, Stored], dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """Type of each entry of the checkpoint."""
+    found: dict[str, torch.dtype] = {}
+    for target in targets:
+        for name in target.parts:
+            kept = dtype or tensors[name].dtype
+            if found.setdefault(target.key, kept) != kept:
+                raise UserError(
+                    f"{tensors[name].file}: {name} is {kept}, others of its kind are {found[target.key]}; "
+                    "say which it shall be with --dtype"
+                )
+    return found
+
+
+class _Reading:
+    """Makes pieces of the checkpoint out of rows of the source."""
+
+    def __init__(
+        self, of_piece: dict[Piece, Target], tensors: dict[str, Stored], total: int, progress: Progress
+    ) -> None:
+        self._of_piece, self._tensors, self._files = of_piece, tensors, Files()
+        self._total, self._done, self._progress = total, 0, progress
+
+    def __call__(self, piece: Piece) -> Tensor:
+        target = self._of_piece[piece]
+        parts = [self._tensors[name] for name in target.parts]
+        if target.row.transposed:
+            whole = [self._files.read(part).t() for part in parts]
+            runs = packing.parts_of_rows(target.runs, piece.start, piece.count)
+            rows = [whole[run.part][run.start : run.start + run.count] for run in runs]
+        else:
+            runs = packing.parts_of_rows(target.runs, piece.start, piece.count)
+            rows = [self._files.read(parts[run.part], run.start, run.count) for run in runs]
+        tensor = (rows[0] if len(rows) == 1 else torch.cat(rows)).to(piece.entry.dtype).contiguous()
+        self._done += piece.nbytes
+        self._progress(self._done, self._total)
+        return tensor
+
+    def close(self) -> None:
+        """Closes the source's files."""
+        self._files.close()
+
+
+def _manifest(source: Source, out: Path, fingerprint: str) -> Manifest:
+    return Manifest(
+        step=0,
+        steps=0,
+        tokens=0,
+        model=source.shape,
+        tokenizer=str(out / CARRIED),
+        tokenizer_fingerprint=fingerprint,
+        stage=STAGE,
+        seed=0,
+        ranks=(1, 1, 1, dist.get_world_size()),
+        sequence_length=source.shape.max_positions or 1,
+    )
+
+
+def _carry(hf: Path, folder: Path) -> None:
+    folder.mkdir()
+    for name in CARRIED_FILES:
+        if (hf / name).is_file():
+            shutil.copyfile(hf / name, folder / name)

@@ -1,0 +1,66 @@
+"""Folders that are there whole or not at all: written beside their place, renamed at the end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.runtime.launch import on_first_rank
+
+
+@contextmanager
+def replacing(out: Path, ours: Callable[[Path], bool], *, force: bool) -> Iterator[Path]:
+    """An empty folder beside `out` that takes its place at the end; goes again where the work fails. Collective.
+
+    Args:
+        out: the place.
+        ours: whether a folder that is there already is of the kind that may be replaced.
+        force: replace it.
+
+    Raises:
+        UserError: `out` is there and not to be replaced, or cannot be made.
+    """
+    staged = out.with_name(f".{out.name}.incomplete")
+    on_first_rank(lambda: _begin(out, staged, ours, force))
+    try:
+        yield staged
+        dist.barrier()
+        on_first_rank(lambda: _finish(out, staged))
+    except BaseException:
+        if dist.get_rank() == 0:
+            shutil.rmtree(staged, ignore_errors=True)
+        raise
+
+
+def refuse_existing(out: Path, ours: Callable[[Path], bool], force: bool) -> None:
+    """Refuses a place that is taken.
+
+    Raises:
+        UserError: with the way out.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not force:
+        raise UserError(f"{out}: is there already; choose another --out, or replace it with --force")
+    if not out.is_dir() or not ours(out):
+        raise UserError(f"{out}: is not something that this command wrote, so --force spares it; choose another --out")
+
+
+def _begin(out: Path, staged: Path, ours: Callable[[Path], bool], force: bool) -> None:
+    refuse_existing(out, ours, force)
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+
+
+def _finish(out: Path, staged: Path) -> None:
+    replaced = out.with_name(f".{out.name}.replaced.incomplete")
+    if out.exists():
+        os.replace(out, replaced)
+    os.replace(staged, out)
+    shutil.rmtree(replaced, ignore_errors=True)

@@ -1,0 +1,191 @@
+"""The safetensors format by pieces: rows of a tensor are read and written where they lie, never a whole file.
+
+A file is 8 bytes of header length, a JSON header with type, shape and byte range of each tensor, and the bytes. Mapping
+files into memory, as the library does, would count every page read so far as this process's own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_capgap.config.errors import UserError
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LARGEST_HEADER = 32 << 20  # a thousand layers need 1 MB; a header that fills the memory is an attack
+_REMEDY = "copy or download the file again"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    """First byte in the file."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+        return torch.Size(self.shape[1:]).numel() * self.dtype.itemsize
+
+
+def read_header(file: Path) -> dict[str, Stored]:
+    """The tensors of a file, every length and offset checked against the file's size.
+
+    Raises:
+        UserError: the file is missing, cut off, or no safetensors file; or a tensor has a type that is no float.
+    """
+    try:
+        length, start, content = file.stat().st_size, 8, _header_bytes(file)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); {_REMEDY}") from None
+    start += len(content)
+    try:
+        entries = json.loads(content, object_pairs_hook=_without_duplicates)
+    except ValueError as error:
+        raise UserError(f"{file}: its header is no JSON ({error}); {_REMEDY}") from None
+    if not isinstance(entries, dict):
+        raise UserError(f"{file}: its header is {type(entries).__name__}, not an object; {_REMEDY}")
+    entries.pop("__metadata__", None)
+    tensors = {name: _stored(file, name, entry, start) for name, entry in entries.items()}
+    end = start
+    for name, stored in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if stored.offset != end:
+            raise UserError(
+                f"{file}: {name} begins at byte {stored.offset}, the one before it ends at {end}; {_REMEDY}"
+            )
+        end += stored.nbytes
+    if end != length:
+        raise UserError(f"{file}: is {length} bytes long, its header speaks of {end}; {_REMEDY}")
+    return tensors
+
+
+def _header_bytes(file: Path) -> bytes:
+    with open(file, "rb") as stream:
+        prefix = stream.read(8)
+        size = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or size > os.fstat(stream.fileno()).st_size - 8:
+            raise UserError(f"{file}: is cut off or no safetensors file (a header of {size} bytes); {_REMEDY}")
+        if size > _LARGEST_HEADER:
+            raise UserError(f"{file}: a header of {size} bytes, at most {_LARGEST_HEADER} are read; {_REMEDY}")
+        return stream.read(size)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
+    return found
+
+
+def _stored(file: Path, name: str, entry: Any, start: int) -> Stored:
+    """One entry of the header, checked by itself."""
+    wrong = UserError(f"{file}: {name} has a damaged entry in the header; {_REMEDY}")
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise wrong
+    shape, offsets, dtype = entry["shape"], entry["data_offsets"], entry["dtype"]
+    numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [-1]
+    if len(offsets) != 2 or not all(type(number) is int and number >= 0 for number in numbers):
+        raise wrong
+    if dtype not in DTYPES:
+        raise UserError(
+            f"{file}: {name} is of type {dtype}, weights are {', '.join(DTYPES)}; convert a model that is not quantised"
+        )
+    stored = Stored(file, DTYPES[dtype], tuple(shape), start + offsets[0])
+    if offsets[1] - offsets[0] != stored.nbytes:
+        raise UserError(f"{file}: {name} {shape} has {offsets[1] - offsets[0]} bytes, not {stored.nbytes}; {_REMEDY}")
+    return stored
+
+
+class Files:
+    """Opens each file once, reads from any place in it."""
+
+    def __init__(self) -> None:
+        self._open: dict[Path, int] = {}
+
+    def read(self, stored: Stored, start: int = 0, count: int | None = None) -> Tensor:
+        """Rows `start` to `start + count` of a tensor, on the CPU; `[count, ...]`."""
+        count = stored.shape[0] - start if count is None else count
+        buffer = torch.empty((count, *stored.shape[1:]), dtype=stored.dtype)
+        view = memoryview(buffer.view(torch.uint8).numpy()).cast("B") if buffer.numel() else memoryview(b"")
+        file, offset, done = self._descriptor(stored.file), stored.offset + start * stored.row_bytes, 0
+        while done < len(view):  # one call reads 2 GiB at most
+            if (got := os.preadv(file, [view[done:]], offset + done)) == 0:
+                raise UserError(f"{stored.file}: ends within a tensor; {_REMEDY}")
+            done += got
+        return buffer
+
+    def _descriptor(self, file: Path) -> int:
+        if file not in self._open:
+            self._open[file] = os.open(file, os.O_RDONLY)
+        return self._open[file]
+
+    def close(self) -> None:
+        """Closes all files."""
+        for file in self._open.values():
+            os.close(file)
+        self._open = {}
+
+
+class Writer:
+    """One file whose tensors are written row by row, in any order.
+
+    Args:
+        file: to be made.
+        tensors: type and shape of each tensor, in the order in which they shall lie.
+    """
+
+    def __init__(self, file: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, (dtype, shape) in tensors.items():
+            size = torch.Size(shape).numel() * dtype.itemsize
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [end, end + size]}
+            end += size
+        content = json.dumps(header, separators=(",", ":")).encode()
+        content += b" " * (-len(content) % 8)
+        self._stored = {
+            name: Stored(file, dtype, shape, 8 + len(content) + header[name]["data_offsets"][0])
+            for name, (dtype, shape) in tensors.items()
+        }
+        self._written = dict.fromkeys(tensors, 0)
+        self._file = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        _write(self._file, memoryview(len(content).to_bytes(8, "little") + content), 0)
+
+    def write(self, name: str, start: int, rows: Tensor) -> None:
+        """Rows of a tensor, `[count, ...]`, on the CPU."""
+        stored = self._stored[name]
+        assert rows.dtype == stored.dtype and tuple(rows.shape[1:]) == stored.shape[1:], (name, rows.shape, stored)
+        view = memoryview(rows.contiguous().view(torch.uint8).numpy()).cast("B")
+        _write(self._file, view, stored.offset + start * stored.row_bytes)
+        self._written[name] += rows.shape[0]
+
+    def close(self) -> None:
+        """On the disk, every row written once."""
+        wrong = [name for name, rows in self._written.items() if rows != self._stored[name].shape[0]]
+        assert not wrong, f"rows written too often or not at all: {wrong}"
+        os.fsync(self._file)
+        os.close(self._file)
+
+
+def _write(file: int, view: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(view):
+        done += os.pwrite(file, view[done:], offset + done)

@@ -1,0 +1,143 @@
+"""The tokenizer of an exported model: files that came along, or a SentencePiece model as transformers reads it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_capgap.checkpoint.manifest import Manifest
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.conversion.importing import TOKENIZER_FILES
+from megatron_capgap.data.tokenizer import SentencePieceTokenizer, open_tokenizer
+
+_SPACE = "\u2581"
+_PROBES = (
+    "The quick brown fox, 1234 times; jumps!",
+    "  two spaces,\ttab\nnew line  ",
+    "caf\u00e9 na\u00efve \u4e2d\u6587 \u65e5\u672c \U0001f600",
+    "x=f(a[0])/2 # 'quoted' \"text\"",
+    " ",
+)
+
+
+class Words(Protocol):
+    """A tokenizer that can be written into a Hugging Face folder."""
+
+    bos_token_id: int | None
+    eos_token_id: int | None
+
+    def write(self, folder: Path) -> None:
+        """Writes its files."""
+
+
+@dataclass(frozen=True)
+class Copied:
+    """Files of a Hugging Face folder."""
+
+    folder: Path
+    bos_token_id: int | None
+    eos_token_id: int | None
+
+    def write(self, folder: Path) -> None:
+        """Copies those that are there."""
+        for name in TOKENIZER_FILES:
+            if (self.folder / name).is_file():
+                shutil.copyfile(self.folder / name, folder / name)
+
+
+@dataclass(frozen=True)
+class Translated:
+    """A SentencePiece model with the tokenizer.json made of it."""
+
+    model: Path
+    tokenizer_json: str
+    settings: dict[str, Any]
+    bos_token_id: int | None
+    eos_token_id: int | None
+
+    def write(self, folder: Path) -> None:
+        """Both forms of the vocabulary, and the special tokens."""
+        (folder / "tokenizer.json").write_text(self.tokenizer_json, encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+        shutil.copyfile(self.model, folder / "tokenizer.model")
+
+
+def find(carried: Path | None, manifest: Manifest) -> Words:
+    """The tokenizer that a checkpoint speaks.
+
+    Args:
+        carried: folder with the files that came along, or None.
+        manifest: says which tokenizer the model was trained with.
+
+    Raises:
+        UserError: it is not there, is another one by now, or cannot be said in transformers' words.
+    """
+    place = str(carried) if carried else manifest.tokenizer
+    opened = open_tokenizer(place)
+    if opened.fingerprint != manifest.tokenizer_fingerprint:
+        raise UserError(f"{place}: is not the tokenizer that the checkpoint was trained with; put that one there")
+    if isinstance(opened, SentencePieceTokenizer):
+        model = Path(place) / "tokenizer.model" if carried else Path(place)
+        return translate(model, opened)
+    return Copied(Path(place), opened.bos, opened.eos)
+
+
+def translate(model: Path, opened: SentencePieceTokenizer) -> Translated:
+    """A SentencePiece BPE model as a tokenizer.json that gives the same ids.
+
+    Raises:
+        UserError: it is of another kind, seen by the ids it gives to a few texts.
+    """
+    import sentencepiece
+    import tokenizers
+    from tokenizers import decoders, models, normalizers
+
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    ids = range(processor.get_piece_size())
+    pieces = [processor.id_to_piece(i) for i in ids]
+    plain = [i for i in ids if not (processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i))]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    bpe = models.BPE(
+        vocab=vocabulary,
+        merges=_merges([pieces[i] for i in plain], {pieces[i]: processor.get_score(i) for i in plain}),
+        unk_token=pieces[processor.unk_id()],
+        fuse_unk=True,
+        byte_fallback=any(processor.is_byte(i) for i in ids),
+    )
+    built = tokenizers.Tokenizer(bpe)
+    built.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
+    built.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = {"unk": processor.unk_id(), "bos": processor.bos_id(), "eos": processor.eos_id()}
+    special = {name: i for name, i in special.items() if i >= 0}
+    built.add_special_tokens(
+        [tokenizers.AddedToken(pieces[i], special=True, normalized=False) for i in special.values()]
+    )
+    for text in _PROBES:
+        if built.encode(text, add_special_tokens=False).ids != opened.encode(text):
+            raise UserError(
+                f"{model}: this kind of SentencePiece model has no equal in tokenizer.json (they differ on {text!r}); "
+                "train with a BPE model, as tools/prepare_data.py --train-tokenizer makes one"
+            )
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    settings |= {f"{name}_token": pieces[i] for name, i in special.items()}
+    return Translated(model, built.to_str(), settings, opened.bos, opened.eos)
+
+
+def _merges(pieces: list[str], scores: dict[str, float]) -> list[tuple[str, str]]:
+    """The merges that make the pieces, first to last: SentencePiece merges towards the piece of the best score.
+
+    A piece can come from several pairs; each is listed, for whichever stands in a text is merged.
+    """
+    found = []
+    for piece in pieces:
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in scores and right in scores:
+                found.append((scores[piece], left, right))
+    found.sort(key=lambda merge: -merge[0])
+    return [(left, right) for _, left, right in found]

@@ -1,0 +1,209 @@
+"""The same tokens through transformers and through Megatron, in fp32 on the CPU: where and how far they part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_capgap.checkpoint import manifest as manifests
+from megatron_capgap.checkpoint import store
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.schema import Layout, ModelShape, Precision
+from megatron_capgap.conversion.family import Family
+from megatron_capgap.conversion.source import open_source
+from megatron_capgap.models import gpt, schedule
+from megatron_capgap.runtime import layout as layouts
+from megatron_capgap.runtime.devices import Device
+from megatron_capgap.runtime.launch import on_first_rank
+from megatron_capgap.runtime.layout import Grid
+
+SEQUENCES = 2
+EMBEDDINGS = -1  # the layer's number of what goes into the first layer
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Differences over all tokens and the whole vocabulary."""
+
+    max_difference: float
+    """Largest absolute difference of a logit."""
+    mean_difference: float
+    """Mean absolute difference of the logits."""
+    kl: float
+    """Mean over tokens of KL(transformers, Megatron)."""
+    greedy: float
+    """Share of tokens after which both would say the same next token."""
+    layers: dict[int, float]
+    """Largest difference of a layer's output, as a share of the largest number in it; -1 for the embeddings."""
+
+    def agrees(self, tolerance: float) -> bool:
+        """Whether no logit differs by more than the tolerance; not a number never agrees."""
+        return self.max_difference <= tolerance
+
+    def parting(self, tolerance: float) -> int | None:
+        """The first layer whose output differs by more than the tolerance, or None."""
+        return next((layer for layer, apart in sorted(self.layers.items()) if not apart <= tolerance), None)
+
+    def text(self, tolerance: float) -> str:
+        """A line of numbers, and where they part if they do."""
+        line = (
+            f"logits: max difference {self.max_difference:.3g}, mean {self.mean_difference:.3g}, "
+            f"KL {self.kl:.3g}, greedy token equal {self.greedy:.2%}"
+        )
+        if self.agrees(tolerance):
+            return f"{line}\nthey agree to {tolerance:g}"
+        layer = self.parting(tolerance)
+        where = {None: "behind the last layer: final norm or LM head", EMBEDDINGS: "in the embeddings"}
+        return f"{line}\nthey differ by more than {tolerance:g}, first {where.get(layer, f'in layer {layer}')}"
+
+
+@dataclass
+class _Trace:
+    """What a forward pass leaves, `[b, s, ...]`."""
+
+    layers: dict[int, Tensor]
+    logits: Tensor | None = None
+
+
+def compare(hf: Path, checkpoint: str, layout: Layout, device: Device, *, tokens: int | None, seed: int) -> Comparison:
+    """Runs both models. Collective.
+
+    Args:
+        hf: folder of the transformers model.
+        checkpoint: a run directory or RUN/checkpoints/step_N.
+        layout: of the Megatron model; its size divides the world.
+        device: a CPU.
+        tokens: length of each sequence; None takes 64, or the model's longest where that is shorter.
+        seed: of the random tokens.
+
+    Raises:
+        UserError: one of them cannot be opened, or they are not of one shape.
+    """
+    source = open_source(hf)
+    folder = manifests.locate(checkpoint)
+    shape = manifests.read(folder).model
+    longest = min(filter(None, (shape.max_positions, shape.attention_window)), default=None)
+    tokens = tokens if tokens is not None else min(64, longest or 64)
+    if tokens < 1 or tokens > (longest or tokens):
+        raise UserError(f"--tokens: {tokens} is not within 1 and the model's longest sequence {longest}")
+    _check(source.shape, shape, layout)
+    ids = torch.randint(shape.vocab, (SEQUENCES, tokens), generator=torch.Generator().manual_seed(seed))
+    # One model after the other, so that both need not fit at once.
+    theirs = on_first_rank(lambda: _transformers(hf, source.family, ids))
+    grid = layouts.build(layout, seed)
+    ours = _megatron(folder, shape, grid, device, ids)
+    compared = [None] * dist.get_world_size()
+    dist.all_gather_object(compared, (_layers_apart(theirs, ours), _logits_apart(theirs, ours)))
+    layouts.release()
+    layers = {layer: apart for part, _ in compared for layer, apart in part.items()}
+    return Comparison(**next(numbers for _, numbers in compared if numbers), layers=layers)
+
+
+def _check(theirs: ModelShape, ours: ModelShape, layout: Layout) -> None:
+    for name in ("family", "layers", "hidden", "heads", "ffn", "vocab"):
+        if getattr(theirs, name) != getattr(ours, name):
+            raise UserError(
+                f"--hf has {name} {getattr(theirs, name)}, --checkpoint has {getattr(ours, name)}; compare one model"
+            )
+    if dist.get_world_size() % (layout.tensor * layout.pipeline):
+        raise UserError(
+            f"--tensor {layout.tensor} times --pipeline {layout.pipeline} does not divide the world of "
+            f"{dist.get_world_size()} ranks; start with torchrun --nproc-per-node {layout.tensor * layout.pipeline}"
+        )
+    numbers = {"heads": ours.heads, "kv_heads": ours.kv_heads or ours.heads, "ffn": ours.ffn}
+    for name, number in numbers.items():
+        if number % layout.tensor:
+            raise UserError(f"--tensor: {layout.tensor} does not divide {name} {number}")
+    if ours.layers % layout.pipeline:
+        raise UserError(f"--pipeline: {layout.pipeline} does not divide layers {ours.layers}")
+
+
+def _transformers(hf: Path, family: Family, ids: Tensor) -> _Trace:
+    """The reference; rank 0 alone."""
+    try:
+        from transformers import AutoModelForCausalLM
+    except ImportError:
+        raise UserError("transformers is not installed; pip install 'megatron_capgap[hf]'") from None
+
+    model, info = AutoModelForCausalLM.from_pretrained(
+        hf, trust_remote_code=False, use_safetensors=True, local_files_only=True, output_loading_info=True
+    )
+    if wrong := sorted([*info["missing_keys"], *info["unexpected_keys"]]):
+        raise UserError(f"{hf}: transformers finds {', '.join(wrong)} missing or unexpected; give a whole model")
+    model = model.float().eval()
+    name = next(row.hf[0] for row in family.rows if "{layer}" in row.hf[0]).split(".{layer}")[0]
+    trace = _Trace({})
+    with torch.no_grad(), _watched(list(model.get_submodule(name)), range(10**6), trace.layers, lambda x: x):
+        trace.logits = model(input_ids=ids, use_cache=False).logits
+    return trace
+
+
+def _megatron(folder: Path, shape: ModelShape, grid: Grid, device: Device, ids: Tensor) -> _Trace:
+    """This rank's part of our model; logits on the last stage alone."""
+    chunks = gpt.build(shape, grid, Precision(), device, sequence_length=ids.shape[1])
+    store.load_weights(folder, chunks, grid)
+    model = gpt.unwrap(chunks[0]).eval()
+    trace = _Trace({})
+
+    def last_stage(hidden: Tensor, batch: Any) -> tuple[Tensor, Tensor, None]:
+        shard = hidden @ model.lm_head().t()
+        shards = [torch.empty_like(shard) for _ in range(grid.layout.tensor)]
+        dist.all_gather(shards, shard.contiguous(), group=grid.groups.tp)
+        trace.logits = torch.cat(shards, dim=-1)[..., : shape.vocab].transpose(0, 1)
+        return hidden.new_zeros(()), torch.zeros((), dtype=torch.int), None
+
+    batch = SimpleNamespace(tokens=ids, position_ids=torch.arange(ids.shape[1]).expand_as(ids))
+    layers = list(model.decoder.layers)
+    numbers = [layer.layer_number - 1 for layer in layers]
+    with torch.no_grad(), _watched(layers, numbers, trace.layers, lambda x: x.transpose(0, 1)):
+        schedule.run(chunks, grid, [batch], last_stage, forward_only=True, shape=(ids.shape[1], SEQUENCES))
+    return trace
+
+
+@contextmanager
+def _watched(layers: list[torch.nn.Module], numbers: Any, kept: dict[int, Tensor], turn: Any) -> Iterator[None]:
+    """Keeps what each layer returns, and what goes into the first, while the block runs."""
+
+    def keep(number: int, hidden: Any) -> None:
+        kept[number] = turn(hidden[0] if isinstance(hidden, tuple) else hidden).detach().clone()
+
+    def before(module: Any, args: Any, kwargs: Any) -> None:
+        keep(EMBEDDINGS, args[0] if args else kwargs["hidden_states"])
+
+    handles = [layers[0].register_forward_pre_hook(before, with_kwargs=True)] if numbers[0] == 0 else []
+    for number, layer in zip(numbers, layers, strict=False):
+        handles.append(layer.register_forward_hook(lambda _m, _i, hidden, number=number: keep(number, hidden)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _layers_apart(theirs: _Trace, ours: _Trace) -> dict[int, float]:
+    return {
+        layer: ((hidden - theirs.layers[layer]).abs().max() / theirs.layers[layer].abs().max()).item()
+        for layer, hidden in ours.layers.items()
+    }
+
+
+def _logits_apart(theirs: _Trace, ours: _Trace) -> dict[str, float] | None:
+    if ours.logits is None:
+        return None
+    assert theirs.logits is not None
+    apart = (ours.logits - theirs.logits).abs()
+    expected, found = theirs.logits.double().log_softmax(-1), ours.logits.double().log_softmax(-1)
+    return {
+        "max_difference": apart.max().item(),
+        "mean_difference": apart.mean().item(),
+        "kl": (expected.exp() * (expected - found)).sum(-1).mean().item(),
+        "greedy": (expected.argmax(-1) == found.argmax(-1)).double().mean().item(),
+    }

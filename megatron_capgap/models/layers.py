@@ -1,0 +1,44 @@
+"""Blocks that Megatron-Core lacks: a LayerNorm that takes part in sequence parallelism, and parallel residuals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+
+class LayerNorm(torch.nn.Module):
+    """Mean and variance norm over the last dimension, with gain and bias.
+
+    Both are replicated over tensor-parallel ranks; under sequence parallelism each rank sees only its part of the
+    sequence, and the mark `sequence_parallel` makes Megatron add up their gradients over them. Megatron's wrapper
+    around torch's norm refuses sequence parallelism.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: object) -> None:
+        super().__init__()
+        self.epsilon = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
+        for parameter in (self.weight, self.bias):
+            parameter.sequence_parallel = config.sequence_parallel
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`[..., h]` to `[..., h]`, the statistics in fp32 or wider."""
+        return F.layer_norm(hidden, self.weight.shape, self.weight, self.bias, self.epsilon)
+
+
+class ParallelResidualLayer(TransformerLayer):
+    """A transformer layer whose feed-forward part reads the layer's input: `x + attention(norm(x)) + mlp(norm'(x))`."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """`[s, b, h]`, or `[s/tp, b, h]` under sequence parallelism, to the same; (output, None)."""
+        kwargs.pop("dynamic_inference_decode_only", None)
+        attended, context = self._forward_attention(hidden_states, *args, **kwargs)
+        branch = self.mlp(self.pre_mlp_layernorm(hidden_states))
+        add = self.mlp_bda(self.training, self.config.bias_dropout_fusion)
+        return add(branch, attended, self.hidden_dropout), context

@@ -1,0 +1,171 @@
+"""Models in and out: Hugging Face folders to Megatron's distributed checkpoints and back.
+
+    python tools/convert_hf.py import --hf DIR --out RUN_DIR
+    python tools/convert_hf.py export --checkpoint RUN_DIR --out HF_DIR
+    python tools/convert_hf.py verify --hf DIR --checkpoint RUN_DIR
+
+RUN_DIR then stands wherever a configuration names a checkpoint, and RUN_DIR/huggingface where it names a tokenizer.
+Import then export gives every tensor back bit by bit. Under `torchrun --nproc-per-node N` each rank converts its own
+share of the bytes; no rank holds a whole model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_capgap.conversion.importing import Progress
+    from megatron_capgap.runtime.devices import Device
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
+
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.runtime import launch
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+PLAIN_SECONDS = 10.0  # between lines of progress where there is no terminal
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0; 1 where verify finds a difference; 2 with one line on stderr where the input is at fault."""
+    args = parse_arguments(argv)
+    first = True
+    try:
+        environment = launch.read_environment()
+        first = environment.rank == 0
+        return run(args, environment)
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename or 'file system'}: {error.strerror or error}"
+    except KeyboardInterrupt:
+        message = "interrupted, nothing was written"
+    finally:
+        launch.leave()
+    if first:
+        print(f"convert_hf: error: {message}", file=sys.stderr)
+    return 2
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="convert_hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="import|export|verify")
+    coming = commands.add_parser("import", help="a Hugging Face folder to a run directory")
+    coming.add_argument("--hf", required=True, metavar="DIR", help="config.json, tokenizer, safetensors")
+    coming.add_argument("--out", required=True, metavar="RUN_DIR", help="the run directory to make")
+    going = commands.add_parser("export", help="a checkpoint to a Hugging Face folder")
+    going.add_argument("--checkpoint", required=True, metavar="RUN_DIR", help="or RUN_DIR/checkpoints/step_N")
+    going.add_argument("--out", required=True, metavar="HF_DIR", help="the folder to make")
+    going.add_argument(
+        "--max-shard-size", type=bytes_of, default=bytes_of("5GB"), metavar="SIZE", help="of a file, like 500MB (5GB)"
+    )
+    for command in (coming, going):
+        command.add_argument("--dtype", choices=DTYPES, help="type of the weights (as they are)")
+        command.add_argument("--force", action="store_true", help="replace what an earlier call wrote there")
+    comparing = commands.add_parser("verify", help="compare the logits of both, in fp32 on the CPU")
+    comparing.add_argument("--hf", required=True, metavar="DIR", help="for transformers")
+    comparing.add_argument("--checkpoint", required=True, metavar="RUN_DIR", help="for Megatron")
+    comparing.add_argument("--tokens", type=int, metavar="N", help="in each of two sequences (64, or all it can)")
+    comparing.add_argument("--seed", type=int, default=0, metavar="N", help="of the random tokens (0)")
+    comparing.add_argument("--tensor", type=int, default=1, metavar="N", help="tensor-parallel size (1)")
+    comparing.add_argument("--pipeline", type=int, default=1, metavar="N", help="pipeline-parallel size (1)")
+    comparing.add_argument(
+        "--tolerance", type=float, default=1e-4, metavar="X", help="largest difference of a logit (1e-4)"
+    )
+    return parser.parse_args(argv)
+
+
+def bytes_of(value: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|)", value.strip().upper())
+    if not found or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"{value} is no size like 5GB or 500MB")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def run(args: argparse.Namespace, environment: launch.Environment) -> int:
+    import torch
+
+    from megatron_capgap.runtime.devices import choose
+
+    device = choose("cpu", environment.local_rank)
+    launch.join(environment, device, timeout_seconds=3600)
+    if args.command == "verify":
+        return verify(args, device, environment.rank == 0)
+    dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None
+    began = time.monotonic()
+    with progress_bar(args.command, environment.rank == 0) as progress:
+        if args.command == "import":
+            from megatron_capgap.conversion.importing import import_folder
+
+            import_folder(Path(args.hf), Path(args.out), device, dtype=dtype, force=args.force, progress=progress)
+        else:
+            from megatron_capgap.conversion.exporting import export_checkpoint
+
+            export_checkpoint(
+                args.checkpoint,
+                Path(args.out),
+                device,
+                dtype=dtype,
+                max_shard_bytes=args.max_shard_size,
+                force=args.force,
+                progress=progress,
+            )
+    if environment.rank == 0:
+        written = sum(file.stat().st_size for file in Path(args.out).rglob("*") if file.is_file())
+        seconds = time.monotonic() - began
+        print(f"wrote {args.out}: {written / 1e6:.1f} MB in {seconds:.1f} s, {written / seconds / 1e6:.1f} MB/s")
+    return 0
+
+
+def verify(args: argparse.Namespace, device: Device, speaks: bool) -> int:
+    from megatron_capgap.config.schema import Layout
+    from megatron_capgap.conversion.verify import compare
+
+    layout = Layout(tensor=args.tensor, pipeline=args.pipeline)
+    found = compare(Path(args.hf), args.checkpoint, layout, device, tokens=args.tokens, seed=args.seed)
+    if speaks:
+        print(found.text(args.tolerance))
+    return 0 if found.agrees(args.tolerance) else 1
+
+
+@contextmanager
+def progress_bar(name: str, speaks: bool) -> Iterator[Progress]:
+    """A function that takes the bytes done and those in all: a bar on a terminal, else a line now and then."""
+    if not speaks or not sys.stderr.isatty():
+        yield plain_progress(speaks)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(name)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def plain_progress(speaks: bool) -> Progress:
+    began = last = time.monotonic()
+
+    def show(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if speaks and now - last >= PLAIN_SECONDS:
+            last = now
+            speed = done / (now - began) / 1e6
+            print(f"convert_hf: {done / total:.0%} of {total / 1e6:.1f} MB, {speed:.1f} MB/s", file=sys.stderr)
+
+    return show
+
+
+if __name__ == "__main__":
+    sys.exit(main())
