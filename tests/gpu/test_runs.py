@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_capgap.config.families import FAMILIES
 from tests.support import runs
 from tests.support.processes import job
 from tests.support.runs import Material
@@ -139,3 +140,23 @@ def test_a_checkpoint_of_the_gpu_loads_on_the_cpu(material: Material, tmp_path: 
         run("evaluate", evaluation)
         losses.append(runs.metrics(tmp_path / device)[-1]["valid_loss"])
     assert math.isclose(*losses, rel_tol=1e-3)
+
+
+@with_engine
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_engine_builds_every_family(family: str, material: Material, tmp_path: Path) -> None:
+    grouped = {"kv_heads": 2} if FAMILIES[family].grouped_queries else {}
+    shape = {"family": family, "layers": 2, "hidden": 128, "heads": 4, "ffn": 256, "vocab": runs.VOCAB} | grouped
+    steps = [
+        run(
+            "adapt",
+            config(
+                material,
+                tmp_path / engine,
+                student__model={**shape, "max_positions": 128},
+                precision={"engine": engine},
+            ),
+        )
+        for engine in ("local", "transformer_engine")
+    ]
+    assert_near(*steps, 1e-3)
