@@ -19,7 +19,7 @@ from megatron_capgap.config.errors import UserError
 from megatron_capgap.conversion import card, plan, tokenizer
 from megatron_capgap.conversion.family import Family
 from megatron_capgap.conversion.importing import CARRIED, Progress
-from megatron_capgap.conversion.output import refuse_existing, replacing
+from megatron_capgap.conversion.output import on_every_rank, refuse_existing, replacing
 from megatron_capgap.conversion.plan import Target
 from megatron_capgap.conversion.registry import FAMILIES
 from megatron_capgap.conversion.safetensors import Writer
@@ -89,14 +89,19 @@ def export_checkpoint(
         for i, (name, tensors) in enumerate(files.items())
         if i % dist.get_world_size() == dist.get_rank()
     ]
-    total, done = sum(tensor.nbytes for _, tensors in mine for tensor in tensors), 0
+    total = sum(tensor.nbytes for _, tensors in mine for tensor in tensors)
     with replacing(out, _exported, force=force) as staged:
-        for name, tensors in mine:
-            writer = Writer(staged / name, {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors})
-            for nbytes in _fill(writer, tensors, reader, entries):
-                done += nbytes
-                progress(done, total)
-            writer.close()
+
+        def write() -> None:
+            done = 0
+            for name, tensors in mine:
+                writer = Writer(staged / name, {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors})
+                for nbytes in _fill(writer, tensors, reader, entries):
+                    done += nbytes
+                    progress(done, total)
+                writer.close()
+
+        on_every_rank(write)
 
         def finish() -> None:
             _write_index(staged, files)

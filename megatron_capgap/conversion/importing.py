@@ -176,17 +176,20 @@ class _Reading:
     def __call__(self, piece: Piece) -> Tensor:
         target = self._of_piece[piece]
         parts = [self._tensors[name] for name in target.parts]
-        if target.row.transposed:
-            whole = [self._files.read(part).t() for part in parts]
-            runs = packing.parts_of_rows(target.runs, piece.start, piece.count)
-            rows = [whole[run.part][run.start : run.start + run.count] for run in runs]
-        else:
-            runs = packing.parts_of_rows(target.runs, piece.start, piece.count)
-            rows = [self._files.read(parts[run.part], run.start, run.count) for run in runs]
-        tensor = (rows[0] if len(rows) == 1 else torch.cat(rows)).to(piece.entry.dtype).contiguous()
+        rows = torch.empty((piece.count, *target.shape[1:]), dtype=piece.entry.dtype)
+        whole = [self._files.read(part).t() for part in parts] if target.row.transposed else None
+        for run in packing.parts_of_rows(target.runs, piece.start, piece.count):
+            place = rows.narrow(0, run.packed - piece.start, run.count)
+            part = parts[run.part]
+            if whole:
+                place.copy_(whole[run.part].narrow(0, run.start, run.count))
+            elif part.dtype == place.dtype:
+                self._files.read_into(place, part, run.start)
+            else:
+                place.copy_(self._files.read(part, run.start, run.count))
         self._done += piece.nbytes
         self._progress(self._done, self._total)
-        return tensor
+        return rows
 
     def close(self) -> None:
         """Closes the source's files."""

@@ -16,7 +16,7 @@ from megatron_capgap.models.state import shards
 from megatron_capgap.runtime import layout
 from megatron_capgap.runtime.devices import Device
 
-BLOCK_BYTES = 64 << 20
+BLOCK_BYTES = 32 << 20
 """Larger tensors are converted in blocks of rows of about this size."""
 
 

@@ -124,13 +124,17 @@ class Files:
         """Rows `start` to `start + count` of a tensor, on the CPU; `[count, ...]`."""
         count = stored.shape[0] - start if count is None else count
         buffer = torch.empty((count, *stored.shape[1:]), dtype=stored.dtype)
+        self.read_into(buffer, stored, start)
+        return buffer
+
+    def read_into(self, buffer: Tensor, stored: Stored, start: int) -> None:
+        """Fills a contiguous `[count, ...]` of the tensor's type with its rows from `start` on."""
         view = memoryview(buffer.view(torch.uint8).numpy()).cast("B") if buffer.numel() else memoryview(b"")
         file, offset, done = self._descriptor(stored.file), stored.offset + start * stored.row_bytes, 0
         while done < len(view):  # one call reads 2 GiB at most
             if (got := os.preadv(file, [view[done:]], offset + done)) == 0:
                 raise UserError(f"{stored.file}: ends within a tensor; {_REMEDY}")
             done += got
-        return buffer
 
     def _descriptor(self, file: Path) -> int:
         if file not in self._open:

@@ -140,8 +140,6 @@ def _indexed(folder: Path, index: Path) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for name in sorted(set(where.values())):
         for tensor, stored in read_header(folder / name).items():
-            if tensor in found:
-                raise UserError(f"{folder / name}: {tensor} is in {found[tensor].file.name} too; remove one of them")
             if where.get(tensor) != name:
                 raise UserError(f"{index}: says {tensor} is in {where.get(tensor)}, it is in {name}; mend the index")
             found[tensor] = stored
