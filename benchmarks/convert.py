@@ -3,7 +3,8 @@
     python benchmarks/convert.py [--gigabytes 2] [--folder DIR]
 
 Every call is a process of its own; what a call on a tiny model needs (interpreter, torch, Megatron) is taken off its
-peak. The files are as large as asked for and in the page cache when they are read, for the copy and for the conversion alike.
+peak. The files are as large as asked for and in the page cache when they are read, for the copy and for the
+conversion alike.
 """
 
 from __future__ import annotations

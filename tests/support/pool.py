@@ -22,7 +22,14 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["torch", "torch.distributed", "megatron.core", "megatron_capgap.stages.distill", "pytest"]
+PRELOADED = [
+    "tests.support.on_the_cpu",
+    "torch",
+    "torch.distributed",
+    "megatron.core",
+    "megatron_capgap.stages.distill",
+    "pytest",
+]
 STREAMS = ("stdout", "stderr")
 SECONDS_AFTER_A_FAILURE = 15.0  # what the other ranks get to notice that one of them is gone
 
