@@ -58,7 +58,7 @@ def export_checkpoint(
     max_shard_bytes: int,
     force: bool,
     progress: Progress,
-) -> Manifest:
+) -> None:
     """Exports a checkpoint. Collective; the files are shared out over the ranks.
 
     Args:
@@ -82,26 +82,10 @@ def export_checkpoint(
     targets = plan.unfold(family, manifest.model, device)
     entries = _entries(folder, reader, targets, manifest.model.layers)
     files = _files(_tensors(targets, entries, dtype), max_shard_bytes)
-    first = next(iter(files.values()))[0].dtype
-    config = config_of(family, manifest, carried, words, _NAMES[first])
-    mine = [
-        (name, tensors)
-        for i, (name, tensors) in enumerate(files.items())
-        if i % dist.get_world_size() == dist.get_rank()
-    ]
-    total = sum(tensor.nbytes for _, tensors in mine for tensor in tensors)
+    config = config_of(family, manifest, carried, words)
+    config["torch_dtype"] = _NAMES[next(iter(files.values()))[0].dtype]
     with replacing(out, _exported, force=force) as staged:
-
-        def write() -> None:
-            done = 0
-            for name, tensors in mine:
-                writer = Writer(staged / name, {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors})
-                for nbytes in _fill(writer, tensors, reader, entries):
-                    done += nbytes
-                    progress(done, total)
-                writer.close()
-
-        on_every_rank(write)
+        on_every_rank(lambda: _write_share(staged, files, reader, entries, progress))
 
         def finish() -> None:
             _write_index(staged, files)
@@ -111,7 +95,6 @@ def export_checkpoint(
             (staged / "README.md").write_text(card.text(folder, manifest, family), encoding="utf-8")
 
         on_first_rank(finish)
-    return manifest
 
 
 def _exported(folder: Path) -> bool:
@@ -174,6 +157,20 @@ def _files(tensors: Sequence[Tensor], most: int) -> dict[str, list[Tensor]]:
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, start=1)}
 
 
+def _write_share(
+    folder: Path, files: dict[str, list[Tensor]], reader: Reader, entries: dict[str, Entry], progress: Progress
+) -> None:
+    """Writes every file whose turn is this rank's."""
+    mine = dict(list(files.items())[dist.get_rank() :: dist.get_world_size()])
+    done, total = 0, sum(tensor.nbytes for tensors in mine.values() for tensor in tensors)
+    for name, tensors in mine.items():
+        writer = Writer(folder / name, {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors})
+        for nbytes in _fill(writer, tensors, reader, entries):
+            done += nbytes
+            progress(done, total)
+        writer.close()
+
+
 def _fill(writer: Writer, tensors: Sequence[Tensor], reader: Reader, entries: dict[str, Entry]) -> Iterator[int]:
     """Writes the tensors of a file, each of Megatron's read once for all its parts in the file; yields bytes."""
     wanted: dict[tuple[str, int], list[Tensor]] = {}
@@ -203,9 +200,7 @@ def _write_transposed(writer: Writer, names: dict[int, Tensor], target: Target, 
     return tensor.nbytes
 
 
-def config_of(
-    family: Family, manifest: Manifest, carried: Path | None, words: tokenizer.Words, dtype: str
-) -> dict[str, Any]:
+def config_of(family: Family, manifest: Manifest, carried: Path | None, words: tokenizer.Words) -> dict[str, Any]:
     """config.json: what the shape decides, over what came along from a model of the same family."""
     shape = manifest.model
     known = read_json(carried / "config.json") if carried and (carried / "config.json").is_file() else {}
@@ -219,7 +214,6 @@ def config_of(
         "architectures": [family.architecture],
         "model_type": family.name,
         **family.config(shape, shape.max_positions or manifest.sequence_length),
-        "torch_dtype": dtype,
     }
 
 
