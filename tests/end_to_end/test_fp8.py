@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from tests.support import runs
-from tests.support.processes import job
 from tests.support.runs import Material, assert_close
 
 SHAPE = {"layers": 4, "hidden": 128, "heads": 8, "kv_heads": 4, "ffn": 256, "vocab": runs.VOCAB}
@@ -17,19 +16,9 @@ LAYOUTS = {
 }
 
 
-def run(stage: str, config: dict[str, Any], world: int = 1) -> list[dict[str, Any]]:
-    """Runs a stage in processes of its own, since Megatron looks for Transformer Engine once; returns its steps."""
-    run_dir = Path(config["run_dir"])
-    with job(
-        [stage, "--config", runs.write_config(config)], world, run_dir.with_name(f"{run_dir.name}_output")
-    ) as ranks:
-        assert ranks.wait() == [0] * world, ranks.stderr()
-    return runs.steps_of(run_dir)
-
-
 def adapt(material: Material, run_dir: Path, world: int = 1, **changes: Any) -> list[dict[str, Any]]:
     """Four steps of next-token training."""
-    return run("adapt", runs.adapt_config(material, run_dir, student__model=SHAPE, **changes), world)
+    return runs.train_apart("adapt", runs.adapt_config(material, run_dir, student__model=SHAPE, **changes), world)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +76,7 @@ def test_a_teacher_in_fp8_and_its_start_up_lines(material: Material, tmp_path: P
         config = runs.distill_config(material, tmp_path / str(recipe), tmp_path / "teacher", student__model=SHAPE)
         if recipe:
             config["teacher"]["precision"] = {"fp8": {"recipe": recipe}}
-        losses[recipe] = run("distill", config)[0]
+        losses[recipe] = runs.train_apart("distill", config)[0]
     said = (tmp_path / "tensorwise_output" / "0.out").read_text()
     assert "student arithmetic: fp32\n" in said
     assert "16 matrix products of a micro-batch in FP8, 1 in fp32" in " ".join(said.split())

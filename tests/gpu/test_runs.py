@@ -10,7 +10,6 @@ import torch
 
 from megatron_capgap.config.families import FAMILIES
 from tests.support import runs
-from tests.support.processes import job
 from tests.support.runs import Material
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -36,12 +35,8 @@ def config(material: Material, run_dir: Path, **changes: Any) -> dict[str, Any]:
 
 
 def run(stage: str, settings: dict[str, Any], world: int = 1) -> list[dict[str, Any]]:
-    """Runs a stage in processes of its own; returns its training steps."""
-    run_dir = Path(settings["run_dir"])
-    output = run_dir.with_name(f"{run_dir.name}_output")
-    with job([stage, "--config", runs.write_config(settings)], world, output) as ranks:
-        assert ranks.wait(300) == [0] * world, ranks.stderr()
-    return runs.steps_of(run_dir)
+    """As `runs.train_apart`, with time for a GPU's libraries to load."""
+    return runs.train_apart(stage, settings, world, limit=300)
 
 
 def recipe(name: str) -> Any:

@@ -1,21 +1,16 @@
 """A LLaMA of Hugging Face's with the weights of a Megatron model: what the parallel stack must agree with."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_capgap.config.load import load
-from megatron_capgap.config.schema import Data, LayerPair, Layout, ModelShape, Objective, Precision
-from tests.support import runs
+from megatron_capgap.config.schema import LayerPair, Layout, ModelShape, Precision
+from tests.support import plain_steps, runs
+from tests.support.plain_steps import Weights
 from tests.support.pool import WorkerPool
-
-Weights = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,14 +42,6 @@ def megatron_weights(source: Source) -> Weights:
     else:
         store.load_weights(manifest.locate(str(source.checkpoint)), chunks, grid)
     return {name: parameter.detach().clone() for name, parameter in chunks[0].named_parameters()}
-
-
-def samples(data: Data, seed: int, cache_dir: Path, first: int, count: int) -> Tensor:
-    """Runs in a worker: consecutive training samples, int64 `[count, sequence_length + 1]`."""
-    from megatron_capgap.data import pretrain
-
-    sequence = pretrain.open_training(data, seed, cache_dir)
-    return torch.stack([torch.from_numpy(sequence.tokens(k)) for k in range(first, first + count)])
 
 
 def llama(shape: ModelShape, weights: Weights) -> LlamaForCausalLM:
@@ -108,69 +95,15 @@ def _layer(weights: Weights, theirs: str, ours: str, groups: int, width: int) ->
     }
 
 
-def run_model(model: LlamaForCausalLM, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Logits `[b, s, v]`, and what comes out of each layer, `[b, s, h]`."""
-    outputs: list[Tensor] = []
-
-    def keep(layer: torch.nn.Module, _: Any, output: Tensor | tuple[Tensor, ...]) -> None:
-        outputs.append(output if isinstance(output, Tensor) else output[0])
-
-    hooks = [layer.register_forward_hook(keep) for layer in model.model.layers]
-    logits = model(tokens).logits
-    for hook in hooks:
-        hook.remove()
-    return logits, outputs
-
-
-def matching(learned: list[Tensor], taught: list[Tensor], pairs: Sequence[LayerPair], maps: Weights) -> Tensor:
-    """The weighted distances of the pairs of layers, mean over all tokens, added up."""
-    total = torch.zeros((), dtype=torch.float64)
-    for pair in pairs:
-        student, teacher = learned[pair.student_layer - 1], taught[pair.teacher_layer - 1]
-        if maps:
-            student = student @ maps[pair.name].t()
-        if pair.kind == "mse":
-            distance = ((student - teacher) ** 2).sum(-1) / teacher.shape[-1]
-        else:
-            distance = 1 - (student * teacher).sum(-1) / (student.norm(dim=-1) * teacher.norm(dim=-1))
-        total = total + pair.weight * distance.mean()
-    return total
-
-
-def loss(
-    student: LlamaForCausalLM, teacher: LlamaForCausalLM | None, rows: Tensor, objective: Objective, maps: Weights
-) -> dict[str, Tensor]:
-    """Means over all tokens of `rows`, `[b, s + 1]`; with a teacher the divergence is its forward KL."""
-    tokens, labels = rows[:, :-1], rows[:, 1:]
-    logits, states = run_model(student, tokens)
-    cross_entropy = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
-    if teacher is None:
-        return {"loss": cross_entropy, "cross_entropy": cross_entropy}
-    assert objective.divergence == "forward_kl"
-    heat = objective.temperature
-    with torch.no_grad():
-        logits_of_teacher, states_of_teacher = run_model(teacher, tokens)
-        taught = (logits_of_teacher / heat).log_softmax(-1)
-    learned = (logits / heat).log_softmax(-1)
-    divergence = heat**2 * (taught.exp() * (taught - learned)).sum(-1).mean()
-    total = objective.divergence_weight * divergence + objective.cross_entropy_weight * cross_entropy
-    parts = {"cross_entropy": cross_entropy, "divergence": divergence}
-    if objective.matching:
-        parts["matching"] = matching(states, states_of_teacher, objective.matching, maps)
-        total = total + parts["matching"]
-    return {"loss": total, **parts}
-
-
 def steps(pool: WorkerPool, stage: str, raw: dict[str, Any]) -> list[dict[str, float]]:
-    """The run that a configuration means, written out: AdamW with clipping, one global batch at a time.
+    """The run that a configuration means, on LLaMAs with the weights of the stack.
 
     Args:
         raw: of a run that has been made, since its indices of samples are read.
     """
-    torch.set_num_threads(1)
     config = load(runs.write_config(raw), [], stage).config
-    shape, seed, batch = config.student.model, config.seed, config.train.global_batch
-    assert shape is not None and batch is not None
+    shape, seed = config.student.model, config.seed
+    assert shape is not None
     taught, pairs, width = None, (), 0
     if config.teacher is not None:
         source = Source(ModelShape(**runs.TEACHER), seed, Path(config.teacher.checkpoint))
@@ -180,21 +113,4 @@ def steps(pool: WorkerPool, stage: str, raw: dict[str, Any]) -> list[dict[str, f
     weights = pool.run(megatron_weights, Source(shape, seed, None, pairs, width), world=1)[0]
     student = llama(shape, weights)
     maps = {pair.name: weights[f"projections.{pair.name}.weight"].double().requires_grad_() for pair in pairs}
-    wanted, trained = config.optimizer, [*student.parameters(), *maps.values()]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": wanted.weight_decay},
-        {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=wanted.lr, betas=wanted.betas, eps=wanted.epsilon)
-    entries = []
-    for step in range(config.train.steps or 0):
-        cache = Path(config.run_dir) / "data_cache"
-        rows = pool.run(samples, config.data, seed, cache, step * batch, batch, world=1)[0]
-        optimizer.zero_grad()
-        parts = loss(student, taught, rows, config.objective, maps)
-        parts["loss"].backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained, wanted.clip_norm)
-        optimizer.step()
-        numbers = {name: part.item() for name, part in parts.items()}
-        entries.append({"step": step + 1, **numbers, "grad_norm": norm.item(), "tokens": rows[:, 1:].numel()})
-    return entries
+    return plain_steps.steps(pool, config, student, taught, maps)

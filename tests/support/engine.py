@@ -25,8 +25,7 @@ def start() -> None:
     """Transformer Engine and Megatron-Core on this worker's CPU."""
     from megatron_capgap.runtime.devices import cpu, transformer_engine_cpu
 
-    transformer_engine_cpu.install()
-    cpu.prepare()
+    cpu.prepare(with_engine=True)
     transformer_engine_cpu.reset_counts()
 
 

@@ -13,6 +13,7 @@ import yaml
 from megatron_capgap.__main__ import main
 from tests.support.corpus import texts, write_jsonl
 from tests.support.pool import RankResult, WorkerPool
+from tests.support.processes import job
 
 VOCAB = 301  # a prime with no tensor-parallel size to fit it
 STUDENT = {"layers": 4, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 48, "vocab": VOCAB}
@@ -110,6 +111,15 @@ def train(pool: WorkerPool, stage: str, config: dict[str, Any], world: int = 1) 
     assert [rank.value for rank in ranks] == [0] * world, ranks
     assert all(not rank.stdout for rank in ranks[1:]), "only the first rank speaks"
     return Path(config["run_dir"])
+
+
+def train_apart(stage: str, config: dict[str, Any], world: int = 1, limit: float = 120.0) -> list[dict[str, Any]]:
+    """Runs a stage that must succeed in processes of its own, as a user starts it; returns its training steps."""
+    run_dir = Path(config["run_dir"])
+    output = run_dir.with_name(f"{run_dir.name}_output")
+    with job([stage, "--config", write_config(config)], world, output) as ranks:
+        assert ranks.wait(limit) == [0] * world, ranks.stderr()
+    return steps_of(run_dir)
 
 
 def make_teacher(pool: WorkerPool, material: Material) -> Path:
