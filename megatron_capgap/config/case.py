@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from megatron_capgap.config import derive
 from megatron_capgap.config.load import Loaded
-from megatron_capgap.config.schema import Config, Layout, ModelShape
+from megatron_capgap.config.schema import Config, Layout, ModelShape, Precision
 
 _LARGEST_SUGGESTION = 64
 
@@ -20,6 +20,9 @@ class Model:
     layout: Layout
     layout_key: str
     """teacher.layout only where it was given; else the teacher is cut as student.layout says."""
+    precision: Precision
+    precision_key: str
+    """student.precision or teacher.precision only where it was given; else the common precision holds."""
     path: str | None
     """The checkpoint that the shape was read from; None for a model in numbers."""
 
@@ -80,12 +83,15 @@ def build(
     """The case of one run; the arguments are those of `checks.check`."""
     config = loaded.config
     path = None if config.student.model else config.student.checkpoint
-    models = [Model(loaded, "student", student, config.student.layout, "student.layout", path)]
+    key = "student.precision" if config.student.precision else "precision"
+    arithmetic = derive.student_precision(config)
+    models = [Model(loaded, "student", student, config.student.layout, "student.layout", arithmetic, key, path)]
     if teacher is not None:
         assert config.teacher is not None
-        key = "teacher.layout" if config.teacher.layout else "student.layout"
-        layout = derive.teacher_layout(config)
-        models.append(Model(loaded, "teacher", teacher, layout, key, config.teacher.checkpoint))
+        layout_key = "teacher.layout" if config.teacher.layout else "student.layout"
+        key = "teacher.precision" if config.teacher.precision else "precision"
+        layout, arithmetic = derive.teacher_layout(config), derive.teacher_precision(config)
+        models.append(Model(loaded, "teacher", teacher, layout, layout_key, arithmetic, key, config.teacher.checkpoint))
     return Case(loaded, stage, world, tuple(models), capability)
 
 

@@ -57,7 +57,7 @@ def tensor_divides_shape(case: Case) -> Iterator[str]:
     """Attention is cut by heads and groups of heads, the feed-forward layer by columns."""
     for model in case.models:
         shape, size = model.shape, model.layout.tensor
-        numbers = {"heads": shape.heads, "kv_heads": shape.kv_heads or shape.heads, "ffn": shape.ffn}
+        numbers = {"heads": shape.heads, "kv_heads": derive.kv_heads(shape), "ffn": shape.ffn}
         wrong = [model.number(name) for name in numbers if (getattr(shape, name) or size) % size]
         if wrong:
             text = f"{size} does not divide {' and '.join(wrong)}; {divisors(*numbers.values())} would do"
@@ -67,7 +67,7 @@ def tensor_divides_shape(case: Case) -> Iterator[str]:
 def key_value_heads_divide_heads(case: Case) -> Iterator[str]:
     """Every key/value head serves as many query heads."""
     for model in case.models:
-        heads, kv_heads = model.shape.heads, model.shape.kv_heads or model.shape.heads
+        heads, kv_heads = model.shape.heads, derive.kv_heads(model.shape)
         if heads % kv_heads:
             text = f"{kv_heads} does not divide heads {heads}; {divisors(heads)} would do"
             yield f"{model.blame('kv_heads')}{text}"

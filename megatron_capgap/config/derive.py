@@ -33,6 +33,16 @@ def micro_batches(config: Config, layout: Layout, world: int) -> int:
     return batch // portion
 
 
+def head_dim(shape: ModelShape) -> int:
+    """Width of one attention head."""
+    return shape.head_dim or shape.hidden // shape.heads
+
+
+def kv_heads(shape: ModelShape) -> int:
+    """Number of key/value heads (query groups)."""
+    return shape.kv_heads or shape.heads
+
+
 def stages_of_layers(layers: int, layout: Layout) -> list[int]:
     """The pipeline rank of each layer; `checks` has seen that pipeline * virtual_pipeline divides their number.
 

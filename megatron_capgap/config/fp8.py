@@ -38,14 +38,19 @@ def gemm_count(precision: Precision, shape: ModelShape, *, trains: bool) -> Gemm
         trains: whether there is a backward pass.
     """
     passes = 3 if trains else 1
-    layers = max(0, shape.layers - 2 * precision.fp8.first_last_layers_bf16) if precision.fp8 else 0
+    layers = layers_in_fp8(precision, shape)
     return GemmCount(fp8=passes * _LINEARS * layers, others=passes * (_LINEARS * (shape.layers - layers) + 1))
+
+
+def layers_in_fp8(precision: Precision, shape: ModelShape) -> int:
+    """How many of the model's layers have their linears in FP8."""
+    return max(0, shape.layers - 2 * precision.fp8.first_last_layers_bf16) if precision.fp8 else 0
 
 
 def linears(shape: ModelShape, layout: Layout) -> dict[str, tuple[int, int]]:
     """(outputs, inputs) of the local weight of each linear of a layer."""
-    width = shape.head_dim or shape.hidden // shape.heads
-    query, key_value = shape.heads * width, (shape.kv_heads or shape.heads) * width
+    width = derive.head_dim(shape)
+    query, key_value = shape.heads * width, derive.kv_heads(shape) * width
     tensor = layout.tensor
     return {
         "qkv": ((query + 2 * key_value) // tensor, shape.hidden),
@@ -55,13 +60,9 @@ def linears(shape: ModelShape, layout: Layout) -> dict[str, tuple[int, int]]:
     }
 
 
-def _models(case: Case) -> Iterator[tuple[Model, str, Precision, FP8]]:
-    """Every model with FP8, the key of its precision, that, and its FP8."""
-    sections = (case.config.student, case.config.teacher)
-    for model, section, precision in zip(case.models, sections, derive.precisions(case.config), strict=False):
-        assert section is not None
-        if precision.fp8 is not None:
-            yield model, f"{model.role}.precision" if section.precision else "precision", precision, precision.fp8
+def _models(case: Case) -> Iterator[tuple[Model, str, FP8]]:
+    """Every model with FP8, the key of its precision, and its FP8."""
+    return ((m, m.precision_key, m.precision.fp8) for m in case.models if m.precision.fp8 is not None)
 
 
 def _forward_only(case: Case, model: Model) -> bool:
@@ -70,8 +71,8 @@ def _forward_only(case: Case, model: Model) -> bool:
 
 def needs_transformer_engine(case: Case) -> Iterator[str]:
     """Megatron's local layers have no FP8."""
-    for _, key, precision, _ in _models(case):
-        if precision.engine == "local":
+    for model, key, _ in _models(case):
+        if model.precision.engine == "local":
             text = "local has no FP8; transformer_engine or auto would do, or no fp8"
             yield case.problem(f"{key}.engine", text)
 
@@ -79,7 +80,7 @@ def needs_transformer_engine(case: Case) -> Iterator[str]:
 def options_are_read(case: Case) -> Iterator[str]:
     """Only delayed scaling has a history."""
     defaults = FP8(recipe="delayed")
-    for _, key, _, fp8 in _models(case):
+    for _, key, fp8 in _models(case):
         for name in ("amax_history", "amax_algorithm"):
             given = getattr(fp8, name)
             if fp8.recipe != "delayed" and given != getattr(defaults, name):
@@ -89,7 +90,7 @@ def options_are_read(case: Case) -> Iterator[str]:
 
 def delayed_scales_are_learned(case: Case) -> Iterator[str]:
     """Transformer Engine updates delayed scales in training alone; without it every tensor would be cast as it is."""
-    for model, key, _, fp8 in _models(case):
+    for model, key, fp8 in _models(case):
         if fp8.recipe == "delayed" and _forward_only(case, model):
             text = f"delayed: its scales are learned in training, and the {model.role} only runs forward here"
             yield case.problem(f"{key}.fp8.recipe", f"{text}; tensorwise or blockwise would do")
@@ -97,7 +98,7 @@ def delayed_scales_are_learned(case: Case) -> Iterator[str]:
 
 def first_and_last_layers(case: Case) -> Iterator[str]:
     """Layers outside FP8 lie within the first and last pipeline stage, leave some for FP8, and exclude delayed."""
-    for model, key, _, fp8 in _models(case):
+    for model, key, fp8 in _models(case):
         count, layers, pipeline = fp8.first_last_layers_bf16, model.shape.layers, model.layout.pipeline
         where = f"{key}.fp8.first_last_layers_bf16"
         if count and fp8.recipe == "delayed":
@@ -113,7 +114,7 @@ def first_and_last_layers(case: Case) -> Iterator[str]:
 
 def weights_in_fp8_are_not_there_yet(case: Case) -> Iterator[str]:
     """Master weights would start from what construction left in Transformer Engine's copies, not from the model's."""
-    for _, key, _, fp8 in _models(case):
+    for _, key, fp8 in _models(case):
         if fp8.param_gather:
             text = "true: weights kept in FP8 are not wired up yet; false would do"
             yield case.problem(f"{key}.fp8.param_gather", text)
@@ -121,7 +122,7 @@ def weights_in_fp8_are_not_there_yet(case: Case) -> Iterator[str]:
 
 def sizes_are_aligned(case: Case) -> Iterator[str]:
     """The sides of each rank's part of a weight."""
-    for model, key, _, fp8 in _models(case):
+    for model, key, fp8 in _models(case):
         unit, shape, where = _ALIGNMENT[fp8.recipe], model.shape, f"{key}.fp8.recipe"
         made_of = f"at tensor {model.layout.tensor} (hidden {shape.hidden}, heads {shape.heads}, ffn {shape.ffn})"
         for name, sides in linears(shape, model.layout).items():
@@ -137,7 +138,7 @@ def sizes_are_aligned(case: Case) -> Iterator[str]:
 def tokens_are_aligned(case: Case) -> Iterator[str]:
     """The tokens of a micro-batch are a side of the input, and of both operands of the weight's gradient."""
     config = case.config
-    for model, key, _, fp8 in _models(case):
+    for model, key, fp8 in _models(case):
         size = config.train.micro_batch if model.role == "student" else derive.teacher_micro_batch(config)
         cut = model.layout.tensor if model.layout.sequence else 1
         unit = _BLOCK if fp8.recipe == "blockwise" and model.layout.sequence else _ALIGNMENT[fp8.recipe]
@@ -150,7 +151,7 @@ def tokens_are_aligned(case: Case) -> Iterator[str]:
 
 def gpus_have_the_kernels(case: Case) -> Iterator[str]:
     """A recipe needs a generation of GPUs; unknown at --check unless --check-capability tells."""
-    for _, key, _, fp8 in _models(case):
+    for _, key, fp8 in _models(case):
         least = CAPABILITY[fp8.recipe]
         if case.capability is not None and case.capability < least:
             there, needed = (".".join(map(str, version)) for version in (case.capability, least))

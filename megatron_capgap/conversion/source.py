@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from megatron_capgap.config import derive
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.families import FAMILIES as TRAITS
 from megatron_capgap.config.schema import ModelShape
@@ -102,11 +103,11 @@ def read_config(file: Path, config: dict[str, Any]) -> tuple[Family, ModelShape]
 
 
 def _check_heads(settings: Settings, shape: ModelShape) -> None:
-    if shape.heads % (shape.kv_heads or shape.heads):
+    if shape.heads % derive.kv_heads(shape):
         raise settings.wrong("num_key_value_heads", f"{shape.kv_heads} does not divide {shape.heads} heads")
     if shape.head_dim is None and shape.hidden % shape.heads:
         raise settings.wrong("hidden_size", f"{shape.hidden} is not a multiple of {shape.heads} heads")
-    width = shape.head_dim or shape.hidden // shape.heads
+    width = derive.head_dim(shape)
     turned = int(width * shape.rotary_share)
     if not TRAITS[shape.family].learned_positions and (turned == 0 or turned % 2):
         raise settings.wrong("head_dim", f"rotary positions turn {turned} channels of a head; they turn pairs")

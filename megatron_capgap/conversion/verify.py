@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_capgap.checkpoint import manifest as manifests
 from megatron_capgap.checkpoint import store
+from megatron_capgap.config import derive
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.schema import Layout, ModelShape, Precision
 from megatron_capgap.conversion.family import Family
@@ -118,7 +119,7 @@ def _check(theirs: ModelShape, ours: ModelShape, layout: Layout) -> None:
             f"--tensor {layout.tensor} times --pipeline {layout.pipeline} does not divide the world of "
             f"{dist.get_world_size()} ranks; start with torchrun --nproc-per-node {layout.tensor * layout.pipeline}"
         )
-    numbers = {"heads": ours.heads, "kv_heads": ours.kv_heads or ours.heads, "ffn": ours.ffn}
+    numbers = {"heads": ours.heads, "kv_heads": derive.kv_heads(ours), "ffn": ours.ffn}
     for name, number in numbers.items():
         if number % layout.tensor:
             raise UserError(f"--tensor: {layout.tensor} does not divide {name} {number}")

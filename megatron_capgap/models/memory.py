@@ -125,11 +125,9 @@ def _of_teacher(config: Config, teacher: ModelShape, tokens: int, pipeline_rank:
 
 def _fp8_copies(precision: Precision, shape: ModelShape, layout: Layout, *, trains: bool) -> int:
     """A byte a weight, and another for the transposed copy that the backward pass multiplies with."""
-    if precision.fp8 is None:
-        return 0
-    layers = shape.layers - 2 * precision.fp8.first_last_layers_bf16
     weights = sum(outputs * inputs for outputs, inputs in fp8.linears(shape, layout).values())
-    return (2 if trains else 1) * weights * min(layers, shape.layers // layout.pipeline)
+    layers = min(fp8.layers_in_fp8(precision, shape), shape.layers // layout.pipeline)
+    return (2 if trains else 1) * weights * layers
 
 
 def _matched_layers(config: Config, teacher: ModelShape | None, pipeline_rank: int) -> set[int]:
@@ -161,7 +159,7 @@ def _kept(shape: ModelShape, layout: Layout) -> list[int]:
     what goes into those.
     """
     traits = FAMILIES[shape.family]
-    query, key_value = shape.heads * size.head_dim(shape), size.kv_heads(shape) * size.head_dim(shape)
+    query, key_value = shape.heads * derive.head_dim(shape), derive.kv_heads(shape) * derive.head_dim(shape)
     inner = [query + 2 * key_value, query, key_value, query, (2 if traits.gated else 1) * shape.ffn, shape.ffn]
     inner += [query, key_value] if traits.qk_norm else []
     return [_cut(shape.hidden, layout)] * 4 + [width // layout.tensor for width in inner]

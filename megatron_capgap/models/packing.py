@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from megatron_capgap.config import derive
 from megatron_capgap.config.schema import ModelShape
-from megatron_capgap.models import size
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def gate_up(shape: ModelShape) -> list[Run]:
 
 def qkv(shape: ModelShape) -> list[Run]:
     """Parts: queries `[heads * d, ...]`, keys and values `[kv_heads * d, ...]`."""
-    groups, width = size.kv_heads(shape), size.head_dim(shape)
+    groups, width = derive.kv_heads(shape), derive.head_dim(shape)
     queries = shape.heads // groups * width
     counts = (queries, width, width)
     runs, packed = [], 0
@@ -52,8 +52,8 @@ def qkv(shape: ModelShape) -> list[Run]:
 
 def qkv_stacked(shape: ModelShape) -> list[Run]:
     """One part, whose rows are all queries, then all keys, then all values."""
-    width = size.head_dim(shape)
-    first = (0, shape.heads * width, (shape.heads + size.kv_heads(shape)) * width)
+    width = derive.head_dim(shape)
+    first = (0, shape.heads * width, (shape.heads + derive.kv_heads(shape)) * width)
     return [Run(0, first[run.part] + run.start, run.packed, run.count) for run in qkv(shape)]
 
 

@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
+from megatron_capgap.config import derive
 from megatron_capgap.config.families import FAMILIES
 from megatron_capgap.config.schema import Layout, ModelShape
-
-
-def head_dim(shape: ModelShape) -> int:
-    """Width of one attention head."""
-    return shape.head_dim or shape.hidden // shape.heads
-
-
-def kv_heads(shape: ModelShape) -> int:
-    """Number of key/value heads (query groups)."""
-    return shape.kv_heads or shape.heads
 
 
 def padded_vocab(vocab: int, tensor: int) -> int:
@@ -23,7 +14,7 @@ def padded_vocab(vocab: int, tensor: int) -> int:
 
 def _layer_matrices(shape: ModelShape) -> int:
     """Parameters of one layer's matrices: attention projections, gate (where there is one), up and down."""
-    query, key_value = shape.heads * head_dim(shape), 2 * kv_heads(shape) * head_dim(shape)
+    query, key_value = shape.heads * derive.head_dim(shape), 2 * derive.kv_heads(shape) * derive.head_dim(shape)
     attention = shape.hidden * (query + key_value) + query * shape.hidden
     return attention + (3 if FAMILIES[shape.family].gated else 2) * shape.hidden * shape.ffn
 
@@ -31,7 +22,8 @@ def _layer_matrices(shape: ModelShape) -> int:
 def _layer_cut_vectors(shape: ModelShape) -> int:
     """Parameters of one layer's biases that are cut with the columns they belong to: queries, keys, values and up."""
     traits = FAMILIES[shape.family]
-    biases = (shape.heads + 2 * kv_heads(shape)) * head_dim(shape) if traits.qkv_bias or traits.linear_bias else 0
+    packed = (shape.heads + 2 * derive.kv_heads(shape)) * derive.head_dim(shape)
+    biases = packed if traits.qkv_bias or traits.linear_bias else 0
     return biases + (shape.ffn if traits.linear_bias else 0)
 
 
@@ -45,7 +37,7 @@ def _layer_whole_vectors(shape: ModelShape) -> int:
     projections."""
     traits = FAMILIES[shape.family]
     biases = 2 * shape.hidden if traits.linear_bias else 0
-    return 2 * _norm_parameters(shape) + biases + (2 * head_dim(shape) if traits.qk_norm else 0)
+    return 2 * _norm_parameters(shape) + biases + (2 * derive.head_dim(shape) if traits.qk_norm else 0)
 
 
 def layer_parameters(shape: ModelShape) -> int:
@@ -77,7 +69,7 @@ def forward_flops(shape: ModelShape, sequence_length: int) -> float:
     """Floating-point operations of one token's forward pass: two for each weight of a matrix product (the LM head
     included, the embedding look-up not), and the causal half of the attention scores."""
     matrices = shape.layers * _layer_matrices(shape) + shape.vocab * shape.hidden
-    scores = shape.layers * 2 * shape.heads * head_dim(shape) * sequence_length
+    scores = shape.layers * 2 * shape.heads * derive.head_dim(shape) * sequence_length
     return 2.0 * matrices + scores
 
 

@@ -52,7 +52,7 @@ def _models(resolved: Resolved) -> list[str]:
 
 def _shape(shape: ModelShape) -> str:
     tied = "tied" if shape.tied_embeddings else "untied"
-    heads = f"{shape.heads} heads over {size.kv_heads(shape)} groups"
+    heads = f"{shape.heads} heads over {derive.kv_heads(shape)} groups"
     width = f"hidden {shape.hidden}, {heads}, ffn {shape.ffn}"
     return f"{shape.family}: {shape.layers} layers, {width}, vocab {shape.vocab} {tied}"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_capgap.config import derive
 from megatron_capgap.config.schema import ModelShape, RopeScaling
 from megatron_capgap.conversion.family import Family, Row, Settings
-from megatron_capgap.models import size
 
 EMBEDDINGS = (
     Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
@@ -99,7 +99,7 @@ def sizes_config(shape: ModelShape, max_positions: int) -> dict[str, Any]:
         "num_hidden_layers": shape.layers,
         "hidden_size": shape.hidden,
         "num_attention_heads": shape.heads,
-        "num_key_value_heads": size.kv_heads(shape),
+        "num_key_value_heads": derive.kv_heads(shape),
         "intermediate_size": shape.ffn,
         "vocab_size": shape.vocab,
         "hidden_act": "silu",
@@ -120,7 +120,7 @@ def _shape(settings: Settings) -> dict[str, Any]:
 def _config(shape: ModelShape, max_positions: int) -> dict[str, Any]:
     return {
         **sizes_config(shape, max_positions),
-        "head_dim": size.head_dim(shape),
+        "head_dim": derive.head_dim(shape),
         "attention_bias": False,
         "mlp_bias": False,
     }

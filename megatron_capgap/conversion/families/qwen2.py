@@ -18,6 +18,11 @@ def full_attention(settings: Settings) -> None:
         raise settings.wrong("layer_types", "only full_attention is supported; convert another model")
 
 
+def full_attention_config(shape: ModelShape) -> dict[str, Any]:
+    """The inverse of `full_attention`."""
+    return {"use_sliding_window": False, "layer_types": ["full_attention"] * shape.layers}
+
+
 def _shape(settings: Settings) -> dict[str, Any]:
     full_attention(settings)
     return llama.sizes(settings, max_positions=32768, kv_heads=32)
@@ -28,8 +33,7 @@ def _config(shape: ModelShape, max_positions: int) -> dict[str, Any]:
     return {
         **llama.sizes_config(shape, max_positions),
         **own,
-        "use_sliding_window": False,
-        "layer_types": ["full_attention"] * shape.layers,
+        **full_attention_config(shape),
     }
 
 

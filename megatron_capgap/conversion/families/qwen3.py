@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_capgap.config import derive
 from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.conversion.families import llama
-from megatron_capgap.conversion.families.qwen2 import full_attention
+from megatron_capgap.conversion.families.qwen2 import full_attention, full_attention_config
 from megatron_capgap.conversion.family import Family, Row, Settings
-from megatron_capgap.models import size
 
 _NORMS = tuple(
     Row(
@@ -28,10 +28,9 @@ def _shape(settings: Settings) -> dict[str, Any]:
 def _config(shape: ModelShape, max_positions: int) -> dict[str, Any]:
     return {
         **llama.sizes_config(shape, max_positions),
-        "head_dim": size.head_dim(shape),
+        "head_dim": derive.head_dim(shape),
         "attention_bias": False,
-        "use_sliding_window": False,
-        "layer_types": ["full_attention"] * shape.layers,
+        **full_attention_config(shape),
     }
 
 
