@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from megatron_capgap.config.errors import UserError
-from megatron_capgap.config.files import write_atomically
+from megatron_capgap.config.files import put_in_place, write_atomically
 from megatron_capgap.config.schema import ModelShape
 
 FORMAT = 1
@@ -158,12 +157,8 @@ def publish(staged: Path, run_dir: Path, step: int, keep: int) -> Path:
         keep: number of newest checkpoints that stay.
     """
     final = run_dir / "checkpoints" / f"step_{step}"
-    replaced = final.with_name(f".{final.name}.replaced.incomplete")
-    if final.exists():
-        os.replace(final, replaced)
-    os.replace(staged, final)
+    put_in_place(staged, final)
     write_atomically(run_dir / "latest", final.name + "\n")
-    shutil.rmtree(replaced, ignore_errors=True)
     # Later steps than this one are there when the run went on from an older checkpoint; they do not count.
     for old in [done for done in steps_in(run_dir) if done <= step][:-keep]:
         shutil.rmtree(run_dir / "checkpoints" / f"step_{old}", ignore_errors=True)

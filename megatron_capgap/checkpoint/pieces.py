@@ -50,10 +50,14 @@ class Entry:
     dtype: torch.dtype
     layered: bool
 
+    @property
+    def inner(self) -> tuple[int, ...]:
+        """Shape of one row of one layer."""
+        return self.shape[2 if self.layered else 1 :]
+
     def bytes_a_row(self) -> int:
         """Bytes of one row of one layer."""
-        inner = self.shape[2 if self.layered else 1 :]
-        return torch.Size(inner).numel() * self.dtype.itemsize
+        return torch.Size(self.inner).numel() * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class Piece:
     @property
     def chunk(self) -> ChunkStorageMetadata:
         """Its place in the entry."""
-        inner = self.entry.shape[2 if self.entry.layered else 1 :]
+        inner = self.entry.inner
         offsets = (self.start, *(0 for _ in inner))
         sizes = (self.count, *inner)
         if self.entry.layered:

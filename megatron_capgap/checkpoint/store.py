@@ -115,11 +115,8 @@ def _state(
     random_state: bool = True,
     scales: bool = False,
 ) -> ShardedStateDict:
-    weights = sharded_state(list(chunks), grid)
-    state = {
-        **(sharded_state(list(chunks), grid, with_scales=True) if scales else weights),
-        "optimizer": optimization.sharded_state(weights, loading=loading),
-    }
+    state = sharded_state(list(chunks), grid, with_scales=scales)
+    state = {**state, "optimizer": optimization.sharded_state(state, loading=loading)}
     if random_state:
         state["random"] = _random_state()
     return state

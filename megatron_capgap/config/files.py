@@ -1,6 +1,7 @@
-"""Small files that are there whole or not at all."""
+"""Files and folders that are there whole or not at all."""
 
 import os
+import shutil
 from pathlib import Path
 
 
@@ -12,3 +13,12 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
+
+
+def put_in_place(staged: Path, final: Path) -> None:
+    """Gives a completely written folder its name, in the place of one that has it; both on one file system."""
+    replaced = final.with_name(f".{final.name}.replaced.incomplete")
+    if final.exists():
+        os.replace(final, replaced)
+    os.replace(staged, final)
+    shutil.rmtree(replaced, ignore_errors=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.files import put_in_place
 from megatron_capgap.runtime.launch import on_first_rank
 
 
@@ -31,7 +31,7 @@ def replacing(out: Path, ours: Callable[[Path], bool], *, force: bool) -> Iterat
     try:
         yield staged
         dist.barrier()
-        on_first_rank(lambda: _finish(out, staged))
+        on_first_rank(lambda: put_in_place(staged, out))
     except BaseException:
         if dist.get_rank() == 0:
             shutil.rmtree(staged, ignore_errors=True)
@@ -77,11 +77,3 @@ def _begin(out: Path, staged: Path, ours: Callable[[Path], bool], force: bool) -
     refuse_existing(out, ours, force)
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
-
-
-def _finish(out: Path, staged: Path) -> None:
-    replaced = out.with_name(f".{out.name}.replaced.incomplete")
-    if out.exists():
-        os.replace(out, replaced)
-    os.replace(staged, out)
-    shutil.rmtree(replaced, ignore_errors=True)

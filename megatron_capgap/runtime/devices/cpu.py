@@ -56,15 +56,15 @@ def prepare(with_engine: bool = False) -> Device:
     Raises:
         UserError: it is, and Transformer Engine's Python modules are not installed.
     """
+    # Megatron and Transformer Engine decorate element-wise functions with torch.compile, SwiGLU among them; importing
+    # the compiler costs seconds, and using it would need a C++ compiler.
+    torch.compile = _as_it_is
     if with_engine:
         transformer_engine_cpu.install()  # before the patches below, which import some of Megatron
     else:
         # Megatron looks for it, and without the emulation it would look for a GPU.
         sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
     if not getattr(torch.cuda, "_capgap_cpu", False):
-        # Megatron decorates a few element-wise functions, none of which runs here, with torch.compile; importing the
-        # compiler costs seconds, and using it would need a C++ compiler.
-        torch.compile = lambda function=None, **options: function or (lambda wrapped: wrapped)
         _answer_for_cuda()
         _rewrite_factories()
         _share_random_state()
@@ -89,6 +89,11 @@ def prepare(with_engine: bool = False) -> Device:
         release_memory=_return_free_memory,
         tune_optimizer=_fuse_adam,
     )
+
+
+def _as_it_is(function: Callable[..., Any] | None = None, **options: Any) -> Callable[..., Any]:
+    """A decorator that changes nothing, with or without arguments."""
+    return function or (lambda wrapped: wrapped)
 
 
 # glibc's names for its settings (malloc.h).
