@@ -122,10 +122,15 @@ def ours(layout: dict[str, object]) -> object:
     """A contender: the distill stage itself."""
 
     def contender(folder: Path, steps: int) -> dict[str, float]:
-        import megatron.core  # noqa: F401
-        import torch  # noqa: F401
-
         from megatron_capgap.__main__ import main as capgap
+        from megatron_capgap.runtime import libraries
+
+        # What `capgap` itself imports, in its order, so that the memory begins where the run does.
+        libraries.prepare()
+        from megatron_capgap.runtime import devices
+
+        devices.choose("cpu", 0)
+        import megatron_capgap.stages.distill  # noqa: F401
         from megatron_capgap.runtime.devices.cpu import peak_resident_bytes
 
         base = peak_resident_bytes()

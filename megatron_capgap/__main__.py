@@ -16,8 +16,7 @@ from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.keys import table
 from megatron_capgap.config.load import Loaded, load, nearest
 from megatron_capgap.config.schema import STAGES
-from megatron_capgap.runtime import launch
-from megatron_capgap.runtime.quiet import quiet_libraries
+from megatron_capgap.runtime import launch, libraries
 
 if TYPE_CHECKING:
     from megatron_capgap.runtime.devices import Device
@@ -135,7 +134,7 @@ def _obey(command: Command) -> int:
         if environment.rank == 0:
             sys.stdout.write(f"{report.rstrip()}\n")
         return 0
-    quiet_libraries()
+    libraries.prepare()
     device = _choose_device(loaded, environment)
     return importlib.import_module(f"megatron_capgap.stages.{command.stage}").run(loaded, environment, device)
 

@@ -107,7 +107,7 @@ def transformer_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=_active(device, "Apex fused weight gradient"),
-        apply_rope_fusion=engine == "transformer_engine" and device.name == "cuda",
+        apply_rope_fusion=engine == "transformer_engine" or device.name == "cpu",
     )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
-from megatron_capgap.runtime.devices import transformer_engine_cpu
+from megatron_capgap.runtime.devices import cpu_kernels, transformer_engine_cpu
 from megatron_capgap.runtime.devices.device import Device, Part
 
 _CPU = torch.device("cpu")
@@ -69,6 +69,7 @@ def prepare(with_engine: bool = False) -> Device:
         _rewrite_factories()
         _share_random_state()
         _name_types()
+        cpu_kernels.install()
         _tune_allocator()
         torch.cuda._capgap_cpu = True
     why = "its own modules on emulated kernels: for study, not for speed" if with_engine else "not asked for"
@@ -82,6 +83,7 @@ def prepare(with_engine: bool = False) -> Device:
         parts=(
             Part("Transformer Engine layers", with_engine, why),
             Part("scaled-dot-product attention", True, "torch; no score matrix is kept"),
+            Part("rotary positions, SwiGLU", True, "kernels of its own, in few passes of memory"),
             Part("Apex kernels", False, "need an NVIDIA GPU"),
             Part("fused AdamW", True, "torch"),
         ),
