@@ -65,17 +65,18 @@ class Log:
         if self._run_dir is None:
             return
         if self._metrics is None:
-            self._open(self._run_dir)
+            self._open(self._run_dir, entry["step"])
         self._metrics.write(json.dumps(dict(entry)) + "\n")
         if self._board is not None:
             for name, value in entry.items():
                 if name != "step" and isinstance(value, int | float):
                     self._board.add_scalar(name, value, entry["step"])
 
-    def _open(self, run_dir: Path) -> None:
+    def _open(self, run_dir: Path, first_step: int) -> None:
         self._metrics = open(run_dir / "metrics.jsonl", "a", buffering=1)
         if self._writer is not None:
-            self._board = self._writer(str(run_dir / "tensorboard"))
+            # What a killed run drew beyond its last checkpoint is hidden.
+            self._board = self._writer(str(run_dir / "tensorboard"), purge_step=first_step)
 
     def close(self) -> None:
         """Ends the bar and the files."""
