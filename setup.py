@@ -25,7 +25,7 @@ HF = ["transformers>=4.45"]
 PLOT = ["scipy", "matplotlib"]
 EVAL = ["lm-eval"]
 FP8 = ["transformer-engine[pytorch]"]  # needs an NVIDIA GPU
-QUICKSTART: list[str] = []
+QUICKSTART = [*HF]
 DEV = [*HF, *PLOT, "pytest", "pytest-timeout", "hypothesis", "ruff"]
 
 setup(

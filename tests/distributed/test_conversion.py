@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from megatron_capgap.models import size
 from tests.support import dense, hf_models, runs
 from tests.support.corpus import texts
 from tests.support.pool import RankResult, WorkerPool
+from tests.support.processes import ROOT, environment
 from tests.support.runs import Material
 from tools import convert_hf
 
@@ -195,6 +198,9 @@ def test_a_sentencepiece_tokenizer_gives_the_same_ids(
         assert theirs(text, add_special_tokens=False).input_ids == ids, repr(text)
         assert theirs.decode(ids) == ours.decode(ids), repr(text)
     assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos, ours.eos)
+    command = [sys.executable, str(ROOT / "examples/quickstart/generate.py"), str(tmp_path / "hf"), "This"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("This"), done.stderr
 
 
 def test_dtype_changes_only_when_asked(pool: WorkerPool, tmp_path: Path) -> None:
