@@ -26,7 +26,7 @@ PLOT = ["scipy", "matplotlib"]
 EVAL = ["lm-eval"]
 FP8 = ["transformer-engine[pytorch]"]  # needs an NVIDIA GPU
 QUICKSTART = [*HF]
-DEV = [*HF, *PLOT, "pytest", "pytest-timeout", "hypothesis", "ruff"]
+DEV = [*HF, *PLOT, "glassllm", "pytest", "pytest-timeout", "hypothesis", "ruff"]
 
 setup(
     name="megatron_capgap",
