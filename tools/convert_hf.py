@@ -107,7 +107,10 @@ def run(args: argparse.Namespace, environment: launch.Environment) -> int:
         if args.command == "import":
             from megatron_capgap.conversion.importing import import_folder
 
-            import_folder(Path(args.hf), Path(args.out), device, dtype=dtype, force=args.force, progress=progress)
+            hf, out = Path(args.hf), Path(args.out)
+            source = import_folder(hf, out, device, dtype=dtype, force=args.force, progress=progress)
+            if source.skipped and environment.rank == 0:
+                print(f"left out {len(source.skipped)} buffers that are no weights, like {source.skipped[0]}")
         else:
             from megatron_capgap.conversion.exporting import export_checkpoint
 
