@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works wi
 
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.runtime import launch
+from megatron_capgap.runtime.quiet import quiet_libraries
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -93,6 +94,7 @@ def bytes_of(value: str) -> int:
 
 
 def run(args: argparse.Namespace, environment: launch.Environment) -> int:
+    quiet_libraries()
     import torch
 
     from megatron_capgap.runtime.devices import choose

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megatron_capgap.checkpoint import manifest
 from megatron_capgap.config.schema import ModelShape
+from megatron_capgap.data.tokenizer import open_tokenizer
 from megatron_capgap.models import size
 from tests.support import dense, hf_models, runs
 from tests.support.corpus import texts
@@ -177,8 +178,6 @@ def test_a_trained_model_is_exported(
 def test_a_sentencepiece_tokenizer_gives_the_same_ids(
     pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path
 ) -> None:
-    from megatron_capgap.data.tokenizer import open_tokenizer
-
     must(pool, "export", "--checkpoint", teacher, "--out", tmp_path / "hf")
     ours, theirs = (
         open_tokenizer(str(material.folder / "tokenizer.model")),
@@ -204,6 +203,25 @@ def test_a_sentencepiece_tokenizer_gives_the_same_ids(
     command = [sys.executable, str(ROOT / "examples/quickstart/generate.py"), str(tmp_path / "hf"), "This"]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("This"), done.stderr
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["with settings", "the model alone"])
+def test_a_sentencepiece_model_that_came_along(
+    pool: WorkerPool, material: Material, tmp_path: Path, known: bool
+) -> None:
+    """transformers' own settings of it stay, its chat template too; without any, it would cut texts in another way."""
+    hf_models.build("llama").save_pretrained(tmp_path / "hf")
+    shutil.copyfile(material.folder / "tokenizer.model", tmp_path / "hf" / "tokenizer.model")
+    if known:
+        settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "chat_template": "{{ messages }}"}
+        (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(settings))
+    must(pool, "import", "--hf", tmp_path / "hf", "--out", tmp_path / "run")
+    must(pool, "export", "--checkpoint", tmp_path / "run", "--out", tmp_path / "back")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "back")
+    expected = open_tokenizer(str(material.folder / "tokenizer.model")).encode("Tokens, 1 2 3")
+    assert tokenizer("Tokens, 1 2 3").input_ids == ([tokenizer.bos_token_id] if known else []) + expected
+    assert (tokenizer.chat_template is not None) == known
+    assert (tmp_path / "back" / "tokenizer.json").is_file() != known
 
 
 def test_dtype_changes_only_when_asked(pool: WorkerPool, tmp_path: Path) -> None:
