@@ -43,7 +43,7 @@ def transformers_loss(folder: Path, samples: pretrain.SampleSequence) -> tuple[f
         for k in range(len(samples)):
             ids = torch.from_numpy(samples.tokens(k))
             logits = model(input_ids=ids[None, :-1], use_cache=False).logits[0]
-            total += torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").item()
+            total += torch.nn.functional.cross_entropy(logits.double(), ids[1:], reduction="sum").item()
     tokens = len(samples) * samples.sequence_length
     return total / tokens, tokens
 

@@ -1,16 +1,22 @@
-"""The example with real weights, on a file of its kind that is small: what llama.cpp writes is read back."""
+"""The example with real weights; and on a file of its kind that is small: what llama.cpp writes is read back."""
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import gguf
 import numpy as np
+import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.support import hf_models
-from tests.support.processes import ROOT
+from tests.support.pool import WorkerPool
+from tests.support.processes import ROOT, environment
+from tools import convert_hf
 
 HEADS, GROUPS, WIDTH = 4, 2, 64
 SIZES = {"vocab_size": 261, "hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": 2}
@@ -94,3 +100,23 @@ def test_a_gguf_file_becomes_a_folder(tmp_path: Path) -> None:
     pieces = tokenizer.convert_ids_to_tokens(ids)
     assert pieces[0] == "the" and "<s>" in pieces and "12" not in pieces, "digits stand alone"
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1) and tokenizer.chat_template
+
+
+@pytest.mark.slow
+def test_real_weights_go_in_and_out(pool: WorkerPool, tmp_path: Path) -> None:
+    """Downloads 93 MB and needs 1.5 GB of memory."""
+    hf, run, back = (str(tmp_path / name) for name in ("hf", "run", "back"))
+    subprocess.run(
+        [sys.executable, str(ROOT / "examples/smollm2/gguf_to_hf.py"), "--out", hf], env=environment(), check=True
+    )
+    calls = [["import", "--hf", hf, "--out", run], ["verify", "--hf", hf, "--checkpoint", run, "--tokens", "32"]]
+    calls.append(["export", "--checkpoint", run, "--out", back])
+    for words in calls:
+        (rank,) = pool.run(convert_hf.main, words, world=1, initialise=False, capture=True)
+        assert rank.value == 0, rank.stdout + rank.stderr
+    before, after = (load_file(Path(folder) / "model.safetensors") for folder in (hf, back))
+    assert before.keys() == after.keys() and len(before) == 272
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(back), AutoTokenizer.from_pretrained(back)
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    assert tokenizer.decode(model.generate(ids, max_new_tokens=1, do_sample=False)[0]).endswith("Paris")
