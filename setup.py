@@ -21,12 +21,13 @@ CORE = [
     "tensorboard",
     "tokenizers",
 ]
-HF = ["transformers>=4.45"]
+HF = ["transformers>=4.56"]
 PLOT = ["scipy", "matplotlib"]
 EVAL = ["lm-eval"]
 FP8 = ["transformer-engine[pytorch]"]  # needs an NVIDIA GPU
-QUICKSTART: list[str] = []
-DEV = [*HF, *PLOT, "pytest", "pytest-timeout", "hypothesis", "ruff"]
+QUICKSTART = [*HF]
+SMOLLM2 = [*HF, "gguf"]
+DEV = [*HF, *PLOT, "gguf", "glassllm", "pytest", "pytest-timeout", "hypothesis", "ruff"]
 
 setup(
     name="megatron_capgap",
@@ -38,6 +39,14 @@ setup(
     python_requires=">=3.10,<3.12",
     packages=find_packages(include=["megatron_capgap", "megatron_capgap.*"]),
     install_requires=CORE,
-    extras_require={"hf": HF, "plot": PLOT, "eval": EVAL, "fp8": FP8, "quickstart": QUICKSTART, "dev": DEV},
+    extras_require={
+        "hf": HF,
+        "plot": PLOT,
+        "eval": EVAL,
+        "fp8": FP8,
+        "quickstart": QUICKSTART,
+        "smollm2": SMOLLM2,
+        "dev": DEV,
+    },
     entry_points={"console_scripts": ["capgap=megatron_capgap.__main__:main"]},
 )

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works wi
 
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.runtime import launch
+from megatron_capgap.runtime.quiet import quiet_libraries
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -93,6 +94,7 @@ def bytes_of(value: str) -> int:
 
 
 def run(args: argparse.Namespace, environment: launch.Environment) -> int:
+    quiet_libraries()
     import torch
 
     from megatron_capgap.runtime.devices import choose
@@ -107,7 +109,10 @@ def run(args: argparse.Namespace, environment: launch.Environment) -> int:
         if args.command == "import":
             from megatron_capgap.conversion.importing import import_folder
 
-            import_folder(Path(args.hf), Path(args.out), device, dtype=dtype, force=args.force, progress=progress)
+            hf, out = Path(args.hf), Path(args.out)
+            source = import_folder(hf, out, device, dtype=dtype, force=args.force, progress=progress)
+            if source.skipped and environment.rank == 0:
+                print(f"left out {len(source.skipped)} buffers that are no weights, like {source.skipped[0]}")
         else:
             from megatron_capgap.conversion.exporting import export_checkpoint
 

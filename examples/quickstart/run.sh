@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The whole road on a laptop's CPU, on a real corpus, in about ten minutes: text and tokenizer, a teacher, a student
-# distilled from it on 4 ranks (tensor 2 x pipeline 2), the same student trained without a teacher, and a table.
+# distilled from it on 4 ranks (tensor 2 x pipeline 2), the same student trained without a teacher, a table, and the student in
+# Hugging Face's transformers.
 #
 #   bash examples/quickstart/run.sh
 #
@@ -46,3 +47,8 @@ for model in teacher student alone; do
 done
 
 "$python" ../table.py runs teacher student alone
+
+echo "== 7. export the student to Hugging Face, load it there and let it write"
+"$python" ../../../tools/convert_hf.py export --checkpoint runs/student --out hf/student --force
+"$python" ../../../tools/convert_hf.py verify --hf hf/student --checkpoint runs/student
+"$python" ../generate.py hf/student

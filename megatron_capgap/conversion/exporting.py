@@ -16,21 +16,23 @@ from megatron_capgap.checkpoint import manifest as manifests
 from megatron_capgap.checkpoint.manifest import Manifest
 from megatron_capgap.checkpoint.pieces import Entry, Reader
 from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.conversion import card, plan, tokenizer
 from megatron_capgap.conversion.family import Family
 from megatron_capgap.conversion.importing import CARRIED, Progress
-from megatron_capgap.conversion.output import on_every_rank, refuse_existing, replacing
+from megatron_capgap.conversion.output import on_every_rank, refuse_existing, refuse_to_lose, replacing
 from megatron_capgap.conversion.plan import Target
 from megatron_capgap.conversion.registry import FAMILIES
 from megatron_capgap.conversion.safetensors import Writer
-from megatron_capgap.conversion.source import listed, read_json
+from megatron_capgap.conversion.source import listed, read_config, read_json
 from megatron_capgap.models import packing
+from megatron_capgap.models.projections import PREFIX
 from megatron_capgap.runtime.devices import Device
 from megatron_capgap.runtime.launch import on_first_rank
 
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 # What else a training run keeps in a checkpoint.
-_NOT_WEIGHTS = r"(optimizer|random)\b.*|.*_extra_state.*"
+_NOT_WEIGHTS = rf"(optimizer|random)\b.*|{re.escape(PREFIX)}.*|.*_extra_state.*"
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ def export_checkpoint(
     """
     refuse_existing(out, _exported, force)
     folder = manifests.locate(checkpoint)
+    refuse_to_lose(folder, out)
     manifest = manifests.read(folder)
     family, carried = FAMILIES[manifest.model.family], _carried(folder, manifest)
     words = tokenizer.find(carried, manifest)
@@ -83,6 +86,7 @@ def export_checkpoint(
     entries = _entries(folder, reader, targets, manifest.model.layers)
     files = _files(_tensors(targets, entries, dtype), max_shard_bytes)
     config = config_of(family, manifest, carried, words)
+    generation = _generation(carried, config)
     config["torch_dtype"] = _NAMES[next(iter(files.values()))[0].dtype]
     with replacing(out, _exported, force=force) as staged:
         on_every_rank(lambda: _write_share(staged, files, reader, entries, progress))
@@ -90,7 +94,7 @@ def export_checkpoint(
         def finish() -> None:
             _write_index(staged, files)
             _write_json(staged / "config.json", config)
-            _write_json(staged / "generation_config.json", _generation(carried, config))
+            _write_json(staged / "generation_config.json", generation)
             words.write(staged)
             (staged / "README.md").write_text(card.text(folder, manifest, family), encoding="utf-8")
 
@@ -201,20 +205,29 @@ def _write_transposed(writer: Writer, names: dict[int, Tensor], target: Target, 
 
 
 def config_of(family: Family, manifest: Manifest, carried: Path | None, words: tokenizer.Words) -> dict[str, Any]:
-    """config.json: what the shape decides, over what came along from a model of the same family."""
+    """config.json: what the shape decides, over what came along."""
     shape = manifest.model
     known = read_json(carried / "config.json") if carried and (carried / "config.json").is_file() else {}
-    kept = known if known.get("model_type") == family.name else {}
-    # Code of others' and ways of writing the positions that the shape's keys replace.
-    kept = {key: value for key, value in kept.items() if key not in ("auto_map", "rope_parameters", "dtype")}
     tokens = {key: known.get(key, getattr(words, key)) for key in ("bos_token_id", "eos_token_id")}
     return {
         **tokens,
-        **kept,
+        **_kept(family, shape, known),
         "architectures": [family.architecture],
         "model_type": family.name,
         **family.config(shape, shape.max_positions or manifest.sequence_length),
     }
+
+
+def _kept(family: Family, shape: ModelShape, known: dict[str, Any]) -> dict[str, Any]:
+    """What the shape does not decide: of this very model, or the tokens alone of one that only shares its tokenizer."""
+    try:
+        same = read_config(Path("config.json"), known) == (family, shape)
+    except UserError:
+        same = False
+    if not same:
+        return {"pad_token_id": known["pad_token_id"]} if known.get("pad_token_id") is not None else {}
+    # Code of others', and ways of writing positions and type that the shape's keys replace.
+    return {key: value for key, value in known.items() if key not in ("auto_map", "rope_parameters", "dtype")}
 
 
 def _generation(carried: Path | None, config: dict[str, Any]) -> dict[str, Any]:

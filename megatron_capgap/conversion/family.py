@@ -57,6 +57,20 @@ class Settings:
             raise self.wrong(key, "is missing; save the model again")
         return self.content[key]
 
+    def section(self, key: str) -> dict[str, Any]:
+        """The object behind a key, empty where it is missing or null."""
+        value = self.get(key, {})
+        if not isinstance(value, dict):
+            raise self.wrong(key, f"{json.dumps(value)} is no object; save the model again")
+        return value
+
+    def names(self, key: str) -> list[str]:
+        """The list of names behind a key, empty where it is missing or null."""
+        value = self.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise self.wrong(key, f"{json.dumps(value)} is no list of names; save the model again")
+        return value
+
     def demand(self, key: str, supported: tuple[Any, ...], default: Any) -> None:
         """Refuses any value but the supported ones."""
         if (value := self.get(key, default)) not in supported:

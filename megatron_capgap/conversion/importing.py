@@ -17,7 +17,7 @@ from megatron_capgap.checkpoint.manifest import Manifest
 from megatron_capgap.checkpoint.pieces import Piece
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.conversion import plan
-from megatron_capgap.conversion.output import refuse_existing, replacing
+from megatron_capgap.conversion.output import refuse_existing, refuse_to_lose, replacing
 from megatron_capgap.conversion.plan import Target
 from megatron_capgap.conversion.safetensors import Files, Stored
 from megatron_capgap.conversion.source import Source, listed, open_source
@@ -62,6 +62,7 @@ def import_folder(
         UserError: before anything is written, wherever it can be known then.
     """
     refuse_existing(out, _imported, force)
+    refuse_to_lose(hf, out)
     source = open_source(hf)
     tokenizer = open_tokenizer(str(hf))
     targets = plan.unfold(source.family, source.shape, device)

@@ -73,6 +73,16 @@ def refuse_existing(out: Path, ours: Callable[[Path], bool], force: bool) -> Non
         raise UserError(f"{out}: is not something that this command wrote, so --force spares it; choose another --out")
 
 
+def refuse_to_lose(source: Path, out: Path) -> None:
+    """Refuses a place whose replacement would take along what is read.
+
+    Raises:
+        UserError: the source lies in it.
+    """
+    if source.resolve().is_relative_to(out.resolve()):
+        raise UserError(f"{out}: holds {source}, which is read; choose another --out")
+
+
 def _begin(out: Path, staged: Path, ours: Callable[[Path], bool], force: bool) -> None:
     refuse_existing(out, ours, force)
     shutil.rmtree(staged, ignore_errors=True)

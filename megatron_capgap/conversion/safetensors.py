@@ -7,6 +7,7 @@ files into memory, as the library does, would count every page read so far as th
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,14 +36,19 @@ class Stored:
     """First byte in the file."""
 
     @property
+    def elements(self) -> int:
+        """Numbers in the tensor; exact, however large a damaged header says it is."""
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the tensor."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return self.elements * self.dtype.itemsize
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
-        return torch.Size(self.shape[1:]).numel() * self.dtype.itemsize
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
 
 def read_header(file: Path) -> dict[str, Stored]:
@@ -58,7 +64,7 @@ def read_header(file: Path) -> dict[str, Stored]:
     start += len(content)
     try:
         entries = json.loads(content, object_pairs_hook=_without_duplicates)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: its header is no JSON ({error}); {_REMEDY}") from None
     if not isinstance(entries, dict):
         raise UserError(f"{file}: its header is {type(entries).__name__}, not an object; {_REMEDY}")

@@ -17,9 +17,11 @@ from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.conversion.family import Family, Settings
 from megatron_capgap.conversion.registry import FAMILIES
 from megatron_capgap.conversion.safetensors import Stored, read_header
+from megatron_capgap.models import size
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _LARGEST_JSON = 32 << 20
+_IMPLAUSIBLE = 1000
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -51,6 +53,7 @@ def open_source(folder: Path) -> Source:
     tensors = _full_names(_tensors(folder), family)
     buffers = [name for name in tensors if any(re.fullmatch(pattern, name) for pattern in family.buffers)]
     kept = {name: stored for name, stored in tensors.items() if name not in buffers}
+    _check_size(Settings(folder / "config.json", config), shape, kept)
     return Source(folder, family, shape, config, kept, tuple(buffers))
 
 
@@ -66,7 +69,7 @@ def read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{file}: is not there; give a folder that save_pretrained has written") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read ({error}); copy or download it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{file}: holds {type(content).__name__}, not an object; copy or download it again")
@@ -88,7 +91,7 @@ def read_config(file: Path, config: dict[str, Any]) -> tuple[Family, ModelShape]
     if kind not in FAMILIES:
         raise settings.wrong("model_type", f"{kind!r} is not known; convert one of {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
-    for name in settings.get("architectures", []):
+    for name in settings.names("architectures"):
         if name not in (family.architecture, family.architecture.replace("ForCausalLM", "Model").replace("LMHead", "")):
             raise settings.wrong("architectures", f"{name!r} is not supported, {family.architecture} is")
     if config.get("quantization_config") is not None:
@@ -111,6 +114,13 @@ def _check_heads(settings: Settings, shape: ModelShape) -> None:
     turned = int(width * shape.rotary_share)
     if not TRAITS[shape.family].learned_positions and (turned == 0 or turned % 2):
         raise settings.wrong("head_dim", f"rotary positions turn {turned} channels of a head; they turn pairs")
+
+
+def _check_size(settings: Settings, shape: ModelShape, tensors: dict[str, Stored]) -> None:
+    """Before anything is laid out by these numbers: names and shapes are compared later, one by one."""
+    told, held = size.parameters(shape), sum(stored.elements for stored in tensors.values())
+    if told > _IMPLAUSIBLE * max(1, held):
+        raise settings.wrong("num_hidden_layers", f"this model would have {told:,} parameters, the files have {held:,}")
 
 
 def _tensors(folder: Path) -> dict[str, Stored]:

@@ -79,7 +79,9 @@ def find(carried: Path | None, manifest: Manifest) -> Words:
     opened = open_tokenizer(place)
     if opened.fingerprint != manifest.tokenizer_fingerprint:
         raise UserError(f"{place}: is not the tokenizer that the checkpoint was trained with; put that one there")
-    if isinstance(opened, SentencePieceTokenizer):
+    # Files that transformers reads itself go out as they came in.
+    known = carried is not None and (carried / "tokenizer_config.json").is_file()
+    if isinstance(opened, SentencePieceTokenizer) and not known:
         model = Path(place) / "tokenizer.model" if carried else Path(place)
         return translate(model, opened)
     return Copied(Path(place), opened.bos, opened.eos)

@@ -134,12 +134,15 @@ def _transformers(hf: Path, family: Family, ids: Tensor) -> _Trace:
     except ImportError:
         raise UserError("transformers is not installed; pip install 'megatron_capgap[hf]'") from None
 
-    model, info = AutoModelForCausalLM.from_pretrained(
-        hf, trust_remote_code=False, use_safetensors=True, local_files_only=True, output_loading_info=True
-    )
+    how = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
+    try:  # the files' own numbers, whatever type config.json speaks of
+        model, info = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, output_loading_info=True, **how)
+    except Exception as error:  # its checks of a configuration raise classes of many kinds
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{hf}: transformers does not load it ({reason}); mend the folder") from error
     if wrong := sorted([*info["missing_keys"], *info["unexpected_keys"]]):
         raise UserError(f"{hf}: transformers finds {', '.join(wrong)} missing or unexpected; give a whole model")
-    model = model.float().eval()
+    model.eval()
     name = next(row.hf[0] for row in family.rows if "{layer}" in row.hf[0]).split(".{layer}")[0]
     trace = _Trace({})
     with torch.no_grad(), _watched(list(model.get_submodule(name)), range(10**6), trace.layers, lambda x: x):

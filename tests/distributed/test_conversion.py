@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,18 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megatron_capgap.checkpoint import manifest
 from megatron_capgap.config.schema import ModelShape
+from megatron_capgap.data.tokenizer import open_tokenizer
 from megatron_capgap.models import size
 from tests.support import dense, hf_models, runs
 from tests.support.corpus import texts
 from tests.support.pool import RankResult, WorkerPool
+from tests.support.processes import ROOT, environment
 from tests.support.runs import Material
 from tools import convert_hf
 
 LAYOUTS = {"one": (1, []), "tp2": (2, ["--tensor", "2"]), "pp2": (2, ["--pipeline", "2"])}
 LAYOUTS["tp2_pp2"] = (4, ["--tensor", "2", "--pipeline", "2"])
+THREE = {"one": LAYOUTS["one"], "tp3": (3, ["--tensor", "3"]), "pp2": LAYOUTS["pp2"]}
 
 
 def convert(pool: WorkerPool, *words: object, world: int = 1) -> list[RankResult]:
@@ -83,7 +88,7 @@ def test_round_trip_is_bit_equal(pool: WorkerPool, tmp_path: Path, name: str, dt
 def test_logits_are_those_of_transformers_in_every_layout(pool: WorkerPool, tmp_path: Path, name: str) -> None:
     hf = hf_models.save(name, tmp_path / "hf")
     must(pool, "import", "--hf", hf, "--out", tmp_path / "run")
-    for world, cut in LAYOUTS.values():
+    for world, cut in (THREE if "odd_heads" in name else LAYOUTS).values():
         said = must(pool, "verify", "--hf", hf, "--checkpoint", tmp_path / "run", *cut, world=world)
         assert "they agree to 0.0001" in said and "greedy token equal 100.00%" in said
 
@@ -150,6 +155,8 @@ def test_a_trained_model_is_exported(
 ) -> None:
     """A padded vocabulary under tensor parallelism, optimizer state beside the weights, a SentencePiece tokenizer."""
     changes = {"student__layout": cut, "train__steps": 2, "train__global_batch": 8}
+    if not cut:  # a learned map between hidden states lies in the checkpoint, and is no part of the model
+        changes["objective__matching"] = [{"student_layer": 1, "teacher_layer": 2}]
     raw = runs.distill_config(material, tmp_path / "run", teacher, **changes)
     run_dir = runs.train(pool, "distill", raw, world)
     must(pool, "export", "--checkpoint", run_dir, "--out", tmp_path / "hf", world=world)
@@ -171,8 +178,6 @@ def test_a_trained_model_is_exported(
 def test_a_sentencepiece_tokenizer_gives_the_same_ids(
     pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path
 ) -> None:
-    from megatron_capgap.data.tokenizer import open_tokenizer
-
     must(pool, "export", "--checkpoint", teacher, "--out", tmp_path / "hf")
     ours, theirs = (
         open_tokenizer(str(material.folder / "tokenizer.model")),
@@ -195,6 +200,28 @@ def test_a_sentencepiece_tokenizer_gives_the_same_ids(
         assert theirs(text, add_special_tokens=False).input_ids == ids, repr(text)
         assert theirs.decode(ids) == ours.decode(ids), repr(text)
     assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos, ours.eos)
+    command = [sys.executable, str(ROOT / "examples/quickstart/generate.py"), str(tmp_path / "hf"), "This"]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("This"), done.stderr
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["with settings", "the model alone"])
+def test_a_sentencepiece_model_that_came_along(
+    pool: WorkerPool, material: Material, tmp_path: Path, known: bool
+) -> None:
+    """transformers' own settings of it stay, its chat template too; without any, it would cut texts in another way."""
+    hf_models.build("llama").save_pretrained(tmp_path / "hf")
+    shutil.copyfile(material.folder / "tokenizer.model", tmp_path / "hf" / "tokenizer.model")
+    if known:
+        settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "chat_template": "{{ messages }}"}
+        (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(settings))
+    must(pool, "import", "--hf", tmp_path / "hf", "--out", tmp_path / "run")
+    must(pool, "export", "--checkpoint", tmp_path / "run", "--out", tmp_path / "back")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "back")
+    expected = open_tokenizer(str(material.folder / "tokenizer.model")).encode("Tokens, 1 2 3")
+    assert tokenizer("Tokens, 1 2 3").input_ids == ([tokenizer.bos_token_id] if known else []) + expected
+    assert (tokenizer.chat_template is not None) == known
+    assert (tmp_path / "back" / "tokenizer.json").is_file() != known
 
 
 def test_dtype_changes_only_when_asked(pool: WorkerPool, tmp_path: Path) -> None:
@@ -208,13 +235,31 @@ def test_dtype_changes_only_when_asked(pool: WorkerPool, tmp_path: Path) -> None
     assert AutoConfig.from_pretrained(tmp_path / "back").dtype == torch.bfloat16
 
 
+def test_verify_compares_the_files_whatever_type_the_configuration_speaks_of(pool: WorkerPool, tmp_path: Path) -> None:
+    """transformers would round fp32 weights to the type in config.json."""
+    hf = hf_models.save("llama", tmp_path / "hf")
+    edit_json(hf / "config.json", dtype="bfloat16")
+    must(pool, "import", "--hf", hf, "--out", tmp_path / "run")
+    assert "they agree" in must(pool, "verify", "--hf", hf, "--checkpoint", tmp_path / "run")
+
+
+def test_what_transformers_does_not_load_is_one_line(pool: WorkerPool, tmp_path: Path) -> None:
+    hf = hf_models.save("llama", tmp_path / "hf")
+    must(pool, "import", "--hf", hf, "--out", tmp_path / "run")
+    edit_json(hf / "config.json", bos_token_id="first")
+    ranks = convert(pool, "verify", "--hf", hf, "--checkpoint", tmp_path / "run", "--tensor", 2, world=2)
+    assert [rank.value for rank in ranks] == [2, 2]
+    assert "transformers does not load it" in ranks[0].stderr.splitlines()[-1], ranks[0].stderr
+
+
 def test_an_old_file_of_the_bare_model_with_buffers(pool: WorkerPool, tmp_path: Path) -> None:
     """GPT-2 as it was first published: no prefix, and the causal mask of every layer among the weights."""
     hf = hf_models.save("gpt2", tmp_path / "hf")
     bare = {name.removeprefix("transformer."): tensor for name, tensor in load_file(hf / "model.safetensors").items()}
     bare |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 64, 64).tril() for layer in range(4)}
     save_file(bare, hf / "model.safetensors", {"format": "pt"})
-    must(pool, "import", "--hf", hf, "--out", tmp_path / "run")
+    said = must(pool, "import", "--hf", hf, "--out", tmp_path / "run")
+    assert "left out 4 buffers that are no weights, like transformer.h.0.attn.bias" in said
     must(pool, "export", "--checkpoint", tmp_path / "run", "--out", tmp_path / "back")
     assert_equal_folders(tmp_path / "back", hf_models.save("gpt2", tmp_path / "plain"))
 
@@ -240,6 +285,9 @@ def test_force_replaces_an_import_and_spares_a_run(pool: WorkerPool, teacher: Pa
     (rank,) = convert(pool, "import", "--hf", hf, "--out", tmp_path / "run")
     assert rank.value == 2 and "--force" in rank.stderr and runs.files_of(tmp_path / "run") == before
     must(pool, "import", "--hf", hf, "--out", tmp_path / "run", "--force")
+    shutil.copytree(hf, tmp_path / "run" / "hf")
+    (rank,) = convert(pool, "import", "--hf", tmp_path / "run" / "hf", "--out", tmp_path / "run", "--force")
+    assert rank.value == 2 and "which is read" in rank.stderr and (tmp_path / "run" / "hf").is_dir()
     shutil.copytree(teacher, tmp_path / "trained")
     before = runs.files_of(tmp_path / "trained")
     (rank,) = convert(pool, "import", "--hf", hf, "--out", tmp_path / "trained", "--force")

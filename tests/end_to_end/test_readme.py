@@ -15,7 +15,7 @@ from tests.support.processes import ROOT, environment
 
 PYTHON = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
 # Run by CI itself and by the quickstart's own test of its configurations.
-SCRIPTS = {"bash tests/run.sh", "bash examples/quickstart/run.sh"}
+SCRIPTS = {"bash tests/run.sh", "bash examples/quickstart/run.sh", "bash examples/smollm2/run.sh"}
 
 
 def commands() -> list[str]:

@@ -27,7 +27,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**_LLAMA, "rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0}},
     ),
     "smollm": ("LlamaConfig", {**_LLAMA, "tie_word_embeddings": True}),
+    "llama_odd_heads": (
+        "LlamaConfig",
+        {**_LLAMA, "hidden_size": 54, "num_attention_heads": 9, "num_key_value_heads": 3},
+    ),
     "mistral": ("MistralConfig", {**_LLAMA, "head_dim": 12, "sliding_window": 48}),
+    # As pruning leaves a model: heads of a width of their own, and a hidden size that they do not divide.
+    "mistral_narrow": ("MistralConfig", {**_LLAMA, "hidden_size": 46, "head_dim": 10, "sliding_window": None}),
     "qwen2": ("Qwen2Config", {**_LLAMA, "tie_word_embeddings": True, "rope_theta": 2000.0}),
     "qwen3": ("Qwen3Config", {**_LLAMA, "head_dim": 12}),
     "gpt2": (

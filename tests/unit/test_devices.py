@@ -191,6 +191,17 @@ def test_initial_weights_do_not_depend_on_the_layout(pool: WorkerPool, layout: L
     assert 0.015 < expected["embedding.word_embeddings.weight"].std() < 0.025
 
 
+def test_models_can_still_be_made_on_the_meta_device() -> None:
+    """transformers loads every model there first."""
+    program = (
+        "from megatron_capgap.runtime.devices import choose; choose('cpu', 0); import torch\n"
+        "with torch.device('meta'): assert torch.empty(3).is_meta and torch.arange(3).is_meta and torch.ones(3).is_meta"
+    )
+    # A process of its own: whether torch has made its list of factories depends on what ran before.
+    done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_peak_memory_is_this_process_s_own() -> None:
     """A child started by a large process; `ru_maxrss` would report the parent's peak in it."""
     child = "from megatron_capgap.runtime.devices.cpu import peak_resident_bytes as peak; print(peak())"

@@ -38,7 +38,7 @@ def _shape(settings: Settings) -> dict[str, Any]:
     settings.demand("hidden_act", ("gelu",), "gelu")
     settings.demand("use_parallel_residual", (True,), True)
     settings.demand("attention_bias", (True,), True)
-    share = settings.get("rope_parameters", {}).get("partial_rotary_factor", settings.get("rotary_pct", 0.25))
+    share = llama.rope_section(settings).get("partial_rotary_factor", settings.get("rotary_pct", 0.25))
     return {
         "layers": settings.need("num_hidden_layers"),
         "hidden": settings.need("hidden_size"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_capgap.config import derive
+from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.schema import ModelShape, RopeScaling
 from megatron_capgap.conversion.family import Family, Row, Settings
 
@@ -27,6 +28,11 @@ MATRICES = (
     ),
     Row("decoder.layers.mlp.linear_fc2.weight", (f"{_LAYER}.mlp.down_proj.weight",)),
 )
+_ROPE_KEYS = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+}
 BUFFERS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 
 
@@ -40,11 +46,13 @@ def sizes(
         max_positions, head_dim, kv_heads: what the family takes where the key is missing.
     """
     settings.demand("hidden_act", ("silu",), "silu")
+    whole_heads_turn(settings)
     return {
         "layers": settings.need("num_hidden_layers"),
         "hidden": settings.need("hidden_size"),
         "heads": settings.need("num_attention_heads"),
-        "kv_heads": settings.get("num_key_value_heads", kv_heads),
+        # Here null is a value: as many as query heads, whatever the family takes where the key is missing.
+        "kv_heads": settings.content.get("num_key_value_heads", kv_heads),
         "head_dim": settings.get("head_dim", head_dim),
         "ffn": settings.need("intermediate_size"),
         "vocab": settings.need("vocab_size"),
@@ -56,14 +64,28 @@ def sizes(
     }
 
 
+def rope_section(settings: Settings) -> dict[str, Any]:
+    """What is said of rotary positions: transformers 5 keeps all of it in rope_parameters, but rope_scaling wins."""
+    return settings.section("rope_scaling") or settings.section("rope_parameters")
+
+
+def whole_heads_turn(settings: Settings) -> None:
+    """Refuses heads of which a share is not rotated."""
+    for place in (rope_section(settings), settings.content):
+        if (share := place.get("partial_rotary_factor")) not in (None, 1.0):
+            raise settings.wrong("partial_rotary_factor", f"{share!r} is not supported, 1.0 is; convert another model")
+
+
 def rotary(settings: Settings, base_key: str = "rope_theta") -> dict[str, Any]:
-    """Base and stretching of the rotary positions, from either way of writing them."""
-    # transformers 5 keeps all of it in rope_parameters, earlier ones in two keys.
-    given = {**settings.get("rope_scaling", {}), **settings.get("rope_parameters", {})}
+    """Base and stretching of the rotary positions."""
+    given = rope_section(settings)
     kind = given.get("rope_type", given.get("type", "default"))
     found: dict[str, Any] = {"rope_theta": given.get("rope_theta", settings.get(base_key, 10000.0))}
-    if kind not in ("default", "linear", "llama3"):
+    if kind not in tuple(_ROPE_KEYS):
         raise settings.wrong("rope_type", f'"{kind}" is not supported, default, linear and llama3 are')
+    # Sections by kind of layer among them: what is not read must not be there.
+    if unread := sorted(given.keys() - _ROPE_KEYS[kind] - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}):
+        raise settings.wrong("rope_parameters", f"{unread[0]} is not supported beside {kind}; convert another model")
     if kind == "linear":
         found["rope_scaling"] = {"kind": kind, "factor": given.get("factor")}
     if kind == "llama3":
@@ -118,6 +140,11 @@ def _shape(settings: Settings) -> dict[str, Any]:
 
 
 def _config(shape: ModelShape, max_positions: int) -> dict[str, Any]:
+    if shape.hidden % shape.heads:
+        raise UserError(
+            f"hidden {shape.hidden} is not a multiple of heads {shape.heads}, and transformers loads no such llama; "
+            "prune to a width that they divide"
+        )
     return {
         **sizes_config(shape, max_positions),
         "head_dim": derive.head_dim(shape),

@@ -14,7 +14,7 @@ _BIASES = (Row("decoder.layers.self_attention.linear_qkv.bias", tuple(f"{name}.b
 def full_attention(settings: Settings) -> None:
     """Refuses layers that look back over a window: Qwen has them beside layers that look back over everything."""
     settings.demand("use_sliding_window", (False,), False)
-    if any(kind != "full_attention" for kind in settings.get("layer_types", [])):
+    if any(kind != "full_attention" for kind in settings.names("layer_types")):
         raise settings.wrong("layer_types", "only full_attention is supported; convert another model")
 
 
@@ -30,11 +30,7 @@ def _shape(settings: Settings) -> dict[str, Any]:
 
 def _config(shape: ModelShape, max_positions: int) -> dict[str, Any]:
     own = {"head_dim": shape.head_dim} if shape.head_dim else {}
-    return {
-        **llama.sizes_config(shape, max_positions),
-        **own,
-        **full_attention_config(shape),
-    }
+    return {**llama.sizes_config(shape, max_positions), **own, **full_attention_config(shape)}
 
 
 FAMILY = Family(
