@@ -86,6 +86,8 @@ def load(path: str, overrides: Sequence[str], stage: str) -> Loaded:
     for number, words in enumerate(overrides):
         override(tree, words, number)
     config = None
+    if not NEEDS[stage].student:
+        tree.values.setdefault("student", {})
     if not unreadable:
         config = _validate(tree)
         for key, problem in _unmet_needs(tree, stage):
@@ -172,6 +174,6 @@ def _unmet_needs(tree: Tree, stage: str) -> Iterator[tuple[str, str]]:
     if not needs.student:
         for name in given:
             yield f"student.{name}", f"{stage} makes the student, out of teacher.checkpoint; remove the key"
-    elif len(given) != 1 and isinstance(tree.get("student"), dict | None):
+    elif len(given) != 1 and isinstance(tree.get("student"), dict):
         said = "both" if given else "neither"
         yield "student", f"{said} of checkpoint and model given; give exactly one of them"

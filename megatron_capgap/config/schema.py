@@ -349,7 +349,7 @@ class Runtime:
     """Whether to write TensorBoard events below run_dir/tensorboard."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Config:
     """One run of one stage."""
 
@@ -357,8 +357,8 @@ class Config:
 
     run_dir: str
     """Directory of this run: resolved.yaml, metrics.jsonl, tensorboard/, checkpoints/, latest."""
-    student: Student = field(default_factory=Student)
-    """The model that is trained, measured or made."""
+    student: Student
+    """The model that is trained, measured or made; prune may do without the section."""
     data: Data
     """What is read."""
     seed: Seed = 1234

@@ -44,9 +44,11 @@ def scored(pool: WorkerPool, material: Material, tmp_path_factory: pytest.TempPa
     return scored
 
 
-@pytest.mark.parametrize("layout", pruning.LAYOUTS)
-@pytest.mark.parametrize("kind", ["gradient", "activation"])
-@pytest.mark.parametrize("name", SHAPES)
+CASES = [(name, "gradient", layout) for name in SHAPES for layout in pruning.LAYOUTS]
+CASES += [(name, "activation", layout) for name in SHAPES for layout in ("one", "pp2", "tp2_pp2_sp")]
+
+
+@pytest.mark.parametrize("name, kind, layout", CASES, ids=["-".join(case) for case in CASES])
 def test_scores_are_those_of_a_dense_model(
     pool: WorkerPool, material: Material, scored: Any, tmp_path: Path, name: str, kind: str, layout: str
 ) -> None:
@@ -58,7 +60,7 @@ def test_scores_are_those_of_a_dense_model(
     assert found["batches"] == 2
     for part, theirs in dense(raw).items():
         mine = torch.tensor(found["sums"][part], dtype=torch.float64)
-        for ours, wanted in zip(mine.atleast_2d(), theirs.atleast_2d(), strict=True):
+        for ours, wanted in zip(*map(torch.atleast_2d, (mine, theirs)), strict=True):
             error = ((ours / ours.norm() - wanted / wanted.norm()).abs()).max().item()
             assert error <= 1e-5, f"{name} {kind} {layout}: {part} is off by {error:.1e}"
         assert abs(mine.norm() / theirs.norm() - 1) <= 1e-5

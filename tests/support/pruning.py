@@ -16,9 +16,7 @@ from tools import convert_hf
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "tp2_sp": (2, {"tensor": 2, "sequence": True}),
-    "tp2": (2, {"tensor": 2}),
     "pp2": (2, {"pipeline": 2}),
-    "dp2": (2, {}),
     "tp2_pp2_sp": (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
     "tp2_dp2": (4, {"tensor": 2}),
 }
