@@ -1,4 +1,4 @@
-"""Conversations as training samples: several to a row, none of which sees another, and a loss on the assistant's words."""
+"""Conversations as training samples: several to a row, none of which sees another; a loss on the assistant's words."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def encode(
         found.append(example)
     if not found:
         raise UserError(
-            f"data.sequence_length: {sequence_length} is too short: no conversation has a word of the assistant's within "
-            "it; a longer one would do"
+            f"data.sequence_length: {sequence_length} is too short: no conversation has a word of the assistant's "
+            "within it; a longer one would do"
         )
     return found, Cut(shortened, dropped)
 
@@ -121,18 +121,7 @@ class InstructSequence:
         return [self._examples[i] for i in self._rows[position]]
 
 
-@dataclass
-class PackedBatch(MicroBatch):
-    """A micro-batch of which each row holds several conversations.
-
-    Attributes:
-        attention_mask: bool `[b, 1, s, s]`, True where a token may not look: ahead, or into another conversation.
-    """
-
-    attention_mask: torch.Tensor
-
-
-def collate(rows: Sequence[Sequence[Example] | None], ids: list[int], length: int, device: torch.device) -> PackedBatch:
+def collate(rows: Sequence[Sequence[Example] | None], ids: list[int], length: int, device: torch.device) -> MicroBatch:
     """Lays conversations end to end in rows of `length` tokens; positions begin anew with each.
 
     Args:
@@ -156,7 +145,7 @@ def collate(rows: Sequence[Sequence[Example] | None], ids: list[int], length: in
         positions[row, start:] = np.arange(length - start)
     same = torch.from_numpy(belongs[:, :, None] == belongs[:, None, :])
     ahead = torch.ones(length, length, dtype=torch.bool).triu(1)
-    return PackedBatch(
+    return MicroBatch(
         tokens=torch.from_numpy(tokens).to(device),
         labels=torch.from_numpy(labels).to(device),
         loss_mask=torch.from_numpy(mask).to(device),

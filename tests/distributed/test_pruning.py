@@ -164,7 +164,7 @@ def test_a_pruned_checkpoint_goes_anywhere(pool: WorkerPool, material: Material,
         words += ["--tensor", str(tensor), "--pipeline", str(pipeline)]
         pruning.convert(pool, *words, world=tensor * pipeline)
     losses = []
-    for layout in ("one", "tp2", "pp2"):
+    for layout in ("one", "tp2_sp", "pp2"):
         world, cut = pruning.LAYOUTS[layout]
         changes: dict[str, Any] = {"student__model": None, "student__checkpoint": str(run_dir), "student__layout": cut}
         raw = runs.distill_config(material, tmp_path / layout, teacher, **changes)

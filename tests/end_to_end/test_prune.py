@@ -46,7 +46,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], int, tuple[str, ...]]] = {
     "not divisible": (
         {"prune__heads": 3, "student__layout": {"tensor": 2}},
         2,
-        ("student.layout.tensor: 2 does not divide prune.kv_heads 1 and", "1 would do"),
+        ("student.layout.tensor: 2 does not divide prune.heads 3 and prune.kv_heads 1;", "1 would do"),
     ),
     "no data": ({"data__train": ["FOLDER/nothing"]}, 2, ("FOLDER/nothing.bin does not exist",)),
     "no checkpoint": ({"teacher__checkpoint": "FOLDER/nobody"}, 1, ("teacher.checkpoint: FOLDER/nobody: no such",)),
@@ -95,7 +95,7 @@ def test_a_damaged_teacher_leaves_no_checkpoint(
 def test_a_signal_keeps_the_scores_and_the_same_command_goes_on(
     material: Material, teacher: Path, tmp_path: Path
 ) -> None:
-    raw = pruning.prune_config(material, teacher, tmp_path / "run", {**SMALL, "batches": 400}, {"tensor": 2})
+    raw = pruning.prune_config(material, teacher, tmp_path / "run", {**SMALL, "batches": 60}, {"tensor": 2})
     raw["checkpoint"]["every"] = 1
     words, scores = ["prune", "--config", runs.write_config(raw)], tmp_path / "run" / "scores.json"
     with job(words, 2, tmp_path / "first") as ranks:
@@ -104,8 +104,8 @@ def test_a_signal_keeps_the_scores_and_the_same_command_goes_on(
         assert ranks.wait() == [0, 0], ranks.stderr()
         assert "stopped by SIGTERM after batch" in ranks.stdout()
     begun = json.loads(scores.read_text())["batches"]
-    assert 0 < begun < 400 and manifests.latest(tmp_path / "run") is None
+    assert 0 < begun < 60 and manifests.latest(tmp_path / "run") is None
     with job([*words, "--checkpoint.every=0"], 2, tmp_path / "second") as ranks:
         assert ranks.wait() == [0, 0], ranks.stderr()
-    assert json.loads(scores.read_text())["batches"] == 400
+    assert json.loads(scores.read_text())["batches"] == 60
     assert manifests.latest(tmp_path / "run") is not None

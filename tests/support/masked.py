@@ -52,7 +52,9 @@ def parts_of(model: PreTrainedModel) -> Parts:
             (b.input_layernorm, b.attention, b.attention.dense, b.post_attention_layernorm, b.mlp, b.mlp.dense_4h_to_h)
             for b in inner.layers
         ]
-        return Parts(inner.embed_in, layers, inner.final_layer_norm, model.get_output_embeddings(), attend, parallel=True)
+        return Parts(
+            inner.embed_in, layers, inner.final_layer_norm, model.get_output_embeddings(), attend, parallel=True
+        )
     layers = [
         (b.input_layernorm, b.self_attn, b.self_attn.o_proj, b.post_attention_layernorm, b.mlp, b.mlp.down_proj)
         for b in inner.layers

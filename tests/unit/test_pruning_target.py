@@ -41,7 +41,9 @@ def test_the_shape_of_the_paper(loaded: Any) -> None:
     found = student_shape(loaded({"layers": 24, "hidden": 3072, "heads": 24, "ffn": 8192}), LLAMA2)
     assert numbers(found) == (24, 3072, 24, 24, 8192)
     assert (found.head_dim, found.kv_heads, found.vocab) == (None, None, 49216)
-    assert size.parameters(found) == 3_020_442_624 and size.non_embedding_parameters(found) == 2_717_908_992 + 49 * 3072  # norms
+    assert (
+        size.parameters(found) == 3_020_442_624 and size.non_embedding_parameters(found) == 2_717_908_992 + 49 * 3072
+    )  # norms
 
 
 @pytest.mark.parametrize(
