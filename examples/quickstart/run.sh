@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole road on a laptop's CPU, on a real corpus, in about ten minutes: text and tokenizer, a teacher, a student
-# distilled from it on 4 ranks (tensor 2 x pipeline 2), the same student trained without a teacher, a table, and the student in
-# Hugging Face's transformers.
+# pruned out of it and distilled from it on 4 ranks (tensor 2 x pipeline 2), the same shape trained from random weights
+# without a teacher, a table, and the student in Hugging Face's transformers.
 #
 #   bash examples/quickstart/run.sh
 #
@@ -35,18 +35,20 @@ fi
 echo "== 3. adapt: a teacher learns to write reviews (1 rank)"
 stage 1 adapt --config ../teacher.yaml
 
-echo "== 4. distill: a student 2.5 times smaller learns from it (4 ranks: tensor 2 x pipeline 2)"
+echo "== 4. prune, distill: a student 2.5 times smaller is cut out of it and learns from it (4 ranks: tensor 2 x pipeline 2)"
+stage 4 prune --config ../prune.yaml
 stage 4 distill --config ../student.yaml
 
-echo "== 5. the same student without a teacher, the same tokens (4 ranks)"
+echo "== 5. the same shape from random weights without a teacher, the same tokens (4 ranks)"
 stage 4 adapt --config ../alone.yaml
 
-echo "== 6. evaluate all three on the whole held-out set"
-for model in teacher student alone; do
+echo "== 6. evaluate all on the whole held-out set, the students before training too"
+for model in teacher pruned student alone; do
     stage 1 evaluate --config ../evaluate.yaml --student.checkpoint="runs/$model" --run_dir="runs/evaluate_$model"
 done
+stage 1 evaluate --config ../alone.yaml --student.layout={} --train.eval_batches=null --run_dir=runs/evaluate_random
 
-"$python" ../table.py runs teacher student alone
+"$python" ../table.py runs teacher pruned student random alone
 
 echo "== 7. export the student to Hugging Face, load it there and let it write"
 "$python" ../../../tools/convert_hf.py export --checkpoint runs/student --out hf/student --force

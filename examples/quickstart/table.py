@@ -15,31 +15,36 @@ from megatron_capgap.models import size
 
 NAMES = {
     "teacher": "teacher",
-    "student": "student, distilled",
-    "alone": "student, without teacher",
+    "pruned": "student: pruned",
+    "student": "student: pruned, distilled",
+    "random": "student: random weights",
+    "alone": "student: random weights, without teacher",
 }
+SHAPE_OF = {"random": "alone"}  # weights that were never written
 
 
 def main(runs: Path, names: list[str]) -> None:
     """Reads the runs' checkpoints, metrics and evaluations."""
     table = Table("model", box=None, pad_edge=False)
-    for column in ("parameters", "non-embedding", "tokens seen", "valid perplexity", "bits a byte", "tokens/s"):
+    for column in ("parameters", "non-embedding", "tokens seen", "valid loss", "perplexity", "bits a byte", "tokens/s"):
         table.add_column(column, justify="right")
     for name in names:
-        folder = manifest.latest(runs / name)
+        folder = manifest.latest(runs / SHAPE_OF.get(name, name))
         assert folder is not None, f"{name} has no checkpoint"
         facts = manifest.read(folder)
         result = json.loads((runs / f"evaluate_{name}" / "evaluation.json").read_text())
-        lines = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
-        speed = statistics.median(line["tokens_per_second"] for line in lines if "loss" in line)
+        metrics = runs / name / "metrics.jsonl"  # trained models have one
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+        speeds = [line["tokens_per_second"] for line in lines if "loss" in line]
         table.add_row(
             NAMES.get(name, name),
             f"{size.parameters(facts.model):,}",
             f"{size.non_embedding_parameters(facts.model):,}",
-            f"{facts.tokens:,}",
+            f"{facts.tokens:,}" if speeds else "0",
+            f"{result['valid_loss']:.4f}",
             f"{result['valid_perplexity']:.2f}",
             f"{result['bits_per_byte']:.4f}",
-            f"{speed:,.0f}",
+            f"{statistics.median(speeds):,.0f}" if speeds else "",
         )
     Console(width=120).print(table)
 

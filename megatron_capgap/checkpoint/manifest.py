@@ -18,6 +18,24 @@ MANIFEST = "capgap.json"
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The model that a pruned one was cut out of."""
+
+    checkpoint: str
+    """Its folder."""
+    step: int
+    """Optimizer steps it had done."""
+    tokens: int
+    """Tokens it had been trained on."""
+    model: ModelShape
+    """The model in numbers."""
+    parameters: int
+    """All its parameters."""
+    non_embedding: int
+    """Those without embeddings and LM head."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A checkpoint in words; stands beside the shards as capgap.json."""
 
@@ -47,6 +65,8 @@ class Manifest:
     """FP8 recipe of the run that wrote it; delayed scaling keeps its scales in the checkpoint."""
     projections: tuple[str, ...] = ()
     """Matched pairs of layers whose projections are in it, by name, ascending."""
+    pruned_from: Origin | None = None
+    """What the run's first weights were cut out of; stays with the model while it is trained."""
     format: int = FORMAT
     """Version of this file."""
 

@@ -6,7 +6,7 @@ A tensor of all layers is one entry `[layers, rows, ...]` of the checkpoint; a p
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,29 @@ class Piece:
         if self.entry.layered:
             offsets, sizes = (self.layer, *offsets), (1, *sizes)
         return ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+
+
+BLOCK_BYTES = 32 << 20
+"""Larger tensors are worked on in blocks of rows of about this size."""
+
+
+def blocks(entry: Entry, layer: int) -> Iterator[Piece]:
+    """One layer of an entry, from top to bottom in blocks of rows."""
+    rows = entry.shape[1 if entry.layered else 0]
+    step = max(1, BLOCK_BYTES // max(1, entry.bytes_a_row()))
+    for start in range(0, rows, step):
+        yield Piece(entry, layer, start, min(step, rows - start))
+
+
+def share(pieces: Sequence[Piece], rank: int, world: int) -> list[Piece]:
+    """This rank's pieces: consecutive ones, about as many bytes as on every other rank."""
+    total = sum(piece.nbytes for piece in pieces)
+    mine, done = [], 0
+    for piece in pieces:
+        if min(world - 1, done * world // max(1, total)) == rank:
+            mine.append(piece)
+        done += piece.nbytes
+    return mine
 
 
 def write(folder: Path, pieces: Sequence[Piece], produce: Callable[[Piece], Tensor]) -> None:

@@ -25,17 +25,19 @@ class Model:
     """student.precision or teacher.precision only where it was given; else the common precision holds."""
     path: str | None
     """The checkpoint that the shape was read from; None for a model in numbers."""
+    section: str = "student.model"
+    """Where its numbers were said."""
 
     def blame(self, name: str) -> str:
         """The beginning of a problem with number `name` of the shape; its value comes next."""
         if self.path is None:
-            return f"{self.loaded.place(f'{self.role}.model.{name}')}: "
+            return f"{self.loaded.place(f'{self.section}.{name}')}: "
         return f"{self.loaded.place(f'{self.role}.checkpoint')}: {self.path}: {name} "
 
     def number(self, name: str) -> str:
         """How a problem with another key mentions number `name` of the shape."""
         value = getattr(self.shape, name)
-        return f"{self.role}.model.{name} {value}" if self.path is None else f"{name} {value} of {self.path}"
+        return f"{self.section}.{name} {value}" if self.path is None else f"{name} {value} of {self.path}"
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,10 @@ def build(
     path = None if config.student.model else config.student.checkpoint
     key = "student.precision" if config.student.precision else "precision"
     arithmetic = derive.student_precision(config)
-    models = [Model(loaded, "student", student, config.student.layout, "student.layout", arithmetic, key, path)]
+    section = "prune" if stage == "prune" else "student.model"
+    models = [
+        Model(loaded, "student", student, config.student.layout, "student.layout", arithmetic, key, path, section)
+    ]
     if teacher is not None:
         assert config.teacher is not None
         layout_key = "teacher.layout" if config.teacher.layout else "student.layout"

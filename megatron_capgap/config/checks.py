@@ -247,7 +247,7 @@ def evaluations_have_data(case: Case) -> Iterator[str]:
 def objective_is_used(case: Case) -> Iterator[str]:
     """With a teacher there is something to minimise; without one nothing reads the objective."""
     objective = case.config.objective
-    if NEEDS[case.stage].teacher:
+    if "objective" not in NEEDS[case.stage].unread:
         if objective.divergence_weight == objective.cross_entropy_weight == 0 and not objective.matching:
             text = "0, and cross_entropy_weight is 0 too: nothing to minimise; any number > 0 would do"
             yield case.problem("objective.divergence_weight", text)
@@ -257,7 +257,8 @@ def objective_is_used(case: Case) -> Iterator[str]:
         # A default is harmless: resolved.yaml of an earlier run holds them all.
         if f"objective.{name}" in case.loaded.sources and given != default:
             shown = f"{len(given)} pairs" if isinstance(given, tuple) else given
-            text = f"{shown}: {case.stage} has no teacher, so nothing reads this; remove the key"
+            why = "minimises nothing" if NEEDS[case.stage].teacher else "has no teacher"
+            text = f"{shown}: {case.stage} {why}, so nothing reads this; remove the key"
             yield case.problem(f"objective.{name}", text)
 
 

@@ -30,10 +30,12 @@ class Traits:
     """Whether there may be fewer key/value heads than query heads."""
     free_head_dim: bool = True
     """Whether a head may be wider or narrower than hidden / heads."""
+    heads_divide_hidden: bool = False
+    """Whether transformers refuses a width that the heads do not divide, whatever head_dim says."""
 
 
 FAMILIES = {
-    "llama": Traits(),
+    "llama": Traits(heads_divide_hidden=True),
     "mistral": Traits(),
     "qwen2": Traits(qkv_bias=True, free_head_dim=False),
     "qwen3": Traits(qk_norm=True),

@@ -6,11 +6,10 @@ from megatron_capgap.config.keys import Key, join, table
 from megatron_capgap.config.load import NEEDS
 
 WIDTH = 100
-OF_TEACHER = ("teacher", "objective")
-"""Sections that only a stage with a teacher reads."""
 
 STAGES = {
     "adapt": "train a model on next tokens, from random weights or from a checkpoint",
+    "prune": "cut a student out of a teacher: heads, neurons, channels and layers by what they are worth",
     "distill": "train a student to match a teacher that runs forward only",
     "evaluate": "measure loss, perplexity and bits per byte on held-out data",
 }
@@ -53,7 +52,8 @@ def stage_help(stage: str) -> str:
     """
     needs = NEEDS[stage]
     lines = [f"capgap {stage}: {STAGES[stage]}", "", *_usage(stage), "", "options", *_columns(OPTIONS), ""]
-    lines += [f"{stage} needs student.checkpoint or student.model, and {', '.join(needs.required)}.", ""]
+    model = "student.checkpoint or student.model, and " if needs.student else ""
+    lines += [f"{stage} needs {model}{', '.join(needs.required)}.", ""]
     lines += ["configuration keys, by section", "", *_section(table()[""], stage)]
     return "\n".join(lines)
 
@@ -79,7 +79,7 @@ def _section(section: Key, stage: str) -> list[str]:
     lines = []
     if section.name:
         default = f" (default {section.default})" if section.default else ""
-        unread = "" if NEEDS[stage].teacher or section.name not in OF_TEACHER else f" Not read by {stage}."
+        unread = f" Not read by {stage}." if section.name in NEEDS[stage].unread else ""
         lines += _wrapped(f"{section.name}: {section.doc}{default}{unread}", 0)
     for key in keys:
         if not key.children:

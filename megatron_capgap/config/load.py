@@ -31,14 +31,22 @@ class StageNeeds:
 
     required: tuple[str, ...]
     """Keys that must be given and not be empty."""
-    teacher: bool
-    """Whether there is a teacher; a stage without one refuses the section."""
+    unread: tuple[str, ...]
+    """Sections that nothing in the stage reads."""
+    student: bool = True
+    """Whether student.checkpoint or student.model must be given; a stage that makes the student refuses them."""
+
+    @property
+    def teacher(self) -> bool:
+        """Whether there is a teacher; a stage without one refuses the section."""
+        return "teacher" not in self.unread
 
 
 NEEDS = {
-    "adapt": StageNeeds(required=("train.steps", "data.train"), teacher=False),
-    "distill": StageNeeds(required=("train.steps", "data.train", "teacher"), teacher=True),
-    "evaluate": StageNeeds(required=("data.valid",), teacher=False),
+    "adapt": StageNeeds(required=("train.steps", "data.train"), unread=("teacher", "prune", "objective")),
+    "prune": StageNeeds(required=("teacher", "prune", "data.train"), unread=("objective",), student=False),
+    "distill": StageNeeds(required=("train.steps", "data.train", "teacher"), unread=("prune",)),
+    "evaluate": StageNeeds(required=("data.valid",), unread=("teacher", "prune", "objective")),
 }
 
 
@@ -78,6 +86,8 @@ def load(path: str, overrides: Sequence[str], stage: str) -> Loaded:
     for number, words in enumerate(overrides):
         override(tree, words, number)
     config = None
+    if not NEEDS[stage].student:
+        tree.values.setdefault("student", {})
     if not unreadable:
         config = _validate(tree)
         for key, problem in _unmet_needs(tree, stage):
@@ -158,7 +168,12 @@ def _unmet_needs(tree: Tree, stage: str) -> Iterator[tuple[str, str]]:
             yield key, f"{stage} needs it; give {wanted}: {table()[key].doc}"
     if not needs.teacher and tree.get("teacher") is not None:
         yield "teacher", f"{stage} has no teacher; remove the section"
+    if "prune" in needs.unread and tree.get("prune") is not None:
+        yield "prune", f"{stage} prunes nothing; remove the section"
     given = [name for name in ("checkpoint", "model") if tree.get(f"student.{name}") is not None]
-    if isinstance(tree.get("student"), dict) and len(given) != 1:
+    if not needs.student:
+        for name in given:
+            yield f"student.{name}", f"{stage} makes the student, out of teacher.checkpoint; remove the key"
+    elif len(given) != 1 and isinstance(tree.get("student"), dict):
         said = "both" if given else "neither"
         yield "student", f"{said} of checkpoint and model given; give exactly one of them"

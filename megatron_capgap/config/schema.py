@@ -21,7 +21,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-STAGES = ("adapt", "distill", "evaluate")
+STAGES = ("adapt", "prune", "distill", "evaluate")
 DIVERGENCES = (
     "forward_kl",
     "reverse_kl",
@@ -152,7 +152,7 @@ class Precision:
 
 @dataclass(frozen=True)
 class Student:
-    """The model that a stage trains (adapt, distill) or measures (evaluate)."""
+    """The model that a stage trains (adapt, distill), measures (evaluate) or makes (prune; only layout is given)."""
 
     __pydantic_config__ = STRICT
 
@@ -168,7 +168,7 @@ class Student:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The model that a student learns from; it only ever runs forward."""
+    """The model that a student learns from or is cut out of; its weights stay as they are."""
 
     __pydantic_config__ = STRICT
 
@@ -182,6 +182,40 @@ class Teacher:
     """Sequences in one teacher forward pass; null means train.micro_batch."""
     precision: Precision | None = None
     """The teacher's own arithmetic, in place of the section precision; null means that section."""
+
+
+@dataclass(frozen=True)
+class Prune:
+    """The student that is cut out of the teacher: its size as numbers, as a sparsity or as a count of parameters."""
+
+    __pydantic_config__ = STRICT
+
+    layers: Positive | None = None
+    """Transformer layers that stay; null means all."""
+    hidden: Positive | None = None
+    """Channels of the residual stream that stay, the same ones in all layers; null means all."""
+    heads: Positive | None = None
+    """Attention heads that stay in each layer; null means all, or with kv_heads given the queries of those groups."""
+    kv_heads: Positive | None = None
+    """Key/value heads that stay in each layer; null keeps as many queries to a group as the teacher has."""
+    ffn: Positive | None = None
+    """Neurons of the feed-forward layer that stay in each layer; null means all."""
+    sparsity: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of each layer's weights that goes, in place of hidden, heads and ffn: each of them loses
+    1 - sqrt(1 - sparsity), for the weights lie between two of them."""
+    parameters: Positive | None = None
+    """Parameters of the student without embeddings, in place of hidden, heads and ffn: the nearest shape in which these
+    are cut by one share."""
+    multiple: Positive = 8
+    """sparsity and parameters choose a hidden and an ffn that are multiples of this."""
+    importance: Literal["gradient", "activation"] = "gradient"
+    """What a part is worth. gradient: |d loss / d mask|, the mean over micro-batches of the loss of each; activation,
+    forward only: what heads and neurons send into the residual stream (size times outgoing weights), and the size of
+    each channel behind the norms."""
+    batches: Positive = 16
+    """Global batches of data.train that the parts are scored on."""
+    layers_by: Literal["position", "importance"] = "position"
+    """position: the middle layers stay, as many go at either end; importance: those worth most stay."""
 
 
 @dataclass(frozen=True)
@@ -324,7 +358,7 @@ class Config:
     run_dir: str
     """Directory of this run: resolved.yaml, metrics.jsonl, tensorboard/, checkpoints/, latest."""
     student: Student
-    """The model that is trained or measured."""
+    """The model that is trained, measured or made; prune may do without the section."""
     data: Data
     """What is read."""
     seed: Seed = 1234
@@ -332,7 +366,9 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes cuda where a GPU is visible, else cpu."""
     teacher: Teacher | None = None
-    """The model that the student learns from; distill needs it."""
+    """The model that the student learns from (distill) or is cut out of (prune)."""
+    prune: Prune | None = None
+    """What of the teacher stays; prune needs it."""
     train: Train = field(default_factory=Train)
     """How long and in what portions."""
     optimizer: Optimizer = field(default_factory=Optimizer)

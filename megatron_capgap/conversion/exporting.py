@@ -15,6 +15,7 @@ import torch.distributed as dist
 from megatron_capgap.checkpoint import manifest as manifests
 from megatron_capgap.checkpoint.manifest import Manifest
 from megatron_capgap.checkpoint.pieces import Entry, Reader
+from megatron_capgap.config import families as traits
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.conversion import card, plan, tokenizer
@@ -207,6 +208,11 @@ def _write_transposed(writer: Writer, names: dict[int, Tensor], target: Target, 
 def config_of(family: Family, manifest: Manifest, carried: Path | None, words: tokenizer.Words) -> dict[str, Any]:
     """config.json: what the shape decides, over what came along."""
     shape = manifest.model
+    if traits.FAMILIES[family.name].heads_divide_hidden and shape.hidden % shape.heads:
+        raise UserError(
+            f"{manifest.model.family} of hidden {shape.hidden} and heads {shape.heads}: transformers loads no "
+            f"{family.name} whose heads do not divide hidden, whatever head_dim says; prune or train one where they do"
+        )
     known = read_json(carried / "config.json") if carried and (carried / "config.json").is_file() else {}
     tokens = {key: known.get(key, getattr(words, key)) for key in ("bos_token_id", "eos_token_id")}
     return {

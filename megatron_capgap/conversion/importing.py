@@ -73,7 +73,7 @@ def import_folder(
         for target in targets
         for piece in target.pieces(target.entry(source.shape.layers, types[target.key]))
     }
-    mine = plan.share(list(of_piece), dist.get_rank(), dist.get_world_size())
+    mine = storage.share(list(of_piece), dist.get_rank(), dist.get_world_size())
     produce = _Reading(of_piece, tensors, sum(piece.nbytes for piece in mine), progress)
     with replacing(out, _imported, force=force) as staged:
         checkpoint = staged / "checkpoints" / ".step_0.incomplete"
@@ -138,7 +138,7 @@ def _drop_copy_of_embedding(source: Source, tensors: dict[str, Stored]) -> None:
     if head is None or embedding is None:
         return
     files = Files()
-    step = max(1, plan.BLOCK_BYTES // max(1, head.row_bytes))
+    step = max(1, storage.BLOCK_BYTES // max(1, head.row_bytes))
     same = (head.shape, head.dtype) == (embedding.shape, embedding.dtype) and all(
         torch.equal(*(files.read(one, row, min(step, head.shape[0] - row)) for one in (head, embedding)))
         for row in range(0, head.shape[0], step)

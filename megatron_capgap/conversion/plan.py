@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from megatron_capgap.checkpoint.pieces import Entry, Piece
+from megatron_capgap.checkpoint.pieces import BLOCK_BYTES, Entry, Piece
 from megatron_capgap.config.schema import Layout, ModelShape, Precision
 from megatron_capgap.conversion.family import PACKINGS, Family, Row
 from megatron_capgap.models import gpt, packing
@@ -15,9 +15,6 @@ from megatron_capgap.models.packing import Run
 from megatron_capgap.models.state import shards
 from megatron_capgap.runtime import layout
 from megatron_capgap.runtime.devices import Device
-
-BLOCK_BYTES = 32 << 20
-"""Larger tensors are converted in blocks of rows of about this size."""
 
 
 @dataclass(frozen=True)
@@ -84,14 +81,3 @@ def _tensors_of(shape: ModelShape, device: Device) -> dict[str, tuple[int, ...]]
     found = {shard.key: tuple(shard.global_shape[shard.prepend_axis_num :]) for shard in shards(chunks, grid)}
     layout.release()
     return found
-
-
-def share(pieces: Sequence[Piece], rank: int, world: int) -> list[Piece]:
-    """This rank's pieces: consecutive ones, about as many bytes as on every other rank."""
-    total = sum(piece.nbytes for piece in pieces)
-    mine, done = [], 0
-    for piece in pieces:
-        if min(world - 1, done * world // max(1, total)) == rank:
-            mine.append(piece)
-        done += piece.nbytes
-    return mine

@@ -164,7 +164,8 @@ def _megatron(folder: Path, shape: ModelShape, grid: Grid, device: Device, ids: 
         trace.logits = torch.cat(shards, dim=-1)[..., : shape.vocab].transpose(0, 1)
         return hidden.new_zeros(()), torch.zeros((), dtype=torch.int), None
 
-    batch = SimpleNamespace(tokens=ids, position_ids=torch.arange(ids.shape[1]).expand_as(ids))
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    batch = SimpleNamespace(tokens=ids, position_ids=positions, attention_mask=None)
     layers = list(model.decoder.layers)
     numbers = [layer.layer_number - 1 for layer in layers]
     with torch.no_grad(), _watched(layers, numbers, trace.layers, lambda x: x.transpose(0, 1)):

@@ -19,6 +19,7 @@ class MicroBatch:
         loss_mask: float32 [b, s], 1 where a label counts.
         position_ids: int64 [b, s].
         sample_ids: number of the sample in each row.
+        attention_mask: bool [b, 1, s, s], True where a token may not look; None means that it may not look ahead.
     """
 
     tokens: torch.Tensor
@@ -26,6 +27,7 @@ class MicroBatch:
     loss_mask: torch.Tensor
     position_ids: torch.Tensor
     sample_ids: list[int]
+    attention_mask: torch.Tensor | None = None
 
     def flat(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Labels and loss mask as vectors [s * b], in the order of hidden states [s, b, h] as [s * b, h]."""

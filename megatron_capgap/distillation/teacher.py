@@ -92,7 +92,8 @@ def regroup(batches: Sequence[MicroBatch], rows: int) -> Sequence[MicroBatch]:
         return batches
     together = {
         name: torch.cat([getattr(batch, name) for batch in batches]).split(rows)
-        for name in ("tokens", "labels", "loss_mask", "position_ids")
+        for name in ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+        if getattr(batches[0], name) is not None
     }
     ids = [sample for batch in batches for sample in batch.sample_ids]
     return [

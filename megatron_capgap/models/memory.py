@@ -60,7 +60,7 @@ def estimate(
 
     Args:
         config: checked.
-        stage: adapt, distill or evaluate.
+        stage: adapt, prune, distill or evaluate.
         student, teacher: shapes.
         world: number of ranks.
         on_cpu: whether the run is on a CPU, whose allocator and matrix library hold more.
@@ -75,6 +75,9 @@ def estimate(
 def _of_stage(
     config: Config, stage: str, student: ModelShape, teacher: ModelShape | None, world: int, pipeline_rank: int
 ) -> Memory:
+    if stage == "prune":
+        assert teacher is not None
+        return _of_scoring(config, teacher, world, pipeline_rank)
     layout, precision = config.student.layout, derive.student_precision(config)
     width = _BYTES[precision.compute]
     held = size.rank_parameters(student, layout, pipeline_rank)
@@ -109,6 +112,31 @@ def _of_stage(
         heap=_heap([*kept, *[student.ffn // layout.tensor] * 6], tokens * width),
         workspace=_WORKSPACE,
         saving=_SAVED_BYTES * held + _SAVING_BUFFERS,
+    )
+
+
+def _of_scoring(config: Config, teacher: ModelShape, world: int, pipeline_rank: int) -> Memory:
+    """A teacher whose parts are scored: with gradients of activations, and none of weights."""
+    layout = replace(config.student.layout, virtual_pipeline=1)
+    precision = derive.teacher_precision(config)
+    width = _BYTES[precision.compute]
+    tokens = config.train.micro_batch * config.data.sequence_length
+    last = pipeline_rank == layout.pipeline - 1
+    backward = (6 if FAMILIES[teacher.family].gated else 4) * teacher.ffn // layout.tensor
+    kept: list[int] = []
+    if config.prune is not None and config.prune.importance == "gradient":
+        # What the layers keep for the backward pass, and what attention and feed-forward add to the residual stream.
+        a_layer = [*_kept(teacher, layout), *[_cut(teacher.hidden, layout)] * 2]
+        micro_batches = derive.micro_batches(config, config.student.layout, world)
+        kept = a_layer * _layers_in_flight(layout, micro_batches, pipeline_rank, teacher.layers)
+    return Memory(
+        weights=size.rank_parameters(teacher, layout, pipeline_rank) * width,
+        activations=sum(kept) * tokens * width,
+        backward_pass=backward * tokens * width,
+        loss=_logits(teacher, layout, tokens) + tokens * teacher.hidden * width if last else 0,
+        fp8_copies=_fp8_copies(precision, teacher, layout, trains=bool(kept)),
+        heap=_heap([*kept, *[teacher.ffn // layout.tensor] * 6], tokens * width),
+        workspace=_WORKSPACE,
     )
 
 

@@ -6,7 +6,7 @@ keys and values lie group by group, each group's queries before its key and its 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_capgap.config import derive
@@ -63,6 +63,17 @@ def parts_of_rows(runs: Sequence[Run], start: int, count: int) -> Iterator[Run]:
         first, last = max(start, run.packed), min(start + count, run.packed + run.count)
         if first < last:
             yield Run(run.part, run.start + first - run.packed, first, last - first)
+
+
+def kept_rows(runs: Sequence[Run], kept: Sequence[Collection[int]]) -> list[int]:
+    """The packed rows, in order, of which some rows of each part consist.
+
+    Args:
+        runs: of the packed matrix.
+        kept: of each part, the rows that are wanted.
+    """
+    wanted = [set(rows) for rows in kept]
+    return [run.packed + i for run in runs for i in range(run.count) if run.start + i in wanted[run.part]]
 
 
 def part_rows(runs: Sequence[Run]) -> list[int]:

@@ -31,7 +31,8 @@ def run(
     Args:
         chunks: this rank's model chunks, wrapped or bare.
         grid: their layout.
-        micro_batches: what to run; each has `tokens` and `position_ids` `[b, s]`.
+        micro_batches: what to run; each has `tokens` and `position_ids` `[b, s]`, and an `attention_mask`
+            `[b, 1, s, s]` or None.
         last_stage: called on the last stage with the final hidden states `[s, b, h]` (`[s/tp, b, h]` under sequence
             parallelism) and their micro-batch. When training it returns (loss_sum, num_tokens, anything); forward-only,
             (a scalar tensor, num_tokens, anything). Megatron divides gradients by the global sum of num_tokens.
@@ -45,7 +46,7 @@ def run(
 
     def forward(iterator: Any, model: torch.nn.Module) -> tuple[Tensor, Any]:
         batch = next(iterator)
-        hidden = model(batch.tokens, batch.position_ids, attention_mask=None)
+        hidden = model(batch.tokens, batch.position_ids, attention_mask=batch.attention_mask)
         return hidden, partial(last_stage, batch=batch)
 
     execute = get_forward_backward_func(

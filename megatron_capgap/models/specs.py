@@ -113,26 +113,37 @@ class ScaledDotProductAttention(torch.nn.Module):
 
         Args:
             query: `[s, b, heads/tp, d]`; key, value: `[s, b, kv_heads/tp, d]`, local shards.
-            attention_mask, attention_bias, packed_seq_params: must be None; the mask is causal.
+            attention_mask: bool `[b, 1, s, s]`, True where a query may not look; None is the causal one.
+            attention_bias, packed_seq_params: must be None.
 
         Returns:
             `[s, b, heads/tp * d]`, a local shard.
         """
-        assert attention_mask is None and attention_bias is None and packed_seq_params is None
+        assert attention_bias is None and packed_seq_params is None
+        seen = None if attention_mask is None else ~attention_mask
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         grouped = key.shape[1] != query.shape[1]
         dropout = self.dropout if self.training else 0.0
         if dropout > 0.0:
             # Every tensor-parallel rank has other heads, hence its own random stream.
             with get_cuda_rng_tracker().fork():
-                context = self._attend(query, key, value, dropout, grouped)
+                context = self._attend(query, key, value, seen, dropout, grouped)
         else:
-            context = self._attend(query, key, value, 0.0, grouped)
+            context = self._attend(query, key, value, seen, 0.0, grouped)
         return context.permute(2, 0, 1, 3).flatten(2)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float, grouped: bool) -> Tensor:
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, dropout: float, grouped: bool
+    ) -> Tensor:
         return F.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, is_causal=True, scale=self.scale, enable_gqa=grouped
+            query,
+            key,
+            value,
+            attn_mask=seen,
+            dropout_p=dropout,
+            is_causal=seen is None,
+            scale=self.scale,
+            enable_gqa=grouped,
         )
 
 

@@ -87,6 +87,8 @@ def arithmetic(resolved: Resolved) -> list[str]:
     shapes = (("student", resolved.student), ("teacher", resolved.teacher))
     for (name, shape), precision in zip(shapes, derive.precisions(resolved.config), strict=False):
         assert shape is not None
+        if resolved.stage == "prune" and name == "student":
+            continue  # it does not run
         trains = name == "student" and resolved.stage != "evaluate"
         count = fp8.gemm_count(precision, shape, trains=trains)
         line = f"{name} arithmetic: {precision.compute}"
@@ -110,7 +112,15 @@ def _work(resolved: Resolved) -> list[str]:
         f"tokens a step: {batch * length:,} = {batch} sequences x {length}; {micro} micro-batches of "
         f"{config.train.micro_batch} on each data-parallel rank"
     ]
-    if config.train.steps is not None and resolved.stage != "evaluate":
+    if config.prune is not None and resolved.teacher is not None:
+        tokens = config.prune.batches * batch * length
+        # Weights want no gradient, so that the backward pass costs what the forward pass does.
+        passes = 2 if config.prune.importance == "gradient" else 1
+        flops = passes * size.forward_flops(resolved.teacher, length)
+        lines.append(
+            f"the scores: {config.prune.batches} global batches, {tokens:,} tokens, {tokens * flops:.3g} FLOPs"
+        )
+    elif config.train.steps is not None and resolved.stage != "evaluate":
         tokens = config.train.steps * batch * length
         lines.append(f"the run: {config.train.steps:,} steps, {tokens:,} tokens, {tokens * flops:.3g} FLOPs")
     if resolved.resumed is not None:

@@ -144,7 +144,7 @@ def training_run(
         vocab_size=resolved.student.vocab,
         byte_lengths=padded_byte_lengths(resolved),
         global_batch=resolved.global_batch,
-        describe=lambda done: _describe(ground, done),
+        describe=lambda done: describe(ground, done),
         prepare=prepare,
         loss_of_layers=loss_of_layers,
         flops_a_token=size.training_flops(resolved.student, resolved.teacher, config.data.sequence_length),
@@ -235,7 +235,8 @@ def _introduce(log: Log, resolved: Resolved, device: Device, grid: Grid) -> None
     )
 
 
-def _describe(ground: Ground, done: int) -> Manifest:
+def describe(ground: Ground, done: int) -> Manifest:
+    """What a checkpoint after `done` steps says of itself."""
     resolved, config = ground.resolved, ground.config
     samples = done * resolved.global_batch
     fp8 = derive.student_precision(config).fp8
@@ -253,4 +254,5 @@ def _describe(ground: Ground, done: int) -> Manifest:
         projections=derive.projection_names(config, resolved.student, resolved.teacher),
         sequence_length=config.data.sequence_length,
         fp8_recipe=fp8.recipe if fp8 else None,
+        pruned_from=resolved.student_source.manifest.pruned_from if resolved.student_source else None,
     )

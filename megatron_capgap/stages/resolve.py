@@ -12,6 +12,7 @@ from megatron_capgap.config.errors import ConfigError, UserError
 from megatron_capgap.config.load import Loaded
 from megatron_capgap.config.schema import Config, ModelShape
 from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
+from megatron_capgap.pruning.target import student_shape
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,11 @@ def resolve(loaded: Loaded, stage: str, world: int, capability: tuple[int, int] 
     config = loaded.config
     student_source = _source(loaded, "student.checkpoint", config.student.checkpoint)
     teacher_source = _source(loaded, "teacher.checkpoint", config.teacher.checkpoint if config.teacher else None)
-    student = config.student.model or (student_source.manifest.model if student_source else None)
-    assert student is not None, "load refuses a student that has neither"
     teacher = teacher_source.manifest.model if teacher_source else None
+    student = config.student.model or (student_source.manifest.model if student_source else None)
+    if stage == "prune" and teacher is not None:
+        student = student_shape(loaded, teacher)
+    assert student is not None, "load refuses a student that has neither"
     checks.check(loaded, stage, world, student, teacher, capability)
     tokenizer = open_tokenizer(config.data.tokenizer)
     resumed = _begun(loaded, stage, world, student, teacher, tokenizer)

@@ -54,6 +54,6 @@ def test_only_known_scripts_are_left_out() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*/*.yaml")), ids=lambda path: path.stem)
 def test_every_example_is_a_valid_configuration(path: Path) -> None:
-    stage = re.match(r"# (adapt|distill|evaluate): ", path.read_text())
+    stage = re.match(r"# (adapt|prune|distill|evaluate): ", path.read_text())
     assert stage, f"{path.name} does not begin with the stage that it is for"
     load(str(path), [], stage[1])

@@ -44,6 +44,7 @@ LIGHT = (
     "models/size.py",
     "models/memory.py",
     "models/packing.py",
+    "pruning/target.py",
     "checkpoint/manifest.py",
     "runtime/launch.py",
     "runtime/quiet.py",

@@ -104,9 +104,9 @@ def test_check_takes_the_world_of_the_launcher_and_only_the_first_rank_prints(st
 @pytest.mark.parametrize(
     "words, message",
     [
-        ([], "no stage given; one of adapt, distill, evaluate would do"),
-        (["distil"], "distil: no such stage; did you mean distill? one of adapt, distill, evaluate would do"),
-        (["cook", "--help"], "cook: no such stage; one of adapt, distill, evaluate would do"),
+        ([], "no stage given; one of adapt, prune, distill, evaluate would do"),
+        (["distil"], "distil: no such stage; did you mean distill? one of adapt, prune, distill, evaluate would do"),
+        (["cook", "--help"], "cook: no such stage; one of adapt, prune, distill, evaluate would do"),
         (["adapt"], "--config: missing; write adapt --config FILE"),
         (["adapt", "--config"], "--config: no value given; write --config=VALUE"),
         (["adapt", "--config", "--check"], "--config: no value given; write --config=VALUE"),

@@ -1,0 +1,187 @@
+"""Teacher checkpoint and plan to student checkpoint: block by block, no rank holds a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_capgap.checkpoint import pieces as storage
+from megatron_capgap.checkpoint.pieces import Entry, Piece, Reader
+from megatron_capgap.config import derive
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.families import FAMILIES
+from megatron_capgap.config.schema import ModelShape
+from megatron_capgap.models import packing
+from megatron_capgap.pruning.plan import Plan
+
+_LAYERS = "decoder.layers."
+# The norms in the order of a plan's gains.
+_NORMS = ("self_attention.linear_qkv.layer_norm_", "mlp.linear_fc1.layer_norm_")
+# Each projection of a layer: what its outputs and its inputs run over.
+_LINEARS = (
+    ("self_attention.linear_qkv.", "qkv", "channels"),
+    ("self_attention.linear_proj.", "channels", "context"),
+    ("mlp.linear_fc1.", "fc1", "channels"),
+    ("mlp.linear_fc2.", "channels", "neurons"),
+)
+
+Axes = tuple[str, ...]
+"""What each dimension of a tensor of one layer runs over."""
+
+
+def apply(checkpoint: Path, plan: Plan, staged: Path) -> None:
+    """Writes the tensors of the student's checkpoint. Collective; each rank reads and writes its share of the bytes.
+
+    Args:
+        checkpoint: the teacher's.
+        plan: what stays.
+        staged: an empty folder.
+
+    Raises:
+        UserError: the checkpoint does not hold what its words say, or cannot be read.
+    """
+    cutting = _Cutting(checkpoint, plan)
+    pieces = [
+        piece
+        for entry in cutting.entries
+        for layer in range(entry.shape[0] if entry.layered else 1)
+        for piece in storage.blocks(entry, layer)
+    ]
+    mine = storage.share(pieces, dist.get_rank(), dist.get_world_size())
+    try:
+        storage.write(staged, mine, cutting)
+    except CheckpointException as error:  # torch's; gathers what went wrong on any rank, on every rank
+        raise UserError(f"{staged}: {next(iter(error.failures.values()))[0]}") from error
+
+
+def axes_of(shape: ModelShape) -> dict[str, Axes]:
+    """Every tensor of a model by its key in a checkpoint."""
+    traits = FAMILIES[shape.family]
+    norm = ("weight", "bias") if traits.norm == "LayerNorm" else ("weight",)
+    found: dict[str, Axes] = {"embedding.word_embeddings.weight": ("vocabulary", "channels")}
+    if traits.learned_positions:
+        found["embedding.position_embeddings.weight"] = ("positions", "channels")
+    for name in (*(_LAYERS + name for name in _NORMS), "decoder.final_layernorm."):
+        found |= {f"{name}{kind}": ("channels",) for kind in norm}
+    for name, outputs, inputs in _LINEARS:
+        found[f"{_LAYERS}{name}weight"] = (outputs, inputs)
+        if traits.linear_bias or (traits.qkv_bias and outputs == "qkv"):
+            found[f"{_LAYERS}{name}bias"] = (outputs,)
+    if traits.qk_norm:
+        found |= {f"{_LAYERS}self_attention.{name}_layernorm.weight": ("head",) for name in "qk"}
+    if not shape.tied_embeddings:
+        found["output_layer.weight"] = ("vocabulary", "channels")
+    return found
+
+
+class _Cutting:
+    """Makes pieces of the student out of rows of the teacher.
+
+    Args:
+        checkpoint: the teacher's.
+        plan: what stays.
+
+    Raises:
+        UserError: see `apply`.
+    """
+
+    def __init__(self, checkpoint: Path, plan: Plan) -> None:
+        self._plan = plan
+        self._axes = axes_of(plan.teacher)
+        self._kept: dict[tuple[str, int], list[int]] = {}
+        self._reader = Reader(checkpoint)
+        self._sources = self._checked(checkpoint)
+        self.entries = [self._entry(key, source) for key, source in self._sources.items()]
+        """Of the student."""
+
+    def __call__(self, piece: Piece) -> Tensor:
+        """The piece's rows `[count, ...]`, in the teacher's type."""
+        key, source = piece.entry.key, self._sources[piece.entry.key]
+        rows = self._rows(self._axes[key][0], piece.layer)[piece.start : piece.start + piece.count]
+        layer = self._plan.layers[piece.layer] if source.layered else 0
+        first, count = rows[0], rows[-1] - rows[0] + 1
+        block = self._reader.read(Piece(source, layer, first, count))
+        block = block[torch.tensor(rows) - first]
+        if len(self._axes[key]) > 1:
+            block = block.index_select(1, torch.tensor(self._rows(self._axes[key][1], piece.layer)))
+        gain = self._gain(key, piece.layer)
+        return block if gain == 1.0 else (block.double() * gain).to(block.dtype)
+
+    def _checked(self, checkpoint: Path) -> dict[str, Entry]:
+        """The teacher's tensors, each as large as its words say."""
+        there, found = self._reader.tensors(), {}
+        for key, axes in self._axes.items():
+            if key not in there:
+                raise UserError(f"{checkpoint}: {key} is missing; use a checkpoint of this model")
+            size, dtype = there[key]
+            layered = key.startswith(_LAYERS)
+            wanted = tuple(self._length(axis) for axis in axes)
+            # Rows beyond the vocabulary are padding of the layout that wrote them.
+            inner = size[1:] if layered else (min(size[0], wanted[0]), *size[1:])
+            if inner != wanted or (layered and size[0] != self._plan.teacher.layers):
+                raise UserError(f"{checkpoint}: {key} is {list(size)}, in each layer {list(wanted)} was expected")
+            found[key] = Entry(key, size, dtype, layered)
+        return found
+
+    def _entry(self, key: str, source: Entry) -> Entry:
+        size = tuple(len(self._rows(axis, 0)) for axis in self._axes[key])
+        return Entry(key, (len(self._plan.layers), *size) if source.layered else size, source.dtype, source.layered)
+
+    def _gain(self, key: str, layer: int) -> float:
+        """What a norm's gain is multiplied with, 1 for other tensors."""
+        if key == "decoder.final_layernorm.weight":
+            return self._plan.gains[-1]
+        for number, name in enumerate(_NORMS):
+            if key == f"{_LAYERS}{name}weight":
+                return self._plan.gains[2 * layer + number]
+        return 1.0
+
+    def _length(self, axis: str) -> int:
+        """The teacher's size along an axis."""
+        shape = self._plan.teacher
+        width, groups = derive.head_dim(shape), derive.kv_heads(shape)
+        fc1 = (2 if FAMILIES[shape.family].gated else 1) * shape.ffn
+        return {
+            "vocabulary": shape.vocab,
+            "positions": shape.max_positions or 0,
+            "channels": shape.hidden,
+            "head": width,
+            "qkv": (shape.heads + 2 * groups) * width,
+            "context": shape.heads * width,
+            "fc1": fc1,
+            "neurons": shape.ffn,
+        }[axis]
+
+    def _rows(self, axis: str, layer: int) -> list[int]:
+        """What stays along an axis.
+
+        Args:
+            axis: its name.
+            layer: of the student, from 0.
+        """
+        if (axis, layer) not in self._kept:
+            self._kept[axis, layer] = self._find_rows(axis, layer)
+        return self._kept[axis, layer]
+
+    def _find_rows(self, axis: str, layer: int) -> list[int]:
+        plan, shape = self._plan, self._plan.teacher
+        if axis == "channels":
+            return list(plan.channels)
+        if axis == "neurons" or (axis == "fc1" and not FAMILIES[shape.family].gated):
+            return list(plan.neurons[layer])
+        if axis == "fc1":
+            return packing.kept_rows(packing.gate_up(shape), [plan.neurons[layer]] * 2)
+        if axis in ("qkv", "context"):
+            heads, groups = (self._wide(rows[layer]) for rows in (plan.heads, plan.groups))
+            return heads if axis == "context" else packing.kept_rows(packing.qkv(shape), (heads, groups, groups))
+        return list(range(self._length(axis)))
+
+    def _wide(self, heads: Sequence[int]) -> list[int]:
+        """The rows of heads of the teacher's width."""
+        width = derive.head_dim(self._plan.teacher)
+        return [head * width + i for head in heads for i in range(width)]

@@ -1,0 +1,111 @@
+"""The stage prune as a user meets it: --check, wrong input, a signal, and processes of its own."""
+
+import json
+import re
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_capgap.__main__ import main
+from megatron_capgap.checkpoint import manifest as manifests
+from megatron_capgap.config.schema import ModelShape
+from megatron_capgap.models import size
+from tests.support import pruning, runs
+from tests.support.pool import WorkerPool
+from tests.support.processes import job
+from tests.support.runs import Material
+
+SMALL = {"layers": 2, "hidden": 42, "ffn": 64}
+
+
+def test_check_tells_the_shape_before_and_after(
+    material: Material, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = pruning.prune_config(material, teacher, tmp_path / "run", SMALL, {"tensor": 2, "pipeline": 2})
+    assert main(["prune", "--config", runs.write_config(raw), "--check-world", "8"]) == 0
+    out = capsys.readouterr().out
+    before = ModelShape(**runs.TEACHER)
+    after = ModelShape(**{**runs.TEACHER, **SMALL}, head_dim=8)
+    for role, shape in (("teacher", before), ("student", after)):
+        found = re.search(rf"^{role} +([\d,]+) +([\d,]+)  llama: (.*)$", out, re.MULTILINE)
+        assert found is not None
+        counts = [int(number.replace(",", "")) for number in found.groups()[:2]]
+        assert counts == [size.parameters(shape), size.non_embedding_parameters(shape)]
+        assert f"{shape.layers} layers, hidden {shape.hidden}, 6 heads over 2 groups, ffn {shape.ffn}" in found[3]
+    assert "rank grid: 8 ranks = tensor 2 x data 2 x pipeline 2" in out
+    assert "the scores: 2 global batches, 512 tokens, " in out
+    assert "student arithmetic" not in out and "teacher arithmetic: fp32" in out
+    assert not (tmp_path / "run").exists()
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], int, tuple[str, ...]]] = {
+    "larger": ({"prune__hidden": 96}, 1, ("prune.hidden: 96 is larger than hidden 48 of", "1 to 48 would do")),
+    "not divisible": (
+        {"prune__heads": 3, "student__layout": {"tensor": 2}},
+        2,
+        ("student.layout.tensor: 2 does not divide prune.heads 3 and prune.kv_heads 1;", "1 would do"),
+    ),
+    "no data": ({"data__train": ["FOLDER/nothing"]}, 2, ("FOLDER/nothing.bin does not exist",)),
+    "no checkpoint": ({"teacher__checkpoint": "FOLDER/nobody"}, 1, ("teacher.checkpoint: FOLDER/nobody: no such",)),
+    "a student": ({"student__checkpoint": "FOLDER/x"}, 1, ("student.checkpoint: prune makes the student",)),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_one_line_and_no_traces(pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path, name: str) -> None:
+    changes, world, says = MISTAKES[name]
+    raw = runs.changed(pruning.prune_config(material, teacher, tmp_path / "run", SMALL, {}), **changes)
+    raw = json.loads(json.dumps(raw).replace("FOLDER", str(tmp_path)))
+    ranks = runs.run_stage(pool, "prune", raw, world)
+    assert [rank.value for rank in ranks] == [2] * world
+    (line,) = ranks[0].stderr.splitlines()
+    assert line.startswith("capgap: error: ")
+    for part in says:
+        assert part.replace("FOLDER", str(tmp_path)) in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_teacher_leaves_no_checkpoint(
+    pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path
+) -> None:
+    """Scores are there from an earlier start, so that the damage shows while the student is written."""
+    mine = Path(shutil.copytree(teacher, tmp_path / "teacher"))
+    raw = pruning.prune_config(material, mine, tmp_path / "run", SMALL, {})
+    run_dir = runs.train(pool, "prune", raw)
+    (run_dir / "latest").unlink()
+    (run_dir / "checkpoints" / "step_0" / manifests.MANIFEST).unlink()
+    files = sorted(mine.glob("checkpoints/step_*/*.distcp"))
+    whole = [file.read_bytes() for file in files]
+    for file, content in zip(files, whole, strict=True):
+        file.write_bytes(content[: len(content) // 2])
+    ranks = runs.run_stage(pool, "prune", raw, 2)
+    assert [rank.value for rank in ranks] == [2, 2]
+    assert "use another checkpoint" in ranks[0].stderr
+    assert manifests.latest(run_dir) is None
+    for file, content in zip(files, whole, strict=True):
+        file.write_bytes(content)
+    assert [rank.value for rank in runs.run_stage(pool, "prune", raw, 2)] == [0, 0]
+    assert manifests.latest(run_dir) is not None
+
+
+@pytest.mark.slow
+def test_a_signal_keeps_the_scores_and_the_same_command_goes_on(
+    material: Material, teacher: Path, tmp_path: Path
+) -> None:
+    raw = pruning.prune_config(material, teacher, tmp_path / "run", {**SMALL, "batches": 60}, {"tensor": 2})
+    raw["checkpoint"]["every"] = 1
+    words, scores = ["prune", "--config", runs.write_config(raw)], tmp_path / "run" / "scores.json"
+    with job(words, 2, tmp_path / "first") as ranks:
+        ranks.wait_until(scores.is_file)
+        ranks.signal(signal.SIGTERM)
+        assert ranks.wait() == [0, 0], ranks.stderr()
+        assert "stopped by SIGTERM after batch" in ranks.stdout()
+    begun = json.loads(scores.read_text())["batches"]
+    assert 0 < begun < 60 and manifests.latest(tmp_path / "run") is None
+    with job([*words, "--checkpoint.every=0"], 2, tmp_path / "second") as ranks:
+        assert ranks.wait() == [0, 0], ranks.stderr()
+    assert json.loads(scores.read_text())["batches"] == 60
+    assert manifests.latest(tmp_path / "run") is not None

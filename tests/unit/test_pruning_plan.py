@@ -1,0 +1,124 @@
+"""Plans from scores: what stays, in which order, and the file that says so."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.schema import ModelShape
+from megatron_capgap.models import packing
+from megatron_capgap.pruning import plan as plans
+from megatron_capgap.pruning import scores as files
+from megatron_capgap.pruning.scores import Scores
+
+TEACHER = ModelShape(layers=5, hidden=6, heads=6, kv_heads=2, head_dim=2, ffn=4, vocab=7)
+CPU = torch.device("cpu")
+
+
+def scores_of(**fields: list) -> Scores:
+    """Zeros but for some fields."""
+    known = {name: torch.tensor(value, dtype=torch.float64) for name, value in fields.items()}
+    return replace(Scores.zeros(TEACHER, CPU), **known)
+
+
+def test_the_best_stay_in_their_order() -> None:
+    neurons = [[1, 4, 3, 2], [4, 3, 2, 1], [0, 0, 0, 0], [1, 1, 2, 2], [1, 2, 3, 4]]
+    student = replace(TEACHER, ffn=2, hidden=3)
+    scores = scores_of(neurons=neurons, channels=[0.1, 5, 0.2, 7, 6, 0.3])
+    found = plans.make(TEACHER, student, scores, "position")
+    assert found.neurons == ((1, 2), (0, 1), (0, 1), (2, 3), (2, 3))
+    assert found.channels == (1, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("layers", "by", "expected"),
+    [
+        (3, "position", (1, 2, 3)),
+        (2, "position", (1, 2)),
+        (4, "position", (0, 1, 2, 3)),
+        (3, "importance", (0, 1, 4)),
+        (1, "importance", (4,)),
+    ],
+)
+def test_layers_go_at_the_ends_or_by_their_scores(layers: int, by: str, expected: tuple[int, ...]) -> None:
+    scores = scores_of(layers=[3, 2, 1, 0, 9], neurons=[[i, 0, 0, 5] if i < 3 else [9, 9, 0, 0] for i in range(5)])
+    found = plans.make(TEACHER, replace(TEACHER, layers=layers, ffn=1), scores, by)
+    assert found.layers == expected
+    assert found.neurons == tuple((3,) if layer < 3 else (0,) for layer in expected)
+
+
+def test_groups_go_whole_and_queries_within_groups() -> None:
+    heads = [[9, 9, 9, 1, 2, 3]] * 5
+    scores = scores_of(heads=heads, groups=[[1, 2]] * 5)
+    one_group = plans.make(TEACHER, replace(TEACHER, heads=3, kv_heads=1), scores, "position")
+    assert one_group.groups[0] == (1,) and one_group.heads[0] == (3, 4, 5)
+    two_queries = plans.make(TEACHER, replace(TEACHER, heads=4, kv_heads=2), scores, "position")
+    assert two_queries.groups[0] == (0, 1) and two_queries.heads[0] == (0, 1, 4, 5)
+
+
+def test_gains_make_up_for_the_channels_that_go() -> None:
+    squares = torch.ones(11, 6, dtype=torch.float64)
+    squares[:, 4:] = 0  # two dead channels
+    squares[3] = torch.tensor([3.0, 1, 1, 1, 0, 0])
+    student = replace(TEACHER, hidden=4, layers=3)
+    scores = scores_of(squares=squares.tolist(), channels=[1, 1, 1, 1, 0, 0])
+    found = plans.make(TEACHER, student, scores, "position")
+    assert found.gains == pytest.approx([1.5**0.5] * 7)  # 4 of 6 channels hold all of the sum
+    assert plans.make(TEACHER, replace(TEACHER, layers=3), scores, "position").gains == (1.0,) * 7
+    fewer = plans.make(TEACHER, replace(student, hidden=3), scores, "position")
+    assert fewer.gains[1] == pytest.approx(((5 / 3) / 1) ** 0.5)  # layer 1, before feed-forward: norm 3
+
+
+def test_global_ranks_compare_normalised_layers() -> None:
+    neurons = [[1000, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]
+    found = plans.make(TEACHER, replace(TEACHER, ffn=3), scores := scores_of(neurons=neurons), "position")
+    assert plans.globally_ranked(found, scores)["neurons"] == [1, 4, 4, 4, 2]
+
+
+def test_the_file_is_json_with_a_line_a_row() -> None:
+    student = replace(TEACHER, layers=2, ffn=2)
+    scores = scores_of(neurons=[[1 / 3, 2, 3, 4]] * 5)
+    found = plans.make(TEACHER, student, scores, "position")
+    text = plans.text(found, scores, {"prune.batches": 2, "data.train": ["a"]})
+    content = json.loads(text)
+    assert content["stays"]["neurons"] == [[2, 3], [2, 3]] and content["stays"]["layers"] == [1, 2]
+    assert content["made_from"] == {"prune.batches": 2, "data.train": ["a"]}
+    assert content["after"]["ffn"] == 2 and content["before"]["ffn"] == 4
+    assert content["scores"]["neurons"][0] == pytest.approx([x / 29.1111111**0.5 for x in (1 / 3, 2, 3, 4)], rel=1e-5)
+    assert "   [2, 3],\n" in text
+
+
+def test_scores_are_kept_and_refused(tmp_path: Path) -> None:
+    facts = {"prune.batches": 4, "data.train": ["a", "b"]}
+    assert files.read(tmp_path, TEACHER, facts)[1] == 0
+    scores = scores_of(channels=[1 / 3, 2, 3, 4, 5, 6])
+    files.write(tmp_path, scores, 3, facts)
+    found, batches = files.read(tmp_path, TEACHER, facts)
+    assert batches == 3 and torch.equal(found.vector(), scores.vector())
+    with pytest.raises(UserError, match=r"scores.json: was made with data.train \['a', 'b'\], not \['a'\]; choose"):
+        files.read(tmp_path, TEACHER, {**facts, "data.train": ["a"]})
+    with pytest.raises(UserError, match=r"heads is \[5, 6\], the teacher's is \[5, 8\]; remove it"):
+        files.read(tmp_path, replace(TEACHER, heads=8), facts)
+    (tmp_path / files.FILE).write_text("{")
+    with pytest.raises(UserError, match=r"scores.json: cannot be read .*; remove it"):
+        files.read(tmp_path, TEACHER, facts)
+
+
+def test_kept_rows_of_packed_matrices_are_the_student_s_own_packing() -> None:
+    """What stays of packed rows, taken apart as the student's shape says, is what stays of each part."""
+    heads, groups, width = (0, 2, 3, 5), (0, 1), 2
+    rows = packing.kept_rows(
+        packing.qkv(TEACHER), [[h * width + i for h in part for i in range(width)] for part in (heads, groups, groups)]
+    )
+    whole = {run.packed + i: (run.part, run.start + i) for run in packing.qkv(TEACHER) for i in range(run.count)}
+    small = replace(TEACHER, heads=4)
+    kept = [heads, groups, groups]
+    expected = [
+        (run.part, kept[run.part][(run.start + i) // width] * width + (run.start + i) % width)
+        for run in packing.qkv(small)
+        for i in range(run.count)
+    ]
+    assert [whole[row] for row in rows] == expected

@@ -1,0 +1,171 @@
+"""The student's shape: from numbers, a sparsity or a count of parameters; and every way of asking for none."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_capgap.config import checks, derive
+from megatron_capgap.config.errors import ConfigError
+from megatron_capgap.config.load import Loaded, load
+from megatron_capgap.config.schema import ModelShape
+from megatron_capgap.models import size
+from megatron_capgap.pruning.target import student_shape
+
+LLAMA2 = ModelShape(layers=32, hidden=4096, heads=32, ffn=11008, vocab=49216)
+GROUPED = ModelShape(layers=8, hidden=96, heads=12, kv_heads=4, ffn=256, vocab=1000)
+GPT2 = ModelShape(layers=12, hidden=768, heads=12, ffn=3072, vocab=50257, family="gpt2", max_positions=1024)
+WIDE = ModelShape(layers=8, hidden=96, heads=6, head_dim=32, ffn=256, vocab=1000, family="qwen3")
+
+
+@pytest.fixture
+def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A configuration of the stage prune with a section and a layout."""
+    monkeypatch.chdir(tmp_path)
+
+    def loaded(prune: dict[str, Any], layout: dict[str, Any] | None = None, **more: Any) -> Loaded:
+        config = {"run_dir": "runs/pruned", "teacher": {"checkpoint": "runs/large"}, "prune": prune}
+        config |= {"student": {"layout": layout or {}}, "data": {"tokenizer": "t.model", "train": ["a"]}, **more}
+        Path("prune.yaml").write_text(yaml.safe_dump(config, sort_keys=False, default_flow_style=None))
+        return load("prune.yaml", [], "prune")
+
+    return loaded
+
+
+def numbers(shape: ModelShape) -> tuple[int, ...]:
+    return shape.layers, shape.hidden, shape.heads, derive.kv_heads(shape), shape.ffn
+
+
+def test_the_shape_of_the_paper(loaded: Any) -> None:
+    found = student_shape(loaded({"layers": 24, "hidden": 3072, "heads": 24, "ffn": 8192}), LLAMA2)
+    assert numbers(found) == (24, 3072, 24, 24, 8192)
+    assert (found.head_dim, found.kv_heads, found.vocab) == (None, None, 49216)
+    assert (
+        size.parameters(found) == 3_020_442_624 and size.non_embedding_parameters(found) == 2_717_908_992 + 49 * 3072
+    )  # norms
+
+
+@pytest.mark.parametrize(
+    ("teacher", "prune", "expected", "head_dim"),
+    [
+        (GROUPED, {"heads": 6}, (8, 96, 6, 2, 256), 8),  # three queries to a group, as before
+        (GROUPED, {"heads": 6, "kv_heads": 3, "hidden": 48}, (8, 48, 6, 3, 256), None),
+        (GROUPED, {"kv_heads": 2}, (8, 96, 6, 2, 256), 8),
+        (GROUPED, {"heads": 8, "kv_heads": 4}, (8, 96, 8, 4, 256), 8),
+        (GROUPED, {"layers": 3}, (3, 96, 12, 4, 256), None),
+        (WIDE, {"hidden": 40}, (8, 40, 6, 6, 256), 32),
+        (GPT2, {"hidden": 512, "heads": 8}, (12, 512, 8, 8, 3072), None),
+    ],
+)
+def test_numbers(
+    loaded: Any, teacher: ModelShape, prune: dict[str, int], expected: tuple[int, ...], head_dim: int | None
+) -> None:
+    found = student_shape(loaded(prune), teacher)
+    assert numbers(found) == expected and found.head_dim == head_dim
+    assert derive.head_dim(found) == derive.head_dim(teacher)
+
+
+def test_epsilon_grows_as_the_mean_square_of_dead_channels_going(loaded: Any) -> None:
+    assert student_shape(loaded({"hidden": 2048}), LLAMA2).norm_epsilon == 2 * LLAMA2.norm_epsilon
+    assert student_shape(loaded({"ffn": 8192}), LLAMA2).norm_epsilon == LLAMA2.norm_epsilon
+
+
+@pytest.mark.parametrize("teacher", [LLAMA2, GROUPED, GPT2, WIDE], ids=["llama", "grouped", "gpt2", "wide"])
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.58, 0.9])
+def test_a_sparsity_makes_what_the_layout_divides(
+    loaded: Any, teacher: ModelShape, tensor: int, sparsity: float
+) -> None:
+    if derive.kv_heads(teacher) % tensor:
+        tensor = 1
+    said = loaded({"sparsity": sparsity}, {"tensor": tensor})
+    found = student_shape(said, teacher)
+    checks.check(said, "prune", tensor, found, teacher)
+    assert found.ffn % 8 == 0 and found.layers == teacher.layers
+    assert all(mine <= theirs for mine, theirs in zip(numbers(found), numbers(teacher), strict=True))
+    if teacher is LLAMA2:
+        layers = [shape.layers * size.layer_parameters(shape) for shape in (found, teacher)]
+        assert layers[0] / layers[1] == pytest.approx(1 - sparsity, abs=0.05)
+
+
+def test_a_count_of_parameters(loaded: Any) -> None:
+    for wanted in (500_000_000, 2_700_000_000, 6_000_000_000):
+        found = student_shape(loaded({"parameters": wanted}, {"tensor": 2}), LLAMA2)
+        assert size.non_embedding_parameters(found) == pytest.approx(wanted, rel=0.03)
+        assert found.heads % 2 == 0 and found.hidden % found.heads == 0
+    fewer = student_shape(loaded({"parameters": 2_700_000_000, "layers": 24}), LLAMA2)
+    assert fewer.layers == 24 and size.non_embedding_parameters(fewer) == pytest.approx(2.7e9, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "prune", "begins", "holds"),
+    [
+        (LLAMA2, {"hidden": 8192}, "prune.hidden: 8192 is larger than hidden 4096 of runs/large;", "1 to 4096 would"),
+        (LLAMA2, {"layers": 33}, "prune.layers: 33 is larger than layers 32 of runs/large;", "1 to 32 would do"),
+        (GROUPED, {"kv_heads": 5}, "prune.kv_heads: 5 is larger than kv_heads 4", "1 to 4 would do"),
+        (GROUPED, {"heads": 7}, "prune.heads: 7 heads do not fill groups of 3", "6 or 9 would do, or give kv_heads"),
+        (GROUPED, {"heads": 6, "kv_heads": 4}, "prune.kv_heads: 4 does not divide heads 6;", "1, 2, 3 or 6 would do"),
+        (GROUPED, {"heads": 12, "kv_heads": 3}, "prune.kv_heads: 3 makes groups of 4 queries", "; 4 would do"),
+        (GROUPED, {"hidden": 95}, "prune.hidden: 95 is not divisible by heads 12, and transformers", "84 or 96 would"),
+        (GPT2, {"hidden": 512}, "prune.hidden: 512 is not heads 12 times their width 64", "; 768 would do"),
+        (GPT2, {"heads": 8}, "prune.hidden: 768 is not heads 8 times their width 64", "; 512 would do"),
+        (LLAMA2, {"hidden": 4096}, "prune: leaves runs/large as it is;", "layers, hidden, heads or ffn would do"),
+        (LLAMA2, {"sparsity": 1e-6}, "prune: leaves runs/large as it is;", "a larger sparsity"),
+        (LLAMA2, {"batches": 3}, "prune: says nothing of the student's size;", "give layers, hidden, heads and ffn"),
+        (LLAMA2, {"sparsity": 0.5, "ffn": 8}, "prune.ffn: 8 given beside prune.sparsity", "give one of them"),
+        (LLAMA2, {"sparsity": 0.5, "parameters": 9}, "prune.parameters: 9 given beside prune.sparsity 0.5", "give one"),
+        (LLAMA2, {"parameters": 10**10}, "prune.parameters: 10000000000 is not below the 6476271616", "would do"),
+        (LLAMA2, {"parameters": 9}, "prune.parameters: 9 is not near any shape;", "or a smaller prune.multiple"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be(loaded: Any, teacher: ModelShape, prune: dict[str, Any], begins: str, holds: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        student_shape(loaded(prune), teacher)
+    (problem,) = error.value.problems
+    place, _, text = problem.partition(": ")
+    assert place.startswith("prune.yaml:") and text.startswith(begins) and holds in text, problem
+
+
+def test_a_layout_of_the_teacher_is_not_read(loaded: Any) -> None:
+    said = loaded({"ffn": 8}, teacher={"checkpoint": "runs/large", "layout": {"tensor": 2}})
+    with pytest.raises(ConfigError, match=r"teacher.layout: prune cuts the teacher as student.layout says; remove"):
+        student_shape(said, LLAMA2)
+
+
+@pytest.mark.parametrize(
+    ("layout", "world", "expected"),
+    [
+        ({"tensor": 2}, 2, "student.layout.tensor: 2 does not divide prune.heads 3 and prune.kv_heads 1; 1 would do"),
+        ({"pipeline": 2}, 2, "student.layout.pipeline: 2 does not divide prune.layers 5; 1 or 5 would do"),
+    ],
+)
+def test_the_layout_must_divide_the_student(loaded: Any, layout: dict[str, int], world: int, expected: str) -> None:
+    said = loaded({"layers": 5, "heads": 3, "hidden": 48}, layout)
+    with pytest.raises(ConfigError) as error:
+        checks.check(said, "prune", world, student_shape(said, GROUPED), GROUPED)
+    assert [problem.partition(": ")[2] for problem in error.value.problems] == [expected]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"prune": None}, "prune: prune needs it; give a section: What of the teacher stays"),
+        ({"teacher": None}, "teacher: prune needs it; give a section: The model"),
+        ({"student": {"checkpoint": "a"}}, "student.checkpoint: prune makes the student, out of teacher.checkpoint;"),
+        ({"prune": {"sparsity": 1.0}}, "prune.sparsity: 1 given; a number > 0 and < 1 or null would do"),
+        ({"prune": {"importance": "grad"}}, 'prune.importance: "grad" given; did you mean gradient?'),
+    ],
+)
+def test_what_the_loader_says(loaded: Any, config: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        loaded(**{"prune": {"ffn": 8}, **config})
+    assert any(expected in problem for problem in error.value.problems), error.value.problems
+
+
+def test_other_stages_refuse_the_section(loaded: Any) -> None:
+    loaded({"ffn": 8})
+    Path("adapt.yaml").write_text(Path("prune.yaml").read_text())
+    with pytest.raises(ConfigError) as error:
+        load("adapt.yaml", ["--student.checkpoint=a", "--train.steps=1", "--teacher=null"], "adapt")
+    assert [p.partition(": ")[2] for p in error.value.problems] == ["prune: adapt prunes nothing; remove the section"]
