@@ -30,7 +30,7 @@ from megatron_capgap.distillation.teacher import Teacher, freeze
 from megatron_capgap.losses import DistillationObjective, Loss, TeacherHidden, distillation_loss
 from megatron_capgap.models import gpt
 from megatron_capgap.models.gpt import DTYPES, unwrap
-from megatron_capgap.runtime import layout
+from megatron_capgap.runtime import launch, layout
 from megatron_capgap.runtime.bridge import Bridge
 from megatron_capgap.runtime.devices import Device
 from megatron_capgap.runtime.launch import Environment
@@ -48,10 +48,10 @@ def run(loaded: Loaded, environment: Environment, device: Device) -> int:
             teacher = open_teacher(ground)
             train(learner(ground, open_head(ground, teacher), _in_turns(ground, teacher)))
         elif bridge.teaches:
-            with _with_the_reason(bridge):
+            with _all_or_none(bridge):
                 _work_ahead(ground, bridge)
         else:
-            with _with_the_reason(bridge):
+            with _all_or_none(bridge):
                 _learn(ground, bridge)
     return 0
 
@@ -196,14 +196,18 @@ def _work_ahead(ground: common.Ground, bridge: Bridge) -> None:
 
 
 @contextmanager
-def _with_the_reason(bridge: Bridge) -> Iterator[None]:
-    """Where a transfer fails, every rank that can still be told stops with the one that waited."""
+def _all_or_none(bridge: Bridge) -> Iterator[None]:
+    """Where a rank fails, all stop, and those that can still be told say which transfer waited.
+
+    The process ends here: groups that wait for a lost rank, as an agreement does, would not let it end.
+    """
     try:
         yield
+    except UserError:
+        raise
     except HandOffError as error:
         bridge.blame(str(error))
-        raise
-    except RuntimeError as error:
-        if reason := bridge.blamed():
-            raise HandOffError(reason) from error
-        raise
+        launch.abandon(error)
+    except Exception as error:
+        reason = bridge.blamed()
+        launch.abandon(HandOffError(reason).with_traceback(error.__traceback__) if reason else error)
