@@ -1,6 +1,6 @@
 """Where a teacher runs: in the student's layout, in its own, on ranks of its own; measured, and foreseen at scale.
 
-    python benchmarks/teacher_layouts.py [--steps 8] [--json FILE]
+    python benchmarks/teacher_layouts.py [--parts runs schedules scale] [--steps 8] [--json FILE]
 
 Three parts. (1) Whole runs on 4 ranks, in turn: step time and peak memory of the fullest rank. (2) A simulator of
 pipeline schedules beside Megatron's own schedules over gloo, whose stages sleep instead of computing, so that the order
@@ -28,6 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import train_throughput
 
+PARTS = ("runs", "schedules", "scale")
 WARM_UP = 2
 TP2_PP2 = {"tensor": 2, "pipeline": 2}
 # name: (the student's layout, the teacher's section)
@@ -48,6 +49,7 @@ def main() -> int:
     """Runs all three parts and prints their tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rank-of", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -55,24 +57,40 @@ def main() -> int:
     if options.rank_of:
         print("RESULT " + json.dumps(rank_of(options.rank_of, options.folder, options.steps)))
         return 0
-    results: dict[str, Any] = {"runs": {}, "schedules": {}}
+    results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        train_throughput.prepare(Path(folder))
-        for name in RUNS:
-            results["runs"][name] = start(f"run {name}", 4, Path(folder), options.steps)
-        print("| 4 ranks, 34M teacher, 9.3M student, 8 x 256 | seconds a step | peak MiB a rank |\n|---|---|---|")
-        for name, ranks in results["runs"].items():
-            seconds, peak = ranks[0]["seconds"], max(rank["peak"] for rank in ranks) / (1 << 20)
-            print(f"| {name} | {seconds:.2f} | {peak:.0f} |", flush=True)
-        print("\n| Megatron's schedule over gloo, stages that sleep | measured s | simulated s |\n|---|---|---|")
-        for name, case in SLEEPING.items():
-            measured = max(rank["seconds"] for rank in start(f"sleep {name}", case.stages, Path(folder), 3))
-            results["schedules"][name] = {"measured": measured, "simulated": case.simulated()}
-            print(f"| {name} | {measured:.3f} | {case.simulated():.3f} |", flush=True)
-    results["foreseen"] = foreseen()
+        if "runs" in options.parts:
+            results["runs"] = runs(Path(folder), options.steps)
+        if "schedules" in options.parts:
+            results["schedules"] = schedules(Path(folder))
+    if "scale" in options.parts:
+        results["scale"] = foreseen()
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
     return 0
+
+
+def runs(folder: Path, steps: int) -> dict[str, Any]:
+    """Step time and peak memory of whole runs; prints their table."""
+    train_throughput.prepare(folder)
+    print("| 4 ranks, 34M teacher, 9.3M student, 8 x 256 | seconds a step | peak MiB a rank |\n|---|---|---|")
+    found = {}
+    for name in RUNS:
+        ranks = start(f"run {name}", 4, folder, steps)
+        found[name] = {"seconds": ranks[0]["seconds"], "peak": max(rank["peak"] for rank in ranks) / (1 << 20)}
+        print(f"| {name} | {found[name]['seconds']:.2f} | {found[name]['peak']:.0f} |", flush=True)
+    return found
+
+
+def schedules(folder: Path) -> dict[str, Any]:
+    """The simulator beside Megatron's schedules; prints their table."""
+    print("\n| Megatron's schedule over gloo, stages that sleep | measured s | simulated s |\n|---|---|---|")
+    found = {}
+    for name, case in SLEEPING.items():
+        measured = max(rank["seconds"] for rank in start(f"sleep {name}", case.stages, folder, 3))
+        found[name] = {"measured": measured, "simulated": case.simulated()}
+        print(f"| {name} | {measured:.3f} | {case.simulated():.3f} |", flush=True)
+    return found
 
 
 def start(what: str, ranks: int, folder: Path, steps: int) -> list[dict[str, float]]:
