@@ -13,11 +13,14 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_capgap.checkpoint import manifest as manifests
 from megatron_capgap.checkpoint.manifest import Manifest
 from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.schema import ModelShape
+from megatron_capgap.models import size
 from megatron_capgap.models.gpt import unwrap
 from megatron_capgap.models.projections import PREFIX
 from megatron_capgap.models.state import sharded_state
@@ -74,6 +77,33 @@ def load_weights(folder: Path, chunks: Sequence[torch.nn.Module], grid: Grid) ->
     state = sharded_state(list(chunks), grid, with_projections=False)
     loaded = _load(state, folder)
     _fill(chunks, loaded)
+
+
+def load_head(
+    folder: Path, shape: ModelShape, grid: Grid, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor | None:
+    """A model's LM head alone, cut over the tensor-parallel ranks of any layout. Collective.
+
+    Args:
+        folder: the checkpoint.
+        shape: of the model in it.
+        grid: the layout that the head is wanted in.
+        dtype, device: of the result.
+
+    Returns:
+        The local shard `[v/tp, h]`, rows beyond the vocabulary 0, on the layout's last stage; None on the others.
+    """
+    state: ShardedStateDict = {}
+    if grid.on_last_stage:
+        rows = size.padded_vocab(shape.vocab, grid.layout.tensor) // grid.layout.tensor
+        state["head"] = make_tp_sharded_tensor_for_checkpoint(
+            torch.zeros(rows, shape.hidden, dtype=dtype, device=device),
+            "embedding.word_embeddings.weight" if shape.tied_embeddings else "output_layer.weight",
+            allow_shape_mismatch=True,
+            tp_group=grid.groups.tp,
+            dp_cp_group=grid.groups.dp_cp,
+        )
+    return _load(state, folder).get("head")
 
 
 def load_training(folder: Path, chunks: Sequence[torch.nn.Module], grid: Grid, optimization: Optimization) -> None:

@@ -65,13 +65,21 @@ class Case:
     @property
     def copies(self) -> int | None:
         """The student's data-parallel size; None where the world does not hold whole students."""
-        layout = self.config.student.layout
-        whole = self.world % derive.ranks_per_model(layout) == 0
-        return derive.data_parallel(layout, self.world) if whole else None
+        return _copies(self.config.student.layout, derive.student_world(self.config, self.world))
+
+    @property
+    def teacher_copies(self) -> int | None:
+        """The teacher's data-parallel size; None where its ranks do not hold whole teachers. Needs a teacher."""
+        return _copies(derive.teacher_layout(self.config), len(derive.teacher_ranks(self.config, self.world)))
 
     def problem(self, key: str, text: str) -> str:
         """One finished sentence about `key`."""
         return f"{self.loaded.place(key)}: {text}"
+
+
+def _copies(layout: Layout, ranks: int) -> int | None:
+    whole = ranks > 0 and ranks % derive.ranks_per_model(layout) == 0
+    return derive.data_parallel(layout, ranks) if whole else None
 
 
 def build(

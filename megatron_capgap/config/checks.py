@@ -6,8 +6,8 @@ Each problem says where the key was said, the key, its value, what it clashes wi
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 
-from megatron_capgap.config import derive, fp8
-from megatron_capgap.config.case import Case, as_yaml, build, divisors, multiples, spans
+from megatron_capgap.config import derive, fp8, teaching
+from megatron_capgap.config.case import Case, build, divisors, multiples, spans
 from megatron_capgap.config.errors import ConfigError
 from megatron_capgap.config.families import FAMILIES
 from megatron_capgap.config.load import NEEDS, Loaded
@@ -42,14 +42,19 @@ def check(
 
 def world_holds_whole_models(case: Case) -> Iterator[str]:
     """What tensor, pipeline and context leave of the world is the data-parallel size, a whole number."""
+    disjoint = case.world - derive.student_world(case.config, case.world)
     for key, layout in case.layouts:
         ranks = derive.ranks_per_model(layout)
-        if case.world % ranks:
+        if disjoint and (key == "teacher.layout" or disjoint >= case.world):
+            continue  # `teaching` looks at teacher.ranks
+        if (case.world - disjoint) % ranks:
             product = f"tensor {layout.tensor} * pipeline {layout.pipeline} * context {layout.context} = {ranks}"
+            of_all = f" less teacher.ranks {disjoint}" if disjoint else ""
+            would = multiples(case.world - disjoint, ranks)
             yield case.problem(
                 key,
-                f"{product} does not divide the world of {case.world} ranks; {multiples(case.world, ranks)} "
-                "ranks would do (torchrun --nproc-per-node, or --check-world to plan), or a smaller layout",
+                f"{product} does not divide the world of {case.world} ranks{of_all}; {would} ranks would do "
+                "(torchrun --nproc-per-node, or --check-world to plan), or a smaller layout",
             )
 
 
@@ -148,7 +153,7 @@ def virtual_stages_have_a_pipeline(case: Case) -> Iterator[str]:
         yield case.problem(key, f"{virtual} needs pipeline > 1; 1 would do, or a larger pipeline")
     elif virtual > 1 and case.copies:
         portion = train.micro_batch * case.copies * layout.pipeline
-        batch = derive.global_batch(case.config, layout, case.world)
+        batch = derive.global_batch(case.config, layout, derive.student_world(case.config, case.world))
         if batch % portion:
             product = f"micro_batch {train.micro_batch} * data parallel {case.copies} * pipeline {layout.pipeline}"
             text = f"{virtual} needs a train.global_batch, now {batch}, that {product} = {portion} divides"
@@ -182,44 +187,6 @@ def batch_divides_over_ranks(case: Case) -> Iterator[str]:
         product = f"train.micro_batch {train.micro_batch} * data parallel {copies} = {portion}"
         text = f"{train.global_batch} is not a multiple of {product}"
         yield case.problem("train.global_batch", f"{text}; {multiples(train.global_batch, portion)} would do")
-
-
-def batch_divides_for_the_teacher(case: Case) -> Iterator[str]:
-    """The teacher cuts each rank's sequences into micro-batches of its own."""
-    config, copies = case.config, case.copies
-    size = config.teacher.micro_batch if config.teacher else None
-    if size is None or copies is None:
-        return
-    batch = derive.global_batch(config, config.student.layout, case.world)
-    if batch % copies == 0 and batch // copies % size:
-        portion = batch // copies
-        text = f"{size} does not divide the {portion} sequences that a data-parallel rank has of {batch}"
-        yield case.problem("teacher.micro_batch", f"{text}; {divisors(portion)} would do")
-
-
-def teacher_shares_the_layout(case: Case) -> Iterator[str]:
-    """Hidden states go from teacher to student on the same rank."""
-    student, teacher = case.config.student.layout, case.config.teacher and case.config.teacher.layout
-    if not teacher:
-        return
-    for name in ("tensor", "pipeline", "context", "sequence"):
-        mine, wanted = as_yaml(getattr(teacher, name)), as_yaml(getattr(student, name))
-        if mine != wanted:
-            text = f"{mine} differs from student.layout.{name} {wanted}; this release runs both in one layout"
-            yield case.problem(f"teacher.layout.{name}", f"{text}: {wanted} would do, or no teacher.layout")
-    if teacher.virtual_pipeline > 1:
-        text = f"{teacher.virtual_pipeline}: the teacher runs forward only, without virtual stages; 1 would do"
-        yield case.problem("teacher.layout.virtual_pipeline", text)
-
-
-def teacher_shares_the_vocabulary(case: Case) -> Iterator[str]:
-    """A divergence compares two distributions over the same tokens."""
-    student, *teachers = case.models
-    for teacher in teachers:
-        mine = teacher.shape.vocab
-        if mine != student.shape.vocab:
-            text = f"{mine} differs from {student.number('vocab')}, and both models must speak one vocabulary"
-            yield f"{teacher.blame('vocab')}{text}; a student of vocab {mine} would do, or another teacher"
 
 
 def learning_rate_falls(case: Case) -> Iterator[str]:
@@ -277,27 +244,6 @@ def matched_layers_exist(case: Case) -> Iterator[str]:
             yield case.problem(key, f"{said} was said before; keep one of them, with the sum of their weights")
 
 
-def matched_layers_share_a_stage(case: Case) -> Iterator[str]:
-    """Hidden states within the models never travel between pipeline ranks."""
-    cuts = [(m.shape.layers, m.layout) for m in case.models]
-    if len(cuts) < 2 or any(layers % (cut.pipeline * cut.virtual_pipeline) for layers, cut in cuts):
-        return
-    of_student, of_teacher = (derive.stages_of_layers(layers, cut) for layers, cut in cuts)
-    for index, pair in enumerate(case.config.objective.matching):
-        if pair.student_layer > len(of_student) or pair.teacher_layer > len(of_teacher):
-            continue
-        mine, theirs = of_student[pair.student_layer - 1], of_teacher[pair.teacher_layer - 1]
-        if mine != theirs:
-            for_student = spans(i for i, stage in enumerate(of_student, 1) if stage == theirs)
-            for_teacher = spans(i for i, stage in enumerate(of_teacher, 1) if stage == mine)
-            yield case.problem(
-                f"objective.matching.{index}",
-                f"student layer {pair.student_layer} is on pipeline stage {mine}, teacher layer {pair.teacher_layer} "
-                f"on stage {theirs}, and hidden states within the models stay on their stage; teacher layer "
-                f"{for_teacher} or student layer {for_student} would do",
-            )
-
-
 CHECKS: tuple[Callable[[Case], Iterator[str]], ...] = (
     world_holds_whole_models,
     tensor_divides_shape,
@@ -310,14 +256,11 @@ CHECKS: tuple[Callable[[Case], Iterator[str]], ...] = (
     sequence_parallel_has_tensor_ranks,
     context_parallel_is_not_there_yet,
     batch_divides_over_ranks,
-    batch_divides_for_the_teacher,
-    teacher_shares_the_layout,
-    teacher_shares_the_vocabulary,
+    *teaching.CHECKS,
     learning_rate_falls,
     every_training_set_has_a_weight,
     evaluations_have_data,
     objective_is_used,
     matched_layers_exist,
-    matched_layers_share_a_stage,
     *fp8.CHECKS,
 )

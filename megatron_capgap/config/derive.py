@@ -71,6 +71,22 @@ def teacher_layout(config: Config) -> Layout:
     )
 
 
+def teacher_ranks(config: Config, world: int) -> range:
+    """The ranks that the teacher is cut over: all, or the last ones where it has its own. Needs a teacher."""
+    return range(student_world(config, world) if _own_ranks(config) else 0, world)
+
+
+def student_world(config: Config, world: int) -> int:
+    """How many ranks the student is cut over: the first ones that are not the teacher's own."""
+    return world - _own_ranks(config)
+
+
+def _own_ranks(config: Config) -> int:
+    """Ranks that are the teacher's alone."""
+    teacher = config.teacher
+    return (teacher.ranks or 0) if teacher is not None and teacher.placement == "disjoint" else 0
+
+
 def teacher_micro_batch(config: Config) -> int:
     """Sequences in one forward pass of the teacher. Needs a teacher."""
     assert config.teacher is not None

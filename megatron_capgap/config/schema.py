@@ -176,10 +176,19 @@ class Teacher:
     """Where the weights come from: a run directory (its latest step) or RUN/checkpoints/step_N."""
     layout: Layout | None = None
     """How the teacher is cut over ranks; null means as the student is (without virtual stages)."""
-    placement: Literal["colocated"] = "colocated"
-    """colocated: teacher and student take turns on all ranks."""
+    placement: Literal["colocated", "disjoint"] = "colocated"
+    """colocated: teacher and student take turns on all ranks; disjoint: the teacher has ranks of its own."""
+    ranks: Positive | None = None
+    """disjoint: how many ranks are the teacher's, the last ones."""
+    ahead: Positive = 1
+    """disjoint: how many global batches the teacher may be ahead of the student; their hidden states wait on its
+    ranks."""
     micro_batch: Positive | None = None
     """Sequences in one teacher forward pass; null means train.micro_batch."""
+    offload: bool = False
+    """Keep the teacher's weights in host memory between its turns; on a CPU that is where they are."""
+    longer_sequences: bool = False
+    """Let data.sequence_length exceed the length that the teacher was trained on."""
     precision: Precision | None = None
     """The teacher's own arithmetic, in place of the section precision; null means that section."""
 
@@ -291,7 +300,7 @@ class LayerPair:
     student_layer: Positive
     """Which of the student's transformer layers, counted from 1."""
     teacher_layer: Positive
-    """Which of the teacher's; both must lie on the same pipeline rank."""
+    """Which of the teacher's."""
     kind: Literal[MATCHINGS] = "mse"
     """mse: the squared difference, mean over the width; cosine: 1 minus the cosine of the angle between them."""
     weight: PositiveFloat = 1.0

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from megatron_capgap.data.order import dealt
 from megatron_capgap.data.pretrain import SampleSequence
 
 
@@ -48,21 +49,20 @@ def micro_batches(
     device: torch.device,
     limit: int | None = None,
 ) -> Iterator[MicroBatch]:
-    """The micro-batches of one data-parallel rank.
-
-    `samples` is dealt out in runs of `micro_batch`, to rank 0, 1, ..., data_size - 1 and round again: which
-    samples a global batch holds does not depend on the layout, only who reads them does.
+    """The micro-batches of one data-parallel rank, as `order.dealt` deals them.
 
     Args:
         limit: samples from this number on do not exist; their rows are padding that counts for nothing. With
             the length of a held-out set it lets every layout count each of its samples once.
     """
-    deal = micro_batch * data_size
-    assert len(samples) % deal == 0, f"{len(samples)} samples over {data_size} ranks of {micro_batch}"
-    for start in range(data_rank * micro_batch, len(samples), deal):
-        ids = list(samples[start : start + micro_batch])
-        rows = [sequence.tokens(k) if limit is None or k < limit else None for k in ids]
-        yield collate(rows, ids, sequence.sequence_length, device)
+    for ids in dealt(samples, micro_batch, data_rank, data_size):
+        yield read(sequence, ids, device, limit)
+
+
+def read(sequence: SampleSequence, ids: list[int], device: torch.device, limit: int | None = None) -> MicroBatch:
+    """One micro-batch of the samples `ids`; `limit` as in `micro_batches`."""
+    rows = [sequence.tokens(k) if limit is None or k < limit else None for k in ids]
+    return collate(rows, ids, sequence.sequence_length, device)
 
 
 def collate(

@@ -49,6 +49,18 @@ def training_order(sizes: Sequence[int], weights: Sequence[float] | None, seed: 
     return place
 
 
+def dealt(samples: range, micro_batch: int, data_rank: int, data_size: int) -> list[list[int]]:
+    """Numbers of the samples in each micro-batch of one data-parallel rank.
+
+    They are dealt out in runs of `micro_batch`, to rank 0, 1, ..., data_size - 1 and round again: which samples a
+    global batch holds does not depend on the layout, only who reads them does.
+    """
+    deal = micro_batch * data_size
+    assert len(samples) % deal == 0, f"{len(samples)} samples over {data_size} ranks of {micro_batch}"
+    starts = range(data_rank * micro_batch, len(samples), deal)
+    return [list(samples[start : start + micro_batch]) for start in starts]
+
+
 def validation_order(sizes: Sequence[int]) -> Order:
     """Every sample once, dataset after dataset."""
     ends = list(accumulate(sizes))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_capgap.config.schema import LayerPair
 from megatron_capgap.data.batch import MicroBatch
-from megatron_capgap.distillation.teacher import Taught
+from megatron_capgap.distillation.handoff import Taught
 from megatron_capgap.losses import Loss
 from megatron_capgap.losses.matching import match
 from megatron_capgap.models.gpt import unwrap
@@ -26,12 +26,11 @@ class Matching:
 
     Args:
         chunks: the student's on this rank, with their projections.
-        grid: its layout, which is the teacher's too.
+        grid: its layout.
         pairs: of the whole run.
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module], grid: Grid, pairs: Sequence[LayerPair]) -> None:
-        self.teacher_layers = {pair.teacher_layer for pair in pairs}
         self._grid = grid
         self._sum = torch.zeros((), dtype=torch.float64, device=next(chunks[0].parameters()).device)
         # Every schedule takes a chunk through the micro-batches in their order: a queue tells which of them it is.
@@ -49,14 +48,18 @@ class Matching:
 
         Args:
             batches: the student's micro-batches.
-            taught: with the outputs of `teacher_layers`.
+            taught: with the outputs of the teacher's layers that are matched on this stage.
         """
         if not self._waiting:
             return
         masks = [self._part(batch.loss_mask.t()).reshape(-1) for batch in batches]
+        of_layers = {
+            layer: [taught.take(layer, batch.sample_ids) for batch in batches]
+            for layer in {pair.teacher_layer for pair in self._waiting}
+        }
         for pair, waiting in self._waiting.items():
             assert not waiting, f"{len(waiting)} micro-batches of the last step were not matched"
-            waiting.extend(zip(taught.of_layers[pair.teacher_layer], masks, strict=True))
+            waiting.extend(zip(of_layers[pair.teacher_layer], masks, strict=True))
 
     def loss(self) -> Loss:
         """What was added to the loss since the last call: sums over this data-parallel rank's valid tokens.

@@ -135,7 +135,7 @@ def build(
     *,
     sequence_length: int,
     dropout: float = 0.0,
-    virtual: bool = True,
+    head: bool = True,
 ) -> list[torch.nn.Module]:
     """This rank's chunks of a model: one, or one for each virtual stage. Weights are not initialised.
 
@@ -146,9 +146,9 @@ def build(
         device: where they live.
         sequence_length: longest sequence.
         dropout: rate in attention and residual branches.
-        virtual: False builds the model without virtual stages, whatever the layout says (a teacher needs none).
+        head: False builds the last stage without its LM head; it still ends with the final norm.
     """
-    layout = grid.layout if virtual else Layout(**{**vars(grid.layout), "virtual_pipeline": 1})
+    layout = grid.layout
     config = transformer_config(shape, layout, precision, device, dropout)
     engine = derive.engine(precision, device.default_engine)
     traits = FAMILIES[shape.family]
@@ -172,6 +172,8 @@ def build(
         _scale_rotary(model, shape.rope_scaling)
         _type_positions(model)
         _mark_shards(model)
+        if not head:
+            _drop_head(model)
         model.to(device.torch_device)
         # No Float16Module around it: params_dtype has made the weights bf16, and the loss wants bf16 hidden states.
         chunks.append(model)
@@ -199,6 +201,14 @@ def _type_positions(model: GPTModel) -> None:
     """Learned positions in the type of the other weights: Megatron leaves them to the Float16Module around a model."""
     if model.pre_process and model.embedding.add_position_embedding:
         model.embedding.position_embeddings.to(model.config.params_dtype)
+
+
+def _drop_head(model: GPTModel) -> None:
+    """Takes the LM head off a last stage; tied weights stay where they embed the input."""
+    if model.post_process:
+        del model.output_layer
+    # What is left of them speaks of the head alone: in which checkpoint entry it lies, and with what it is tied.
+    model.post_process = model.share_embeddings_and_output_weights = False
 
 
 def _mark_shards(model: torch.nn.Module) -> None:

@@ -1,8 +1,9 @@
 """Bytes that a run needs on its fullest rank, by arithmetic alone. No torch.
 
 Counted is what is alive at the worst moment of a step, the first layer of the backward pass: weights, gradients,
-optimizer state, every activation that the local layers keep, the loss, and the teacher. Saving a checkpoint comes at
-another moment, when no activation is alive. Not counted: the interpreter with its libraries, communication buffers.
+optimizer state, every activation that the local layers keep, the loss, and the teacher. Saving a checkpoint and a
+teacher's turn come at other moments, when no activation is alive. Not counted: the interpreter with its libraries,
+communication buffers.
 """
 
 from __future__ import annotations
@@ -38,7 +39,12 @@ class Memory:
     fp8_copies: int = 0
     """Weights of the layers cast to FP8, kept for a step: the student's for forward and backward pass."""
     teacher_weights: int = 0
+    """With its LM head where the student's is."""
     teacher_hidden: int = 0
+    """Its hidden states that wait: for the student's use, or on ranks of its own to be sent."""
+    teaching: int = 0
+    """A forward pass of the teacher's, and what it leaves on this rank to be sent; not at the same time as activations,
+    backward pass and loss."""
     heap: int = 0
     """What a CPU's allocator holds on top of small activations."""
     workspace: int = 0
@@ -50,23 +56,36 @@ class Memory:
     def total(self) -> int:
         """At the worst moment."""
         passing = self.activations + self.backward_pass + self.loss + self.heap
-        return sum(vars(self).values()) - min(passing, self.saving)
+        moments = (passing, self.saving, self.teaching)
+        return sum(vars(self).values()) - sum(moments) + max(moments)
 
 
 def estimate(
     config: Config, stage: str, student: ModelShape, teacher: ModelShape | None, world: int, *, on_cpu: bool
 ) -> Memory:
-    """The fullest rank of a run.
+    """The fullest rank of those that hold the student.
 
     Args:
         config: checked.
         stage: adapt, prune, distill or evaluate.
         student, teacher: shapes.
-        world: number of ranks.
+        world: number of ranks, the teacher's own included.
         on_cpu: whether the run is on a CPU, whose allocator and matrix library hold more.
     """
-    stages = range(config.student.layout.pipeline)
-    needs = [_of_stage(config, stage, student, teacher, world, pipeline_rank) for pipeline_rank in stages]
+    ranks = derive.student_world(config, world)
+    needs = []
+    for mine, of_teacher in _stages(config, world):
+        need = _of_stage(config, stage, student, teacher, ranks, mine)
+        if teacher is not None and stage == "distill":
+            share = teaching(config, student, teacher, world, mine, of_teacher)
+            away = share.weights if config.teacher.offload and not on_cpu else 0
+            need = replace(
+                need,
+                teacher_weights=share.weights - away + share.head,
+                teacher_hidden=share.needed,
+                teaching=share.forward + away + (0 if _hidden_states_stay(config) else share.held),
+            )
+        needs.append(need)
     if not on_cpu:
         needs = [replace(need, heap=0, workspace=0) for need in needs]
     return max(needs, key=lambda need: need.total)
@@ -95,8 +114,6 @@ def _of_stage(
             fp8_copies=_fp8_copies(precision, student, layout, trains=False),
         )
     micro_batches = derive.micro_batches(config, layout, world)
-    # Of the teacher's layers with a match here, and behind the last one, until the student has used them.
-    states = len(_matched_layers(config, teacher, pipeline_rank)) + last
     kept = _kept(student, layout) * _layers_in_flight(layout, micro_batches, pipeline_rank, student.layers)
     kept += [_cut(student.hidden, layout)] * 2 if last else []
     return Memory(
@@ -108,7 +125,6 @@ def _of_stage(
         backward_pass=backward * tokens * width,
         loss=_loss(student, teacher, layout, tokens, width) if last else 0,
         fp8_copies=_fp8_copies(precision, student, layout, trains=True),
-        **(_of_teacher(config, teacher, states * micro_batches * tokens, pipeline_rank) if teacher else {}),
         heap=_heap([*kept, *[student.ffn // layout.tensor] * 6], tokens * width),
         workspace=_WORKSPACE,
         saving=_SAVED_BYTES * held + _SAVING_BUFFERS,
@@ -140,15 +156,83 @@ def _of_scoring(config: Config, teacher: ModelShape, world: int, pipeline_rank: 
     )
 
 
-def _of_teacher(config: Config, teacher: ModelShape, tokens: int, pipeline_rank: int) -> dict[str, int]:
-    """Its weights, and its hidden states of `tokens` tokens, on one rank of the layout that it shares."""
-    layout, precision = config.student.layout, derive.teacher_precision(config)
-    width = _BYTES[precision.compute]
-    weights = size.rank_parameters(teacher, layout, pipeline_rank) * width
-    return {
-        "teacher_weights": weights + _fp8_copies(precision, teacher, layout, trains=False),
-        "teacher_hidden": tokens * _cut(teacher.hidden, layout) * width,
-    }
+@dataclass(frozen=True)
+class Teaching:
+    """Bytes of the teacher's on one rank."""
+
+    weights: int
+    """Its layers and input embedding here."""
+    head: int
+    """Its LM head, cut as the student is, on the student's last stage."""
+    held: int
+    """The hidden states of a global batch that it leaves here."""
+    needed: int
+    """Those that the student needs here."""
+    forward: int
+    """What its forward pass has alive at a time."""
+
+
+def teaching(
+    config: Config, student: ModelShape, teacher: ModelShape, world: int, mine: int | None, of_teacher: int | None
+) -> Teaching:
+    """The teacher's part of a rank.
+
+    Args:
+        config: checked.
+        student, teacher: shapes.
+        world: number of ranks, the teacher's own included.
+        mine: the student's pipeline stage on this rank; None on a rank of the teacher's own.
+        of_teacher: the teacher's; None on a rank without it.
+    """
+    precision = derive.teacher_precision(config)
+    width, length = _BYTES[precision.compute], config.data.sequence_length
+    layout, cut = config.student.layout, derive.teacher_layout(config)
+    ranks = derive.student_world(config, world)
+    batch = derive.global_batch(config, layout, ranks) * length
+    weights = head = held = needed = forward = 0
+    if of_teacher is not None:
+        weights = size.rank_parameters(teacher, cut, of_teacher, head=False) * width
+        weights += _fp8_copies(precision, teacher, cut, trains=False)
+        outputs = len(_matched_layers(config, teacher, cut, of_teacher, "teacher")) + (of_teacher == cut.pipeline - 1)
+        copies = derive.data_parallel(cut, len(derive.teacher_ranks(config, world)))
+        held = outputs * batch // copies * _cut(teacher.hidden, cut) * width
+        tokens = derive.teacher_micro_batch(config) * length
+        wide = (3 if FAMILIES[teacher.family].gated else 2) * teacher.ffn // cut.tensor
+        forward = (wide + 2 * _cut(teacher.hidden, cut)) * tokens * width
+    if mine is not None:
+        last = mine == layout.pipeline - 1
+        outputs = len(_matched_layers(config, student, layout, mine, "student")) + last
+        needed = outputs * batch // derive.data_parallel(layout, ranks) * _cut(teacher.hidden, layout) * width
+        alike = cut.pipeline == 1 and cut.tensor == layout.tensor and of_teacher == 0
+        shared = teacher.tied_embeddings and alike and not config.teacher.offload
+        head = size.head_parameters(teacher, layout) * width if last and not shared else 0
+    return Teaching(weights, head, held, needed, forward)
+
+
+def estimate_teacher(config: Config, student: ModelShape, teacher: ModelShape, world: int) -> Memory:
+    """The fullest of the teacher's own ranks; the arguments are `estimate`'s."""
+    needs = []
+    for stage in range(derive.teacher_layout(config).pipeline):
+        share = teaching(config, student, teacher, world, None, stage)
+        waiting = (config.teacher.ahead - 1) * share.held
+        needs.append(Memory(teacher_weights=share.weights, teacher_hidden=waiting, teaching=share.held + share.forward))
+    return max(needs, key=lambda need: need.total)
+
+
+def _stages(config: Config, world: int) -> list[tuple[int, int | None]]:
+    """Which stages of the student and of the teacher meet on a rank of the student's."""
+    pipeline = config.student.layout.pipeline
+    if config.teacher is None or config.teacher.placement == "disjoint":
+        return [(stage, None) for stage in range(pipeline)]
+    of_teacher = derive.teacher_layout(config).pipeline
+    return sorted({(rank * pipeline // world, rank * of_teacher // world) for rank in range(world)})
+
+
+def _hidden_states_stay(config: Config) -> bool:
+    """Whether every rank of the student's has what it needs from the teacher on it, so that nothing is copied."""
+    student, teacher = config.student.layout, derive.teacher_layout(config)
+    alike = all(getattr(student, name) == getattr(teacher, name) for name in ("tensor", "pipeline", "sequence"))
+    return config.teacher.placement == "colocated" and alike and not config.objective.matching
 
 
 def _fp8_copies(precision: Precision, shape: ModelShape, layout: Layout, *, trains: bool) -> int:
@@ -158,20 +242,20 @@ def _fp8_copies(precision: Precision, shape: ModelShape, layout: Layout, *, trai
     return (2 if trains else 1) * weights * layers
 
 
-def _matched_layers(config: Config, teacher: ModelShape | None, pipeline_rank: int) -> set[int]:
-    """Layers of the teacher on this stage that a layer of the student is matched with."""
-    if teacher is None or not config.objective.matching:
-        return set()
-    stages = derive.stages_of_layers(teacher.layers, derive.teacher_layout(config))
-    wanted = {pair.teacher_layer for pair in config.objective.matching}
-    return {layer for layer in wanted if stages[layer - 1] == pipeline_rank}
+def _matched_layers(config: Config, shape: ModelShape, layout: Layout, stage: int, role: str) -> set[int]:
+    """Layers of the teacher that are matched, if `role` is teacher those on this stage of it, else those that are
+    matched with a layer on this stage of the student."""
+    stages = derive.stages_of_layers(shape.layers, layout)
+    pairs = config.objective.matching
+    return {pair.teacher_layer for pair in pairs if stages[getattr(pair, f"{role}_layer") - 1] == stage}
 
 
 def _projections(config: Config, student: ModelShape, teacher: ModelShape | None, pipeline_rank: int) -> int:
     """Parameters of the linear maps on one stage, whole on each tensor-parallel rank."""
-    matched = _matched_layers(config, teacher, pipeline_rank)
-    pairs = [p for p in derive.projected_pairs(config, student, teacher) if p.teacher_layer in matched]
-    return len(pairs) * teacher.hidden * student.hidden if pairs else 0
+    stages = derive.stages_of_layers(student.layers, config.student.layout)
+    pairs = derive.projected_pairs(config, student, teacher)
+    count = sum(stages[pair.student_layer - 1] == pipeline_rank for pair in pairs)
+    return count * teacher.hidden * student.hidden if count else 0
 
 
 def _cut(hidden: int, layout: Layout) -> int:

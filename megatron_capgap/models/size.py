@@ -79,17 +79,22 @@ def training_flops(shape: ModelShape, teacher: ModelShape | None, sequence_lengt
     return 3.0 * forward_flops(shape, sequence_length) + teaching
 
 
-def rank_parameters(shape: ModelShape, layout: Layout, stage: int) -> int:
-    """Parameters that one rank of pipeline stage `stage` holds; norms, learned positions and biases of row-parallel
-    projections are replicated over tensor-parallel ranks."""
+def head_parameters(shape: ModelShape, layout: Layout) -> int:
+    """Parameters of one tensor-parallel rank's shard of the LM head, or of the input embedding."""
+    return padded_vocab(shape.vocab, layout.tensor) // layout.tensor * shape.hidden
+
+
+def rank_parameters(shape: ModelShape, layout: Layout, stage: int, *, head: bool = True) -> int:
+    """Parameters that one rank of pipeline stage `stage` holds, with or without its LM head; norms, learned positions
+    and biases of row-parallel projections are replicated over tensor-parallel ranks."""
     cut = (_layer_matrices(shape) + _layer_cut_vectors(shape)) // layout.tensor
     layer = cut + _layer_whole_vectors(shape)
     count = shape.layers // layout.pipeline * layer
-    rows = padded_vocab(shape.vocab, layout.tensor) // layout.tensor * shape.hidden
+    rows = head_parameters(shape, layout)
     first, last = stage == 0, stage == layout.pipeline - 1
     if first:
         count += rows + position_parameters(shape)
     if last:
         count += _norm_parameters(shape)
-        count += 0 if shape.tied_embeddings and first else rows
+        count += 0 if not head or (shape.tied_embeddings and first) else rows
     return count

@@ -1,9 +1,16 @@
-"""A model's layout as process groups: who holds which shard. The only reader of Megatron's `parallel_state`."""
+"""A model's layout as process groups: who holds which shard. The only reader of Megatron's `parallel_state`.
+
+Megatron keeps the groups of one layout in module globals. Several layouts live side by side in one world because each
+`Grid` remembers its globals: `build` leaves the first one in force, `beside` makes further ones, and `Grid.active` puts
+one in force for a while.
+"""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +32,18 @@ class Grid:
     pipeline_rank: int
     data_rank: int
     data_size: int
+    state: Mapping[str, Any] = field(repr=False)
+    """What Megatron's module globals hold while this layout is in force."""
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Puts this layout in force, and the one before again afterwards."""
+        before = _state()
+        vars(parallel_state).update(self.state)
+        try:
+            yield
+        finally:
+            vars(parallel_state).update(before)
 
     @property
     def on_first_stage(self) -> bool:
@@ -54,38 +73,66 @@ class Grid:
 
 
 def build(layout: Layout, seed: int, timeout_seconds: int = 600) -> Grid:
-    """Makes the process groups of `layout` over the whole world. Collective.
+    """Makes the process groups of `layout` over the whole world and puts them in force; forgets all others. Collective.
 
-    Virtual stages are not told to `parallel_state`: schedules and modules read them from the model's own config, so
-    that a teacher without virtual stages can share the groups.
+    Virtual stages are not told to `parallel_state`: schedules and modules read them from the model's own config.
 
     Args:
         layout: sizes; their product with the data-parallel size is the world size.
-        timeout_seconds: how long a collective may wait, in whole minutes.
         seed: decides dropout; every pipeline stage and data-parallel rank draws its own.
+        timeout_seconds: how long a collective may wait.
     """
+    release()
+    grid = _initialise(layout, timeout_seconds)
+    torch.manual_seed(seed + grid.data_rank)
+    model_parallel_cuda_manual_seed(seed + 100 * grid.pipeline_rank + 10_000 * grid.data_rank, force_reset_rng=True)
+    return grid
+
+
+def beside(first: Grid, layout: Layout, timeout_seconds: int = 600) -> Grid:
+    """A further layout of the same world, for a model that draws no random numbers; `first` stays in force. Collective.
+
+    Args:
+        first: from `build`; where `layout` cuts the world alike, its process groups serve both.
+        layout: sizes; their product with the data-parallel size is the world size.
+        timeout_seconds: how long a collective may wait.
+    """
+    if all(getattr(layout, name) == getattr(first.layout, name) for name in ("tensor", "pipeline", "context")):
+        return replace(first, layout=layout)
+    before, buffers = _state(), parallel_state._GLOBAL_MEMORY_BUFFER
+    release()
+    try:
+        return _initialise(layout, timeout_seconds)
+    finally:
+        vars(parallel_state).update(before)
+        parallel_state._GLOBAL_MEMORY_BUFFER = buffers
+
+
+def release() -> None:
+    """Forgets every process group of the layout in force."""
     parallel_state.destroy_model_parallel()
+
+
+def _initialise(layout: Layout, timeout_seconds: int) -> Grid:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         context_parallel_size=layout.context,
         create_gloo_process_groups=True,
-        distributed_timeout_minutes=math.ceil(timeout_seconds / 60),
+        distributed_timeout_minutes=timeout_seconds / 60,
     )
-    pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
-    data_rank = parallel_state.get_data_parallel_rank()
-    torch.manual_seed(seed + data_rank)
-    model_parallel_cuda_manual_seed(seed + 100 * pipeline_rank + 10_000 * data_rank, force_reset_rng=True)
     return Grid(
         layout=layout,
         groups=ProcessGroupCollection.use_mpu_process_groups(),
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
-        pipeline_rank=pipeline_rank,
-        data_rank=data_rank,
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
+        state=_state(),
     )
 
 
-def release() -> None:
-    """Forgets every process group of every layout."""
-    parallel_state.destroy_model_parallel()
+def _state() -> dict[str, Any]:
+    """Megatron's globals, but for the buffers of all-gathers, which any layout may use while it is in force."""
+    found = {name: value for name, value in vars(parallel_state).items() if name[0] == "_" and name[1:2].isupper()}
+    return {name: value for name, value in found.items() if "MEMORY_BUFFER" not in name}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import FrameType
 
 import torch
@@ -12,11 +13,16 @@ WATCHED = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Remembers the first signal; use as a context manager around the loop."""
+    """Remembers a signal; use as a context manager around the loop.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._seen = 0
+    Args:
+        largest: the largest of a number over all ranks. Collective.
+    """
+
+    def __init__(self, largest: Callable[[int], int]) -> None:
+        self._largest = largest
+        self.seen = 0
+        """The number of the last signal that this rank has received; 0 for none."""
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -29,11 +35,20 @@ class StopRequest:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self._seen = number
+        self.seen = number
 
     def agreed(self) -> str | None:
         """The signal that any rank has received, by name, or None. Collective: one all-reduce of one number."""
-        seen = torch.tensor(self._seen, dtype=torch.int32, device=self._device)
-        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-        number = int(seen)
+        number = self._largest(self.seen)
         return signal.Signals(number).name if number else None
+
+
+def largest_in_world(number: int, device: torch.device) -> int:
+    """The largest of a number over the ranks of the default process group. Collective.
+
+    Args:
+        device: where the group's tensors live.
+    """
+    value = torch.tensor(number, dtype=torch.int32, device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return int(value)

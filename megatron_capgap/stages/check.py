@@ -29,7 +29,10 @@ def report(loaded: Loaded, stage: str, world: int, capability: tuple[int, int] |
     config = resolved.config
     lines = [f"{stage}: the configuration is sound", ""]
     lines += _models(resolved)
-    lines += ["", *_grid(config.student.layout, world)]
+    ranks = range(resolved.student_world)
+    lines += ["", *_grid("rank grid", config.student.layout, ranks)]
+    if config.teacher is not None and (derive.teacher_layout(config) != config.student.layout or len(ranks) < world):
+        lines += _grid("the teacher's", derive.teacher_layout(config), derive.teacher_ranks(config, world))
     lines += ["", *arithmetic(resolved), *_work(resolved)]
     lines += ["", *_memory(resolved)]
     return "\n".join(lines) + "\n"
@@ -57,11 +60,11 @@ def _shape(shape: ModelShape) -> str:
     return f"{shape.family}: {shape.layers} layers, {width}, vocab {shape.vocab} {tied}"
 
 
-def _grid(layout: Layout, world: int) -> list[str]:
+def _grid(title: str, layout: Layout, ranks: range) -> list[str]:
     """Who is who, in Megatron's order: tensor fastest, then data, then pipeline."""
-    data = derive.data_parallel(layout, world)
+    data = derive.data_parallel(layout, len(ranks))
     lines = [
-        f"rank grid: {world} ranks = tensor {layout.tensor} x data {data} x pipeline {layout.pipeline}"
+        f"{title}: {len(ranks)} ranks = tensor {layout.tensor} x data {data} x pipeline {layout.pipeline}"
         + (f" ({layout.virtual_pipeline} virtual stages each)" if layout.virtual_pipeline > 1 else "")
         + (", sequence parallel" if layout.sequence else "")
     ]
@@ -70,7 +73,7 @@ def _grid(layout: Layout, world: int) -> list[str]:
             if stage == 2:
                 lines.append("  ...")
             continue
-        first = stage * layout.tensor * data
+        first = ranks.start + stage * layout.tensor * data
         groups = [f"[{_span(first + d * layout.tensor, layout.tensor)}]" for d in range(min(data, 4))]
         more = f" ... {data} tensor-parallel groups" if data > 4 else ""
         lines.append(f"  stage {stage}: {' '.join(groups)}{more}")
@@ -106,7 +109,7 @@ def arithmetic(resolved: Resolved) -> list[str]:
 def _work(resolved: Resolved) -> list[str]:
     config, batch = resolved.config, resolved.global_batch
     length = config.data.sequence_length
-    micro = derive.micro_batches(config, config.student.layout, resolved.world)
+    micro = derive.micro_batches(config, config.student.layout, resolved.student_world)
     flops = size.training_flops(resolved.student, resolved.teacher, length)
     lines = [
         f"tokens a step: {batch * length:,} = {batch} sequences x {length}; {micro} micro-batches of "
@@ -132,10 +135,39 @@ def _memory(resolved: Resolved) -> list[str]:
     config = resolved.config
     # Without torch: the driver's device node tells whether `auto` would find a GPU on this machine.
     on_cpu = config.device == "cpu" or (config.device == "auto" and not Path("/dev/nvidiactl").exists())
-    need = memory.estimate(config, resolved.stage, resolved.student, resolved.teacher, resolved.world, on_cpu=on_cpu)
-    lines = [f"memory of the fullest rank on a {'CPU' if on_cpu else 'GPU'}, MiB"]
+    facts = (config, resolved.stage, resolved.student, resolved.teacher, resolved.world)
+    ground = "CPU" if on_cpu else "GPU"
+    lines = _table(f"memory of the fullest rank on a {ground}, MiB", memory.estimate(*facts, on_cpu=on_cpu))
+    if resolved.teacher is None:
+        return lines
+    if resolved.student_world < resolved.world:
+        need = memory.estimate_teacher(config, resolved.student, resolved.teacher, resolved.world)
+        lines = [*_table("memory of the teacher's fullest rank, MiB", need), "", *lines]
+    return [*_teaching(resolved), "", *lines]
+
+
+def _table(title: str, need: memory.Memory) -> list[str]:
+    lines = [title]
     lines += [f"  {name.replace('_', ' '):<18}{value / _MIB:>12,.1f}" for name, value in vars(need).items() if value]
     lines.append(
         f"  {'in all':<18}{need.total / _MIB:>12,.1f}  without the interpreter, its libraries and communication buffers"
     )
     return lines
+
+
+def _teaching(resolved: Resolved) -> list[str]:
+    """The teacher's weights, and its hidden states while they wait."""
+    config, teacher = resolved.config, resolved.teacher
+    assert teacher is not None and config.teacher is not None
+    stages = range(derive.teacher_layout(config).pipeline)
+    shares = [memory.teaching(config, resolved.student, teacher, resolved.world, None, stage) for stage in stages]
+    last = config.student.layout.pipeline - 1
+    of_student = memory.teaching(config, resolved.student, teacher, resolved.world, last, None)
+    weights, held = (max(getattr(share, name) for share in shares) / _MIB for name in ("weights", "held"))
+    ahead = f"; up to {config.teacher.ahead} wait on the teacher's ranks" * (resolved.student_world < resolved.world)
+    return [
+        f"teacher a rank: {weights:,.1f} MiB of weights on its fullest, {of_student.head / _MIB:,.1f} MiB of LM head "
+        "on the student's last stage" + (", weights in host memory between its turns" * config.teacher.offload),
+        f"its hidden states of a global batch: {held:,.1f} MiB on each rank where it leaves most, "
+        f"{of_student.needed / _MIB:,.1f} MiB on each of the student's last stage{ahead}",
+    ]

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,17 +17,19 @@ from megatron_capgap.checkpoint.manifest import Manifest, begin_training_run
 from megatron_capgap.config import derive
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.load import Loaded, dump
-from megatron_capgap.config.schema import Config
+from megatron_capgap.config.schema import Config, Layout
 from megatron_capgap.data import pretrain
 from megatron_capgap.data.batch import MicroBatch
 from megatron_capgap.losses import Loss
 from megatron_capgap.models import gpt, memory, projections, size
 from megatron_capgap.models.state import initialise
 from megatron_capgap.runtime import launch, layout
+from megatron_capgap.runtime.bridge import Bridge
 from megatron_capgap.runtime.devices import Device
 from megatron_capgap.runtime.launch import Environment
 from megatron_capgap.runtime.layout import Grid
 from megatron_capgap.runtime.logging import Log, count, drop_metrics_after
+from megatron_capgap.runtime.signals import largest_in_world
 from megatron_capgap.stages import check
 from megatron_capgap.stages.resolve import Resolved, resolve
 from megatron_capgap.training import optimizer
@@ -42,7 +45,11 @@ class Ground:
 
     resolved: Resolved
     device: Device
+    rank: int
+    """This process among all of the job."""
     grid: Grid
+    bridge: Bridge | None
+    """Between the student's and the teacher's ranks, where they are not the same."""
     memory_at_start: int
     """Peak bytes of this process before it built a model."""
     log: Log
@@ -69,15 +76,29 @@ def ground(loaded: Loaded, stage: str, environment: Environment, device: Device)
     """
     config = loaded.config
     resolved = resolve(loaded, stage, environment.world, device.capability)
-    launch.join(environment, device, config.runtime.timeout_seconds)
+    timeout, cut, bridge = config.runtime.timeout_seconds, config.student.layout, None
+    if resolved.student_world < resolved.world:
+        bridge = Bridge(environment, device, derive.teacher_ranks(config, resolved.world), timeout)
+    else:
+        launch.join(environment, device, timeout)
     log = None
     new = _missing_folders(Path(config.run_dir)) if environment.rank == 0 else []
-    try:
+
+    def open_run_dir() -> None:
         launch.on_first_rank(lambda: _open_run_dir(resolved))
-        grid = layout.build(config.student.layout, config.seed, config.runtime.timeout_seconds)
+
+    try:
+        if bridge is None:
+            open_run_dir()
+        elif bridge.teaches:
+            cut = derive.teacher_layout(config)
+            bridge.together(lambda: None)
+        else:
+            bridge.together(open_run_dir)
+        grid = layout.build(cut, config.seed, timeout)
         log = Log(Path(config.run_dir), environment.rank == 0, config.runtime.tensorboard)
-        _introduce(log, resolved, device, grid)
-        yield Ground(resolved, device, grid, device.peak_memory(), log)
+        _introduce(log, resolved, device)
+        yield Ground(resolved, device, environment.rank, grid, bridge, device.peak_memory(), log)
     except BaseException as error:
         _remove_unless_begun(new)
         if not isinstance(error, UserError):
@@ -147,6 +168,9 @@ def training_run(
         describe=lambda done: describe(ground, done),
         prepare=prepare,
         loss_of_layers=loss_of_layers,
+        largest=partial(largest_in_world, device=ground.device.torch_device)
+        if ground.bridge is None
+        else lambda number: ground.bridge.agree(number).wait(),
         flops_a_token=size.training_flops(resolved.student, resolved.teacher, config.data.sequence_length),
         memory_at_start=ground.memory_at_start,
         memory_estimate=memory.estimate(
@@ -218,7 +242,7 @@ def _remove_unless_begun(new: list[Path]) -> None:
             folder.rmdir()
 
 
-def _introduce(log: Log, resolved: Resolved, device: Device, grid: Grid) -> None:
+def _introduce(log: Log, resolved: Resolved, device: Device) -> None:
     """The first lines of a run."""
     log.parts(device)
     for name, shape in (("student", resolved.student), ("teacher", resolved.teacher)):
@@ -227,12 +251,18 @@ def _introduce(log: Log, resolved: Resolved, device: Device, grid: Grid) -> None
             log.say(f"{name}: {count(total)} parameters, {count(inner)} without embeddings")
     for line in check.arithmetic(resolved):
         log.say(line)
-    cut = grid.layout
-    tokens = resolved.global_batch * resolved.config.data.sequence_length
-    log.say(
-        f"ranks: {resolved.world} = tensor {cut.tensor} x pipeline {cut.pipeline} x data {grid.data_size}; "
-        f"{tokens} tokens a step"
-    )
+    config = resolved.config
+    tokens = resolved.global_batch * config.data.sequence_length
+    log.say(f"{_cut('ranks', config.student.layout, resolved.student_world)}; {tokens} tokens a step")
+    if config.teacher is not None and resolved.stage == "distill":
+        ranks = derive.teacher_ranks(config, resolved.world)
+        where = "its own" if ranks.start else "all, in turn with the student"
+        log.say(f"{_cut('the teacher', derive.teacher_layout(config), len(ranks))}; {where}")
+
+
+def _cut(title: str, cut: Layout, ranks: int) -> str:
+    data = derive.data_parallel(cut, ranks)
+    return f"{title}: {ranks} = tensor {cut.tensor} x pipeline {cut.pipeline} x data {data}"
 
 
 def describe(ground: Ground, done: int) -> Manifest:

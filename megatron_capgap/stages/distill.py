@@ -2,74 +2,212 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 from torch import Tensor
 
 from megatron_capgap.checkpoint import store
 from megatron_capgap.config import derive
+from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.load import Loaded
+from megatron_capgap.data import pretrain
 from megatron_capgap.data.batch import MicroBatch
+from megatron_capgap.distillation import plan
+from megatron_capgap.distillation.ahead import work_ahead
+from megatron_capgap.distillation.handoff import (
+    HandOff,
+    HandOffError,
+    States,
+    Taught,
+    Transfer,
+    Transport,
+    within_world,
+)
 from megatron_capgap.distillation.matching import Matching
+from megatron_capgap.distillation.offload import InHostMemory
 from megatron_capgap.distillation.teacher import Teacher, freeze
 from megatron_capgap.losses import DistillationObjective, Loss, TeacherHidden, distillation_loss
 from megatron_capgap.models import gpt
+from megatron_capgap.models.gpt import DTYPES, unwrap
+from megatron_capgap.runtime import launch, layout
+from megatron_capgap.runtime.bridge import Bridge
 from megatron_capgap.runtime.devices import Device
 from megatron_capgap.runtime.launch import Environment
+from megatron_capgap.runtime.signals import StopRequest
 from megatron_capgap.stages import common
-from megatron_capgap.training.loop import train
+from megatron_capgap.training.loop import Run, train
 from megatron_capgap.training.step import LossFunction
 
 
 def run(loaded: Loaded, environment: Environment, device: Device) -> int:
     """Distils; returns the exit code."""
     with common.ground(loaded, "distill", environment, device) as ground:
-        teacher, student = open_teacher(ground), common.student_chunks(ground)
-        objective = DistillationObjective(**vars(ground.config.objective))
-        vocab_size, grid = ground.resolved.student.vocab, ground.grid
-        matching = Matching(student, grid, objective.matching)
-
-        def prepare(batches: Sequence[MicroBatch]) -> LossFunction:
-            states = teacher.hidden_states(batches, matching.teacher_layers)
-            matching.begin(batches, states)
-            taught = dict(zip(map(id, batches), states.final, strict=True))
-
-            def loss(hidden: Tensor, head: Tensor, batch: MicroBatch) -> Loss:
-                # Popped, so that the teacher's states of a micro-batch go as soon as its loss is known.
-                teaching = taught.pop(id(batch)).flatten(0, 1)
-                return distillation_loss(
-                    hidden.flatten(0, 1),
-                    head,
-                    TeacherHidden(hidden=teaching, head=teacher.head()),
-                    *batch.flat(),
-                    objective=objective,
-                    vocab_size=vocab_size,
-                    group=grid.groups.tp,
-                    sequence_parallel=grid.layout.sequence,
-                )
-
-            return loss
-
-        train(common.training_run(ground, student, prepare, matching.loss if objective.matching else None))
+        bridge = ground.bridge
+        if bridge is None:
+            teacher = open_teacher(ground)
+            train(learner(ground, open_head(ground, teacher), _in_turns(ground, teacher)))
+        elif bridge.teaches:
+            with _all_or_none(bridge):
+                _work_ahead(ground, bridge)
+        else:
+            with _all_or_none(bridge):
+                _learn(ground, bridge)
     return 0
 
 
+def learner(ground: common.Ground, head: Tensor | None, teach: Callable[[int], Taught]) -> Run:
+    """The student's run. Collective over its ranks.
+
+    Args:
+        ground: what the stage stands on.
+        head: the teacher's LM head `[v/tp, h_teacher]`, cut as the student is, on the student's last stage.
+        teach: from a global batch's first sample to the teacher's states that this rank needs.
+    """
+    student = common.student_chunks(ground)
+    objective = DistillationObjective(**vars(ground.config.objective))
+    vocab_size, batch_size, grid = ground.resolved.student.vocab, ground.resolved.global_batch, ground.grid
+    matching = Matching(student, grid, objective.matching)
+
+    def prepare(batches: Sequence[MicroBatch]) -> LossFunction:
+        taught = teach(batches[0].sample_ids[0] // batch_size * batch_size)
+        matching.begin(batches, taught)
+
+        def loss(hidden: Tensor, student_head: Tensor, batch: MicroBatch) -> Loss:
+            # Taken, so that the teacher's states of a micro-batch go as soon as its loss is known.
+            teaching = taught.take(plan.FINAL, batch.sample_ids).flatten(0, 1)
+            return distillation_loss(
+                hidden.flatten(0, 1),
+                student_head,
+                TeacherHidden(hidden=teaching, head=head),
+                *batch.flat(),
+                objective=objective,
+                vocab_size=vocab_size,
+                group=grid.groups.tp,
+                sequence_parallel=grid.layout.sequence,
+            )
+
+        return loss
+
+    return common.training_run(ground, student, prepare, matching.loss if objective.matching else None)
+
+
 def open_teacher(ground: common.Ground) -> Teacher:
-    """Builds the teacher in the student's process groups, without virtual stages, and loads its weights. Collective."""
+    """Builds the teacher in its own layout, without its LM head, and loads its weights. Collective over its ranks."""
     resolved, config = ground.resolved, ground.config
     source, shape = resolved.teacher_source, resolved.teacher
     assert source is not None and shape is not None, "load refuses a distill configuration without a teacher"
-    chunks = gpt.build(
-        shape,
-        ground.grid,
-        derive.teacher_precision(config),
-        ground.device,
-        sequence_length=config.data.sequence_length,
-        virtual=False,
-    )
-    store.load_weights(source.folder, chunks, ground.grid)
+    grid = layout.beside(ground.grid, derive.teacher_layout(config), config.runtime.timeout_seconds)
+    with grid.active():
+        chunks = gpt.build(
+            shape,
+            grid,
+            derive.teacher_precision(config),
+            ground.device,
+            sequence_length=config.data.sequence_length,
+            head=False,
+        )
+        store.load_weights(source.folder, chunks, grid)
     freeze(chunks)
+    weights = nullcontext()
+    if config.teacher.offload:
+        weights = InHostMemory((p for chunk in chunks for p in chunk.parameters()), ground.device.torch_device)
+    side, _ = plan.sides(config, resolved.world)
+    return Teacher(chunks, grid, shape, derive.teacher_micro_batch(config), side.samples[grid.data_rank], weights)
+
+
+def open_head(ground: common.Ground, teacher: Teacher | None) -> Tensor | None:
+    """The teacher's LM head, cut as the student is. Collective over the student's ranks.
+
+    Args:
+        ground: what the stage stands on.
+        teacher: what this rank has of it.
+
+    Returns:
+        `[v/tp, h_teacher]` on the student's last stage; None, or what nothing reads, on the others.
+    """
+    source, shape, config = ground.resolved.teacher_source, ground.resolved.teacher, ground.config
     if source.manifest.step < source.manifest.steps:
         done = f"step {source.manifest.step} of {source.manifest.steps}"
         ground.log.say(f"teacher: {source.folder} is at {done}: its run is not finished")
-    return Teacher(chunks, ground.grid, shape, derive.teacher_micro_batch(config))
+    cut = derive.teacher_layout(config)
+    alike = cut.pipeline == 1 and cut.tensor == ground.grid.layout.tensor and not config.teacher.offload
+    if teacher and shape.tied_embeddings and alike:
+        return unwrap(teacher.chunks[0]).embedding.word_embeddings.weight  # every rank has it already
+    dtype = DTYPES[derive.teacher_precision(config).compute]
+    return store.load_head(source.folder, shape, ground.grid, dtype, ground.device.torch_device)
+
+
+def _hand_off(ground: common.Ground, transport: Transport) -> HandOff:
+    """This rank's part in the hand-off."""
+    resolved, config = ground.resolved, ground.config
+    streams = plan.streams(*plan.sides(config, resolved.world), _routes(ground), ground.rank)
+    dtype, device = DTYPES[derive.teacher_precision(config).compute], ground.device.torch_device
+    return HandOff(streams, ground.rank, width=resolved.teacher.hidden, dtype=dtype, device=device, transport=transport)
+
+
+def _routes(ground: common.Ground) -> list[plan.Route]:
+    return plan.routes(ground.config, ground.resolved.teacher, ground.resolved.student)
+
+
+def _speak(ground: common.Ground, teacher: Teacher) -> Callable[[int], States]:
+    """From a global batch's first sample to what the teacher leaves of it on this rank."""
+    config, device = ground.config, ground.device.torch_device
+    samples = pretrain.open_training(config.data, config.seed, common.cache_dir(config))
+    layers = [route.key for route in _routes(ground) if route.key != plan.FINAL]
+    return lambda first_sample: teacher.hidden_states(teacher.read(samples, first_sample, device), layers)
+
+
+def _in_turns(ground: common.Ground, teacher: Teacher) -> Callable[[int], Taught]:
+    """Teacher and student share all ranks."""
+    hand_off, speak = _hand_off(ground, within_world), _speak(ground, teacher)
+    return lambda first_sample: Taught(hand_off.begin(speak(first_sample), first_sample).finish())
+
+
+def _learn(ground: common.Ground, bridge: Bridge) -> None:
+    """The student's ranks, with a teacher on others."""
+    hand_off = _hand_off(ground, bridge.begin)
+
+    def teach(first_sample: int) -> Taught:
+        return Taught(hand_off.begin({}, first_sample).finish())
+
+    run = bridge.together(lambda: learner(ground, open_head(ground, None), teach))
+    try:
+        train(run)
+    except UserError as error:
+        bridge.give_up(error)
+        raise
+
+
+def _work_ahead(ground: common.Ground, bridge: Bridge) -> None:
+    """The teacher's own ranks."""
+    resolved, batch_size = ground.resolved, ground.resolved.global_batch
+    hand_off = _hand_off(ground, bridge.begin)
+    speak = bridge.together(lambda: _speak(ground, open_teacher(ground)))
+
+    def teach(step: int) -> Transfer:
+        first_sample = step * batch_size
+        return hand_off.begin(speak(first_sample), first_sample)
+
+    done = resolved.resumed.step if resolved.resumed else 0
+    with StopRequest(lambda number: bridge.agree(number).wait()) as stop:
+        steps = range(done, ground.config.train.steps)
+        work_ahead(steps, ground.config.teacher.ahead, teach, lambda: bridge.agree(stop.seen))
+
+
+@contextmanager
+def _all_or_none(bridge: Bridge) -> Iterator[None]:
+    """Where a rank fails, all stop, and those that can still be told say which transfer waited.
+
+    The process ends here: groups that wait for a lost rank, as an agreement does, would not let it end.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except HandOffError as error:
+        bridge.blame(str(error))
+        launch.abandon(error)
+    except Exception as error:
+        reason = bridge.blamed()
+        launch.abandon(HandOffError(reason).with_traceback(error.__traceback__) if reason else error)

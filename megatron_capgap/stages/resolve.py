@@ -30,6 +30,7 @@ class Resolved:
     loaded: Loaded
     stage: str
     world: int
+    """All ranks, the teacher's own included."""
     student: ModelShape
     teacher: ModelShape | None
     student_source: Source | None
@@ -46,7 +47,12 @@ class Resolved:
     @property
     def global_batch(self) -> int:
         """Sequences in one step over all ranks."""
-        return derive.global_batch(self.config, self.config.student.layout, self.world)
+        return derive.global_batch(self.config, self.config.student.layout, self.student_world)
+
+    @property
+    def student_world(self) -> int:
+        """Ranks that the student is cut over."""
+        return derive.student_world(self.config, self.world)
 
 
 def resolve(loaded: Loaded, stage: str, world: int, capability: tuple[int, int] | None = None) -> Resolved:
@@ -70,6 +76,7 @@ def resolve(loaded: Loaded, stage: str, world: int, capability: tuple[int, int] 
         *_vocabulary_problems(loaded, student, tokenizer),
         *_fingerprint_problems(loaded, "student.checkpoint", student_source, tokenizer),
         *_fingerprint_problems(loaded, "teacher.checkpoint", teacher_source, tokenizer),
+        *_length_problems(loaded, teacher_source),
     ]
     if problems:
         raise ConfigError(problems)
@@ -123,7 +130,7 @@ def _begun(
             f"{where} was begun with data.sequence_length {found.sequence_length}, not {config.data.sequence_length}; "
             "keep it or choose another run_dir"
         )
-    batch = derive.global_batch(config, config.student.layout, world)
+    batch = derive.global_batch(config, config.student.layout, derive.student_world(config, world))
     begun_with = found.tokens // (found.step * found.sequence_length) if found.step else batch
     if begun_with != batch:
         problems.append(
@@ -163,4 +170,18 @@ def _fingerprint_problems(loaded: Loaded, key: str, source: Source | None, token
         f"{loaded.place(key)}: {source.folder} was trained with tokenizer {source.manifest.tokenizer} ({theirs}), "
         f"but data.tokenizer is {loaded.config.data.tokenizer} ({ours}); their tokens differ, "
         "use the checkpoint's tokenizer"
+    ]
+
+
+def _length_problems(loaded: Loaded, teacher: Source | None) -> list[str]:
+    """A teacher says little about positions it has never seen."""
+    if teacher is None or loaded.config.teacher.longer_sequences:
+        return []
+    trained = max(teacher.manifest.sequence_length, teacher.manifest.model.max_positions or 0)
+    length = loaded.config.data.sequence_length
+    if length <= trained or trained == 1:  # a converted model may not say how long its sequences were
+        return []
+    return [
+        f"{loaded.place('data.sequence_length')}: {length} is longer than the {trained} tokens that the teacher "
+        f"{teacher.folder} was trained on; {trained} would do, or teacher.longer_sequences: true"
     ]

@@ -8,8 +8,8 @@ import torch
 
 from megatron_capgap.config.schema import LayerPair, Layout, ModelShape, Precision
 from megatron_capgap.data.batch import MicroBatch
+from megatron_capgap.distillation.handoff import Taught
 from megatron_capgap.distillation.matching import Matching
-from megatron_capgap.distillation.teacher import Taught
 from megatron_capgap.models import gpt, projections
 from megatron_capgap.models.state import initialise
 from megatron_capgap.runtime import layout
@@ -27,6 +27,13 @@ PAIRS = [
 ]
 # What a pipeline stage sends on is freed behind it.
 AT_THE_END_OF_A_STAGE = [{"student_layer": 2, "teacher_layer": 1, "kind": "mse", "weight": 0.25}]
+# On two pipeline ranks or more, each pair from the teacher's first stage to the student's last or the other way round;
+# one layer of the teacher's is needed twice.
+ACROSS_STAGES = [
+    {"student_layer": 4, "teacher_layer": 1},
+    {"student_layer": 1, "teacher_layer": 4, "kind": "cosine"},
+    {"student_layer": 2, "teacher_layer": 1, "weight": 0.25},
+]
 TP2_PP2 = {"tensor": 2, "pipeline": 2, "sequence": True}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one_rank": (1, {}),
@@ -76,6 +83,31 @@ def test_steps_agree_with_a_plain_llama(
     assert expected[0]["matching"] > expected[-1]["matching"] > 0
 
 
+@pytest.mark.parametrize(
+    "name, of_teacher, pairs",
+    [
+        ("pp2", {"tensor": 2}, PAIRS),
+        ("pp2_vp2", {"pipeline": 2}, ACROSS_STAGES),
+        ("tp2_pp2_sp", {"pipeline": 4}, ACROSS_STAGES),
+        ("tp2_pp2_sp", {}, PAIRS),
+    ],
+)
+def test_states_travel_to_the_stage_that_matches_them(
+    pool: WorkerPool,
+    material: Material,
+    teacher: Path,
+    tmp_path: Path,
+    name: str,
+    of_teacher: dict[str, Any],
+    pairs: list[dict[str, Any]],
+) -> None:
+    world, cut = LAYOUTS[name]
+    changes = {"student__layout": cut, "teacher__layout": of_teacher, "teacher__micro_batch": 1, "data__valid": None}
+    raw = configuration(material, tmp_path / name, teacher, pairs, **changes)
+    run_dir = runs.train(pool, "distill", raw, world)
+    assert_steps(run_dir, dense.steps(pool, "distill", raw))
+
+
 @pytest.mark.parametrize("name", ["tp2_sp", "pp2"])
 @pytest.mark.parametrize("model", [runs.STUDENT, AS_WIDE], ids=["projected", "as_wide"])
 def test_the_last_layer_of_a_stage_and_equal_widths(
@@ -97,13 +129,14 @@ def masked_pass(cut: Layout) -> tuple[float, torch.Tensor]:
     projections.add(chunks, [pair], 10)
     initialise(chunks, shape, grid, seed=1)
     matching = Matching(chunks, grid, [pair])
-    batches, taught = [], []
-    for _ in range(2):
+    batches, taught = [], {}
+    for ids in ([0, 1, 2], [3, 4, 5]):
         tokens, mask = torch.randint(301, (3, 8), generator=make), (torch.rand(3, 8, generator=make) < 0.6).float()
-        batches.append(MicroBatch(tokens, tokens, mask, torch.arange(8).expand(3, -1), [0, 1, 2]))
+        batches.append(MicroBatch(tokens, tokens, mask, torch.arange(8).expand(3, -1), ids))
         states = torch.randn(8, 3, 10, generator=make)
-        taught.append(states.chunk(cut.tensor)[grid.tensor_rank] if cut.sequence else states)
-    matching.begin(batches, Taught([None, None], {1: taught}))
+        mine = states.chunk(cut.tensor)[grid.tensor_rank] if cut.sequence else states
+        taught.update(zip(ids, mine.unbind(1), strict=True))
+    matching.begin(batches, Taught({1: taught}))
     for batch in batches:
         (0 * chunks[0](batch.tokens, batch.position_ids, attention_mask=None)).sum().backward()
     return matching.loss().loss_sum.item(), chunks[0].projections[pair.name].weight.grad

@@ -49,14 +49,14 @@ def parameter_counts(shape: ModelShape) -> tuple[int, int]:
     return sum(counts.values()), inner
 
 
-def shard_count(shape: ModelShape, layout_of_ranks: Layout) -> int:
+def shard_count(shape: ModelShape, layout_of_ranks: Layout, head: bool) -> int:
     """Runs in a worker: parameters that this rank holds."""
     from megatron_capgap.models import gpt
     from megatron_capgap.runtime import layout
     from megatron_capgap.runtime.devices import choose
 
     device = choose("cpu", 0)
-    chunks = gpt.build(shape, layout.build(layout_of_ranks, 0), Precision(), device, sequence_length=8)
+    chunks = gpt.build(shape, layout.build(layout_of_ranks, 0), Precision(), device, sequence_length=8, head=head)
     return sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
 
 
@@ -73,11 +73,14 @@ def test_parameters_are_those_of_the_built_model(
     assert re.search(rf"^student +{total:,} +{inner:,} ", report, re.MULTILINE)
 
 
+@pytest.mark.parametrize("head", [True, False], ids=["whole", "without_head"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_the_share_of_every_rank_is_what_it_builds(pool: WorkerPool, tied: bool) -> None:
-    shape, layout = ModelShape(**runs.STUDENT, tied_embeddings=tied), Layout(tensor=2, pipeline=2)
-    found = pool.run(shard_count, shape, layout, world=4)
-    assert found == [size.rank_parameters(shape, layout, stage=rank // 2) for rank in range(4)]
+def test_the_share_of_every_rank_is_what_it_builds(pool: WorkerPool, tied: bool, head: bool) -> None:
+    shape = ModelShape(**runs.STUDENT, tied_embeddings=tied)
+    for layout, ranks in ((Layout(tensor=2, pipeline=2), 4), (Layout(tensor=2), 2)):
+        found = pool.run(shard_count, shape, layout, head, world=ranks)
+        stages = [rank // 2 for rank in range(ranks)]
+        assert found == [size.rank_parameters(shape, layout, stage, head=head) for stage in stages]
 
 
 def test_grid_and_work_of_a_distillation(material: Material, teacher: Path, tmp_path: Path, check) -> None:
@@ -94,6 +97,45 @@ def test_grid_and_work_of_a_distillation(material: Material, teacher: Path, tmp_
     assert any(line.startswith("the run: 4 steps, 1,024 tokens, ") for line in lines)
     memory = lines.index("memory of the fullest rank on a CPU, MiB")
     assert lines[-1].startswith("  in all") and memory < len(lines) - 1
+
+
+def test_a_teacher_in_a_layout_of_its_own(material: Material, teacher: Path, tmp_path: Path, check) -> None:
+    """Weights and waiting hidden states a rank, with sequences long enough to show in MiB."""
+    layout = {"tensor": 2, "pipeline": 2, "sequence": True}
+    changes = {"student__layout": layout, "data__sequence_length": 65536, "teacher__longer_sequences": True}
+    changes |= {"teacher__layout": {"pipeline": 4}, "teacher__placement": "disjoint", "teacher__ranks": 4}
+    changes |= {"teacher__ahead": 3, "data__valid": None}
+    lines = check("distill", runs.distill_config(material, tmp_path / "run", teacher, **changes), 8).splitlines()
+    assert "rank grid: 4 ranks = tensor 2 x data 1 x pipeline 2, sequence parallel" in lines
+    assert lines[lines.index("the teacher's: 4 ranks = tensor 1 x data 1 x pipeline 4") + 1] == "  stage 0: [4]"
+    batch = 8 * 65536 * 48 * 4 / 2**20  # one output of the teacher's
+    assert (
+        f"its hidden states of a global batch: {batch:.1f} MiB on each rank where it leaves most, "
+        f"{batch / 2:.1f} MiB on each of the student's last stage; up to 3 wait on the teacher's ranks"
+    ) in lines
+    fullest = lines.index("memory of the teacher's fullest rank, MiB")
+    table = dict(line.strip().rsplit(maxsplit=1) for line in lines[fullest + 1 : fullest + 4])
+    assert table["teacher hidden"] == f"{2 * batch:.1f}" and float(table["teaching"]) > batch
+    for key in ("teacher__placement", "teacher__ranks", "teacher__ahead"):
+        del changes[key]
+    changes["teacher__layout"] = {"tensor": 2}
+    lines = check("distill", runs.distill_config(material, tmp_path / "run", teacher, **changes), 4).splitlines()
+    assert "the teacher's: 4 ranks = tensor 2 x data 2 x pipeline 1" in lines
+    assert any(
+        f"{batch / 2:.1f} MiB on each rank where it leaves most, {batch / 2:.1f} MiB on each" in x for x in lines
+    )
+
+
+def test_sequences_longer_than_the_teacher_s_are_asked_for(
+    material: Material, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = runs.distill_config(material, tmp_path / "run", teacher, data__sequence_length=33)
+    words = ["distill", "--config", runs.write_config(config), "--check-world=1"]
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "data.sequence_length: 33 is longer than the 32 tokens that the teacher" in line
+    assert line.endswith("32 would do, or teacher.longer_sequences: true")
+    assert main([*words, "--teacher.longer_sequences=true"]) == 0
 
 
 def test_the_grid_is_the_one_that_megatron_makes(pool: WorkerPool) -> None:

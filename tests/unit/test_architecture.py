@@ -51,6 +51,8 @@ LIGHT = (
     "stages/check.py",
     "stages/resolve.py",
     "data/tokenizer.py",
+    "data/order.py",
+    "distillation/plan.py",
     "__main__.py",
 )
 HEAVY = ("torch", "megatron", "transformers", "transformer_engine")

@@ -1,0 +1,315 @@
+"""Where a teacher runs: in the student's layout, in its own, on ranks of its own; measured, and foreseen at scale.
+
+    python benchmarks/teacher_layouts.py [--parts runs schedules scale] [--steps 8] [--json FILE]
+
+Three parts. (1) Whole runs on 4 ranks, in turn: step time and peak memory of the fullest rank. (2) A simulator of
+pipeline schedules beside Megatron's own schedules over gloo, whose stages sleep instead of computing, so that the order
+of things is measured and not this machine's cores. Beside ours stands the way of a teacher inside the student's
+schedule, as modelopt does it: every stage runs both models' layers, and the activations travel concatenated. (3) What
+the simulator says of 8 to 64 pipeline stages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import train_throughput
+
+PARTS = ("runs", "schedules", "scale")
+WARM_UP = 2
+TP2_PP2 = {"tensor": 2, "pipeline": 2}
+# name: (the student's layout, the teacher's section)
+RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "colocated, both tensor 2 x pipeline 2": (TP2_PP2, {}),
+    "colocated, teacher tensor 4": (TP2_PP2, {"layout": {"tensor": 4}}),
+    "colocated, teacher data 4": (TP2_PP2, {"layout": {}}),
+    "disjoint, 2 + 2: student tensor 2, teacher data 2": (
+        {"tensor": 2},
+        {"layout": {}, "placement": "disjoint", "ranks": 2},
+    ),
+}
+# Time of one micro-batch in one pipeline stage of the student is 1; the teacher has 2.5 times its parameters.
+STUDENT, BACKWARD, TEACHER = 1.0, 2.0, 2.5
+
+
+def main() -> int:
+    """Runs all three parts and prints their tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rank-of", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank_of:
+        print("RESULT " + json.dumps(rank_of(options.rank_of, options.folder, options.steps)))
+        return 0
+    results: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        if "runs" in options.parts:
+            results["runs"] = runs(Path(folder), options.steps)
+        if "schedules" in options.parts:
+            results["schedules"] = schedules(Path(folder))
+    if "scale" in options.parts:
+        results["scale"] = foreseen()
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+def runs(folder: Path, steps: int) -> dict[str, Any]:
+    """Step time and peak memory of whole runs; prints their table."""
+    train_throughput.prepare(folder)
+    print("| 4 ranks, 34M teacher, 9.3M student, 8 x 256 | seconds a step | peak MiB a rank |\n|---|---|---|")
+    found = {}
+    for name in RUNS:
+        ranks = start(f"run {name}", 4, folder, steps)
+        found[name] = {"seconds": ranks[0]["seconds"], "peak": max(rank["peak"] for rank in ranks) / (1 << 20)}
+        print(f"| {name} | {found[name]['seconds']:.2f} | {found[name]['peak']:.0f} |", flush=True)
+    return found
+
+
+def schedules(folder: Path) -> dict[str, Any]:
+    """The simulator beside Megatron's schedules; prints their table."""
+    print("\n| Megatron's schedule over gloo, stages that sleep | measured s | simulated s |\n|---|---|---|")
+    found = {}
+    for name, case in SLEEPING.items():
+        measured = max(rank["seconds"] for rank in start(f"sleep {name}", case.stages, folder, 3))
+        found[name] = {"measured": measured, "simulated": case.simulated()}
+        print(f"| {name} | {measured:.3f} | {case.simulated():.3f} |", flush=True)
+    return found
+
+
+def start(what: str, ranks: int, folder: Path, steps: int) -> list[dict[str, float]]:
+    """Starts one process of one thread a rank; returns every rank's result."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, __file__, "--rank-of", what, "--folder", str(folder), "--steps", str(steps)]
+    processes = []
+    for rank in range(ranks):
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    outputs = [process.communicate() for process in processes]
+    if any(process.returncode for process in processes):
+        raise SystemExit("\n".join(error for _, error in outputs))
+    return [json.loads(out.split("RESULT ")[1]) for out, _ in outputs]
+
+
+def rank_of(what: str, folder: Path, steps: int) -> dict[str, float]:
+    """What one rank of a measurement does."""
+    kind, name = what.split(" ", 1)
+    return run(name, folder, steps) if kind == "run" else sleep_through(SLEEPING[name], steps)
+
+
+def run(name: str, folder: Path, steps: int) -> dict[str, float]:
+    """The distill stage in one placement."""
+    import megatron.core  # noqa: F401
+    import torch  # noqa: F401
+
+    from megatron_capgap.__main__ import main as capgap
+    from megatron_capgap.runtime.devices.cpu import peak_resident_bytes
+
+    base = peak_resident_bytes()
+    os.chdir(folder)
+    student, teacher = RUNS[name]
+    run_dir = Path(f"run_{os.environ['MASTER_PORT']}")
+    words = [f"--student.layout={json.dumps(student)}", f"--run_dir={run_dir}", f"--train.steps={steps}"]
+    words += ["--train.micro_batch=1", "--teacher.micro_batch=1"]
+    words += [f"--teacher.{key}={json.dumps(value)}" for key, value in teacher.items()]
+    sys.stdout.flush()
+    assert capgap(["distill", "--config", "distill.json", *words]) == 0
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    seconds = [line["tokens"] / line["tokens_per_second"] for line in lines[WARM_UP:] if "loss" in line]
+    return {"seconds": statistics.median(seconds), "peak": peak_resident_bytes() - base}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One pass of a pipeline over the micro-batches of a step; times are of one micro-batch on one rank."""
+
+    stages: int
+    micro_batches: int
+    forward: float
+    backward: float = 0.0
+    """0 for a teacher, which runs forward only."""
+    virtual: int = 1
+    """Chunks of layers on a rank; each takes its share of the times."""
+    width: int = 64
+    """Of the activations that travel, where stages sleep."""
+
+    def order(self, rank: int) -> list[tuple[str, int, int]]:
+        """What a rank does, one after the other: ("F" or "B", chunk, micro-batch), as Megatron-Core orders it."""
+        count, stages, virtual = self.micro_batches, self.stages, self.virtual
+        forwards = [
+            ("F", k % (stages * virtual) // stages, _micro_batch(k, stages, virtual)) for k in range(count * virtual)
+        ]
+        if not self.backward:
+            return forwards
+        if virtual == 1:
+            warm = min(stages - 1 - rank, count)
+        else:
+            warm = min((stages - rank - 1) * 2 + (virtual - 1) * stages, count * virtual)
+        backwards = [("B", virtual - 1 - chunk, micro_batch) for _, chunk, micro_batch in forwards]
+        steady = [step for pair in zip(forwards[warm:], backwards, strict=False) for step in pair]
+        return forwards[:warm] + steady + backwards[len(forwards) - warm :]
+
+    def simulated(self) -> float:
+        """When the last rank is done: an operation begins when its rank is free and what it works on is there."""
+        ends: dict[tuple[str, int, int, int], float] = {}
+        queues = [iter(self.order(rank)) for rank in range(self.stages)]
+        heads = [next(queue, None) for queue in queues]
+        free = [0.0] * self.stages
+        while any(heads):
+            for rank, head in enumerate(heads):
+                while head and all(needed in ends for needed in self._needs(rank, *head)):
+                    kind, _, _ = head
+                    began = max([free[rank], *(ends[needed] for needed in self._needs(rank, *head))])
+                    free[rank] = began + (self.forward if kind == "F" else self.backward) / self.virtual
+                    ends[(*head, rank)] = free[rank]
+                    head = heads[rank] = next(queues[rank], None)
+        return max(free)
+
+    def _needs(self, rank: int, kind: str, chunk: int, micro_batch: int) -> Iterator[tuple[str, int, int, int]]:
+        """The operation on another rank, or another chunk, that an operation waits for."""
+        last = self.stages - 1
+        if kind == "F" and (rank or chunk):
+            yield ("F", chunk, micro_batch, rank - 1) if rank else ("F", chunk - 1, micro_batch, last)
+        elif kind == "B" and (rank < last or chunk < self.virtual - 1):
+            yield ("B", chunk, micro_batch, rank + 1) if rank < last else ("B", chunk + 1, micro_batch, 0)
+        elif kind == "B":
+            yield ("F", chunk, micro_batch, rank)
+
+
+def _micro_batch(k: int, stages: int, virtual: int) -> int:
+    """The micro-batch of a rank's k-th forward pass: each chunk takes `stages` of them in turn."""
+    return k // (stages * virtual) * stages + k % stages if virtual > 1 else k
+
+
+MS = 0.02
+SLEEPING = {
+    "student alone, 4 stages, 8 micro-batches": Schedule(4, 8, MS, 2 * MS),
+    "student alone, 4 stages of 2 chunks, 8 micro-batches": Schedule(4, 8, MS, 2 * MS, virtual=2),
+    "teacher alone, 4 stages, 8 micro-batches": Schedule(4, 8, 2.5 * MS),
+    "both in one schedule, concatenated, 4 stages, 8 micro-batches": Schedule(4, 8, 3.5 * MS, 2 * MS, width=224),
+    "both in one schedule, concatenated, 8 stages, 16 micro-batches": Schedule(8, 16, 3.5 * MS, 2 * MS, width=224),
+}
+
+
+def sleep_through(case: Schedule, steps: int) -> dict[str, float]:
+    """One rank of Megatron's own schedule over stages that sleep."""
+    import torch
+
+    from megatron_capgap.runtime.devices import choose
+
+    device = choose("cpu", 0)
+    import torch.distributed as dist
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_capgap.config.schema import Layout
+    from megatron_capgap.models import schedule
+    from megatron_capgap.runtime import launch, layout
+
+    launch.join(launch.read_environment(), device, 600)
+    grid = layout.build(Layout(pipeline=case.stages, virtual_pipeline=case.virtual), 0)
+    config = TransformerConfig(
+        num_layers=case.stages * case.virtual,
+        hidden_size=case.width,
+        num_attention_heads=1,
+        pipeline_model_parallel_size=case.stages,
+        virtual_pipeline_model_parallel_size=case.virtual if case.virtual > 1 else None,
+        pipeline_dtype=torch.float32,
+        calculate_per_token_loss=True,
+        batch_p2p_comm=case.virtual == 1,
+        overlap_p2p_comm=case.virtual > 1,
+        use_cpu_initialization=True,
+    )
+
+    class Sleep(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, states: torch.Tensor) -> torch.Tensor:
+            time.sleep(case.forward / case.virtual)
+            return states.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+            time.sleep(case.backward / case.virtual)
+            return gradient
+
+    class Stage(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config, self.given = config, None
+
+        def set_input_tensor(self, given: Any) -> None:
+            self.given = given[0] if isinstance(given, list) else given
+
+        def forward(self, tokens: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            given = torch.zeros(16, 1, case.width, requires_grad=True) if self.given is None else self.given
+            return Sleep.apply(given)
+
+    @dataclass
+    class Batch:
+        tokens: torch.Tensor
+        position_ids: torch.Tensor
+
+    def last_stage(hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        return hidden.sum(), torch.ones((), dtype=torch.int), {}
+
+    batches = [Batch(torch.zeros(1, 16), torch.zeros(1, 16))] * case.micro_batches
+    chunks = [Stage() for _ in range(case.virtual)]
+    seconds = []
+    for _ in range(steps):
+        dist.barrier()
+        began = time.perf_counter()
+        schedule.run(chunks, grid, batches, last_stage, forward_only=not case.backward, shape=(16, 1))
+        dist.barrier()
+        seconds.append(time.perf_counter() - began)
+    return {"seconds": min(seconds)}
+
+
+def foreseen() -> list[dict[str, float]]:
+    """Step times at scale, in forward passes of one student stage; prints the table.
+
+    All use the same ranks: 11 pipelines of the student's, or 6 of them and 5/11 of the ranks for the teacher. Tensor-
+    and data-parallel teachers have no stages, hence no bubble; communication is left out, but for an efficiency.
+    """
+    header = ["stages", "micro-batches", "one schedule", "same layout", "teacher without stages", "at 75% efficiency"]
+    header += ["the same, student of 2 chunks", "disjoint, 6 : 5"]
+    print("\n| " + " | ".join(header) + " |\n|" + "---|" * len(header))
+    rows = []
+    for stages in (8, 16, 32, 64):
+        for count in (2 * stages, 8 * stages):
+            numbers = predicted(stages, count)
+            print(f"| {stages} | {count} | " + " | ".join(f"{number:.0f}" for number in numbers) + " |")
+            rows.append(dict(zip(header, [stages, count, *numbers], strict=True)))
+    return rows
+
+
+def predicted(stages: int, count: int) -> Sequence[float]:
+    """Step times of each way for one number of stages and of micro-batches a pipeline."""
+    student = Schedule(stages, count, STUDENT, BACKWARD).simulated()
+    chunks = Schedule(stages, count, STUDENT, BACKWARD, virtual=2).simulated()
+    fused = Schedule(stages, count, STUDENT + TEACHER, BACKWARD).simulated()
+    same = student + Schedule(stages, count, TEACHER).simulated()
+    without = count * TEACHER
+    apart = max(Schedule(stages, -(-11 * count // 6), STUDENT, BACKWARD).simulated(), 11 / 5 * without)
+    return [fused, same, student + without, student + without / 0.75, chunks + without, apart]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,46 @@
+"""A teacher on ranks of its own: it works ahead of the student, by so many global batches and no more."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from megatron_capgap.distillation.handoff import Transfer
+
+
+class Agreement(Protocol):
+    """What all ranks agree on at the end of one of the student's steps."""
+
+    def wait(self) -> int:
+        """Returns when the step is done: 0 to go on, else the signal that ends the run."""
+
+
+def work_ahead(steps: range, ahead: int, teach: Callable[[int], Transfer], agree: Callable[[], Agreement]) -> int:
+    """Teaches one global batch after the other. Collective over the teacher's ranks.
+
+    A batch is begun when the student has taken the one `ahead` before it: while the student works on batch n, those up
+    to n + `ahead` are made, and at most `ahead` of them are on this rank.
+
+    Args:
+        steps: the student's, counted from 0.
+        ahead: global batches.
+        teach: runs the teacher over the batch of a step, and begins to send what it leaves.
+        agree: takes part in the agreement at the end of a step, without waiting for it.
+
+    Returns:
+        0 when all steps are done, else the signal that ended the run.
+    """
+    sending: deque[Transfer] = deque()
+    agreements: deque[Agreement] = deque()
+    for step in steps:
+        if len(agreements) > ahead and (signal := agreements.popleft().wait()):
+            return signal
+        if len(sending) == ahead:
+            sending.popleft().finish()
+        sending.append(teach(step))
+        agreements.append(agree())
+    while agreements:
+        if signal := agreements.popleft().wait():
+            return signal
+    return 0

@@ -1,0 +1,171 @@
+"""One job, two worlds: the student's ranks and the teacher's own, each with process groups as if it were alone.
+
+Megatron-Core and its checkpoints take the default process group for the whole world. So a teacher with ranks of its own
+gets a default group of its own, and what passes between the two goes over a bridge outside of either.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.runtime.devices import Device
+from megatron_capgap.runtime.launch import Environment
+
+Answer = TypeVar("Answer")
+
+# Whoever is ahead waits as long as the others work; a rank that is gone ends the wait at once, its connections close.
+_PATIENCE = timedelta(days=365)
+_GLANCE, _LINGER = timedelta(seconds=1), timedelta(seconds=3)
+_FAILED = 1 << 10  # above every signal's number
+_REASON, _BLAME = "reason", "blame"
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """Work that may take so long."""
+
+    work: Any
+    limit: timedelta
+
+    def wait(self) -> None:
+        """Returns when it is done; raises after the limit."""
+        self.work.wait(self.limit)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """A number that all ranks agree on, on its way."""
+
+    _work: Any
+    _number: Tensor
+    _store: dist.Store
+
+    def wait(self) -> int:
+        """The largest number that any rank has said, once all have.
+
+        Raises:
+            UserError: a rank has given up, on every rank with its reason.
+            RuntimeError: a rank is gone, or has left word that it must go.
+        """
+        while not self._done():
+            if reason := _word(self._store, _BLAME):
+                raise RuntimeError(reason)
+        number = int(self._number)
+        if number == _FAILED:
+            raise UserError(_word(self._store, _REASON) or "the ranks of the other model have given up")
+        return number
+
+    def _done(self) -> bool:
+        """Whether all ranks have said theirs; looks for a while."""
+        try:
+            self._work.wait(_GLANCE)
+        except RuntimeError:
+            if self._work.is_completed():
+                raise
+            return False
+        return True
+
+
+class Bridge:
+    """Opens the default process group of this rank's world, and the bridge between the two. Collective.
+
+    Args:
+        environment: this process among all of the job.
+        device: decides the backends.
+        teachers: the ranks of the teacher's world, the last ones; the others are the student's.
+        timeout_seconds: how long a collective, or the student, may wait.
+    """
+
+    def __init__(self, environment: Environment, device: Device, teachers: range, timeout_seconds: int) -> None:
+        self.rank, world = environment.rank, environment.world
+        self.teaches = self.rank in teachers
+        self._limit = timedelta(seconds=timeout_seconds)
+        url = f"tcp://{environment.master_addr}:{environment.master_port}"
+        self._store, _, _ = next(rendezvous(url, self.rank, world, timeout=self._limit))
+        self._store.set_timeout(self._limit)
+        name, first, size = ("teacher", teachers.start, len(teachers)) if self.teaches else ("student", 0, teachers[0])
+        dist.init_process_group(
+            device.backend,
+            store=dist.PrefixStore(name, self._store),
+            rank=self.rank - first,
+            world_size=size,
+            timeout=self._limit,
+        )
+        self._control = dist.ProcessGroupGloo(dist.PrefixStore("control", self._store), self.rank, world, self._limit)
+        self._states = self._control
+        if device.backend == "nccl":
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = _PATIENCE
+            store = dist.PrefixStore("states", self._store)
+            self._states = dist.ProcessGroupNCCL(store, self.rank, world, options)
+
+    def begin(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> list[Any]:
+        """Begins to send to and receive from ranks of the other world, numbered as in the job; a `handoff.Transport`.
+
+        What is sent waits until it is taken; what is received must come within the time-out.
+        """
+        works = [_Timed(self._states.send([tensor], peer, 0), _PATIENCE) for tensor, peer in sends]
+        return works + [_Timed(self._states.recv([tensor], peer, 0), self._limit) for tensor, peer in receives]
+
+    def agree(self, number: int) -> Agreement:
+        """Says a number >= 0 to all ranks of both worlds. Collective, but nobody waits for anybody here."""
+        value = torch.tensor(number, dtype=torch.int32)
+        options = dist.AllreduceOptions()
+        options.reduceOp, options.timeout = dist.ReduceOp.MAX, _PATIENCE
+        return Agreement(self._control.allreduce([value], options), value, self._store)
+
+    def give_up(self, error: UserError) -> None:
+        """Tells all ranks why this world stops, in place of its next `agree`. Collective over this world."""
+        self._store.set(_REASON, str(error))
+        with suppress(RuntimeError):  # an error of this rank alone: the others will notice that it is gone
+            self.agree(_FAILED)._work.wait(self._limit)
+
+    def together(self, work: Callable[[], Answer]) -> Answer:
+        """Both worlds do a work each, and go on when both are done. Collective.
+
+        Raises:
+            UserError: either's, on the ranks of both.
+        """
+        try:
+            answer = work()
+        except UserError as error:
+            self.give_up(error)
+            raise
+        self.agree(0).wait()
+        return answer
+
+    def blame(self, reason: str) -> None:
+        """Leaves word of why this rank must go, for those that only see their peers vanish."""
+        self._store.set(_BLAME, reason)
+        self._linger()
+
+    def blamed(self) -> str | None:
+        """The word that another rank has left or leaves within a moment, if it can still be had."""
+        with suppress(RuntimeError):
+            self._store.wait([_BLAME], _LINGER)
+        word = _word(self._store, _BLAME)
+        self._linger()
+        return word
+
+    def _linger(self) -> None:
+        """The store may live in the first rank's process: it stays for those who ask."""
+        if self.rank == 0:
+            time.sleep(_LINGER.total_seconds())
+
+
+def _word(store: dist.Store, key: str) -> str | None:
+    """What a rank has left under a key; None where there is nothing, or the store went with the rank that had it."""
+    with suppress(RuntimeError):
+        return store.get(key).decode() if store.check([key]) else None
+    return None

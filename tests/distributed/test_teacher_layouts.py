@@ -1,0 +1,192 @@
+"""A teacher in a layout of its own: losses and gradient norms are those of one rank, and no byte too many moves.
+
+A covering part runs by default; `pytest -m "" tests/distributed/test_teacher_layouts.py` runs every combination.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_capgap.config.schema import Config, Data, Layout, Student, Teacher, Train
+from tests.support import runs
+from tests.support.pool import WorkerPool
+from tests.support.runs import Material
+
+TOLERANCE = 1e-5
+
+# Of another depth, width and number of heads; both can be cut into four in either way.
+STUDENT = {"layers": 4, "hidden": 32, "heads": 4, "kv_heads": 4, "ffn": 48, "vocab": runs.VOCAB}
+TEACHER = {"layers": 8, "hidden": 48, "heads": 8, "kv_heads": 4, "ffn": 80, "vocab": runs.VOCAB}
+
+TEACHERS: dict[str, dict[str, Any]] = {
+    "tp4": {"tensor": 4},
+    "tp4_sp": {"tensor": 4, "sequence": True},
+    "pp4": {"pipeline": 4},
+    "tp2_pp2": {"tensor": 2, "pipeline": 2},
+    "tp2_dp2": {"tensor": 2},
+    "tp2_sp_dp2": {"tensor": 2, "sequence": True},
+    "dp4": {},
+}
+STUDENTS: dict[str, dict[str, Any]] = {
+    "tp2_pp2": {"tensor": 2, "pipeline": 2},
+    "pp2_vp2_dp2": {"pipeline": 2, "virtual_pipeline": 2},
+    "tp4_sp": {"tensor": 4, "sequence": True},
+    "dp4": {},
+}
+COVERING = [
+    ("tp4", "dp4"),
+    ("tp4_sp", "tp2_pp2"),
+    ("pp4", "tp2_pp2"),
+    ("pp4", "tp4_sp"),
+    ("tp2_pp2", "tp4_sp"),
+    ("tp2_dp2", "pp2_vp2_dp2"),
+    ("tp2_sp_dp2", "dp4"),
+    ("dp4", "pp2_vp2_dp2"),
+]
+PAIRS = [
+    pytest.param(a, b, marks=() if (a, b) in COVERING else pytest.mark.matrix, id=f"{a}-to-{b}")
+    for a in TEACHERS
+    for b in STUDENTS
+]
+
+Distil = Callable[..., list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def teachers(pool: WorkerPool, material: Material, tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
+    """Trained teachers with tied or untied embeddings, made when they are asked for."""
+    folder, done = tmp_path_factory.mktemp("teachers"), {}
+
+    def teacher(tied: bool) -> Path:
+        if tied not in done:
+            changes = {"train__steps": 25, "optimizer__lr": 1.0e-2, "data__valid": None}
+            changes["student__model"] = {**TEACHER, "tied_embeddings": tied}
+            done[tied] = runs.train(pool, "adapt", runs.adapt_config(material, folder / f"tied_{tied}", **changes))
+        return done[tied]
+
+    return teacher
+
+
+@pytest.fixture(scope="module")
+def distil(
+    pool: WorkerPool,
+    material: Material,
+    teachers: Callable[[bool], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Distil:
+    """Distils; gives the lines of metrics.jsonl. A run that was asked for before is not made again."""
+    done: dict[str, list[dict[str, Any]]] = {}
+
+    def distil(
+        world: int = 1, student: dict[str, Any] | None = None, *, tied: bool = False, **changes: Any
+    ) -> list[dict[str, Any]]:
+        key = f"{world} {student} {tied} {changes}"
+        if key not in done:
+            model = {**STUDENT, "tied_embeddings": tied}
+            fixed = {"student__model": model, "student__layout": student or {}, "teacher__micro_batch": 1}
+            run_dir = tmp_path_factory.mktemp("distil") / "run"
+            raw = runs.distill_config(material, run_dir, teachers(tied), **{**fixed, **changes})
+            done[key] = runs.metrics(runs.train(pool, "distill", raw, world))
+        return done[key]
+
+    return distil
+
+
+def assert_same(found: list[dict[str, Any]], expected: list[dict[str, Any]], where: str) -> None:
+    assert [entry["step"] for entry in found] == [1, 2, 3, 4, 4]
+    assert found[0]["loss"] > found[3]["loss"], "four steps that learn nothing would agree in any layout"
+    for mine, theirs in zip(found, expected, strict=True):
+        runs.assert_close(mine, theirs, TOLERANCE, where)
+
+
+@pytest.mark.parametrize("teacher, student", PAIRS)
+def test_four_ranks_colocated(distil: Distil, teacher: str, student: str) -> None:
+    found = distil(4, STUDENTS[student], teacher__layout=TEACHERS[teacher])
+    assert_same(found, distil(), f"{teacher} to {student}")
+
+
+@pytest.mark.parametrize("teacher, student", [("pp4", "tp2_pp2"), ("tp4", "tp4_sp"), ("tp2_pp2", "dp4")])
+def test_tied_embeddings(distil: Distil, teacher: str, student: str) -> None:
+    """A head that lies in the embedding: on another stage, in the same shard, in another shard than is needed."""
+    found = distil(4, STUDENTS[student], tied=True, teacher__layout=TEACHERS[teacher])
+    assert_same(found, distil(tied=True), f"{teacher} to {student}, tied")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("micro_batch", [1, 4])
+def test_eight_ranks(distil: Distil, micro_batch: int) -> None:
+    student, teacher = {"tensor": 2, "pipeline": 2, "sequence": True}, {"tensor": 4}
+    found = distil(8, student, teacher__layout=teacher, teacher__micro_batch=micro_batch)
+    assert_same(found, distil(), "eight ranks")
+
+
+def configuration(teacher: Layout, student: Layout) -> Config:
+    return Config(
+        "run",
+        Student(layout=student),
+        Data("tokenizer", sequence_length=12),
+        teacher=Teacher("teacher", layout=teacher, micro_batch=1),
+        train=Train(global_batch=8, micro_batch=2),
+    )
+
+
+def hand_over(teacher: Layout, student: Layout) -> tuple[int, int, int, int]:
+    """Runs in a worker: hands over states that say where they come from, and looks at what arrives.
+
+    Returns:
+        Bytes that this rank sent, that it received, that it holds afterwards, and that it needed and did not have.
+    """
+    import torch.distributed as dist
+
+    from megatron_capgap.distillation import plan
+    from megatron_capgap.distillation.handoff import HandOff, within_world
+    from megatron_capgap.distillation.plan import FINAL, Route
+
+    width, first_sample, rank = 5, 24, dist.get_rank()
+    sides = plan.sides(configuration(teacher, student), dist.get_world_size())
+    (stream,) = plan.streams(*sides, [Route(FINAL, teacher.pipeline - 1, (student.pipeline - 1,))], rank)
+
+    def rows(sample: int, start: int, stop: int) -> torch.Tensor:
+        """Every number names its sample, row and column."""
+        return sample * 1000.0 + torch.arange(start, stop)[:, None] * 10.0 + torch.arange(width)
+
+    counted = {"isend": 0, "irecv": 0}
+
+    def counting(sends: Any, receives: Any) -> Any:
+        counted["isend"] += sum(tensor.numel() * tensor.element_size() for tensor, _ in sends)
+        counted["irecv"] += sum(tensor.numel() * tensor.element_size() for tensor, _ in receives)
+        return within_world(sends, receives)
+
+    hand_off = HandOff([stream], rank, width=width, dtype=torch.float32, device=torch.device("cpu"), transport=counting)
+    have, need = stream.held, stream.needed
+    held = {k + first_sample: rows(k + first_sample, have.start, have.stop) for k in have.samples} if have else {}
+    found = hand_off.begin({FINAL: held}, first_sample).finish()[FINAL]
+    wanted = {k + first_sample: rows(k + first_sample, need.start, need.stop) for k in need.samples} if need else {}
+    assert found.keys() == wanted.keys()
+    for sample, states in found.items():
+        assert torch.equal(states, wanted[sample]), (sample, states, wanted[sample])
+    cells = [
+        {(k, row) for k in slab.samples for row in range(slab.start, slab.stop)} if slab else set()
+        for slab in (need, have)
+    ]
+    storages = {states.untyped_storage().data_ptr(): states.untyped_storage().nbytes() for states in found.values()}
+    return counted["isend"], counted["irecv"], sum(storages.values()), len(cells[0] - cells[1]) * width * 4
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.parametrize("student", STUDENTS)
+def test_no_more_bytes_move_than_must(pool: WorkerPool, teacher: str, student: str) -> None:
+    """What was really handed to the transport, rank by rank; and no rank holds more than its share."""
+    cut, of_student = Layout(**TEACHERS[teacher]), Layout(**STUDENTS[student])
+    ranks = pool.run(hand_over, cut, of_student, world=4)
+    sent, received, held, bound = (sum(column) for column in zip(*ranks, strict=True))
+    assert sent == received == bound
+    assert [rank[1] for rank in ranks] == [rank[3] for rank in ranks]
+    a_sample = 12 * 5 * 4
+    copies = 4 // (of_student.tensor * of_student.pipeline)
+    share = 8 // copies * a_sample // (of_student.tensor if of_student.sequence else 1)
+    assert held == share * of_student.tensor * copies
+    assert {rank[2] for rank in ranks} <= {0, share}
