@@ -14,9 +14,10 @@ from megatron_capgap.distillation.matching import Matching
 from megatron_capgap.distillation.teacher import Teacher, freeze
 from megatron_capgap.losses import DistillationObjective, Loss, TeacherHidden, distillation_loss
 from megatron_capgap.models import gpt
+from megatron_capgap.runtime import launch
 from megatron_capgap.runtime.devices import Device
 from megatron_capgap.runtime.launch import Environment
-from megatron_capgap.stages import common
+from megatron_capgap.stages import common, record
 from megatron_capgap.training.loop import train
 from megatron_capgap.training.step import LossFunction
 
@@ -51,6 +52,7 @@ def run(loaded: Loaded, environment: Environment, device: Device) -> int:
             return loss
 
         train(common.training_run(ground, student, prepare, matching.loss if objective.matching else None))
+        ground.log.say(launch.on_first_rank(lambda: record.write(ground.resolved)))
     return 0
 
 
