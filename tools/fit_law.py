@@ -1,7 +1,8 @@
 """Fit the law of capacity gap to the records of distill runs, and name the teacher for a student.
 
     python tools/fit_law.py --records runs/*/record.json --out law
-    python tools/fit_law.py --records sweep/records.jsonl --out law --where init=pruned --student-params 3B --tokens 126B
+    python tools/fit_law.py --records sweep/records.jsonl --where init=pruned --out law \\
+        --student-params 3B --tokens 126B
 
 writes OUT/law.json (the same records give the same bytes), curse.png, law.png, compute.png and report.md.
 """
@@ -16,9 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works wi
 
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.files import write_atomically
-from megatron_capgap.law import cost, records, report, study
 from megatron_capgap.law.records import LawError
-from megatron_capgap.law.words import formula, short
+
+try:
+    from megatron_capgap.law import cost, plot, records, report, study
+    from megatron_capgap.law.words import formula, short
+except ImportError as missing:
+    sys.exit(f"fit_law: error: {missing.name} is not installed; pip install -e '.[plot]' brings it")
 
 CATALOGUE = Path(__file__).resolve().with_name("catalogue.yaml")
 SUFFIXES = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
@@ -62,7 +67,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--catalogue", type=Path, default=CATALOGUE, metavar="FILE", help="teachers that can be had, a YAML file"
     )
-    parser.add_argument("--tokens", type=number, metavar="N", help="what the student is to be distilled on, for its cost")
+    parser.add_argument(
+        "--tokens", type=number, metavar="N", help="what the student is to be distilled on, for its cost"
+    )
     parser.add_argument("--mfu", type=share, default=cost.MFU, help=f"share of the GPU's peak reached ({cost.MFU})")
     parser.add_argument(
         "--gpu-peak", type=number, default=cost.GPU_PEAK, metavar="FLOPS", help="peak operations a second (312T, A100)"
@@ -104,10 +111,6 @@ def fit_law(args: argparse.Namespace) -> None:
     Raises:
         LawError, UserError: before anything is written.
     """
-    try:
-        from megatron_capgap.law import plot
-    except ImportError as error:
-        raise UserError(f"{error.name} is not installed; pip install -e '.[plot]' brings it") from None
     found = study.study(records.select(records.read(args.records), dict(args.where)), args.count)
     teachers = read_catalogue(args.catalogue, args.count) if args.student_params else {}
     prediction, saving, doubts = None, None, []
@@ -146,7 +149,9 @@ def say(found: study.Study, prediction: study.Prediction | None, doubts: list[st
         spread = " to ".join(map(short, prediction.interval)) if prediction.interval else "unknown"
         print(f"teacher for {short(prediction.student)}: {short(prediction.teacher)}   90% interval: {spread}")
         for each in prediction.candidates[:1]:
-            print(f"closest in the catalogue: {each.name}, {short(each.teacher)}, regret {each.regret:.4f} nats a token")
+            print(
+                f"closest in the catalogue: {each.name}, {short(each.teacher)}, regret {each.regret:.4f} nats a token"
+            )
     for text in [*found.remarks, *doubts]:
         print(f"note: {text}")
 

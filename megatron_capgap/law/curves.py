@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy import stats
 
-from megatron_capgap.law.records import Record, LawError
+from megatron_capgap.law.records import LawError, Record
 
 Array = NDArray[np.float64]
 
@@ -19,7 +20,9 @@ DRAWS = 4000
 LEVEL = 0.9
 """Share of the truth that an interval is meant to cover."""
 WINDOW = 5
-"""Teachers around the best one that the parabola is laid through: farther away, curves are no parabolas."""
+"""At most so many teachers around the best one does the parabola pass: farther away, curves are no parabolas."""
+UNFIT = 0.05
+"""Where seeds would put a curve so far from a parabola less often than this, the farthest teacher is left out."""
 SAME_SIZE = 0.02
 """Students whose sizes are as close as this are one student: pruning to a sparsity does not hit a size exactly."""
 
@@ -60,7 +63,11 @@ class Optimum:
     interval: tuple[float, float] | None = None
     """The vertex's interval, cut off at the ends of the grid; None without residual degrees of freedom."""
     variance: float = 0.0
-    """Of the vertex, in x squared."""
+    """Of the vertex, in x squared, by this curve's own noise."""
+    noise: float = 0.0
+    """Variance of one run's loss about the parabola; 0 without residual degrees of freedom."""
+    freedom: int = 0
+    """Residual degrees of freedom that noise comes from."""
     curvature: float | None = None
     """Loss at a distance of 1 in x from the vertex, above that at the vertex."""
 
@@ -124,30 +131,83 @@ def optimum(curve: Curve, random: np.random.Generator) -> Optimum:
         return Optimum(best, TOO_FEW, None)
     if at in ends:
         return Optimum(best, NO_CURSE if ends[at] == "above" else EDGE, ends[at])
-    window = np.sort(np.argsort(np.abs(x - x[at]), kind="stable")[:WINDOW])
-    centre = x[window].mean()
-    design = np.stack([np.ones(len(window)), x[window] - centre, (x[window] - centre) ** 2], axis=1)
-    solve = np.linalg.pinv(design)
-    losses = curve.losses[:, window]
-    losses = losses - losses.mean(axis=1, keepdims=True)
-    coefficients = solve @ losses.mean(axis=0)
-    vertex = float(_vertex(coefficients[None], x - centre)[0])
-    residuals = losses - design @ coefficients
-    freedom = residuals.size - len(losses) - 2
-    if coefficients[2] <= 0 or not x[0] - centre < vertex < x[-1] - centre:
+    fitted = _parabola(curve, at)
+    vertex = float(_vertex(fitted.coefficients[None], x - fitted.centre)[0])
+    if fitted.coefficients[2] <= 0 or not x[0] - fitted.centre < vertex < x[-1] - fitted.centre:
         return Optimum(best, NO_CURSE, None)
-    found = {"teacher": float(np.exp(vertex + centre)), "curvature": float(coefficients[2])}
-    if freedom <= 0:
+    found = {"teacher": float(np.exp(vertex + fitted.centre)), "curvature": float(fitted.coefficients[2])}
+    if fitted.freedom <= 0:
         return Optimum(best, OPTIMUM, None, **found)
-    drawn = random.choice(residuals.ravel(), (DRAWS, *residuals.shape)).mean(axis=1)
-    size = np.sqrt(residuals.size / random.chisquare(freedom, DRAWS))
-    vertices = _vertex(coefficients + (drawn * size[:, None]) @ solve.T, x - centre)
-    if np.mean(vertices < x[-1] - centre) < LEVEL:
+    vertices = _vertex(fitted.draws(random), x - fitted.centre)
+    if np.mean(vertices < x[-1] - fitted.centre) < LEVEL:
         return Optimum(best, NO_CURSE, None)
-    low, high = np.exp(np.quantile(vertices, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) + centre)
+    low, high = np.exp(np.quantile(vertices, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) + fitted.centre)
     # From the middle half, for a few draws at the ends of the grid would make most of a variance.
     spread = np.subtract(*np.quantile(vertices, [0.75, 0.25])) / 1.349
-    return Optimum(best, OPTIMUM, None, interval=(float(low), float(high)), variance=float(spread**2), **found)
+    found |= {"variance": float(spread**2), "noise": fitted.noise, "freedom": fitted.freedom}
+    return Optimum(best, OPTIMUM, None, interval=(float(low), float(high)), **found)
+
+
+@dataclass(frozen=True)
+class _Parabola:
+    """A parabola through the teachers around the best one, with a level for each seed."""
+
+    centre: float
+    """Where x is counted from."""
+    solve: Array
+    """From mean losses to coefficients `[3, w]`."""
+    coefficients: Array
+    """Level, slope, bend."""
+    residuals: Array
+    """`[seeds, w]`."""
+    lack_of_fit: float
+    """Probability that seeds alone would put the curve so far from a parabola; 1 where they cannot tell."""
+
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom of the residuals: a level a seed, a slope and a bend are taken."""
+        return self.residuals.size - len(self.residuals) - 2
+
+    @property
+    def noise(self) -> float:
+        """Variance of one run's loss."""
+        return float(np.sum(self.residuals**2)) / self.freedom
+
+    def draws(self, random: np.random.Generator) -> Array:
+        """Coefficients as other seeds might have given them `[DRAWS, 3]`."""
+        drawn = random.choice(self.residuals.ravel(), (DRAWS, *self.residuals.shape)).mean(axis=1)
+        size = np.sqrt(self.residuals.size / random.chisquare(self.freedom, DRAWS))
+        return self.coefficients + (drawn * size[:, None]) @ self.solve.T
+
+
+def _parabola(curve: Curve, at: int) -> _Parabola:
+    """Fitted to as many teachers around number `at` as WINDOW allows and a parabola passes through."""
+    x = np.log(curve.teachers)
+    nearest = [n for n in np.argsort(np.abs(x - x[at]), kind="stable").tolist() if abs(n - at) > 1]
+    window = [at - 1, at, at + 1, *nearest][:WINDOW]
+    while True:
+        fitted = _fit(curve, sorted(window))
+        if len(window) == 3 or fitted.lack_of_fit > UNFIT:
+            return fitted
+        window.pop()
+
+
+def _fit(curve: Curve, window: list[int]) -> _Parabola:
+    x, losses = np.log(curve.teachers[window]), curve.losses[:, window]
+    centre = float(x.mean())
+    design = np.stack([np.ones(len(x)), x - centre, (x - centre) ** 2], axis=1)
+    solve = np.linalg.pinv(design)
+    losses = losses - losses.mean(axis=1, keepdims=True)
+    mean = losses.mean(axis=0)
+    coefficients = solve @ mean
+    misses = len(losses) * np.sum((mean - design @ coefficients) ** 2)
+    noise, freedom, noise_freedom = np.sum((losses - mean) ** 2), len(x) - 3, (len(losses) - 1) * (len(x) - 1)
+    lack = 1.0
+    if freedom and noise_freedom:
+        # Without noise, rounding errors must not pass for a curve's lean.
+        ratio = (misses / freedom) / max(noise / noise_freedom, 1e-20)
+        lack = float(stats.f.sf(ratio, freedom, noise_freedom))
+    return _Parabola(centre, solve, coefficients, losses - design @ coefficients, lack)
 
 
 def _vertex(coefficients: Array, x: Array) -> Array:

@@ -15,7 +15,6 @@ for the three to six students that a pilot can afford.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -26,8 +25,6 @@ from megatron_capgap.law.curves import DRAWS, LEVEL, Array, Curve, Optimum
 MILLION = 1e6
 PAPER = (2.498, -11.498 * MILLION)
 """k and b of the paper's T = k S + b, in parameters."""
-SIMPLER = 1.1
-"""A form with fewer parameters is taken where its leave-one-out error is at most so many times the least one."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +41,8 @@ class Form:
     """From student sizes and z to teacher sizes."""
     slope: Callable[[Array, Array], Array]
     """dz / dlogT at student and teacher sizes: turns an optimum's variance into that of z."""
+    plain: float | None
+    """Value of its last parameter with which it is T = k S; None where it is that anyway."""
     public: Callable[[Array], Array]
     """From coefficients `[..., p]` to the numbers that `symbols` names."""
 
@@ -65,6 +64,7 @@ FORMS = (
         to_z=lambda s, t: np.log(t / s),
         to_teacher=lambda s, z: s * np.exp(z),
         slope=lambda s, t: np.ones_like(t),
+        plain=None,
         public=np.exp,
     ),
     Form(
@@ -75,6 +75,7 @@ FORMS = (
         # A line may cross zero; a teacher of a thousandth of the student stands for "none".
         to_teacher=lambda s, z: s * np.maximum(z, 1e-3),
         slope=lambda s, t: t / s,
+        plain=0.0,
         public=lambda c: c * np.array([1.0, MILLION]),
     ),
     Form(
@@ -84,7 +85,8 @@ FORMS = (
         to_z=lambda s, t: np.log(t),
         to_teacher=lambda s, z: np.exp(z),
         slope=lambda s, t: np.ones_like(t),
-        public=lambda c: np.stack([np.exp(c[..., 0]), c[..., 1]], axis=-1),
+        plain=1.0,
+        public=lambda c: np.stack([np.exp(np.clip(c[..., 0], -700, 700)), c[..., 1]], axis=-1),
     ),
 )
 
@@ -190,14 +192,24 @@ def fit(form: Form, students: Array, teachers: Array, variances: Array, random: 
 
 def laws(optima: Sequence[tuple[Curve, Optimum]], random: np.random.Generator) -> dict[str, Law]:
     """Every form that the students with an optimum are enough for, by name."""
-    used = [(curve.student, found.teacher, found.variance) for curve, found in optima if found.teacher is not None]
+    used = [(curve.student, found) for curve, found in optima if found.teacher is not None]
     if not used:
         return {}
-    students, teachers, variances = np.array(used, dtype=np.float64).T
-    # A curve of one seed and three teachers does not tell how sure it is: then no surer than the least sure one.
-    variances = np.where(variances > 0, variances, variances.max())
+    students = np.array([student for student, _ in used])
+    teachers = np.array([found.teacher for _, found in used], dtype=np.float64)
+    variances = _variances([found for _, found in used])
     enough = [form for form in FORMS if len(used) >= form.size]
     return {form.name: fit(form, students, teachers, variances, random) for form in enough}
+
+
+def _variances(optima: Sequence[Optimum]) -> Array:
+    """Of the logarithms of the optima `[n]`, from the noise of all curves taken together: a handful of residuals would
+    make one curve's noise seem half or twice of what it is, and its weight in the law with it."""
+    freedom = sum(found.freedom for found in optima)
+    pooled = sum(found.noise * found.freedom for found in optima) / max(freedom, 1)
+    scaled = np.array([found.variance * pooled / found.noise if found.noise else 0.0 for found in optima])
+    # A curve of one seed and three teachers does not tell how sure it is: then no surer than the least sure one.
+    return np.where(scaled > 0, scaled, scaled.max())
 
 
 def paper_reading(optima: Sequence[tuple[Curve, Optimum]]) -> dict[str, float] | None:
@@ -218,21 +230,22 @@ def paper_reading(optima: Sequence[tuple[Curve, Optimum]]) -> dict[str, float] |
 
 
 def choose(fitted: dict[str, Law]) -> Law | None:
-    """The simplest law among those that foretell a student from the others about as well as the best one does."""
+    """T = k S, unless another form foretells students from each other better and its second number is surely not the
+    one that makes it T = k S."""
     if not fitted:
         return None
-    errors = {name: math.inf if law.leave_one_out is None else law.leave_one_out for name, law in fitted.items()}
-    least = min(errors.values())
-    return next(law for law in sorted(fitted.values(), key=lambda law: law.form.size) if _close(errors, law, least))
+    chosen = fitted["proportional"]
+    for law in fitted.values():
+        if law.leave_one_out is None or chosen.leave_one_out is None or law.intervals() is None:
+            continue
+        low, high = law.intervals().get(law.form.symbols[-1], (0.0, 0.0))
+        surely = law.form.plain is not None and not low <= law.form.plain <= high
+        if surely and law.leave_one_out < chosen.leave_one_out:
+            chosen = law
+    return chosen
 
 
-def _close(errors: dict[str, float], law: Law, least: float) -> bool:
-    return math.isinf(least) or errors[law.form.name] <= SIMPLER * least
-
-
-def _error(
-    form: Form, students: Array, teachers: Array, noise: Array, folds: Sequence[np.ndarray]
-) -> float | None:
+def _error(form: Form, students: Array, teachers: Array, noise: Array, folds: Sequence[np.ndarray]) -> float | None:
     """Mean relative error at the students outside each fold, foretold by those inside; None where folds are small."""
     errors: list[float] = []
     for inside in folds:

@@ -14,8 +14,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from megatron_capgap.law import cost, fit
 from megatron_capgap.law.curves import LEVEL, Array, Curve, Optimum
-from megatron_capgap.law.words import formula, short
 from megatron_capgap.law.study import Prediction, Study
+from megatron_capgap.law.words import formula, short
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -24,7 +24,7 @@ DPI = 200
 
 
 def curse(study: Study, path: Path) -> None:
-    """Validation loss against teacher size: a curve a student, each seed a dot, the optimum marked with its interval."""
+    """Validation loss against teacher size: a curve a student, a dot a seed, the optimum with its interval."""
     figure, axes = _figure()
     for number, (curve, found) in enumerate(study.optima):
         colour, marker = _look(number)
@@ -52,7 +52,9 @@ def law(study: Study, path: Path, prediction: Prediction | None = None) -> None:
         band = study.chosen.band(reach)
         if band is not None:
             axes.fill_between(reach, *band, color=COLOURS[0], alpha=0.18, linewidth=0, label=f"{_percent()} band")
-        axes.plot(reach, study.chosen.teacher(reach), color=COLOURS[0], linewidth=1.8, label=f"law: {formula(study.chosen)}")
+        axes.plot(
+            reach, study.chosen.teacher(reach), color=COLOURS[0], linewidth=1.8, label=f"law: {formula(study.chosen)}"
+        )
     _paper(axes, reach)
     axes.plot(reach, reach, ":", color=GREY, linewidth=1.2, label="T = S")
     for number, (curve, found) in enumerate(study.optima):
@@ -70,7 +72,7 @@ def law(study: Study, path: Path, prediction: Prediction | None = None) -> None:
 
 
 def compute(study: Study, path: Path) -> None:
-    """Loss against the compute of the run: a colour a student, larger marks for larger teachers, the Pareto frontier."""
+    """Loss against the compute of the run: a colour a student, larger marks for larger teachers, the frontier."""
     figure, axes = _figure()
     where = {(curve.student, teacher): n for n, (curve, _) in enumerate(study.optima) for teacher in curve.teachers}
     largest = max(teacher for _, teacher in where)
@@ -155,7 +157,9 @@ def _point(axes: Axes, curve: Curve, found: Optimum, first: bool) -> None:
         bars = None
         if found.interval is not None:
             bars = [[found.teacher - found.interval[0]], [found.interval[1] - found.teacher]]
-        axes.errorbar(curve.student, found.teacher, bars, fmt="o", color="black", markersize=5, capsize=3, linewidth=1.2)
+        axes.errorbar(
+            curve.student, found.teacher, bars, fmt="o", color="black", markersize=5, capsize=3, linewidth=1.2
+        )
     elif found.censored is not None:
         up = found.censored == "above"
         tip = (0, 26 if up else -26)

@@ -53,8 +53,8 @@ def _summary(study: Study) -> str:
     )
     if study.chosen is None:
         return (
-            f"{seen} No student had its best teacher inside the grid, so these runs give no law: neither for the paper's "
-            "T = 2.5 S nor against it."
+            f"{seen} No student has shown a best teacher inside the grid, so these runs give no law: neither for the "
+            "paper's T = 2.5 S nor against it."
         )
     return f"{seen} The best teacher follows **{formula(study.chosen)}**{_spread(study.chosen)}."
 
@@ -82,9 +82,11 @@ def _students(study: Study) -> str:
         lines.append(f"| {short(curve.student)} | {short(found.best)} | {ratio} | {optimum} | {interval} | {said} |")
     lines += [
         "",
-        "The optimum is the lowest point of a parabola in the logarithm of the teacher's size, laid through the "
-        f"{curves.WINDOW} teachers around the best one. Censored: the best teacher is at that end of the grid, and such "
-        "a student does not count in the law.",
+        "The optimum is the lowest point of a parabola in the logarithm of the teacher's size, laid through at most "
+        f"{curves.WINDOW} teachers around the best one, fewer where the curve leans by more than its noise. Where a "
+        "curve is steep below its optimum and gentle above, the parabola still reads it somewhat too high. Censored: "
+        "the best teacher is at that end of the grid, and "
+        "such a student does not count in the law.",
     ]
     return "\n".join(lines)
 
@@ -108,7 +110,9 @@ def _laws(study: Study) -> str:
 
 def _paper(study: Study) -> str:
     k, b = fit.PAPER
-    text = f"## Beside the paper\n\nThe paper found T = {k} S - {short(-b)} on GPT-2 and Pythia, reading the best teacher "
+    text = (
+        f"## Beside the paper\n\nThe paper found T = {k} S - {short(-b)} on GPT-2 and Pythia, reading the best teacher "
+    )
     text += "off its grid; whether it counted embeddings is not known."
     reading = fit.paper_reading(study.optima)
     if reading is not None:
@@ -121,7 +125,9 @@ def _paper(study: Study) -> str:
     if law is not None:
         low, high = (law.intervals() or {}).get("k", (None, None))
         if low is not None:
-            text += f" Its slope of {k} lies {'within' if low <= k <= high else 'outside'} the interval of k found here."
+            text += (
+                f" Its slope of {k} lies {'within' if low <= k <= high else 'outside'} the interval of k found here."
+            )
     return text
 
 
@@ -138,8 +144,8 @@ def _prediction(study: Study, prediction: Prediction) -> str:
         lines += [
             "",
             f"Closest in the catalogue is **{first.name}** ({short(first.teacher)}). Regret is the loss foretold above "
-            "that of the best teacher, by the median bend of the students' curves. The teacher must share the student's "
-            "tokenizer.",
+            "that of the best teacher, by the median bend of the students' curves. The teacher must share the "
+            "student's tokenizer.",
             "",
             "| teacher | parameters | regret, nats a token | at most |",
             "|---|---|---|---|",
@@ -172,7 +178,8 @@ def _cost(saving: cost.Saving, mfu: float, peak: float) -> str:
     if runs is None:
         return "\n".join([*lines, "There is no search to save: one candidate at most."])
     lines.append(
-        f"The pilot has paid for itself with {runs} such student(s), {with_teachers} where its teachers had to be trained."
+        f"The pilot has paid for itself with {runs} such student(s), or {with_teachers} where its teachers had to be "
+        "trained."
     )
     return "\n".join(lines)
 

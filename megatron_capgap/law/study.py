@@ -205,7 +205,9 @@ def _doubts(optima: Sequence[tuple[Curve, Optimum]], chosen: Law | None) -> list
     if not used:
         found.append("no student has shown an optimum inside the grid, so there is no law to draw")
     elif used < FEW_STUDENTS:
-        found.append(f"the law stands on {used} student(s); with fewer than {FEW_STUDENTS} it is hardly more than a guess")
+        found.append(
+            f"the law stands on {used} student(s); with fewer than {FEW_STUDENTS} it is hardly more than a guess"
+        )
     if chosen:
         found += _contradictions(optima, chosen)
     return found

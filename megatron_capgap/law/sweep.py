@@ -91,7 +91,9 @@ def expand(grid: Any) -> Sweep:
             for teacher in _names(grid, number, row, "teachers"):
                 for made in start(grid, student, teacher, _seeds(number, row)):
                     if made.stage == "distill" and made.name in cells:
-                        raise LawError(f"rows[{number}]: {made.name} is in an earlier row already; keep it in one of them")
+                        raise LawError(
+                            f"rows[{number}]: {made.name} is in an earlier row already; keep it in one of them"
+                        )
                     cells[made.name] = made
     return Sweep(grid["out"], tuple(cells.values()), grid.get("ranks", 1), tuple(grid.get("slurm", ())))
 
@@ -180,7 +182,9 @@ def _check(grid: Any) -> None:
             given = isinstance(entry, dict) and {"model", "checkpoint"} & entry.keys()
             if not given or (kind == "students" and "model" not in entry):
                 needs = "a model or a checkpoint" if kind == "teachers" else "a model"
-                raise LawError(f"{kind}.{name}: {needs} is missing; write {name}: {{model: {{layers: ..., hidden: ...}}}}")
+                raise LawError(
+                    f"{kind}.{name}: {needs} is missing; write {name}: {{model: {{layers: ..., hidden: ...}}}}"
+                )
     for number, row in enumerate(grid["rows"]):
         if not isinstance(row, dict) or not row.keys() <= _ROW:
             raise LawError(f"rows[{number}]: {str(row)[:60]!r} given; keys {', '.join(sorted(_ROW))} would do")

@@ -126,7 +126,7 @@ def test_records_are_complete(killed: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_a_run_of_the_sweep_is_a_run_of_the_door(killed: dict[str, Any], tmp_path: Path) -> None:
-    """The last run of its processes, after eight others, against one in a process of its own: equal to the last digit."""
+    """The last run of its processes, after eight others, equals one in a process of its own to the last digit."""
     config = yaml.safe_load((killed["out"] / "configs" / "fixed-s1-t2-seed1.yaml").read_text())
     inside = metrics(Path(config["run_dir"]))
     train_apart("distill", {**config, "run_dir": str(tmp_path / "alone")})
@@ -191,6 +191,8 @@ def test_a_failed_run_leaves_out_those_behind_it(material: Material, tmp_path: P
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(wrong))
     code, said, _ = call(tmp_path / "grid.yaml", "--run")
     assert code == 1
-    assert "teacher-t1: failed with exit code 2" in said and "random-s1-t1-seed1: left out, for teacher-t1 failed" in said
+    assert (
+        "teacher-t1: failed with exit code 2" in said and "random-s1-t1-seed1: left out, for teacher-t1 failed" in said
+    )
     assert json.loads((tmp_path / "work" / "records.jsonl").read_text())["teacher_params"] > 0
     assert "heads" in (tmp_path / "work" / "logs" / "teacher-t1.log").read_text()

@@ -76,7 +76,7 @@ def supervised(size: float, tokens: float) -> float:
     return 1.220 + (3355 / size**0.408 + 18186 / tokens**0.431) ** 0.452
 
 
-def apple(student: float, teacher: float, student_tokens: float = 3e10, teacher_tokens: float = 3e11) -> float:
+def apple(student: float, teacher: float, student_tokens: float = 3e11, teacher_tokens: float = 3e11) -> float:
     """Busbridge et al. 2025, equation 8: cross-entropy of a distilled student. The teacher enters by its own alone."""
     taught, alone = supervised(teacher, teacher_tokens), supervised(student, student_tokens)
     capacity = (1 + (taught / (alone * 1.315)) ** (1 / 0.090)) ** (-522.6 * 0.090)

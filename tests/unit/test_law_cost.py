@@ -20,7 +20,7 @@ def test_search_saving_and_hours() -> None:
     assert saving.breaks_even(False) == 1
     assert saving.pilot_teachers == 6 * 3_300_000 * 10_000_000
     dear = cost.saving(3e9, 7e9, [7e9, 13e9], 126e9, [record(flops=1e22)])
-    assert dear.breaks_even(False) == 7  # 1e22 / 1.51e21
+    assert dear.breaks_even(False) == 2  # 1e22 / 5.54e21
     assert cost.saving(3e9, 7e9, [7e9], 126e9, [record()]).breaks_even(False) is None
 
 

@@ -11,8 +11,8 @@ from megatron_capgap.law.study import Study
 from tests.support import law as made
 
 DRAWS = 200
-APPLE_STUDENTS = (4e7, 8e7, 1.6e8, 3.2e8)
-APPLE_TEACHERS = tuple(np.geomspace(1e8, 1.2e10, 11))
+APPLE_STUDENTS = (8e7, 1.6e8, 3.2e8, 6.4e8)
+APPLE_TEACHERS = tuple(np.geomspace(1e8, 3e10, 14))
 
 
 def generator(seed: int = 0) -> np.random.Generator:
@@ -87,13 +87,17 @@ def test_coverage_where_students_scatter_about_the_law() -> None:
 
 @pytest.mark.slow
 def test_coverage_of_apples_law() -> None:
-    """No line through zero and no parabola: the truth is the power law through the true optima of the same students."""
+    """No parabolas: steep below the optimum, gentle above. The truth is the power law through the true optima of the
+    same students. Its exponent is held; its level is read too high, by as much as README says."""
     optima = [made.lowest(made.apple, student, APPLE_TEACHERS) for student in APPLE_STUDENTS]
     slope = float(np.polyfit(np.log(APPLE_STUDENTS), np.log(optima), 1)[0])
+    level = float(np.exp(np.mean(np.log(np.array(optima) / APPLE_STUDENTS))))
     found = studies(
-        lambda random: made.draw(made.apple, random, 0.002, students=APPLE_STUDENTS, teachers=APPLE_TEACHERS)
+        lambda random: made.draw(made.apple, random, 0.001, students=APPLE_STUDENTS, teachers=APPLE_TEACHERS)
     )
     assert 0.85 <= share_within(found, "power", "g", slope) <= 0.95
+    read = np.median([each.laws["proportional"].values()["k"] for each in found])
+    assert 1.0 < read / level < 1.2
 
 
 @pytest.mark.slow
@@ -108,13 +112,36 @@ def test_no_optimum_is_said() -> None:
 
 
 def test_edges_are_censored_and_left_out() -> None:
-    teachers = [teacher for teacher in made.TEACHERS if 3e6 < teacher < 15e6]
-    found = study.study(made.draw(made.exact, generator(), 0.0, teachers=teachers), "non-embedding")
+    # Optima at 2.5M, 5M, 10M and 20M.
+    found = study.study(made.draw(made.exact, generator(), 0.0, teachers=[3.6e6, 6.5e6, 1.1e7, 1.8e7]), "non-embedding")
     assert [(best.status, best.censored) for _, best in found.optima] == [
         ("edge", "below"),
         ("optimum", None),
+        ("optimum", None),
         ("too few teachers", None),
-        ("too few teachers", None),
-    ] or [best.censored for _, best in found.optima][0] == "below"
-    assert any("censored" in text and "1,000,000" in text for text in found.remarks)
-    assert any("stands on" in text for text in found.remarks)
+    ]
+    assert len(found.chosen.students) == 2
+    text = "\n".join(found.remarks)
+    assert "student of 1,000,000: the smallest teacher, of 3,600,000, is the best, so its optimum is censored" in text
+    assert "student of 8,000,000: 2 teachers; a curve needs at least 3" in text
+    assert "the law stands on 2 student(s); with fewer than 3" in text
+    # The same students below their optimum: the loss only falls.
+    found = study.study(made.draw(made.exact, generator(), 0.0, teachers=[1.1e6, 1.5e6, 2e6]), "non-embedding")
+    assert (found.optima[0][1].status, found.optima[0][1].censored) == ("no curse seen", "above")
+    assert "no curse seen; the largest teacher, of 2,000,000, is the best" in found.remarks[0]
+
+
+def test_a_censored_student_that_contradicts_the_law_is_named() -> None:
+    def loss(student: float, teacher: float) -> float:
+        return made.exact(student, teacher, 2.5 if student < 8e6 else 20.0)
+
+    found = study.study(made.draw(loss, generator(), 0.0), "non-embedding")
+    assert len(found.chosen.students) == 3
+    assert found.remarks[-1] == ("student of 8,000,000: the law says 20,000,000, its own runs say 80,000,000 or more")
+
+
+def test_one_seed_and_three_teachers_leave_the_interval_open() -> None:
+    some = made.draw(made.exact, generator(), 0.001, students=[2e6], teachers=[2.5e6, 5e6, 1e7], seeds=(1,))
+    found = study.study(some, "non-embedding")
+    assert found.optima[0][1].interval is None and found.chosen.intervals() is None
+    assert any("do not tell how sure its optimum is" in text for text in found.remarks)

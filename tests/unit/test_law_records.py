@@ -98,7 +98,9 @@ def test_mixed_conditions_are_refused_with_the_choice() -> None:
     )
     assert records.select(mixed, {"tokens": "5000000"}) == mixed[:2]
     assert records.select(mixed, {"tokens": "6000000", "init": "pruned"}) == mixed[3:]
-    with pytest.raises(LawError, match="--where tokens=7: no record is left; there are tokens=5000000: 2, tokens=6000000"):
+    with pytest.raises(
+        LawError, match="--where tokens=7: no record is left; there are tokens=5000000: 2, tokens=6000000"
+    ):
         records.select(mixed, {"tokens": "7"})
     with pytest.raises(LawError, match="--where colour: no such condition"):
         records.select(mixed, {"colour": "red"})
