@@ -32,8 +32,9 @@ def curse(study: Study, path: Path) -> None:
             axes.plot(curve.teachers, losses, marker, color=colour, markersize=3, alpha=0.5, markeredgewidth=0)
         label = f"{short(curve.student)}: {_verdict(found)}"
         axes.plot(curve.teachers, curve.mean, marker=marker, color=colour, markersize=6, linewidth=1.5, label=label)
-        if found.teacher is not None:
-            _mark(axes, curve, found, colour)
+    for number, (curve, found) in enumerate(study.optima):
+        if found.teacher is not None:  # after all curves, when the range of losses is known
+            _mark(axes, curve, found, _look(number)[0])
     axes.set_xscale("log")
     _sizes(axes.xaxis, [size for curve, _ in study.optima for size in curve.teachers])
     axes.set_xlabel(f"teacher parameters ({study.count})")
@@ -57,8 +58,9 @@ def law(study: Study, path: Path, prediction: Prediction | None = None) -> None:
         )
     _paper(axes, reach)
     axes.plot(reach, reach, ":", color=GREY, linewidth=1.2, label="T = S")
-    for number, (curve, found) in enumerate(study.optima):
-        _point(axes, curve, found, first=number == 0)
+    _explain_points(axes, study)
+    for curve, found in study.optima:
+        _point(axes, curve, found)
     if prediction is not None:
         _foretold(axes, prediction)
     axes.set_xscale("log")
@@ -86,7 +88,7 @@ def compute(study: Study, path: Path) -> None:
         axes.scatter(flops, record.valid_loss, s=area, marker=marker, color=colour, alpha=0.75, edgecolors="white")
         runs.append((flops, record.valid_loss))
     frontier = np.array(pareto(runs))
-    axes.step(*frontier.T, where="post", color="black", linewidth=1.2, label="Pareto frontier")
+    axes.step(*frontier.T, where="post", color="black", linewidth=1.2, zorder=1.5, label="Pareto frontier")
     for number, (curve, _) in enumerate(study.optima):
         colour, marker = _look(number)
         axes.plot([], [], marker, color=colour, label=f"student {short(curve.student)}")
@@ -136,35 +138,44 @@ def _verdict(found: Optimum) -> str:
 
 
 def _mark(axes: Axes, curve: Curve, found: Optimum, colour: str) -> None:
-    """The optimum below its curve: a star, and a bar over its interval."""
-    loss = float(np.interp(np.log(found.teacher), np.log(curve.teachers), curve.mean))
-    if found.interval is not None:
-        axes.plot(found.interval, [loss, loss], "|-", color=colour, linewidth=3, alpha=0.45, markersize=9)
-    axes.plot(found.teacher, loss, "*", color=colour, markersize=13, markeredgecolor="white", zorder=5)
+    """The optimum: a star below its curve, and a bar over its interval."""
+    assert found.teacher is not None
+    lowest, highest = axes.get_ylim()
+    loss = float(np.interp(np.log(found.teacher), np.log(curve.teachers), curve.mean)) - 0.035 * (highest - lowest)
+    look = {"color": colour, "markersize": 11, "markeredgecolor": "black", "markeredgewidth": 0.6}
+    bars = _bars(found.teacher, found.interval)
+    axes.errorbar(found.teacher, loss, xerr=bars, fmt="*", ecolor="black", elinewidth=1.2, capsize=3, zorder=5, **look)
 
 
-def _point(axes: Axes, curve: Curve, found: Optimum, first: bool) -> None:
-    axes.plot(
-        curve.student,
-        found.best,
-        "o",
-        markerfacecolor="none",
-        markeredgecolor=COLOURS[1],
-        markersize=9,
-        label="best on the grid" if first else None,
-    )
+def _bars(middle: float, interval: tuple[float, float] | None) -> list[list[float]] | None:
+    """Lengths of an error bar below and above; a parabola's interval need not lie around its vertex."""
+    if interval is None:
+        return None
+    return [[max(middle - interval[0], 0.0)], [max(interval[1] - middle, 0.0)]]
+
+
+def _point(axes: Axes, curve: Curve, found: Optimum) -> None:
+    """A student in the picture of the law: what its grid says, what its parabola says, or where its optimum hides."""
+    axes.plot(curve.student, found.best, "o", markerfacecolor="none", markeredgecolor=COLOURS[1], markersize=9)
     if found.teacher is not None:
-        bars = None
-        if found.interval is not None:
-            bars = [[found.teacher - found.interval[0]], [found.interval[1] - found.teacher]]
+        bars = _bars(found.teacher, found.interval)
         axes.errorbar(
             curve.student, found.teacher, bars, fmt="o", color="black", markersize=5, capsize=3, linewidth=1.2
         )
     elif found.censored is not None:
-        up = found.censored == "above"
-        tip = (0, 26 if up else -26)
-        arrow = {"arrowstyle": "->", "color": COLOURS[1], "linewidth": 1.4}
-        axes.annotate("", tip, (curve.student, found.best), textcoords="offset points", arrowprops=arrow)
+        place = (0, 30 if found.censored == "above" else -30)
+        arrow = {"arrowstyle": "<-", "color": COLOURS[1], "linewidth": 1.6}
+        axes.annotate("", (curve.student, found.best), place, textcoords="offset points", arrowprops=arrow)
+
+
+def _explain_points(axes: Axes, study: Study) -> None:
+    """The legend's rows for what `_point` draws."""
+    axes.plot([], [], "ko", markersize=5, label=f"optimum, {_percent()} interval")
+    axes.plot([], [], "o", markerfacecolor="none", markeredgecolor=COLOURS[1], markersize=9, label="best on the grid")
+    beyond = {found.censored for _, found in study.optima} - {None}
+    if beyond:
+        arrow = r"$\updownarrow$" if len(beyond) > 1 else r"$\uparrow$" if "above" in beyond else r"$\downarrow$"
+        axes.plot([], [], color=COLOURS[1], marker=arrow, linestyle="", markersize=11, label="optimum beyond it")
 
 
 def _paper(axes: Axes, reach: Array) -> None:
@@ -178,12 +189,9 @@ def _paper(axes: Axes, reach: Array) -> None:
 
 
 def _foretold(axes: Axes, prediction: Prediction) -> None:
-    bars = None
-    if prediction.interval is not None:
-        low, high = prediction.interval
-        bars = [[max(prediction.teacher - low, 0.0)], [max(high - prediction.teacher, 0.0)]]
-    look = {"fmt": "*", "color": COLOURS[2], "markersize": 12, "capsize": 4}
-    axes.errorbar(prediction.student, prediction.teacher, bars, label="foretold", **look)
+    bars = _bars(prediction.teacher, prediction.interval)
+    look = {"fmt": "*", "color": COLOURS[2], "markersize": 10, "markeredgecolor": "black", "markeredgewidth": 0.6}
+    axes.errorbar(prediction.student, prediction.teacher, bars, ecolor=COLOURS[2], capsize=4, label="foretold", **look)
 
 
 def _percent() -> str:
