@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
 from megatron_capgap.config.errors import UserError
-from megatron_capgap.runtime import launch
-from megatron_capgap.runtime.quiet import quiet_libraries
+from megatron_capgap.runtime import launch, libraries
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -94,7 +93,7 @@ def bytes_of(value: str) -> int:
 
 
 def run(args: argparse.Namespace, environment: launch.Environment) -> int:
-    quiet_libraries()
+    libraries.prepare()
     import torch
 
     from megatron_capgap.runtime.devices import choose

@@ -35,7 +35,7 @@ from megatron_capgap.runtime.bridge import Bridge
 from megatron_capgap.runtime.devices import Device
 from megatron_capgap.runtime.launch import Environment
 from megatron_capgap.runtime.signals import StopRequest
-from megatron_capgap.stages import common
+from megatron_capgap.stages import common, record
 from megatron_capgap.training.loop import Run, train
 from megatron_capgap.training.step import LossFunction
 
@@ -47,6 +47,7 @@ def run(loaded: Loaded, environment: Environment, device: Device) -> int:
         if bridge is None:
             teacher = open_teacher(ground)
             train(learner(ground, open_head(ground, teacher), _in_turns(ground, teacher)))
+            _record(ground)
         elif bridge.teaches:
             with _all_or_none(bridge):
                 _work_ahead(ground, bridge)
@@ -54,6 +55,11 @@ def run(loaded: Loaded, environment: Environment, device: Device) -> int:
             with _all_or_none(bridge):
                 _learn(ground, bridge)
     return 0
+
+
+def _record(ground: common.Ground) -> None:
+    """Leaves what the law reads of a run. Collective over the student's ranks."""
+    ground.log.say(launch.on_first_rank(lambda: record.write(ground.resolved)))
 
 
 def learner(ground: common.Ground, head: Tensor | None, teach: Callable[[int], Taught]) -> Run:
@@ -174,6 +180,7 @@ def _learn(ground: common.Ground, bridge: Bridge) -> None:
     run = bridge.together(lambda: learner(ground, open_head(ground, None), teach))
     try:
         train(run)
+        _record(ground)
     except UserError as error:
         bridge.give_up(error)
         raise

@@ -43,6 +43,7 @@ class Evaluation:
             "valid_loss": self.loss,
             "valid_perplexity": self.perplexity,
             "bits_per_byte": self.bits_per_byte,
+            "valid_tokens": self.tokens,
         }
 
 

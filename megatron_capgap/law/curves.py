@@ -1,0 +1,232 @@
+"""One student under many teachers: its best teacher, as read off the grid and as the vertex of a parabola.
+
+x is the natural logarithm of the teacher's parameters, y the validation loss. Arrays are float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from megatron_capgap.law.records import LawError, Record
+
+Array = NDArray[np.float64]
+
+DRAWS = 4000
+LEVEL = 0.9
+"""Share of the truth that an interval is meant to cover."""
+WINDOW = 5
+"""At most so many teachers around the best one does the parabola pass: farther away, curves are no parabolas."""
+UNFIT = 0.05
+"""Where seeds would put a curve so far from a parabola less often than this, the farthest teacher is left out."""
+SAME_SIZE = 0.02
+"""Students whose sizes are as close as this are one student: pruning to a sparsity does not hit a size exactly."""
+
+OPTIMUM, EDGE, NO_CURSE, TOO_FEW = "optimum", "edge", "no curse seen", "too few teachers"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Losses of one student, every seed with every teacher."""
+
+    student: float
+    """Parameters; the geometric mean where sizes differ slightly."""
+    teachers: Array
+    """Parameters `[t]`, ascending."""
+    seeds: tuple[int, ...]
+    losses: Array
+    """`[seeds, t]`."""
+
+    @property
+    def mean(self) -> Array:
+        """Loss over the seeds `[t]`."""
+        return self.losses.mean(axis=0)
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """What a curve says about its best teacher."""
+
+    best: float
+    """Parameters of the teacher with the lowest mean loss."""
+    status: str
+    """optimum: a minimum inside the grid; edge: the smallest teacher is the best; no curse seen: the loss does not
+    rise towards the largest teacher; too few teachers: fewer than three."""
+    censored: str | None
+    """below or above: the best teacher lies beyond that end of the grid."""
+    teacher: float | None = None
+    """Parameters at the parabola's vertex, only where status is optimum."""
+    interval: tuple[float, float] | None = None
+    """The vertex's interval, cut off at the ends of the grid; None without residual degrees of freedom."""
+    variance: float = 0.0
+    """Of the vertex, in x squared, by this curve's own noise."""
+    noise: float = 0.0
+    """Variance of one run's loss about the parabola; 0 without residual degrees of freedom."""
+    freedom: int = 0
+    """Residual degrees of freedom that noise comes from."""
+    curvature: float | None = None
+    """Loss at a distance of 1 in x from the vertex, above that at the vertex."""
+
+
+def curves(records: Sequence[Record], count: str) -> tuple[list[Curve], list[str]]:
+    """Sorts records into curves, students ascending.
+
+    Args:
+        records: under one set of conditions.
+        count: one of `records.COUNTS`.
+
+    Returns:
+        (curves, remarks): a remark for every student whose sizes were taken together or whose seeds were left out.
+
+    Raises:
+        LawError: a student that no seed has met all of its teachers with.
+    """
+    found, remarks = [], []
+    for group in _students(records, count):
+        sizes = sorted({record.sizes(count)[0] for record in group})
+        student = float(np.exp(np.mean(np.log([record.sizes(count)[0] for record in group]))))
+        if len(sizes) > 1:
+            remarks.append(f"students of {sizes[0]:,} to {sizes[-1]:,} parameters count as one of {student:,.0f}")
+        table: dict[int, dict[int, float]] = {}
+        for record in group:
+            cell = table.setdefault(record.seed, {})
+            if record.sizes(count)[1] in cell:
+                raise LawError(
+                    f"student of {student:,.0f}, teacher of {record.sizes(count)[1]:,}, seed {record.seed}: there are "
+                    "two runs whose other sizes differ; keep one of them"
+                )
+            cell[record.sizes(count)[1]] = record.valid_loss
+        teachers = sorted({teacher for cell in table.values() for teacher in cell})
+        seeds = tuple(sorted(seed for seed, cell in table.items() if len(cell) == len(teachers)))
+        if not seeds:
+            raise LawError(
+                f"student of {student:,.0f} parameters: no seed was run with all of its {len(teachers)} teachers; run "
+                "the missing cells, or leave those teachers out of the records"
+            )
+        if left := sorted(set(table) - set(seeds)):
+            remarks.append(
+                f"student of {student:,.0f}: seeds {', '.join(map(str, left))} lack some of its {len(teachers)} "
+                "teachers and are left out"
+            )
+        losses = np.array([[table[seed][teacher] for teacher in teachers] for seed in seeds])
+        found.append(Curve(student, np.array(teachers, dtype=np.float64), seeds, losses))
+    return found, remarks
+
+
+def optimum(curve: Curve, random: np.random.Generator) -> Optimum:
+    """The best teacher of a student, with what its seeds say about how sure that is.
+
+    The parabola is fitted with a level for each seed, for a seed's data order and initial weights shift its whole
+    curve. Its interval is a bootstrap of the residuals, in which the noise's own size is drawn as well.
+    """
+    x, mean = np.log(curve.teachers), curve.mean
+    at = int(mean.argmin())
+    best = float(curve.teachers[at])
+    ends = {0: "below", len(x) - 1: "above"}
+    if len(x) < 3:
+        return Optimum(best, TOO_FEW, None)
+    if at in ends:
+        return Optimum(best, NO_CURSE if ends[at] == "above" else EDGE, ends[at])
+    fitted = _parabola(curve, at)
+    vertex = float(_vertex(fitted.coefficients[None], x - fitted.centre)[0])
+    if fitted.coefficients[2] <= 0 or not x[0] - fitted.centre < vertex < x[-1] - fitted.centre:
+        return Optimum(best, NO_CURSE, None)
+    found = {"teacher": float(np.exp(vertex + fitted.centre)), "curvature": float(fitted.coefficients[2])}
+    if fitted.freedom <= 0:
+        return Optimum(best, OPTIMUM, None, **found)
+    vertices = _vertex(fitted.draws(random), x - fitted.centre)
+    if np.mean(vertices < x[-1] - fitted.centre) < LEVEL:
+        return Optimum(best, NO_CURSE, None)
+    low, high = np.exp(np.quantile(vertices, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) + fitted.centre)
+    # From the middle half, for a few draws at the ends of the grid would make most of a variance.
+    spread = np.subtract(*np.quantile(vertices, [0.75, 0.25])) / 1.349
+    found |= {"variance": float(spread**2), "noise": fitted.noise, "freedom": fitted.freedom}
+    return Optimum(best, OPTIMUM, None, interval=(float(low), float(high)), **found)
+
+
+@dataclass(frozen=True)
+class _Parabola:
+    """A parabola through the teachers around the best one, with a level for each seed."""
+
+    centre: float
+    """Where x is counted from."""
+    solve: Array
+    """From mean losses to coefficients `[3, w]`."""
+    coefficients: Array
+    """Level, slope, bend."""
+    residuals: Array
+    """`[seeds, w]`."""
+    lack_of_fit: float
+    """Probability that seeds alone would put the curve so far from a parabola; 1 where they cannot tell."""
+
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom of the residuals: a level a seed, a slope and a bend are taken."""
+        return self.residuals.size - len(self.residuals) - 2
+
+    @property
+    def noise(self) -> float:
+        """Variance of one run's loss."""
+        return float(np.sum(self.residuals**2)) / self.freedom
+
+    def draws(self, random: np.random.Generator) -> Array:
+        """Coefficients as other seeds might have given them `[DRAWS, 3]`."""
+        drawn = random.choice(self.residuals.ravel(), (DRAWS, *self.residuals.shape)).mean(axis=1)
+        size = np.sqrt(self.residuals.size / random.chisquare(self.freedom, DRAWS))
+        return self.coefficients + (drawn * size[:, None]) @ self.solve.T
+
+
+def _parabola(curve: Curve, at: int) -> _Parabola:
+    """Fitted to as many teachers around number `at` as WINDOW allows and a parabola passes through."""
+    x = np.log(curve.teachers)
+    nearest = [n for n in np.argsort(np.abs(x - x[at]), kind="stable").tolist() if abs(n - at) > 1]
+    window = [at - 1, at, at + 1, *nearest][:WINDOW]
+    while True:
+        fitted = _fit(curve, sorted(window))
+        if len(window) == 3 or fitted.lack_of_fit > UNFIT:
+            return fitted
+        window.pop()
+
+
+def _fit(curve: Curve, window: list[int]) -> _Parabola:
+    x, losses = np.log(curve.teachers[window]), curve.losses[:, window]
+    centre = float(x.mean())
+    design = np.stack([np.ones(len(x)), x - centre, (x - centre) ** 2], axis=1)
+    solve = np.linalg.pinv(design)
+    losses = losses - losses.mean(axis=1, keepdims=True)
+    mean = losses.mean(axis=0)
+    coefficients = solve @ mean
+    misses = len(losses) * np.sum((mean - design @ coefficients) ** 2)
+    noise, freedom, noise_freedom = np.sum((losses - mean) ** 2), len(x) - 3, (len(losses) - 1) * (len(x) - 1)
+    lack = 1.0
+    if freedom and noise_freedom:
+        # Without noise, rounding errors must not pass for a curve's lean.
+        ratio = (misses / freedom) / max(noise / noise_freedom, 1e-20)
+        lack = float(stats.f.sf(ratio, freedom, noise_freedom))
+    return _Parabola(centre, solve, coefficients, losses - design @ coefficients, lack)
+
+
+def _vertex(coefficients: Array, x: Array) -> Array:
+    """Where each parabola `[n, 3]` is lowest between the ends of x: `[n]`."""
+    level, slope, bend = coefficients.T
+    at_ends = np.stack([level + slope * end + bend * end**2 for end in (x[0], x[-1])])
+    end = np.where(at_ends[0] <= at_ends[1], x[0], x[-1])
+    bent = bend > 0
+    return np.where(bent, np.clip(-slope / (2 * np.where(bent, bend, 1.0)), x[0], x[-1]), end)
+
+
+def _students(records: Sequence[Record], count: str) -> list[list[Record]]:
+    """Records by student, ascending; sizes that follow each other closely are one student."""
+    ordered = sorted(records, key=lambda record: record.sizes(count))
+    groups: list[list[Record]] = []
+    for record in ordered:
+        size = record.sizes(count)[0]
+        if groups and size <= groups[-1][0].sizes(count)[0] * (1 + SAME_SIZE):
+            groups[-1].append(record)
+        else:
+            groups.append([record])
+    return groups

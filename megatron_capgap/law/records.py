@@ -1,0 +1,217 @@
+"""Records: the one line that a distillation leaves for the law.
+
+Reading is strict. A record that lacks a field, a loss that is no number, a run that is there twice, runs under
+different conditions: each is one message that names the file, the line, the field and what would do. Nothing is left
+out or averaged in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+COUNTS = ("non-embedding", "total")
+CONDITIONS = ("family", "init", "objective", "tokens", "valid_tokens", "tokenizer")
+"""Fields in which all records of one fit agree: losses under different ones cannot be compared."""
+
+
+class LawError(ValueError):
+    """Records that no law can be drawn from, or a grid that is none. The message is one line with place and fix."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One distillation run: who taught whom, under which conditions, and what came of it.
+
+    Fields with a default may be missing in a file (None: not told).
+    """
+
+    student_params: int
+    """The student's parameters without embeddings and LM head."""
+    teacher_params: int
+    """The teacher's, counted alike."""
+    student_params_total: int
+    """All of the student's parameters."""
+    teacher_params_total: int
+    """All of the teacher's parameters."""
+    family: str
+    """The student's architecture."""
+    tokens: int
+    """Tokens that the student was trained on in this run."""
+    seed: int
+    """Decides data order and random weights."""
+    init: str
+    """Where the student began: `random` weights, `pruned` from this teacher, or one `fixed` checkpoint for all."""
+    valid_loss: float
+    """Cross-entropy on held-out text after the last step, nats a token."""
+    objective: str | None = None
+    """What was minimised, in words."""
+    flops: float | None = None
+    """Floating-point operations of the run: the student's training and the teacher's forward passes."""
+    config_hash: str | None = None
+    """Fingerprint of the resolved configuration, run_dir left out."""
+    teacher_tokens: int | None = None
+    """Tokens that the teacher was trained on in the run that its checkpoint comes from."""
+    valid_tokens: int | None = None
+    """Held-out tokens that valid_loss is a mean over."""
+    tokenizer: str | None = None
+    """Fingerprint of the tokenizer."""
+
+    def sizes(self, count: str) -> tuple[int, int]:
+        """(student, teacher) parameters, counted `non-embedding` or `total`."""
+        assert count in COUNTS, count
+        if count == "total":
+            return self.student_params_total, self.teacher_params_total
+        return self.student_params, self.teacher_params
+
+    def line(self) -> str:
+        """The record as a line of a .jsonl file."""
+        return json.dumps(asdict(self)) + "\n"
+
+
+_REQUIRED = tuple(field.name for field in fields(Record) if field.type in ("int", "float", "str"))
+_ALL = {field.name: str(field.type).removesuffix(" | None") for field in fields(Record)}
+
+
+def read(paths: Sequence[str | Path]) -> list[Record]:
+    """Reads .jsonl files, or the record.json files of runs.
+
+    Returns:
+        The records in an order that does not depend on that of files and lines. Unknown fields are passed over.
+
+    Raises:
+        LawError: the first thing that is wrong.
+    """
+    found = [(place, record) for path in paths for place, record in _read_file(Path(path))]
+    if not found:
+        raise LawError(f"{', '.join(map(str, paths))}: no records; give the records of distill runs")
+    _refuse_duplicates(found)
+    _refuse_mixed_counts(found)
+    return sorted((record for _, record in found), key=_order)
+
+
+def select(records: Sequence[Record], where: Mapping[str, str]) -> list[Record]:
+    """The records under one set of conditions.
+
+    Args:
+        where: values that some of `CONDITIONS` must have, as text.
+
+    Raises:
+        LawError: none are left, or they still differ in a condition; the message counts them and shows the choice.
+    """
+    for name in where:
+        if name not in CONDITIONS:
+            raise LawError(f"--where {name}: no such condition; one of {', '.join(CONDITIONS)} would do")
+    kept = [record for record in records if all(_text(record, name) == value for name, value in where.items())]
+    if not kept:
+        wanted = " ".join(f"{name}={value}" for name, value in where.items())
+        raise LawError(f"--where {wanted}: no record is left; there are {_choice(records, tuple(where))}")
+    mixed = [name for name in CONDITIONS if len({getattr(record, name) for record in kept}) > 1]
+    if mixed:
+        values = {name: sorted({_text(record, name) for record in kept}) for name in mixed}
+        example = " ".join(f"'{name}={of[0]}'" for name, of in values.items())
+        raise LawError(
+            f"the records differ in {', '.join(mixed)}, so their losses cannot share a curve ({_choice(kept, mixed)}); "
+            f"choose with --where {example}"
+        )
+    return kept
+
+
+def conditions(records: Sequence[Record]) -> dict[str, Any]:
+    """What all records of one selection have in common."""
+    return {name: getattr(records[0], name) for name in CONDITIONS}
+
+
+def _read_file(path: Path) -> list[tuple[str, Record]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise LawError(f"{path}: cannot be read ({reason}); give a .jsonl file of records") from None
+    numbered = [(f"{path}:{number}", line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    return [(place, _parse(place, line)) for place, line in numbered]
+
+
+def _parse(place: str, line: str) -> Record:
+    try:
+        content = json.loads(line)
+    except ValueError as error:
+        raise LawError(f"{place}: not JSON ({error}); one record a line would do") from None
+    if not isinstance(content, dict):
+        raise LawError(f"{place}: {line[:40]} is no record; an object with {', '.join(_REQUIRED)} would do")
+    missing = [name for name in _REQUIRED if content.get(name) is None]
+    if missing:
+        raise LawError(f"{place}: {', '.join(missing)} missing; write the run's record anew or remove the line")
+    values = {name: _value(place, name, content[name]) for name in _ALL if content.get(name) is not None}
+    for whose in ("student", "teacher"):
+        inner, total = values[f"{whose}_params"], values[f"{whose}_params_total"]
+        if inner > total:
+            raise LawError(
+                f"{place}: {whose}_params {inner} is above {whose}_params_total {total}; "
+                f"{whose}_params counts without embeddings and LM head"
+            )
+    return Record(**values)
+
+
+def _value(place: str, name: str, given: Any) -> Any:
+    """One field, of its type and in its bounds."""
+    kind = _ALL[name]
+    if kind == "str":
+        if not isinstance(given, str) or not given:
+            raise LawError(f"{place}: {name} is {given!r}; a word would do")
+        return given
+    number = isinstance(given, int | float) and not isinstance(given, bool)
+    if not number or not math.isfinite(given):
+        raise LawError(f"{place}: {name} is {given!r}; a finite number would do, or remove the run")
+    lowest = 0 if name == "seed" else 1 if kind == "int" else 0.0
+    if given < lowest or (kind == "float" and given == 0) or (kind == "int" and given != int(given)):
+        raise LawError(f"{place}: {name} is {given!r}; {'a whole number' if kind == 'int' else 'more than 0'} would do")
+    return int(given) if kind == "int" else float(given)
+
+
+def _refuse_duplicates(found: Sequence[tuple[str, Record]]) -> None:
+    seen: dict[tuple[Any, ...], str] = {}
+    for place, record in found:
+        key = (*(getattr(record, name) for name in CONDITIONS), *record.sizes("total"), *record.sizes("non-embedding"))
+        first = seen.setdefault((*key, record.seed), place)
+        if first != place:
+            raise LawError(
+                f"{place}: the same student, teacher, seed {record.seed} and conditions as {first}; "
+                "remove one of the two"
+            )
+
+
+def _refuse_mixed_counts(found: Sequence[tuple[str, Record]]) -> None:
+    """Sizes with and without embeddings that are equal in some records and different in others come of two ways to
+    count; equal in all of them, they are at least one way."""
+    equal: dict[bool, str] = {}
+    for place, record in found:
+        for inner, total in zip(record.sizes("non-embedding"), record.sizes("total"), strict=True):
+            equal.setdefault(inner == total, place)
+    if len(equal) > 1:
+        raise LawError(
+            f"{equal[True]}: sizes with and without embeddings are equal, but in {equal[False]} they differ, so the "
+            "records count in two ways; write student_params and teacher_params without embeddings everywhere"
+        )
+
+
+def _order(record: Record) -> tuple[Any, ...]:
+    return tuple(_text(record, name) for name in CONDITIONS), *record.sizes("total"), record.seed
+
+
+def _text(record: Record, name: str) -> str:
+    value = getattr(record, name)
+    return "not told" if value is None else str(value)
+
+
+def _choice(records: Sequence[Record], names: Sequence[str]) -> str:
+    """How many records have which values, for example `tokens=1000: 24, tokens=2000: 3`."""
+    counts: dict[str, int] = {}
+    for record in records:
+        key = " ".join(f"{name}={_text(record, name)}" for name in names)
+        counts[key] = counts.get(key, 0) + 1
+    return ", ".join(f"{key}: {count}" for key, count in sorted(counts.items()))

@@ -1,0 +1,80 @@
+"""The record that a finished distillation leaves for the law: RUN/record.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from megatron_capgap.checkpoint import manifest
+from megatron_capgap.config.files import write_atomically
+from megatron_capgap.config.schema import Config, Objective
+from megatron_capgap.law.records import Record
+from megatron_capgap.models import size
+from megatron_capgap.stages.resolve import Resolved
+
+RECORD = "record.json"
+
+
+def write(resolved: Resolved) -> str:
+    """Writes the record of a run that has come to its end; a run that was stopped before leaves none. Rank 0 only.
+
+    Returns:
+        What to tell the reader.
+    """
+    run_dir, steps = Path(resolved.config.run_dir), resolved.config.train.steps
+    if not resolved.config.data.valid:
+        return "no record for the law: data.valid names no held-out text"
+    # Read from disk, for the run may have been stopped between its last evaluation and the record.
+    path = run_dir / "metrics.jsonl"
+    entries = map(json.loads, path.read_text().splitlines()) if path.is_file() else ()
+    last = [entry for entry in entries if entry["step"] == steps and "valid_loss" in entry][-1:]
+    if not last or steps not in manifest.steps_in(run_dir):
+        return "no record for the law yet: the run has not come to its end"
+    record = describe(resolved, last[0]["valid_loss"], last[0].get("valid_tokens"))
+    write_atomically(run_dir / RECORD, record.line())
+    return f"record for the law: {run_dir / RECORD}"
+
+
+def describe(resolved: Resolved, valid_loss: float, valid_tokens: int | None) -> Record:
+    """The record of a distillation that took all its steps."""
+    config, student, teacher, source = resolved.config, resolved.student, resolved.teacher, resolved.teacher_source
+    assert teacher is not None and source is not None and config.train.steps is not None
+    tokens = config.train.steps * resolved.global_batch * config.data.sequence_length
+    return Record(
+        student_params=size.non_embedding_parameters(student),
+        teacher_params=size.non_embedding_parameters(teacher),
+        student_params_total=size.parameters(student),
+        teacher_params_total=size.parameters(teacher),
+        family=student.family,
+        tokens=tokens,
+        seed=config.seed,
+        init="random" if resolved.student_source is None else "fixed",
+        valid_loss=valid_loss,
+        objective=in_words(config.objective),
+        flops=tokens * size.training_flops(student, teacher, config.data.sequence_length),
+        config_hash=fingerprint(config),
+        teacher_tokens=source.manifest.tokens,
+        valid_tokens=valid_tokens,
+        tokenizer=resolved.tokenizer.fingerprint[:16],
+    )
+
+
+def fingerprint(config: Config) -> str:
+    """Equal for runs that do the same: the resolved configuration without the place it writes to."""
+    content = {name: value for name, value in asdict(config).items() if name != "run_dir"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def in_words(objective: Objective) -> str:
+    """The objective as a sum, with the numbers that its divergence looks at."""
+    details = [f"temperature {objective.temperature:g}"] if objective.temperature != 1.0 else []
+    if objective.divergence.startswith("skew"):
+        details.append(f"alpha {objective.skew_alpha:g}")
+    if objective.divergence == "jsd":
+        details.append(f"beta {objective.jsd_beta:g}")
+    divergence = objective.divergence + (f" ({', '.join(details)})" if details else "")
+    terms = [(objective.divergence_weight, divergence), (objective.cross_entropy_weight, "cross_entropy")]
+    terms += [(pair.weight, f"layers {pair.name}") for pair in objective.matching]
+    return " + ".join(f"{weight:g} {term}" for weight, term in terms if weight)

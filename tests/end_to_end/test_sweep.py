@@ -1,0 +1,198 @@
+"""A sweep from the grid to the law: records, kills, restarts, and runs that are as those of the door."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_capgap.law import records
+from tests.support.processes import ROOT, environment
+from tests.support.runs import STUDENT, TEACHER, Material, files_of, metrics, train_apart
+
+SMALL = {**STUDENT, "layers": 2}
+
+
+def grid(material: Material, out: Path, **changes: Any) -> dict[str, Any]:
+    """Two teachers, two students, one of them with a fixed start as well: 2 + 4 + 1 + 2 runs of a few steps."""
+    found = {
+        "out": str(out),
+        "common": {
+            "device": "cpu",
+            "data": material.data,
+            "train": {"global_batch": 8, "micro_batch": 4, "eval_batches": 2},
+            "optimizer": {"lr": 3.0e-3, "warmup_fraction": 0.0},
+            "runtime": {"timeout_seconds": 60, "tensorboard": False},
+        },
+        "teach": {"train": {"steps": 6}, "data": {"valid": []}},
+        "start": {"train": {"steps": 2}},
+        "distill": {"train": {"steps": 5}, "checkpoint": {"every": 2}},
+        "teachers": {"t1": {"model": TEACHER}, "t2": {"model": {**TEACHER, "ffn": 160}}},
+        "students": {"s1": {"model": SMALL}, "s2": {"model": STUDENT}},
+        "rows": [{"init": "random", "seeds": [1]}, {"init": "fixed", "students": ["s1"], "seeds": [1]}],
+    }
+    return found | changes
+
+
+@contextmanager
+def sweep(file: Path, *words: str) -> Iterator[subprocess.Popen[str]]:
+    """make_sweep in a process of its own; its ranks end with it."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tools" / "make_sweep.py"), str(file), *words],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def call(file: Path, *words: str) -> tuple[int, str, str]:
+    with sweep(file, *words) as process:
+        out, err = process.communicate(timeout=240)
+        return process.returncode, out, err
+
+
+def wait_for(condition: Any, process: subprocess.Popen[str], limit: float = 120.0) -> None:
+    deadline = time.monotonic() + limit
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def finished(out: Path) -> list[str]:
+    return sorted(path.parent.name for path in out.glob("runs/*/record.json"))
+
+
+@pytest.fixture(scope="module")
+def killed(material: Material, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A sweep that was killed in the middle of a run, and then called again."""
+    folder = tmp_path_factory.mktemp("sweep")
+    out, file = folder / "work", folder / "grid.yaml"
+    file.write_text(yaml.safe_dump(grid(material, out)))
+    with sweep(file, "--run") as process:
+        wait_for(lambda: len(finished(out)) == 2, process)
+        third = out / "runs" / "random-s2-t1-seed1"
+        wait_for(lambda: (third / "metrics.jsonl").is_file(), process)
+        process.kill()
+        process.wait()
+        time.sleep(1.0)  # what it started ends by itself
+        before, lines = {path.name: files_of(path) for path in (out / "runs").iterdir()}, len(metrics(third))
+        time.sleep(1.0)
+        assert len(metrics(third)) == lines, "a rank outlived the sweep that started it"
+    done = finished(out)
+    code, said, complained = call(file, "--run")
+    assert code == 0, said + complained
+    return {"out": out, "file": file, "done": done, "before": before, "said": said}
+
+
+@pytest.mark.slow
+def test_only_what_was_missing_ran(killed: dict[str, Any]) -> None:
+    out = killed["out"]
+    ran = re.findall(r"^\[\d+/9\] \w+ (\S+): done", killed["said"], flags=re.M)
+    finished_before = {"teacher-t1", "teacher-t2", *killed["done"]}
+    names = {path.stem for path in (out / "configs").iterdir()}
+    assert len(killed["done"]) >= 2 and set(ran) == names - finished_before and len(ran) == len(set(ran))
+    assert f"{len(finished_before)} of 9 runs are finished already" in killed["said"]
+    for name in finished_before:
+        assert files_of(out / "runs" / name) == killed["before"][name], name
+
+
+@pytest.mark.slow
+def test_records_are_complete(killed: dict[str, Any]) -> None:
+    found = records.read([killed["out"] / "records.jsonl"])
+    assert len(found) == 6 and "6 of 6 records" in killed["said"]
+    assert {(each.init, each.tokens, each.teacher_tokens) for each in found} == {
+        ("random", 5 * 8 * 32, 6 * 8 * 32),
+        ("fixed", 5 * 8 * 32, 6 * 8 * 32),
+    }
+    assert len({each.config_hash for each in found}) == 6
+
+
+@pytest.mark.slow
+def test_a_run_of_the_sweep_is_a_run_of_the_door(killed: dict[str, Any], tmp_path: Path) -> None:
+    """The last run of its processes, after eight others, equals one in a process of its own to the last digit."""
+    config = yaml.safe_load((killed["out"] / "configs" / "fixed-s1-t2-seed1.yaml").read_text())
+    inside = metrics(Path(config["run_dir"]))
+    train_apart("distill", {**config, "run_dir": str(tmp_path / "alone")})
+    assert inside == metrics(tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_a_finished_sweep_runs_nothing(killed: dict[str, Any]) -> None:
+    before = files_of(killed["out"] / "runs")
+    code, said, _ = call(killed["file"], "--run")
+    assert code == 0 and "9 of 9 runs are finished already" in said
+    assert files_of(killed["out"] / "runs") == before
+
+
+@pytest.mark.slow
+def test_a_changed_grid_is_refused(killed: dict[str, Any], material: Material, tmp_path: Path) -> None:
+    changed = grid(material, killed["out"])
+    changed["distill"]["train"]["steps"] = 7
+    file = tmp_path / "grid.yaml"
+    file.write_text(yaml.safe_dump(changed))
+    before = files_of(killed["out"] / "runs")
+    code, _, complained = call(file, "--run")
+    assert code == 2 and "random-s1-t1-seed1: was begun with another configuration" in complained
+    assert "(train differ)" in complained and files_of(killed["out"] / "runs") == before
+    assert call(killed["file"])[0] == 0  # the configurations of the true grid again
+
+
+@pytest.mark.slow
+def test_an_array_task_runs_its_line(killed: dict[str, Any], tmp_path: Path) -> None:
+    """The batch script with an srun that starts one rank here: each task finds its run, which is finished already."""
+    (tmp_path / "srun").write_text('#!/bin/sh\nexec "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    slurm = killed["out"] / "slurm"
+    lines = (slurm / "phase_1.txt").read_text().splitlines()
+    assert len(lines) == 6
+    variables = {**environment(), "SLURM_ARRAY_TASK_ID": "5", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", str(slurm / "array.sbatch"), str(slurm / "phase_1.txt")],
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert Path(lines[5].split()[1]).stem == "fixed-s1-t2-seed1"
+    assert "resumed from" in done.stdout and "fixed-s1-t2-seed1" in done.stdout and "nothing to do" in done.stdout
+
+
+def test_keys_that_are_no_configuration_are_refused(material: Material, tmp_path: Path) -> None:
+    wrong = grid(material, tmp_path / "work")
+    wrong["distill"]["train"]["step"] = 7
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(wrong))
+    code, _, complained = call(tmp_path / "grid.yaml")
+    assert code == 2 and "train.step: unknown key; did you mean train.steps?" in complained
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.slow
+def test_a_failed_run_leaves_out_those_behind_it(material: Material, tmp_path: Path) -> None:
+    wrong = grid(material, tmp_path / "work", rows=[{"init": "random", "students": ["s1"], "seeds": [1]}])
+    wrong["teachers"]["t1"] = {"model": {**TEACHER, "heads": 7}}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(wrong))
+    code, said, _ = call(tmp_path / "grid.yaml", "--run")
+    assert code == 1
+    assert (
+        "teacher-t1: failed with exit code 2" in said and "random-s1-t1-seed1: left out, for teacher-t1 failed" in said
+    )
+    assert json.loads((tmp_path / "work" / "records.jsonl").read_text())["teacher_params"] > 0
+    assert "heads" in (tmp_path / "work" / "logs" / "teacher-t1.log").read_text()

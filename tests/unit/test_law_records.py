@@ -1,0 +1,126 @@
+"""Records: what is refused, in which words, and what is grouped. Nothing is averaged in silence."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from megatron_capgap.law import curves, records
+from megatron_capgap.law.records import LawError
+from tests.support.law import record, save, save_raw
+
+
+def test_a_record_survives_its_file(tmp_path: Path) -> None:
+    some = [record(seed=2), record(seed=1)]
+    assert records.read([save(some, tmp_path / "r.jsonl")]) == some[::-1]
+
+
+def test_order_of_files_and_lines_does_not_matter(tmp_path: Path) -> None:
+    some = [record(seed=seed, teacher_params_total=total) for seed in (1, 2) for total in (3_000_000, 2_900_000)]
+    one = records.read([save(some, tmp_path / "one.jsonl")])
+    two = records.read([save(some[2:][::-1], tmp_path / "a.jsonl"), save(some[:2], tmp_path / "b.jsonl")])
+    assert one == two
+
+
+@pytest.mark.parametrize("name", [n for n, v in asdict(record()).items() if n in records._REQUIRED])
+def test_required_fields(tmp_path: Path, name: str) -> None:
+    lines = [asdict(record()), asdict(record(seed=2))]
+    for given in ({}, {name: None}):
+        lines[1] = {k: v for k, v in asdict(record(seed=2)).items() if k != name} | given
+        with pytest.raises(LawError, match=rf"r\.jsonl:2: {name} missing; "):
+            records.read([save_raw(lines, tmp_path / "r.jsonl")])
+
+
+def test_the_face_alone_is_a_record(tmp_path: Path) -> None:
+    line = {name: value for name, value in asdict(record()).items() if name in records._REQUIRED}
+    assert len(line) == 9
+    (found,) = records.read([save_raw([line | {"note": "passed over"}], tmp_path / "r.jsonl")])
+    assert found.objective is None and found.valid_loss == 3.25
+
+
+BAD = {
+    "valid_loss": (float("nan"), "valid_loss is nan; a finite number would do, or remove the run"),
+    "flops": (float("inf"), "flops is inf; a finite number"),
+    "tokens": (1.5, "tokens is 1.5; a whole number would do"),
+    "student_params": (0, "student_params is 0; a whole number would do"),
+    "teacher_params": (3_300_001, "teacher_params 3300001 is above teacher_params_total 3300000"),
+    "seed": (True, "seed is True; a finite number"),
+    "family": (7, "family is 7; a word would do"),
+    "init": ("", "init is ''; a word would do"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_values_out_of_bounds(tmp_path: Path, name: str) -> None:
+    value, message = BAD[name]
+    path = save_raw([asdict(record()) | {name: value}], tmp_path / "r.jsonl")
+    with pytest.raises(LawError) as error:
+        records.read([path])
+    assert str(error.value).startswith(f"{path}:1: {message}") and "\n" not in str(error.value)
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(LawError, match=r"absent\.jsonl: cannot be read \(No such file"):
+        records.read([tmp_path / "absent.jsonl"])
+    (tmp_path / "r.jsonl").write_text("\n")
+    with pytest.raises(LawError, match="no records"):
+        records.read([tmp_path / "r.jsonl"])
+    (tmp_path / "r.jsonl").write_text("{'a': 1}\n")
+    with pytest.raises(LawError, match=r"r\.jsonl:1: not JSON"):
+        records.read([tmp_path / "r.jsonl"])
+    (tmp_path / "r.jsonl").write_text("[1]\n")
+    with pytest.raises(LawError, match=r"r\.jsonl:1: \[1\] is no record"):
+        records.read([tmp_path / "r.jsonl"])
+
+
+def test_duplicates_are_refused_even_with_equal_losses(tmp_path: Path) -> None:
+    path = save([record(), record(seed=2), record(valid_loss=3.2, config_hash="def")], tmp_path / "r.jsonl")
+    with pytest.raises(LawError, match=rf"{path}:3: the same student, teacher, seed 1 and conditions as {path}:1; "):
+        records.read([path])
+    with pytest.raises(LawError, match="the same student"):
+        records.read([save([record()], tmp_path / "one.jsonl"), save([record()], tmp_path / "two.jsonl")])
+
+
+def test_two_ways_to_count_are_refused(tmp_path: Path) -> None:
+    path = save([record(), record(seed=2, student_params=1_500_000)], tmp_path / "r.jsonl")
+    with pytest.raises(LawError, match=rf"{path}:2: sizes with and without embeddings are equal, but in {path}:1 they"):
+        records.read([path])
+
+
+def test_mixed_conditions_are_refused_with_the_choice() -> None:
+    mixed = [record(), record(seed=2), record(tokens=6_000_000), record(init="pruned", tokens=6_000_000)]
+    with pytest.raises(LawError) as error:
+        records.select(mixed, {})
+    assert str(error.value) == (
+        "the records differ in init, tokens, so their losses cannot share a curve (init=pruned tokens=6000000: 1, "
+        "init=random tokens=5000000: 2, init=random tokens=6000000: 1); "
+        "choose with --where 'init=pruned' 'tokens=5000000'"
+    )
+    assert records.select(mixed, {"tokens": "5000000"}) == mixed[:2]
+    assert records.select(mixed, {"tokens": "6000000", "init": "pruned"}) == mixed[3:]
+    with pytest.raises(
+        LawError, match="--where tokens=7: no record is left; there are tokens=5000000: 2, tokens=6000000"
+    ):
+        records.select(mixed, {"tokens": "7"})
+    with pytest.raises(LawError, match="--where colour: no such condition"):
+        records.select(mixed, {"colour": "red"})
+
+
+def test_curves_use_complete_seeds_and_say_so() -> None:
+    sizes = ((2_500_000, 3_300_000), (5_000_000, 6_000_000))
+    some = [record(seed=s, teacher_params=t, teacher_params_total=n, valid_loss=s) for s in (1, 2) for t, n in sizes]
+    (curve,), remarks = curves.curves(some, "non-embedding")
+    assert curve.losses.tolist() == [[1, 1], [2, 2]] and not remarks
+    (curve,), remarks = curves.curves(some[:3], "non-embedding")
+    assert curve.losses.tolist() == [[1, 1]]
+    assert remarks == ["student of 1,000,000: seeds 2 lack some of its 2 teachers and are left out"]
+    with pytest.raises(LawError, match="no seed was run with all of its 2 teachers"):
+        curves.curves([some[0], some[3]], "non-embedding")
+
+
+def test_students_of_nearly_one_size_are_one_and_it_is_said() -> None:
+    sizes = ((1_000_000, 2_500_000), (1_010_000, 5_000_000), (1_500_000, 2_500_000))
+    some = [record(student_params=s, teacher_params=t, teacher_params_total=10**7) for s, t in sizes]
+    found, remarks = curves.curves(some, "non-embedding")
+    assert [len(curve.teachers) for curve in found] == [2, 1]
+    assert remarks == ["students of 1,000,000 to 1,010,000 parameters count as one of 1,004,988"]

@@ -1,0 +1,86 @@
+"""The grid: which runs it means, in which order, and what is refused."""
+
+from typing import Any
+
+import pytest
+
+from megatron_capgap.law.records import LawError
+from megatron_capgap.law.sweep import expand
+
+MODEL = {"layers": 2, "hidden": 16, "heads": 2, "ffn": 32, "vocab": 100}
+
+
+def grid(**changes: Any) -> dict[str, Any]:
+    found = {
+        "out": "work",
+        "common": {"device": "cpu", "train": {"micro_batch": 2}, "optimizer": {"lr": 1e-3}},
+        "teach": {"train": {"steps": 9}},
+        "start": {"train": {"steps": 3}},
+        "distill": {"train": {"steps": 5}},
+        "teachers": {"t1": {"model": MODEL, "optimizer": {"lr": 2e-3}}, "t2": {"checkpoint": "runs/there"}},
+        "students": {"s1": {"model": MODEL}, "s2": {"model": MODEL, "checkpoint": "runs/begun"}},
+        "rows": [{"init": "random", "seeds": [1, 2]}, {"init": "fixed", "seeds": [1], "teachers": ["t1"]}],
+    }
+    return found | changes
+
+
+def test_a_grid_becomes_runs() -> None:
+    sweep = expand(grid())
+    cells = {cell.name: cell for cell in sweep.cells}
+    assert len(cells) == 1 + 8 + 1 + 2
+    assert cells["teacher-t1"].config == {
+        "run_dir": "work/runs/teacher-t1",
+        "device": "cpu",
+        "train": {"micro_batch": 2, "steps": 9},
+        "optimizer": {"lr": 2e-3},
+        "student": {"model": MODEL},
+    }
+    taught = cells["random-s1-t1-seed2"]
+    assert taught.after == ("teacher-t1",) and taught.stage == "distill"
+    assert taught.config["teacher"] == {"checkpoint": "work/runs/teacher-t1"} and taught.config["seed"] == 2
+    assert taught.config["train"] == {"micro_batch": 2, "steps": 5} and taught.config["optimizer"] == {"lr": 1e-3}
+    assert cells["random-s1-t2-seed1"].config["teacher"] == {"checkpoint": "runs/there"}
+    assert cells["random-s1-t2-seed1"].after == ()
+    made, given = cells["fixed-s1-t1-seed1"], cells["fixed-s2-t1-seed1"]
+    assert made.config["student"] == {"checkpoint": "work/runs/start-s1"}
+    assert made.after == ("teacher-t1", "start-s1") and cells["start-s1"].config["train"]["steps"] == 3
+    assert given.config["student"] == {"checkpoint": "runs/begun"} and given.after == ("teacher-t1",)
+
+
+def test_every_run_stands_behind_those_that_it_needs() -> None:
+    sweep = expand(grid())
+    seen: set[str] = set()
+    for cell in sweep.cells:
+        assert set(cell.after) <= seen
+        seen.add(cell.name)
+    phases = [{cell.name for cell in cells} for cells in sweep.phases()]
+    assert phases[0] == {"teacher-t1", "start-s1"} | {f"random-s{s}-t2-seed{n}" for s in (1, 2) for n in (1, 2)}
+    assert len(phases) == 2 and len(phases[1]) == 4 + 2
+
+
+def test_the_grid_itself_is_left_alone() -> None:
+    given, copy = grid(), grid()
+    expand(given)
+    assert given == copy
+
+
+BAD = [
+    ({"oute": "x"}, "oute: unknown key of a grid"),
+    ({"out": ""}, "out: missing or empty"),
+    ({"rows": {}}, "rows: '{}' given; list would do"),
+    ({"teachers": {"t1": {}}}, "teachers.t1: a model or a checkpoint is missing"),
+    ({"students": {"s1": {"checkpoint": "x"}}}, "students.s1: a model is missing"),
+    ({"rows": [{"init": "warm", "seeds": [1]}]}, r"rows\[0\].init: 'warm' given; random or fixed"),
+    ({"rows": [{"init": "random", "seeds": []}]}, r"rows\[0\].seeds: \[\] given"),
+    ({"rows": [{"init": "random", "seeds": [1], "students": ["s9"]}]}, r"rows\[0\].students: 's9' is none of s1, s2"),
+    ({"rows": [{"init": "random", "seed": 1}]}, r"rows\[0\]: .* keys init, seeds, students, teachers"),
+    ({"rows": [{"init": "random", "seeds": [1]}] * 2}, r"rows\[1\]: random-s1-t1-seed1 is in an earlier row"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD)
+def test_what_is_no_grid_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(LawError, match=message):
+        expand(grid(**changes))
+    with pytest.raises(LawError, match="has none of them"):
+        expand(["a"])

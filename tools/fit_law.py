@@ -1,0 +1,191 @@
+"""Fit the law of capacity gap to the records of distill runs, and name the teacher for a student.
+
+    python tools/fit_law.py --records runs/*/record.json --out law
+    python tools/fit_law.py --records sweep/records.jsonl --where init=pruned --out law \\
+        --student-params 3B --tokens 126B
+
+writes OUT/law.json (the same records give the same bytes), curse.png, law.png, compute.png and report.md.
+"""
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
+
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.files import write_atomically
+from megatron_capgap.law.records import LawError
+
+try:
+    from megatron_capgap.law import cost, plot, records, report, study
+    from megatron_capgap.law.words import formula, short
+except ImportError as missing:
+    sys.exit(f"fit_law: error: {missing.name} is not installed; pip install -e '.[plot]' brings it")
+
+CATALOGUE = Path(__file__).resolve().with_name("catalogue.yaml")
+SUFFIXES = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0; 2 with one line on stderr where the input is at fault."""
+    args = parse_arguments(argv)
+    try:
+        fit_law(args)
+    except (UserError, LawError) as error:
+        print(f"fit_law: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"fit_law: error: {error.filename or args.out}: {error.strerror}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="fit_law", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--records", nargs="+", required=True, metavar="FILE", help=".jsonl files or runs' record.json")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where everything is written")
+    parser.add_argument(
+        "--where",
+        nargs="+",
+        default=[],
+        type=condition,
+        metavar="NAME=VALUE",
+        help=f"keep the records with these values; names are {', '.join(records.CONDITIONS)}",
+    )
+    parser.add_argument(
+        "--count",
+        choices=records.COUNTS,
+        default=records.COUNTS[0],
+        help="which parameters are counted, here and in --student-params and the catalogue (non-embedding)",
+    )
+    parser.add_argument("--student-params", type=number, metavar="N", help="foretell the teacher of this student: 3B")
+    parser.add_argument(
+        "--catalogue", type=Path, default=CATALOGUE, metavar="FILE", help="teachers that can be had, a YAML file"
+    )
+    parser.add_argument(
+        "--tokens", type=number, metavar="N", help="what the student is to be distilled on, for its cost"
+    )
+    parser.add_argument("--mfu", type=share, default=cost.MFU, help=f"share of the GPU's peak reached ({cost.MFU})")
+    parser.add_argument(
+        "--gpu-peak", type=number, default=cost.GPU_PEAK, metavar="FLOPS", help="peak operations a second (312T, A100)"
+    )
+    args = parser.parse_args(argv)
+    if args.tokens and not args.student_params:
+        parser.error("--tokens: without --student-params there is no student to price; give both")
+    return args
+
+
+def number(value: str) -> float:
+    """3B, 126e9 or 1234."""
+    scale = SUFFIXES.get(value[-1:], 1.0)
+    try:
+        size = float(value[:-1] if value[-1:] in SUFFIXES else value) * scale
+    except ValueError:
+        size = 0.0
+    if not 0 < size < float("inf"):
+        raise argparse.ArgumentTypeError(f"{value} is not a number above 0, like 3B or 1234")
+    return size
+
+
+def share(value: str) -> float:
+    if not 0 < (size := number(value)) <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is not above 0 and at most 1")
+    return size
+
+
+def condition(value: str) -> tuple[str, str]:
+    name, equals, wanted = value.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{value} is not NAME=VALUE, like init=pruned")
+    return name, wanted
+
+
+def fit_law(args: argparse.Namespace) -> None:
+    """Reads, fits, writes, and says in a few lines what came out.
+
+    Raises:
+        LawError, UserError: before anything is written.
+    """
+    found = study.study(records.select(records.read(args.records), dict(args.where)), args.count)
+    teachers = read_catalogue(args.catalogue, args.count) if args.student_params else {}
+    prediction, saving, doubts = None, None, []
+    if args.student_params and found.chosen:
+        prediction = study.predict(found, args.student_params, teachers)
+        doubts = study.doubts(prediction, found)
+        saving = price(found, prediction, args.tokens) if args.tokens else None
+    elif args.student_params:
+        doubts = [f"no teacher can be foretold for a student of {short(args.student_params)}, for there is no law"]
+    args.out.mkdir(parents=True, exist_ok=True)
+    plot.curse(found, args.out / "curse.png")
+    plot.law(found, args.out / "law.png", prediction)
+    plot.compute(found, args.out / "compute.png")
+    write_atomically(args.out / "report.md", report.write(found, prediction, saving, doubts, args.mfu, args.gpu_peak))
+    write_atomically(args.out / "law.json", study.as_json(found, prediction, saving, doubts))
+    say(found, prediction, doubts)
+    print(f"wrote {args.out}/law.json, curse.png, law.png, compute.png, report.md")
+
+
+def price(found: study.Study, prediction: study.Prediction, tokens: float) -> cost.Saving:
+    """What the student costs with the closest teacher of the catalogue, and with every teacher of that one's line."""
+    if not prediction.candidates:
+        raise UserError(f"--catalogue: no teacher in it is larger than {short(prediction.student)}; give one that has")
+    first = prediction.candidates[0]
+    line = first.name.split("/")[0]
+    tried = [each.teacher for each in prediction.candidates if each.name.split("/")[0] == line]
+    return cost.saving(prediction.student, first.teacher, tried, tokens, found.records)
+
+
+def say(found: study.Study, prediction: study.Prediction | None, doubts: list[str]) -> None:
+    if found.chosen:
+        intervals = found.chosen.intervals() or {}
+        spread = ", ".join(f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in intervals.items())
+        print(f"law: {formula(found.chosen)}   90% interval: {spread or 'unknown'}")
+    if prediction:
+        spread = " to ".join(map(short, prediction.interval)) if prediction.interval else "unknown"
+        print(f"teacher for {short(prediction.student)}: {short(prediction.teacher)}   90% interval: {spread}")
+        for each in prediction.candidates[:1]:
+            print(
+                f"closest in the catalogue: {each.name}, {short(each.teacher)}, regret {each.regret:.4f} nats a token"
+            )
+    for text in [*found.remarks, *doubts]:
+        print(f"note: {text}")
+
+
+def read_catalogue(path: Path, count: str) -> dict[str, float]:
+    """Teachers' parameters by `line/member`.
+
+    Raises:
+        UserError: no such file, or a member that is no model.
+    """
+    import yaml
+    from pydantic import TypeAdapter, ValidationError
+
+    from megatron_capgap.config.schema import ModelShape
+    from megatron_capgap.models import size
+
+    try:
+        lines: Any = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"--catalogue {path}: cannot be read ({error}); give a YAML file of lines of models") from None
+    counted = size.non_embedding_parameters if count == "non-embedding" else size.parameters
+    adapter, sizes = TypeAdapter(ModelShape), {}
+    if not isinstance(lines, Mapping) or not all(isinstance(members, Mapping) for members in lines.values()):
+        raise UserError(f"--catalogue {path}: LINE: {{MEMBER: {{layers: ..., hidden: ..., ...}}}} would do")
+    for line, members in lines.items():
+        for member, shape in members.items():
+            try:
+                sizes[f"{line}/{member}"] = float(counted(adapter.validate_python(shape)))
+            except ValidationError as error:
+                first = error.errors()[0]
+                key = ".".join(map(str, (line, member, *first["loc"])))
+                raise UserError(f"--catalogue {path}: {key}: {first['msg']}; mend or remove that member") from None
+    return sizes
+
+
+if __name__ == "__main__":
+    sys.exit(main())

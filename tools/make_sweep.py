@@ -1,0 +1,275 @@
+"""Turn a grid of students, teachers and seeds into runs, and run them: on this machine, or as SLURM arrays.
+
+    python tools/make_sweep.py GRID.yaml                # configurations, and OUT/slurm/submit.sh for a cluster
+    python tools/make_sweep.py GRID.yaml --run          # one run after the other on this machine
+
+What is finished is skipped, so both may be stopped or killed at any time and called again. Every call gathers the
+records of the finished runs in OUT/records.jsonl, which tools/fit_law.py reads.
+"""
+
+import argparse
+import fcntl
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import FrameType
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
+
+import yaml
+
+from megatron_capgap import __main__ as door
+from megatron_capgap.checkpoint import manifest
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.files import write_atomically
+from megatron_capgap.config.load import Loaded, load
+from megatron_capgap.law.records import LawError
+from megatron_capgap.law.sweep import Cell, Sweep, expand
+
+RECORD = "record.json"
+SUBMIT = """\
+#!/usr/bin/env bash
+# Submits the sweep: an array a phase, each after the one before it. LIMIT runs at a time, 16 by default; further
+# options of sbatch as arguments.
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+previous=
+for phase in "$here"/phase_*.txt; do
+    runs=$(wc -l < "$phase")
+    previous=$(sbatch --parsable ${previous:+--dependency=afterok:$previous} \\
+        --array="0-$((runs - 1))%${LIMIT:-16}" "$@" "$here/array.sbatch" "$phase")
+    echo "$(basename "$phase" .txt): job $previous, $runs runs"
+done
+"""
+ARRAY = """\
+#!/usr/bin/env bash
+#SBATCH --job-name=law-sweep
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@60
+#SBATCH --output={out}/slurm/%x_%A_%a.out
+{options}
+# One run of the phase file that is the only argument. A run that is finished already ends at once.
+set -euo pipefail
+cd {folder}
+read -r stage config < <(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$1")
+srun {python} -m megatron_capgap "$stage" --config "$config" &
+trap 'kill -USR1 $!' USR1
+code=0
+wait $! || code=$?
+# A trap ends `wait`; the run then saves and ends by itself.
+while [ $code -gt 128 ] && kill -0 $! 2>/dev/null; do
+    code=0
+    wait $! || code=$?
+done
+exit $code
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0; 1 where runs failed; 2 with one line on stderr where the grid is at fault; 130 when stopped."""
+    args = parse_arguments(argv)
+    try:
+        sweep = read_grid(args.grid)
+        write_sweep(sweep)
+        code = 0
+        if args.run:
+            with lock(Path(sweep.out)):
+                code = run(sweep)
+        gather(sweep)
+        return code
+    except (UserError, LawError) as error:
+        print("\n".join(f"make_sweep: error: {line}" for line in str(error).split("\n")), file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"make_sweep: error: {error.filename or args.grid}: {error.strerror}", file=sys.stderr)
+        return 2
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="make_sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("grid", type=Path, metavar="GRID.yaml", help="see megatron_capgap/law/sweep.py")
+    parser.add_argument("--run", action="store_true", help="run what is missing, one run after the other")
+    return parser.parse_args(argv)
+
+
+def read_grid(path: Path) -> Sweep:
+    """The grid's runs, each with a configuration that its stage takes.
+
+    Raises:
+        UserError: no such file, no YAML, or keys that are no configuration.
+        LawError: no grid.
+    """
+    try:
+        grid: Any = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); give a grid as YAML") from None
+    try:
+        sweep = expand(grid)
+    except LawError as error:
+        raise LawError(f"{path}: {error}") from None
+    with TemporaryDirectory() as folder:
+        for cell in sweep.cells:
+            file = Path(folder) / f"{cell.name}.yaml"
+            file.write_text(as_yaml(cell))
+            try:
+                load(str(file), (), cell.stage)
+            except UserError as error:
+                raise UserError(str(error).replace(f"{folder}/", f"{path}: ")) from None
+    return sweep
+
+
+def write_sweep(sweep: Sweep) -> None:
+    """Configurations and SLURM's scripts, below the sweep's folder."""
+    out = Path(sweep.out)
+    for name in ("configs", "logs", "slurm"):
+        (out / name).mkdir(parents=True, exist_ok=True)
+    for cell in sweep.cells:
+        write_atomically(config_of(sweep, cell), as_yaml(cell))
+    for old in (out / "slurm").glob("phase_*.txt"):
+        old.unlink()
+    for number, cells in enumerate(sweep.phases()):
+        lines = [f"{cell.stage} {config_of(sweep, cell)}\n" for cell in cells]
+        write_atomically(out / "slurm" / f"phase_{number}.txt", "".join(lines))
+    script = ARRAY.format(
+        out=shlex.quote(str(out.absolute())),
+        options="".join(f"#SBATCH {option}\n" for option in sweep.slurm),
+        folder=shlex.quote(str(Path.cwd())),
+        python=shlex.quote(sys.executable),
+    )
+    write_atomically(out / "slurm" / "array.sbatch", script)
+    write_atomically(out / "slurm" / "submit.sh", SUBMIT)
+    kinds = [f"{sum(cell.stage == stage for cell in sweep.cells)} {stage}" for stage in ("adapt", "distill")]
+    print(f"{len(sweep.cells)} runs ({', '.join(kinds)}) in {out}; on a cluster: bash {out}/slurm/submit.sh")
+
+
+def config_of(sweep: Sweep, cell: Cell) -> Path:
+    """The file with a run's configuration."""
+    return Path(sweep.out) / "configs" / f"{cell.name}.yaml"
+
+
+def as_yaml(cell: Cell) -> str:
+    return yaml.safe_dump(cell.config, sort_keys=False, width=110)
+
+
+def finished(sweep: Sweep, cell: Cell) -> bool:
+    """Whether a run has come to its end.
+
+    Raises:
+        UserError: it was begun with another configuration than the grid's.
+    """
+    folder = Path(cell.config["run_dir"])
+    if not (folder / "resolved.yaml").is_file():
+        return False
+    wanted = load(str(config_of(sweep, cell)), (), cell.stage)
+    begun = load(str(folder / "resolved.yaml"), (), cell.stage)
+    if begun.config != wanted.config:
+        raise UserError(
+            f"{folder}: was begun with another configuration than {config_of(sweep, cell)} "
+            f"({', '.join(differing(begun, wanted))} differ); remove that folder or give the grid another out"
+        )
+    if cell.stage == "distill":
+        return (folder / RECORD).is_file()
+    newest = manifest.latest(folder)
+    return newest is not None and manifest.read(newest).step == wanted.config.train.steps
+
+
+def differing(one: Loaded, other: Loaded) -> list[str]:
+    """Sections that differ."""
+    return [name for name, value in vars(one.config).items() if getattr(other.config, name) != value]
+
+
+def run(sweep: Sweep) -> int:
+    """Runs what is missing, in processes that stay; returns the exit code."""
+    from megatron_capgap.runtime.workers import Workers
+
+    done = {cell.name for cell in sweep.cells if finished(sweep, cell)}
+    if done:
+        print(f"{len(done)} of {len(sweep.cells)} runs are finished already")
+    failed: set[str] = set()
+    workers = Workers(door.main, sweep.ranks)
+    try:
+        with stopping(workers) as stop:
+            for number, cell in enumerate(sweep.cells, 1):
+                label = f"[{number}/{len(sweep.cells)}] {cell.stage} {cell.name}"
+                if cell.name in done:
+                    continue
+                if lost := failed & set(cell.after):
+                    failed.add(cell.name)
+                    print(f"{label}: left out, for {', '.join(sorted(lost))} failed", flush=True)
+                    continue
+                code = run_cell(sweep, cell, workers, label)
+                if stop:
+                    print(f"stopped; the same command goes on from {cell.name}")
+                    return 130
+                if code:
+                    failed.add(cell.name)
+    finally:
+        workers.close()
+    return 1 if failed else 0
+
+
+def run_cell(sweep: Sweep, cell: Cell, workers: Any, label: str) -> int:
+    """Runs one cell, says how it went; returns its exit code, 1 where it ended before its last step."""
+    log = Path(sweep.out) / "logs" / f"{cell.name}.log"
+    began = time.monotonic()
+    code = workers.run([cell.stage, "--config", str(config_of(sweep, cell))], log)
+    if not code and not finished(sweep, cell):
+        code = 1
+    how = f"failed with exit code {code}, see {log}" if code else "done"
+    print(f"{label}: {how} ({time.monotonic() - began:.0f} s)", flush=True)
+    return code
+
+
+@contextmanager
+def stopping(workers: Any) -> Iterator[list[int]]:
+    """Turns SIGINT and SIGTERM into a stop at the current run's next step; a second one kills. Yields what was seen."""
+    seen: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        if seen:
+            workers.close()
+            raise SystemExit(130)
+        seen.append(number)
+        workers.signal(signal.SIGTERM)
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def lock(out: Path) -> Iterator[None]:
+    """Holds the sweep, so that two calls do not write into the same runs.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    with open(out / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{out}: another make_sweep runs here; wait for it or give the grid another out") from None
+        yield
+
+
+def gather(sweep: Sweep) -> None:
+    """Writes the records of all finished runs of the grid to OUT/records.jsonl."""
+    wanted = [cell for cell in sweep.cells if cell.stage == "distill"]
+    lines = [path.read_text() for cell in wanted if (path := Path(cell.config["run_dir"]) / RECORD).is_file()]
+    write_atomically(Path(sweep.out) / "records.jsonl", "".join(lines))
+    print(f"{len(lines)} of {len(wanted)} records in {sweep.out}/records.jsonl")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
