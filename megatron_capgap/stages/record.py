@@ -50,7 +50,7 @@ def describe(resolved: Resolved, valid_loss: float, valid_tokens: int | None) ->
         family=student.family,
         tokens=tokens,
         seed=config.seed,
-        init="random" if resolved.student_source is None else "fixed",
+        init=_beginning(resolved),
         valid_loss=valid_loss,
         objective=in_words(config.objective),
         flops=tokens * size.training_flops(student, teacher, config.data.sequence_length),
@@ -59,6 +59,14 @@ def describe(resolved: Resolved, valid_loss: float, valid_tokens: int | None) ->
         valid_tokens=valid_tokens,
         tokenizer=resolved.tokenizer.fingerprint[:16],
     )
+
+
+def _beginning(resolved: Resolved) -> str:
+    """Where the student began, in the record's words."""
+    if resolved.student_source is None:
+        return "random"
+    origin = resolved.student_source.manifest.pruned_from
+    return "pruned" if origin is not None and origin.model == resolved.teacher else "fixed"
 
 
 def fingerprint(config: Config) -> str:

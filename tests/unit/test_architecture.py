@@ -47,7 +47,7 @@ LIGHT = (
     "pruning/target.py",
     "checkpoint/manifest.py",
     "runtime/launch.py",
-    "runtime/quiet.py",
+    "runtime/libraries.py",
     "runtime/workers.py",
     "stages/check.py",
     "stages/resolve.py",
