@@ -20,7 +20,7 @@ from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.conversion import card, plan, tokenizer
 from megatron_capgap.conversion.family import Family
-from megatron_capgap.conversion.importing import CARRIED, Progress
+from megatron_capgap.conversion.importing import CARRIED, GENERATION, Progress
 from megatron_capgap.conversion.output import on_every_rank, refuse_existing, refuse_to_lose, replacing
 from megatron_capgap.conversion.plan import Target
 from megatron_capgap.conversion.registry import FAMILIES
@@ -95,7 +95,7 @@ def export_checkpoint(
         def finish() -> None:
             _write_index(staged, files)
             _write_json(staged / "config.json", config)
-            _write_json(staged / "generation_config.json", generation)
+            _write_json(staged / GENERATION, generation)
             words.write(staged)
             (staged / "README.md").write_text(card.text(folder, manifest, family), encoding="utf-8")
 
@@ -237,8 +237,8 @@ def _kept(family: Family, shape: ModelShape, known: dict[str, Any]) -> dict[str,
 
 
 def _generation(carried: Path | None, config: dict[str, Any]) -> dict[str, Any]:
-    if carried and (carried / "generation_config.json").is_file():
-        return read_json(carried / "generation_config.json")
+    if carried and (carried / GENERATION).is_file():
+        return read_json(carried / GENERATION)
     return {"_from_model_config": True, **{key: config[key] for key in ("bos_token_id", "eos_token_id")}}
 
 

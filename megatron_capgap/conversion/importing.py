@@ -20,7 +20,7 @@ from megatron_capgap.conversion import plan
 from megatron_capgap.conversion.output import refuse_existing, refuse_to_lose, replacing
 from megatron_capgap.conversion.plan import Target
 from megatron_capgap.conversion.safetensors import Files, Stored
-from megatron_capgap.conversion.source import Source, listed, open_source
+from megatron_capgap.conversion.source import Source, listed, open_source, read_json
 from megatron_capgap.data.tokenizer import open_tokenizer
 from megatron_capgap.models import packing
 from megatron_capgap.runtime.devices import Device
@@ -39,7 +39,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-CARRIED_FILES = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+GENERATION = "generation_config.json"
+CARRIED_FILES = ("config.json", GENERATION, *TOKENIZER_FILES)
 
 Progress = Callable[[int, int], None]
 """(bytes done by this rank, bytes of this rank in all)."""
@@ -65,6 +66,8 @@ def import_folder(
     refuse_to_lose(hf, out)
     source = open_source(hf)
     tokenizer = open_tokenizer(str(hf))
+    if (hf / GENERATION).is_file():
+        read_json(hf / GENERATION)  # it goes along unread, and out again
     targets = plan.unfold(source.family, source.shape, device)
     tensors = _matched(source, targets)
     types = _types(targets, tensors, dtype)

@@ -112,7 +112,7 @@ def _stored(file: Path, name: str, entry: Any, start: int) -> Stored:
         raise wrong
     if dtype not in DTYPES:
         raise UserError(
-            f"{file}: {name} is of type {dtype}, weights are {', '.join(DTYPES)}; convert a model that is not quantised"
+            f"{file}: {name} is of type {dtype}, weights are {', '.join(DTYPES)}; save the model in one of these"
         )
     stored = Stored(file, DTYPES[dtype], tuple(shape), start + offsets[0])
     if offsets[1] - offsets[0] != stored.nbytes:

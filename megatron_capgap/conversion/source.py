@@ -88,7 +88,7 @@ def read_config(file: Path, config: dict[str, Any]) -> tuple[Family, ModelShape]
     """
     settings = Settings(file, config)
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise settings.wrong("model_type", f"{kind!r} is not known; convert one of {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
     for name in settings.names("architectures"):
@@ -126,9 +126,9 @@ def _check_size(settings: Settings, shape: ModelShape, tensors: dict[str, Stored
 def _tensors(folder: Path) -> dict[str, Stored]:
     """Every tensor of the folder's safetensors files, as one index or one file says."""
     index = folder / _INDEX
-    if index.exists():
+    if index.is_file():
         return _indexed(folder, index)
-    if (folder / _SINGLE).exists():
+    if (folder / _SINGLE).is_file():
         return read_header(folder / _SINGLE)
     pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
     if pickles:

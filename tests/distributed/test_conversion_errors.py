@@ -141,6 +141,11 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a size out of all proportion": (config(vocab_size=10**12), "this model would have"),
     "layers without end": (config(num_hidden_layers=10**9), "this model would have"),
     "a nest of lists": (overwrite("config.json", b"[" * 10**6), "config.json: cannot be read"),
+    "model type a list": (config(model_type=["llama"]), "['llama'] is not known"),
+    "generation settings no json": (
+        overwrite("generation_config.json", b"{"),
+        "generation_config.json: cannot be read",
+    ),
     "architecture a number": (config(architectures=5), "architectures: 5 is no list of names"),
     "positions a list": (config(rope_parameters=[1]), "rope_parameters: [1] is no object"),
     "size missing": (without_config("hidden_size"), "hidden_size: is missing"),
