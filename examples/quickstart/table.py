@@ -17,8 +17,8 @@ NAMES = {
     "teacher": "teacher",
     "pruned": "student: pruned",
     "student": "student: pruned, distilled",
-    "random": "student: random weights",
-    "alone": "student: random weights, without teacher",
+    "random": "student: random",
+    "alone": "student: random, no teacher",
 }
 SHAPE_OF = {"random": "alone"}  # weights that were never written
 

@@ -14,6 +14,7 @@ from megatron_capgap.models import size
 from tests.support import hf_models, masked, pruning, runs
 from tests.support.pool import WorkerPool
 from tests.support.runs import Material
+from tools import convert_hf
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,8 @@ def test_a_dead_layer_goes_by_importance(pool: WorkerPool, material: Material, t
 # Queries go from within groups; every bias and norm; heads of a width that hidden / heads is not.
 SHAPES = {
     "llama": {"layers": 2, "heads": 4, "kv_heads": 2, "hidden": 40, "ffn": 56},
-    "qwen3": {"layers": 2, "heads": 4, "kv_heads": 2, "hidden": 40, "ffn": 56},
+    "qwen3": {"layers": 2, "heads": 4, "kv_heads": 2, "hidden": 42, "ffn": 56},
+    "mistral": {"layers": 2, "heads": 3, "kv_heads": 1, "hidden": 40, "ffn": 56},
     "qwen2": {"layers": 2, "heads": 4, "kv_heads": 2, "hidden": 32, "ffn": 56},
     "gpt2": {"layers": 2, "heads": 4, "hidden": 32, "ffn": 80},
     "gpt_neox": {"layers": 2, "heads": 2, "hidden": 24, "ffn": 80},
@@ -154,17 +156,17 @@ SHAPES = {
 def test_a_pruned_checkpoint_goes_anywhere(pool: WorkerPool, material: Material, tmp_path: Path, name: str) -> None:
     """Cut in one layout, it has the same loss in all others and the logits of transformers, and trains on."""
     teacher = pruning.imported(pool, material, hf_models.build(name), tmp_path)
-    world, cut = pruning.LAYOUTS["tp2_pp2_sp"]
+    world, cut = pruning.LAYOUTS["pp2" if SHAPES[name]["heads"] % 2 else "tp2_pp2_sp"]
     run_dir = runs.train(
         pool, "prune", pruning.prune_config(material, teacher, tmp_path / "pruned", SHAPES[name], cut), world
     )
     pruning.convert(pool, "export", "--checkpoint", str(run_dir), "--out", str(tmp_path / "small"), world=2)
-    for tensor, pipeline in ((1, 1), (2, 2)):
+    for tensor, pipeline in ((1, 1), (1, 2) if SHAPES[name]["heads"] % 2 else (2, 2)):
         words = ["verify", "--hf", str(tmp_path / "small"), "--checkpoint", str(run_dir), "--tolerance", "1e-5"]
         words += ["--tensor", str(tensor), "--pipeline", str(pipeline)]
         pruning.convert(pool, *words, world=tensor * pipeline)
     losses = []
-    for layout in ("one", "tp2_sp", "pp2"):
+    for layout in ("one", "pp2") if SHAPES[name]["heads"] % 2 else ("one", "tp2_sp", "pp2"):
         world, cut = pruning.LAYOUTS[layout]
         changes: dict[str, Any] = {"student__model": None, "student__checkpoint": str(run_dir), "student__layout": cut}
         raw = runs.distill_config(material, tmp_path / layout, teacher, **changes)
@@ -172,6 +174,18 @@ def test_a_pruned_checkpoint_goes_anywhere(pool: WorkerPool, material: Material,
     for found in losses[1:]:
         for mine, theirs in zip(found, losses[0], strict=True):
             runs.assert_close(mine, theirs, 2e-5, name)
+
+
+def test_what_transformers_would_not_load_is_not_exported(pool: WorkerPool, material: Material, tmp_path: Path) -> None:
+    """A llama whose heads do not divide hidden, which `prune` does not make, but numbers can."""
+    model = {**runs.STUDENT, "hidden": 34, "head_dim": 8}
+    raw = runs.adapt_config(material, tmp_path / "run", student__model=model, train__steps=1)
+    words = ["export", "--checkpoint", str(runs.train(pool, "adapt", raw)), "--out", str(tmp_path / "out")]
+    (rank,) = pool.run(convert_hf.main, words, world=1, initialise=False, capture=True)
+    assert rank.value == 2
+    (line,) = rank.stderr.splitlines()
+    assert "llama of hidden 34 and heads 4: transformers loads no llama whose heads do not divide hidden" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_checkpoint_says_where_it_came_from(

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_capgap.__main__ import main
 from megatron_capgap.checkpoint import manifest as manifests
 from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.models import size
-from tests.support import pruning, runs
+from tests.support import engine, pruning, runs
 from tests.support.pool import WorkerPool
 from tests.support.processes import job
 from tests.support.runs import Material
@@ -89,6 +90,30 @@ def test_a_damaged_teacher_leaves_no_checkpoint(
         file.write_bytes(content)
     assert [rank.value for rank in runs.run_stage(pool, "prune", raw, 2)] == [0, 0]
     assert manifests.latest(run_dir) is not None
+
+
+@pytest.mark.slow
+@engine.needs_files
+def test_transformer_engine_s_layers_have_the_scores_of_local_ones(
+    pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path
+) -> None:
+    """Their norms live in the linears behind them."""
+    for importance in ("gradient", "activation"):
+        sums = []
+        for name in ("local", "transformer_engine"):
+            run_dir = tmp_path / f"{name}_{importance}"
+            prune = {**SMALL, "batches": 1, "importance": importance}
+            raw = pruning.prune_config(material, teacher, run_dir, prune, {"tensor": 2, "sequence": True})
+            raw["precision"] = {"engine": name}
+            if name == "local":
+                runs.train(pool, "prune", raw, 2)
+            else:  # Megatron looks for the engine as it is imported
+                with job(["prune", "--config", runs.write_config(raw)], 2, tmp_path / f"{importance}_output") as ranks:
+                    assert ranks.wait() == [0, 0], ranks.stderr()
+            sums.append(json.loads((run_dir / "scores.json").read_text())["sums"])
+        for part in sums[0]:
+            theirs, mine = (torch.tensor(one[part], dtype=torch.float64) for one in sums)
+            assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max(), part
 
 
 @pytest.mark.slow
