@@ -76,7 +76,7 @@ def estimate(
     needs = []
     for mine, of_teacher in _stages(config, world):
         need = _of_stage(config, stage, student, teacher, ranks, mine)
-        if teacher is not None:
+        if teacher is not None and stage == "distill":
             share = teaching(config, student, teacher, world, mine, of_teacher)
             away = share.weights if config.teacher.offload and not on_cpu else 0
             need = replace(
