@@ -218,6 +218,7 @@ def sleep_through(case: Schedule, steps: int) -> dict[str, float]:
 
     device = choose("cpu", 0)
     import torch.distributed as dist
+    from megatron.core.transformer.enums import ModelType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_capgap.config.schema import Layout
@@ -253,7 +254,7 @@ def sleep_through(case: Schedule, steps: int) -> dict[str, float]:
     class Stage(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.config, self.given = config, None
+            self.config, self.given, self.model_type = config, None, ModelType.encoder_or_decoder
 
         def set_input_tensor(self, given: Any) -> None:
             self.given = given[0] if isinstance(given, list) else given

@@ -135,6 +135,7 @@ def build(
     *,
     sequence_length: int,
     dropout: float = 0.0,
+    virtual: bool = True,
     head: bool = True,
 ) -> list[torch.nn.Module]:
     """This rank's chunks of a model: one, or one for each virtual stage. Weights are not initialised.
@@ -146,9 +147,10 @@ def build(
         device: where they live.
         sequence_length: longest sequence.
         dropout: rate in attention and residual branches.
+        virtual: False builds the model without virtual stages, whatever the layout says (a teacher needs none).
         head: False builds the last stage without its LM head; it still ends with the final norm.
     """
-    layout = grid.layout
+    layout = grid.layout if virtual else Layout(**{**vars(grid.layout), "virtual_pipeline": 1})
     config = transformer_config(shape, layout, precision, device, dropout)
     engine = derive.engine(precision, device.default_engine)
     traits = FAMILIES[shape.family]

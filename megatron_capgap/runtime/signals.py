@@ -16,11 +16,12 @@ class StopRequest:
     """Remembers a signal; use as a context manager around the loop.
 
     Args:
-        largest: the largest of a number over all ranks. Collective.
+        device: where tensors of the default process group live.
+        largest: the largest of a number over all ranks, where those are more than the default group's. Collective.
     """
 
-    def __init__(self, largest: Callable[[int], int]) -> None:
-        self._largest = largest
+    def __init__(self, device: torch.device, largest: Callable[[int], int] | None = None) -> None:
+        self._largest = largest or (lambda number: _largest_in_world(number, device))
         self.seen = 0
         """The number of the last signal that this rank has received; 0 for none."""
         self._previous: dict[int, object] = {}
@@ -43,12 +44,7 @@ class StopRequest:
         return signal.Signals(number).name if number else None
 
 
-def largest_in_world(number: int, device: torch.device) -> int:
-    """The largest of a number over the ranks of the default process group. Collective.
-
-    Args:
-        device: where the group's tensors live.
-    """
+def _largest_in_world(number: int, device: torch.device) -> int:
     value = torch.tensor(number, dtype=torch.int32, device=device)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return int(value)

@@ -138,7 +138,7 @@ def _memory(resolved: Resolved) -> list[str]:
     facts = (config, resolved.stage, resolved.student, resolved.teacher, resolved.world)
     ground = "CPU" if on_cpu else "GPU"
     lines = _table(f"memory of the fullest rank on a {ground}, MiB", memory.estimate(*facts, on_cpu=on_cpu))
-    if resolved.teacher is None:
+    if resolved.teacher is None or resolved.stage != "distill":
         return lines
     if resolved.student_world < resolved.world:
         need = memory.estimate_teacher(config, resolved.student, resolved.teacher, resolved.world)

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,7 +28,6 @@ from megatron_capgap.runtime.devices import Device
 from megatron_capgap.runtime.launch import Environment
 from megatron_capgap.runtime.layout import Grid
 from megatron_capgap.runtime.logging import Log, count, drop_metrics_after
-from megatron_capgap.runtime.signals import largest_in_world
 from megatron_capgap.stages import check
 from megatron_capgap.stages.resolve import Resolved, resolve
 from megatron_capgap.training import optimizer
@@ -168,9 +166,7 @@ def training_run(
         describe=lambda done: describe(ground, done),
         prepare=prepare,
         loss_of_layers=loss_of_layers,
-        largest=partial(largest_in_world, device=ground.device.torch_device)
-        if ground.bridge is None
-        else lambda number: ground.bridge.agree(number).wait(),
+        largest=(lambda number: ground.bridge.agree(number).wait()) if ground.bridge else None,
         flops_a_token=size.training_flops(resolved.student, resolved.teacher, config.data.sequence_length),
         memory_at_start=ground.memory_at_start,
         memory_estimate=memory.estimate(

@@ -111,6 +111,7 @@ def open_teacher(ground: common.Ground) -> Teacher:
             derive.teacher_precision(config),
             ground.device,
             sequence_length=config.data.sequence_length,
+            virtual=False,
             head=False,
         )
         store.load_weights(source.folder, chunks, grid)
@@ -197,7 +198,7 @@ def _work_ahead(ground: common.Ground, bridge: Bridge) -> None:
         return hand_off.begin(speak(first_sample), first_sample)
 
     done = resolved.resumed.step if resolved.resumed else 0
-    with StopRequest(lambda number: bridge.agree(number).wait()) as stop:
+    with StopRequest(ground.device.torch_device) as stop:
         steps = range(done, ground.config.train.steps)
         work_ahead(steps, ground.config.teacher.ahead, teach, lambda: bridge.agree(stop.seen))
 

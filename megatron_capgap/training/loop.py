@@ -51,8 +51,8 @@ class Run:
     """From a global batch's micro-batches to the loss of each: where a teacher runs."""
     loss_of_layers: Callable[[], Loss] | None
     """What the global batch cost within the layers; see `train_step`."""
-    largest: Callable[[int], int]
-    """The largest of a number over all ranks, a teacher's own included. Collective, once a step."""
+    largest: Callable[[int], int] | None
+    """The largest of a number over all ranks, where a teacher has some of its own. Collective, once a step."""
     flops_a_token: float
     memory_at_start: int
     """Peak bytes of this process before the model was built: the interpreter, its libraries, communication buffers."""
@@ -74,7 +74,7 @@ def train(run: Run) -> None:
         return
     meter = Meter(run.flops_a_token)
     log.bar(done, steps)
-    with StopRequest(run.largest) as stop:
+    with StopRequest(run.device.torch_device, run.largest) as stop:
         while done < steps:
             result = one_step(run, done)
             done += 1

@@ -19,6 +19,8 @@ from megatron_capgap.config.schema import (
 )
 from megatron_capgap.distillation import plan
 from megatron_capgap.distillation.plan import FINAL, Piece, Route, Side, Slab
+from tests.support.processes import ROOT
+from tools import draw_layouts
 
 LENGTH = 24  # divisible by every tensor-parallel size below
 WORLD = 8
@@ -149,3 +151,7 @@ def test_routes_of_matched_layers() -> None:
     found = plan.routes(config, *shapes)
     assert found == [Route(FINAL, 1, (1,)), Route(1, 0, (1,)), Route(8, 1, (0, 1))]
     assert all(a.key < b.key for a, b in pairwise(found))
+
+
+def test_the_picture_is_of_this_plan() -> None:
+    assert (ROOT / "docs" / "teacher_layouts.svg").read_text() == draw_layouts.picture()
