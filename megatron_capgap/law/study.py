@@ -184,7 +184,7 @@ def _doubts(optima: Sequence[tuple[Curve, Optimum]], chosen: Law | None) -> list
     for curve, best in optima:
         name, largest = f"student of {curve.student:,.0f}", f"{curve.teachers[-1]:,.0f}"
         if best.status == curves.TOO_FEW:
-            found.append(f"{name}: {len(curve.teachers)} teachers; a curve needs at least 3")
+            found.append(f"{name}: {len(curve.teachers)} teacher(s); a curve needs at least 3")
         elif best.status == curves.EDGE:
             found.append(
                 f"{name}: the smallest teacher, of {best.best:,.0f}, is the best, so its optimum is censored: it lies "

@@ -123,7 +123,7 @@ def test_edges_are_censored_and_left_out() -> None:
     assert len(found.chosen.students) == 2
     text = "\n".join(found.remarks)
     assert "student of 1,000,000: the smallest teacher, of 3,600,000, is the best, so its optimum is censored" in text
-    assert "student of 8,000,000: 2 teachers; a curve needs at least 3" in text
+    assert "student of 8,000,000: 2 teacher(s); a curve needs at least 3" in text
     assert "the law stands on 2 student(s); with fewer than 3" in text
     # The same students below their optimum: the loss only falls.
     found = study.study(made.draw(made.exact, generator(), 0.0, teachers=[1.1e6, 1.5e6, 2e6]), "non-embedding")
