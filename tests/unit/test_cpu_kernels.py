@@ -5,6 +5,7 @@ import torch
 from megatron.core.models.common.embeddings import rope_utils
 
 from megatron_capgap.runtime.devices import cpu_kernels
+from tests.support.pool import WorkerPool
 
 
 def test_swiglu() -> None:
@@ -30,8 +31,12 @@ def test_rotary(rotated: int) -> None:
     torch.testing.assert_close(torch.autograd.grad(found, packed, gradient)[0], expected_gradient)
 
 
-def test_megatron_uses_them() -> None:
+def test_megatron_uses_them(pool: WorkerPool) -> None:
+    assert pool.run(rooms_of_megatrons_kernels, world=1) == [[cpu_kernels.__name__] * 3]
+
+
+def rooms_of_megatrons_kernels() -> list[str]:
+    """Runs in a worker, on the CPU device."""
     from megatron.core.fusions.fused_bias_swiglu import swiglu, swiglu_back
 
-    for function in (swiglu, swiglu_back, rope_utils.fused_apply_rotary_pos_emb):
-        assert function.__module__ == cpu_kernels.__name__
+    return [function.__module__ for function in (swiglu, swiglu_back, rope_utils.fused_apply_rotary_pos_emb)]
