@@ -161,11 +161,10 @@ class Importance:
 
     def _columns(self, value: Tensor, reading: Tensor, add: Callable[[Tensor], None]) -> None:
         """One number a column: now, of its size and of the weights that read it, or when its gradient is known."""
-        if not self._gradient:
-            add(_over_tokens(value.float().abs()) * reading)
+        if self._gradient:
+            _when_known(value, value, add)
         else:
-            kept = value.detach()
-            value.register_hook(lambda gradient: add(_over_tokens(kept.float() * gradient.float())))
+            add(_over_tokens(value.float().abs()) * reading)
 
     def _embedded(self, module: Any, _: Any, output: Tensor) -> None:
         """The embedding is where gradients begin: no weight wants any."""
@@ -199,16 +198,13 @@ class Importance:
             call: number of the micro-batch.
             index: of the layer.
         """
-        # An alias: the pipeline takes the memory of what was sent on out of the tensor itself.
-        kept = value.detach()
 
-        def add(gradient: Tensor) -> None:
-            terms = _over_tokens(kept.float() * gradient.float())
+        def add(terms: Tensor) -> None:
             self._by_channel[call] += terms
             if index is not None:
                 self._by_layer[call, index] += terms.sum()
 
-        tensor.register_hook(add)
+        _when_known(tensor, value, add)
 
     def _call(self, place: str) -> int:
         """Which micro-batch is passing: every schedule takes a chunk through them in their order."""
@@ -233,6 +229,20 @@ class Importance:
 def _reading(linear: Any) -> Tensor:
     """Length of the weights that read each of this rank's columns, float64 `[in/tp]`."""
     return linear.weight.detach().double().norm(dim=0)
+
+
+def _when_known(tensor: Tensor, value: Tensor, add: Callable[[Tensor], None]) -> None:
+    """Adds up value times gradient over tokens as soon as the backward pass gets there.
+
+    Args:
+        tensor: whose gradient is the value's.
+        value: `[s, b, n]`.
+        add: takes the sums, float64 `[n]`.
+    """
+    # An alias, for the pipeline takes the memory of what was sent on out of the tensor itself; and dropped when it was
+    # used, for the graph lives on until the next micro-batch has run forward.
+    waiting = [value.detach()]
+    tensor.register_hook(lambda gradient: add(_over_tokens(waiting.pop().float() * gradient.float())))
 
 
 def _over_tokens(values: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ import shutil
 from dataclasses import replace
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_capgap.checkpoint import manifest as manifests
@@ -18,7 +20,7 @@ from megatron_capgap.config.schema import Prune
 from megatron_capgap.data import pretrain
 from megatron_capgap.data.batch import MicroBatch, global_batch_samples, micro_batches
 from megatron_capgap.losses import language_model_loss
-from megatron_capgap.models import gpt, size
+from megatron_capgap.models import gpt, memory, size
 from megatron_capgap.pruning import plan as plans
 from megatron_capgap.pruning import scores as files
 from megatron_capgap.pruning.apply import apply
@@ -185,7 +187,7 @@ def _origin(source: Source) -> Origin:
 
 
 def _report(ground: Ground, plan: Plan) -> None:
-    """What went, in a table."""
+    """What went, in a table, and what it took. Collective."""
     before, after = plan.teacher, plan.student
     rows = [
         (name, str(getattr(before, name)), str(getattr(after, name))) for name in ("layers", "hidden", "heads", "ffn")
@@ -194,6 +196,14 @@ def _report(ground: Ground, plan: Plan) -> None:
     for name, count in (("parameters", size.parameters), ("non-embedding", size.non_embedding_parameters)):
         rows.append((name, f"{count(before):,}", f"{count(after):,}"))
     ground.log.table(f"pruned: {ground.run_dir}/checkpoints/step_0", ("", "teacher", "student"), rows)
+    above = torch.tensor(ground.device.peak_memory() - ground.memory_at_start, device=ground.device.torch_device)
+    dist.all_reduce(above, op=dist.ReduceOp.MAX)
+    resolved, on_cpu = ground.resolved, ground.device.name == "cpu"
+    need = memory.estimate(ground.config, "prune", after, before, resolved.world, on_cpu=on_cpu)
+    ground.log.say(
+        f"peak memory of the fullest rank {above / 2**20:.0f} MiB above start-up, estimated "
+        f"{need.total / 2**20:.0f} MiB for the scores"
+    )
 
 
 def _wanted(resolved: Resolved) -> Prune:
