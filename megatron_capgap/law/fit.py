@@ -277,7 +277,7 @@ def _regress(design: Array, z: Array, noise: Array) -> tuple[Array, Array, float
     low, high = 0.0, float(np.var(z)) * len(z) + 1e-12
     if freedom > 0 and solve(0.0)[2] > freedom:
         # The weighted sum of squares falls as tau^2 grows; where it equals the degrees of freedom, tau^2 explains it.
-        for _ in range(60):
+        for _ in range(30):
             middle = (low + high) / 2
             low, high = (middle, high) if solve(middle)[2] > freedom else (low, middle)
     else:

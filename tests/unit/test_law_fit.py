@@ -97,7 +97,7 @@ def test_coverage_of_apples_law() -> None:
     )
     assert 0.85 <= share_within(found, "power", "g", slope) <= 0.95
     read = np.median([each.laws["proportional"].values()["k"] for each in found])
-    assert 1.0 < read / level < 1.2
+    assert 1.0 < read / level < 1.1
 
 
 @pytest.mark.slow
