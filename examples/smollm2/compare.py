@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from megatron_capgap.config.load import load
 from megatron_capgap.runtime.devices import choose
+from megatron_capgap.runtime.quiet import quiet_libraries
 
+quiet_libraries()
 choose("cpu", 0)  # before Megatron is imported
 
 from megatron_capgap.data import pretrain  # noqa: E402

@@ -131,9 +131,10 @@ def _transformers(hf: Path, family: Family, ids: Tensor) -> _Trace:
     """The reference; rank 0 alone."""
     try:
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
     except ImportError:
         raise UserError("transformers is not installed; pip install 'megatron_capgap[hf]'") from None
-
+    logging.disable_progress_bar()
     how = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
     try:  # the files' own numbers, whatever type config.json speaks of
         model, info = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, output_loading_info=True, **how)
