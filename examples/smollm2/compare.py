@@ -11,12 +11,12 @@ import sys
 from pathlib import Path
 
 import torch
+from megatron_capgap.runtime.quiet import quiet_libraries
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from megatron_capgap.config.load import load
 from megatron_capgap.runtime.devices import choose
-from megatron_capgap.runtime.quiet import quiet_libraries
 
 quiet_libraries()
 choose("cpu", 0)  # before Megatron is imported

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_capgap.config import derive
-from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.schema import ModelShape, RopeScaling
 from megatron_capgap.conversion.family import Family, Row, Settings
 
@@ -140,11 +139,6 @@ def _shape(settings: Settings) -> dict[str, Any]:
 
 
 def _config(shape: ModelShape, max_positions: int) -> dict[str, Any]:
-    if shape.hidden % shape.heads:
-        raise UserError(
-            f"hidden {shape.hidden} is not a multiple of heads {shape.heads}, and transformers loads no such llama; "
-            "prune to a width that they divide"
-        )
     return {
         **sizes_config(shape, max_positions),
         "head_dim": derive.head_dim(shape),
