@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_capgap.checkpoint import contents, shards
 from megatron_capgap.checkpoint import manifest as manifests
 from megatron_capgap.checkpoint.manifest import Manifest
 from megatron_capgap.config.errors import UserError
@@ -35,6 +36,10 @@ class Optimization(Protocol):
         """Takes over a loaded state that stands for `steps` optimizer steps."""
 
 
+class NotSaved(UserError):
+    """A checkpoint could not be written; older ones and `latest` are as they were."""
+
+
 def save(
     run_dir: Path,
     manifest: Manifest,
@@ -43,7 +48,7 @@ def save(
     optimization: Optimization,
     keep: int,
 ) -> None:
-    """Writes one checkpoint and makes it the run's latest. Collective.
+    """Writes one checkpoint and makes it the run's latest; if that fails, all older ones stay as they were. Collective.
 
     Args:
         run_dir: the run's directory.
@@ -52,25 +57,36 @@ def save(
         grid: their layout.
         optimization: optimizer and schedule.
         keep: number of newest checkpoints that stay on disk.
+
+    Raises:
+        NotSaved: a file could not be written; on every rank alike.
     """
     staged = run_dir / "checkpoints" / f".step_{manifest.step}.incomplete"
-    on_first_rank(lambda: _fresh_folder(staged))
-    state = _state(chunks, grid, optimization, loading=False, scales=manifest.holds_scales)
-    dist_checkpointing.save(state, str(staged))
-    dist.barrier()
 
     def finish() -> None:
         manifests.write(manifest, staged)
         manifests.publish(staged, run_dir, manifest.step, keep)
 
-    on_first_rank(finish)
+    try:
+        on_first_rank(lambda: _fresh_folder(staged))
+        state = _state(chunks, grid, optimization, loading=False, scales=manifest.holds_scales)
+        shards.write_state(staged, state)
+        on_first_rank(finish)
+    except UserError as error:
+        if dist.get_rank() == 0:
+            shutil.rmtree(staged, ignore_errors=True)  # its space is what the next save may need
+        raise NotSaved(str(error)) from error
 
 
 def load_weights(folder: Path, chunks: Sequence[torch.nn.Module], grid: Grid) -> None:
     """Fills a model from a checkpoint written in any layout; every parameter must be in it. Collective.
 
     Projections are no part of the model: they stay as they are, and those of the checkpoint are not looked at.
+
+    Raises:
+        UserError: the checkpoint is damaged, or of another model; on every rank alike.
     """
+    contents.verify(folder)
     state = sharded_state(list(chunks), grid, with_projections=False)
     loaded = _load(state, folder)
     _fill(chunks, loaded)
@@ -81,7 +97,11 @@ def load_training(folder: Path, chunks: Sequence[torch.nn.Module], grid: Grid, o
 
     In the layout that wrote it the run goes on to the last digit; in another one weights and optimizer are the same and
     dropout draws from new random streams.
+
+    Raises:
+        Damaged: a file of the checkpoint is not what was written; nothing of it was used. On every rank alike.
     """
+    contents.verify(folder)
     manifest = manifests.read(folder)
     same_ranks = manifest.ranks == ranks(grid) and manifest.device == chunks_device(chunks)
     # Without its own scales, delayed scaling starts as a new run would; other recipes keep none.

@@ -48,6 +48,12 @@ class Log:
         """One line to the reader."""
         self.console.print(text, markup=False)
 
+    def warn(self, text: str) -> None:
+        """One line that must not be overlooked, on the error output."""
+        if self.speaks:
+            sys.stderr.write(f"capgap: warning: {text}\n")
+            sys.stderr.flush()
+
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A small table."""
         table = Table(*header, title=title, title_justify="left", box=None, pad_edge=False)

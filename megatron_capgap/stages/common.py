@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ from megatron_capgap.runtime.logging import Log, count, drop_metrics_after
 from megatron_capgap.stages import check
 from megatron_capgap.stages.resolve import Resolved, resolve
 from megatron_capgap.training import optimizer
-from megatron_capgap.training.loop import Run
+from megatron_capgap.training.loop import Run, resume
 from megatron_capgap.training.step import LossFunction
 
 _RESOLVED = "resolved.yaml"
@@ -121,7 +121,7 @@ def training_run(
     prepare: Callable[[Sequence[MicroBatch]], LossFunction],
     loss_of_layers: Callable[[], Loss] | None = None,
 ) -> Run:
-    """Optimizer and data, ready for the loop; begins the run. Collective.
+    """Optimizer and data, ready for the loop, where the run's newest checkpoint left them; begins the run. Collective.
 
     Args:
         ground: what the stage stands on.
@@ -159,7 +159,8 @@ def training_run(
         ).total,
         log=ground.log,
     )
-    begin(ground)
+    run = replace(run, done=resume(run))
+    begin(ground, run.done)
     return run
 
 
@@ -175,13 +176,18 @@ def padded_byte_lengths(resolved: Resolved) -> torch.Tensor:
     return lengths
 
 
-def begin(ground: Ground) -> None:
-    """Everything is found and loaded: from here on the run directory speaks of this run. Collective."""
+def begin(ground: Ground, done: int = 0) -> None:
+    """Everything is found and loaded: from here on the run directory speaks of this run. Collective.
+
+    Args:
+        ground: what the stage stands on.
+        done: steps that a training run has done before.
+    """
     resolved = ground.resolved
 
     def write() -> None:
         if resolved.stage != "evaluate":
-            drop_metrics_after(ground.run_dir, resolved.resumed.step if resolved.resumed else 0)
+            drop_metrics_after(ground.run_dir, done)
             begin_training_run(ground.run_dir)
         dump(ground.config, str(ground.run_dir / _RESOLVED))
 

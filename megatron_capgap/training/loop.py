@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_capgap.checkpoint import manifest as manifests
 from megatron_capgap.checkpoint import store
-from megatron_capgap.checkpoint.manifest import Manifest
+from megatron_capgap.checkpoint.manifest import Damaged, Manifest
 from megatron_capgap.config.schema import Config
 from megatron_capgap.data.batch import MicroBatch, global_batch_samples, micro_batches
 from megatron_capgap.data.pretrain import SampleSequence
@@ -57,14 +57,16 @@ class Run:
     memory_estimate: int
     """Bytes that --check foresees above that."""
     log: Log
+    done: int = 0
+    """Steps that the state in `chunks` and `optimization` stands for."""
 
 
 def train(run: Run) -> None:
-    """Trains from the run's latest checkpoint to its last step, or to the step boundary after a signal. Collective."""
+    """Trains from where the run stands to its last step, or to the step boundary after a signal. Collective."""
     config, log = run.config, run.log
     steps = config.train.steps
     assert steps is not None
-    done = resume(run)
+    done = run.done
     if done and _due(done, config.train.eval_every, steps) and not launch.on_first_rank(lambda: _evaluated(run, done)):
         _evaluate(run, done)  # the run was stopped between saving and evaluating
     if done >= steps:
@@ -124,18 +126,38 @@ def batches_of(run: Run, done: int) -> list[MicroBatch]:
 
 
 def resume(run: Run) -> int:
-    """Loads the run's latest checkpoint, if it has one. Collective.
+    """Loads the run's newest checkpoint that is whole, if it has one. Collective.
 
     Returns:
         Steps done so far.
+
+    Raises:
+        UserError: the run has checkpoints, but none that is whole.
     """
-    newest = manifests.latest(run.run_dir)
-    if newest is None:
-        return 0
-    store.load_training(newest, run.chunks, run.grid, run.optimization)
-    done = manifests.read(newest).step
-    run.log.say(f"resumed from {newest}: step {done} of {run.config.train.steps}")
-    return done
+    folders, reasons = launch.on_first_rank(lambda: manifests.candidates(run.run_dir))
+    damaged: list[Path] = []
+    for reason in reasons:
+        run.log.warn(reason)
+    for folder in folders:
+        try:
+            store.load_training(folder, run.chunks, run.grid, run.optimization)
+        except Damaged as error:
+            reasons.append(str(error))
+            damaged.append(folder)
+            run.log.warn(f"{folder.name} is damaged and skipped: {error}")
+            continue
+        launch.on_first_rank(lambda: _make_latest(folder, damaged))  # noqa: B023 (called at once)
+        done = manifests.read(folder).step
+        run.log.say(f"resumed from {folder}: step {done} of {run.config.train.steps}")
+        return done
+    if error := manifests.none_left(run.run_dir, reasons):
+        raise error
+    return 0
+
+
+def _make_latest(folder: Path, damaged: list[Path]) -> None:
+    manifests.set_aside(damaged)
+    manifests.point_at(folder)
 
 
 def save(run: Run, done: int) -> None:

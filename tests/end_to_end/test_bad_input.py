@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_capgap.__main__ import main
+from megatron_capgap.checkpoint import sealed
 from tests.support import corpus, runs
 from tests.support.pool import WorkerPool
 from tests.support.processes import job
@@ -46,9 +47,9 @@ def large_tokenizer(folder: Path) -> None:
 def reshaped_teacher(folder: Path) -> None:
     """A teacher whose words say another width than its shards have."""
     manifest = folder / "teacher" / "checkpoints" / "step_25" / "capgap.json"
-    content = json.loads(manifest.read_text())
+    content = sealed.read(manifest)
     content["model"]["ffn"] = 96
-    manifest.write_text(json.dumps(content))
+    sealed.write(manifest, content)
 
 
 MISTAKES = {
