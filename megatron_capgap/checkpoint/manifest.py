@@ -51,6 +51,8 @@ class Manifest:
     """FP8 recipe of the run that wrote it; delayed scaling keeps its scales in the checkpoint."""
     projections: tuple[str, ...] = ()
     """Matched pairs of layers whose projections are in it, by name, ascending."""
+    skipped: int = 0
+    """Bad batches among the steps, which changed no weights."""
     format: int = FORMAT
     """Version of this file."""
 

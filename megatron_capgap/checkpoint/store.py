@@ -32,8 +32,8 @@ class Optimization(Protocol):
     def sharded_state(self, model: ShardedStateDict, *, loading: bool) -> ShardedStateDict:
         """Its state by layout-free names."""
 
-    def load(self, state: dict[str, Any], steps: int) -> None:
-        """Takes over a loaded state that stands for `steps` optimizer steps."""
+    def load(self, state: dict[str, Any], steps: int, updates: int) -> None:
+        """Takes over a loaded state that stands for `steps` steps, of which `updates` changed the weights."""
 
 
 class NotSaved(UserError):
@@ -75,7 +75,7 @@ def save(
     except UserError as error:
         if dist.get_rank() == 0:
             shutil.rmtree(staged, ignore_errors=True)  # its space is what the next save may need
-        raise NotSaved(str(error)) from error
+        raise NotSaved(f"step {manifest.step} was not saved: {error}; older checkpoints are as they were") from error
 
 
 def load_weights(folder: Path, chunks: Sequence[torch.nn.Module], grid: Grid) -> None:
@@ -110,7 +110,7 @@ def load_training(folder: Path, chunks: Sequence[torch.nn.Module], grid: Grid, o
     state = _state(chunks, grid, optimization, loading=True, random_state=same_ranks, scales=scales)
     loaded = _load(state, folder)
     _fill(chunks, loaded)
-    optimization.load(loaded["optimizer"], manifest.step)
+    optimization.load(loaded["optimizer"], manifest.step, manifest.step - manifest.skipped)
     if same_ranks:
         _set_random_state(loaded["random"])
 

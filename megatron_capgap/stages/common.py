@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from megatron_capgap.runtime import launch, layout
 from megatron_capgap.runtime.devices import Device
 from megatron_capgap.runtime.launch import Environment
 from megatron_capgap.runtime.layout import Grid
+from megatron_capgap.runtime.lock import RunLock
 from megatron_capgap.runtime.logging import Log, count, drop_metrics_after
 from megatron_capgap.stages import check
 from megatron_capgap.stages.resolve import Resolved, resolve
@@ -46,6 +47,8 @@ class Ground:
     memory_at_start: int
     """Peak bytes of this process before it built a model."""
     log: Log
+    lock: RunLock
+    """Held by rank 0."""
 
     @property
     def config(self) -> Config:
@@ -70,20 +73,24 @@ def ground(loaded: Loaded, stage: str, environment: Environment, device: Device)
     config = loaded.config
     resolved = resolve(loaded, stage, environment.world, device.capability)
     launch.join(environment, device, config.runtime.timeout_seconds)
-    log = None
+    log, lock = None, RunLock(Path(config.run_dir))
     new = _missing_folders(Path(config.run_dir)) if environment.rank == 0 else []
     try:
-        launch.on_first_rank(lambda: _open_run_dir(resolved))
+        warning = launch.on_first_rank(lambda: _open_run_dir(resolved, lock))
         grid = layout.build(config.student.layout, config.seed, config.runtime.timeout_seconds)
         log = Log(Path(config.run_dir), environment.rank == 0, config.runtime.tensorboard)
+        if warning:
+            log.warn(warning)
         _introduce(log, resolved, device, grid)
-        yield Ground(resolved, device, grid, device.peak_memory(), log)
+        yield Ground(resolved, device, grid, device.peak_memory(), log, lock)
     except BaseException as error:
+        lock.release()
         _remove_unless_begun(new)
         if not isinstance(error, UserError):
             raise  # one rank alone: closing the groups could wait for the others and hide the reason
         _close(log)
         raise
+    lock.release()
     _close(log)
 
 
@@ -158,8 +165,9 @@ def training_run(
             on_cpu=ground.device.name == "cpu",
         ).total,
         log=ground.log,
+        claim=ground.lock.claim,
     )
-    run = replace(run, done=resume(run))
+    run = resume(run)
     begin(ground, run.done)
     return run
 
@@ -194,8 +202,12 @@ def begin(ground: Ground, done: int = 0) -> None:
     launch.on_first_rank(write)
 
 
-def _open_run_dir(resolved: Resolved) -> None:
-    """Makes the run directory, checks the data and indexes it. Rank 0 only; what it raises reaches every rank."""
+def _open_run_dir(resolved: Resolved, lock: RunLock) -> str | None:
+    """Makes the run directory, checks the data and indexes it. Rank 0 only; what it raises reaches every rank.
+
+    Returns:
+        What is to be said of a job that had the directory before.
+    """
     config = resolved.config
     run_dir = Path(config.run_dir)
     try:
@@ -206,7 +218,9 @@ def _open_run_dir(resolved: Resolved) -> None:
     except OSError as error:
         place = resolved.loaded.place("run_dir")
         raise UserError(f"{place}: {run_dir} cannot be written ({error.strerror}); choose another run_dir") from error
+    warning = lock.take()
     pretrain.build_indices(config.data, resolved.student.vocab, config.seed, cache_dir(config))
+    return warning
 
 
 def _missing_folders(run_dir: Path) -> list[Path]:
