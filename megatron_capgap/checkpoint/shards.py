@@ -79,7 +79,8 @@ class _Writer(FileSystemWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Writes, on the first rank, what stands beside the tensors."""
-        torch.save(dict(self._common), self._folder / safe.COMMON)
+        with open(self._folder / safe.COMMON, "wb") as file:
+            torch.save(dict(self._common), file)
         super().finish(metadata, results)
         save_config(CheckpointingConfig("torch_dist"), str(self._folder))
         for name in safe.MARKS:
