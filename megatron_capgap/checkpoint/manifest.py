@@ -120,7 +120,7 @@ def latest(run_dir: Path) -> Path | None:
     there = ", ".join(f"step_{step}" for step in steps) or "none"
     try:
         name = pointer.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if not steps:
             return None
         raise Damaged(

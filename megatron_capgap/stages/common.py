@@ -88,6 +88,7 @@ def ground(loaded: Loaded, stage: str, environment: Environment, device: Device)
         _remove_unless_begun(new)
         if not isinstance(error, UserError):
             raise  # one rank alone: closing the groups could wait for the others and hide the reason
+        error.on_every_rank = True
         _close(log)
         raise
     lock.release()

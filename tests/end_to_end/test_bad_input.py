@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -158,7 +159,10 @@ def test_one_line_exit_code_2_and_no_traces(
     ranks = pool.run(main, words, world=world, initialise=False, capture=True)
     assert [rank.value for rank in ranks] == [2] * world
     assert_one_line(ranks[0].stderr, mistake, tmp_path)
-    assert all(rank.stderr == rank.stdout == "" for rank in ranks[1:])
+    for number, rank in enumerate(ranks[1:], 1):
+        # Ranks that have not met cannot know that the first one tells the same.
+        alone = ranks[0].stderr.replace("error: ", f"error: rank {number} on {socket.gethostname()}: ", 1)
+        assert rank.stdout == "" and rank.stderr in ("", alone)
     assert runs.files_of(tmp_path) == before
     assert not Path(wrong["run_dir"]).exists()
 
