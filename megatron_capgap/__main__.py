@@ -4,6 +4,7 @@ Nothing heavy is imported before the command line and the configuration are know
 """
 
 import importlib
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -26,7 +27,8 @@ INTERRUPTED = 130
 
 _FLAGS = {"-h": "help", "--help": "help", "--version": "version", "--check": "check"}
 _OPTIONS = ("--config", "--check-world", "--check-capability")
-# Launchers end all ranks as soon as one exits; the silent ranks stay this long, so that the first can speak.
+# Launchers end all ranks as soon as one exits; the other ranks stay this long, so that the first can speak. One that is
+# still there then may be the only one with this mistake, as on a node without the data, and says so itself.
 _GRACE_SECONDS = 2.0
 
 
@@ -51,18 +53,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0, or what the stage says; 2 after mistakes of the user's, which the first rank tells
-        in one line each; 130 after an interrupt from the keyboard.
+        in one line each, and so does another one that has not met it yet; 130 after an interrupt from the keyboard.
     """
     try:
         return _obey(parse(sys.argv[1:] if argv is None else argv))
     except UserError as error:
         if _speaks():
-            sys.stderr.write("".join(f"capgap: error: {line}\n" for line in str(error).split("\n")))
+            _tell(error)
         else:
             time.sleep(_GRACE_SECONDS)
+            if not error.on_every_rank:
+                _tell(error, f"rank {launch.read_environment().rank} on {socket.gethostname()}: ")
         return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
+
+
+def _tell(error: UserError, who: str = "") -> None:
+    sys.stderr.write("".join(f"capgap: error: {who}{line}\n" for line in str(error).split("\n")))
+    sys.stderr.flush()
 
 
 def parse(argv: Sequence[str]) -> Command:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from megatron_capgap.checkpoint import sealed
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.files import put_in_place, write_atomically
 from megatron_capgap.config.schema import ModelShape
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "capgap.json"
+
+
+class Damaged(UserError):
+    """A checkpoint is not what was written. The message names the file, what is wrong with it and a way on."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ class Manifest:
     """Matched pairs of layers whose projections are in it, by name, ascending."""
     pruned_from: Origin | None = None
     """What the run's first weights were cut out of; stays with the model while it is trained."""
+    skipped: int = 0
+    """Bad batches among the steps, which changed no weights."""
     format: int = FORMAT
     """Version of this file."""
 
@@ -77,34 +83,35 @@ class Manifest:
 
 
 def write(manifest: Manifest, folder: Path) -> None:
-    """Writes the manifest into a checkpoint folder."""
-    (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1) + "\n")
+    """Writes the manifest into a checkpoint folder, as its last file."""
+    sealed.write(folder / MANIFEST, asdict(manifest))
 
 
 def read(folder: Path) -> Manifest:
     """Reads a checkpoint's manifest.
 
     Raises:
-        UserError: there is none, it is damaged, or a newer version of this project wrote it.
+        Damaged: it is not there, or not as it was written.
+        UserError: another version of this project wrote it.
     """
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_text())
+        content = sealed.read(path)
     except FileNotFoundError:
-        raise UserError(
+        raise Damaged(
             f"{folder}: no {MANIFEST}, so it is no finished checkpoint; name a run directory or RUN/checkpoints/step_N"
         ) from None
     except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); use another checkpoint") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else content
+        raise Damaged(f"{path}: cannot be read ({error}); use another checkpoint") from None
+    if content.get("format") != FORMAT:
+        found = content.get("format")
         raise UserError(f"{path}: format {found!r}, this version reads format {FORMAT}; use the version that wrote it")
     try:
         return TypeAdapter(Manifest).validate_python(content)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: {key}: {first['msg']}; the file is damaged, use another checkpoint") from None
+        raise Damaged(f"{path}: {key}: {first['msg']}; the file is damaged, use another checkpoint") from None
 
 
 def begin_training_run(run_dir: Path) -> None:
@@ -118,32 +125,95 @@ def is_training_run(run_dir: Path) -> bool:
 
 
 def steps_in(run_dir: Path) -> list[int]:
-    """Steps of the finished checkpoints in a run directory, ascending."""
-    found = []
-    for folder in (run_dir / "checkpoints").glob("step_*"):
-        number = folder.name.removeprefix("step_")
-        if number.isdigit() and (folder / MANIFEST).is_file():
-            found.append(int(number))
-    return sorted(found)
+    """Steps of the checkpoints in a run directory, ascending; a folder has that name only when it was finished once."""
+    names = [folder.name.removeprefix("step_") for folder in (run_dir / "checkpoints").glob("step_*")]
+    return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
 
 
 def latest(run_dir: Path) -> Path | None:
     """The checkpoint that `latest` names, or None where the run has none yet.
 
     Raises:
-        UserError: `latest` names a checkpoint that is not there.
+        Damaged: `latest` names no checkpoint of the run, or is not there although checkpoints are.
     """
-    pointer = run_dir / "latest"
-    if not pointer.is_file():
-        return None
-    name = pointer.read_text().strip()
-    folder = run_dir / "checkpoints" / name
-    if not name.startswith("step_") or not (folder / MANIFEST).is_file():
-        there = ", ".join(f"step_{step}" for step in steps_in(run_dir)) or "none"
-        raise UserError(
-            f"{pointer}: names {name!r}, which is no finished checkpoint (there: {there}); write one of those into it"
+    pointer, steps = run_dir / "latest", steps_in(run_dir)
+    there = ", ".join(f"step_{step}" for step in steps) or "none"
+    try:
+        name = pointer.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        if not steps:
+            return None
+        raise Damaged(
+            f"{pointer}: is not there, checkpoints are ({there}); write the name of one of them into it"
+        ) from None
+    except (ValueError, OSError) as error:
+        raise Damaged(f"{pointer}: cannot be read ({error}); write one of those into it: {there}") from None
+    if name not in [f"step_{step}\n" for step in steps]:
+        raise Damaged(
+            f"{pointer}: names {name.strip()!r}, which is no finished checkpoint (there: {there}); "
+            "write one of those and a newline into it"
         )
-    return folder
+    return run_dir / "checkpoints" / name.strip()
+
+
+def candidates(run_dir: Path) -> tuple[list[Path], list[str]]:
+    """The checkpoints that a run may go on from, the first one first, and what is to be said about `latest`.
+
+    The first is what `latest` names, then older ones; all of them where `latest` is damaged.
+    """
+    steps, said = steps_in(run_dir), []
+    try:
+        named = latest(run_dir)
+        newest = -1 if named is None else int(named.name.removeprefix("step_"))
+        if newer := [f"step_{step}" for step in steps if step > newest]:
+            said = [
+                f"{run_dir}/latest: names step_{newest} although {', '.join(newer)} is there too; going on from "
+                f"step_{newest}"
+            ]
+            steps = [step for step in steps if step <= newest]
+    except Damaged as error:
+        said = [str(error)]
+    return [run_dir / "checkpoints" / f"step_{step}" for step in reversed(steps)], said
+
+
+def none_left(run_dir: Path, reasons: list[str]) -> UserError | None:
+    """The error of a run that has checkpoints, or a `latest`, but none to go on from; None where it is a new one."""
+    if not reasons:
+        return None
+    return UserError(
+        f"{run_dir}: no checkpoint of this run is whole, {len(reasons)} found damaged, first {reasons[0]}; bring one "
+        "back, or start anew in another run_dir"
+    )
+
+
+def newest_readable(run_dir: Path) -> Manifest | None:
+    """What the run would go on from, as far as the words of its checkpoints tell; None where it is new.
+
+    Raises:
+        UserError: none of its checkpoints can be read, or another version wrote the newest one.
+    """
+    folders, reasons = candidates(run_dir)
+    for folder in folders:
+        try:
+            return read(folder)
+        except Damaged as error:
+            reasons.append(str(error))
+    if error := none_left(run_dir, reasons):
+        raise error
+    return None
+
+
+def set_aside(damaged: list[Path]) -> None:
+    """Renames checkpoints that were found damaged to `step_N.damaged`: they count no more and can be looked at."""
+    for folder in damaged:
+        aside = folder.with_name(f"{folder.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+
+
+def point_at(folder: Path) -> None:
+    """Makes a checkpoint the one that `latest` names."""
+    write_atomically(folder.parents[1] / "latest", folder.name + "\n")
 
 
 def locate(checkpoint: str) -> Path:
@@ -178,7 +248,7 @@ def publish(staged: Path, run_dir: Path, step: int, keep: int) -> Path:
     """
     final = run_dir / "checkpoints" / f"step_{step}"
     put_in_place(staged, final)
-    write_atomically(run_dir / "latest", final.name + "\n")
+    point_at(final)
     # Later steps than this one are there when the run went on from an older checkpoint; they do not count.
     for old in [done for done in steps_in(run_dir) if done <= step][:-keep]:
         shutil.rmtree(run_dir / "checkpoints" / f"step_{old}", ignore_errors=True)

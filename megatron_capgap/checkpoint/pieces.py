@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
 from torch import Tensor
-from torch.distributed import checkpoint as torch_checkpoint
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -36,6 +34,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_capgap.checkpoint import contents, safe, shards
 from megatron_capgap.config.errors import UserError
 
 
@@ -115,31 +114,28 @@ def write(folder: Path, pieces: Sequence[Piece], produce: Callable[[Piece], Tens
         folder: an empty folder.
         pieces: this rank's.
         produce: gives a piece `[count, ...]`; called when it is written, once for each.
+
+    Raises:
+        UserError: a file could not be written; on every rank alike.
     """
-    # Megatron's own marks of a distributed checkpoint: the format, and no common state.
-    dist_checkpointing.save({}, str(folder))
-    # One thread, for torch loses an error of a second one.
-    writer = FileSystemWriter(folder, thread_count=1, sync_files=True)
-    torch_checkpoint.save({}, storage_writer=writer, planner=_Writing(pieces, produce))
+    shards.write(folder, {}, _Writing(pieces, produce), common={})
 
 
 class Reader:
-    """Reads a checkpoint by pieces.
+    """Reads a checkpoint by pieces, after all of it was verified. Made on all ranks together.
 
     Args:
         folder: the checkpoint.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it is damaged, or holds what a checkpoint does not need.
     """
 
     def __init__(self, folder: Path) -> None:
+        contents.verify(folder)
         self._folder = folder
         self._reader = FileSystemReader(folder)
-        try:
-            self._metadata = self._reader.read_metadata()
-        except Exception as error:  # a damaged pickle raises anything
-            raise UserError(f"{folder}: its .metadata cannot be read ({error}); use another checkpoint") from None
+        self._metadata = safe.read_metadata(folder).metadata
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

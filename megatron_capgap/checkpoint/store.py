@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_capgap.checkpoint import contents, shards
 from megatron_capgap.checkpoint import manifest as manifests
 from megatron_capgap.checkpoint.manifest import Manifest
 from megatron_capgap.config.errors import UserError
@@ -34,8 +35,12 @@ class Optimization(Protocol):
     def sharded_state(self, model: ShardedStateDict, *, loading: bool) -> ShardedStateDict:
         """Its state by layout-free names."""
 
-    def load(self, state: dict[str, Any], steps: int) -> None:
-        """Takes over a loaded state that stands for `steps` optimizer steps."""
+    def load(self, state: dict[str, Any], steps: int, updates: int) -> None:
+        """Takes over a loaded state that stands for `steps` steps, of which `updates` changed the weights."""
+
+
+class NotSaved(UserError):
+    """A checkpoint could not be written; older ones and `latest` are as they were."""
 
 
 def save(
@@ -46,7 +51,7 @@ def save(
     optimization: Optimization,
     keep: int,
 ) -> None:
-    """Writes one checkpoint and makes it the run's latest. Collective.
+    """Writes one checkpoint and makes it the run's latest; if that fails, all older ones stay as they were. Collective.
 
     Args:
         run_dir: the run's directory.
@@ -55,25 +60,36 @@ def save(
         grid: their layout.
         optimization: optimizer and schedule.
         keep: number of newest checkpoints that stay on disk.
+
+    Raises:
+        NotSaved: a file could not be written; on every rank alike.
     """
     staged = run_dir / "checkpoints" / f".step_{manifest.step}.incomplete"
-    on_first_rank(lambda: _fresh_folder(staged))
-    state = _state(chunks, grid, optimization, loading=False, scales=manifest.holds_scales)
-    dist_checkpointing.save(state, str(staged))
-    dist.barrier()
 
     def finish() -> None:
         manifests.write(manifest, staged)
         manifests.publish(staged, run_dir, manifest.step, keep)
 
-    on_first_rank(finish)
+    try:
+        on_first_rank(lambda: _fresh_folder(staged))
+        state = _state(chunks, grid, optimization, loading=False, scales=manifest.holds_scales)
+        shards.write_state(staged, state)
+        on_first_rank(finish)
+    except UserError as error:
+        if dist.get_rank() == 0:
+            shutil.rmtree(staged, ignore_errors=True)  # its space is what the next save may need
+        raise NotSaved(f"step {manifest.step} was not saved: {error}; older checkpoints are as they were") from error
 
 
 def load_weights(folder: Path, chunks: Sequence[torch.nn.Module], grid: Grid) -> None:
     """Fills a model from a checkpoint written in any layout; every parameter must be in it. Collective.
 
     Projections are no part of the model: they stay as they are, and those of the checkpoint are not looked at.
+
+    Raises:
+        UserError: the checkpoint is damaged, or of another model; on every rank alike.
     """
+    contents.verify(folder)
     state = sharded_state(list(chunks), grid, with_projections=False)
     loaded = _load(state, folder)
     _fill(chunks, loaded)
@@ -111,7 +127,11 @@ def load_training(folder: Path, chunks: Sequence[torch.nn.Module], grid: Grid, o
 
     In the layout that wrote it the run goes on to the last digit; in another one weights and optimizer are the same and
     dropout draws from new random streams.
+
+    Raises:
+        Damaged: a file of the checkpoint is not what was written; nothing of it was used. On every rank alike.
     """
+    contents.verify(folder)
     manifest = manifests.read(folder)
     same_ranks = manifest.ranks == ranks(grid) and manifest.device == chunks_device(chunks)
     # Without its own scales, delayed scaling starts as a new run would; other recipes keep none.
@@ -120,7 +140,7 @@ def load_training(folder: Path, chunks: Sequence[torch.nn.Module], grid: Grid, o
     state = _state(chunks, grid, optimization, loading=True, random_state=same_ranks, scales=scales)
     loaded = _load(state, folder)
     _fill(chunks, loaded)
-    optimization.load(loaded["optimizer"], manifest.step)
+    optimization.load(loaded["optimizer"], manifest.step, manifest.step - manifest.skipped)
     if same_ranks:
         _set_random_state(loaded["random"])
 

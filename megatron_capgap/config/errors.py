@@ -7,6 +7,9 @@ class UserError(ValueError):
     `__main__` prints it on the first rank only and exits with code 2, before anything is written.
     """
 
+    on_every_rank = False
+    """Whether the ranks had met and all of them raise this one; before they have, a rank may be alone with it."""
+
 
 class ConfigError(UserError):
     """One or more wrong configuration keys; the message has one line for each of them.

@@ -13,6 +13,7 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(beside, path)
+    _sync_folder(path.parent)
 
 
 def put_in_place(staged: Path, final: Path) -> None:
@@ -21,4 +22,14 @@ def put_in_place(staged: Path, final: Path) -> None:
     if final.exists():
         os.replace(final, replaced)
     os.replace(staged, final)
+    _sync_folder(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Puts the names in a folder on disk, so that after a power cut they follow the order they were given in."""
+    names = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(names)
+    finally:
+        os.close(names)

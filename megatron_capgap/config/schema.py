@@ -263,6 +263,12 @@ class Train:
     """Global batches in one evaluation; null means the whole held-out set."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout rate of attention and residual branches."""
+    max_grad_norm: PositiveFloat | None = None
+    """A batch whose global gradient norm (before clipping) is above this is a bad one, as is one whose loss or norm is
+    not finite; null means that only the latter are bad."""
+    max_skipped: NonNegative = 0
+    """Bad batches that a run may leave out, over all its starts: reported with their sample ids, nothing learned from
+    them, weights and optimizer left as they were. The next one stops the run."""
     log_every: Positive = 1
     """Steps between lines on the console; metrics.jsonl holds every step."""
 

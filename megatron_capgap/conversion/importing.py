@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_capgap.checkpoint import manifest as manifests
 from megatron_capgap.checkpoint import pieces as storage
@@ -83,8 +82,6 @@ def import_folder(
         on_first_rank(lambda: checkpoint.mkdir(parents=True))
         try:
             storage.write(checkpoint, mine, produce)
-        except CheckpointException as error:  # torch's; gathers what went wrong on any rank, on every rank
-            raise UserError(f"{out}: {next(iter(error.failures.values()))[0]}") from error
         finally:
             produce.close()
 

@@ -147,7 +147,19 @@ def _open_built(prefix: str, sequence_length: int, seed: int, cache_dir: Path) -
             "put run_dir and the data on a file system that all hosts share, "
             "and leave the data alone while a run starts"
         )
+    _refuse_pickles(entry)
     return _open(prefix, sequence_length, seed, entry)
+
+
+def _refuse_pickles(entry: Path) -> None:
+    """Megatron reads its indices with `allow_pickle=True`, which would run what somebody put in their place."""
+    for file in entry.glob("*.npy"):
+        try:
+            np.load(file, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{file}: is no array of numbers ({' '.join(str(error).split())}); remove {entry}, it is built anew"
+            ) from None
 
 
 def _open(prefix: str, sequence_length: int, seed: int, index_dir: Path) -> GPTDataset:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +42,20 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter
-        self._metrics = None
+        self._metrics: int | None = None
+        self._unwritten = b""
         self._board = None
         self._progress: Progress | None = None
 
     def say(self, text: str) -> None:
         """One line to the reader."""
         self.console.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """One line that must not be overlooked, on the error output."""
+        if self.speaks:
+            sys.stderr.write(f"capgap: warning: {text}\n")
+            sys.stderr.flush()
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """A small table."""
@@ -61,19 +70,37 @@ class Log:
         self.table(f"device {device.name}, backend {device.backend}", ("part", "in use", ""), rows)
 
     def record(self, entry: Mapping[str, Any]) -> None:
-        """One object to metrics.jsonl, its numbers to TensorBoard under their names."""
+        """One object to metrics.jsonl, its numbers to TensorBoard under their names.
+
+        A full disk does not end a run: what metrics.jsonl could not take goes there before the next entry.
+        """
         if self._run_dir is None:
             return
-        if self._metrics is None:
-            self._open(self._run_dir, entry["step"])
-        self._metrics.write(json.dumps(dict(entry)) + "\n")
-        if self._board is not None:
+        complete = not self._unwritten
+        self._unwritten += f"{json.dumps(dict(entry))}\n".encode()
+        try:
+            if self._metrics is None:
+                self._open(self._run_dir, entry["step"])
+            while self._unwritten:
+                self._unwritten = self._unwritten[os.write(self._metrics, self._unwritten) :]
+        except OSError as error:
+            if complete:
+                self.warn(f"{self._run_dir}/metrics.jsonl: {error.strerror}; kept in memory until there is space again")
+        self._draw(entry)
+
+    def _draw(self, entry: Mapping[str, Any]) -> None:
+        if self._board is None:
+            return
+        try:
             for name, value in entry.items():
                 if name != "step" and isinstance(value, int | float):
                     self._board.add_scalar(name, value, entry["step"])
+        except OSError as error:  # of the thread that writes the events: it does not come back
+            self.warn(f"{self._run_dir}/tensorboard: {error.strerror}; no more TensorBoard events of this run")
+            self._board = None
 
     def _open(self, run_dir: Path, first_step: int) -> None:
-        self._metrics = open(run_dir / "metrics.jsonl", "a", buffering=1)
+        self._metrics = os.open(run_dir / "metrics.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         if self._writer is not None:
             # What a killed run drew beyond its last checkpoint is hidden.
             self._board = self._writer(str(run_dir / "tensorboard"), purge_step=first_step)
@@ -83,9 +110,12 @@ class Log:
         if self._progress is not None:
             self._progress.stop()
         if self._metrics is not None:
-            self._metrics.close()
+            os.close(self._metrics)
+        if self._unwritten:
+            self.warn(f"{self._run_dir}/metrics.jsonl lacks its last {len(self._unwritten)} bytes: no space for them")
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError):  # a full disk; said already, or the events alone are lost
+                self._board.close()
 
     def bar(self, done: int, total: int) -> None:
         """Starts a progress bar where the output is a terminal."""

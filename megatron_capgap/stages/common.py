@@ -27,11 +27,12 @@ from megatron_capgap.runtime.bridge import Bridge
 from megatron_capgap.runtime.devices import Device
 from megatron_capgap.runtime.launch import Environment
 from megatron_capgap.runtime.layout import Grid
+from megatron_capgap.runtime.lock import RunLock
 from megatron_capgap.runtime.logging import Log, count, drop_metrics_after
 from megatron_capgap.stages import check
 from megatron_capgap.stages.resolve import Resolved, resolve
 from megatron_capgap.training import optimizer
-from megatron_capgap.training.loop import Run
+from megatron_capgap.training.loop import Run, resume
 from megatron_capgap.training.step import LossFunction
 
 _RESOLVED = "resolved.yaml"
@@ -51,6 +52,8 @@ class Ground:
     memory_at_start: int
     """Peak bytes of this process before it built a model."""
     log: Log
+    lock: RunLock
+    """Held by rank 0."""
 
     @property
     def config(self) -> Config:
@@ -79,30 +82,36 @@ def ground(loaded: Loaded, stage: str, environment: Environment, device: Device)
         bridge = Bridge(environment, device, derive.teacher_ranks(config, resolved.world), timeout)
     else:
         launch.join(environment, device, timeout)
-    log = None
+    log, lock = None, RunLock(Path(config.run_dir))
     new = _missing_folders(Path(config.run_dir)) if environment.rank == 0 else []
 
-    def open_run_dir() -> None:
-        launch.on_first_rank(lambda: _open_run_dir(resolved))
+    def open_run_dir() -> str | None:
+        return launch.on_first_rank(lambda: _open_run_dir(resolved, lock))
 
     try:
+        warning = None
         if bridge is None:
-            open_run_dir()
+            warning = open_run_dir()
         elif bridge.teaches:
             cut = derive.teacher_layout(config)
             bridge.together(lambda: None)
         else:
-            bridge.together(open_run_dir)
+            warning = bridge.together(open_run_dir)
         grid = layout.build(cut, config.seed, timeout)
         log = Log(Path(config.run_dir), environment.rank == 0, config.runtime.tensorboard)
+        if warning:
+            log.warn(warning)
         _introduce(log, resolved, device)
-        yield Ground(resolved, device, environment.rank, grid, bridge, device.peak_memory(), log)
+        yield Ground(resolved, device, environment.rank, grid, bridge, device.peak_memory(), log, lock)
     except BaseException as error:
+        lock.release()
         _remove_unless_begun(new)
         if not isinstance(error, UserError):
             raise  # one rank alone: closing the groups could wait for the others and hide the reason
+        error.on_every_rank = True
         _close(log)
         raise
+    lock.release()
     _close(log)
 
 
@@ -140,7 +149,7 @@ def training_run(
     prepare: Callable[[Sequence[MicroBatch]], LossFunction],
     loss_of_layers: Callable[[], Loss] | None = None,
 ) -> Run:
-    """Optimizer and data, ready for the loop; begins the run. Collective.
+    """Optimizer and data, ready for the loop, where the run's newest checkpoint left them; begins the run. Collective.
 
     Args:
         ground: what the stage stands on.
@@ -178,8 +187,10 @@ def training_run(
             on_cpu=ground.device.name == "cpu",
         ).total,
         log=ground.log,
+        claim=ground.lock.claim,
     )
-    begin(ground)
+    run = resume(run)
+    begin(ground, run.done)
     return run
 
 
@@ -195,21 +206,30 @@ def padded_byte_lengths(resolved: Resolved) -> torch.Tensor:
     return lengths
 
 
-def begin(ground: Ground) -> None:
-    """Everything is found and loaded: from here on the run directory speaks of this run. Collective."""
+def begin(ground: Ground, done: int = 0) -> None:
+    """Everything is found and loaded: from here on the run directory speaks of this run. Collective.
+
+    Args:
+        ground: what the stage stands on.
+        done: steps that a training run has done before.
+    """
     resolved = ground.resolved
 
     def write() -> None:
         if resolved.stage != "evaluate":
-            drop_metrics_after(ground.run_dir, resolved.resumed.step if resolved.resumed else 0)
+            drop_metrics_after(ground.run_dir, done)
             begin_training_run(ground.run_dir)
         dump(ground.config, str(ground.run_dir / _RESOLVED))
 
     launch.on_first_rank(write)
 
 
-def _open_run_dir(resolved: Resolved) -> None:
-    """Makes the run directory, checks the data and indexes it. Rank 0 only; what it raises reaches every rank."""
+def _open_run_dir(resolved: Resolved, lock: RunLock) -> str | None:
+    """Makes the run directory, checks the data and indexes it. Rank 0 only; what it raises reaches every rank.
+
+    Returns:
+        What is to be said of a job that had the directory before.
+    """
     config = resolved.config
     run_dir = Path(config.run_dir)
     try:
@@ -220,7 +240,9 @@ def _open_run_dir(resolved: Resolved) -> None:
     except OSError as error:
         place = resolved.loaded.place("run_dir")
         raise UserError(f"{place}: {run_dir} cannot be written ({error.strerror}); choose another run_dir") from error
+    warning = lock.take()
     pretrain.build_indices(config.data, resolved.student.vocab, config.seed, cache_dir(config))
+    return warning
 
 
 def _missing_folders(run_dir: Path) -> list[Path]:

@@ -36,7 +36,7 @@ class Resolved:
     student_source: Source | None
     teacher_source: Source | None
     resumed: Manifest | None
-    """The newest checkpoint in run_dir, if this run has begun before."""
+    """The newest checkpoint in run_dir, if this run has begun before; its files are not checked yet."""
     tokenizer: Tokenizer
 
     @property
@@ -101,10 +101,9 @@ def _begun(
     where = f"{loaded.place('run_dir')}: {config.run_dir}"
     if stage == "evaluate" and manifests.is_training_run(Path(config.run_dir)):
         raise ConfigError([f"{where} is a training run; give the evaluation a run_dir of its own"])
-    newest = manifests.latest(Path(config.run_dir))
-    if newest is None:
+    found = manifests.newest_readable(Path(config.run_dir))
+    if found is None:
         return None
-    found = manifests.read(newest)
     problems = []
     if found.stage != stage:
         problems.append(f"{where} holds a run of stage {found.stage}; choose another run_dir for {stage}")

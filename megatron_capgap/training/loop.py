@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from megatron_capgap.checkpoint import manifest as manifests
 from megatron_capgap.checkpoint import store
-from megatron_capgap.checkpoint.manifest import Manifest
+from megatron_capgap.checkpoint.manifest import Damaged, Manifest
+from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.schema import Config
 from megatron_capgap.data.batch import MicroBatch, global_batch_samples, micro_batches
 from megatron_capgap.data.pretrain import SampleSequence
@@ -26,7 +27,7 @@ from megatron_capgap.runtime.logging import Log, Meter, count
 from megatron_capgap.runtime.signals import StopRequest
 from megatron_capgap.training.evaluate import evaluate
 from megatron_capgap.training.optimizer import Optimization
-from megatron_capgap.training.step import LossFunction, StepResult, train_step
+from megatron_capgap.training.step import BadBatch, LossFunction, StepResult, train_step
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,20 @@ class Run:
     memory_estimate: int
     """Bytes that --check foresees above that."""
     log: Log
+    claim: Callable[[], None]
+    """Raises UserError where the run directory is no longer this job's. Rank 0 only."""
+    done: int = 0
+    """Steps that the state in `chunks` and `optimization` stands for."""
+    skipped: int = 0
+    """Those among them that were bad batches and changed nothing."""
 
 
 def train(run: Run) -> None:
-    """Trains from the run's latest checkpoint to its last step, or to the step boundary after a signal. Collective."""
+    """Trains from where the run stands to its last step, or to the step boundary after a signal. Collective."""
     config, log = run.config, run.log
     steps = config.train.steps
     assert steps is not None
-    done = resume(run)
+    done, skipped = run.done, run.skipped
     if done and _due(done, config.train.eval_every, steps) and not launch.on_first_rank(lambda: _evaluated(run, done)):
         _evaluate(run, done)  # the run was stopped between saving and evaluating
     if done >= steps:
@@ -76,12 +83,18 @@ def train(run: Run) -> None:
     log.bar(done, steps)
     with StopRequest(run.device.torch_device, run.largest) as stop:
         while done < steps:
-            result = one_step(run, done)
+            try:
+                result = one_step(run, done)
+            except BadBatch as bad:
+                skipped += 1
+                _skip(run, done + 1, skipped, bad)
+                result = None
             done += 1
-            _report(run, done, result, meter)
+            if result is not None:
+                _report(run, done, result, meter)
             signal = stop.agreed()
             if signal or _due(done, config.checkpoint.every, steps):
-                save(run, done)
+                save(run, done, skipped, last=bool(signal) or done == steps)
             if _due(done, config.train.eval_every, steps) and not signal:
                 _evaluate(run, done)
             meter.pause()
@@ -108,7 +121,24 @@ def one_step(run: Run, done: int) -> StepResult:
         run.loss_of_layers,
         step=done + 1,
         clip_norm=run.config.optimizer.clip_norm,
+        max_norm=run.config.train.max_grad_norm,
     )
+
+
+def _skip(run: Run, step: int, skipped: int, bad: BadBatch) -> None:
+    """Leaves a bad batch out: the step counts, with its samples and its place in the schedule, but changes nothing.
+
+    Raises:
+        UserError: it is one too many.
+    """
+    most = run.config.train.max_skipped
+    if skipped > most:
+        if most == 0:
+            raise bad
+        raise UserError(f"{bad}; {most} bad batches were skipped before, train.max_skipped allows no more") from bad
+    run.optimization.schedule.step(1)
+    run.log.record({"step": step, "bad_batch": bad.what, "samples": bad.samples, "skipped": skipped})
+    run.log.warn(f"step {step}: {bad.what}; skipped samples {bad.samples}; {skipped} of {most} that may be skipped")
 
 
 def batches_of(run: Run, done: int) -> list[MicroBatch]:
@@ -125,26 +155,66 @@ def batches_of(run: Run, done: int) -> list[MicroBatch]:
     return list(rows)
 
 
-def resume(run: Run) -> int:
-    """Loads the run's latest checkpoint, if it has one. Collective.
+def resume(run: Run) -> Run:
+    """Loads the run's newest checkpoint that is whole, if it has one. Collective.
 
     Returns:
-        Steps done so far.
+        The run, knowing what its state stands for.
+
+    Raises:
+        UserError: the run has checkpoints, but none that is whole.
     """
-    newest = manifests.latest(run.run_dir)
-    if newest is None:
-        return 0
-    store.load_training(newest, run.chunks, run.grid, run.optimization)
-    done = manifests.read(newest).step
-    run.log.say(f"resumed from {newest}: step {done} of {run.config.train.steps}")
-    return done
+    folders, reasons = launch.on_first_rank(lambda: manifests.candidates(run.run_dir))
+    damaged: list[Path] = []
+    for reason in reasons:
+        run.log.warn(reason)
+    for folder in folders:
+        try:
+            store.load_training(folder, run.chunks, run.grid, run.optimization)
+        except Damaged as error:
+            reasons.append(str(error))
+            damaged.append(folder)
+            run.log.warn(f"{folder.name} is damaged and skipped: {error}")
+            continue
+        launch.on_first_rank(lambda: _make_latest(folder, damaged))  # noqa: B023 (called at once)
+        found = manifests.read(folder)
+        run.log.say(f"resumed from {folder}: step {found.step} of {run.config.train.steps}")
+        return replace(run, done=found.step, skipped=found.skipped)
+    if error := manifests.none_left(run.run_dir, reasons):
+        raise error
+    return run
 
 
-def save(run: Run, done: int) -> None:
-    """Writes a checkpoint of the state after `done` steps. Collective."""
+def _make_latest(folder: Path, damaged: list[Path]) -> None:
+    manifests.set_aside(damaged)
+    manifests.point_at(folder)
+
+
+def save(run: Run, done: int, skipped: int, *, last: bool) -> None:
+    """Writes a checkpoint of the state after `done` steps. Collective.
+
+    A full disk in the middle of a run is no reason to stop: it says so, and the next save tries again.
+
+    Args:
+        run: the run.
+        done: its steps.
+        skipped: those among them that changed nothing.
+        last: there will be no next save.
+
+    Raises:
+        NotSaved: the last one could not be written.
+        UserError: another job has taken the run directory over.
+    """
+    launch.on_first_rank(run.claim)
     # Saving copies the optimizer's state, in the room that the activations leave.
     run.device.release_memory()
-    store.save(run.run_dir, run.describe(done), run.chunks, run.grid, run.optimization, run.config.checkpoint.keep)
+    manifest = replace(run.describe(done), skipped=skipped)
+    try:
+        store.save(run.run_dir, manifest, run.chunks, run.grid, run.optimization, run.config.checkpoint.keep)
+    except store.NotSaved as error:
+        if last:
+            raise
+        run.log.warn(f"{error}; training goes on, the next save tries again")
 
 
 def _due(done: int, every: int, steps: int) -> bool:

@@ -63,12 +63,13 @@ class Optimization:
         """
         return self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_METADATA)
 
-    def load(self, state: dict[str, Any], steps: int) -> None:
+    def load(self, state: dict[str, Any], steps: int, updates: int) -> None:
         """Takes over a loaded state.
 
         Args:
             state: what `sharded_state` described, filled.
-            steps: optimizer steps it stands for.
+            steps: steps of the schedule that it stands for.
+            updates: those among them that changed the weights.
         """
         # What the configuration says now holds, whatever the checkpoint was written with.
         wanted = [{key: group[key] for key in _FROM_CONFIG if key in group} for group in self.optimizer.param_groups]
@@ -76,7 +77,7 @@ class Optimization:
         if not inner:
             self.optimizer.load_state_dict(state)
         for part in inner:
-            _load_torch(self.optimizer, part, state, steps)
+            _load_torch(self.optimizer, part, state, updates)
         for group, values in zip(self.optimizer.param_groups, wanted, strict=True):
             group.update(values)
         self.schedule.num_steps = 0
@@ -90,7 +91,7 @@ def _torch_optimizers(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Adam
             yield part.optimizer
 
 
-def _load_torch(optimizer: MegatronOptimizer, inner: torch.optim.AdamW, state: dict[str, Any], steps: int) -> None:
+def _load_torch(optimizer: MegatronOptimizer, inner: torch.optim.AdamW, state: dict[str, Any], updates: int) -> None:
     """Loads a distributed optimizer that wraps torch's AdamW.
 
     Megatron's own `load_state_dict` stumbles over torch's step counters (it looks for them among the sharded tensors)
@@ -103,7 +104,7 @@ def _load_torch(optimizer: MegatronOptimizer, inner: torch.optim.AdamW, state: d
         del entry["step"]
     part.load_parameter_state_from_fully_reshardable(state["param_state"])
     for entry in inner.state.values():
-        entry["step"] = torch.tensor(float(steps))
+        entry["step"] = torch.tensor(float(updates))
 
 
 def _allocate(optimizer: torch.optim.AdamW) -> None:

@@ -23,6 +23,21 @@ LossFunction = Callable[[Tensor, Tensor, MicroBatch], Loss]
 """(final hidden states `[s/tp or s, b, h]`, LM head shard `[v/tp, h]`, micro-batch) to sums over its valid tokens."""
 
 
+class BadBatch(UserError):
+    """Nothing can be learned from a global batch; weights and optimizer are as before it. Raised on all ranks alike.
+
+    Args:
+        message: one line for the reader.
+        what: what is wrong with it, in a few words.
+        samples: ids of the samples under suspicion.
+    """
+
+    def __init__(self, message: str, what: str, samples: list[int]) -> None:
+        super().__init__(message)
+        self.what = what
+        self.samples = samples
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What one step did; every number is global and the same on all ranks."""
@@ -49,6 +64,7 @@ def train_step(
     *,
     step: int,
     clip_norm: float,
+    max_norm: float | None = None,
 ) -> StepResult:
     """Trains on one global batch. Collective.
 
@@ -61,10 +77,12 @@ def train_step(
         loss_of_layers: tells, once all micro-batches have run, the sums over this rank's tokens of what the layers of
             this stage have put into the backward pass themselves; collective over the tensor-parallel ranks.
         step: its number, for messages.
-        clip_norm: largest gradient norm; 0 does not clip.
+        clip_norm: larger gradients are scaled down to this norm; 0 does not clip.
+        max_norm: a batch with a larger gradient norm is a bad one; None takes any that is finite.
 
     Raises:
-        UserError: loss or gradient norm is not finite; weights and optimizer are as before the step.
+        BadBatch: loss or gradient norm is not finite, or the norm too large; weights, optimizer and schedule are as
+            before the step.
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
@@ -82,8 +100,9 @@ def train_step(
     loss_mean, report, tokens = reduce_losses([*(out for out, _ in losses), *of_layers], grid)
     if not loss_mean - loss_mean == 0.0:  # also true for NaN and infinities
         suspect = [batch for out, batch in losses if not _finite(out)]
-        raise UserError(_not_finite(f"loss {loss_mean}", step, suspect if all(map(_finite, of_layers)) else batches))
-    grad_norm = _clip(optimization, clip_norm, step, batches)
+        what = f"loss {loss_mean} is not finite"
+        raise _bad_batch(what, step, suspect if all(map(_finite, of_layers)) else batches)
+    grad_norm = _clip(optimization, clip_norm, max_norm, step, batches)
     optimization.schedule.step(1)
     optimization.optimizer.step_with_ready_grads()
     lr = next(group["lr"] for group in optimization.optimizer.param_groups if group.get("default_config", True))
@@ -115,13 +134,17 @@ def reduce_losses(losses: Sequence[Loss], grid: Grid) -> tuple[float, dict[str, 
     return total / count, {name: part / count for name, part in zip(names, parts, strict=True)}, int(tokens)
 
 
-def _clip(optimization: Optimization, clip_norm: float, step: int, batches: Sequence[MicroBatch]) -> float:
-    """Computes the global gradient norm, refuses one that is not finite, scales the gradients down to `clip_norm`."""
+def _clip(
+    optimization: Optimization, clip_norm: float, max_norm: float | None, step: int, batches: Sequence[MicroBatch]
+) -> float:
+    """Computes the global gradient norm, refuses a bad one, scales the gradients down to `clip_norm`."""
     optimizer = optimization.optimizer
     optimizer.prepare_grads()
     norm = float(optimizer.get_grad_norm())
     if not norm - norm == 0.0:
-        raise UserError(_not_finite(f"gradient norm {norm}", step, batches))
+        raise _bad_batch(f"gradient norm {norm} is not finite", step, batches)
+    if max_norm is not None and norm > max_norm:
+        raise _bad_batch(f"gradient norm {norm:.6g} is above train.max_grad_norm {max_norm:g}", step, batches)
     if clip_norm > 0.0:
         for part in optimizer.chained_optimizers:
             clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=clip_norm, total_norm=norm)
@@ -132,12 +155,13 @@ def _finite(out: Loss) -> bool:
     return bool(torch.isfinite(out.loss_sum))
 
 
-def _not_finite(what: str, step: int, mine: Sequence[MicroBatch]) -> str:
+def _bad_batch(what: str, step: int, mine: Sequence[MicroBatch]) -> BadBatch:
     """Gathers the ids of the samples under suspicion from all ranks. Collective."""
     everywhere: list[list[int]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everywhere, [sample for batch in mine for sample in batch.sample_ids])
     samples = sorted({sample for ids in everywhere for sample in ids})
-    return (
-        f"step {step}: {what} is not finite; weights and optimizer are as after step {step - 1}; "
+    message = (
+        f"step {step}: {what}; weights and optimizer are as after step {step - 1}; "
         f"suspect samples {samples}; look at them, lower optimizer.lr, or start again from the last checkpoint"
     )
+    return BadBatch(message, what, samples)

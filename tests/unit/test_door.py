@@ -1,6 +1,7 @@
 """The door: what the command line means, who speaks, and the exit codes. Only the stages are stood in for."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -154,16 +155,28 @@ def test_every_problem_has_its_own_line(stages, capsys):
     assert len(lines) == 3 and all(line.startswith("capgap: error: --") for line in lines)
 
 
+def test_one_rank_speaks_for_all_that_have_met(stages, capsys, monkeypatch):
+    stages.answer = UserError("data.train: a.bin is cut short; prepare it again")
+    stages.answer.on_every_rank = True
+    for rank in range(4):
+        as_rank(monkeypatch, rank, 4)
+        assert door.main(["adapt", "--config", "adapt.yaml"]) == 2
+    assert capsys.readouterr().err == "capgap: error: data.train: a.bin is cut short; prepare it again\n"
+    assert len(stages.slept) == 3  # the silent ranks leave the first one time to speak
+
+
 @pytest.mark.parametrize(
     "words", [["distil"], ["adapt", "--config", "nowhere.yaml"], ["adapt", "--config", "adapt.yaml"]]
 )
-def test_one_rank_speaks_for_all(stages, capsys, monkeypatch, words):
-    stages.answer = UserError("data.train: a.bin is cut short; prepare it again")
-    for rank in range(4):
-        as_rank(monkeypatch, rank, 4)
-        assert door.main(words) == 2
-    assert capsys.readouterr().err.count("capgap: error: ") == 1
-    assert len(stages.slept) == 3  # the silent ranks leave the first one time to speak
+def test_a_rank_that_is_alone_with_its_mistake_says_so(stages, capsys, monkeypatch, words):
+    stages.answer = UserError("student.checkpoint: runs/a: no such checkpoint; name one")
+    as_rank(monkeypatch, 0, 4)
+    assert door.main(words) == 2
+    first = capsys.readouterr().err
+    as_rank(monkeypatch, 3, 4)
+    assert door.main(words) == 2
+    assert len(stages.slept) == 1  # a launcher ends it here where the first rank has the same mistake
+    assert capsys.readouterr().err == first.replace("error: ", f"error: rank 3 on {socket.gethostname()}: ")
 
 
 def test_a_broken_launcher_is_one_line(stages, capsys, monkeypatch):

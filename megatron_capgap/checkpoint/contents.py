@@ -1,0 +1,152 @@
+"""What a checkpoint consists of: every file with its size and checksum, written when it is complete, checked on load.
+
+Each rank sums the files that it wrote, and checks its share of them: no rank reads a whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch.distributed as dist
+
+from megatron_capgap.checkpoint import manifest as manifests
+from megatron_capgap.checkpoint import safe, sealed
+from megatron_capgap.checkpoint.manifest import Damaged
+from megatron_capgap.config.errors import UserError
+
+CONTENTS = "contents.json"
+_BLOCK = 1 << 20
+Answer = TypeVar("Answer")
+
+
+class Sum(NamedTuple):
+    """What is known of a file: enough to see any flipped bit, and any other damage but for one in 4 thousand million.
+
+    It guards against accidents, not against somebody who writes a new checksum too.
+    """
+
+    size: int
+    crc32: int
+
+
+def sum_of(file: Path) -> Sum:
+    """Size and CRC-32 of a regular file; a symbolic link is refused, for it could lead out of the checkpoint.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW), "rb", buffering=0) as source:
+        if not stat.S_ISREG(os.fstat(source.fileno()).st_mode):
+            raise OSError(0, "is not a regular file", str(file))
+        block, size, crc = bytearray(_BLOCK), 0, 0
+        view = memoryview(block)
+        while count := source.readinto(block):
+            size, crc = size + count, zlib.crc32(view[:count], crc)
+    return Sum(size, crc)
+
+
+def seal(folder: Path) -> None:
+    """Lists the files of a completely written checkpoint. Collective; each rank sums what it wrote itself.
+
+    PyTorch's writer can report success although a file is missing, so what `.metadata` speaks of must be there.
+
+    Raises:
+        UserError: a file is missing, too short or cannot be read; on every rank alike.
+    """
+    rank = dist.get_rank()
+
+    def sums() -> dict[str, Sum]:
+        mine = [*folder.glob(f"__{rank}_*"), *([folder / name for name in safe.MARKS] if rank == 0 else [])]
+        return {file.name: sum_of(file) for file in mine}
+
+    everywhere = {name: one for part in _together(sums) for name, one in part.items()}
+
+    def write() -> None:
+        for name, length in safe.read_metadata(folder).lengths().items():
+            if name not in everywhere or everywhere[name].size < length:
+                found = f"{everywhere[name].size} bytes" if name in everywhere else "missing"
+                raise UserError(f"{folder / name}: {found} after writing, {length} bytes were to be there; save again")
+        files = {name: list(everywhere[name]) for name in sorted(everywhere)}
+        sealed.write(folder / CONTENTS, {"files": files})
+
+    _together(write if rank == 0 else lambda: None)
+
+
+def verify(folder: Path) -> None:
+    """Checks every file of a checkpoint, and walks its pickles, before anything of it is used. Collective.
+
+    Raises:
+        Damaged: a file is missing, or is not what was written; on every rank alike.
+        UserError: it holds what no checkpoint of this project holds, or another version wrote it.
+    """
+
+    def check() -> None:
+        manifests.read(folder)
+        listed = _listed(folder)
+        for name in _share(listed, dist.get_rank(), dist.get_world_size()):
+            _check_file(folder / name, listed[name])
+
+    _together(check)
+    # Only now, for a damaged pickle would read as a hostile one.
+    _together((lambda: safe.check(folder, frozenset(_listed(folder)))) if dist.get_rank() == 0 else lambda: None)
+
+
+def _check_file(file: Path, wanted: Sum) -> None:
+    try:
+        # The size first, which costs nothing.
+        found = file.lstat().st_size
+        if found != wanted.size:
+            raise Damaged(f"{file}: {found} bytes, {wanted.size} were written; use another checkpoint")
+        if sum_of(file) != wanted:
+            raise Damaged(f"{file}: its checksum is not the one of what was written; use another checkpoint")
+    except OSError as error:
+        raise Damaged(f"{file}: cannot be read ({error.strerror or error}); use another checkpoint") from None
+
+
+def _listed(folder: Path) -> dict[str, Sum]:
+    """The files that a checkpoint is to have, by name."""
+    path = folder / CONTENTS
+    try:
+        files = sealed.read(path)["files"]
+        listed = {str(name): Sum(int(size), int(crc)) for name, (size, crc) in files.items()}
+    except FileNotFoundError:
+        raise Damaged(f"{path}: is not there, so nothing can be checked; use another checkpoint") from None
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Damaged(f"{path}: cannot be read ({error}); use another checkpoint") from None
+    for name in [*listed, *safe.MARKS]:
+        if name not in listed or name != Path(name).name or name.startswith(".."):
+            raise Damaged(f"{path}: does not list the files of a checkpoint ({name!r}); use another checkpoint")
+    return listed
+
+
+def _share(listed: Mapping[str, Sum], rank: int, world: int) -> list[str]:
+    """This rank's files: the largest are dealt out first, each to the rank that has least to read."""
+    loads, mine = [0] * world, []
+    for name in sorted(listed, key=lambda name: (-listed[name].size, name)):
+        reader = loads.index(min(loads))
+        loads[reader] += max(1, listed[name].size)
+        if reader == rank:
+            mine.append(name)
+    return mine
+
+
+def _together(work: Callable[[], Answer]) -> list[Answer]:
+    """Does each rank's part and gives all answers to all ranks; what fails on one fails on all. Collective."""
+    answer: tuple[Answer | None, type[UserError] | None, str] = (None, None, "")
+    try:
+        answer = (work(), None, "")
+    except UserError as error:
+        answer = (None, Damaged if isinstance(error, Damaged) else UserError, str(error))
+    except OSError as error:
+        answer = (None, UserError, f"{error.filename or 'file system'}: {error.strerror or error}")
+    everywhere: list[tuple[Answer, type[UserError] | None, str]] = [answer] * dist.get_world_size()  # type: ignore[list-item]
+    dist.all_gather_object(everywhere, answer)
+    for _, kind, reason in everywhere:
+        if kind is not None:
+            raise kind(reason)
+    return [value for value, _, _ in everywhere]

@@ -1,0 +1,93 @@
+"""The one writer of a checkpoint's files: PyTorch's distributed checkpoint with Megatron-Core's marks, and the list.
+
+PyTorch gathers what goes wrong in each part on any rank, and raises on all of them: no rank waits for one that failed.
+Megatron-Core's own `save` writes `common.pt` on rank 0 outside of that, and forks processes that outlive a killed rank.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies import torch as strategy
+from torch.distributed import checkpoint as torch_checkpoint
+from torch.distributed.checkpoint import FileSystemWriter, SavePlanner
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megatron_capgap.checkpoint import contents, safe
+from megatron_capgap.config.errors import UserError
+
+
+def write_state(folder: Path, state: ShardedStateDict) -> None:
+    """Writes a sharded state dict, each rank its own shards. Collective.
+
+    Raises:
+        UserError: a file could not be written; on every rank alike.
+    """
+    sharded, common = save_preprocess(state)
+    by_key, _, _ = strategy._replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+    entries = strategy.mcore_to_pyt_state_dict(by_key)
+    planner = strategy.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+    write(folder, entries, planner, common)
+
+
+def write(folder: Path, entries: Mapping[str, Any], planner: SavePlanner, common: Mapping[str, Any]) -> None:
+    """Writes all files of a checkpoint but its manifest, and lists them. Collective.
+
+    Args:
+        folder: an empty folder.
+        entries: what the planner plans with.
+        planner: knows this rank's part.
+        common: what is no tensor, the same on all ranks; numbers and words.
+
+    Raises:
+        UserError: a file could not be written, or is not whole afterwards; on every rank alike.
+    """
+    try:
+        torch_checkpoint.save(dict(entries), storage_writer=_Writer(folder, common), planner=planner)
+    except CheckpointException as error:
+        rank, (reason, _) = next(iter(error.failures.items()))
+        if not isinstance(reason, OSError | RuntimeError | UserError):
+            raise
+        what = getattr(reason, "strerror", None) or " ".join(str(reason).split())[:200]
+        where = getattr(reason, "filename", None) or folder
+        raise UserError(f"{where}: rank {rank} could not write its part ({what}); free space or mend it") from error
+    contents.seal(folder)
+
+
+class _Writer(FileSystemWriter):
+    """Files that are on disk when `save` returns."""
+
+    def __init__(self, folder: Path, common: Mapping[str, Any]) -> None:
+        # One thread, for PyTorch loses an error of a second one.
+        super().__init__(folder, thread_count=1, sync_files=False)
+        self._folder, self._common = folder, common
+
+    def _write_data(self, *arguments: Any) -> Any:
+        written = super()._write_data(*arguments)
+        for name in {result.storage_data.relative_path for result in written.value()}:
+            _sync(self._folder / name)
+        return written
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Writes, on the first rank, what stands beside the tensors."""
+        with open(self._folder / safe.COMMON, "wb") as file:
+            torch.save(dict(self._common), file)
+        super().finish(metadata, results)
+        save_config(CheckpointingConfig("torch_dist"), str(self._folder))
+        for name in safe.MARKS:
+            _sync(self._folder / name)
+
+
+def _sync(file: Path) -> None:
+    """Puts a file on disk; an error that only shows there is raised here."""
+    with open(file, "rb") as written:
+        os.fsync(written.fileno())

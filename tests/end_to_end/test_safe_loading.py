@@ -1,0 +1,273 @@
+"""Crafted pickles, and what else a stranger's folder may hold: no code runs, nothing is read outside of it."""
+
+import io
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+from megatron_capgap.checkpoint import contents, sealed
+from tests.support import runs
+from tests.support.pool import WorkerPool
+from tests.support.runs import Material
+
+CHANGES = {"train__steps": 2, "data__valid": None}
+
+
+class Evil:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = str(marker)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.marker,)
+
+
+def reseal(folder: Path) -> None:
+    """Lists the files anew, as one would who has put something into the folder on purpose."""
+    files = {
+        file.name: list(contents.sum_of(file)) for file in folder.iterdir() if file.name[:4] not in ("capg", "cont")
+    }
+    sealed.write(folder / contents.CONTENTS, {"files": files})
+
+
+def change_metadata(folder: Path, change: Callable[[Any], None]) -> None:
+    path = folder / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    change(metadata)
+    path.write_bytes(pickle.dumps(metadata))
+
+
+def append(folder: Path, content: bytes, key: str) -> None:
+    """Makes an entry of the checkpoint a lump of bytes at the end of its file."""
+
+    def point(metadata: Any) -> None:
+        (index, place) = next((i, p) for i, p in metadata.storage_data.items() if i.fqn == key)
+        file = folder / place.relative_path
+        for other in [i for i in metadata.storage_data if i.fqn == key]:
+            del metadata.storage_data[other]
+
+        moved = replace(place, offset=file.stat().st_size, length=len(content))
+        metadata.storage_data[replace(index, offset=None, index=None)] = moved
+        size = metadata.state_dict_metadata[key].size
+        metadata.state_dict_metadata[key] = BytesStorageMetadata()
+        metadata.state_dict_metadata[key].size = size  # what Megatron-Core looks at before it loads
+        file.write_bytes(file.read_bytes() + content)
+
+    change_metadata(folder, point)
+
+
+def saved(thing: Any) -> bytes:
+    """As torch.save writes it."""
+    content = io.BytesIO()
+    torch.save(thing, content)
+    return content.getvalue()
+
+
+WEIGHT = "decoder.layers.mlp.linear_fc1.weight"
+NORM = "decoder.final_layernorm.weight"
+
+
+def evil_metadata(folder: Path, evil: Evil) -> None:
+    (folder / ".metadata").write_bytes(pickle.dumps(evil))
+
+
+def evil_within_metadata(folder: Path, evil: Evil) -> None:
+    change_metadata(folder, lambda metadata: setattr(metadata, "planner_data", {"a": [evil]}))
+
+
+def evil_beyond_metadata(folder: Path, evil: Evil) -> None:
+    """A second pickle after the first one, which is sound."""
+    path = folder / ".metadata"
+    path.write_bytes(path.read_bytes() + pickle.dumps(evil))
+
+
+def evil_common(folder: Path, evil: Evil) -> None:
+    torch.save({"optimizer": evil}, folder / "common.pt")
+
+
+def evil_old_common(folder: Path, evil: Evil) -> None:
+    """In the format of torch before 1.6."""
+    torch.save({"optimizer": evil}, folder / "common.pt", _use_new_zipfile_serialization=False)
+
+
+def evil_tensor(folder: Path, evil: Evil) -> None:
+    append(folder, saved(evil), NORM)
+
+
+def evil_lump(folder: Path, evil: Evil) -> None:
+    append(folder, saved(evil), WEIGHT)
+
+
+def evil_instead_of_a_tensor(folder: Path, evil: Evil) -> None:
+    """Where `.metadata` promises a tensor lies something else."""
+
+    def move(metadata: Any) -> None:
+        for index, place in list(metadata.storage_data.items()):
+            if index.fqn == NORM:
+                file, content = folder / place.relative_path, saved(evil)
+                metadata.storage_data[index] = replace(place, offset=file.stat().st_size, length=len(content))
+                file.write_bytes(file.read_bytes() + content)
+
+    change_metadata(folder, move)
+
+
+def evil_scales(folder: Path, evil: Evil) -> None:
+    """FP8 scales are a tensor of bytes, which Transformer Engine unpickles."""
+    inner = torch.frombuffer(bytearray(pickle.dumps(evil)), dtype=torch.uint8)
+    rename_to_scales(folder, saved(inner))
+
+
+def evil_around_scales(folder: Path, evil: Evil) -> None:
+    rename_to_scales(folder, saved(evil))
+
+
+def evil_tensor_within_scales(folder: Path, evil: Evil) -> None:
+    """torch.storage._load_from_bytes is on the list, and unpickles in turn."""
+
+    class Storage:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return torch.storage._load_from_bytes, (saved(evil),)
+
+    inner = torch.frombuffer(bytearray(pickle.dumps({"scale_fwd": Storage()})), dtype=torch.uint8)
+    rename_to_scales(folder, saved(inner))
+
+
+def rename_to_scales(folder: Path, content: bytes) -> None:
+    def add(metadata: Any) -> None:
+
+        (index, place) = next((i, p) for i, p in metadata.storage_data.items() if i.fqn == NORM)
+        key, file = "decoder.layers.mlp.linear_fc1._extra_state/shard_0_4", folder / place.relative_path
+        metadata.state_dict_metadata[key] = BytesStorageMetadata()
+        at = replace(index, fqn=key, offset=None, index=None)
+        metadata.storage_data[at] = replace(place, offset=file.stat().st_size, length=len(content))
+        file.write_bytes(file.read_bytes() + content)
+
+    change_metadata(folder, add)
+
+
+def file_outside(folder: Path, evil: Evil) -> None:
+    """`.metadata` speaks of a file in another folder, which holds the right tensors."""
+    outside = folder.parents[3] / "secret.distcp"
+    shutil.copy(folder / "__0_0.distcp", outside)
+
+    def point(metadata: Any) -> None:
+        for place in metadata.storage_data.values():
+            object.__setattr__(place, "relative_path", f"../../../../{outside.name}")
+
+    change_metadata(folder, point)
+
+
+def link_outside(folder: Path, evil: Evil) -> None:
+    outside = folder.parents[3] / "secret.distcp"
+    (folder / "__0_0.distcp").rename(outside)
+    (folder / "__0_0.distcp").symlink_to(outside)
+
+
+CRAFTED: dict[Callable[[Path, Evil], None], str] = {
+    evil_metadata: "posix.mkdir",
+    evil_within_metadata: "posix.mkdir",
+    evil_common: "common.pt: holds what no checkpoint needs",
+    evil_old_common: "common.pt: holds what no checkpoint needs",
+    evil_tensor: f"{NORM} is no tensor",
+    evil_lump: f"{WEIGHT} is no tensor",
+    evil_instead_of_a_tensor: "does not hold what the model needs",
+    evil_scales: "posix.mkdir",
+    evil_around_scales: "holds what no checkpoint needs",
+    evil_tensor_within_scales: "holds what no checkpoint needs",
+    file_outside: "secret.distcp', which is no file of this checkpoint",
+    link_outside: "__0_0.distcp: ",
+}
+
+
+@pytest.fixture(scope="module")
+def sound(pool: WorkerPool, material: Material, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with the checkpoint step_2."""
+    run_dir = tmp_path_factory.mktemp("safe") / "run"
+    return runs.train(pool, "adapt", runs.adapt_config(material, run_dir, **CHANGES))
+
+
+def craft(sound: Path, folder: Path, crafted: Callable[[Path, Evil], None]) -> tuple[Path, Path]:
+    """A copy of a run with something in its checkpoint; returns it and what will be there where code has run."""
+    run_dir, marker = shutil.copytree(sound, folder / "run"), folder / "code_has_run"
+    checkpoint = run_dir / "checkpoints" / "step_2"
+    crafted(checkpoint, Evil(marker))
+    if crafted is not link_outside:
+        reseal(checkpoint)
+    return run_dir, marker
+
+
+def test_the_crafted_pickle_works(tmp_path: Path) -> None:
+    marker = tmp_path / "code_has_run"
+    pickle.loads(pickle.dumps(Evil(marker)))
+    assert marker.is_dir()
+
+
+@pytest.mark.parametrize("crafted", CRAFTED, ids=lambda crafted: crafted.__name__)
+@pytest.mark.parametrize("use", ["resume", "teach"])
+def test_no_code_runs_and_nothing_is_loaded(
+    pool: WorkerPool, material: Material, sound: Path, tmp_path: Path, use: str, crafted: Callable[[Path, Evil], None]
+) -> None:
+    run_dir, marker = craft(sound, tmp_path, crafted)
+    before = runs.files_of(run_dir)
+    if use == "resume":
+        stage, config = "adapt", runs.adapt_config(material, run_dir, **{**CHANGES, "train__steps": 3})
+    else:
+        stage, config = "distill", runs.distill_config(material, tmp_path / "taught", run_dir, **CHANGES)
+    (rank,) = runs.run_stage(pool, stage, config)
+    assert rank.value == 2, rank
+    *_, line = rank.stderr.splitlines()
+    assert line.startswith("capgap: error: ") and CRAFTED[crafted] in line
+    assert not marker.exists()
+    assert runs.files_of(run_dir) == before
+    assert not (tmp_path / "taught").exists()
+
+
+def export(run_dir: Path, out: Path) -> int:
+    from tools import convert_hf
+
+    return convert_hf.main(["export", "--checkpoint", str(run_dir), "--out", str(out)])
+
+
+@pytest.mark.parametrize("crafted", [evil_metadata, evil_within_metadata, evil_common, evil_scales, file_outside])
+def test_nor_is_it_exported(
+    pool: WorkerPool, sound: Path, tmp_path: Path, crafted: Callable[[Path, Evil], None]
+) -> None:
+    run_dir, marker = craft(sound, tmp_path, crafted)
+    (rank,) = pool.run(export, run_dir, tmp_path / "out", world=1, initialise=False, capture=True)
+    assert rank.value == 2
+    assert CRAFTED[crafted] in rank.stderr
+    assert not marker.exists() and not (tmp_path / "out").exists()
+
+
+def test_what_lies_behind_the_metadata_is_never_read(
+    pool: WorkerPool, material: Material, sound: Path, tmp_path: Path
+) -> None:
+    run_dir, marker = craft(sound, tmp_path, evil_beyond_metadata)
+    runs.train(pool, "adapt", runs.adapt_config(material, run_dir, **{**CHANGES, "train__steps": 3}))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("kind", ["a bare pickle", "an array of objects"])
+def test_indices_of_the_data_are_numbers(
+    pool: WorkerPool, material: Material, sound: Path, tmp_path: Path, kind: str
+) -> None:
+    run_dir, marker = shutil.copytree(sound, tmp_path / "run"), tmp_path / "code_has_run"
+    file = next((run_dir / "data_cache").rglob("*.npy"))
+    if kind == "a bare pickle":
+        file.write_bytes(pickle.dumps(Evil(marker)))
+    else:
+        np.save(file, np.array([Evil(marker)], dtype=object), allow_pickle=True)
+    (rank,) = runs.run_stage(pool, "adapt", runs.adapt_config(material, run_dir, **{**CHANGES, "train__steps": 3}))
+    assert rank.value == 2
+    assert f"capgap: error: {file}: is no array of numbers" in rank.stderr
+    assert not marker.exists()

@@ -1,0 +1,147 @@
+"""One job at a time in a run directory: who is refused, and whose place is taken."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.runtime import lock
+from megatron_capgap.runtime.lock import RunLock
+
+
+def left_by(run_dir: Path, **changes: Any) -> Path:
+    """A lock file of this process, changed into another's."""
+    file = run_dir / lock.NAME
+    file.write_text(json.dumps({**lock._myself(), **changes}))
+    return file
+
+
+def ended_process() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_the_second_is_refused_in_one_line_and_the_first_goes_on(tmp_path: Path) -> None:
+    first, second = RunLock(tmp_path), RunLock(tmp_path)
+    assert first.take() is None
+    with pytest.raises(UserError) as refusal:
+        second.take()
+    assert "\n" not in str(refusal.value)
+    assert f"run_dir: {tmp_path} is in use by process {os.getpid()} on" in str(refusal.value)
+    second.release()
+    first.claim()
+    first.release()
+    assert list(tmp_path.iterdir()) == []
+    assert second.take() is None
+    second.release()
+
+
+@pytest.mark.parametrize("what", ["its process has ended", "its number went to another process"])
+def test_the_place_of_a_dead_job_of_this_machine_is_taken(tmp_path: Path, what: str) -> None:
+    changes = {"pid": ended_process()} if "ended" in what else {"pid": os.getppid(), "started": 1.0}
+    left_by(tmp_path, **changes)
+    mine = RunLock(tmp_path)
+    said = mine.take()
+    assert said is not None and f"was in use by process {changes['pid']} on" in said and "has died" in said
+    mine.claim()
+    mine.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("elsewhere", [{"host": "node17"}, {"pids": "pid:[1]"}], ids=["host", "container"])
+def test_a_job_elsewhere_is_alive_as_long_as_it_touches_its_file(tmp_path: Path, elsewhere: dict[str, str]) -> None:
+    file = left_by(tmp_path, pid=ended_process(), job="4711", **elsewhere)
+    with pytest.raises(UserError, match=r"is in use by process \d+ on .* of SLURM job 4711 since"):
+        RunLock(tmp_path).take()
+    assert [file] == list(tmp_path.iterdir())
+    old = time.time() - lock.STALE_SECONDS - 5
+    os.utime(file, (old, old))
+    mine = RunLock(tmp_path)
+    assert "which was last seen 18" in str(mine.take())
+    mine.release()
+
+
+def test_a_requeued_slurm_job_takes_its_own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    left_by(tmp_path, host="node17")
+    with pytest.raises(UserError, match="in use"):
+        RunLock(tmp_path).take()  # another step of this very start
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    mine = RunLock(tmp_path)
+    assert "an earlier start of this SLURM job" in str(mine.take())
+    mine.release()
+
+
+def test_an_unfinished_file_is_a_job_that_begins_until_it_is_old(tmp_path: Path) -> None:
+    file = tmp_path / lock.NAME
+    file.touch()
+    with pytest.raises(UserError, match="in use by a job that has just begun"):
+        RunLock(tmp_path).take()
+    os.utime(file, (1.0, 1.0))
+    mine = RunLock(tmp_path)
+    assert mine.take() is not None
+    mine.release()
+
+
+def test_who_has_lost_its_place_is_told_and_leaves_it_alone(tmp_path: Path) -> None:
+    slept, awake = RunLock(tmp_path), RunLock(tmp_path)
+    slept.take()
+    left_by(tmp_path, host="node17", pid=1)
+    with pytest.raises(UserError, match=r"process 1 on node17 since .* has taken this run directory"):
+        slept.claim()
+    slept.release()
+    assert (tmp_path / lock.NAME).is_file()
+    with pytest.raises(UserError, match="in use"):
+        awake.take()
+
+
+def test_the_file_is_touched_while_the_job_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.02)
+    mine = RunLock(tmp_path)
+    mine.take()
+    file = tmp_path / lock.NAME
+    os.utime(file, (1.0, 1.0))
+    deadline = time.monotonic() + 20
+    while file.stat().st_mtime == 1.0:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    mine.release()
+    assert not file.exists()
+
+
+def test_of_many_that_find_a_dead_job_one_gets_its_place(tmp_path: Path) -> None:
+    left_by(tmp_path, pid=ended_process())
+    program = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from megatron_capgap.config.errors import UserError\n"
+        "from megatron_capgap.runtime.lock import RunLock\n"
+        "print('ready', flush=True)\n"
+        "sys.stdin.readline()\n"
+        "try:\n"
+        "    RunLock(Path(sys.argv[1])).take()\n"
+        "except UserError:\n"
+        "    print('refused', flush=True)\n"
+        "else:\n"
+        "    print('taken', flush=True)\n"
+        "sys.stdin.readline()\n"
+    )
+    words = [sys.executable, "-c", program, str(tmp_path)]
+    jobs = [
+        subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) for _ in range(6)
+    ]
+    for job in jobs:
+        assert job.stdout.readline() == "ready\n"
+    for job in jobs:
+        job.stdin.write("go\n")
+    answers = sorted(job.stdout.readline().strip() for job in jobs)
+    for job in jobs:
+        job.communicate("end\n")
+    assert answers == ["refused"] * 5 + ["taken"]
