@@ -27,7 +27,7 @@ Answer = TypeVar("Answer")
 # Whoever is ahead waits as long as the others work; a rank that is gone ends the wait at once, its connections close.
 _PATIENCE = timedelta(days=365)
 _GLANCE, _LINGER = timedelta(seconds=1), timedelta(seconds=3)
-_FAILED = 1 << 10  # above every signal's number
+_FAILED = 2**31 - 1  # above every signal's number and every step's
 _REASON, _BLAME = "reason", "blame"
 
 

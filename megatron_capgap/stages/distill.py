@@ -179,6 +179,7 @@ def _learn(ground: common.Ground, bridge: Bridge) -> None:
         return Taught(hand_off.begin({}, first_sample).finish())
 
     run = bridge.together(lambda: learner(ground, open_head(ground, None), teach))
+    bridge.agree(run.done).wait()
     try:
         train(run)
         _record(ground)
@@ -197,7 +198,7 @@ def _work_ahead(ground: common.Ground, bridge: Bridge) -> None:
         first_sample = step * batch_size
         return hand_off.begin(speak(first_sample), first_sample)
 
-    done = resolved.resumed.step if resolved.resumed else 0
+    done = bridge.agree(0).wait()  # only the student knows: it may have had to go back to an earlier checkpoint
     with StopRequest(ground.device.torch_device) as stop:
         steps = range(done, ground.config.train.steps)
         work_ahead(steps, ground.config.teacher.ahead, teach, lambda: bridge.agree(stop.seen))
