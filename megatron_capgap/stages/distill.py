@@ -172,7 +172,8 @@ def _learn(ground: common.Ground, bridge: Bridge) -> None:
     def teach(first_sample: int) -> Taught:
         return Taught(hand_off.begin({}, first_sample).finish())
 
-    run = bridge.together(lambda: learner(ground, open_head(ground, None), teach))
+    head = bridge.together(lambda: open_head(ground, None))
+    run = bridge.together(lambda: learner(ground, head, teach))  # the run begins once the teacher is there
     try:
         train(run)
     except UserError as error:
@@ -184,7 +185,8 @@ def _work_ahead(ground: common.Ground, bridge: Bridge) -> None:
     """The teacher's own ranks."""
     resolved, batch_size = ground.resolved, ground.resolved.global_batch
     hand_off = _hand_off(ground, bridge.begin)
-    speak = bridge.together(lambda: _speak(ground, open_teacher(ground)))
+    teacher = bridge.together(lambda: open_teacher(ground))
+    speak = bridge.together(lambda: _speak(ground, teacher))
 
     def teach(step: int) -> Transfer:
         first_sample = step * batch_size

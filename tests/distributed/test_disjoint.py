@@ -82,7 +82,7 @@ def test_resuming_is_exact_and_any_placement_goes_on(
 
 
 def test_what_stops_one_world_stops_both(pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path) -> None:
-    """A mistake that only the teacher's ranks can see, and one that only the student's first rank sees."""
+    """A damaged teacher, and a run directory that only the student's first rank looks at."""
     damaged = tmp_path / "damaged"
     newest = (teacher / "latest").read_text().strip()
     (damaged / "checkpoints").mkdir(parents=True)
