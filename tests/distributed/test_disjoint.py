@@ -106,6 +106,16 @@ def test_what_stops_one_world_stops_both(pool: WorkerPool, material: Material, t
         assert not (tmp_path / "run").exists()
 
 
+def test_what_is_not_finite_stops_both(pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path) -> None:
+    changes = {"train__steps": 9, "optimizer__lr": 1.0e38, "optimizer__clip_norm": 0.0, "data__valid": None}
+    raw = configuration(material, tmp_path / "run", teacher, "tp2_and_pp2", **changes)
+    ranks = runs.run_stage(pool, "distill", raw, world=4)
+    assert [rank.value for rank in ranks] == [2] * 4
+    (line,) = ranks[0].stderr.splitlines()
+    assert "is not finite; weights and optimizer are as after step" in line
+    assert not any(rank.stderr for rank in ranks[1:])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 3], ids=["student", "teacher"])
 def test_a_signal_to_one_rank_stops_all_at_a_step(material: Material, teacher: Path, tmp_path: Path, rank: int) -> None:
