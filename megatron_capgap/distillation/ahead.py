@@ -13,7 +13,7 @@ class Agreement(Protocol):
     """What all ranks agree on at the end of one of the student's steps."""
 
     def wait(self) -> int:
-        """Returns when the step is done: 0 to go on, else the signal that ends the run."""
+        """Returns when the step is done: 0 to go on, else what ends the run."""
 
 
 def work_ahead(steps: range, ahead: int, teach: Callable[[int], Transfer], agree: Callable[[], Agreement]) -> int:
@@ -29,18 +29,28 @@ def work_ahead(steps: range, ahead: int, teach: Callable[[int], Transfer], agree
         agree: takes part in the agreement at the end of a step, without waiting for it.
 
     Returns:
-        0 when all steps are done, else the signal that ended the run.
+        0 when all steps are done, else what ended the run. Nothing is under way any more, if the student too takes the
+        batches and agreements that were begun: for `ahead` steps after the last one, or as many as were left.
     """
     sending: deque[Transfer] = deque()
     agreements: deque[Agreement] = deque()
     for step in steps:
-        if len(agreements) > ahead and (signal := agreements.popleft().wait()):
-            return signal
+        if len(agreements) > ahead and (end := agreements.popleft().wait()):
+            return _settle(end, sending, agreements)
         if len(sending) == ahead:
             sending.popleft().finish()
         sending.append(teach(step))
         agreements.append(agree())
     while agreements:
-        if signal := agreements.popleft().wait():
-            return signal
-    return 0
+        if end := agreements.popleft().wait():
+            return _settle(end, sending, agreements)
+    return _settle(0, sending, agreements)
+
+
+def _settle(end: int, sending: deque[Transfer], agreements: deque[Agreement]) -> int:
+    """Waits for what is under way: process groups with open work would not close."""
+    for transfer in sending:
+        transfer.finish()
+    for agreement in agreements:
+        agreement.wait()
+    return end

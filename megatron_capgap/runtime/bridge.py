@@ -26,8 +26,9 @@ Answer = TypeVar("Answer")
 
 # Whoever is ahead waits as long as the others work; a rank that is gone ends the wait at once, its connections close.
 _PATIENCE = timedelta(days=365)
+FAILED = 2**31 - 1
+"""What a world says that has given up; above every signal's number and every step's."""
 _GLANCE, _LINGER = timedelta(seconds=1), timedelta(seconds=3)
-_FAILED = 2**31 - 1  # above every signal's number and every step's
 _REASON, _BLAME = "reason", "blame"
 
 
@@ -52,19 +53,15 @@ class Agreement:
     _store: dist.Store
 
     def wait(self) -> int:
-        """The largest number that any rank has said, once all have.
+        """The largest number that any rank has said, once all have; `FAILED` where a world has given up.
 
         Raises:
-            UserError: a rank has given up, on every rank with its reason.
             RuntimeError: a rank is gone, or has left word that it must go.
         """
         while not self._done():
             if reason := _word(self._store, _BLAME):
                 raise RuntimeError(reason)
-        number = int(self._number)
-        if number == _FAILED:
-            raise UserError(_word(self._store, _REASON) or "the ranks of the other model have given up")
-        return number
+        return int(self._number)
 
     def _done(self) -> bool:
         """Whether all ranks have said theirs; looks for a while."""
@@ -129,7 +126,7 @@ class Bridge:
         """Tells all ranks why this world stops, in place of its next `agree`. Collective over this world."""
         self._store.set(_REASON, str(error))
         with suppress(RuntimeError):  # an error of this rank alone: the others will notice that it is gone
-            self.agree(_FAILED)._work.wait(self._limit)
+            self.agree(FAILED)._work.wait(self._limit)
 
     def together(self, work: Callable[[], Answer]) -> Answer:
         """Both worlds do a work each, and go on when both are done. Collective.
@@ -142,8 +139,13 @@ class Bridge:
         except UserError as error:
             self.give_up(error)
             raise
-        self.agree(0).wait()
+        if self.agree(0).wait() == FAILED:
+            raise self.reason()
         return answer
+
+    def reason(self) -> UserError:
+        """Why the other world has given up."""
+        return UserError(_word(self._store, _REASON) or "the ranks of the other model have given up")
 
     def blame(self, reason: str) -> None:
         """Leaves word of why this rank must go, for those that only see their peers vanish."""

@@ -175,7 +175,7 @@ def training_run(
         describe=lambda done: describe(ground, done),
         prepare=prepare,
         loss_of_layers=loss_of_layers,
-        largest=(lambda number: ground.bridge.agree(number).wait()) if ground.bridge else None,
+        largest=None,
         flops_a_token=size.training_flops(resolved.student, resolved.teacher, config.data.sequence_length),
         memory_at_start=ground.memory_at_start,
         memory_estimate=memory.estimate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -31,7 +32,7 @@ from megatron_capgap.losses import DistillationObjective, Loss, TeacherHidden, d
 from megatron_capgap.models import gpt
 from megatron_capgap.models.gpt import DTYPES, unwrap
 from megatron_capgap.runtime import launch, layout
-from megatron_capgap.runtime.bridge import Bridge
+from megatron_capgap.runtime.bridge import FAILED, Bridge
 from megatron_capgap.runtime.devices import Device
 from megatron_capgap.runtime.launch import Environment
 from megatron_capgap.runtime.signals import StopRequest
@@ -173,26 +174,47 @@ def _in_turns(ground: common.Ground, teacher: Teacher) -> Callable[[int], Taught
 
 def _learn(ground: common.Ground, bridge: Bridge) -> None:
     """The student's ranks, with a teacher on others."""
-    hand_off = _hand_off(ground, bridge.begin)
+    hand_off, batch_size = _hand_off(ground, bridge.begin), ground.resolved.global_batch
+    steps, ahead = ground.config.train.steps, ground.config.teacher.ahead
+    taken = agreed = 0  # batches of the teacher's, and ends of steps
 
     def teach(first_sample: int) -> Taught:
+        nonlocal taken
+        taken = first_sample // batch_size + 1
         return Taught(hand_off.begin({}, first_sample).finish())
 
-    run = bridge.together(lambda: learner(ground, open_head(ground, None), teach))
+    def largest(number: int) -> int:
+        nonlocal agreed
+        agreed += 1
+        return bridge.agree(number).wait()
+
+    head = bridge.together(lambda: open_head(ground, None))
+    run = bridge.together(lambda: learner(ground, head, teach))  # the run begins once the teacher is there
+    taken = agreed = run.done
     bridge.agree(run.done).wait()
+    failed: UserError | None = None
     try:
-        train(run)
+        train(replace(run, largest=largest))
         _record(ground)
     except UserError as error:
+        failed = error
+        agreed += 1
         bridge.give_up(error)
-        raise
+    # What the teacher has begun: process groups with open work would not close.
+    for step in range(taken, min(agreed + ahead, steps)):
+        teach(step * batch_size)
+    for _ in range(agreed, min(agreed + ahead, steps)):
+        bridge.agree(0).wait()
+    if failed is not None:
+        raise failed
 
 
 def _work_ahead(ground: common.Ground, bridge: Bridge) -> None:
     """The teacher's own ranks."""
-    resolved, batch_size = ground.resolved, ground.resolved.global_batch
+    batch_size = ground.resolved.global_batch
     hand_off = _hand_off(ground, bridge.begin)
-    speak = bridge.together(lambda: _speak(ground, open_teacher(ground)))
+    teacher = bridge.together(lambda: open_teacher(ground))
+    speak = bridge.together(lambda: _speak(ground, teacher))
 
     def teach(step: int) -> Transfer:
         first_sample = step * batch_size
@@ -201,7 +223,9 @@ def _work_ahead(ground: common.Ground, bridge: Bridge) -> None:
     done = bridge.agree(0).wait()  # only the student knows: it may have had to go back to an earlier checkpoint
     with StopRequest(ground.device.torch_device) as stop:
         steps = range(done, ground.config.train.steps)
-        work_ahead(steps, ground.config.teacher.ahead, teach, lambda: bridge.agree(stop.seen))
+        end = work_ahead(steps, ground.config.teacher.ahead, teach, lambda: bridge.agree(stop.seen))
+    if end == FAILED:
+        raise bridge.reason()
 
 
 @contextmanager

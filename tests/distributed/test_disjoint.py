@@ -82,7 +82,7 @@ def test_resuming_is_exact_and_any_placement_goes_on(
 
 
 def test_what_stops_one_world_stops_both(pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path) -> None:
-    """A mistake that only the teacher's ranks can see, and one that only the student's first rank sees."""
+    """A damaged teacher, and a run directory that only the student's first rank looks at."""
     damaged = tmp_path / "damaged"
     newest = (teacher / "latest").read_text().strip()
     (damaged / "checkpoints").mkdir(parents=True)
@@ -106,6 +106,16 @@ def test_what_stops_one_world_stops_both(pool: WorkerPool, material: Material, t
         assert not (tmp_path / "run").exists()
 
 
+def test_what_is_not_finite_stops_both(pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path) -> None:
+    changes = {"train__steps": 9, "optimizer__lr": 1.0e38, "optimizer__clip_norm": 0.0, "data__valid": None}
+    raw = configuration(material, tmp_path / "run", teacher, "tp2_and_pp2", **changes)
+    ranks = runs.run_stage(pool, "distill", raw, world=4)
+    assert [rank.value for rank in ranks] == [2] * 4
+    (line,) = ranks[0].stderr.splitlines()
+    assert "is not finite; weights and optimizer are as after step" in line
+    assert not any(rank.stderr for rank in ranks[1:])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 3], ids=["student", "teacher"])
 def test_a_signal_to_one_rank_stops_all_at_a_step(material: Material, teacher: Path, tmp_path: Path, rank: int) -> None:
@@ -127,7 +137,7 @@ def test_a_lost_teacher_rank_stops_all_in_time(
     material: Material, teacher: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     """Rank 3 holds the teacher's last stage; the student's ranks 0 and 1 both wait for what it sends."""
-    limit = 8
+    limit = 20  # long enough for ranks that start slowly
     changes = {"train__steps": 2000, "data__valid": None, "runtime__timeout_seconds": limit}
     raw = configuration(material, tmp_path / "run", teacher, "pp2_and_tp2", **changes)
     with job(["distill", "--config", runs.write_config(raw)], 4, tmp_path / "job") as ranks:
