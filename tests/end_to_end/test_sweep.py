@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_capgap.checkpoint import manifest
 from megatron_capgap.law import records
 from tests.support.processes import ROOT, environment
 from tests.support.runs import STUDENT, TEACHER, Material, files_of, metrics, train_apart
@@ -173,6 +174,31 @@ def test_an_array_task_runs_its_line(killed: dict[str, Any], tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     assert Path(lines[5].split()[1]).stem == "fixed-s1-t2-seed1"
     assert "resumed from" in done.stdout and "fixed-s1-t2-seed1" in done.stdout and "nothing to do" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_lost_record_is_written_anew(killed: dict[str, Any]) -> None:
+    """The run itself is over: it is opened, finds nothing to do, and leaves the same record."""
+    path = killed["out"] / "runs" / "fixed-s1-t2-seed1" / "record.json"
+    before = path.read_text()
+    path.unlink()
+    code, said, _ = call(killed["file"], "--run")
+    assert code == 0 and "8 of 9 runs are finished already" in said and path.read_text() == before
+
+
+@pytest.mark.slow
+def test_sigterm_saves_the_current_run_and_stops(material: Material, tmp_path: Path) -> None:
+    long = grid(material, tmp_path / "work", rows=[{"init": "random", "students": ["s1"], "seeds": [1]}])
+    long["teach"]["train"]["steps"] = 2000
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(long))
+    first = tmp_path / "work" / "runs" / "teacher-t1"
+    with sweep(tmp_path / "grid.yaml", "--run") as process:
+        wait_for(lambda: len(metrics(first)) > 2, process)
+        process.send_signal(signal.SIGTERM)
+        said, _ = process.communicate(timeout=60)
+        assert process.returncode == 130 and "stopped; the same command goes on from teacher-t1" in said
+    assert 2 < json.loads((manifest.latest(first) / manifest.MANIFEST).read_text())["step"] < 2000
+    assert [path.name for path in (tmp_path / "work" / "runs").iterdir()] == ["teacher-t1"]
 
 
 def test_keys_that_are_no_configuration_are_refused(material: Material, tmp_path: Path) -> None:
