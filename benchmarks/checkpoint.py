@@ -8,9 +8,13 @@ from __future__ import annotations
 import argparse
 import shutil
 import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.distributed as dist
@@ -37,7 +41,7 @@ def measure(folder: Path, mib: int) -> dict[str, float]:
     manifest = Manifest(1, 1, 1, shape, "", "", "adapt", 0, (1, 1, 1, world), 8)
     seconds: dict[str, list[float]] = {"write": [], "list": [], "verify": []}
 
-    def timed(name: str, work) -> None:
+    def timed(name: str, work: Callable[[], None]) -> None:
         dist.barrier()
         start = time.perf_counter()
         work()

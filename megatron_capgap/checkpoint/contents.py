@@ -5,6 +5,7 @@ Each rank sums the files that it wrote, and checks its share of them: no rank re
 
 from __future__ import annotations
 
+import heapq
 import os
 import stat
 import zlib
@@ -126,10 +127,10 @@ def _listed(folder: Path) -> dict[str, Sum]:
 
 def _share(listed: Mapping[str, Sum], rank: int, world: int) -> list[str]:
     """This rank's files: the largest are dealt out first, each to the rank that has least to read."""
-    loads, mine = [0] * world, []
+    readers, mine = [(0, reader) for reader in range(world)], []
     for name in sorted(listed, key=lambda name: (-listed[name].size, name)):
-        reader = loads.index(min(loads))
-        loads[reader] += max(1, listed[name].size)
+        load, reader = readers[0]
+        heapq.heapreplace(readers, (load + max(1, listed[name].size), reader))
         if reader == rank:
             mine.append(name)
     return mine

@@ -33,6 +33,7 @@ def write_state(folder: Path, state: ShardedStateDict) -> None:
         UserError: a file could not be written; on every rank alike.
     """
     sharded, common = save_preprocess(state)
+    # What Megatron-Core's own strategy for PyTorch's format does, up to its writer.
     by_key, _, _ = strategy._replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
     entries = strategy.mcore_to_pyt_state_dict(by_key)
     planner = strategy.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)

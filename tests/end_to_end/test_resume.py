@@ -1,5 +1,6 @@
 """Killed and started again: the same numbers as a run that nobody stopped."""
 
+import importlib
 import os
 import signal
 from functools import partial
@@ -37,18 +38,19 @@ def kill_myself_after(step: int, words: list[str]) -> int:
     return main(words)
 
 
-def kill_myself_while_saving(step: int, words: list[str]) -> int:
-    """Runs a command on a rank that dies by SIGKILL when all shards of a step are written, but not their manifest."""
-    from megatron_capgap.checkpoint import manifest
+def kill_myself_in_the_second_save(moment: str, words: list[str]) -> int:
+    """Runs a command on a rank that dies by SIGKILL just before it does one part of its second save."""
+    module, name = moment.split()
+    module = importlib.import_module(f"megatron_capgap.{module}")
+    part, saves = getattr(module, name), []
 
-    write = manifest.write
-
-    def write_or_die(content: manifest.Manifest, folder: Path) -> None:
-        if content.step == step:
+    def part_or_death(*arguments: Any) -> Any:
+        saves.append(arguments)
+        if len(saves) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        write(content, folder)
+        return part(*arguments)
 
-    manifest.write = write_or_die
+    setattr(module, name, part_or_death)
     return main(words)
 
 
@@ -144,14 +146,23 @@ def test_the_newest_checkpoints_stay(pool: WorkerPool, material: Material, tmp_p
     assert (run_dir / "latest").read_text() == "step_5\n"
 
 
+MOMENTS = ("checkpoint.shards write_state", "checkpoint.contents seal", "checkpoint.manifest write")
+MOMENTS += ("checkpoint.manifest put_in_place", "checkpoint.manifest point_at")
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_a_save_that_is_killed_leaves_the_older_checkpoint(
-    pool: WorkerPool, material: Material, tmp_path: Path
+    pool: WorkerPool, material: Material, tmp_path: Path, moment: str
 ) -> None:
     changes = {"train__steps": 6, "checkpoint__every": 2, "data__valid": None}
     unbroken = runs.train(pool, "adapt", runs.adapt_config(material, tmp_path / "unbroken", **changes))
     broken = runs.adapt_config(material, tmp_path / "broken", **changes)
-    run_and_lose(pool, partial(kill_myself_while_saving, 4, ["adapt", "--config", runs.write_config(broken)]), 1)
-    assert runs.checkpoints(tmp_path / "broken") == [".step_4.incomplete", "step_2"]
+    words = ["adapt", "--config", runs.write_config(broken)]
+    run_and_lose(pool, partial(kill_myself_in_the_second_save, moment, words), 1)
+    named = moment.endswith("point_at")
+    assert runs.checkpoints(tmp_path / "broken") == (
+        ["step_2", "step_4"] if named else [".step_4.incomplete", "step_2"]
+    )
     assert (tmp_path / "broken" / "latest").read_text() == "step_2\n"
     runs.train(pool, "adapt", broken)
     assert runs.checkpoints(tmp_path / "broken") == ["step_4", "step_6"]
