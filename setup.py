@@ -11,7 +11,8 @@ CORE = [
     "torch>=2.5",
     "megatron-core>=0.16,<0.17",  # the range the tests run against; 0.17 moves internals that the CPU device patches
     "numpy",
-    "psutil",
+    "psutil",  # Megatron's checkpoint writer imports it
+    "jinja2",  # chat templates
     "einops",  # Megatron's process grids import it
     "pydantic>=2.11",
     "pyyaml",

@@ -136,8 +136,8 @@ def _batches(ground: Ground, samples: pretrain.SampleSequence, done: int) -> lis
     """This data-parallel rank's micro-batches of the global batch after `done`: which samples share one does not depend
     on the layout."""
     numbers = global_batch_samples(done, ground.resolved.global_batch)
-    size_, grid = ground.config.train.micro_batch, ground.grid
-    return list(micro_batches(samples, numbers, size_, grid.data_rank, grid.data_size, ground.device.torch_device))
+    rows, grid = ground.config.train.micro_batch, ground.grid
+    return list(micro_batches(samples, numbers, rows, grid.data_rank, grid.data_size, ground.device.torch_device))
 
 
 def _loss(ground: Ground, hidden: Tensor, head: Tensor, batch: MicroBatch) -> Tensor:
