@@ -121,6 +121,16 @@ def check(folder: Path, files: frozenset[str]) -> None:
         UserError: there is something in it that a checkpoint does not need.
     """
     index = read_metadata(folder)
+    try:
+        _walk(folder, files, index)
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        # Harmless names in places where no checkpoint has them.
+        raise _hostile(folder / METADATA, error) from None
+
+
+def _walk(folder: Path, files: frozenset[str], index: Index) -> None:
     if outside := sorted(set(map(str, index.lengths())) - files):
         raise UserError(
             f"{folder / METADATA}: speaks of {outside[0]!r}, which is no file of this checkpoint; "

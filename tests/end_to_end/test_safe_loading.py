@@ -155,6 +155,11 @@ def rename_to_scales(folder: Path, content: bytes) -> None:
     change_metadata(folder, add)
 
 
+def nonsense(folder: Path, evil: Evil) -> None:
+    """Sound names, but a number where a place should be."""
+    change_metadata(folder, lambda metadata: metadata.storage_data.update({"a": 1}))
+
+
 def file_outside(folder: Path, evil: Evil) -> None:
     """`.metadata` speaks of a file in another folder, which holds the right tensors."""
     outside = folder.parents[3] / "secret.distcp"
@@ -184,6 +189,7 @@ CRAFTED: dict[Callable[[Path, Evil], None], str] = {
     evil_scales: "posix.mkdir",
     evil_around_scales: "holds what no checkpoint needs",
     evil_tensor_within_scales: "holds what no checkpoint needs",
+    nonsense: "holds what no checkpoint needs",
     file_outside: "secret.distcp', which is no file of this checkpoint",
     link_outside: "__0_0.distcp: ",
 }
@@ -223,8 +229,8 @@ def test_no_code_runs_and_nothing_is_loaded(
         stage, config = "adapt", runs.adapt_config(material, run_dir, **{**CHANGES, "train__steps": 3})
     else:
         stage, config = "distill", runs.distill_config(material, tmp_path / "taught", run_dir, **CHANGES)
-    (rank,) = runs.run_stage(pool, stage, config)
-    assert rank.value == 2, rank
+    rank, other = runs.run_stage(pool, stage, config, world=2)
+    assert rank.value == other.value == 2, rank
     *_, line = rank.stderr.splitlines()
     assert line.startswith("capgap: error: ") and CRAFTED[crafted] in line
     assert not marker.exists()
