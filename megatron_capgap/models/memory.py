@@ -21,8 +21,9 @@ _CHUNK_TOKENS = 512  # the losses' own default
 # data-parallel rank, then copies of them on their way to the file.
 _SAVED_BYTES, _SAVING_BUFFERS = 36, 16 << 20
 # On a CPU glibc serves blocks below 4 MiB from its heap, where a freed aligned block rarely fits the next request:
-# measured, every byte alive there holds 0.6 to 1.4 more after a few steps; the gaps then grow slowly.
-_HEAP_BLOCK, _HEAP_WASTE = 4 << 20, 1.0
+# measured, every byte alive there holds about one more, and under sequence parallelism, where gathered copies come and
+# go between what stays, almost two.
+_HEAP_BLOCK, _HEAP_WASTE, _HEAP_WASTE_OF_SEQUENCE = 4 << 20, 1.0, 1.75
 _WORKSPACE = 16 << 20
 
 
@@ -125,7 +126,7 @@ def _of_stage(
         backward_pass=backward * tokens * width,
         loss=_loss(student, teacher, layout, tokens, width) if last else 0,
         fp8_copies=_fp8_copies(precision, student, layout, trains=True),
-        heap=_heap([*kept, *[student.ffn // layout.tensor] * 6], tokens * width),
+        heap=_heap([*kept, *[student.ffn // layout.tensor] * 6], tokens * width, layout),
         workspace=_WORKSPACE,
         saving=_SAVED_BYTES * held + _SAVING_BUFFERS,
     )
@@ -151,7 +152,7 @@ def _of_scoring(config: Config, teacher: ModelShape, world: int, pipeline_rank: 
         backward_pass=backward * tokens * width,
         loss=_logits(teacher, layout, tokens) + tokens * teacher.hidden * width if last else 0,
         fp8_copies=_fp8_copies(precision, teacher, layout, trains=bool(kept)),
-        heap=_heap([*kept, *[teacher.ffn // layout.tensor] * 6], tokens * width),
+        heap=_heap([*kept, *[teacher.ffn // layout.tensor] * 6], tokens * width, layout),
         workspace=_WORKSPACE,
     )
 
@@ -291,10 +292,11 @@ def _layers_in_flight(layout: Layout, micro_batches: int, pipeline_rank: int, la
     return min(chunks, micro_batches * layout.virtual_pipeline) * on_stage // layout.virtual_pipeline
 
 
-def _heap(widths: list[int], bytes_a_column: int) -> int:
+def _heap(widths: list[int], bytes_a_column: int, layout: Layout) -> int:
     """What glibc's heap holds beyond the tensors that live in it."""
     sizes = [width * bytes_a_column for width in widths]
-    return int(_HEAP_WASTE * sum(nbytes for nbytes in sizes if nbytes < _HEAP_BLOCK))
+    waste = _HEAP_WASTE_OF_SEQUENCE if layout.sequence else _HEAP_WASTE
+    return int(waste * sum(nbytes for nbytes in sizes if nbytes < _HEAP_BLOCK))
 
 
 def _loss(student: ModelShape, teacher: ModelShape | None, layout: Layout, tokens: int, width: int) -> int:

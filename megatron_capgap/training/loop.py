@@ -90,6 +90,7 @@ def train(run: Run) -> None:
                 _skip(run, done + 1, skipped, bad)
                 result = None
             done += 1
+            run.device.between_steps()
             if result is not None:
                 _report(run, done, result, meter)
             signal = stop.agreed()

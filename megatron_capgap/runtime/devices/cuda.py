@@ -53,5 +53,6 @@ def prepare(local_rank: int, precisions: Sequence[Precision]) -> Device:
         ),
         peak_memory=torch.cuda.max_memory_allocated,
         release_memory=torch.cuda.empty_cache,
+        between_steps=lambda: None,
         tune_optimizer=lambda optimizer: None,
     )

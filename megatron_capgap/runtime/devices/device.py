@@ -49,6 +49,8 @@ class Device:
     """Peak bytes of this process on the device since it started."""
     release_memory: Callable[[], None]
     """Gives memory that the allocator keeps for later back to the system."""
+    between_steps: Callable[[], None]
+    """Called after each step: keeps the memory of a long run what it was in a short one."""
     tune_optimizer: Callable[[torch.optim.Optimizer], None]
     """Switches on what this device can fuse in the optimizer Megatron made."""
 
