@@ -28,7 +28,7 @@ Answer = TypeVar("Answer")
 _PATIENCE = timedelta(days=365)
 FAILED = 2**31 - 1
 """What a world says that has given up; above every signal's number and every step's."""
-_GLANCE, _LINGER = timedelta(seconds=1), timedelta(seconds=8)
+_GLANCE, _LINGER = timedelta(seconds=1), timedelta(seconds=4)
 _REASON, _BLAME = "reason", "blame"
 
 
