@@ -19,6 +19,7 @@ from megatron_capgap.checkpoint import manifest as manifests
 from megatron_capgap.checkpoint import safe, sealed
 from megatron_capgap.checkpoint.manifest import Damaged
 from megatron_capgap.config.errors import UserError
+from megatron_capgap.runtime.launch import on_every_rank, on_first_rank
 
 CONTENTS = "contents.json"
 _BLOCK = 1 << 20
@@ -65,7 +66,7 @@ def seal(folder: Path) -> None:
         mine = [*folder.glob(f"__{rank}_*"), *([folder / name for name in safe.MARKS] if rank == 0 else [])]
         return {file.name: sum_of(file) for file in mine}
 
-    everywhere = {name: one for part in _together(sums) for name, one in part.items()}
+    everywhere = {name: one for part in on_every_rank(lambda: _on_disk(sums)) for name, one in part.items()}
 
     def write() -> None:
         for name, length in safe.read_metadata(folder).lengths().items():
@@ -75,7 +76,15 @@ def seal(folder: Path) -> None:
         files = {name: list(everywhere[name]) for name in sorted(everywhere)}
         sealed.write(folder / CONTENTS, {"files": files})
 
-    _together(write if rank == 0 else lambda: None)
+    on_first_rank(lambda: _on_disk(write))
+
+
+def _on_disk(work: Callable[[], Answer]) -> Answer:
+    """Names the file that a work could not read or write; what is to be done the one who saves knows better."""
+    try:
+        return work()
+    except OSError as error:
+        raise UserError(f"{error.filename or 'file system'}: {error.strerror or error}") from error
 
 
 def verify(folder: Path) -> None:
@@ -92,9 +101,9 @@ def verify(folder: Path) -> None:
         for name in _share(listed, dist.get_rank(), dist.get_world_size()):
             _check_file(folder / name, listed[name])
 
-    _together(check)
+    on_every_rank(check)
     # Only now, for a damaged pickle would read as a hostile one.
-    _together((lambda: safe.check(folder, frozenset(_listed(folder)))) if dist.get_rank() == 0 else lambda: None)
+    on_first_rank(lambda: safe.check(folder, frozenset(_listed(folder))))
 
 
 def _check_file(file: Path, wanted: Sum) -> None:
@@ -134,20 +143,3 @@ def _share(listed: Mapping[str, Sum], rank: int, world: int) -> list[str]:
         if reader == rank:
             mine.append(name)
     return mine
-
-
-def _together(work: Callable[[], Answer]) -> list[Answer]:
-    """Does each rank's part and gives all answers to all ranks; what fails on one fails on all. Collective."""
-    answer: tuple[Answer | None, type[UserError] | None, str] = (None, None, "")
-    try:
-        answer = (work(), None, "")
-    except UserError as error:
-        answer = (None, Damaged if isinstance(error, Damaged) else UserError, str(error))
-    except OSError as error:
-        answer = (None, UserError, f"{error.filename or 'file system'}: {error.strerror or error}")
-    everywhere: list[tuple[Answer, type[UserError] | None, str]] = [answer] * dist.get_world_size()  # type: ignore[list-item]
-    dist.all_gather_object(everywhere, answer)
-    for _, kind, reason in everywhere:
-        if kind is not None:
-            raise kind(reason)
-    return [value for value, _, _ in everywhere]

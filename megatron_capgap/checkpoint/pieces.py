@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_capgap.checkpoint import contents, safe, shards
-from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.errors import UserError, in_one_line
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Reader:
         try:
             self._reader.read_data(LoadPlan(items), _Reading(target)).wait()
         except (OSError, RuntimeError, ValueError, EOFError) as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = in_one_line(error, 200)
             raise UserError(
                 f"{self._folder}: {piece.entry.key} cannot be read ({reason}); use another checkpoint"
             ) from None

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 
 from megatron_capgap.checkpoint.manifest import Damaged
-from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.errors import UserError, in_one_line
 
 METADATA = ".metadata"
 COMMON = "common.pt"
@@ -106,7 +106,7 @@ def read_metadata(folder: Path) -> Index:
     except _ForbiddenName as error:
         raise _hostile(path, error) from None
     except Exception as error:  # a damaged pickle raises anything
-        raise Damaged(f"{path}: cannot be read ({_line(error)}); use another checkpoint") from None
+        raise Damaged(f"{path}: cannot be read ({in_one_line(error, 200)}); use another checkpoint") from None
     return Index(metadata)
 
 
@@ -167,10 +167,6 @@ def _check_scales(file: Path, place: _StorageInfo) -> None:
 
 def _hostile(file: Path, reason: object) -> UserError:
     return UserError(
-        f"{file}: holds what no checkpoint needs ({_line(reason)}) and was not loaded, for loading it could run "
-        "a stranger's code; use one that this project wrote"
+        f"{file}: holds what no checkpoint needs ({in_one_line(reason, 200)}) and was not loaded, for loading it could "
+        "run a stranger's code; use one that this project wrote"
     )
-
-
-def _line(reason: object) -> str:
-    return " ".join(str(reason).split())[:200] or type(reason).__name__

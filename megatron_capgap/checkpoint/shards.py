@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_capgap.checkpoint import contents, safe
-from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.errors import UserError, in_one_line
 
 
 def write_state(folder: Path, state: ShardedStateDict) -> None:
@@ -58,7 +58,7 @@ def write(folder: Path, entries: Mapping[str, Any], planner: SavePlanner, common
         rank, (reason, _) = next(iter(error.failures.items()))
         if not isinstance(reason, OSError | RuntimeError | UserError):
             raise
-        what = getattr(reason, "strerror", None) or " ".join(str(reason).split())[:200]
+        what = getattr(reason, "strerror", None) or in_one_line(reason, 200)
         where = getattr(reason, "filename", None) or folder
         raise UserError(f"{where}: rank {rank} could not write its part ({what}); free space or mend it") from error
     contents.seal(folder)

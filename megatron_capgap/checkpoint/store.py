@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_capgap.checkpoint import contents, shards
 from megatron_capgap.checkpoint import manifest as manifests
 from megatron_capgap.checkpoint.manifest import Manifest
-from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.errors import UserError, in_one_line
 from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.models import size
 from megatron_capgap.models.gpt import unwrap
@@ -122,11 +122,14 @@ def load_head(
     return _load(state, folder).get("head")
 
 
-def load_training(folder: Path, chunks: Sequence[torch.nn.Module], grid: Grid, optimization: Optimization) -> None:
+def load_training(folder: Path, chunks: Sequence[torch.nn.Module], grid: Grid, optimization: Optimization) -> Manifest:
     """Fills model, optimizer, schedule, FP8 scales and random state from a checkpoint. Collective.
 
     In the layout that wrote it the run goes on to the last digit; in another one weights and optimizer are the same and
     dropout draws from new random streams.
+
+    Returns:
+        What the checkpoint says of itself.
 
     Raises:
         Damaged: a file of the checkpoint is not what was written; nothing of it was used. On every rank alike.
@@ -143,6 +146,7 @@ def load_training(folder: Path, chunks: Sequence[torch.nn.Module], grid: Grid, o
     optimization.load(loaded["optimizer"], manifest.step, manifest.step - manifest.skipped)
     if same_ranks:
         _set_random_state(loaded["random"])
+    return manifest
 
 
 def chunks_device(chunks: Sequence[torch.nn.Module]) -> str:
@@ -182,7 +186,7 @@ def _load(state: ShardedStateDict, folder: Path) -> dict[str, Any]:
 
 
 def _unfit(folder: Path, error: BaseException) -> UserError:
-    reason = " ".join(str(error).split()) or type(error).__name__
+    reason = in_one_line(error)
     return UserError(f"{folder}: does not hold what the model needs ({reason}); use a checkpoint of the model's shape")
 
 

@@ -22,3 +22,13 @@ class ConfigError(UserError):
     def __init__(self, problems: list[str]) -> None:
         self.problems = list(problems)
         super().__init__("\n".join(self.problems))
+
+    def __reduce__(self) -> tuple[type, tuple[list[str]]]:
+        """Ranks hand errors to each other."""
+        return ConfigError, (self.problems,)
+
+
+def in_one_line(reason: object, most: int | None = None) -> str:
+    """What a library says of an error, in one line of at most so many characters; the kind of error where it says
+    nothing."""
+    return " ".join(str(reason).split())[:most] or type(reason).__name__

@@ -21,7 +21,7 @@ from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.conversion import card, plan, tokenizer
 from megatron_capgap.conversion.family import Family
 from megatron_capgap.conversion.importing import CARRIED, GENERATION, Progress
-from megatron_capgap.conversion.output import on_every_rank, refuse_existing, refuse_to_lose, replacing
+from megatron_capgap.conversion.output import refuse_existing, refuse_to_lose, replacing
 from megatron_capgap.conversion.plan import Target
 from megatron_capgap.conversion.registry import FAMILIES
 from megatron_capgap.conversion.safetensors import Writer
@@ -29,7 +29,7 @@ from megatron_capgap.conversion.source import listed, read_config, read_json
 from megatron_capgap.models import packing
 from megatron_capgap.models.projections import PREFIX
 from megatron_capgap.runtime.devices import Device
-from megatron_capgap.runtime.launch import on_first_rank
+from megatron_capgap.runtime.launch import on_every_rank, on_first_rank
 
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 # What else a training run keeps in a checkpoint.

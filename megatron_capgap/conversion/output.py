@@ -38,27 +38,6 @@ def replacing(out: Path, ours: Callable[[Path], bool], *, force: bool) -> Iterat
         raise
 
 
-def on_every_rank(work: Callable[[], None]) -> None:
-    """Does each rank's own work; what fails on one fails on all, before they wait for each other. Collective.
-
-    Raises:
-        UserError: the first rank's reason that had one.
-    """
-    reason = None
-    try:
-        work()
-    except UserError as error:
-        reason = str(error)
-    except OSError as error:
-        reason = (
-            f"{error.filename or 'file system'}: {error.strerror or error}; free space or mend it, then start again"
-        )
-    reasons: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(reasons, reason)
-    if found := [one for one in reasons if one is not None]:
-        raise UserError(found[0])
-
-
 def refuse_existing(out: Path, ours: Callable[[Path], bool], force: bool) -> None:
     """Refuses a place that is taken.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_capgap.checkpoint import manifest as manifests
 from megatron_capgap.checkpoint import store
 from megatron_capgap.config import derive
-from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.errors import UserError, in_one_line
 from megatron_capgap.config.schema import Layout, ModelShape, Precision
 from megatron_capgap.conversion.family import Family
 from megatron_capgap.conversion.source import open_source
@@ -139,7 +139,7 @@ def _transformers(hf: Path, family: Family, ids: Tensor) -> _Trace:
     try:  # the files' own numbers, whatever type config.json speaks of
         model, info = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, output_loading_info=True, **how)
     except Exception as error:  # its checks of a configuration raise classes of many kinds
-        reason = " ".join(str(error).split())[:300]
+        reason = in_one_line(error, 300)
         raise UserError(f"{hf}: transformers does not load it ({reason}); mend the folder") from error
     if wrong := sorted([*info["missing_keys"], *info["unexpected_keys"]]):
         raise UserError(f"{hf}: transformers finds {', '.join(wrong)} missing or unexpected; give a whole model")

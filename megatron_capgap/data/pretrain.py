@@ -19,7 +19,7 @@ import numpy as np
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
-from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.errors import UserError, in_one_line
 from megatron_capgap.config.schema import Data
 from megatron_capgap.data import indexed
 from megatron_capgap.data.order import Order, training_order, validation_order
@@ -158,7 +158,7 @@ def _refuse_pickles(entry: Path) -> None:
             np.load(file, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{file}: is no array of numbers ({' '.join(str(error).split())}); remove {entry}, it is built anew"
+                f"{file}: is no array of numbers ({in_one_line(error)}); remove {entry}, it is built anew"
             ) from None
 
 

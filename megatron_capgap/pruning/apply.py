@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_capgap.checkpoint import pieces as storage
 from megatron_capgap.checkpoint.pieces import Entry, Piece, Reader
@@ -43,7 +42,8 @@ def apply(checkpoint: Path, plan: Plan, staged: Path) -> None:
         staged: an empty folder.
 
     Raises:
-        UserError: the checkpoint does not hold what its words say, or cannot be read.
+        UserError: the checkpoint does not hold what its words say or cannot be read, or a file cannot be written; on
+            every rank alike.
     """
     cutting = _Cutting(checkpoint, plan)
     pieces = [
@@ -53,10 +53,7 @@ def apply(checkpoint: Path, plan: Plan, staged: Path) -> None:
         for piece in storage.blocks(entry, layer)
     ]
     mine = storage.share(pieces, dist.get_rank(), dist.get_world_size())
-    try:
-        storage.write(staged, mine, cutting)
-    except CheckpointException as error:  # torch's; gathers what went wrong on any rank, on every rank
-        raise UserError(f"{staged}: {next(iter(error.failures.values()))[0]}") from error
+    storage.write(staged, mine, cutting)
 
 
 def axes_of(shape: ModelShape) -> dict[str, Axes]:

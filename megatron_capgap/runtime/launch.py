@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 from megatron_capgap.config.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
+
     from megatron_capgap.runtime.devices import Device
 
 Answer = TypeVar("Answer")
@@ -139,7 +141,7 @@ def join(environment: Environment, device: Device, timeout_seconds: int) -> None
     if dist.is_initialized():
         assert dist.get_world_size() == environment.world
         return
-    port = environment.master_port if environment.world > 1 else _free_port()
+    port = environment.master_port if environment.world > 1 else free_port()
     dist.init_process_group(
         device.backend,
         init_method=f"tcp://{environment.master_addr}:{port}",
@@ -168,30 +170,63 @@ def abandon(error: Exception) -> NoReturn:
 
 
 def on_first_rank(work: Callable[[], Answer]) -> Answer:
-    """Runs `work` on rank 0 while the others wait, and gives its answer to all of them.
+    """Runs `work` on rank 0 while the others wait, and gives its answer to all of them. Collective.
 
     Args:
         work: returns something that can be pickled. A `UserError` it raises is raised on every rank.
     """
     import torch.distributed as dist
 
-    answer: list[object] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            answer[0] = work()
-        except UserError as error:
-            answer[1] = str(error)
-        except OSError as error:  # a full or broken disk: the others must not wait for an answer
-            answer[1] = (
-                f"{error.filename or 'file system'}: {error.strerror or error}; free space or mend it, then start again"
-            )
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise UserError(str(answer[1]))
-    return answer[0]  # type: ignore[return-value]
+    outcome = [_outcome(work) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(outcome, src=0)
+    error, answer = outcome[0]  # type: ignore[misc]
+    if error is not None:
+        raise error
+    return answer  # type: ignore[return-value]
 
 
-def _free_port() -> int:
+def on_every_rank(work: Callable[[], Answer]) -> list[Answer]:
+    """Does each rank's own work and gives all answers to all ranks. Collective.
+
+    What fails on one rank fails on all, before they wait for each other: the first `UserError` is raised on every rank.
+    """
+    import torch.distributed as dist
+
+    outcomes: list[tuple[UserError | None, Answer | None]] = [(None, None)] * dist.get_world_size()
+    dist.all_gather_object(outcomes, _outcome(work))
+    for error, _ in outcomes:
+        if error is not None:
+            raise error
+    return [answer for _, answer in outcomes]  # type: ignore[misc]
+
+
+def _outcome(work: Callable[[], Answer]) -> tuple[UserError | None, Answer | None]:
+    try:
+        return None, work()
+    except UserError as error:
+        return error, None
+    except OSError as error:  # a full or broken disk: the others must not wait for an answer
+        name, what = error.filename or "file system", error.strerror or error
+        return UserError(f"{name}: {what}; free space or mend it, then start again"), None
+
+
+def largest_in_world(number: int, device: torch.device) -> int:
+    """The largest of a number over the ranks of the default process group. Collective.
+
+    Args:
+        number: this rank's.
+        device: where the group's tensors live.
+    """
+    import torch
+    import torch.distributed as dist
+
+    value = torch.tensor(number, device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return int(value)
+
+
+def free_port() -> int:
+    """A port of this host that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -133,6 +133,14 @@ class Log:
             self.say(f"step {step}/{total}  {line}")
 
 
+def evaluation_after(run_dir: Path, step: int) -> dict[str, Any] | None:
+    """The last entry of metrics.jsonl with the held-out loss after a step; None where there is none. Rank 0 only."""
+    path = run_dir / "metrics.jsonl"
+    entries = map(json.loads, path.read_text().splitlines()) if path.is_file() else ()
+    found = [entry for entry in entries if entry["step"] == step and "valid_loss" in entry]
+    return found[-1] if found else None
+
+
 def drop_metrics_after(run_dir: Path, step: int) -> None:
     """Cuts off what a killed run recorded beyond its last checkpoint, and a line it did not finish. Rank 0 only."""
     path = run_dir / "metrics.jsonl"

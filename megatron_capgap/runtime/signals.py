@@ -7,7 +7,8 @@ from collections.abc import Callable
 from types import FrameType
 
 import torch
-import torch.distributed as dist
+
+from megatron_capgap.runtime.launch import largest_in_world
 
 WATCHED = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -21,7 +22,7 @@ class StopRequest:
     """
 
     def __init__(self, device: torch.device, largest: Callable[[int], int] | None = None) -> None:
-        self._largest = largest or (lambda number: _largest_in_world(number, device))
+        self._largest = largest or (lambda number: largest_in_world(number, device))
         self.seen = 0
         """The number of the last signal that this rank has received; 0 for none."""
         self._previous: dict[int, object] = {}
@@ -42,9 +43,3 @@ class StopRequest:
         """The signal that any rank has received, by name, or None. Collective: one all-reduce of one number."""
         number = self._largest(self.seen)
         return signal.Signals(number).name if number else None
-
-
-def _largest_in_world(number: int, device: torch.device) -> int:
-    value = torch.tensor(number, dtype=torch.int32, device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return int(value)

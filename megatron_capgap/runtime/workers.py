@@ -9,13 +9,14 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
+
+from megatron_capgap.runtime.launch import free_port
 
 Command = Callable[[Sequence[str]], int]
 CRASHED = 70
@@ -49,7 +50,7 @@ class Workers:
         """
         while len(self._ranks) < self._world:
             self._start(len(self._ranks))
-        port = _free_port()
+        port = free_port()
         for _, pipe, _ in self._ranks:
             pipe.send((list(words), str(output), port))
         codes = []
@@ -135,9 +136,3 @@ def _write_into(output: str) -> None:
     for stream in (1, 2):
         os.dup2(file, stream)
     os.close(file)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

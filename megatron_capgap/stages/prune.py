@@ -6,8 +6,6 @@ import shutil
 from dataclasses import replace
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_capgap.checkpoint import manifest as manifests
@@ -34,6 +32,7 @@ from megatron_capgap.runtime.signals import StopRequest
 from megatron_capgap.stages import common
 from megatron_capgap.stages.common import Ground
 from megatron_capgap.stages.resolve import Resolved, Source
+from megatron_capgap.training.loop import peak_memory
 
 
 def run(loaded: Loaded, environment: Environment, device: Device) -> int:
@@ -196,14 +195,9 @@ def _report(ground: Ground, plan: Plan) -> None:
     for name, count in (("parameters", size.parameters), ("non-embedding", size.non_embedding_parameters)):
         rows.append((name, f"{count(before):,}", f"{count(after):,}"))
     ground.log.table(f"pruned: {ground.run_dir}/checkpoints/step_0", ("", "teacher", "student"), rows)
-    above = torch.tensor(ground.device.peak_memory() - ground.memory_at_start, device=ground.device.torch_device)
-    dist.all_reduce(above, op=dist.ReduceOp.MAX)
-    resolved, on_cpu = ground.resolved, ground.device.name == "cpu"
-    need = memory.estimate(ground.config, "prune", after, before, resolved.world, on_cpu=on_cpu)
-    ground.log.say(
-        f"peak memory of the fullest rank {above / 2**20:.0f} MiB above start-up, estimated "
-        f"{need.total / 2**20:.0f} MiB for the scores"
-    )
+    on_cpu = ground.device.name == "cpu"
+    need = memory.estimate(ground.config, "prune", after, before, ground.resolved.world, on_cpu=on_cpu)
+    ground.log.say(f"{peak_memory(ground.device, ground.memory_at_start, need.total)} for the scores")
 
 
 def _wanted(resolved: Resolved) -> Prune:

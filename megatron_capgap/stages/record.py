@@ -12,6 +12,7 @@ from megatron_capgap.config.files import write_atomically
 from megatron_capgap.config.schema import Config, Objective
 from megatron_capgap.law.records import Record
 from megatron_capgap.models import size
+from megatron_capgap.runtime.logging import evaluation_after
 from megatron_capgap.stages.resolve import Resolved
 
 RECORD = "record.json"
@@ -27,12 +28,10 @@ def write(resolved: Resolved) -> str:
     if not resolved.config.data.valid:
         return "no record for the law: data.valid names no held-out text"
     # Read from disk, for the run may have been stopped between its last evaluation and the record.
-    path = run_dir / "metrics.jsonl"
-    entries = map(json.loads, path.read_text().splitlines()) if path.is_file() else ()
-    last = [entry for entry in entries if entry["step"] == steps and "valid_loss" in entry][-1:]
-    if not last or steps not in manifest.steps_in(run_dir):
+    last = evaluation_after(run_dir, steps)
+    if last is None or steps not in manifest.steps_in(run_dir):
         return "no record for the law yet: the run has not come to its end"
-    record = describe(resolved, last[0]["valid_loss"], last[0].get("valid_tokens"))
+    record = describe(resolved, last["valid_loss"], last.get("valid_tokens"))
     write_atomically(run_dir / RECORD, record.line())
     return f"record for the law: {run_dir / RECORD}"
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
@@ -23,7 +20,7 @@ from megatron_capgap.losses import Loss
 from megatron_capgap.runtime import launch
 from megatron_capgap.runtime.devices import Device
 from megatron_capgap.runtime.layout import Grid
-from megatron_capgap.runtime.logging import Log, Meter, count
+from megatron_capgap.runtime.logging import Log, Meter, count, evaluation_after
 from megatron_capgap.runtime.signals import StopRequest
 from megatron_capgap.training.evaluate import evaluate
 from megatron_capgap.training.optimizer import Optimization
@@ -102,11 +99,21 @@ def train(run: Run) -> None:
             if signal:
                 log.say(f"stopped by {signal} after step {done} of {steps}; the same command goes on from there")
                 return
-    above = torch.tensor(run.device.peak_memory() - run.memory_at_start, device=run.device.torch_device)
-    dist.all_reduce(above, op=dist.ReduceOp.MAX)
-    log.say(
-        f"finished: {steps} steps, checkpoint {run.run_dir}/checkpoints/step_{steps}; peak memory of the fullest rank "
-        f"{above / 2**20:.0f} MiB above start-up, estimated {run.memory_estimate / 2**20:.0f} MiB"
+    used = peak_memory(run.device, run.memory_at_start, run.memory_estimate)
+    log.say(f"finished: {steps} steps, checkpoint {run.run_dir}/checkpoints/step_{steps}; {used}")
+
+
+def peak_memory(device: Device, at_start: int, estimate: int) -> str:
+    """What the fullest rank took, beside what was foreseen, in words. Collective.
+
+    Args:
+        device: of the run.
+        at_start: peak bytes of this process before it built a model.
+        estimate: bytes that --check foresees above that.
+    """
+    above = launch.largest_in_world(device.peak_memory() - at_start, device.torch_device)
+    return (
+        f"peak memory of the fullest rank {above / 2**20:.0f} MiB above start-up, estimated {estimate / 2**20:.0f} MiB"
     )
 
 
@@ -171,14 +178,13 @@ def resume(run: Run) -> Run:
         run.log.warn(reason)
     for folder in folders:
         try:
-            store.load_training(folder, run.chunks, run.grid, run.optimization)
+            found = store.load_training(folder, run.chunks, run.grid, run.optimization)
         except Damaged as error:
             reasons.append(str(error))
             damaged.append(folder)
             run.log.warn(f"{folder.name} is damaged and skipped: {error}")
             continue
         launch.on_first_rank(lambda: _make_latest(folder, damaged))  # noqa: B023 (called at once)
-        found = manifests.read(folder)
         run.log.say(f"resumed from {folder}: step {found.step} of {run.config.train.steps}")
         return replace(run, done=found.step, skipped=found.skipped)
     if error := manifests.none_left(run.run_dir, reasons):
@@ -224,9 +230,7 @@ def _due(done: int, every: int, steps: int) -> bool:
 
 def _evaluated(run: Run, done: int) -> bool:
     """Whether metrics.jsonl holds the evaluation after step `done`. Rank 0 only."""
-    path = run.run_dir / "metrics.jsonl"
-    entries = map(json.loads, path.read_text().splitlines()) if path.is_file() else ()
-    return run.valid is None or any(entry["step"] == done and "valid_loss" in entry for entry in entries)
+    return run.valid is None or evaluation_after(run.run_dir, done) is not None
 
 
 def _report(run: Run, done: int, result: StepResult, meter: Meter) -> None:
