@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -95,19 +93,8 @@ def schedules(folder: Path) -> dict[str, Any]:
 
 def start(what: str, ranks: int, folder: Path, steps: int) -> list[dict[str, float]]:
     """Starts one process of one thread a rank; returns every rank's result."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     command = [sys.executable, __file__, "--rank-of", what, "--folder", str(folder), "--steps", str(steps)]
-    processes = []
-    for rank in range(ranks):
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-        processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    outputs = [process.communicate() for process in processes]
-    if any(process.returncode for process in processes):
-        raise SystemExit("\n".join(error for _, error in outputs))
-    return [json.loads(out.split("RESULT ")[1]) for out, _ in outputs]
+    return train_throughput.start(command, ranks, threads=1)
 
 
 def rank_of(what: str, folder: Path, steps: int) -> dict[str, float]:

@@ -101,21 +101,25 @@ def call(command: list[str], folder: Path) -> str:
 
 def run_contender(name: str, ranks: int, folder: Path, steps: int) -> dict[str, float]:
     """Starts one process a rank, each with its share of the threads, and returns rank 0's result."""
+    command = [sys.executable, __file__, "--contender", name, "--folder", str(folder), "--steps", str(steps)]
+    answers = start(command, ranks, threads=max(1, 2 // ranks))
+    return {**answers[0], "peak": max(answer["peak"] for answer in answers)}
+
+
+def start(command: list[str], ranks: int, threads: int) -> list[dict[str, float]]:
+    """Starts one process a rank, and returns what each has printed behind RESULT."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, __file__, "--contender", name, "--folder", str(folder), "--steps", str(steps)]
-    threads = str(max(1, 2 // ranks))
     processes = []
     for rank in range(ranks):
-        env = {**os.environ, "OMP_NUM_THREADS": threads, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        env = {**os.environ, "OMP_NUM_THREADS": str(threads), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
         processes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     outputs = [process.communicate() for process in processes]
     if any(process.returncode for process in processes):
         raise SystemExit("\n".join(error for _, error in outputs))
-    answers = [json.loads(out.split("RESULT ")[1]) for out, _ in outputs]
-    return {**answers[0], "peak": max(answer["peak"] for answer in answers)}
+    return [json.loads(out.split("RESULT ")[1]) for out, _ in outputs]
 
 
 def ours(layout: dict[str, object]) -> object:

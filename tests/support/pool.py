@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import pickle
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -21,6 +20,8 @@ from datetime import timedelta
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
+
+from megatron_capgap.runtime.launch import free_port
 
 PRELOADED = [
     "tests.support.on_the_cpu",
@@ -132,7 +133,7 @@ class WorkerPool:
         self._grow(world)
         folder = Path(tempfile.mkdtemp(prefix="capgap-pool-"))
         try:
-            work, port = pickle.dumps((function, args)), _free_port()
+            work, port = pickle.dumps((function, args)), free_port()
             for rank in range(world):
                 call = _Call(work, rank, world, initialise, limit, port, folder, tuple(sys.path))
                 self._workers[rank][1].send_bytes(pickle.dumps(call))
@@ -184,12 +185,6 @@ class WorkerPool:
         if waiting or lost:
             self.close()
         return values, reasons
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _read(file: Path) -> str:

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import megatron_capgap
+from megatron_capgap.runtime.launch import free_port
 
 ROOT = Path(megatron_capgap.__file__).parents[1]
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -22,9 +22,7 @@ class Job:
     def __init__(self, words: Sequence[str], world: int, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
+        port = str(free_port())
         self.ranks = [self._start(words, rank, world, port) for rank in range(world)]
 
     def _start(self, words: Sequence[str], rank: int, world: int, port: str) -> subprocess.Popen[bytes]:
