@@ -254,6 +254,7 @@ def sleep_through(case: Schedule, steps: int) -> dict[str, float]:
     class Batch:
         tokens: torch.Tensor
         position_ids: torch.Tensor
+        attention_mask: None = None
 
     def last_stage(hidden: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, dict]:
         return hidden.sum(), torch.ones((), dtype=torch.int), {}
