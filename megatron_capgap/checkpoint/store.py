@@ -96,7 +96,7 @@ def load_weights(folder: Path, chunks: Sequence[torch.nn.Module], grid: Grid) ->
 
 
 def load_head(
-    folder: Path, shape: ModelShape, grid: Grid, dtype: torch.dtype, device: torch.device
+    folder: Path, shape: ModelShape, grid: Grid, dtype: torch.dtype, device: torch.device, *, verified: bool
 ) -> torch.Tensor | None:
     """A model's LM head alone, cut over the tensor-parallel ranks of any layout. Collective.
 
@@ -105,10 +105,16 @@ def load_head(
         shape: of the model in it.
         grid: the layout that the head is wanted in.
         dtype, device: of the result.
+        verified: whether these ranks have checked the checkpoint already, as loading its weights does.
 
     Returns:
         The local shard `[v/tp, h]`, rows beyond the vocabulary 0, on the layout's last stage; None on the others.
+
+    Raises:
+        UserError: the checkpoint is damaged; on every rank alike.
     """
+    if not verified:
+        contents.verify(folder)
     state: ShardedStateDict = {}
     if grid.on_last_stage:
         rows = size.padded_vocab(shape.vocab, grid.layout.tensor) // grid.layout.tensor

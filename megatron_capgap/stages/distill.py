@@ -143,7 +143,8 @@ def open_head(ground: common.Ground, teacher: Teacher | None) -> Tensor | None:
     if teacher and shape.tied_embeddings and alike:
         return unwrap(teacher.chunks[0]).embedding.word_embeddings.weight  # every rank has it already
     dtype = DTYPES[derive.teacher_precision(config).compute]
-    return store.load_head(source.folder, shape, ground.grid, dtype, ground.device.torch_device)
+    device = ground.device.torch_device
+    return store.load_head(source.folder, shape, ground.grid, dtype, device, verified=teacher is not None)
 
 
 def _hand_off(ground: common.Ground, transport: Transport) -> HandOff:

@@ -81,6 +81,21 @@ def test_resuming_is_exact_and_any_placement_goes_on(
     assert [rank.value for rank in done] == [0] * world and "nothing to do" in done[0].stdout
 
 
+def test_a_damaged_checkpoint_is_skipped_by_both(
+    pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path
+) -> None:
+    """Only the student reads its checkpoints; the teacher goes on from where that leads."""
+    raw = configuration(material, tmp_path / "run", teacher, "1_and_1", data__valid=None, checkpoint__every=2)
+    run_dir = runs.train(pool, "distill", raw, 2)
+    expected = runs.metrics(run_dir)
+    file = next((run_dir / "checkpoints" / "step_4").glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-1])
+    ranks = runs.run_stage(pool, "distill", raw, 2)
+    assert [rank.value for rank in ranks] == [0, 0]
+    assert "step_4 is damaged and skipped" in ranks[0].stderr
+    assert runs.metrics(run_dir) == expected
+
+
 def test_what_stops_one_world_stops_both(pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path) -> None:
     """A damaged teacher, and a run directory that only the student's first rank looks at."""
     damaged = tmp_path / "damaged"
@@ -147,10 +162,10 @@ def test_a_lost_teacher_rank_stops_all_in_time(
         codes = [process.wait(3 * limit) for process in ranks.ranks[:3]]
         assert time.monotonic() - began < 2 * limit + 5, "within twice the time-out, and the time to leave"
         assert all(code not in (0, None) for code in codes), codes
-        for rank in range(2):
-            assert "HandOffError: " in ranks.stderr(rank), ranks.stderr(rank)
-            last = ranks.stderr(rank).strip().splitlines()[-1]
-            assert "from rank 3 to rank" in last and "of sample" in last, last
+        last = [ranks.stderr(rank).strip().splitlines()[-1] for rank in range(2)]
+        named = [line for line in last if "HandOffError: " in line and "from rank 3 to rank" in line]
+        # One that waits in the student's pipeline sees rank 0 leave, and with it the store that has the word.
+        assert named and "of sample" in named[0], last
         assert "the transfer of the teacher's hidden states" in ranks.stderr(2), ranks.stderr(2)
     assert not (tmp_path / "run" / "latest").exists()
 

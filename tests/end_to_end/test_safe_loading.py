@@ -219,7 +219,7 @@ def test_the_crafted_pickle_works(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("crafted", CRAFTED, ids=lambda crafted: crafted.__name__)
-@pytest.mark.parametrize("use", ["resume", "teach"])
+@pytest.mark.parametrize("use", ["resume", "teach", "teach from a rank of its own"])
 def test_no_code_runs_and_nothing_is_loaded(
     pool: WorkerPool, material: Material, sound: Path, tmp_path: Path, use: str, crafted: Callable[[Path, Evil], None]
 ) -> None:
@@ -228,7 +228,8 @@ def test_no_code_runs_and_nothing_is_loaded(
     if use == "resume":
         stage, config = "adapt", runs.adapt_config(material, run_dir, **{**CHANGES, "train__steps": 3})
     else:
-        stage, config = "distill", runs.distill_config(material, tmp_path / "taught", run_dir, **CHANGES)
+        apart = {} if use == "teach" else {"teacher__placement": "disjoint", "teacher__ranks": 1}
+        stage, config = "distill", runs.distill_config(material, tmp_path / "taught", run_dir, **CHANGES, **apart)
     rank, other = runs.run_stage(pool, stage, config, world=2)
     assert rank.value == other.value == 2, rank
     *_, line = rank.stderr.splitlines()
