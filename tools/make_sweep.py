@@ -146,7 +146,7 @@ def write_sweep(sweep: Sweep) -> None:
     )
     write_atomically(out / "slurm" / "array.sbatch", script)
     write_atomically(out / "slurm" / "submit.sh", SUBMIT)
-    kinds = [f"{sum(cell.stage == stage for cell in sweep.cells)} {stage}" for stage in ("adapt", "distill")]
+    kinds = [f"{sum(cell.stage == stage for cell in sweep.cells)} {stage}" for stage in ("adapt", "prune", "distill")]
     print(f"{len(sweep.cells)} runs ({', '.join(kinds)}) in {out}; on a cluster: bash {out}/slurm/submit.sh")
 
 
@@ -178,6 +178,8 @@ def finished(sweep: Sweep, cell: Cell) -> bool:
     if cell.stage == "distill":
         return (folder / RECORD).is_file()
     newest = manifest.latest(folder)
+    if cell.stage == "prune":
+        return newest is not None
     return newest is not None and manifest.read(newest).step == wanted.config.train.steps
 
 

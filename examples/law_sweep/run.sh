@@ -22,4 +22,4 @@ echo "== 2. the sweep"
 "$python" ../../tools/make_sweep.py grid.yaml --run
 
 echo "== 3. the law"
-"$python" ../../tools/fit_law.py --records work/sweep/records.jsonl --where init=random --out results
+"$python" ../../tools/fit_law.py --records work/sweep/records.jsonl --where init=pruned --out results

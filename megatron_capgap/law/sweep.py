@@ -4,12 +4,14 @@
     common: {device: cpu, data: {...}, ...}           # keys of every run
     teach: {train: {steps: 400}, ...}                 # keys of the teachers' runs (adapt)
     start: {train: {steps: 100}, ...}                 # keys of the runs that make fixed starts (adapt)
+    prune: {prune: {batches: 8}, ...}                 # keys of the runs that cut students out of teachers (prune)
     distill: {train: {steps: 200}, ...}               # keys of the students' runs
     teachers: {t1: {model: {...}}, t2: {checkpoint: RUN}}
     students: {s1: {model: {...}}}                    # with init fixed also {checkpoint: RUN}
     rows:                                             # each: students x teachers x seeds
       - {init: random, seeds: [1, 2]}
       - {init: fixed, students: [s1], seeds: [1, 2]}
+      - {init: pruned, seeds: [1, 2]}                 # out of each teacher, to the shape of the student's model
 
 A teacher or student may bring sections of its own (`train: {...}`), which win over those of its kind of run.
 """
@@ -27,6 +29,7 @@ _SECTIONS = {
     "common": dict,
     "teach": dict,
     "start": dict,
+    "prune": dict,
     "distill": dict,
     "teachers": dict,
     "students": dict,
@@ -120,7 +123,22 @@ def _fixed(grid: Mapping[str, Any], student: str, teacher: str, seeds: list[int]
     return [start, *(_student(grid, "fixed", student, teacher, seed, section, (start.name,)) for seed in seeds)]
 
 
-STARTS: dict[str, Callable[[Mapping[str, Any], str, str, list[int]], list[Cell]]] = {"random": _random, "fixed": _fixed}
+def _pruned(grid: Mapping[str, Any], student: str, teacher: str, seeds: list[int]) -> list[Cell]:
+    """Cut out of each teacher anew, as in the paper."""
+    shape = grid["students"][student]["model"]
+    target = {name: shape[name] for name in ("layers", "hidden", "heads", "kv_heads", "ffn") if name in shape}
+    checkpoint, after = _teacher(grid, teacher)
+    own = {"teacher": {"checkpoint": checkpoint}, "prune": target}
+    cut = _cell(grid, f"prune-{student}-{teacher}", "prune", "prune", {}, after=after, **own)
+    section = {"checkpoint": cut.config["run_dir"]}
+    return [cut, *(_student(grid, "pruned", student, teacher, seed, section, (cut.name,)) for seed in seeds)]
+
+
+STARTS: dict[str, Callable[[Mapping[str, Any], str, str, list[int]], list[Cell]]] = {
+    "random": _random,
+    "fixed": _fixed,
+    "pruned": _pruned,
+}
 """By `init`: from student, teacher and seeds to the runs, with those that make the student's start in front."""
 
 
@@ -134,11 +152,18 @@ def _student(
     after: tuple[str, ...] = (),
 ) -> Cell:
     """The distillation of one student by one teacher."""
-    checkpoint = grid["teachers"][teacher].get("checkpoint")
-    if checkpoint is None:
-        checkpoint, after = run_dir(grid["out"], f"teacher-{teacher}"), (f"teacher-{teacher}", *after)
+    checkpoint, trained = _teacher(grid, teacher)
+    after = (*trained, *after)
     name, taught = f"{init}-{student}-{teacher}-seed{seed}", {"teacher": {"checkpoint": checkpoint}, "seed": seed}
     return _cell(grid, name, "distill", "distill", grid["students"][student], student=section, after=after, **taught)
+
+
+def _teacher(grid: Mapping[str, Any], teacher: str) -> tuple[str, tuple[str, ...]]:
+    """A teacher's checkpoint, and the run that makes it where the grid does."""
+    checkpoint = grid["teachers"][teacher].get("checkpoint")
+    if checkpoint is None:
+        return run_dir(grid["out"], f"teacher-{teacher}"), (f"teacher-{teacher}",)
+    return checkpoint, ()
 
 
 def _cell(

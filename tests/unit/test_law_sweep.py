@@ -58,6 +58,19 @@ def test_every_run_stands_behind_those_that_it_needs() -> None:
     assert len(phases) == 2 and len(phases[1]) == 4 + 2
 
 
+def test_pruned_students_are_cut_once_a_teacher() -> None:
+    row = {"init": "pruned", "students": ["s1"], "teachers": ["t1"], "seeds": [1, 2]}
+    sweep = expand(grid(rows=[row], prune={"prune": {"batches": 4}}))
+    cells = {cell.name: cell for cell in sweep.cells}
+    cut = cells["prune-s1-t1"]
+    assert len(cells) == 1 + 1 + 2 and cut.stage == "prune" and cut.after == ("teacher-t1",)
+    assert cut.config["prune"] == {"batches": 4, "layers": 2, "hidden": 16, "heads": 2, "ffn": 32}
+    assert cut.config["teacher"] == {"checkpoint": "work/runs/teacher-t1"} and "student" not in cut.config
+    assert cells["pruned-s1-t1-seed2"].config["student"] == {"checkpoint": "work/runs/prune-s1-t1"}
+    assert cells["pruned-s1-t1-seed2"].after == ("teacher-t1", "prune-s1-t1")
+    assert [len(cells) for cells in sweep.phases()] == [1, 1, 2]
+
+
 def test_the_grid_itself_is_left_alone() -> None:
     given, copy = grid(), grid()
     expand(given)
@@ -70,7 +83,7 @@ BAD = [
     ({"rows": {}}, "rows: '{}' given; list would do"),
     ({"teachers": {"t1": {}}}, "teachers.t1: a model or a checkpoint is missing"),
     ({"students": {"s1": {"checkpoint": "x"}}}, "students.s1: a model is missing"),
-    ({"rows": [{"init": "warm", "seeds": [1]}]}, r"rows\[0\].init: 'warm' given; random or fixed"),
+    ({"rows": [{"init": "warm", "seeds": [1]}]}, r"rows\[0\].init: 'warm' given; random or fixed or pruned"),
     ({"rows": [{"init": "random", "seeds": []}]}, r"rows\[0\].seeds: \[\] given"),
     ({"rows": [{"init": "random", "seeds": [1], "students": ["s9"]}]}, r"rows\[0\].students: 's9' is none of s1, s2"),
     ({"rows": [{"init": "random", "seed": 1}]}, r"rows\[0\]: .* keys init, seeds, students, teachers"),
