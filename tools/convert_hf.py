@@ -80,7 +80,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     comparing.add_argument("--tensor", type=int, default=1, metavar="N", help="tensor-parallel size (1)")
     comparing.add_argument("--pipeline", type=int, default=1, metavar="N", help="pipeline-parallel size (1)")
     comparing.add_argument(
-        "--tolerance", type=float, default=1e-4, metavar="X", help="largest difference of a logit (1e-4)"
+        "--tolerance",
+        type=float,
+        default=5e-5,
+        metavar="X",
+        help="largest difference, as a share of the largest logit (5e-5)",
     )
     return parser.parse_args(argv)
 

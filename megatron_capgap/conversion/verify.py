@@ -36,6 +36,8 @@ class Comparison:
 
     max_difference: float
     """Largest absolute difference of a logit."""
+    largest: float
+    """Largest absolute logit of transformers'. The tolerance is a share of it, for rounding errors grow with it."""
     mean_difference: float
     """Mean absolute difference of the logits."""
     kl: float
@@ -46,8 +48,8 @@ class Comparison:
     """Largest difference of a layer's output, as a share of the largest number in it; -1 for the embeddings."""
 
     def agrees(self, tolerance: float) -> bool:
-        """Whether no logit differs by more than the tolerance; not a number never agrees."""
-        return self.max_difference <= tolerance
+        """Whether no logit differs by more than this share of the largest; not a number never agrees."""
+        return self.max_difference <= tolerance * self.largest
 
     def parting(self, tolerance: float) -> int | None:
         """The first layer whose output differs by more than the tolerance, or None."""
@@ -56,14 +58,15 @@ class Comparison:
     def text(self, tolerance: float) -> str:
         """A line of numbers, and where they part if they do."""
         line = (
-            f"logits: max difference {self.max_difference:.3g}, mean {self.mean_difference:.3g}, "
-            f"KL {self.kl:.3g}, greedy token equal {self.greedy:.2%}"
+            f"logits up to {self.largest:.3g}: max difference {self.max_difference:.3g}, mean "
+            f"{self.mean_difference:.3g}, KL {self.kl:.3g}, greedy token equal {self.greedy:.2%}"
         )
         if self.agrees(tolerance):
-            return f"{line}\nthey agree to {tolerance:g}"
+            return f"{line}\nthey agree to {tolerance:g} of the largest"
         layer = self.parting(tolerance)
         where = {None: "behind the last layer: final norm or LM head", EMBEDDINGS: "in the embeddings"}
-        return f"{line}\nthey differ by more than {tolerance:g}, first {where.get(layer, f'in layer {layer}')}"
+        first = where.get(layer, f"in layer {layer}")
+        return f"{line}\nthey differ by more than {tolerance:g} of the largest, first {first}"
 
 
 @dataclass
@@ -209,6 +212,7 @@ def _logits_apart(theirs: _Trace, ours: _Trace) -> dict[str, float] | None:
     expected, found = theirs.logits.double().log_softmax(-1), ours.logits.double().log_softmax(-1)
     return {
         "max_difference": apart.max().item(),
+        "largest": theirs.logits.abs().max().item(),
         "mean_difference": apart.mean().item(),
         "kl": (expected.exp() * (expected - found)).sum(-1).mean().item(),
         "greedy": (expected.argmax(-1) == found.argmax(-1)).double().mean().item(),

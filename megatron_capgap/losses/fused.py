@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from megatron_capgap.config import derive
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.schema import Objective
 from megatron_capgap.losses.comparison import Comparison, DenseComparison, NoComparison, SparseComparison
@@ -48,7 +49,7 @@ def distillation_loss(
     vocab_size: int,
     group: dist.ProcessGroup | None,
     sequence_parallel: bool = False,
-    chunk_tokens: int = 512,
+    chunk_tokens: int | None = None,
 ) -> Loss:
     """Divergence from the teacher plus cross-entropy, summed over the valid tokens of a micro-batch.
 
@@ -68,7 +69,7 @@ def distillation_loss(
         group: the tensor-parallel group; None for one rank.
         sequence_parallel: whether hidden states arrive cut along the sequence.
         chunk_tokens: tokens whose logits exist at a time. More of them make larger matrix products, fewer
-            save memory.
+            save memory. None leaves it to `derive.loss_chunk_tokens`.
 
     Raises:
         UserError: shapes that do not fit each other, a counted label or a teacher's id outside the vocabulary (on a
@@ -77,7 +78,9 @@ def distillation_loss(
     if objective.divergence_weight == 0:
         teacher = None
     shard = VocabShard.of(student_head.shape[0], vocab_size, group)
-    task = _Task(teacher, labels, loss_mask, objective, vocab_size, shard, sequence_parallel, chunk_tokens)
+    task = _Task(
+        teacher, labels, loss_mask, objective, vocab_size, shard, sequence_parallel, _chunk(chunk_tokens, labels)
+    )
     return _loss(student_hidden, student_head, task)
 
 
@@ -90,13 +93,17 @@ def language_model_loss(
     vocab_size: int,
     group: dist.ProcessGroup | None,
     sequence_parallel: bool = False,
-    chunk_tokens: int = 512,
+    chunk_tokens: int | None = None,
 ) -> Loss:
     """Cross-entropy alone, for pretraining, finetuning and evaluation; the arguments are distillation_loss's."""
     objective = Objective(divergence_weight=0.0, cross_entropy_weight=1.0)
     shard = VocabShard.of(head.shape[0], vocab_size, group)
-    task = _Task(None, labels, loss_mask, objective, vocab_size, shard, sequence_parallel, chunk_tokens)
+    task = _Task(None, labels, loss_mask, objective, vocab_size, shard, sequence_parallel, _chunk(chunk_tokens, labels))
     return _loss(hidden, head, task)
+
+
+def _chunk(given: int | None, tensor: Tensor) -> int:
+    return derive.loss_chunk_tokens(tensor.is_cpu) if given is None else given
 
 
 @dataclass(frozen=True)

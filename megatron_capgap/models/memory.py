@@ -16,7 +16,6 @@ from megatron_capgap.config.schema import Config, Layout, ModelShape, Precision
 from megatron_capgap.models import size
 
 _BYTES = {"fp32": 4, "bf16": 2}
-_CHUNK_TOKENS = 512  # the losses' own default
 # While a checkpoint is written, bytes a parameter and in all, measured: weights and both moments whole on every
 # data-parallel rank, then copies of them on their way to the file.
 _SAVED_BYTES, _SAVING_BUFFERS = 36, 16 << 20
@@ -24,7 +23,7 @@ _SAVED_BYTES, _SAVING_BUFFERS = 36, 16 << 20
 # measured, every byte alive there holds about one more, and under sequence parallelism, where gathered copies come and
 # go between what stays, almost two.
 _HEAP_BLOCK, _HEAP_WASTE, _HEAP_WASTE_OF_SEQUENCE = 4 << 20, 1.0, 1.75
-_WORKSPACE = 16 << 20
+_WORKSPACE = 24 << 20
 
 
 @dataclass(frozen=True)
@@ -74,9 +73,10 @@ def estimate(
         on_cpu: whether the run is on a CPU, whose allocator and matrix library hold more.
     """
     ranks = derive.student_world(config, world)
+    chunk = derive.loss_chunk_tokens(on_cpu)
     needs = []
     for mine, of_teacher in _stages(config, world):
-        need = _of_stage(config, stage, student, teacher, ranks, mine)
+        need = _of_stage(config, stage, student, teacher, ranks, mine, chunk)
         if teacher is not None and stage == "distill":
             share = teaching(config, student, teacher, world, mine, of_teacher)
             away = share.weights if config.teacher.offload and not on_cpu else 0
@@ -93,11 +93,17 @@ def estimate(
 
 
 def _of_stage(
-    config: Config, stage: str, student: ModelShape, teacher: ModelShape | None, world: int, pipeline_rank: int
+    config: Config,
+    stage: str,
+    student: ModelShape,
+    teacher: ModelShape | None,
+    world: int,
+    pipeline_rank: int,
+    chunk: int,
 ) -> Memory:
     if stage == "prune":
         assert teacher is not None
-        return _of_scoring(config, teacher, world, pipeline_rank)
+        return _of_scoring(config, teacher, world, pipeline_rank, chunk)
     layout, precision = config.student.layout, derive.student_precision(config)
     width = _BYTES[precision.compute]
     held = size.rank_parameters(student, layout, pipeline_rank)
@@ -111,7 +117,7 @@ def _of_stage(
         return Memory(
             weights=held * width,
             activations=passing,
-            loss=_logits(student, layout, tokens) if last else 0,
+            loss=_logits(student, layout, min(chunk, tokens)) if last else 0,
             fp8_copies=_fp8_copies(precision, student, layout, trains=False),
         )
     micro_batches = derive.micro_batches(config, layout, world)
@@ -124,7 +130,7 @@ def _of_stage(
         optimizer=held * (8 if width == 4 else 12) // derive.data_parallel(layout, world),
         activations=sum(kept) * tokens * width,
         backward_pass=backward * tokens * width,
-        loss=_loss(student, teacher, layout, tokens, width) if last else 0,
+        loss=_loss(student, teacher, layout, tokens, width, chunk) if last else 0,
         fp8_copies=_fp8_copies(precision, student, layout, trains=True),
         heap=_heap([*kept, *[student.ffn // layout.tensor] * 6], tokens * width, layout),
         workspace=_WORKSPACE,
@@ -132,7 +138,7 @@ def _of_stage(
     )
 
 
-def _of_scoring(config: Config, teacher: ModelShape, world: int, pipeline_rank: int) -> Memory:
+def _of_scoring(config: Config, teacher: ModelShape, world: int, pipeline_rank: int, chunk: int) -> Memory:
     """A teacher whose parts are scored: with gradients of activations, and none of weights."""
     layout = replace(config.student.layout, virtual_pipeline=1)
     precision = derive.teacher_precision(config)
@@ -150,7 +156,7 @@ def _of_scoring(config: Config, teacher: ModelShape, world: int, pipeline_rank: 
         weights=size.rank_parameters(teacher, layout, pipeline_rank) * width,
         activations=sum(kept) * tokens * width,
         backward_pass=backward * tokens * width,
-        loss=_logits(teacher, layout, tokens) + tokens * teacher.hidden * width if last else 0,
+        loss=_logits(teacher, layout, min(chunk, tokens)) + tokens * teacher.hidden * width if last else 0,
         fp8_copies=_fp8_copies(precision, teacher, layout, trains=bool(kept)),
         heap=_heap([*kept, *[teacher.ffn // layout.tensor] * 6], tokens * width, layout),
         workspace=_WORKSPACE,
@@ -299,13 +305,13 @@ def _heap(widths: list[int], bytes_a_column: int, layout: Layout) -> int:
     return int(waste * sum(nbytes for nbytes in sizes if nbytes < _HEAP_BLOCK))
 
 
-def _loss(student: ModelShape, teacher: ModelShape | None, layout: Layout, tokens: int, width: int) -> int:
+def _loss(student: ModelShape, teacher: ModelShape | None, layout: Layout, tokens: int, width: int, chunk: int) -> int:
     """Logits of one chunk for each model, and the gradients of hidden states and LM head until the backward pass."""
     head = size.padded_vocab(student.vocab, layout.tensor) // layout.tensor * student.hidden
     models = 1 if teacher is None else 2
-    return models * _logits(student, layout, tokens) + 4 * head + tokens * student.hidden * width
+    return models * _logits(student, layout, min(chunk, tokens)) + 4 * head + tokens * student.hidden * width
 
 
 def _logits(shape: ModelShape, layout: Layout, tokens: int) -> int:
-    """Bytes of the fp32 logits that the loss holds of one model at a time."""
-    return 4 * min(_CHUNK_TOKENS, tokens) * size.padded_vocab(shape.vocab, layout.tensor) // layout.tensor
+    """Bytes of the fp32 logits of one model and so many tokens."""
+    return 4 * tokens * size.padded_vocab(shape.vocab, layout.tensor) // layout.tensor

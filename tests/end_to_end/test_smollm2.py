@@ -23,9 +23,6 @@ SIZES = {"vocab_size": 261, "hidden_size": WIDTH, "intermediate_size": 96, "num_
 SIZES |= {"num_attention_heads": HEADS, "num_key_value_heads": GROUPS, "max_position_embeddings": 128}
 Q4 = gguf.GGMLQuantizationType.Q4_1
 
-# Logits of 20 to 30 through 30 layers: what fp32 leaves of them differs from one order of additions to the next.
-FP32 = ("--tolerance", "0.001")
-
 
 def example() -> ModuleType:
     spec = importlib.util.spec_from_file_location("gguf_to_hf", ROOT / "examples/smollm2/gguf_to_hf.py")
@@ -112,7 +109,7 @@ def test_real_weights_go_in_and_out(pool: WorkerPool, tmp_path: Path) -> None:
     subprocess.run(
         [sys.executable, str(ROOT / "examples/smollm2/gguf_to_hf.py"), "--out", hf], env=environment(), check=True
     )
-    calls = [["import", "--hf", hf, "--out", run], ["verify", "--hf", hf, "--checkpoint", run, "--tokens", "32", *FP32]]
+    calls = [["import", "--hf", hf, "--out", run], ["verify", "--hf", hf, "--checkpoint", run, "--tokens", "32"]]
     calls.append(["export", "--checkpoint", run, "--out", back])
     for words in calls:
         (rank,) = pool.run(convert_hf.main, words, world=1, initialise=False, capture=True)
