@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from megatron_capgap.config import derive, fp8
 from megatron_capgap.config.families import FAMILIES
-from megatron_capgap.config.schema import Config, Layout, ModelShape, Precision
+from megatron_capgap.config.schema import TAUGHT, Config, Layout, ModelShape, Precision
 from megatron_capgap.models import size
 
 _BYTES = {"fp32": 4, "bf16": 2}
@@ -68,7 +68,7 @@ def estimate(
 
     Args:
         config: checked.
-        stage: adapt, prune, distill or evaluate.
+        stage: a name from `schema.STAGES`.
         student, teacher: shapes.
         world: number of ranks, the teacher's own included.
         on_cpu: whether the run is on a CPU, whose allocator and matrix library hold more.
@@ -77,7 +77,7 @@ def estimate(
     needs = []
     for mine, of_teacher in _stages(config, world):
         need = _of_stage(config, stage, student, teacher, ranks, mine)
-        if teacher is not None and stage == "distill":
+        if teacher is not None and stage in TAUGHT:
             share = teaching(config, student, teacher, world, mine, of_teacher)
             away = share.weights if config.teacher.offload and not on_cpu else 0
             need = replace(
