@@ -115,14 +115,17 @@ def _of_stage(
             fp8_copies=_fp8_copies(precision, student, layout, trains=False),
         )
     micro_batches = derive.micro_batches(config, layout, world)
-    kept = _kept(student, layout) * _layers_in_flight(layout, micro_batches, pipeline_rank, student.layers)
+    layers = _layers_in_flight(layout, micro_batches, pipeline_rank, student.layers)
+    kept = _kept(student, layout) * layers
     kept += [_cut(student.hidden, layout)] * 2 if last else []
+    # Where conversations share rows, each layer keeps what is added to its scores.
+    masks = layers * tokens * config.data.sequence_length * width if stage == "finetune" else 0
     return Memory(
         weights=held * width,
         gradients=held * 4,
         # Adam's two moments in fp32, and with bf16 weights the fp32 ones, cut over data-parallel ranks.
         optimizer=held * (8 if width == 4 else 12) // derive.data_parallel(layout, world),
-        activations=sum(kept) * tokens * width,
+        activations=sum(kept) * tokens * width + masks,
         backward_pass=backward * tokens * width,
         loss=_loss(student, teacher, layout, tokens, width) if last else 0,
         fp8_copies=_fp8_copies(precision, student, layout, trains=True),
