@@ -36,7 +36,9 @@ def test_epochs_read_every_conversation_as_often(
     assert (tmp_path / "run" / "latest").read_text() == "step_8\n"
 
 
-@pytest.mark.parametrize("layout, world", [({}, 1), (TP2_PP2, 4)], ids=["one", "tp2_pp2"])
+@pytest.mark.parametrize(
+    "layout, world", [({}, 1), pytest.param(TP2_PP2, 4, marks=pytest.mark.slow)], ids=["one", "tp2_pp2"]
+)
 def test_a_run_goes_on_to_the_last_digit(
     pool: WorkerPool, material: Material, student: Path, teacher: Path, tmp_path: Path, layout: Any, world: int
 ) -> None:
@@ -63,7 +65,9 @@ def overfitting(material: Material, run_dir: Path, student: Path, **changes: Any
     return runs.finetune_config(material, run_dir, student, **changes)
 
 
-@pytest.mark.parametrize("layout, world", [({}, 1), (TP2_PP2, 4)], ids=["one", "tp2_pp2"])
+@pytest.mark.parametrize(
+    "layout, world", [({}, 1), pytest.param(TP2_PP2, 4, marks=pytest.mark.slow)], ids=["one", "tp2_pp2"]
+)
 def test_early_stopping_keeps_the_best_checkpoint(
     pool: WorkerPool, material: Material, student: Path, tmp_path: Path, layout: Any, world: int
 ) -> None:
@@ -126,7 +130,8 @@ def test_the_held_out_conversations_can_be_evaluated_alone(
 def test_check_tells_without_reading_conversations(
     material: Material, student: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = runs.taught(runs.finetune_config(material, tmp_path / "run", student, train__steps=None), teacher)
+    changes = {"train__steps": None, "train__global_batch": 16}
+    config = runs.taught(runs.finetune_config(material, tmp_path / "run", student, **changes), teacher)
     assert main(["finetune", "--config", runs.write_config(config), "--check-world", "4"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("finetune: the configuration is sound")

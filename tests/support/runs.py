@@ -40,7 +40,7 @@ class Material:
     def conversations(self) -> dict[str, Any]:
         """The data section of a configuration of finetune."""
         files = {name: [str(self.folder / f"chat_{name}.jsonl")] for name in ("train", "valid")}
-        return {**self.data, **files, "sequence_length": 96}
+        return {**self.data, **files, "sequence_length": 160}
 
 
 def make_material(folder: Path) -> Material:
