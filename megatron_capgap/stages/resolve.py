@@ -131,7 +131,26 @@ def _begun(
     found = manifests.newest_readable(Path(config.run_dir))
     if found is None:
         return None
-    problems = []
+    problems = [
+        *_other_model(loaded, stage, found, student, teacher),
+        *_other_data(loaded, world, found, tokenizer, template),
+    ]
+    if config.train.steps is not None and found.step > config.train.steps:
+        problems.append(
+            f"{where} is at step {found.step}, beyond train.steps {config.train.steps}; "
+            "raise train.steps or choose another run_dir"
+        )
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def _other_model(
+    loaded: Loaded, stage: str, found: Manifest, student: ModelShape, teacher: ModelShape | None
+) -> list[str]:
+    """What keeps this start from going on with the weights that a run has."""
+    config, problems = loaded.config, []
+    where = f"{loaded.place('run_dir')}: {config.run_dir}"
     if found.stage != stage:
         problems.append(f"{where} holds a run of stage {found.stage}; choose another run_dir for {stage}")
     for name, value in vars(student).items():
@@ -147,6 +166,15 @@ def _begun(
             f"{loaded.place('objective.matching')}: {config.run_dir} was begun with projections of layers {was}, "
             f"this start has {now}; keep objective.matching or choose another run_dir"
         )
+    return problems
+
+
+def _other_data(
+    loaded: Loaded, world: int, found: Manifest, tokenizer: Tokenizer, template: Template | None
+) -> list[str]:
+    """What keeps this start from reading on where a run has come to."""
+    config, problems = loaded.config, []
+    where = f"{loaded.place('run_dir')}: {config.run_dir}"
     if found.seed != config.seed:
         problems.append(
             f"{where} was begun with seed {found.seed}, not {config.seed}; keep the seed or choose another run_dir"
@@ -170,14 +198,7 @@ def _begun(
     if template is not None and found.chat_template != template.jinja:
         place = loaded.place("finetune.template")
         problems.append(f"{place}: {config.run_dir} was begun with another template; use it or choose another run_dir")
-    if config.train.steps is not None and found.step > config.train.steps:
-        problems.append(
-            f"{where} is at step {found.step}, beyond train.steps {config.train.steps}; "
-            "raise train.steps or choose another run_dir"
-        )
-    if problems:
-        raise ConfigError(problems)
-    return found
+    return problems
 
 
 def _vocabulary_problems(loaded: Loaded, student: ModelShape, source: Source | None, tokenizer: Tokenizer) -> list[str]:

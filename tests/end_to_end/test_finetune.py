@@ -62,6 +62,7 @@ def overfitting(material: Material, run_dir: Path, student: Path, **changes: Any
         **changes,
     }
     changes |= {"train__eval_every": 2, "optimizer__schedule": "constant", "checkpoint__keep": 1}
+    changes["train__global_batch"] = 4
     return runs.finetune_config(material, run_dir, student, **changes)
 
 

@@ -83,10 +83,10 @@ def distill_config(material: Material, run_dir: Path, teacher: Path, **changes: 
 
 
 def finetune_config(material: Material, run_dir: Path, student: Path, **changes: Any) -> dict[str, Any]:
-    """As `adapt_config`, from a checkpoint, three steps of four packed rows of conversations each."""
+    """As `adapt_config`, from a checkpoint, three steps of eight packed rows of conversations each."""
     config = adapt_config(material, run_dir, student__model=None, student__checkpoint=str(student))
     config |= {"data": material.conversations, "finetune": {"template": "default"}}
-    return changed(config, **{"train__steps": 3, "train__global_batch": 4, "train__eval_batches": None, **changes})
+    return changed(config, **{"train__steps": 3, "train__eval_batches": None, **changes})
 
 
 def taught(config: dict[str, Any], teacher: Path) -> dict[str, Any]:
