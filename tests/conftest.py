@@ -7,7 +7,7 @@ import pytest
 from hypothesis import settings
 
 from tests.support.pool import WorkerPool
-from tests.support.runs import Material, make_material, make_teacher
+from tests.support.runs import Material, make_material, make_student, make_teacher
 
 # The same examples in every run, and no time limit for one: the machine may be busy.
 settings.register_profile("capgap", deadline=None, derandomize=True, max_examples=25)
@@ -40,3 +40,9 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
 def teacher(pool: WorkerPool, material: Material) -> Path:
     """The run directory of a larger tiny model that has learned something."""
     return make_teacher(pool, material)
+
+
+@pytest.fixture(scope="session")
+def student(pool: WorkerPool, material: Material) -> Path:
+    """The run directory of a tiny model to finetune."""
+    return make_student(pool, material)

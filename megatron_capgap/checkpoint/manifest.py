@@ -15,6 +15,7 @@ from megatron_capgap.config.schema import ModelShape
 
 FORMAT = 2
 MANIFEST = "capgap.json"
+BEST = "best"
 
 
 class Damaged(UserError):
@@ -71,6 +72,8 @@ class Manifest:
     """Matched pairs of layers whose projections are in it, by name, ascending."""
     pruned_from: Origin | None = None
     """What the run's first weights were cut out of; stays with the model while it is trained."""
+    chat_template: str | None = None
+    """How conversations were written down for it, as a Jinja template; stays with the model while it is trained."""
     skipped: int = 0
     """Bad batches among the steps, which changed no weights."""
     format: int = FORMAT
@@ -136,12 +139,25 @@ def latest(run_dir: Path) -> Path | None:
     Raises:
         Damaged: `latest` names no checkpoint of the run, or is not there although checkpoints are.
     """
-    pointer, steps = run_dir / "latest", steps_in(run_dir)
+    return _named(run_dir, "latest", needed=True)
+
+
+def best(run_dir: Path) -> Path | None:
+    """The checkpoint that `best` names: of the lowest held-out loss; None where the run does not look for it.
+
+    Raises:
+        Damaged: `best` names no checkpoint of the run.
+    """
+    return _named(run_dir, BEST, needed=False)
+
+
+def _named(run_dir: Path, pointer_name: str, *, needed: bool) -> Path | None:
+    pointer, steps = run_dir / pointer_name, steps_in(run_dir)
     there = ", ".join(f"step_{step}" for step in steps) or "none"
     try:
         name = pointer.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
-        if not steps:
+        if not steps or not needed:
             return None
         raise Damaged(
             f"{pointer}: is not there, checkpoints are ({there}); write the name of one of them into it"
@@ -216,8 +232,17 @@ def point_at(folder: Path) -> None:
     write_atomically(folder.parents[1] / "latest", folder.name + "\n")
 
 
+def point_best_at(run_dir: Path, step: int | None) -> None:
+    """Makes a checkpoint the one that `best` names, as far as it is there; None takes `best` away."""
+    if step in steps_in(run_dir):
+        write_atomically(run_dir / BEST, f"step_{step}\n")
+    elif step is None:
+        (run_dir / BEST).unlink(missing_ok=True)
+
+
 def locate(checkpoint: str) -> Path:
-    """A checkpoint from what a configuration names: a run directory (its latest step) or RUN/checkpoints/step_N.
+    """A checkpoint from what a configuration names: RUN/checkpoints/step_N, or a run directory: its best step where it
+    was stopped early or could have been, else its latest.
 
     Raises:
         UserError: nothing there is a finished checkpoint.
@@ -227,12 +252,12 @@ def locate(checkpoint: str) -> Path:
         raise UserError(f"{checkpoint}: no such checkpoint; name a run directory or RUN/checkpoints/step_N")
     if (path / MANIFEST).is_file():
         return path
-    newest = latest(path)
-    if newest is None:
+    named = best(path) or latest(path)
+    if named is None:
         raise UserError(
             f"{checkpoint}: holds no finished checkpoint; name a run directory that has one, or RUN/checkpoints/step_N"
         )
-    return newest
+    return named
 
 
 def publish(staged: Path, run_dir: Path, step: int, keep: int) -> Path:
@@ -244,12 +269,15 @@ def publish(staged: Path, run_dir: Path, step: int, keep: int) -> Path:
         staged: the folder it was written to, on the same file system.
         run_dir: where it belongs.
         step: its step.
-        keep: number of newest checkpoints that stay.
+        keep: number of newest checkpoints that stay, beside the best one.
     """
     final = run_dir / "checkpoints" / f"step_{step}"
     put_in_place(staged, final)
     point_at(final)
     # Later steps than this one are there when the run went on from an older checkpoint; they do not count.
+    named = run_dir / BEST
+    kept = named.read_text(errors="replace").strip() if named.is_file() else None
     for old in [done for done in steps_in(run_dir) if done <= step][:-keep]:
-        shutil.rmtree(run_dir / "checkpoints" / f"step_{old}", ignore_errors=True)
+        if kept != f"step_{old}":
+            shutil.rmtree(run_dir / "checkpoints" / f"step_{old}", ignore_errors=True)
     return final

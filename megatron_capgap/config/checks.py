@@ -214,7 +214,7 @@ def evaluations_have_data(case: Case) -> Iterator[str]:
 def objective_is_used(case: Case) -> Iterator[str]:
     """With a teacher there is something to minimise; without one nothing reads the objective."""
     objective = case.config.objective
-    if "objective" not in NEEDS[case.stage].unread:
+    if case.config.teacher is not None and "objective" not in NEEDS[case.stage].unread:
         if objective.divergence_weight == objective.cross_entropy_weight == 0 and not objective.matching:
             text = "0, and cross_entropy_weight is 0 too: nothing to minimise; any number > 0 would do"
             yield case.problem("objective.divergence_weight", text)
@@ -224,7 +224,7 @@ def objective_is_used(case: Case) -> Iterator[str]:
         # A default is harmless: resolved.yaml of an earlier run holds them all.
         if f"objective.{name}" in case.loaded.sources and given != default:
             shown = f"{len(given)} pairs" if isinstance(given, tuple) else given
-            why = "minimises nothing" if NEEDS[case.stage].teacher else "has no teacher"
+            why = "has no teacher" if case.config.teacher is None else "minimises nothing"
             text = f"{shown}: {case.stage} {why}, so nothing reads this; remove the key"
             yield case.problem(f"objective.{name}", text)
 
@@ -242,6 +242,29 @@ def matched_layers_exist(case: Case) -> Iterator[str]:
         if any(replace(other, weight=pair.weight) == pair for other in pairs[:index]):
             said = f"student layer {pair.student_layer}, teacher layer {pair.teacher_layer}, {pair.kind}"
             yield case.problem(key, f"{said} was said before; keep one of them, with the sum of their weights")
+
+
+def conversations_are_read_once_an_epoch(case: Case) -> Iterator[str]:
+    """Shares of files would read some conversations more often than others."""
+    if case.stage == "finetune" and case.config.data.train_weights is not None:
+        text = "finetune reads every conversation once an epoch, from whichever file; remove the key"
+        yield case.problem("data.train_weights", text)
+
+
+def patience_has_evaluations(case: Case) -> Iterator[str]:
+    """What does not fall must be looked at now and then."""
+    wanted, train = case.config.finetune, case.config.train
+    if case.stage == "finetune" and wanted and wanted.patience and not train.eval_every:
+        text = f"{wanted.patience} evaluations need train.eval_every, which is 0; give it, or no patience"
+        yield case.problem("finetune.patience", text)
+
+
+def finetuning_shares_all_ranks(case: Case) -> Iterator[str]:
+    """Early stopping and steps that the conversations decide are not told to ranks of the teacher's own."""
+    teacher = case.config.teacher
+    if case.stage == "finetune" and teacher is not None and teacher.placement == "disjoint":
+        text = "disjoint: in finetune the teacher has no ranks of its own yet; colocated would do"
+        yield case.problem("teacher.placement", text)
 
 
 CHECKS: tuple[Callable[[Case], Iterator[str]], ...] = (
@@ -262,5 +285,8 @@ CHECKS: tuple[Callable[[Case], Iterator[str]], ...] = (
     evaluations_have_data,
     objective_is_used,
     matched_layers_exist,
+    conversations_are_read_once_an_epoch,
+    patience_has_evaluations,
+    finetuning_shares_all_ranks,
     *fp8.CHECKS,
 )

@@ -11,6 +11,7 @@ STAGES = {
     "adapt": "train a model on next tokens, from random weights or from a checkpoint",
     "prune": "cut a student out of a teacher: heads, neurons, channels and layers by what they are worth",
     "distill": "train a student to match a teacher that runs forward only",
+    "finetune": "train a model on the assistant's words of conversations, with or without a teacher",
     "evaluate": "measure loss, perplexity and bits per byte on held-out data",
 }
 OPTIONS = {
@@ -52,7 +53,8 @@ def stage_help(stage: str) -> str:
     """
     needs = NEEDS[stage]
     lines = [f"capgap {stage}: {STAGES[stage]}", "", *_usage(stage), "", "options", *_columns(OPTIONS), ""]
-    model = "student.checkpoint or student.model, and " if needs.student else ""
+    free = needs.student and "student.checkpoint" not in needs.required
+    model = "student.checkpoint or student.model, and " if free else ""
     lines += [f"{stage} needs {model}{', '.join(needs.required)}.", ""]
     lines += ["configuration keys, by section", "", *_section(table()[""], stage)]
     return "\n".join(lines)

@@ -36,18 +36,17 @@ class StageNeeds:
     student: bool = True
     """Whether student.checkpoint or student.model must be given; a stage that makes the student refuses them."""
 
-    @property
-    def teacher(self) -> bool:
-        """Whether there is a teacher; a stage without one refuses the section."""
-        return "teacher" not in self.unread
-
 
 NEEDS = {
-    "adapt": StageNeeds(required=("train.steps", "data.train"), unread=("teacher", "prune", "objective")),
-    "prune": StageNeeds(required=("teacher", "prune", "data.train"), unread=("objective",), student=False),
-    "distill": StageNeeds(required=("train.steps", "data.train", "teacher"), unread=("prune",)),
+    "adapt": StageNeeds(required=("train.steps", "data.train"), unread=("teacher", "prune", "finetune", "objective")),
+    "prune": StageNeeds(required=("teacher", "prune", "data.train"), unread=("finetune", "objective"), student=False),
+    "distill": StageNeeds(required=("train.steps", "data.train", "teacher"), unread=("prune", "finetune")),
+    "finetune": StageNeeds(required=("student.checkpoint", "data.train"), unread=("prune",)),
     "evaluate": StageNeeds(required=("data.valid",), unread=("teacher", "prune", "objective")),
 }
+
+_LACKS = {"teacher": "has no teacher", "prune": "prunes nothing", "finetune": "reads no conversations"}
+"""Why a stage refuses a section that it does not read."""
 
 
 @dataclass(frozen=True)
@@ -166,14 +165,15 @@ def _unmet_needs(tree: Tree, stage: str) -> Iterator[tuple[str, str]]:
         if tree.get(key) in (None, [], {}):
             wanted = table()[key].type.removesuffix(" or null")
             yield key, f"{stage} needs it; give {wanted}: {table()[key].doc}"
-    if not needs.teacher and tree.get("teacher") is not None:
-        yield "teacher", f"{stage} has no teacher; remove the section"
-    if "prune" in needs.unread and tree.get("prune") is not None:
-        yield "prune", f"{stage} prunes nothing; remove the section"
+    for section, lack in _LACKS.items():
+        if section in needs.unread and tree.get(section) is not None:
+            yield section, f"{stage} {lack}; remove the section"
     given = [name for name in ("checkpoint", "model") if tree.get(f"student.{name}") is not None]
     if not needs.student:
         for name in given:
             yield f"student.{name}", f"{stage} makes the student, out of teacher.checkpoint; remove the key"
+    elif not given and "student.checkpoint" in needs.required:
+        return  # said above
     elif len(given) != 1 and isinstance(tree.get("student"), dict):
         said = "both" if given else "neither"
         yield "student", f"{said} of checkpoint and model given; give exactly one of them"

@@ -7,21 +7,24 @@ what two keys must agree on is in `checks.py`.
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from megatron_capgap.config.families import FAMILIES
+from megatron_capgap.config.finetune import Finetune
+from megatron_capgap.config.prune import Prune
+from megatron_capgap.config.types import (
+    STRICT,
+    Decay,
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Seed,
+)
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-
-STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-STAGES = ("adapt", "prune", "distill", "evaluate")
+STAGES = ("adapt", "prune", "distill", "finetune", "evaluate")
+TAUGHT = ("distill", "finetune")  # where a teacher is one that the student learns from
 DIVERGENCES = (
     "forward_kl",
     "reverse_kl",
@@ -152,7 +155,8 @@ class Precision:
 
 @dataclass(frozen=True)
 class Student:
-    """The model that a stage trains (adapt, distill), measures (evaluate) or makes (prune; only layout is given)."""
+    """The model that a stage trains (adapt, distill, finetune), measures (evaluate) or makes (prune; only layout is
+    given)."""
 
     __pydantic_config__ = STRICT
 
@@ -194,40 +198,6 @@ class Teacher:
 
 
 @dataclass(frozen=True)
-class Prune:
-    """The student that is cut out of the teacher: its size as numbers, as a sparsity or as a count of parameters."""
-
-    __pydantic_config__ = STRICT
-
-    layers: Positive | None = None
-    """Transformer layers that stay; null means all."""
-    hidden: Positive | None = None
-    """Channels of the residual stream that stay, the same ones in all layers; null means all."""
-    heads: Positive | None = None
-    """Attention heads that stay in each layer; null means all, or with kv_heads given the queries of those groups."""
-    kv_heads: Positive | None = None
-    """Key/value heads that stay in each layer; null keeps as many queries to a group as the teacher has."""
-    ffn: Positive | None = None
-    """Neurons of the feed-forward layer that stay in each layer; null means all."""
-    sparsity: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Share of each layer's weights that goes, in place of hidden, heads and ffn: each of them loses
-    1 - sqrt(1 - sparsity), for the weights lie between two of them."""
-    parameters: Positive | None = None
-    """Parameters of the student without embeddings, in place of hidden, heads and ffn: the nearest shape in which these
-    are cut by one share."""
-    multiple: Positive = 8
-    """sparsity and parameters choose a hidden and an ffn that are multiples of this."""
-    importance: Literal["gradient", "activation"] = "gradient"
-    """What a part is worth. gradient: |d loss / d mask|, the mean over micro-batches of the loss of each; activation,
-    forward only: what heads and neurons send into the residual stream (size times outgoing weights), and the size of
-    each channel behind the norms."""
-    batches: Positive = 16
-    """Global batches of data.train that the parts are scored on."""
-    layers_by: Literal["position", "importance"] = "position"
-    """position: the middle layers stay, as many go at either end; importance: those worth most stay."""
-
-
-@dataclass(frozen=True)
 class Data:
     """What is read."""
 
@@ -236,11 +206,12 @@ class Data:
     tokenizer: str
     """A SentencePiece model file or a Hugging Face tokenizer folder."""
     train: tuple[str, ...] = ()
-    """Prefixes of Megatron indexed datasets (PREFIX.bin and PREFIX.idx) to train on."""
+    """Prefixes of Megatron indexed datasets (PREFIX.bin and PREFIX.idx) to train on; in finetune jsonl files of
+    conversations."""
     train_weights: tuple[PositiveFloat, ...] | None = None
     """Share of the samples from each entry of data.train; null means in proportion to their tokens."""
     valid: tuple[str, ...] = ()
-    """Prefixes of the held-out datasets."""
+    """Prefixes of the held-out datasets, or held-out jsonl files of conversations."""
     sequence_length: Positive = 1024
     """Tokens in one sample."""
 
@@ -252,7 +223,7 @@ class Train:
     __pydantic_config__ = STRICT
 
     steps: Positive | None = None
-    """Optimizer steps in the whole run; required where something is trained."""
+    """Optimizer steps in the whole run; required where something is trained, but for finetune, whose epochs decide."""
     global_batch: Positive | None = None
     """Sequences in one optimizer step over all ranks; null means micro_batch times the data-parallel size."""
     micro_batch: Positive = 1
@@ -381,9 +352,11 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes cuda where a GPU is visible, else cpu."""
     teacher: Teacher | None = None
-    """The model that the student learns from (distill) or is cut out of (prune)."""
+    """The model that the student learns from (distill, and finetune where given) or is cut out of (prune)."""
     prune: Prune | None = None
     """What of the teacher stays; prune needs it."""
+    finetune: Finetune | None = None
+    """How conversations are read and learned; with it evaluate reads conversations, too."""
     train: Train = field(default_factory=Train)
     """How long and in what portions."""
     optimizer: Optimizer = field(default_factory=Optimizer)

@@ -97,6 +97,8 @@ def export_checkpoint(
             _write_json(staged / "config.json", config)
             _write_json(staged / GENERATION, generation)
             words.write(staged)
+            if manifest.chat_template is not None:
+                tokenizer.write_template(staged, manifest.chat_template, words)
             (staged / "README.md").write_text(card.text(folder, manifest, family), encoding="utf-8")
 
         on_first_rank(finish)

@@ -87,6 +87,25 @@ def find(carried: Path | None, manifest: Manifest) -> Words:
     return Copied(Path(place), opened.bos, opened.eos)
 
 
+def write_template(folder: Path, template: str, words: Words) -> None:
+    """Puts the chat template that a model was finetuned with in the place of any that came with its tokenizer.
+
+    Args:
+        folder: with the tokenizer's files.
+        template: Jinja; may speak of bos_token and eos_token.
+        words: what wrote them.
+    """
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    settings.pop("chat_template", None)
+    pieces = open_tokenizer(str(folder)).pieces()
+    for name, token in (("bos_token", words.bos_token_id), ("eos_token", words.eos_token_id)):
+        if token is not None and settings.get(name) is None:
+            settings[name] = pieces[token]
+    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
 def translate(model: Path, opened: SentencePieceTokenizer) -> Translated:
     """A SentencePiece BPE model as a tokenizer.json that gives the same ids.
 

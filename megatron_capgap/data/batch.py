@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from megatron_capgap.data.order import dealt
-from megatron_capgap.data.pretrain import SampleSequence
 
 
 @dataclass
@@ -20,7 +20,8 @@ class MicroBatch:
         loss_mask: float32 [b, s], 1 where a label counts.
         position_ids: int64 [b, s].
         sample_ids: number of the sample in each row.
-        attention_mask: bool [b, 1, s, s], True where a token may not look; None means that it may not look ahead.
+        conversations: int64 [b, s], which of its row's conversations a token belongs to, -1 behind the last one;
+            None where a token may look back over the whole row.
     """
 
     tokens: torch.Tensor
@@ -28,11 +29,54 @@ class MicroBatch:
     loss_mask: torch.Tensor
     position_ids: torch.Tensor
     sample_ids: list[int]
-    attention_mask: torch.Tensor | None = None
+    conversations: torch.Tensor | None = None
+
+    @property
+    def attention_mask(self) -> torch.Tensor | None:
+        """Bool [b, 1, s, s], True where a token may not look; None means that it may not look ahead.
+
+        Made when it is asked for: those of a whole global batch would be s bytes a token.
+        """
+        if self.conversations is None:
+            return None
+        length = self.tokens.shape[1]
+        ahead = torch.ones(length, length, dtype=torch.bool, device=self.tokens.device).triu(1)
+        return (ahead | ~self._together())[:, None]
+
+    def lengths(self) -> torch.Tensor:
+        """Int64 [b, s]: tokens of the conversation that each token belongs to."""
+        assert self.conversations is not None
+        return self._together().sum(-1)
+
+    def _together(self) -> torch.Tensor:
+        """Bool [b, s, s], whether two tokens belong to one conversation."""
+        return self.conversations[:, :, None] == self.conversations[:, None, :]
 
     def flat(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Labels and loss mask as vectors [s * b], in the order of hidden states [s, b, h] as [s * b, h]."""
         return self.labels.t().reshape(-1), self.loss_mask.t().reshape(-1)
+
+
+class Samples(Protocol):
+    """Numbered samples, of text or of conversations.
+
+    Attributes:
+        sequence_length: tokens of a row.
+    """
+
+    sequence_length: int
+
+    def __len__(self) -> int:
+        """Samples in one pass."""
+
+    def micro_batch(self, there: Sequence[int | None], ids: list[int], device: torch.device) -> MicroBatch:
+        """Some samples as rows.
+
+        Args:
+            there: their numbers; None makes a row that counts for nothing.
+            ids: what the micro-batch calls them.
+            device: where the tensors go.
+        """
 
 
 def global_batch_samples(step: int, global_batch: int) -> range:
@@ -41,7 +85,7 @@ def global_batch_samples(step: int, global_batch: int) -> range:
 
 
 def micro_batches(
-    sequence: SampleSequence,
+    sequence: Samples,
     samples: range,
     micro_batch: int,
     data_rank: int,
@@ -59,10 +103,9 @@ def micro_batches(
         yield read(sequence, ids, device, limit)
 
 
-def read(sequence: SampleSequence, ids: list[int], device: torch.device, limit: int | None = None) -> MicroBatch:
+def read(sequence: Samples, ids: list[int], device: torch.device, limit: int | None = None) -> MicroBatch:
     """One micro-batch of the samples `ids`; `limit` as in `micro_batches`."""
-    rows = [sequence.tokens(k) if limit is None or k < limit else None for k in ids]
-    return collate(rows, ids, sequence.sequence_length, device)
+    return sequence.micro_batch([k if limit is None or k < limit else None for k in ids], ids, device)
 
 
 def collate(

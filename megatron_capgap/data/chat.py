@@ -106,7 +106,13 @@ def _message(place: str, what: str, role: str, text: Any) -> Message:
 
 
 class Template(ABC):
-    """How a conversation is written down for a tokenizer."""
+    """How a conversation is written down for a tokenizer.
+
+    Attributes:
+        jinja: the same in the language of Hugging Face's tokenizers.
+    """
+
+    jinja: str
 
     @abstractmethod
     def encode(self, messages: Sequence[Message]) -> list[Segment]:
@@ -120,13 +126,12 @@ class DefaultTemplate(Template):
         UserError: the tokenizer has none.
     """
 
-    JINJA = (
+    JINJA = jinja = (
         "{{ bos_token }}{% for message in messages %}"
         "{% if message['role'] == 'system' %}{{ message['content'] + eos_token }}"
         "{% else %}{{ '[|' + message['role'] | capitalize + '|]' + message['content'] + eos_token }}{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}{{ '[|Assistant|]' }}{% endif %}"
     )
-    """The same in the language of Hugging Face's tokenizers."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         if tokenizer.eos is None:
@@ -163,6 +168,7 @@ class JinjaTemplate(Template):
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer, special: dict[str, str], place: str) -> None:
+        self.jinja = source
         self._tokenizer, self._special, self._place = tokenizer, special, place
         sandbox = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]

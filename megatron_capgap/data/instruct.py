@@ -113,6 +113,11 @@ class InstructSequence:
         """Rows in one epoch."""
         return len(self._rows)
 
+    def micro_batch(self, there: Sequence[int | None], ids: list[int], device: torch.device) -> MicroBatch:
+        """As `batch.Samples`."""
+        rows = [None if k is None else self.conversations(k) for k in there]
+        return collate(rows, ids, self.sequence_length, device)
+
     def conversations(self, k: int) -> list[Example]:
         """Those of row k; beyond the first epoch the rows come again, in another order."""
         epoch, position = divmod(k, len(self._rows))
@@ -143,13 +148,11 @@ def collate(rows: Sequence[Sequence[Example] | None], ids: list[int], length: in
             positions[place], belongs[place] = np.arange(len(example)), number
             start += len(example)
         positions[row, start:] = np.arange(length - start)
-    same = torch.from_numpy(belongs[:, :, None] == belongs[:, None, :])
-    ahead = torch.ones(length, length, dtype=torch.bool).triu(1)
     return MicroBatch(
         tokens=torch.from_numpy(tokens).to(device),
         labels=torch.from_numpy(labels).to(device),
         loss_mask=torch.from_numpy(mask).to(device),
         position_ids=torch.from_numpy(positions).to(device),
         sample_ids=ids,
-        attention_mask=(ahead | ~same)[:, None].to(device),
+        conversations=torch.from_numpy(belongs).to(device),
     )

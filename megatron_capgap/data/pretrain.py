@@ -12,16 +12,19 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
 from megatron_capgap.config.errors import UserError, in_one_line
 from megatron_capgap.config.schema import Data
 from megatron_capgap.data import indexed
+from megatron_capgap.data.batch import MicroBatch, collate
 from megatron_capgap.data.order import Order, training_order, validation_order
 
 _FACTS = "facts.json"  # in the folder of a dataset's indices: what was found when it was checked
@@ -54,6 +57,11 @@ class SampleSequence:
         tokens = np.append(sample["tokens"].numpy(), sample["labels"].numpy()[-1:])
         assert len(tokens) == self.sequence_length + 1
         return tokens
+
+    def micro_batch(self, there: Sequence[int | None], ids: list[int], device: torch.device) -> MicroBatch:
+        """As `batch.Samples`."""
+        rows = [None if k is None else self.tokens(k) for k in there]
+        return collate(rows, ids, self.sequence_length, device)
 
     def source(self, k: int) -> str:
         """Where sample k comes from, for messages: "data/train sample 17 (epoch 2)"; epochs count from 1."""

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_capgap.config.schema import ModelShape
-from megatron_capgap.data.batch import MicroBatch, read
-from megatron_capgap.data.pretrain import SampleSequence
+from megatron_capgap.data.batch import MicroBatch, Samples, read
 from megatron_capgap.distillation.handoff import States, split
 from megatron_capgap.distillation.plan import FINAL
 from megatron_capgap.models import schedule
@@ -38,7 +37,7 @@ class Teacher:
     weights: AbstractContextManager[None]
     """Entered for its turn: puts the weights where they are needed."""
 
-    def read(self, sequence: SampleSequence, first_sample: int, device: torch.device) -> list[MicroBatch]:
+    def read(self, sequence: Samples, first_sample: int, device: torch.device) -> list[MicroBatch]:
         """This data-parallel rank's micro-batches of the global batch that begins with sample `first_sample`."""
         ids = [first_sample + sample for sample in self.samples]
         starts = range(0, len(ids), self.micro_batch)

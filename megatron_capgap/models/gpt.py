@@ -137,6 +137,7 @@ def build(
     dropout: float = 0.0,
     virtual: bool = True,
     head: bool = True,
+    masked: bool = False,
 ) -> list[torch.nn.Module]:
     """This rank's chunks of a model: one, or one for each virtual stage. Weights are not initialised.
 
@@ -149,17 +150,18 @@ def build(
         dropout: rate in attention and residual branches.
         virtual: False builds the model without virtual stages, whatever the layout says (a teacher needs none).
         head: False builds the last stage without its LM head; it still ends with the final norm.
+        masked: whether its forward passes get an attention mask.
     """
     layout = grid.layout if virtual else Layout(**{**vars(grid.layout), "virtual_pipeline": 1})
     config = transformer_config(shape, layout, precision, device, dropout)
     engine = derive.engine(precision, device.default_engine)
     traits = FAMILIES[shape.family]
-    chunks = []
+    chunks, block = [], partial(specs.block, config, engine, device, masked=masked)
     for chunk in range(layout.virtual_pipeline):
         stage = chunk if layout.virtual_pipeline > 1 else None
         model = HiddenStateModel(
             config=config,
-            transformer_layer_spec=specs.block(config, engine, device, stage, grid.pipeline_rank, traits),
+            transformer_layer_spec=block(stage, grid.pipeline_rank, traits),
             vocab_size=size.padded_vocab(shape.vocab, layout.tensor),
             max_sequence_length=(shape.max_positions if traits.learned_positions else None) or sequence_length,
             pre_process=grid.on_first_stage and chunk == 0,

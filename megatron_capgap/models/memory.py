@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from megatron_capgap.config import derive, fp8
 from megatron_capgap.config.families import FAMILIES
-from megatron_capgap.config.schema import Config, Layout, ModelShape, Precision
+from megatron_capgap.config.schema import TAUGHT, Config, Layout, ModelShape, Precision
 from megatron_capgap.models import size
 
 _BYTES = {"fp32": 4, "bf16": 2}
@@ -67,7 +67,7 @@ def estimate(
 
     Args:
         config: checked.
-        stage: adapt, prune, distill or evaluate.
+        stage: a name from `schema.STAGES`.
         student, teacher: shapes.
         world: number of ranks, the teacher's own included.
         on_cpu: whether the run is on a CPU, whose allocator and matrix library hold more.
@@ -77,7 +77,7 @@ def estimate(
     needs = []
     for mine, of_teacher in _stages(config, world):
         need = _of_stage(config, stage, student, teacher, ranks, mine, chunk)
-        if teacher is not None and stage == "distill":
+        if teacher is not None and stage in TAUGHT:
             share = teaching(config, student, teacher, world, mine, of_teacher)
             away = share.weights if config.teacher.offload and not on_cpu else 0
             need = replace(
@@ -121,14 +121,17 @@ def _of_stage(
             fp8_copies=_fp8_copies(precision, student, layout, trains=False),
         )
     micro_batches = derive.micro_batches(config, layout, world)
-    kept = _kept(student, layout) * _layers_in_flight(layout, micro_batches, pipeline_rank, student.layers)
+    layers = _layers_in_flight(layout, micro_batches, pipeline_rank, student.layers)
+    kept = _kept(student, layout) * layers
     kept += [_cut(student.hidden, layout)] * 2 if last else []
+    # Where conversations share rows, each layer keeps what is added to its scores.
+    masks = layers * tokens * config.data.sequence_length * width if stage == "finetune" else 0
     return Memory(
         weights=held * width,
         gradients=held * 4,
         # Adam's two moments in fp32, and with bf16 weights the fp32 ones, cut over data-parallel ranks.
         optimizer=held * (8 if width == 4 else 12) // derive.data_parallel(layout, world),
-        activations=sum(kept) * tokens * width,
+        activations=sum(kept) * tokens * width + masks,
         backward_pass=backward * tokens * width,
         loss=_loss(student, teacher, layout, tokens, width, chunk) if last else 0,
         fp8_copies=_fp8_copies(precision, student, layout, trains=True),

@@ -203,6 +203,8 @@ def block(
     chunk: int | None,
     pipeline_rank: int,
     traits: Traits,
+    *,
+    masked: bool,
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """The layers of one model chunk.
 
@@ -213,8 +215,10 @@ def block(
         chunk: virtual stage, or None without virtual stages.
         pipeline_rank: this rank's stage.
         traits: what the model's family fixes.
+        masked: whether its forward passes get an attention mask; Transformer Engine's causal attention would not look
+            at it.
     """
     if engine == "transformer_engine":
-        return _engine_layer(traits, own_attention=device.name == "cpu")
+        return _engine_layer(traits, own_attention=device.name == "cpu" or masked)
     layers = get_num_layers_to_build(config, chunk, pipeline_rank)
     return TransformerBlockSubmodules(layer_specs=[_local_layer(traits)] * layers, layer_norm=_NORMS[traits.norm])

@@ -141,6 +141,13 @@ def evaluation_after(run_dir: Path, step: int) -> dict[str, Any] | None:
     return found[-1] if found else None
 
 
+def evaluations(run_dir: Path) -> list[tuple[int, float]]:
+    """Step and held-out loss of every evaluation in metrics.jsonl, in their order. Rank 0 only."""
+    path = run_dir / "metrics.jsonl"
+    entries = map(json.loads, path.read_text().splitlines()) if path.is_file() else ()
+    return [(entry["step"], entry["valid_loss"]) for entry in entries if "valid_loss" in entry]
+
+
 def drop_metrics_after(run_dir: Path, step: int) -> None:
     """Cuts off what a killed run recorded beyond its last checkpoint, and a line it did not finish. Rank 0 only."""
     path = run_dir / "metrics.jsonl"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_capgap.config import derive, fp8
 from megatron_capgap.config.load import Loaded
-from megatron_capgap.config.schema import Layout, ModelShape
+from megatron_capgap.config.schema import TAUGHT, Layout, ModelShape
 from megatron_capgap.models import memory, size
 from megatron_capgap.stages.resolve import Resolved, resolve
 
@@ -126,6 +126,8 @@ def _work(resolved: Resolved) -> list[str]:
     elif config.train.steps is not None and resolved.stage != "evaluate":
         tokens = config.train.steps * batch * length
         lines.append(f"the run: {config.train.steps:,} steps, {tokens:,} tokens, {tokens * flops:.3g} FLOPs")
+    elif resolved.stage == "finetune":
+        lines.append(f"the run: {resolved.finetune.epochs} epochs of data.train; its length decides the steps")
     if resolved.resumed is not None:
         lines.append(f"it goes on from step {resolved.resumed.step}")
     return lines
@@ -138,7 +140,7 @@ def _memory(resolved: Resolved) -> list[str]:
     facts = (config, resolved.stage, resolved.student, resolved.teacher, resolved.world)
     ground = "CPU" if on_cpu else "GPU"
     lines = _table(f"memory of the fullest rank on a {ground}, MiB", memory.estimate(*facts, on_cpu=on_cpu))
-    if resolved.teacher is None or resolved.stage != "distill":
+    if resolved.teacher is None or resolved.stage not in TAUGHT:
         return lines
     if resolved.student_world < resolved.world:
         need = memory.estimate_teacher(config, resolved.student, resolved.teacher, resolved.world)

@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from megatron_capgap.checkpoint import store
 from megatron_capgap.checkpoint.manifest import Manifest, begin_training_run
 from megatron_capgap.config import derive
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.load import Loaded, dump
-from megatron_capgap.config.schema import Config, Layout
-from megatron_capgap.data import pretrain
+from megatron_capgap.config.schema import TAUGHT, Config, Layout
 from megatron_capgap.data.batch import MicroBatch
-from megatron_capgap.losses import Loss
+from megatron_capgap.losses import Loss, language_model_loss
 from megatron_capgap.models import gpt, memory, projections, size
 from megatron_capgap.models.state import initialise
 from megatron_capgap.runtime import launch, layout
@@ -29,10 +29,11 @@ from megatron_capgap.runtime.launch import Environment
 from megatron_capgap.runtime.layout import Grid
 from megatron_capgap.runtime.lock import RunLock
 from megatron_capgap.runtime.logging import Log, count, drop_metrics_after
-from megatron_capgap.stages import check
+from megatron_capgap.stages import check, material
 from megatron_capgap.stages.resolve import Resolved, resolve
 from megatron_capgap.training import optimizer
 from megatron_capgap.training.loop import Run, resume
+from megatron_capgap.training.noise import Noise
 from megatron_capgap.training.step import LossFunction
 
 _RESOLVED = "resolved.yaml"
@@ -85,21 +86,22 @@ def ground(loaded: Loaded, stage: str, environment: Environment, device: Device)
     log, lock = None, RunLock(Path(config.run_dir))
     new = _missing_folders(Path(config.run_dir)) if environment.rank == 0 else []
 
-    def open_run_dir() -> str | None:
+    def open_run_dir() -> tuple[list[str], int | None]:
         return launch.on_first_rank(lambda: _open_run_dir(resolved, lock))
 
     try:
-        warning = None
+        warnings, steps = [], config.train.steps
         if bridge is None:
-            warning = open_run_dir()
+            warnings, steps = open_run_dir()
         elif bridge.teaches:
             cut = derive.teacher_layout(config)
             bridge.together(lambda: None)
         else:
-            warning = bridge.together(open_run_dir)
+            warnings, steps = bridge.together(open_run_dir)
+        resolved = material.with_steps(resolved, steps)
         grid = layout.build(cut, config.seed, timeout)
         log = Log(Path(config.run_dir), environment.rank == 0, config.runtime.tensorboard)
-        if warning:
+        for warning in warnings:
             log.warn(warning)
         _introduce(log, resolved, device)
         yield Ground(resolved, device, environment.rank, grid, bridge, device.peak_memory(), log, lock)
@@ -133,6 +135,7 @@ def student_chunks(ground: Ground) -> list[torch.nn.Module]:
         ground.device,
         sequence_length=config.data.sequence_length,
         dropout=config.train.dropout,
+        masked=resolved.template is not None,
     )
     if resolved.teacher is not None:
         pairs = derive.projected_pairs(config, resolved.student, resolved.teacher)
@@ -141,6 +144,23 @@ def student_chunks(ground: Ground) -> list[torch.nn.Module]:
         store.load_weights(resolved.student_source.folder, chunks, ground.grid)
     initialise(chunks, resolved.student, ground.grid, config.seed, only_projections=resolved.student_source is not None)
     return chunks
+
+
+def language_model_run(ground: Ground) -> Run:
+    """The run of a student that has no teacher. Collective."""
+    vocab_size, grid = ground.resolved.student.vocab, ground.grid
+
+    def loss(hidden: Tensor, head: Tensor, batch: MicroBatch) -> Loss:
+        return language_model_loss(
+            hidden.flatten(0, 1),
+            head,
+            *batch.flat(),
+            vocab_size=vocab_size,
+            group=grid.groups.tp,
+            sequence_parallel=grid.layout.sequence,
+        )
+
+    return training_run(ground, student_chunks(ground), lambda batches: loss)
 
 
 def training_run(
@@ -159,7 +179,6 @@ def training_run(
     """
     config, resolved = ground.config, ground.resolved
     chunks = optimizer.wrap(student, ground.grid)
-    cache = cache_dir(config)
     run = Run(
         config=config,
         run_dir=ground.run_dir,
@@ -167,13 +186,13 @@ def training_run(
         grid=ground.grid,
         chunks=chunks,
         optimization=optimizer.build(chunks, config, ground.device),
-        train=pretrain.open_training(config.data, config.seed, cache),
-        valid=pretrain.open_validation(config.data, cache) if config.data.valid else None,
+        train=material.open_training(resolved),
+        valid=material.open_validation(resolved),
         vocab_size=resolved.student.vocab,
         byte_lengths=padded_byte_lengths(resolved),
         global_batch=resolved.global_batch,
         describe=lambda done: describe(ground, done),
-        prepare=prepare,
+        prepare=_with_noise(ground, student, prepare),
         loss_of_layers=loss_of_layers,
         largest=None,
         flops_a_token=size.training_flops(resolved.student, resolved.teacher, config.data.sequence_length),
@@ -194,9 +213,20 @@ def training_run(
     return run
 
 
-def cache_dir(config: Config) -> Path:
-    """Where the sample indices of the datasets are kept."""
-    return Path(config.run_dir) / "data_cache"
+def _with_noise(
+    ground: Ground, student: list[torch.nn.Module], prepare: Callable[[Sequence[MicroBatch]], LossFunction]
+) -> Callable[[Sequence[MicroBatch]], LossFunction]:
+    """`prepare`, with noise on the student's embeddings where finetune.neftune_alpha asks for it."""
+    alpha = ground.resolved.finetune.neftune_alpha
+    if not alpha:
+        return prepare
+    noise = Noise(student, ground.grid, alpha, ground.config.seed)
+
+    def prepare_noise_too(batches: Sequence[MicroBatch]) -> LossFunction:
+        noise.begin(batches)
+        return prepare(batches)
+
+    return prepare_noise_too
 
 
 def padded_byte_lengths(resolved: Resolved) -> torch.Tensor:
@@ -224,11 +254,11 @@ def begin(ground: Ground, done: int = 0) -> None:
     launch.on_first_rank(write)
 
 
-def _open_run_dir(resolved: Resolved, lock: RunLock) -> str | None:
+def _open_run_dir(resolved: Resolved, lock: RunLock) -> tuple[list[str], int | None]:
     """Makes the run directory, checks the data and indexes it. Rank 0 only; what it raises reaches every rank.
 
     Returns:
-        What is to be said of a job that had the directory before.
+        What the reader must be told: of a job that had the directory before, of the data; and the steps of the run.
     """
     config = resolved.config
     run_dir = Path(config.run_dir)
@@ -241,8 +271,8 @@ def _open_run_dir(resolved: Resolved, lock: RunLock) -> str | None:
         place = resolved.loaded.place("run_dir")
         raise UserError(f"{place}: {run_dir} cannot be written ({error.strerror}); choose another run_dir") from error
     warning = lock.take()
-    pretrain.build_indices(config.data, resolved.student.vocab, config.seed, cache_dir(config))
-    return warning
+    said = material.build(resolved)
+    return [*([warning] if warning else []), *said], material.steps(resolved)
 
 
 def _missing_folders(run_dir: Path) -> list[Path]:
@@ -272,7 +302,9 @@ def _introduce(log: Log, resolved: Resolved, device: Device) -> None:
     config = resolved.config
     tokens = resolved.global_batch * config.data.sequence_length
     log.say(f"{_cut('ranks', config.student.layout, resolved.student_world)}; {tokens} tokens a step")
-    if config.teacher is not None and resolved.stage == "distill":
+    if resolved.stage == "finetune":
+        log.say(f"{config.train.steps} steps; {resolved.finetune.epochs} epochs unless train.steps says otherwise")
+    if config.teacher is not None and resolved.stage in TAUGHT:
         ranks = derive.teacher_ranks(config, resolved.world)
         where = "its own" if ranks.start else "all, in turn with the student"
         log.say(f"{_cut('the teacher', derive.teacher_layout(config), len(ranks))}; {where}")
@@ -288,6 +320,7 @@ def describe(ground: Ground, done: int) -> Manifest:
     resolved, config = ground.resolved, ground.config
     samples = done * resolved.global_batch
     fp8 = derive.student_precision(config).fp8
+    begun_from = resolved.student_source.manifest if resolved.student_source else None
     return Manifest(
         step=done,
         steps=config.train.steps or done,
@@ -302,5 +335,6 @@ def describe(ground: Ground, done: int) -> Manifest:
         projections=derive.projection_names(config, resolved.student, resolved.teacher),
         sequence_length=config.data.sequence_length,
         fp8_recipe=fp8.recipe if fp8 else None,
-        pruned_from=resolved.student_source.manifest.pruned_from if resolved.student_source else None,
+        pruned_from=begun_from.pruned_from if begun_from else None,
+        chat_template=resolved.template.jinja if resolved.template else begun_from and begun_from.chat_template,
     )

@@ -12,7 +12,6 @@ from megatron_capgap.checkpoint import store
 from megatron_capgap.config import derive
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.load import Loaded
-from megatron_capgap.data import pretrain
 from megatron_capgap.data.batch import MicroBatch
 from megatron_capgap.distillation import plan
 from megatron_capgap.distillation.ahead import work_ahead
@@ -36,7 +35,7 @@ from megatron_capgap.runtime.bridge import FAILED, Bridge
 from megatron_capgap.runtime.devices import Device
 from megatron_capgap.runtime.launch import Environment
 from megatron_capgap.runtime.signals import StopRequest
-from megatron_capgap.stages import common, record
+from megatron_capgap.stages import common, material, record
 from megatron_capgap.training.loop import Run, train
 from megatron_capgap.training.step import LossFunction
 
@@ -46,8 +45,7 @@ def run(loaded: Loaded, environment: Environment, device: Device) -> int:
     with common.ground(loaded, "distill", environment, device) as ground:
         bridge = ground.bridge
         if bridge is None:
-            teacher = open_teacher(ground)
-            train(learner(ground, open_head(ground, teacher), _in_turns(ground, teacher)))
+            train(taught_in_turns(ground))
             _record(ground)
         elif bridge.teaches:
             with _all_or_none(bridge):
@@ -61,6 +59,12 @@ def run(loaded: Loaded, environment: Environment, device: Device) -> int:
 def _record(ground: common.Ground) -> None:
     """Leaves what the law reads of a run. Collective over the student's ranks."""
     ground.log.say(launch.on_first_rank(lambda: record.write(ground.resolved)))
+
+
+def taught_in_turns(ground: common.Ground) -> Run:
+    """The run of a student whose teacher shares all ranks with it. Collective."""
+    teacher = open_teacher(ground)
+    return learner(ground, open_head(ground, teacher), _in_turns(ground, teacher))
 
 
 def learner(ground: common.Ground, head: Tensor | None, teach: Callable[[int], Taught]) -> Run:
@@ -103,7 +107,7 @@ def open_teacher(ground: common.Ground) -> Teacher:
     """Builds the teacher in its own layout, without its LM head, and loads its weights. Collective over its ranks."""
     resolved, config = ground.resolved, ground.config
     source, shape = resolved.teacher_source, resolved.teacher
-    assert source is not None and shape is not None, "load refuses a distill configuration without a teacher"
+    assert source is not None and shape is not None, "resolve finds the teacher"
     grid = layout.beside(ground.grid, derive.teacher_layout(config), config.runtime.timeout_seconds)
     with grid.active():
         chunks = gpt.build(
@@ -114,6 +118,7 @@ def open_teacher(ground: common.Ground) -> Teacher:
             sequence_length=config.data.sequence_length,
             virtual=False,
             head=False,
+            masked=resolved.template is not None,
         )
         store.load_weights(source.folder, chunks, grid)
     freeze(chunks)
@@ -161,8 +166,8 @@ def _routes(ground: common.Ground) -> list[plan.Route]:
 
 def _speak(ground: common.Ground, teacher: Teacher) -> Callable[[int], States]:
     """From a global batch's first sample to what the teacher leaves of it on this rank."""
-    config, device = ground.config, ground.device.torch_device
-    samples = pretrain.open_training(config.data, config.seed, common.cache_dir(config))
+    device = ground.device.torch_device
+    samples = material.open_training(ground.resolved)
     layers = [route.key for route in _routes(ground) if route.key != plan.FINAL]
     return lambda first_sample: teacher.hidden_states(teacher.read(samples, first_sample, device), layers)
 

@@ -1,4 +1,4 @@
-"""evaluate: loss, perplexity and bits per byte on held-out text, in any layout."""
+"""evaluate: loss, perplexity and bits per byte on held-out text or conversations, in any layout."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import json
 
 from megatron_capgap.config.files import write_atomically
 from megatron_capgap.config.load import Loaded
-from megatron_capgap.data import pretrain
 from megatron_capgap.runtime.devices import Device
 from megatron_capgap.runtime.launch import Environment
-from megatron_capgap.stages import common
+from megatron_capgap.stages import common, material
 from megatron_capgap.training.evaluate import evaluate
 
 
@@ -18,7 +17,8 @@ def run(loaded: Loaded, environment: Environment, device: Device) -> int:
     with common.ground(loaded, "evaluate", environment, device) as ground:
         config, resolved = ground.config, ground.resolved
         chunks = common.student_chunks(ground)
-        samples = pretrain.open_validation(config.data, common.cache_dir(config))
+        samples = material.open_validation(resolved)
+        assert samples is not None, "load refuses an evaluation without held-out data"
         common.begin(ground)
         result = evaluate(
             chunks,

@@ -15,8 +15,7 @@ from megatron_capgap.config import derive
 from megatron_capgap.config.files import write_atomically
 from megatron_capgap.config.load import Loaded
 from megatron_capgap.config.schema import Prune
-from megatron_capgap.data import pretrain
-from megatron_capgap.data.batch import MicroBatch, global_batch_samples, micro_batches
+from megatron_capgap.data.batch import MicroBatch, Samples, global_batch_samples, micro_batches
 from megatron_capgap.losses import language_model_loss
 from megatron_capgap.models import gpt, memory, size
 from megatron_capgap.pruning import plan as plans
@@ -29,7 +28,7 @@ from megatron_capgap.runtime import launch
 from megatron_capgap.runtime.devices import Device
 from megatron_capgap.runtime.launch import Environment
 from megatron_capgap.runtime.signals import StopRequest
-from megatron_capgap.stages import common
+from megatron_capgap.stages import common, material
 from megatron_capgap.stages.common import Ground
 from megatron_capgap.stages.resolve import Resolved, Source
 from megatron_capgap.training.loop import peak_memory
@@ -85,7 +84,7 @@ def score(ground: Ground, begun: Scores, done: int) -> Scores | None:
         common.begin(ground)
         return begun
     importance = _open(ground)
-    samples = pretrain.open_training(ground.config.data, ground.config.seed, common.cache_dir(ground.config))
+    samples = material.open_training(ground.resolved)
     common.begin(ground)
     every = ground.config.checkpoint.every
     ground.log.bar(done, wanted.batches)
@@ -131,7 +130,7 @@ def _open(ground: Ground) -> Importance:
     return Importance(chunks, ground.grid, shape, gradient=_wanted(resolved).importance == "gradient")
 
 
-def _batches(ground: Ground, samples: pretrain.SampleSequence, done: int) -> list[MicroBatch]:
+def _batches(ground: Ground, samples: Samples, done: int) -> list[MicroBatch]:
     """This data-parallel rank's micro-batches of the global batch after `done`: which samples share one does not depend
     on the layout."""
     numbers = global_batch_samples(done, ground.resolved.global_batch)

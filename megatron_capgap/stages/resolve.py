@@ -9,8 +9,10 @@ from megatron_capgap.checkpoint import manifest as manifests
 from megatron_capgap.checkpoint.manifest import Manifest
 from megatron_capgap.config import checks, derive
 from megatron_capgap.config.errors import ConfigError, UserError
+from megatron_capgap.config.finetune import Finetune
 from megatron_capgap.config.load import Loaded
 from megatron_capgap.config.schema import Config, ModelShape
+from megatron_capgap.data.chat import Template, open_template
 from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_capgap.pruning.target import student_shape
 
@@ -38,11 +40,18 @@ class Resolved:
     resumed: Manifest | None
     """The newest checkpoint in run_dir, if this run has begun before; its files are not checked yet."""
     tokenizer: Tokenizer
+    template: Template | None
+    """How conversations are written down, where the data are conversations."""
 
     @property
     def config(self) -> Config:
         """The configuration."""
         return self.loaded.config
+
+    @property
+    def finetune(self) -> Finetune:
+        """How conversations are read and learned."""
+        return self.config.finetune or Finetune()
 
     @property
     def global_batch(self) -> int:
@@ -71,16 +80,18 @@ def resolve(loaded: Loaded, stage: str, world: int, capability: tuple[int, int] 
     assert student is not None, "load refuses a student that has neither"
     checks.check(loaded, stage, world, student, teacher, capability)
     tokenizer = open_tokenizer(config.data.tokenizer)
-    resumed = _begun(loaded, stage, world, student, teacher, tokenizer)
+    template = _template(loaded, stage, tokenizer)
+    resumed = _begun(loaded, stage, world, student, teacher, tokenizer, template)
     problems = [
-        *_vocabulary_problems(loaded, student, tokenizer),
+        *_vocabulary_problems(loaded, student, student_source, tokenizer),
         *_fingerprint_problems(loaded, "student.checkpoint", student_source, tokenizer),
         *_fingerprint_problems(loaded, "teacher.checkpoint", teacher_source, tokenizer),
         *_length_problems(loaded, teacher_source),
     ]
     if problems:
         raise ConfigError(problems)
-    return Resolved(loaded, stage, world, student, teacher, student_source, teacher_source, resumed, tokenizer)
+    sources = (student_source, teacher_source)
+    return Resolved(loaded, stage, world, student, teacher, *sources, resumed, tokenizer, template)
 
 
 def _source(loaded: Loaded, key: str, checkpoint: str | None) -> Source | None:
@@ -93,8 +104,24 @@ def _source(loaded: Loaded, key: str, checkpoint: str | None) -> Source | None:
         raise ConfigError([f"{loaded.place(key)}: {error}"]) from error
 
 
+def _template(loaded: Loaded, stage: str, tokenizer: Tokenizer) -> Template | None:
+    wanted = loaded.config.finetune
+    if stage != "finetune" and wanted is None:
+        return None
+    try:
+        return open_template((wanted or Finetune()).template, tokenizer, loaded.config.data.tokenizer)
+    except UserError as error:
+        raise ConfigError([f"{loaded.place('finetune.template')}: {error}"]) from error
+
+
 def _begun(
-    loaded: Loaded, stage: str, world: int, student: ModelShape, teacher: ModelShape | None, tokenizer: Tokenizer
+    loaded: Loaded,
+    stage: str,
+    world: int,
+    student: ModelShape,
+    teacher: ModelShape | None,
+    tokenizer: Tokenizer,
+    template: Template | None,
 ) -> Manifest | None:
     """The run's own newest checkpoint; it must be of this stage, model, seed and data order."""
     config = loaded.config
@@ -104,7 +131,26 @@ def _begun(
     found = manifests.newest_readable(Path(config.run_dir))
     if found is None:
         return None
-    problems = []
+    problems = [
+        *_other_model(loaded, stage, found, student, teacher),
+        *_other_data(loaded, world, found, tokenizer, template),
+    ]
+    if config.train.steps is not None and found.step > config.train.steps:
+        problems.append(
+            f"{where} is at step {found.step}, beyond train.steps {config.train.steps}; "
+            "raise train.steps or choose another run_dir"
+        )
+    if problems:
+        raise ConfigError(problems)
+    return found
+
+
+def _other_model(
+    loaded: Loaded, stage: str, found: Manifest, student: ModelShape, teacher: ModelShape | None
+) -> list[str]:
+    """What keeps this start from going on with the weights that a run has."""
+    config, problems = loaded.config, []
+    where = f"{loaded.place('run_dir')}: {config.run_dir}"
     if found.stage != stage:
         problems.append(f"{where} holds a run of stage {found.stage}; choose another run_dir for {stage}")
     for name, value in vars(student).items():
@@ -120,6 +166,15 @@ def _begun(
             f"{loaded.place('objective.matching')}: {config.run_dir} was begun with projections of layers {was}, "
             f"this start has {now}; keep objective.matching or choose another run_dir"
         )
+    return problems
+
+
+def _other_data(
+    loaded: Loaded, world: int, found: Manifest, tokenizer: Tokenizer, template: Template | None
+) -> list[str]:
+    """What keeps this start from reading on where a run has come to."""
+    config, problems = loaded.config, []
+    where = f"{loaded.place('run_dir')}: {config.run_dir}"
     if found.seed != config.seed:
         problems.append(
             f"{where} was begun with seed {found.seed}, not {config.seed}; keep the seed or choose another run_dir"
@@ -140,18 +195,14 @@ def _begun(
         problems.append(
             f"{where} was begun with another tokenizer ({found.tokenizer}); use it or choose another run_dir"
         )
-    if config.train.steps is not None and found.step > config.train.steps:
-        problems.append(
-            f"{where} is at step {found.step}, beyond train.steps {config.train.steps}; "
-            "raise train.steps or choose another run_dir"
-        )
-    if problems:
-        raise ConfigError(problems)
-    return found
+    if template is not None and found.chat_template != template.jinja:
+        place = loaded.place("finetune.template")
+        problems.append(f"{place}: {config.run_dir} was begun with another template; use it or choose another run_dir")
+    return problems
 
 
-def _vocabulary_problems(loaded: Loaded, student: ModelShape, tokenizer: Tokenizer) -> list[str]:
-    if tokenizer.vocab_size <= student.vocab:
+def _vocabulary_problems(loaded: Loaded, student: ModelShape, source: Source | None, tokenizer: Tokenizer) -> list[str]:
+    if tokenizer.vocab_size <= student.vocab or source is not None:  # a checkpoint knows its tokenizer
         return []
     path = loaded.config.data.tokenizer
     return [

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_capgap.data.batch import MicroBatch, micro_batches
-from megatron_capgap.data.pretrain import SampleSequence
+from megatron_capgap.data.batch import MicroBatch, Samples, micro_batches
 from megatron_capgap.losses import Loss, language_model_loss
 from megatron_capgap.models import schedule
 from megatron_capgap.models.gpt import unwrap
@@ -50,7 +49,7 @@ class Evaluation:
 def evaluate(
     chunks: Sequence[torch.nn.Module],
     grid: Grid,
-    sequence: SampleSequence,
+    sequence: Samples,
     *,
     vocab_size: int,
     byte_lengths: Tensor,

@@ -14,17 +14,18 @@ from megatron_capgap.checkpoint import store
 from megatron_capgap.checkpoint.manifest import Damaged, Manifest
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.schema import Config
-from megatron_capgap.data.batch import MicroBatch, global_batch_samples, micro_batches
-from megatron_capgap.data.pretrain import SampleSequence
+from megatron_capgap.data.batch import MicroBatch, Samples, global_batch_samples, micro_batches
 from megatron_capgap.losses import Loss
 from megatron_capgap.runtime import launch
 from megatron_capgap.runtime.devices import Device
 from megatron_capgap.runtime.layout import Grid
 from megatron_capgap.runtime.logging import Log, Meter, count, evaluation_after
 from megatron_capgap.runtime.signals import StopRequest
+from megatron_capgap.training import stopping
 from megatron_capgap.training.evaluate import evaluate
 from megatron_capgap.training.optimizer import Optimization
 from megatron_capgap.training.step import BadBatch, LossFunction, StepResult, train_step
+from megatron_capgap.training.stopping import Patience
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Run:
     grid: Grid
     chunks: Sequence[DistributedDataParallel]
     optimization: Optimization
-    train: SampleSequence
-    valid: SampleSequence | None
+    train: Samples
+    valid: Samples | None
     vocab_size: int
     byte_lengths: Tensor
     """UTF-8 bytes of each token, float64 `[vocab]`."""
@@ -66,20 +67,23 @@ class Run:
 
 
 def train(run: Run) -> None:
-    """Trains from where the run stands to its last step, or to the step boundary after a signal. Collective."""
+    """Trains from where the run stands to its last step, to the step boundary after a signal, or to the end of
+    finetune.patience. Collective."""
     config, log = run.config, run.log
     steps = config.train.steps
     assert steps is not None
     done, skipped = run.done, run.skipped
+    patience = stopping.recall(run.run_dir, config.finetune.patience if config.finetune else None, done)
     if done and _due(done, config.train.eval_every, steps) and not launch.on_first_rank(lambda: _evaluated(run, done)):
-        _evaluate(run, done)  # the run was stopped between saving and evaluating
-    if done >= steps:
-        log.say(f"nothing to do: all {steps} steps are done; raise train.steps to go on")
+        _evaluate(run, done, skipped, patience, saved=True)  # the run was stopped between saving and evaluating
+    if done >= steps or patience.over:
+        why = f"{_in_vain(patience)}; raise finetune.patience" if patience.over else "raise train.steps"
+        log.say(f"nothing to do: all {done if patience.over else steps} steps are done; {why} to go on")
         return
     meter = Meter(run.flops_a_token)
     log.bar(done, steps)
     with StopRequest(run.device.torch_device, run.largest) as stop:
-        while done < steps:
+        while done < steps and not patience.over:
             try:
                 result = one_step(run, done)
             except BadBatch as bad:
@@ -91,16 +95,32 @@ def train(run: Run) -> None:
             if result is not None:
                 _report(run, done, result, meter)
             signal = stop.agreed()
-            if signal or _due(done, config.checkpoint.every, steps):
+            saved = bool(signal) or _due(done, config.checkpoint.every, steps)
+            if saved:
                 save(run, done, skipped, last=bool(signal) or done == steps)
             if _due(done, config.train.eval_every, steps) and not signal:
-                _evaluate(run, done)
+                saved = _evaluate(run, done, skipped, patience, saved=saved)
             meter.pause()
             if signal:
                 log.say(f"stopped by {signal} after step {done} of {steps}; the same command goes on from there")
                 return
+    if not saved:  # early
+        save(run, done, skipped, last=True)
+    _finish(run, done, patience)
+
+
+def _finish(run: Run, done: int, patience: Patience) -> None:
+    """The last line of a run."""
     used = peak_memory(run.device, run.memory_at_start, run.memory_estimate)
-    log.say(f"finished: {steps} steps, checkpoint {run.run_dir}/checkpoints/step_{steps}; {used}")
+    folder, steps = f"{run.run_dir}/checkpoints", run.config.train.steps
+    early = f"early, after step {done} of {steps}, for {_in_vain(patience)}" if patience.over else f"{steps} steps"
+    step = done if patience.most is None else patience.best_step
+    run.log.say(f"finished: {early}, checkpoint {folder}/step_{step}; {used}")
+
+
+def _in_vain(patience: Patience) -> str:
+    best = f"{patience.best_loss:.4f} after step {patience.best_step}"
+    return f"the held-out loss has not fallen below {best} in {patience.waited} evaluations"
 
 
 def peak_memory(device: Device, at_start: int, estimate: int) -> str:
@@ -244,10 +264,20 @@ def _report(run: Run, done: int, result: StepResult, meter: Meter) -> None:
     run.log.advance(done, steps, f"{line}  left {meter.left(steps - done)}", run.config.train.log_every)
 
 
-def _evaluate(run: Run, done: int) -> None:
-    """Loss on the held-out set, into metrics.jsonl."""
+def _evaluate(run: Run, done: int, skipped: int, patience: Patience, *, saved: bool) -> bool:
+    """Loss on the held-out set, into metrics.jsonl; the best checkpoint is kept where there is patience. Collective.
+
+    Args:
+        run: the run.
+        done, skipped: its steps, and those among them that changed nothing.
+        patience: takes note of the loss.
+        saved: whether there is a checkpoint of this step.
+
+    Returns:
+        Whether there is one now.
+    """
     if run.valid is None:
-        return
+        return saved
     result = evaluate(
         run.chunks,
         run.grid,
@@ -264,3 +294,10 @@ def _evaluate(run: Run, done: int) -> None:
         f"step {done}  valid loss {result.loss:.4f}  perplexity {result.perplexity:.2f}  "
         f"{result.bits_per_byte:.4f} bits a byte  ({count(result.tokens)} tokens)"
     )
+    # Of the first rank alone, whose number decides for all.
+    if patience.see(done, launch.on_first_rank(lambda: result.loss)):
+        if not saved:
+            save(run, done, skipped, last=False)
+        launch.on_first_rank(lambda: manifests.point_best_at(run.run_dir, done))
+        return True
+    return saved

@@ -16,6 +16,7 @@ CASES = {
     "adapt, small micro-batches": (1, {"train__micro_batch": 4}),
     "distill, tensor 2 with sequence": (2, {"student__layout": {"tensor": 2, "sequence": True}}),
     "adapt, pipeline 2": (2, {"student__layout": {"pipeline": 2}, "train__global_batch": 32}),
+    "finetune, one rank": (1, {"data__sequence_length": 256}),
 }
 
 
@@ -32,6 +33,11 @@ def test_the_estimate_is_within_15_percent(name: str, material: Material, tmp_pa
     }
     config = runs.adapt_config(material, tmp_path / "run", **common)
     stage = name.split(",")[0]
+    if stage == "finetune":
+        start = {**common, "train__steps": 1, "data__sequence_length": 32, "data__valid": None}
+        runs.train_apart("adapt", runs.adapt_config(material, tmp_path / "student", **start))
+        del common["student__model"]
+        config = runs.finetune_config(material, tmp_path / "run", tmp_path / "student", **common)
     if stage == "distill":
         teacher = runs.adapt_config(
             material, tmp_path / "teacher", **{**common, "train__steps": 1, "student__layout": {}}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_capgap.config.load import load
-from tests.support.corpus import texts, write_jsonl
+from tests.support.corpus import conversations, texts, write_jsonl, write_lines
 from tests.support.processes import ROOT, environment
 from tools import make_sweep
 
@@ -31,11 +31,14 @@ def test_the_commands_run(tmp_path: Path) -> None:
     (tmp_path / "tools").symlink_to(ROOT / "tools")
     (tmp_path / "data").mkdir()
     write_jsonl(tmp_path / "corpus.jsonl", texts(4000, seed=11))
+    write_lines(tmp_path / "data" / "chat_train.jsonl", conversations(60, seed=12))
+    write_lines(tmp_path / "data" / "chat_valid.jsonl", conversations(20, seed=13))
     wanted = [line for line in commands() if line not in SCRIPTS]
-    assert any(" distill " in line for line in wanted) and any(" evaluate " in line for line in wanted)
+    for stage in ("distill", "finetune", "evaluate"):
+        assert any(f" {stage} " in line for line in wanted)
     for line in wanted:
         program, *words = shlex.split(line)
-        if ("adapt" in words or "distill" in words) and "--check" not in line:
+        if {"adapt", "distill", "finetune"} & set(words) and "--check" not in line:
             words.append("--train.steps=2")
         if "prune" in words:
             words.append("--prune.batches=1")
@@ -45,6 +48,7 @@ def test_the_commands_run(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
     assert (tmp_path / "runs" / "distill" / "latest").read_text() == "step_2\n"
+    assert (tmp_path / "runs" / "finetune" / "best").read_text() == "step_2\n"
     one, two = ((tmp_path / "runs" / name / "evaluation.json").read_text() for name in ("evaluate", "evaluate2"))
     assert re.findall(r'"(?:tokens|samples)": \d+', one) == re.findall(r'"(?:tokens|samples)": \d+', two)
 
@@ -57,7 +61,7 @@ def test_only_known_scripts_are_left_out() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*/*.yaml")), ids=lambda path: path.stem)
 def test_every_example_is_a_valid_configuration(path: Path) -> None:
-    stage = re.match(r"# (adapt|prune|distill|evaluate|grid): ", path.read_text())
+    stage = re.match(r"# (adapt|prune|distill|finetune|evaluate|grid): ", path.read_text())
     assert stage, f"{path.name} does not begin with the stage that it is for"
     if stage[1] == "grid":
         assert make_sweep.read_grid(path).cells

@@ -24,6 +24,20 @@ def texts(count: int, seed: int = 0, words: int = 40) -> list[str]:
     return [" ".join(draw.choices(lexicon, k=draw.randint(1, words))) for _ in range(count)]
 
 
+def conversations(count: int, seed: int = 0) -> list[dict[str, list[dict[str, str]]]]:
+    """Made-up conversations of one to three turns, some with a system message; the answer repeats what was asked."""
+    draw = random.Random(seed)
+    lexicon = ["".join(draw.choices(SYLLABLES, k=draw.randint(1, 3))) for _ in range(30)]
+    found = []
+    for _ in range(count):
+        messages = [{"role": "system", "content": "mi lo"}] if draw.random() < 0.3 else []
+        for _ in range(draw.randint(1, 3)):
+            words = " ".join(draw.choices(lexicon, k=draw.randint(1, 4)))
+            messages += [{"role": "user", "content": words}, {"role": "assistant", "content": f"{words} {words}"}]
+        found.append({"messages": messages})
+    return found
+
+
 @functools.lru_cache
 def sentencepiece_model(vocab_size: int = 400) -> bytes:
     """A SentencePiece BPE model with byte fallback; unk, bos and eos are 0, 1 and 2."""
@@ -92,5 +106,9 @@ def write_dataset(prefix: Path, documents: Sequence[Sequence[int]], dtype: type 
 
 
 def write_jsonl(path: Path, documents: Sequence[str]) -> str:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return write_lines(path, [{"text": text} for text in documents])
+
+
+def write_lines(path: Path, lines: Sequence[object]) -> str:
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(path)

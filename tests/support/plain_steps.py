@@ -1,6 +1,6 @@
 """Plain steps on models of transformers in float64: what a run of the parallel stack must agree with."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,24 +91,42 @@ def steps(
         student, taught: the models; the student is trained.
         maps: `[h_teacher, h_student]` for each matched pair by its name, where widths differ; trained too.
     """
-    torch.set_num_threads(1)
-    batch, wanted, maps = config.train.global_batch, config.optimizer, maps or {}
+    batch, maps = config.train.global_batch, maps or {}
     assert batch is not None
-    trained = [*student.parameters(), *maps.values()]
+    cache = Path(config.run_dir) / "data_cache"
+
+    def measure(step: int) -> tuple[dict[str, Tensor], int]:
+        rows = pool.run(samples, config.data, config.seed, cache, step * batch, batch, world=1)[0]
+        return loss(student, taught, rows, config.objective, maps), rows[:, 1:].numel()
+
+    return train(config, config.train.steps or 0, [*student.parameters(), *maps.values()], measure)
+
+
+def train(
+    config: Config, count: int, trained: Sequence[Tensor], measure: Callable[[int], tuple[dict[str, Tensor], int]]
+) -> list[dict[str, float]]:
+    """AdamW with clipping at a constant rate; entries as in metrics.jsonl.
+
+    Args:
+        config: its section optimizer is read.
+        count: steps.
+        trained: parameters.
+        measure: from a step, counted from 0, to the means over its tokens, `loss` among them, and their number.
+    """
+    torch.set_num_threads(1)
+    wanted = config.optimizer
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": wanted.weight_decay},
         {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=wanted.lr, betas=wanted.betas, eps=wanted.epsilon)
     entries = []
-    for step in range(config.train.steps or 0):
-        cache = Path(config.run_dir) / "data_cache"
-        rows = pool.run(samples, config.data, config.seed, cache, step * batch, batch, world=1)[0]
+    for step in range(count):
         optimizer.zero_grad()
-        parts = loss(student, taught, rows, config.objective, maps)
+        parts, tokens = measure(step)
         parts["loss"].backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, wanted.clip_norm)
         optimizer.step()
         numbers = {name: part.item() for name, part in parts.items()}
-        entries.append({"step": step + 1, **numbers, "grad_norm": norm.item(), "tokens": rows[:, 1:].numel()})
+        entries.append({"step": step + 1, **numbers, "grad_norm": norm.item(), "tokens": tokens})
     return entries

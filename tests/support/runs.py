@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from megatron_capgap.__main__ import main
-from tests.support.corpus import texts, write_jsonl
+from tests.support.corpus import conversations, texts, write_jsonl, write_lines
 from tests.support.pool import RankResult, WorkerPool
 from tests.support.processes import job
 
@@ -22,7 +22,7 @@ TEACHER = {"layers": 4, "hidden": 48, "heads": 6, "kv_heads": 2, "ffn": 80, "voc
 
 @dataclass(frozen=True)
 class Material:
-    """A tokenizer and two indexed datasets in a folder, made by tools/prepare_data.py."""
+    """A tokenizer, two indexed datasets made by tools/prepare_data.py, and two files of conversations, in a folder."""
 
     folder: Path
 
@@ -36,14 +36,22 @@ class Material:
             "sequence_length": 32,
         }
 
+    @property
+    def conversations(self) -> dict[str, Any]:
+        """The data section of a configuration of finetune."""
+        files = {name: [str(self.folder / f"chat_{name}.jsonl")] for name in ("train", "valid")}
+        return {**self.data, **files, "sequence_length": 160}
+
 
 def make_material(folder: Path) -> Material:
-    """Trains a tokenizer of exactly `VOCAB` tokens and cuts a corpus into samples."""
+    """Trains a tokenizer of exactly `VOCAB` tokens, cuts a corpus into samples and makes up conversations."""
     from tools import prepare_data
 
     words = ["--input", write_jsonl(folder / "corpus.jsonl", texts(300, seed=5)), "--split", "0.9,0.1"]
     words += ["--tokenizer", str(folder / "tokenizer.model"), "--train-tokenizer", str(VOCAB)]
     assert prepare_data.main([*words, "--out", str(folder / "corpus"), "--workers", "1"]) == 0
+    write_lines(folder / "chat_train.jsonl", conversations(24, seed=1))
+    write_lines(folder / "chat_valid.jsonl", conversations(9, seed=2))
     return Material(folder)
 
 
@@ -72,6 +80,25 @@ def distill_config(material: Material, run_dir: Path, teacher: Path, **changes: 
     config["teacher"] = {"checkpoint": str(teacher), "micro_batch": 4}
     config["objective"] = {"temperature": 2.0}
     return changed(config, **changes)
+
+
+def finetune_config(material: Material, run_dir: Path, student: Path, **changes: Any) -> dict[str, Any]:
+    """As `adapt_config`, from a checkpoint, three steps of eight packed rows of conversations each."""
+    config = adapt_config(material, run_dir, student__model=None, student__checkpoint=str(student))
+    config |= {"data": material.conversations, "finetune": {"template": "default"}}
+    return changed(config, **{"train__steps": 3, "train__eval_batches": None, **changes})
+
+
+def taught(config: dict[str, Any], teacher: Path) -> dict[str, Any]:
+    """The same run with a teacher, in forward passes of four rows where the student has two."""
+    section = {"checkpoint": str(teacher), "micro_batch": 4, "longer_sequences": True}
+    return {**config, "teacher": section, "objective": {"temperature": 2.0}}
+
+
+def make_student(pool: WorkerPool, material: Material) -> Path:
+    """`STUDENT` after two steps of next-token training."""
+    changes = {"train__steps": 2, "data__valid": None}
+    return train(pool, "adapt", adapt_config(material, material.folder / "runs" / "student", **changes))
 
 
 def changed(config: dict[str, Any], **changes: Any) -> dict[str, Any]:

@@ -117,11 +117,11 @@ def test_a_tokenizer_s_own_template_as_transformers_applies_it(folder: Path) -> 
 def test_the_default_template_in_jinja_says_the_same(folder: Path) -> None:
     tokenizer = open_tokenizer(str(folder))
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    text = theirs.apply_chat_template(said(LONGER), chat_template=DefaultTemplate.JINJA, tokenize=False)
+    text = theirs.apply_chat_template(said(LONGER), chat_template=DefaultTemplate.jinja, tokenize=False)
     found = [token for segment in DefaultTemplate(tokenizer).encode(LONGER) for token in segment.tokens]
     assert theirs.decode(found) == text
     question = theirs.apply_chat_template(
-        said(LONGER[:2]), chat_template=DefaultTemplate.JINJA, add_generation_prompt=True, tokenize=False
+        said(LONGER[:2]), chat_template=DefaultTemplate.jinja, add_generation_prompt=True, tokenize=False
     )
     asked = [token for segment in DefaultTemplate(tokenizer).encode(LONGER[:2]) for token in segment.tokens]
     assert theirs.decode(asked) == question

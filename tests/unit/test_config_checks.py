@@ -447,6 +447,30 @@ ONE_PROBLEM = [
         "--teacher.precision.fp8.recipe: tensorwise needs compute capability 8.9, the GPUs have 8.0;",
         ["these GPUs have no FP8: remove fp8"],
     ),
+    (
+        [*FROM_CHECKPOINT, "--data.train_weights=[1, 3]"],
+        {"stage": "finetune", "student": STUDENT},
+        "--data.train_weights: finetune reads every conversation once an epoch",
+        ["remove the key"],
+    ),
+    (
+        [*FROM_CHECKPOINT, "--finetune.patience=2"],
+        {"stage": "finetune", "student": STUDENT},
+        "--finetune.patience: 2 evaluations need train.eval_every, which is 0;",
+        ["give it, or no patience"],
+    ),
+    (
+        [*FROM_CHECKPOINT, "--teacher.placement=disjoint", "--teacher.ranks=4"],
+        {"stage": "finetune", "student": STUDENT},
+        "--teacher.placement: disjoint: in finetune the teacher has no ranks of its own yet;",
+        ["colocated would do"],
+    ),
+    (
+        [*FROM_CHECKPOINT, "--teacher=null"],
+        {"stage": "finetune", "student": STUDENT, "teacher": None},
+        "distill.yaml:33: objective.temperature: 2.0: finetune has no teacher",
+        ["remove the key"],
+    ),
 ]
 
 
@@ -492,6 +516,11 @@ RIGHT = [
         ["--teacher=null", "--objective={}", "--student.layout={}"],
         {"stage": "evaluate", "teacher": None, "world": 1},
     ),
+    (
+        [*FROM_CHECKPOINT, "--finetune.patience=2", "--train.eval_every=5", "--train.steps=null"],
+        {"stage": "finetune", "student": STUDENT},
+    ),
+    ([*FROM_CHECKPOINT, *NO_TEACHER], {"stage": "finetune", "student": STUDENT, "teacher": None}),
 ]
 
 

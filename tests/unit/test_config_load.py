@@ -192,6 +192,16 @@ def test_needs_of_evaluate(read):
     assert problem.startswith("--data.valid: evaluate needs it; give a list")
 
 
+def test_needs_of_finetune(read):
+    assert isinstance(read(GOOD, "--train.steps=null", stage="finetune"), Loaded)
+    assert isinstance(read(GOOD, "--teacher=null", "--finetune={}", stage="finetune"), Loaded)
+    (problem,) = read(GOOD, "--student.checkpoint=null", stage="finetune")
+    assert problem.startswith("--student.checkpoint: finetune needs it; give a string: Where the weights")
+    (problem,) = read(GOOD, "--finetune.epochs=0", stage="finetune")
+    assert problem == "--finetune.epochs: 0 given; an integer > 0 would do"
+    assert read(GOOD, "--finetune={}") == ["--finetune: distill reads no conversations; remove the section"]
+
+
 def test_every_stage_has_its_needs():
     assert tuple(NEEDS) == STAGES == tuple(help.STAGES)
 

@@ -105,9 +105,12 @@ def test_check_takes_the_world_of_the_launcher_and_only_the_first_rank_prints(st
 @pytest.mark.parametrize(
     "words, message",
     [
-        ([], "no stage given; one of adapt, prune, distill, evaluate would do"),
-        (["distil"], "distil: no such stage; did you mean distill? one of adapt, prune, distill, evaluate would do"),
-        (["cook", "--help"], "cook: no such stage; one of adapt, prune, distill, evaluate would do"),
+        ([], "no stage given; one of adapt, prune, distill, finetune, evaluate would do"),
+        (
+            ["distil"],
+            "distil: no such stage; did you mean distill? one of adapt, prune, distill, finetune, evaluate would do",
+        ),
+        (["cook", "--help"], "cook: no such stage; one of adapt, prune, distill, finetune, evaluate would do"),
         (["adapt"], "--config: missing; write adapt --config FILE"),
         (["adapt", "--config"], "--config: no value given; write --config=VALUE"),
         (["adapt", "--config", "--check"], "--config: no value given; write --config=VALUE"),

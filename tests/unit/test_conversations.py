@@ -1,0 +1,100 @@
+"""Encoded conversations on disk: read once, the same ones again, and what is wrong with the files or the cache."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.schema import Data
+from megatron_capgap.data import conversations as module
+from megatron_capgap.data.chat import DefaultTemplate, read_conversations
+from megatron_capgap.data.conversations import Conversations
+from megatron_capgap.data.instruct import encode
+from megatron_capgap.data.tokenizer import open_tokenizer
+from tests.support import corpus
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Data:
+    tokenizer = corpus.save_sentencepiece(tmp_path / "t.model")
+    files = [corpus.write_lines(tmp_path / f"{i}.jsonl", corpus.conversations(7, seed=i)) for i in range(3)]
+    return Data(tokenizer, train=(files[0], files[1]), valid=(files[2],), sequence_length=80)
+
+
+def opened(data: Data, cache: Path) -> Conversations:
+    tokenizer = open_tokenizer(data.tokenizer)
+    return Conversations(data, tokenizer, DefaultTemplate(tokenizer), cache)
+
+
+def test_what_comes_back_is_what_was_encoded(data: Data, tmp_path: Path) -> None:
+    found = opened(data, tmp_path / "cache")
+    found.build()
+    training = found.open_training(3, packed=False)
+    files = [conversation for file in data.train for conversation in read_conversations(file)]
+    expected, _ = encode(files, DefaultTemplate(open_tokenizer(data.tokenizer)), 80)
+    assert len(training) == len(expected) == 14
+    rows = [training.conversations(k) for k in range(14)]
+    assert all(len(row) == 1 for row in rows)
+    by_tokens = {tuple(row[0].tokens): row[0].learned for row in rows}
+    assert len(by_tokens) == 14
+    for example in expected:
+        assert np.array_equal(by_tokens[tuple(example.tokens)], example.learned)
+    held_out = found.open_validation(packed=True)
+    assert sum(len(held_out.conversations(k)) for k in range(len(held_out))) == 7
+
+
+def test_it_is_done_once(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    opened(data, cache).build()
+    folders = sorted(cache.iterdir())
+    assert len(folders) == 2, "one for data.train, one for data.valid"
+    monkeypatch.setattr(module, "read_conversations", lambda path: pytest.fail(f"{path} was read again"))
+    opened(data, cache).build()
+    monkeypatch.undo()
+    assert sorted(cache.iterdir()) == folders
+    # Another length, other files or other content are other arrays.
+    opened(replace(data, sequence_length=90), cache).build()
+    assert len(list(cache.iterdir())) == 4
+    with open(data.train[0], "a") as file:
+        file.write("\n")
+    opened(data, cache).build()
+    assert len(list(cache.iterdir())) == 5
+
+
+def test_what_did_not_fit_is_said_every_time(data: Data, tmp_path: Path) -> None:
+    short = opened(replace(data, sequence_length=45), tmp_path / "cache")
+    lines = short.build()
+    assert len(lines) == 2 and lines[0].startswith(f"{data.train[0]}, {data.train[1]}: of 14 conversations ")
+    assert "lost their end" in lines[0] and "within data.sequence_length 45" in lines[0]
+    assert short.build() == lines
+    assert opened(replace(data, sequence_length=400), tmp_path / "cache").build() == []
+
+
+def test_a_bad_file_leaves_nothing(data: Data, tmp_path: Path) -> None:
+    (tmp_path / "2.jsonl").write_text('{"messages": []}\n')
+    with pytest.raises(UserError, match=r"2.jsonl:1: does not end with an assistant message"):
+        opened(data, tmp_path / "cache").build()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_that_is_not_there_or_is_damaged(data: Data, tmp_path: Path) -> None:
+    found = opened(data, tmp_path / "cache")
+    with pytest.raises(UserError, match="is not there: put run_dir and the data on a file system that all hosts share"):
+        found.open_training(3, packed=True)
+    found.build()
+    for file in (tmp_path / "cache").glob("*/tokens.npy"):
+        os.truncate(file, 70)
+    with pytest.raises(UserError, match=r"tokens.npy: is no array of numbers .*; remove .*, it is built anew"):
+        found.open_training(3, packed=True)
+
+
+def test_pickles_are_not_opened(data: Data, tmp_path: Path) -> None:
+    found = opened(data, tmp_path / "cache")
+    found.build()
+    for file in (tmp_path / "cache").glob("*/ends.npy"):
+        np.save(file, np.array([print], dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match=r"ends.npy: is no array of numbers"):
+        found.open_training(3, packed=True)

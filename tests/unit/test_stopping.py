@@ -1,0 +1,59 @@
+"""When a run is to end early, and which checkpoint its directory then stands for."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_capgap.checkpoint import manifest as manifests
+from megatron_capgap.checkpoint.manifest import Damaged
+from tests.support.pool import WorkerPool
+
+
+def told(most: int | None, losses: list[float]) -> list[tuple[bool, bool]]:
+    """Runs in a worker: (best so far, over) after each evaluation."""
+    from megatron_capgap.runtime.devices import choose
+
+    choose("cpu", 0)
+    from megatron_capgap.training.stopping import Patience
+
+    patience = Patience(most)
+    return [(patience.see(step, loss), patience.over) for step, loss in enumerate(losses)]
+
+
+def test_patience(pool: WorkerPool) -> None:
+    losses = [3.0, 2.0, 2.0, 1.5, 1.6, 1.7, 1.8]
+    best, worse, over = (True, False), (False, False), (False, True)
+    assert pool.run(told, 3, losses, world=1)[0] == [best, best, worse, best, worse, worse, over]
+    assert pool.run(told, None, losses, world=1)[0] == [worse] * 7
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    for step in (2, 4, 6):
+        (tmp_path / "checkpoints" / f"step_{step}").mkdir(parents=True)
+    (tmp_path / "latest").write_text("step_6\n")
+    return tmp_path
+
+
+def test_a_run_directory_stands_for_its_best_checkpoint(run_dir: Path) -> None:
+    assert manifests.locate(str(run_dir)).name == "step_6"
+    manifests.point_best_at(run_dir, 2)
+    assert manifests.locate(str(run_dir)).name == "step_2"
+    assert manifests.latest(run_dir).name == "step_6", "what a run goes on from"
+    manifests.point_best_at(run_dir, 5)
+    assert manifests.locate(str(run_dir)).name == "step_2", "a checkpoint that could not be written is not named"
+    manifests.point_best_at(run_dir, None)
+    assert manifests.locate(str(run_dir)).name == "step_6"
+
+
+def test_the_best_one_stays_among_the_newest(run_dir: Path) -> None:
+    manifests.point_best_at(run_dir, 2)
+    (run_dir / "staged").mkdir()
+    manifests.publish(run_dir / "staged", run_dir, 8, keep=1)
+    assert manifests.steps_in(run_dir) == [2, 8]
+
+
+def test_a_best_that_is_gone_is_said(run_dir: Path) -> None:
+    (run_dir / "best").write_text("step_3\n")
+    with pytest.raises(Damaged, match=r"best: names 'step_3', which is no finished checkpoint \(there: step_2, step_4"):
+        manifests.locate(str(run_dir))
