@@ -286,7 +286,7 @@ def _cut(title: str, cut: Layout, ranks: int) -> str:
 def describe(ground: Ground, done: int) -> Manifest:
     """What a checkpoint after `done` steps says of itself."""
     resolved, config = ground.resolved, ground.config
-    samples = done * resolved.global_batch
+    samples, source = done * resolved.global_batch, resolved.student_source
     fp8 = derive.student_precision(config).fp8
     return Manifest(
         step=done,
@@ -302,5 +302,6 @@ def describe(ground: Ground, done: int) -> Manifest:
         projections=derive.projection_names(config, resolved.student, resolved.teacher),
         sequence_length=config.data.sequence_length,
         fp8_recipe=fp8.recipe if fp8 else None,
-        pruned_from=resolved.student_source.manifest.pruned_from if resolved.student_source else None,
+        pruned_from=source.manifest.pruned_from if source else None,
+        expanded_from=source.manifest.expanded_from if source else None,
     )
