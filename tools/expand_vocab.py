@@ -3,11 +3,11 @@
     python tools/expand_vocab.py --tokenizer FIRST.model --add SECOND.model --out DIR \\
         [--text FILE ...] [--checkpoint RUN_DIR]
 
-writes DIR/tokenizer.model, in which old ids stay what they are and new pieces follow them. With --checkpoint DIR becomes a
-run directory, too: its model has grown by the rows of the new pieces in embedding and LM head, each the mean of the rows
-of the old pieces that it splits into, and `adapt` goes on from there with student.checkpoint: DIR and data.tokenizer:
-DIR/tokenizer.model. Under `torchrun --nproc-per-node N` each rank copies its own share of the bytes; no rank holds a model.
-With --text it tells how many tokens a character of your text takes before and after.
+writes DIR/tokenizer.model, in which old ids stay what they are and new pieces follow them. With --checkpoint DIR
+becomes a run directory, too: its model has grown by a row a new piece in embedding and LM head, each the mean of the
+rows of the old pieces that it splits into. `adapt` goes on from there with student.checkpoint: DIR and data.tokenizer:
+DIR/tokenizer.model. Under `torchrun --nproc-per-node N` each rank copies its own share of the bytes; no rank holds a
+model. With --text it tells how many tokens a character of your text takes before and after.
 """
 
 from __future__ import annotations

@@ -15,8 +15,7 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))  # a clone works without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone works without being installed
 
 import sentencepiece
 
@@ -29,6 +28,7 @@ from megatron_capgap.data.tokenizer import open_tokenizer
 from megatron_capgap.stages import check
 from megatron_capgap.stages.resolve import resolve
 
+HERE = Path(__file__).resolve().parent
 STAGES = ("adapt", "prune", "distill", "evaluate")
 EXPANDED = Path("runs/llama2_7b_expanded")
 # LLaMA2-7B's config.json; the vocabulary is that of the adapted model and of MiniMA-3B.

@@ -1,8 +1,8 @@
 """SentencePiece model files: read piece by piece, and lengthened.
 
-A model file is a protobuf message, and two of those written one after the other read as one: lists are joined, of single
-values the later one counts. So whatever is not touched here stays as it was, byte by byte. The message classes that come
-with sentencepiece are not used, since each of its versions asks for a protobuf of its own.
+A model file is a protobuf message, and two of those written one after the other read as one: lists are joined, of
+single values the later one counts. So whatever is not touched here stays as it was, byte by byte. The message classes
+that come with sentencepiece are not used, since each of its versions asks for a protobuf of its own.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ else: text in which no new piece applies keeps exactly its old ids.
 
 - BPE merges the pair of the best score first. New pieces rank below all old ones, in the second model's order, so that
   merging goes to its old end before the first new piece is considered.
-- Unigram takes the pieces whose scores add up to most. A new piece is worth as much as the old pieces that it is made of,
-  and a little more for each token that it saves: a cut through the text that the old model did not make stays as
+- Unigram takes the pieces whose scores add up to most. A new piece is worth as much as the old pieces that it is made
+  of, and a little more for each token that it saves: a cut through the text that the old model did not make stays as
   unlikely as it was, and of those that it made the fewest tokens win.
 """
 
@@ -24,8 +24,8 @@ from megatron_capgap.data.tokenizer import Tokenizer
 # What a saved token is worth in a unigram model, in nats: above the rounding of sums over a document, below what tells
 # one way of cutting a word from another.
 _SAVED_TOKEN = 0.25
-# What a character that the first unigram model lacks is worth in new pieces, below its best piece. All ways of cutting a
-# text hold the same ones, so that the number decides nothing.
+# What a character that the first unigram model lacks is worth in new pieces, below its best piece. All ways of cutting
+# a text hold the same ones, so that the number decides nothing.
 _NEW_CHARACTER = -1.0
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_capgap.data import sentencepiece_file, vocabulary
-from megatron_capgap.data.sentencepiece_file import BYTE, NORMAL
+from megatron_capgap.data.sentencepiece_file import NORMAL
 from megatron_capgap.data.tokenizer import open_tokenizer
 from tests.support import languages
 from tests.support.languages import Merged
@@ -51,6 +51,7 @@ ANY_TEXT = TEXTS.filter(lambda text: "\u2581" not in text)
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=150)
 @given(text=ANY_TEXT)
 def test_between_common_cuts_old_ids_stay_or_a_new_piece_is_there(kind: str, merge: Merge, text: str) -> None:
     merged = merge(kind)
@@ -64,6 +65,7 @@ def test_between_common_cuts_old_ids_stay_or_a_new_piece_is_there(kind: str, mer
         assert len(mine) <= len(theirs)
 
 
+@settings(max_examples=150)
 @given(text=ANY_TEXT)
 def test_bpe_merges_neighbours_and_does_nothing_else(merge: Merge, text: str) -> None:
     """Every cut of the new encoding is one of the old; without a new piece among neighbours, nothing changes."""
@@ -119,17 +121,65 @@ def test_pieces_scores_and_specials_of_the_first_stay(kind: str, merge: Merge) -
         assert theirs == sorted(theirs, reverse=True)
 
 
+def written(merged: Merged, split: tuple[int, ...]) -> str:
+    """Old pieces one after the other."""
+    pieces = [merged.before.id_to_piece(part) for part in split]
+    return b"".join(
+        bytes([int(piece[3:5], 16)]) if merged.before.is_byte(part) else piece.encode()
+        for part, piece in zip(split, pieces, strict=True)
+    ).decode()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_piece_splits_into_what_the_old_model_makes_of_it(kind: str, merge: Merge) -> None:
-    merged = merge(kind)
-    before = sentencepiece_file.read(merged.first).pieces
+    merged, space = merge(kind), merge(kind).before.piece_to_id("\u2581")
+    compared = 0
     for token, split in enumerate(merged.splits, start=merged.known):
-        assert all(0 <= part < merged.known for part in split)
-        written = b"".join(
-            bytes([int(before[part].text[3:5], 16)]) if before[part].kind == BYTE else before[part].text.encode()
-            for part in split
-        )
-        assert written.decode() == merged.after.id_to_piece(token)
+        piece = merged.after.id_to_piece(token)
+        assert written(merged, split) == piece and max(split) < merged.known
+        # The old model puts a space in front of every text.
+        first, *rest = merged.before.encode(piece.removeprefix("\u2581").replace("\u2581", " "))
+        if piece.startswith("\u2581"):
+            assert (first, *rest) == split
+        elif first == space:
+            assert tuple(rest) == split
+        else:
+            continue
+        compared += 1
+    assert compared > 0.8 * len(merged.splits)
+
+
+def test_pieces_are_not_normalised(tmp_path: Path) -> None:
+    """The first model reads a full-width comma as a plain one, and would leave out spaces at the end."""
+    rules = {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True}
+    first = languages.train(tmp_path / "first.model", languages.english(), "bpe", 600, **rules)
+    texts = [text.replace("\u3002", "\uff0c") for text in languages.chinese()]
+    second = languages.train(tmp_path / "second.model", texts, "bpe", 1200)
+    merged = languages.merge(first, second, tmp_path / "both.model")
+    commas = [split for split in merged.splits if "\uff0c" in written(merged, split)]
+    assert commas and merged.before.piece_to_id(",") not in {part for split in commas for part in split}
+    pieces = sentencepiece_file.read(second).pieces
+    assert {written(merged, split) for split in merged.splits} <= {piece.text for piece in pieces}
+    assert merged.after.encode("\uff0c  ") == merged.before.encode(",")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_novel(kind: str, tmp_path: Path) -> None:
+    """Real Chinese on top of real English, on chapters that no vocabulary has seen. Downloads 1.9 MB."""
+    english, chinese = languages.english(), languages.novel()
+    first = languages.train(tmp_path / "en.model", english[:1600], kind, 2000)
+    second = languages.train(tmp_path / "zh.model", chinese[:-400], kind, 6000, character_coverage=0.9995)
+    merged = languages.merge(first, second, tmp_path / "both.model")
+    counts = {}
+    for name, texts in (("zh", chinese[-400:]), ("en", english[-400:])):
+        old, new = ([processor.encode(text) for text in texts] for processor in (merged.before, merged.after))
+        assert [merged.after.decode(ids) for ids in new] == texts
+        counts[name] = [sum(map(len, found)) / sum(map(len, texts)) for found in (old, new)]
+        if name == "en":
+            changed = [ids for ids, before in zip(new, old, strict=True) if ids != before]
+            assert all(max(ids) >= merged.known for ids in changed) and len(changed) < 20, len(changed)
+    assert counts["zh"][0] > 2.5 and counts["zh"][1] < 0.9, counts
 
 
 @pytest.mark.parametrize("kind", KINDS)
