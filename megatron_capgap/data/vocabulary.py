@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.data import corpus, sentencepiece_file
 from megatron_capgap.data.sentencepiece_file import BYTE, NORMAL, Model, Piece
@@ -145,8 +147,11 @@ def _splits(first: Path, base: Model, new: Sequence[Piece]) -> tuple[tuple[int, 
 
 
 def _bpe_scores(base: Model, new: Sequence[Piece], splits: Sequence[Sequence[int]]) -> list[float]:
-    lowest = min(piece.score for piece in base.pieces)
-    return [lowest - 1.0 - rank for rank in range(len(new))]
+    scores = [np.float32(min(piece.score for piece in base.pieces))]
+    for _ in new:
+        # LLaMA has runs of spaces at -1e9, where a model file's floats are 64 apart: equal scores would have no order.
+        scores.append(min(scores[-1] - np.float32(1), np.nextafter(scores[-1], np.float32(-np.inf))))
+    return [float(score) for score in scores[1:]]
 
 
 def _unigram_scores(base: Model, new: Sequence[Piece], splits: Sequence[Sequence[int]]) -> list[float]:

@@ -13,7 +13,8 @@ from typing import Any
 
 import sentencepiece
 
-from megatron_capgap.data import vocabulary
+from megatron_capgap.data import sentencepiece_file, vocabulary
+from megatron_capgap.data.sentencepiece_file import NORMAL, Piece
 from tools import wheels
 
 
@@ -72,9 +73,13 @@ class Merged:
 
 
 def merged(folder: Path, kind: str) -> Merged:
-    """The English model of a kind with the pieces of one that has read both languages."""
+    """The English model of a kind with the pieces of one that has read both languages; as in LLaMA's, runs of spaces
+    are what BPE merges last."""
     folder.mkdir(parents=True)
     first = train(folder / "en.model", english(), kind, 600)
+    if kind == "bpe":
+        runs = [Piece("\u2581" * length, -1e9, NORMAL) for length in (2, 4, 8)]
+        first.write_bytes(sentencepiece_file.read(first).with_pieces(runs).content)
     second = train(folder / "zh.model", [*chinese(), *english()[1500:]], kind, 1200)
     return merge(first, second, folder / "both.model")
 

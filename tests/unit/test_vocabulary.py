@@ -44,7 +44,7 @@ def spans(processor: sentencepiece.SentencePieceProcessor, text: str) -> list[tu
 
 # Old words, new ones, both in one word, and any characters at all.
 WORDS = st.sampled_from(
-    [*languages.english()[:200], *languages.chinese()[:200], "\u00e9t\u00e9", "\U0001f600", "12345"]
+    [*languages.english()[:200], *languages.chinese()[:200], "\u00e9t\u00e9", "\U0001f600", "12345", "     "]
 )
 TEXTS = st.lists(st.one_of(WORDS, st.text(max_size=6)), max_size=8).map("".join)
 ANY_TEXT = TEXTS.filter(lambda text: "\u2581" not in text)
