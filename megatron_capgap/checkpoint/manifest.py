@@ -12,6 +12,7 @@ from megatron_capgap.checkpoint import sealed
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.files import put_in_place, write_atomically
 from megatron_capgap.config.schema import ModelShape
+from megatron_capgap.models import size
 
 FORMAT = 2
 MANIFEST = "capgap.json"
@@ -24,7 +25,7 @@ class Damaged(UserError):
 
 @dataclass(frozen=True)
 class Origin:
-    """The model that a pruned one was cut out of."""
+    """The model that another one was made of."""
 
     checkpoint: str
     """Its folder."""
@@ -38,6 +39,23 @@ class Origin:
     """All its parameters."""
     non_embedding: int
     """Those without embeddings and LM head."""
+
+    @classmethod
+    def of(cls, checkpoint: Path, manifest: Manifest) -> Origin:
+        """What is remembered of a checkpoint.
+
+        Args:
+            checkpoint: its folder.
+            manifest: what it says of itself.
+        """
+        return cls(
+            checkpoint=str(checkpoint),
+            step=manifest.step,
+            tokens=manifest.tokens,
+            model=manifest.model,
+            parameters=size.parameters(manifest.model),
+            non_embedding=size.non_embedding_parameters(manifest.model),
+        )
 
 
 @dataclass(frozen=True)
@@ -74,6 +92,8 @@ class Manifest:
     """What the run's first weights were cut out of; stays with the model while it is trained."""
     chat_template: str | None = None
     """How conversations were written down for it, as a Jinja template; stays with the model while it is trained."""
+    expanded_from: Origin | None = None
+    """The model without the tokens that its vocabulary has taken in; stays with the model while it is trained."""
     skipped: int = 0
     """Bad batches among the steps, which changed no weights."""
     format: int = FORMAT

@@ -337,4 +337,5 @@ def describe(ground: Ground, done: int) -> Manifest:
         fp8_recipe=fp8.recipe if fp8 else None,
         pruned_from=begun_from.pruned_from if begun_from else None,
         chat_template=resolved.template.jinja if resolved.template else begun_from and begun_from.chat_template,
+        expanded_from=begun_from.expanded_from if begun_from else None,
     )

@@ -163,25 +163,14 @@ def _cut(ground: Ground, scores: Scores) -> None:
         staged.mkdir(parents=True)
 
     def finish() -> None:
-        manifests.write(replace(common.describe(ground, 0), steps=0, pruned_from=_origin(source)), staged)
+        origin = Origin.of(source.folder, source.manifest)
+        manifests.write(replace(common.describe(ground, 0), steps=0, pruned_from=origin), staged)
         manifests.publish(staged, run_dir, step=0, keep=1)
 
     launch.on_first_rank(begin)
     apply(source.folder, plan, staged)
     launch.on_first_rank(finish)
     _report(ground, plan)
-
-
-def _origin(source: Source) -> Origin:
-    known = source.manifest
-    return Origin(
-        checkpoint=str(source.folder),
-        step=known.step,
-        tokens=known.tokens,
-        model=known.model,
-        parameters=size.parameters(known.model),
-        non_embedding=size.non_embedding_parameters(known.model),
-    )
 
 
 def _report(ground: Ground, plan: Plan) -> None:

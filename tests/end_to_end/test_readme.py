@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_capgap.config.load import load
+from tests.support import languages
 from tests.support.corpus import conversations, texts, write_jsonl, write_lines
 from tests.support.processes import ROOT, environment
 from tools import make_sweep
@@ -33,6 +34,7 @@ def test_the_commands_run(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "corpus.jsonl", texts(4000, seed=11))
     write_lines(tmp_path / "data" / "chat_train.jsonl", conversations(60, seed=12))
     write_lines(tmp_path / "data" / "chat_valid.jsonl", conversations(20, seed=13))
+    write_jsonl(tmp_path / "corpus_zh.jsonl", languages.chinese())
     wanted = [line for line in commands() if line not in SCRIPTS]
     for stage in ("distill", "finetune", "evaluate"):
         assert any(f" {stage} " in line for line in wanted)
@@ -42,7 +44,7 @@ def test_the_commands_run(tmp_path: Path) -> None:
             words.append("--train.steps=2")
         if "prune" in words:
             words.append("--prune.batches=1")
-        words = ["500" if word == "2048" else word for word in words]  # what so small a corpus can fill
+        words = [{"2048": "500", "8000": "900"}.get(word, word) for word in words]  # what so small a corpus can fill
         done = subprocess.run(
             [*PYTHON[program], *words], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300
         )

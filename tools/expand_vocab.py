@@ -1,0 +1,173 @@
+"""Give a SentencePiece vocabulary the pieces of a second one, and a checkpoint the rows for them.
+
+    python tools/expand_vocab.py --tokenizer FIRST.model --add SECOND.model --out DIR \\
+        [--text FILE ...] [--checkpoint RUN_DIR]
+
+writes DIR/tokenizer.model, in which old ids stay what they are and new pieces follow them. With --checkpoint DIR
+becomes a run directory, too: its model has grown by a row a new piece in embedding and LM head, each the mean of the
+rows of the old pieces that it splits into. `adapt` goes on from there with student.checkpoint: DIR and data.tokenizer:
+DIR/tokenizer.model. Under `torchrun --nproc-per-node N` each rank copies its own share of the bytes; no rank holds a
+model. With --text it tells how many tokens a character of your text takes before and after.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_capgap.checkpoint.manifest import Manifest
+    from megatron_capgap.data.vocabulary import Count, Expansion
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
+
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.runtime import launch, libraries
+
+TOKENIZER = "tokenizer.model"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0; 2 with one line on stderr where the input is at fault, and then nothing was written."""
+    args = parse_arguments(argv)
+    first = True
+    try:
+        environment = launch.read_environment()
+        first = environment.rank == 0
+        return run(args, environment)
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename or 'file system'}: {error.strerror or error}"
+    except KeyboardInterrupt:
+        message = "interrupted, nothing was written"
+    finally:
+        launch.leave()
+    if first:
+        print(f"expand_vocab: error: {message}", file=sys.stderr)
+    return 2
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="expand_vocab", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="PATH",
+        help="SentencePiece model to grow, or a folder with tokenizer.model",
+    )
+    parser.add_argument(
+        "--add", required=True, metavar="PATH", help="the model with the pieces to add, of the same kind"
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="count tokens in: .jsonl with a text field, or plain lines",
+    )
+    parser.add_argument(
+        "--checkpoint", metavar="RUN_DIR", help="or RUN_DIR/checkpoints/step_N; trained with --tokenizer"
+    )
+    parser.add_argument("--force", action="store_true", help="replace what an earlier call wrote there")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace, environment: launch.Environment) -> int:
+    libraries.prepare()
+    from megatron_capgap.checkpoint import manifest as manifests
+    from megatron_capgap.data import vocabulary
+    from megatron_capgap.runtime.devices import choose
+
+    launch.join(environment, choose("cpu", environment.local_rank), timeout_seconds=3600)
+    from megatron_capgap.conversion.output import refuse_existing, refuse_to_lose, replacing
+
+    out = Path(args.out)
+    refuse_existing(out, made_here, args.force)
+    first, second = (vocabulary.model_file(path) for path in (args.tokenizer, args.add))
+    checkpoint = manifests.locate(args.checkpoint) if args.checkpoint else None
+    if checkpoint:
+        refuse_other_tokenizer(checkpoint, first)
+    for source in (first, second, checkpoint):
+        if source:
+            refuse_to_lose(source, out)
+    expansion = vocabulary.expand(first, second)
+    with replacing(out, made_here, force=args.force) as staged:
+        fingerprint, counts = launch.on_first_rank(lambda: write_tokenizer(staged, first, expansion, args.text))
+        grown = grow(checkpoint, staged, out, expansion, fingerprint) if checkpoint else None
+    if environment.rank == 0:
+        report(args, expansion, counts, grown)
+    return 0
+
+
+def made_here(folder: Path) -> bool:
+    """Whether a folder is an earlier call's, in which nothing was trained."""
+    return (folder / TOKENIZER).is_file() and {file.name for file in folder.iterdir()} <= {
+        TOKENIZER,
+        "checkpoints",
+        "latest",
+    }
+
+
+def refuse_other_tokenizer(checkpoint: Path, first: Path) -> None:
+    """Raises a UserError where a checkpoint speaks another vocabulary."""
+    from megatron_capgap.checkpoint import manifest as manifests
+    from megatron_capgap.data.tokenizer import open_tokenizer
+
+    manifest, tokenizer = manifests.read(checkpoint), open_tokenizer(str(first))
+    if manifest.tokenizer_fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"{checkpoint} was trained with tokenizer {manifest.tokenizer} ({manifest.tokenizer_fingerprint[:12]}), "
+            f"--tokenizer is {first} ({tokenizer.fingerprint[:12]}); give the checkpoint's"
+        )
+    if tokenizer.vocab_size > manifest.model.vocab:
+        raise UserError(
+            f"{checkpoint}: has {manifest.model.vocab} rows for the {tokenizer.vocab_size} tokens of {first}; use a "
+            "checkpoint that has them all"
+        )
+
+
+def write_tokenizer(staged: Path, first: Path, expansion: Expansion, texts: list[str]) -> tuple[str, list[Count]]:
+    """Writes the new vocabulary; returns its fingerprint and what it makes of the texts. Rank 0 only."""
+    from megatron_capgap.data.tokenizer import open_tokenizer
+    from megatron_capgap.data.vocabulary import count
+
+    (staged / TOKENIZER).write_bytes(expansion.model)
+    before, after = (open_tokenizer(str(file)) for file in (first, staged / TOKENIZER))
+    return after.fingerprint, [count(text, before, after) for text in texts]
+
+
+def grow(checkpoint: Path, staged: Path, out: Path, expansion: Expansion, fingerprint: str) -> Manifest:
+    """Writes the grown checkpoint. Collective."""
+    from megatron_capgap.checkpoint.grow import NewTokens
+    from megatron_capgap.checkpoint.grow import grow as grow_checkpoint
+
+    new = NewTokens(expansion.known, expansion.splits, str(out / TOKENIZER), fingerprint)
+    return grow_checkpoint(checkpoint, staged, new)
+
+
+def report(args: argparse.Namespace, expansion: Expansion, counts: list[Count], grown: Manifest | None) -> None:
+    added = len(expansion.splits)
+    print(
+        f"{added} pieces added to {expansion.known}: {expansion.known + added} tokens; {expansion.shared} of "
+        f"{args.add} were there already, {expansion.special} are no text"
+    )
+    for text, found in zip(args.text, counts, strict=True):
+        before, after = found.before / found.characters, found.after / found.characters
+        print(
+            f"{text}: {found.characters} characters, {found.before} tokens before ({before:.3f} a character), "
+            f"{found.after} after ({after:.3f})"
+        )
+    print(f"wrote {Path(args.out) / TOKENIZER}")
+    if grown is not None and grown.expanded_from is not None:
+        old = grown.expanded_from
+        print(f"wrote {args.out}: vocabulary {old.model.vocab} -> {grown.model.vocab}, from {old.checkpoint}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
