@@ -29,7 +29,7 @@ from megatron_capgap.stages import check
 from megatron_capgap.stages.resolve import resolve
 
 HERE = Path(__file__).resolve().parent
-STAGES = ("adapt", "prune", "distill", "evaluate")
+STAGES = ("adapt", "prune", "distill", "finetune", "evaluate")
 EXPANDED = Path("runs/llama2_7b_expanded")
 # LLaMA2-7B's config.json; the vocabulary is that of the adapted model and of MiniMA-3B.
 LLAMA2_7B = ModelShape(layers=32, hidden=4096, heads=32, ffn=11008, vocab=49216, max_positions=4096)

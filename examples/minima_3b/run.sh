@@ -1,12 +1,15 @@
 #!/usr/bin/env bash
 # The paper's road to MiniMA-3B on a SLURM cluster, one step a call:
 #
-#   bash examples/minima_3b/run.sh STEP        # import, vocabulary, data, adapt, prune, distill, evaluate, export
+#   bash examples/minima_3b/run.sh STEP
+#
+# STEP is import, vocabulary, data, adapt, prune, distill, finetune, evaluate or export.
 #
 # Models, data and runs lie below WORK (the current folder). What each step reads:
 #   LLAMA2         import: a Hugging Face folder of LLaMA2-7B, with tokenizer.model
 #   PILE GITHUB WUDAO VALID
 #                  vocabulary, data: jsonl files with a `text` field, WUDAO in Chinese; several in one word are fine
+#   finetune reads data/chat_train.jsonl and data/chat_valid.jsonl, a line {"messages": [...]} each
 #   NODES, GPUS    training: nodes and GPUs on each (2 and 8); RANKS processes convert (8)
 # The configurations suit 16 GPUs of 80 GB and, as they are, 128. First: python examples/minima_3b/check.py --gpus 16
 set -euo pipefail
@@ -46,14 +49,14 @@ case "${1:-}" in
         prepare wudao $WUDAO
         prepare valid $VALID
         ;;
-    adapt | prune | distill | evaluate)
+    adapt | prune | distill | finetune | evaluate)
         stage "$@"
         ;;
     export)
         on_cpus "$tools/convert_hf.py" export --checkpoint runs/minima_3b --out hf/minima_3b
         ;;
     *)
-        echo "run.sh: error: ${1:-no step given}: import, vocabulary, data, adapt, prune, distill, evaluate or export" >&2
+        echo "run.sh: error: ${1:-no step given}: import, vocabulary, data, adapt, prune, distill, finetune, evaluate or export" >&2
         exit 2
         ;;
 esac

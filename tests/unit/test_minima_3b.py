@@ -57,6 +57,9 @@ def test_the_numbers_of_the_paper() -> None:
     objective = distill.objective
     assert (objective.divergence, objective.temperature) == ("soft_cross_entropy", 1.0)
     assert objective.divergence_weight == objective.cross_entropy_weight == 0.5
+    chat = load(str(HERE / "finetune.yaml"), [], "finetune").config
+    assert chat.finetune is not None and (chat.finetune.epochs, chat.finetune.patience) == (3, 2)
+    assert (chat.optimizer.lr, chat.optimizer.warmup_fraction, chat.train.global_batch) == (2e-5, 0.1, 256)
     prune = load(str(HERE / "prune.yaml"), [], "prune").config
     assert prune.prune is not None and prune.prune.layers_by == "position"
     assert (prune.data.sequence_length, prune.train.micro_batch) == (512, 8)
