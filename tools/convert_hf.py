@@ -12,6 +12,7 @@ share of the bytes; no rank holds a whole model.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import time
@@ -77,8 +78,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     comparing.add_argument("--checkpoint", required=True, metavar="RUN_DIR", help="for Megatron")
     comparing.add_argument("--tokens", type=int, metavar="N", help="in each of two sequences (64, or all it can)")
     comparing.add_argument("--seed", type=int, default=0, metavar="N", help="of the random tokens (0)")
-    comparing.add_argument("--tensor", type=int, default=1, metavar="N", help="tensor-parallel size (1)")
-    comparing.add_argument("--pipeline", type=int, default=1, metavar="N", help="pipeline-parallel size (1)")
+    comparing.add_argument("--tensor", type=positive, default=1, metavar="N", help="tensor-parallel size (1)")
+    comparing.add_argument("--pipeline", type=positive, default=1, metavar="N", help="pipeline-parallel size (1)")
     comparing.add_argument(
         "--tolerance",
         type=float,
@@ -87,6 +88,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="largest difference, as a share of the largest logit (5e-5)",
     )
     return parser.parse_args(argv)
+
+
+def positive(value: str) -> int:
+    if not value.isdecimal() or not int(value):
+        raise argparse.ArgumentTypeError(f"{value} is no number from 1 on")
+    return int(value)
 
 
 def bytes_of(value: str) -> int:
@@ -112,7 +119,7 @@ def run(args: argparse.Namespace, environment: launch.Environment) -> int:
         if args.command == "import":
             from megatron_capgap.conversion.importing import import_folder
 
-            hf, out = Path(args.hf), Path(args.out)
+            hf, out = Path(args.hf), Path(os.path.abspath(args.out))
             source = import_folder(hf, out, device, dtype=dtype, force=args.force, progress=progress)
             if source.skipped and environment.rank == 0:
                 print(f"left out {len(source.skipped)} buffers that are no weights, like {source.skipped[0]}")
@@ -120,8 +127,8 @@ def run(args: argparse.Namespace, environment: launch.Environment) -> int:
             from megatron_capgap.conversion.exporting import export_checkpoint
 
             export_checkpoint(
-                args.checkpoint,
-                Path(args.out),
+                os.path.abspath(args.checkpoint),
+                Path(os.path.abspath(args.out)),
                 device,
                 dtype=dtype,
                 max_shard_bytes=args.max_shard_size,

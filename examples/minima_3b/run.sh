@@ -39,7 +39,8 @@ case "${1:-}" in
     vocabulary)
         # The paper's model has 49,216 tokens. How many come in follows from what both vocabularies share.
         mkdir -p data
-        "$python" "$tools/prepare_data.py" --input $WUDAO --tokenizer data/zh.model --train-tokenizer 20000 --out data/zh_alone
+        "$python" "$tools/prepare_data.py" --input $WUDAO --tokenizer data/zh.model --train-tokenizer 20000 \
+            --out data/zh_alone
         on_cpus "$tools/expand_vocab.py" --tokenizer runs/llama2_7b/huggingface --add data/zh.model \
             --checkpoint runs/llama2_7b --text $VALID --out "$expanded"
         ;;
@@ -56,7 +57,8 @@ case "${1:-}" in
         on_cpus "$tools/convert_hf.py" export --checkpoint runs/minima_3b --out hf/minima_3b
         ;;
     *)
-        echo "run.sh: error: ${1:-no step given}: import, vocabulary, data, adapt, prune, distill, finetune, evaluate or export" >&2
+        steps="import, vocabulary, data, adapt, prune, distill, finetune, evaluate or export"
+        echo "run.sh: error: ${1:-no step given}: $steps would do" >&2
         exit 2
         ;;
 esac

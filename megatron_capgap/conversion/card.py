@@ -10,10 +10,13 @@ import yaml
 
 from megatron_capgap.checkpoint import manifest as manifests
 from megatron_capgap.checkpoint.manifest import Manifest
-from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.errors import UserError, in_one_line
 from megatron_capgap.conversion.family import Family
 from megatron_capgap.conversion.importing import STAGE
 from megatron_capgap.models import size
+
+EXPORTED = "Exported with megatron_capgap"
+"""Tells a folder that was written here from others."""
 
 
 def text(folder: Path, manifest: Manifest, family: Family) -> str:
@@ -32,10 +35,10 @@ def text(folder: Path, manifest: Manifest, family: Family) -> str:
     lines += [f"A {family.name} model with {total:,} parameters, {inner:,} without embeddings:"]
     lines += [f"{shape.layers} layers, hidden size {shape.hidden}, vocabulary {shape.vocab}.", ""]
     if manifest.stage == STAGE:
-        lines += ["Its weights were imported and exported again without training.", ""]
+        lines += [f"{EXPORTED}; its weights were imported before, and not trained.", ""]
     else:
         lines += [
-            f"Exported with megatron_capgap from step {manifest.step} of a run of the stage {manifest.stage}.",
+            f"{EXPORTED} from step {manifest.step} of a run of the stage {manifest.stage}.",
             "",
         ]
         facts = _facts(folder.parents[1], manifest)
@@ -81,7 +84,10 @@ def _teacher(checkpoint: str, manifest: Manifest) -> dict[str, str]:
 
 def _resolved(run_dir: Path) -> dict[str, Any]:
     file = run_dir / "resolved.yaml"
-    return (yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file.is_file() else {}
+    try:
+        return (yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file.is_file() else {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{file}: is damaged ({in_one_line(error)}); remove it, and the card says less") from None
 
 
 def _last_numbers(run_dir: Path, step: int) -> dict[str, float]:
@@ -93,6 +99,6 @@ def _last_numbers(run_dir: Path, step: int) -> dict[str, float]:
             entry = json.loads(line)
         except ValueError:  # a killed run's last line
             continue
-        if entry.get("step", step + 1) <= step:
+        if isinstance(entry, dict) and entry.get("step", step + 1) <= step:
             last |= entry
     return last

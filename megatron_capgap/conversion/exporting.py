@@ -24,12 +24,12 @@ from megatron_capgap.conversion.importing import CARRIED, GENERATION, Progress
 from megatron_capgap.conversion.output import refuse_existing, refuse_to_lose, replacing
 from megatron_capgap.conversion.plan import Target
 from megatron_capgap.conversion.registry import FAMILIES
-from megatron_capgap.conversion.safetensors import Writer
+from megatron_capgap.conversion.safetensors import Writer, cast
 from megatron_capgap.conversion.source import listed, read_config, read_json
 from megatron_capgap.models import packing
 from megatron_capgap.models.projections import PREFIX
 from megatron_capgap.runtime.devices import Device
-from megatron_capgap.runtime.launch import on_every_rank, on_first_rank
+from megatron_capgap.runtime.launch import on_every_rank, on_first_rank, on_ranks_alike
 
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 # What else a training run keeps in a checkpoint.
@@ -77,14 +77,19 @@ def export_checkpoint(
         UserError: before anything is written, wherever it can be known then.
     """
     refuse_existing(out, _exported, force)
-    folder = manifests.locate(checkpoint)
-    refuse_to_lose(folder, out)
-    manifest = manifests.read(folder)
-    family, carried = FAMILIES[manifest.model.family], _carried(folder, manifest)
-    words = tokenizer.find(carried, manifest)
-    reader = Reader(folder)
+
+    def look() -> tuple[Manifest, Path | None, tokenizer.Words, Reader, str]:
+        folder = manifests.locate(checkpoint)
+        refuse_to_lose(folder, out)
+        manifest = manifests.read(folder)
+        carried = _carried(folder, manifest)
+        words = card.text(folder, manifest, FAMILIES[manifest.model.family])
+        return manifest, carried, tokenizer.find(carried, manifest), Reader(folder), words
+
+    manifest, carried, words, reader, model_card = on_ranks_alike(look)
+    family = FAMILIES[manifest.model.family]
     targets = plan.unfold(family, manifest.model, device)
-    entries = _entries(folder, reader, targets, manifest.model.layers)
+    entries = on_ranks_alike(lambda: _entries(checkpoint, reader, targets, manifest.model.layers))
     files = _files(_tensors(targets, entries, dtype), max_shard_bytes)
     config = config_of(family, manifest, carried, words)
     generation = _generation(carried, config)
@@ -99,14 +104,16 @@ def export_checkpoint(
             words.write(staged)
             if manifest.chat_template is not None:
                 tokenizer.write_template(staged, manifest.chat_template, words)
-            (staged / "README.md").write_text(card.text(folder, manifest, family), encoding="utf-8")
+            (staged / "README.md").write_text(model_card, encoding="utf-8")
 
         on_first_rank(finish)
 
 
 def _exported(folder: Path) -> bool:
-    """Whether a folder is a Hugging Face model."""
-    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    """Whether a folder is a Hugging Face model that was exported here, not one that somebody trusts us with."""
+    words = folder / "README.md"
+    ours = words.is_file() and card.EXPORTED in words.read_text(encoding="utf-8", errors="replace")
+    return ours and (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
 def _carried(folder: Path, manifest: Manifest) -> Path | None:
@@ -117,7 +124,7 @@ def _carried(folder: Path, manifest: Manifest) -> Path | None:
     return None
 
 
-def _entries(folder: Path, reader: Reader, targets: Sequence[Target], layers: int) -> dict[str, Entry]:
+def _entries(checkpoint: str, reader: Reader, targets: Sequence[Target], layers: int) -> dict[str, Entry]:
     """Every tensor of the model as the checkpoint has it.
 
     Raises:
@@ -127,17 +134,19 @@ def _entries(folder: Path, reader: Reader, targets: Sequence[Target], layers: in
     found: dict[str, Entry] = {}
     for target in targets:
         if target.key not in there:
-            raise UserError(f"{folder}: {target.key} is missing; use a checkpoint of this model")
+            raise UserError(f"{checkpoint}: {target.key} is missing; use a checkpoint of this model")
         size, dtype = there[target.key]
         entry = target.entry(layers, dtype)
         # Rows beyond the vocabulary are padding of the layout that wrote them.
         padded = target.key.startswith(("embedding.word_embeddings.", "output_layer."))
         if size != entry.shape and not (padded and size[1:] == entry.shape[1:] and size[0] > entry.shape[0]):
-            raise UserError(f"{folder}: {target.key} is {list(size)}, the model's is {list(entry.shape)}")
+            raise UserError(f"{checkpoint}: {target.key} is {list(size)}, the model's is {list(entry.shape)}")
         found[target.key] = Entry(target.key, size, dtype, target.layered)
     extra = sorted(key for key in there.keys() - found.keys() if not re.fullmatch(_NOT_WEIGHTS, key))
     if extra:
-        raise UserError(f"{folder}: {listed(extra)} left over; its model has no such tensor, use another checkpoint")
+        raise UserError(
+            f"{checkpoint}: {listed(extra)} left over; its model has no such tensor, use another checkpoint"
+        )
     return found
 
 
@@ -193,7 +202,7 @@ def _fill(writer: Writer, tensors: Sequence[Tensor], reader: Reader, entries: di
             for run in packing.parts_of_rows(target.runs, piece.start, piece.count):
                 if (tensor := names.get(run.part)) is not None:
                     part = rows.narrow(0, run.packed - piece.start, run.count)
-                    writer.write(tensor.name, run.start, part.to(tensor.dtype))
+                    writer.write(tensor.name, run.start, cast(part, tensor.dtype, tensor.name))
                     yield part.numel() * tensor.dtype.itemsize
 
 
@@ -203,7 +212,7 @@ def _write_transposed(writer: Writer, names: dict[int, Tensor], target: Target, 
     whole = torch.empty_like(packed)
     for run in target.runs:
         whole[run.start : run.start + run.count] = packed[run.packed : run.packed + run.count]
-    writer.write(tensor.name, 0, whole.t().to(tensor.dtype))
+    writer.write(tensor.name, 0, cast(whole.t(), tensor.dtype, tensor.name))
     return tensor.nbytes
 
 

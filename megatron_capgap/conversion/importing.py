@@ -18,12 +18,12 @@ from megatron_capgap.config.errors import UserError
 from megatron_capgap.conversion import plan
 from megatron_capgap.conversion.output import refuse_existing, refuse_to_lose, replacing
 from megatron_capgap.conversion.plan import Target
-from megatron_capgap.conversion.safetensors import Files, Stored
+from megatron_capgap.conversion.safetensors import Files, Stored, cast
 from megatron_capgap.conversion.source import Source, listed, open_source, read_json
 from megatron_capgap.data.tokenizer import open_tokenizer
 from megatron_capgap.models import packing
 from megatron_capgap.runtime.devices import Device
-from megatron_capgap.runtime.launch import on_first_rank
+from megatron_capgap.runtime.launch import on_first_rank, on_ranks_alike
 
 STAGE = "import"
 CARRIED = "huggingface"
@@ -37,7 +37,10 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "tekken.json",
 )
+TEMPLATES = "additional_chat_templates"
+"""Folder of a tokenizer with chat templates by name."""
 GENERATION = "generation_config.json"
 CARRIED_FILES = ("config.json", GENERATION, *TOKENIZER_FILES)
 
@@ -63,13 +66,20 @@ def import_folder(
     """
     refuse_existing(out, _imported, force)
     refuse_to_lose(hf, out)
-    source = open_source(hf)
-    tokenizer = open_tokenizer(str(hf))
-    if (hf / GENERATION).is_file():
-        read_json(hf / GENERATION)  # it goes along unread, and out again
+
+    def look() -> tuple[Source, str]:
+        if (hf / GENERATION).is_file():
+            read_json(hf / GENERATION)  # it goes along unread, and out again
+        return open_source(hf), open_tokenizer(str(hf)).fingerprint
+
+    source, fingerprint = on_ranks_alike(look)
     targets = plan.unfold(source.family, source.shape, device)
-    tensors = _matched(source, targets)
-    types = _types(targets, tensors, dtype)
+
+    def match() -> tuple[dict[str, Stored], dict[str, torch.dtype]]:
+        tensors = _matched(source, targets)
+        return tensors, _types(targets, tensors, dtype)
+
+    tensors, types = on_ranks_alike(match)
     of_piece = {
         piece: target
         for target in targets
@@ -86,7 +96,7 @@ def import_folder(
             produce.close()
 
         def finish() -> None:
-            manifests.write(_manifest(source, out, tokenizer.fingerprint), checkpoint)
+            manifests.write(_manifest(source, out, fingerprint), checkpoint)
             manifests.publish(checkpoint, staged, step=0, keep=1)
             _carry(hf, staged / CARRIED)
 
@@ -183,11 +193,12 @@ class _Reading:
             place = rows.narrow(0, run.packed - piece.start, run.count)
             part = parts[run.part]
             if whole:
-                place.copy_(whole[run.part].narrow(0, run.start, run.count))
+                place.copy_(cast(whole[run.part].narrow(0, run.start, run.count), place.dtype, target.parts[run.part]))
             elif part.dtype == place.dtype:
                 self._files.read_into(place, part, run.start)
             else:
-                place.copy_(self._files.read(part, run.start, run.count))
+                read = self._files.read(part, run.start, run.count)
+                place.copy_(cast(read, place.dtype, target.parts[run.part]))
         self._done += piece.nbytes
         self._progress(self._done, self._total)
         return rows
@@ -214,6 +225,14 @@ def _manifest(source: Source, out: Path, fingerprint: str) -> Manifest:
 
 def _carry(hf: Path, folder: Path) -> None:
     folder.mkdir()
-    for name in CARRIED_FILES:
-        if (hf / name).is_file():
-            shutil.copyfile(hf / name, folder / name)
+    copy_files(hf, folder, CARRIED_FILES)
+
+
+def copy_files(source: Path, folder: Path, names: Sequence[str]) -> None:
+    """Copies those files that are there, and chat templates by name."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    for template in sorted((source / TEMPLATES).glob("*.jinja")):
+        (folder / TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(template, folder / TEMPLATES / template.name)

@@ -20,9 +20,24 @@ from torch import Tensor
 from megatron_capgap.config.errors import UserError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""Of weights."""
+# A file may hold other things beside them, like masks; their sizes tell whether the file is whole.
+_KNOWN = {
+    **DTYPES,
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LARGEST_HEADER = 32 << 20  # a thousand layers need 1 MB; a header that fills the memory is an attack
 _REMEDY = "copy or download the file again"
+_SAVE_AGAIN = f"save the model in one of {', '.join(DTYPES)}"
 
 
 @dataclass(frozen=True)
@@ -55,7 +70,7 @@ def read_header(file: Path) -> dict[str, Stored]:
     """The tensors of a file, every length and offset checked against the file's size.
 
     Raises:
-        UserError: the file is missing, cut off, or no safetensors file; or a tensor has a type that is no float.
+        UserError: the file is missing, cut off, or no safetensors file; or a tensor has a type that is not known here.
     """
     try:
         length, start, content = file.stat().st_size, 8, _header_bytes(file)
@@ -74,12 +89,43 @@ def read_header(file: Path) -> dict[str, Stored]:
     for name, stored in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if stored.offset != end:
             raise UserError(
-                f"{file}: {name} begins at byte {stored.offset}, the one before it ends at {end}; {_REMEDY}"
+                f"{file}: {shown(name)} begins at byte {stored.offset}, the one before it ends at {end}; {_REMEDY}"
             )
         end += stored.nbytes
     if end != length:
         raise UserError(f"{file}: is {length} bytes long, its header speaks of {end}; {_REMEDY}")
     return tensors
+
+
+def refuse_other_types(tensors: Mapping[str, Stored]) -> None:
+    """Refuses weights of a type that no model here has.
+
+    Raises:
+        UserError: with the first of them.
+    """
+    for name, stored in tensors.items():
+        if stored.dtype not in _NAMES:
+            kind = str(stored.dtype).removeprefix("torch.")
+            raise UserError(f"{stored.file}: {shown(name)} is of type {kind}, which no weight is; {_SAVE_AGAIN}")
+
+
+def shown(name: str) -> str:
+    """A tensor's name for a message: a file's author may have put line ends and control sequences into it."""
+    return name if name.isprintable() else ascii(name)
+
+
+def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """The tensor in another type.
+
+    Raises:
+        UserError: a number is too large for it.
+    """
+    result = tensor.to(dtype)
+    if dtype != tensor.dtype and not torch.equal(result.isfinite(), tensor.isfinite()):
+        kind = str(dtype).removeprefix("torch.")
+        largest = tensor[tensor.isfinite()].abs().max()
+        raise UserError(f"{shown(name)}: holds {largest:g}, too large for {kind}; choose another --dtype")
+    return result
 
 
 def _header_bytes(file: Path) -> bytes:
@@ -97,12 +143,13 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is there twice")
+        raise ValueError(f"{shown(next(name for name in names if names.count(name) > 1))} is there twice")
     return found
 
 
 def _stored(file: Path, name: str, entry: Any, start: int) -> Stored:
     """One entry of the header, checked by itself."""
+    name = shown(name)
     wrong = UserError(f"{file}: {name} has a damaged entry in the header; {_REMEDY}")
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise wrong
@@ -110,11 +157,9 @@ def _stored(file: Path, name: str, entry: Any, start: int) -> Stored:
     numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [-1]
     if len(offsets) != 2 or not all(type(number) is int and number >= 0 for number in numbers):
         raise wrong
-    if dtype not in DTYPES:
-        raise UserError(
-            f"{file}: {name} is of type {dtype}, weights are {', '.join(DTYPES)}; save the model in one of these"
-        )
-    stored = Stored(file, DTYPES[dtype], tuple(shape), start + offsets[0])
+    if not isinstance(dtype, str) or dtype not in _KNOWN:
+        raise UserError(f"{file}: {name} is of type {dtype!r}, which is not known here; {_SAVE_AGAIN}")
+    stored = Stored(file, _KNOWN[dtype], tuple(shape), start + offsets[0])
     if offsets[1] - offsets[0] != stored.nbytes:
         raise UserError(f"{file}: {name} {shape} has {offsets[1] - offsets[0]} bytes, not {stored.nbytes}; {_REMEDY}")
     return stored

@@ -16,7 +16,7 @@ from megatron_capgap.config.families import FAMILIES as TRAITS
 from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.conversion.family import Family, Settings
 from megatron_capgap.conversion.registry import FAMILIES
-from megatron_capgap.conversion.safetensors import Stored, read_header
+from megatron_capgap.conversion.safetensors import Stored, read_header, refuse_other_types, shown
 from megatron_capgap.models import size
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -53,6 +53,7 @@ def open_source(folder: Path) -> Source:
     tensors = _full_names(_tensors(folder), family)
     buffers = [name for name in tensors if any(re.fullmatch(pattern, name) for pattern in family.buffers)]
     kept = {name: stored for name, stored in tensors.items() if name not in buffers}
+    refuse_other_types(kept)
     _check_size(Settings(folder / "config.json", config), shape, kept)
     return Source(folder, family, shape, config, kept, tuple(buffers))
 
@@ -127,7 +128,10 @@ def _tensors(folder: Path) -> dict[str, Stored]:
     """Every tensor of the folder's safetensors files, as one index or one file says."""
     index = folder / _INDEX
     if index.is_file():
-        return _indexed(folder, index)
+        found = _indexed(folder, index)
+        if (folder / _SINGLE).is_file() and folder / _SINGLE not in {stored.file for stored in found.values()}:
+            raise UserError(f"{folder}: has {_SINGLE}, and {_INDEX} without it; remove the one that is not the model")
+        return found
     if (folder / _SINGLE).is_file():
         return read_header(folder / _SINGLE)
     pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
@@ -152,7 +156,9 @@ def _indexed(folder: Path, index: Path) -> dict[str, Stored]:
     for name in sorted(set(where.values())):
         for tensor, stored in read_header(folder / name).items():
             if where.get(tensor) != name:
-                raise UserError(f"{index}: says {tensor} is in {where.get(tensor)}, it is in {name}; mend the index")
+                raise UserError(
+                    f"{index}: says {shown(tensor)} is in {where.get(tensor)}, it is in {name}; mend the index"
+                )
             found[tensor] = stored
     if missing := sorted(where.keys() - found.keys()):
         raise UserError(f"{index}: names {listed(missing)}, which no file has; copy or download the files again")
@@ -169,5 +175,6 @@ def _full_names(tensors: dict[str, Stored], family: Family) -> dict[str, Stored]
 
 def listed(names: list[str]) -> str:
     """The first names of a list, and how many there are."""
+    names = [shown(name) for name in names]
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more

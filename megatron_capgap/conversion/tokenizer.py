@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from megatron_capgap.checkpoint.manifest import Manifest
 from megatron_capgap.config.errors import UserError
-from megatron_capgap.conversion.importing import TOKENIZER_FILES
+from megatron_capgap.conversion.importing import TOKENIZER_FILES, copy_files
 from megatron_capgap.data.tokenizer import SentencePieceTokenizer, open_tokenizer
 
 _SPACE = "\u2581"
@@ -43,9 +43,7 @@ class Copied:
 
     def write(self, folder: Path) -> None:
         """Copies those that are there."""
-        for name in TOKENIZER_FILES:
-            if (self.folder / name).is_file():
-                shutil.copyfile(self.folder / name, folder / name)
+        copy_files(self.folder, folder, TOKENIZER_FILES)
 
 
 @dataclass(frozen=True)

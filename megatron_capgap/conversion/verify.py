@@ -23,7 +23,7 @@ from megatron_capgap.conversion.source import open_source
 from megatron_capgap.models import gpt, schedule
 from megatron_capgap.runtime import layout as layouts
 from megatron_capgap.runtime.devices import Device
-from megatron_capgap.runtime.launch import on_first_rank
+from megatron_capgap.runtime.launch import on_first_rank, on_ranks_alike
 from megatron_capgap.runtime.layout import Grid
 
 SEQUENCES = 2
@@ -91,17 +91,21 @@ def compare(hf: Path, checkpoint: str, layout: Layout, device: Device, *, tokens
     Raises:
         UserError: one of them cannot be opened, or they are not of one shape.
     """
-    source = open_source(hf)
-    folder = manifests.locate(checkpoint)
-    shape = manifests.read(folder).model
+
+    def look() -> tuple[Family, Path, ModelShape]:
+        source, folder = open_source(hf), manifests.locate(checkpoint)
+        shape = manifests.read(folder).model
+        _check(source.shape, shape, layout)
+        return source.family, folder, shape
+
+    family, folder, shape = on_ranks_alike(look)
     longest = min(filter(None, (shape.max_positions, shape.attention_window)), default=None)
     tokens = tokens if tokens is not None else min(64, longest or 64)
     if tokens < 1 or tokens > (longest or tokens):
         raise UserError(f"--tokens: {tokens} is not within 1 and the model's longest sequence {longest}")
-    _check(source.shape, shape, layout)
     ids = torch.randint(shape.vocab, (SEQUENCES, tokens), generator=torch.Generator().manual_seed(seed))
     # One model after the other, so that both need not fit at once.
-    theirs = on_first_rank(lambda: _transformers(hf, source.family, ids))
+    theirs = on_first_rank(lambda: _transformers(hf, family, ids))
     grid = layouts.build(layout, seed)
     ours = _megatron(folder, shape, grid, device, ids)
     compared = [None] * dist.get_world_size()

@@ -181,6 +181,10 @@ class HuggingFaceTokenizer(Tokenizer):
             content = token.get("content") if isinstance(token, dict) else token
             if content is None:
                 continue
+            if not isinstance(content, str):
+                raise UserError(
+                    f"tokenizer {folder / file}: {name}_token {content!r} is no text: save the tokenizer again"
+                )
             if content not in self._ids:
                 raise UserError(
                     f"tokenizer {folder / file}: {name}_token {content!r} is not in tokenizer.json: "
@@ -189,8 +193,12 @@ class HuggingFaceTokenizer(Tokenizer):
             return self._ids[content]
         for file in ("generation_config.json", "config.json"):
             token = _read_json(folder / file).get(f"{name}_token_id")
+            if isinstance(token, list):
+                token = token[0] if token else None
+            if token is not None and type(token) is not int:
+                raise UserError(f"{folder / file}: {name}_token_id {token!r} is no number: save the model again")
             if token is not None:
-                return token[0] if isinstance(token, list) else token
+                return token
         return None
 
 
@@ -224,6 +232,6 @@ def _read_json(file: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"tokenizer {file} is not valid JSON ({error}): save the tokenizer again") from None
     return content if isinstance(content, dict) else {}

@@ -200,6 +200,16 @@ def on_every_rank(work: Callable[[], Answer]) -> list[Answer]:
     return [answer for _, answer in outcomes]  # type: ignore[misc]
 
 
+def on_ranks_alike(work: Callable[[], Answer]) -> Answer:
+    """Does the same work on every rank, and gives each its own answer. Collective.
+
+    What fails on one rank, whose disk is not that of the others, fails on all: as `on_every_rank`.
+    """
+    answers: list[Answer] = []
+    on_every_rank(lambda: answers.append(work()))
+    return answers[0]
+
+
 def _outcome(work: Callable[[], Answer]) -> tuple[UserError | None, Answer | None]:
     try:
         return None, work()

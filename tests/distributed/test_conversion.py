@@ -252,16 +252,28 @@ def test_what_transformers_does_not_load_is_one_line(pool: WorkerPool, tmp_path:
     assert "transformers does not load it" in ranks[0].stderr.splitlines()[-1], ranks[0].stderr
 
 
-def test_an_old_file_of_the_bare_model_with_buffers(pool: WorkerPool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.uint8, torch.bool], ids=str)
+def test_an_old_file_of_the_bare_model_with_buffers(pool: WorkerPool, tmp_path: Path, dtype: torch.dtype) -> None:
     """GPT-2 as it was first published: no prefix, and the causal mask of every layer among the weights."""
     hf = hf_models.save("gpt2", tmp_path / "hf")
     bare = {name.removeprefix("transformer."): tensor for name, tensor in load_file(hf / "model.safetensors").items()}
-    bare |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 64, 64).tril() for layer in range(4)}
+    bare |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 64, 64).tril().to(dtype) for layer in range(4)}
     save_file(bare, hf / "model.safetensors", {"format": "pt"})
     said = must(pool, "import", "--hf", hf, "--out", tmp_path / "run")
     assert "left out 4 buffers that are no weights, like transformer.h.0.attn.bias" in said
     must(pool, "export", "--checkpoint", tmp_path / "run", "--out", tmp_path / "back")
     assert_equal_folders(tmp_path / "back", hf_models.save("gpt2", tmp_path / "plain"))
+
+
+def test_a_pythia_with_its_masks(pool: WorkerPool, tmp_path: Path) -> None:
+    """As published: the causal mask of every layer in bytes."""
+    hf = hf_models.save("gpt_neox", tmp_path / "hf")
+    found = load_file(hf / "model.safetensors")
+    mask = torch.ones(1, 1, 64, 64).tril().to(torch.uint8)
+    save_file(found | {"gpt_neox.layers.0.attention.bias": mask}, hf / "model.safetensors", {"format": "pt"})
+    must(pool, "import", "--hf", hf, "--out", tmp_path / "run")
+    must(pool, "export", "--checkpoint", tmp_path / "run", "--out", tmp_path / "back")
+    assert_equal_folders(tmp_path / "back", hf_models.save("gpt_neox", tmp_path / "plain"))
 
 
 def test_a_copy_of_the_tied_embedding_is_left_out(pool: WorkerPool, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Damaged and hostile folders: one clear line, exit code 2, and nothing written."""
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -53,6 +54,21 @@ def remove(name: str) -> Callable[[Path], None]:
 
 def overwrite(file: str, content: bytes) -> Callable[[Path], None]:
     return lambda hf: (hf / file).write_bytes(content)
+
+
+def token(**changes: Any) -> Callable[[Path], None]:
+    return lambda hf: edit_json(hf / "tokenizer_config.json", **changes)
+
+
+def no_token(**generation: Any) -> Callable[[Path], None]:
+    """Special tokens that the tokenizer's files say nothing of, and the settings of generation do."""
+
+    def damage(hf: Path) -> None:
+        (hf / "tokenizer_config.json").unlink()
+        (hf / "special_tokens_map.json").unlink(missing_ok=True)
+        edit_json(hf / "generation_config.json", **generation)
+
+    return damage
 
 
 def truncate(hf: Path) -> None:
@@ -176,7 +192,33 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "its header is no JSON",
     ),
     "overlap": (change_header(overlap), "begins at byte"),
-    "integer weights": (change_header(first_entry(dtype="I8")), "is of type I8, weights are F32, F16, BF16"),
+    "integer weights": (change_header(first_entry(dtype="I8")), "bytes, not"),
+    "weights in float64": (
+        change_weights(lambda t: t.update({"model.norm.weight": torch.ones(48).double()})),
+        "model.norm.weight is of type float64, which no weight is; save the model in one of F32, F16, BF16",
+    ),
+    "a type that is a list": (change_header(first_entry(dtype=["F32"])), "is of type ['F32'], which is not known here"),
+    "an unknown type": (change_header(first_entry(dtype="C64")), "is of type 'C64', which is not known here"),
+    "a name with an escape": (
+        change_weights(lambda t: t.update({"extra\n\x1b[31mrm": torch.ones(2)})),
+        "'extra\\n\\x1b[31mrm' left over",
+    ),
+    "an index and a file of its own": (
+        lambda hf: shutil.copy(shards(hf)[0], hf / "model.safetensors"),
+        f"has model.safetensors, and {INDEX} without it; remove the one that is not the model",
+    ),
+    "end of text a list of nothing": (
+        token(eos_token={"content": ["</s>"]}),
+        "eos_token ['</s>'] is no text: save the tokenizer again",
+    ),
+    "end of text by a word": (
+        no_token(eos_token_id="two"),
+        "eos_token_id 'two' is no number: save the model again",
+    ),
+    "tokenizer settings a nest of lists": (
+        overwrite("tokenizer_config.json", b"[" * 10**6),
+        "tokenizer_config.json is not valid JSON",
+    ),
     "a tensor in two shards": (twice, "it is in model-00001-of-00005.safetensors; mend the index"),
     "a tensor twice in a header": (duplicate_key, "is there twice"),
     "missing tensor": (change_weights(lambda t: t.pop("model.layers.2.mlp.up_proj.weight")), "up_proj.weight missing"),
@@ -251,3 +293,41 @@ def test_places_and_sizes_are_checked(pool: WorkerPool, sound: Path, tmp_path: P
     assert "--tokens: 65 is not within 1" in fails(pool, tmp_path, *same, "--tokens", 65)
     other = hf_models.save("qwen3", tmp_path / "other")
     assert "--hf has family qwen3" in fails(pool, tmp_path, "verify", "--hf", other, "--checkpoint", run)
+
+
+def test_a_folder_that_one_rank_does_not_see(pool: WorkerPool, sound: Path, tmp_path: Path) -> None:
+    """Of a disk that only some nodes have: all ranks stop, and the first one says why."""
+    ranks = pool.run(import_unseen, str(sound), str(tmp_path), world=2, initialise=False, capture=True)
+    assert [rank.value for rank in ranks] == [2, 2]
+    assert f"{tmp_path / 'gone'}: no such folder" in ranks[0].stderr
+    assert not list(tmp_path.iterdir())
+
+
+def import_unseen(hf: str, folder: str) -> int:
+    """Rank 1 looks for another folder."""
+    hf = f"{folder}/gone" if os.environ["RANK"] == "1" else hf
+    return convert_hf.main(["import", "--hf", hf, "--out", f"{folder}/run"])
+
+
+def test_numbers_too_large_for_the_type(pool: WorkerPool, sound: Path, tmp_path: Path) -> None:
+    hf = tmp_path / "hf"
+    shutil.copytree(sound, hf)
+    change_weights(lambda t: t["model.layers.1.mlp.up_proj.weight"].view(-1)[7].fill_(1e5))(hf)
+    line = fails(pool, tmp_path, "import", "--hf", hf, "--out", tmp_path / "run", "--dtype", "fp16", world=2)
+    assert "model.layers.1.mlp.up_proj.weight: holds 100000, too large for float16" in line
+    assert pool.run(
+        convert_hf.main, ["import", "--hf", str(hf), "--out", str(tmp_path / "run")], world=1, initialise=False
+    ) == [0]
+    line = fails(
+        pool, tmp_path, "export", "--checkpoint", tmp_path / "run", "--out", tmp_path / "out", "--dtype", "fp16"
+    )
+    assert "too large for float16" in line
+
+
+def test_force_spares_a_model_of_somebody_else(pool: WorkerPool, sound: Path, tmp_path: Path) -> None:
+    run, hf = tmp_path / "run", tmp_path / "hf"
+    shutil.copytree(sound, hf)
+    assert pool.run(convert_hf.main, ["import", "--hf", str(sound), "--out", str(run)], world=1, initialise=False) == [
+        0
+    ]
+    fails(pool, tmp_path, "export", "--checkpoint", run, "--out", hf, "--force")

@@ -39,6 +39,8 @@ def _shape(settings: Settings) -> dict[str, Any]:
     settings.demand("scale_attn_by_inverse_layer_idx", (False,), False)
     settings.demand("add_cross_attention", (False,), False)
     hidden = settings.need("n_embd")
+    if not isinstance(hidden, int):
+        raise settings.wrong("n_embd", f"{hidden!r} is no number; save the model again")
     return {
         "layers": settings.need("n_layer"),
         "hidden": hidden,

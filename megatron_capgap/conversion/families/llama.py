@@ -88,12 +88,13 @@ def rotary(settings: Settings, base_key: str = "rope_theta") -> dict[str, Any]:
     if kind == "linear":
         found["rope_scaling"] = {"kind": kind, "factor": given.get("factor")}
     if kind == "llama3":
+        trained = given.get("original_max_position_embeddings", settings.get("max_position_embeddings", None))
         found["rope_scaling"] = {
             "kind": kind,
             "factor": given.get("factor"),
             "low_frequency_factor": given.get("low_freq_factor"),
             "high_frequency_factor": given.get("high_freq_factor"),
-            "original_max_positions": given.get("original_max_position_embeddings"),
+            "original_max_positions": trained,
         }
     return found
 
