@@ -22,7 +22,7 @@ quiet_libraries()
 choose("cpu", 0)  # before Megatron is imported
 
 from megatron_capgap.data import pretrain  # noqa: E402
-from megatron_capgap.stages.common import cache_dir  # noqa: E402
+from megatron_capgap.stages.material import cache_dir  # noqa: E402
 
 
 def main() -> int:

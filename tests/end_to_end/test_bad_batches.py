@@ -24,10 +24,10 @@ def run_poisoned(part: str, steps: list[int], words: list[str]) -> tuple[int, di
     Returns:
         The exit code, and the state before training (0) and after each step.
     """
-    from megatron_capgap.stages import adapt
+    from megatron_capgap.stages import common
     from megatron_capgap.training import loop
 
-    one_step, loss = loop.one_step, adapt.language_model_loss
+    one_step, loss = loop.one_step, common.language_model_loss
     states: dict[int, list[bytes]] = {}
     poisoned = []
 
@@ -46,11 +46,11 @@ def run_poisoned(part: str, steps: list[int], words: list[str]) -> tuple[int, di
             out.loss_sum.mul_(float("nan"))
         return out
 
-    loop.one_step, adapt.language_model_loss = step_and_look, poisoned_loss
+    loop.one_step, common.language_model_loss = step_and_look, poisoned_loss
     try:
         return main(words), states
     finally:
-        loop.one_step, adapt.language_model_loss = one_step, loss
+        loop.one_step, common.language_model_loss = one_step, loss
 
 
 def poison(

@@ -88,10 +88,10 @@ def run_poisoned(part: str, sample: int, words: list[str]) -> tuple[int, list[st
     Returns:
         The exit code, and a digest of the state before training, after each step and at the end.
     """
-    from megatron_capgap.stages import adapt
+    from megatron_capgap.stages import adapt, common
     from megatron_capgap.training import loop
 
-    report, train, loss = loop._report, adapt.train, adapt.language_model_loss
+    report, train, loss = loop._report, adapt.train, common.language_model_loss
     seen: list[loop.Run] = []
     digests: list[str] = []
     batches: list[Any] = []
@@ -120,11 +120,11 @@ def run_poisoned(part: str, sample: int, words: list[str]) -> tuple[int, list[st
             out.loss_sum.mul_(float("nan"))
         return out
 
-    loop._report, adapt.train, adapt.language_model_loss = report_and_digest, remember_and_train, poisoned_loss
+    loop._report, adapt.train, common.language_model_loss = report_and_digest, remember_and_train, poisoned_loss
     try:
         code = main(words)
     finally:
-        loop._report, adapt.train, adapt.language_model_loss = report, train, loss
+        loop._report, adapt.train, common.language_model_loss = report, train, loss
     return code, [*digests, digest_of(seen[0])]
 
 
