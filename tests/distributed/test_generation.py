@@ -1,5 +1,6 @@
 """Generation with a cache says what the plain forward pass says, read from scratch for every token, in any layout."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 
 from megatron_capgap.checkpoint import manifest, store
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.schema import Layout, Precision
+from megatron_capgap.data.tokenizer import open_tokenizer
 from megatron_capgap.generation import Sampling, generate
 from megatron_capgap.generation.sampling import choose
 from megatron_capgap.models import gpt, schedule
@@ -19,8 +22,10 @@ from megatron_capgap.runtime import layout as layouts
 from megatron_capgap.runtime.devices import choose as choose_device
 from megatron_capgap.runtime.layout import Grid
 from tests.distributed.test_families import imported
+from tests.support import corpus
 from tests.support.pool import WorkerPool
 from tests.support.runs import VOCAB, Material
+from tools import generate as generate_tool
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
@@ -149,6 +154,50 @@ def test_layout_and_batch_change_nothing(pool: WorkerPool, run_of: Any) -> None:
     expected = pool.run(continuations, run, {}, 1, world=1)[0]
     for (world, cut), batch in zip(LAYOUTS.values(), (5, 2, 32, 3, 1), strict=True):
         assert pool.run(continuations, run, cut, batch, world=world) == [expected] * world
+
+
+def test_the_tool_says_what_transformers_says(
+    pool: WorkerPool, run_of: Any, material: Material, tmp_path: Path
+) -> None:
+    """Through text, greedy; the prompts differ in length, and two data-parallel ranks share them."""
+    run, tokenizer = run_of("llama3"), open_tokenizer(material.data["tokenizer"])
+    texts = ["the green river", "a", "some stone of the old house", "water"]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    words = ["--checkpoint", str(run), "--tokenizer", material.data["tokenizer"], "--device", "cpu", "--tensor", "2"]
+    words += ["--prompts", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl"), "--max-new-tokens", "6"]
+    assert pool.run(generate_tool.main, words, world=4, initialise=False) == [0] * 4
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    model = transformers.AutoModelForCausalLM.from_pretrained(run.parent / "hf")
+    for text, line in zip(texts, found, strict=True):
+        ids = torch.tensor([tokenizer.encode(text)])
+        with torch.no_grad():
+            out = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=tokenizer.eos, pad_token_id=0)
+        new = [token for token in out[0, ids.shape[1] :].tolist() if token != tokenizer.eos]
+        assert line == {"prompt": text, "text": tokenizer.decode(new)}
+
+
+def test_what_the_tool_refuses(pool: WorkerPool, run_of: Any, material: Material, tmp_path: Path) -> None:
+    other = corpus.save_sentencepiece(tmp_path / "other.model")
+    fit = {
+        "--checkpoint": str(run_of("gpt2")),
+        "--tokenizer": material.data["tokenizer"],
+        "--prompt": "a",
+        "--max-new-tokens": "4",
+    }
+    talk = tmp_path / "talk.jsonl"
+    talk.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}))
+    cases: dict[str, dict[str, str | None]] = {
+        f"--tokenizer: {other} has another vocabulary than": {"--tokenizer": other},
+        "--tensor 5 times --pipeline 1 does not divide the world of 1 ranks": {"--tensor": "5"},
+        "is more than the 64 that the model is made for; ask for fewer": {"--max-new-tokens": "64"},
+        "temperature: -1.0 is no number from 0 up": {"--temperature": "-1"},
+        "nothing: no such checkpoint; name a run directory": {"--checkpoint": "nothing"},
+        "brings no chat template; use the default one": {"--prompt": None, "--prompts": str(talk)},
+    }
+    for message, change in cases.items():
+        words = [word for pair in {**fit, **change}.items() if pair[1] is not None for word in pair]
+        (rank,) = pool.run(generate_tool.main, words, world=1, initialise=False, capture=True)
+        assert rank.value == 2 and message in rank.stderr and rank.stderr.count("\n") == 1, rank.stderr
 
 
 def stopped(run: Path) -> tuple[list[list[int]], list[list[int]]]:
