@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_capgap.checkpoint import manifest as manifests
 from megatron_capgap.checkpoint import store
-from megatron_capgap.config import derive
+from megatron_capgap.config.checks import check_flags
 from megatron_capgap.config.errors import UserError, in_one_line
 from megatron_capgap.config.schema import Layout, ModelShape, Precision
 from megatron_capgap.conversion.family import Family
@@ -121,17 +121,7 @@ def _check(theirs: ModelShape, ours: ModelShape, layout: Layout) -> None:
             raise UserError(
                 f"--hf has {name} {getattr(theirs, name)}, --checkpoint has {getattr(ours, name)}; compare one model"
             )
-    if dist.get_world_size() % (layout.tensor * layout.pipeline):
-        raise UserError(
-            f"--tensor {layout.tensor} times --pipeline {layout.pipeline} does not divide the world of "
-            f"{dist.get_world_size()} ranks; start with torchrun --nproc-per-node {layout.tensor * layout.pipeline}"
-        )
-    numbers = {"heads": ours.heads, "kv_heads": derive.kv_heads(ours), "ffn": ours.ffn}
-    for name, number in numbers.items():
-        if number % layout.tensor:
-            raise UserError(f"--tensor: {layout.tensor} does not divide {name} {number}")
-    if ours.layers % layout.pipeline:
-        raise UserError(f"--pipeline: {layout.pipeline} does not divide layers {ours.layers}")
+    check_flags(ours, layout, dist.get_world_size())
 
 
 def _transformers(hf: Path, family: Family, ids: Tensor) -> _Trace:

@@ -65,6 +65,22 @@ def _conversation(place: str, line: str) -> Conversation:
         content = json.loads(line)
     except ValueError as error:
         raise UserError(f"{place}: not JSON ({error}); mend or remove the line") from None
+    messages = read_turns(place, content)
+    if not messages or messages[-1].role != "assistant":
+        raise UserError(f"{place}: does not end with an assistant message; add it or remove the line")
+    return messages
+
+
+def read_turns(place: str, content: Any) -> Conversation:
+    """The messages of a line that was read from JSON; the user and the assistant take turns, whoever is last.
+
+    Args:
+        place: what messages call it.
+        content: as in `read_conversations`.
+
+    Raises:
+        UserError: it is no conversation.
+    """
     messages = tuple(_messages(place, content))
     first = 1 if messages and messages[0].role == "system" else 0
     for position, message in enumerate(messages[first:]):
@@ -75,8 +91,6 @@ def _conversation(place: str, line: str) -> Conversation:
                 f"{place}: message {turn} is the {message.role}'s, the {wanted}'s is due; turns alternate, a system "
                 "message may only come first"
             )
-    if len(messages) - first < 2 or (len(messages) - first) % 2:
-        raise UserError(f"{place}: does not end with an assistant message; add it or remove the line")
     return messages
 
 

@@ -113,7 +113,8 @@ class ScaledDotProductAttention(torch.nn.Module):
 
         Args:
             query: `[s, b, heads/tp, d]`; key, value: `[s, b, kv_heads/tp, d]`, local shards.
-            attention_mask: bool `[b, 1, s, s]`, True where a query may not look; None is the causal one.
+            attention_mask: bool `[b, 1, s, s]`, True where a query may not look; None is what attn_mask_type says.
+            attn_mask_type: no_mask for a query that comes after all keys, as with a cache; otherwise causal.
             attention_bias, packed_seq_params: must be None.
 
         Returns:
@@ -123,17 +124,25 @@ class ScaledDotProductAttention(torch.nn.Module):
         seen = None if attention_mask is None else ~attention_mask
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         grouped = key.shape[1] != query.shape[1]
+        causal = seen is None and attn_mask_type is not AttnMaskType.no_mask
         dropout = self.dropout if self.training else 0.0
         if dropout > 0.0:
             # Every tensor-parallel rank has other heads, hence its own random stream.
             with get_cuda_rng_tracker().fork():
-                context = self._attend(query, key, value, seen, dropout, grouped)
+                context = self._attend(query, key, value, seen, causal, dropout, grouped)
         else:
-            context = self._attend(query, key, value, seen, 0.0, grouped)
+            context = self._attend(query, key, value, seen, causal, 0.0, grouped)
         return context.permute(2, 0, 1, 3).flatten(2)
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None, dropout: float, grouped: bool
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        seen: Tensor | None,
+        causal: bool,
+        dropout: float,
+        grouped: bool,
     ) -> Tensor:
         return F.scaled_dot_product_attention(
             query,
@@ -141,7 +150,7 @@ class ScaledDotProductAttention(torch.nn.Module):
             value,
             attn_mask=seen,
             dropout_p=dropout,
-            is_causal=seen is None,
+            is_causal=causal,
             scale=self.scale,
             enable_gqa=grouped,
         )

@@ -30,8 +30,9 @@ ROOMS = {
     "pruning": _BASE | {"models", "checkpoint"},
     # The teacher reads the micro-batches that data yields.
     "distillation": _BASE | {"models", "checkpoint", "losses", "data"},
+    "generation": _BASE | {"models", "data"},
     "training": _BELOW_TRAINING | {"conversion", "pruning"},
-    "stages": _BELOW_TRAINING | {"conversion", "pruning", "training", "law"},
+    "stages": _BELOW_TRAINING | {"conversion", "pruning", "training", "law", "generation"},
 }
 # The door knows the stages by name alone, and imports one when it is asked for.
 DOOR = {"config", "runtime"}

@@ -1,0 +1,66 @@
+"""What a model is asked to continue: plain text, or a conversation in which the assistant speaks next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.data.chat import Conversation, Template, read_turns
+from megatron_capgap.data.tokenizer import Tokenizer
+
+Prompt = str | Conversation
+
+
+def read_prompts(path: str) -> list[Prompt]:
+    """Every prompt of a jsonl file: a line is `{"prompt": text}` or `{"messages": [...]}` with the user's turn last.
+
+    Raises:
+        UserError: the file is missing or empty, or a line is no prompt; with its number.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"{path}: no such file; give a jsonl file of prompts")
+    with open(file, encoding="utf-8") as lines:
+        found = [_prompt(f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not found:
+        raise UserError(f'{path}: holds no prompt; a line is {{"prompt": "..."}} or {{"messages": [...]}}')
+    return found
+
+
+def _prompt(place: str, line: str) -> Prompt:
+    try:
+        content: Any = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{place}: not JSON ({error}); mend or remove the line") from None
+    if not isinstance(content, dict) or ("prompt" in content) == ("messages" in content):
+        raise UserError(f'{place}: neither {{"prompt": ...}} nor {{"messages": [...]}}; mend the line')
+    if "prompt" in content:
+        if not isinstance(content["prompt"], str) or not content["prompt"]:
+            raise UserError(f"{place}: prompt is {content['prompt']!r}; give it words")
+        return content["prompt"]
+    messages = read_turns(place, content)
+    if not messages or messages[-1].role != "user":
+        raise UserError(f"{place}: does not end with a user message, which the assistant would answer; add it")
+    return messages
+
+
+def encode_prompt(prompt: Prompt, tokenizer: Tokenizer, template: Callable[[], Template], begin: bool) -> list[int]:
+    """Tokens of a prompt.
+
+    Args:
+        prompt: text or a conversation.
+        tokenizer: the model's.
+        template: opens the chat template; called for a conversation only.
+        begin: whether the id that begins a document comes before text; templates write their own.
+
+    Raises:
+        UserError: there is no such id, or the template cannot be used.
+    """
+    if not isinstance(prompt, str):
+        return [token for segment in template().encode(prompt) for token in segment.tokens]
+    if begin and tokenizer.bos is None:
+        raise UserError("--bos: the tokenizer has no id that begins a document; leave it out")
+    return [*([tokenizer.bos] if begin and tokenizer.bos is not None else []), *tokenizer.encode(prompt)]

@@ -1,0 +1,6 @@
+"""Text from a model: prompts in, new tokens out, in any layout."""
+
+from megatron_capgap.generation.decode import generate
+from megatron_capgap.generation.sampling import Sampling
+
+__all__ = ["Sampling", "generate"]

@@ -1,0 +1,172 @@
+"""The loop over tokens: every row of a batch reads one token a step, of its prompt or of its own making."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.generation.sampling import GREEDY, Sampling, choose
+from megatron_capgap.models.cached import CachedForward, whole_sequences
+from megatron_capgap.models.gpt import unwrap
+from megatron_capgap.runtime.layout import Grid
+
+_FAILED = -1  # in place of an id, where the logits are not finite
+_FILLER = 0  # what a finished row reads
+
+
+def generate(
+    chunks: Sequence[torch.nn.Module],
+    grid: Grid,
+    prompts: Sequence[Sequence[int]],
+    *,
+    vocab_size: int,
+    max_new_tokens: int,
+    eos: int | None,
+    sampling: Sampling = GREEDY,
+    stop: Callable[[list[int]], bool] | None = None,
+    batch: int = 32,
+) -> list[list[int]]:
+    """Continues prompts. Collective over the grid's ranks, each of which gives the same arguments.
+
+    Prompts of like length are read together; data-parallel ranks share them out. A prompt's continuation does not
+    depend on the others, nor on the layout, but for rounding.
+
+    Args:
+        chunks: this rank's model chunks, with weights.
+        grid: their layout.
+        prompts: token ids, of any lengths.
+        vocab_size: columns of the LM head beyond it are padding.
+        max_new_tokens: most new tokens of a prompt.
+        eos: the id that ends a text, or None.
+        sampling: how tokens are chosen; draws are numbered by the prompt's place in `prompts`.
+        stop: looks at a prompt's new ids after each and says whether they are enough. It must look at nothing else, for
+            every rank asks its own.
+        batch: prompts in one forward pass of a data-parallel rank.
+
+    Returns:
+        For each prompt its new ids, without eos; the same on every rank.
+
+    Raises:
+        UserError: a prompt is empty, holds an id outside the vocabulary, or leaves no room for the new tokens in the
+            sequence that the model was built for; the layout or type cannot generate; logits are not finite.
+    """
+    _check(chunks, grid, prompts, vocab_size, max_new_tokens)
+    in_order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    mine = in_order[grid.data_rank :: grid.data_size]
+    found: dict[int, list[int] | None] = {}
+    with _inference(chunks):
+        for start in range(0, len(mine), batch):
+            rows = [_Row(number, prompts[number]) for number in mine[start : start + batch]]
+            _decode(chunks, grid, rows, vocab_size, max_new_tokens, eos, sampling, stop)
+            found |= {row.number: row.new for row in rows}
+    parts: list[dict[int, list[int] | None]] = [{} for _ in range(grid.data_size)]
+    dist.all_gather_object(parts, found, group=grid.groups.dp)
+    everything = {number: new for part in parts for number, new in part.items()}
+    if failed := sorted(number for number, new in everything.items() if new is None):
+        raise UserError(f"prompt {failed[0]}: the model's logits are not finite; look at the checkpoint's weights")
+    return [everything[number] or [] for number in range(len(prompts))]
+
+
+class _Row:
+    """One prompt on its way."""
+
+    def __init__(self, number: int, prompt: Sequence[int]) -> None:
+        self.number = number
+        self.tokens = list(prompt)  # prompt, then what was chosen, then fillers
+        self.new: list[int] | None = []
+        self.done = False
+
+    def take(self, token: int, most: int, eos: int | None, stop: Callable[[list[int]], bool] | None) -> None:
+        """A chosen token."""
+        self.tokens.append(token if token != _FAILED else _FILLER)
+        assert self.new is not None
+        if token == _FAILED:
+            self.new = None
+        elif token != eos:
+            self.new.append(token)
+        self.done = token in (_FAILED, eos) or len(self.new or ()) == most or bool(stop and stop(list(self.new or ())))
+
+
+def _decode(
+    chunks: Sequence[torch.nn.Module],
+    grid: Grid,
+    rows: list[_Row],
+    vocab_size: int,
+    most: int,
+    eos: int | None,
+    sampling: Sampling,
+    stop: Callable[[list[int]], bool] | None,
+) -> None:
+    """Fills the rows' new ids. Up to the shortest prompt in one pass; from there on longer prompts give their next
+    token where a shorter one's has been chosen."""
+    device = next(chunks[0].parameters()).device
+    forward = CachedForward(chunks, grid, len(rows), max(len(row.tokens) for row in rows) + most)
+    read = 0
+    while not all(row.done for row in rows):
+        known = min(len(row.tokens) for row in rows)
+        logits = forward.step(torch.tensor([row.tokens[read:known] for row in rows], device=device))
+        read = known
+        chosen = _agree(logits, grid, rows, vocab_size, sampling, device)
+        for row, token in zip(rows, chosen, strict=True):
+            if len(row.tokens) > read:
+                continue  # still within its prompt
+            if row.done:
+                row.tokens.append(_FILLER)
+            else:
+                row.take(token, most, eos, stop)
+
+
+def _agree(
+    logits: Tensor | None, grid: Grid, rows: list[_Row], vocab_size: int, sampling: Sampling, device: torch.device
+) -> list[int]:
+    """The ids that the last stage chooses, on every stage. One broadcast over the pipeline-parallel ranks."""
+    ids = torch.empty(len(rows), dtype=torch.int64, device=device)
+    if logits is not None:
+        draws = [(row.number, len(row.new or ())) for row in rows]
+        chosen = choose(logits[:, :vocab_size], sampling, draws)
+        ids.copy_(torch.tensor([_FAILED if token is None else token for token in chosen]))
+    if grid.layout.pipeline > 1:
+        last = dist.get_global_rank(grid.groups.pp, grid.layout.pipeline - 1)
+        dist.broadcast(ids, last, group=grid.groups.pp)
+    return ids.tolist()
+
+
+@contextmanager
+def _inference(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """No dropout, no gradients, no sequence parallelism; and everything as it was afterwards."""
+    training = [chunk.training for chunk in chunks]
+    try:
+        with torch.no_grad(), whole_sequences(chunks):
+            for chunk in chunks:
+                chunk.eval()
+            yield
+    finally:
+        for chunk, before in zip(chunks, training, strict=True):
+            chunk.train(before)
+
+
+def _check(
+    chunks: Sequence[torch.nn.Module], grid: Grid, prompts: Sequence[Sequence[int]], vocab_size: int, most: int
+) -> None:
+    model = unwrap(chunks[0])
+    if grid.layout.context > 1:
+        raise UserError(f"layout.context: {grid.layout.context}; generation keeps whole sequences, use 1")
+    if model.config.fp8:
+        raise UserError(f"precision.fp8: {model.config.fp8}; generation runs in bf16 or fp32, leave it out")
+    if most < 1:
+        raise UserError(f"max_new_tokens: {most} is less than 1")
+    for number, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise UserError(f"prompt {number}: is empty; give it a token, as the one that begins a text")
+        if wrong := [token for token in prompt if not 0 <= token < vocab_size]:
+            raise UserError(f"prompt {number}: id {wrong[0]} is outside the model's {vocab_size} tokens")
+        if len(prompt) + most > model.max_sequence_length:
+            raise UserError(
+                f"prompt {number}: its {len(prompt)} tokens and {most} new ones are more than the "
+                f"{model.max_sequence_length} that the model takes; shorten it, or ask for fewer"
+            )

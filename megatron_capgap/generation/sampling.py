@@ -1,0 +1,80 @@
+"""Which token comes next, given the logits: the likeliest, or one drawn."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_capgap.config.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Raises:
+        UserError: a number is outside its range.
+    """
+
+    temperature: float = 0.0
+    """Divides the logits; 0 takes the likeliest token, and nothing else here is read then."""
+    top_k: int = 0
+    """Draw among the k likeliest tokens; 0 for all."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens that together have at least this probability, after top_k."""
+    seed: int = 0
+    """The draw depends on it, on the prompt's number and on how many tokens came before; not on layout or batch."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UserError(f"temperature: {self.temperature} is no number from 0 up; 0 takes the likeliest token")
+        if self.top_k < 0:
+            raise UserError(f"top_k: {self.top_k} is negative; 0 draws among all tokens")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p: {self.top_p} is not above 0 and at most 1; 1 draws among all tokens")
+
+
+GREEDY = Sampling()
+
+
+def choose(logits: Tensor, sampling: Sampling, draws: Sequence[tuple[int, int]]) -> list[int | None]:
+    """The next token of each row.
+
+    Args:
+        logits: `[b, v]` over the real vocabulary.
+        sampling: how.
+        draws: for each row its prompt's number and its new tokens so far, which number the draw.
+
+    Returns:
+        b ids; None where a row's logits are not finite.
+    """
+    finite = logits.isfinite().all(-1).tolist()
+    if sampling.temperature == 0:
+        chosen = logits.argmax(-1).tolist()
+    else:
+        # float64 on the CPU, one number a row: a draw is the same on every device, and layouts differ by rounding only.
+        likely, ids = (logits.double().cpu() / sampling.temperature).sort(stable=True, dim=-1, descending=True)
+        chances = cut(likely.softmax(-1), sampling)
+        marks = torch.tensor([[random.Random(f"{sampling.seed} {n} {k}").random()] for n, k in draws]).double()
+        sums = chances.cumsum(-1)
+        # The sum reaches its last value at the last token that may be drawn, and the mark lies below it.
+        places = torch.searchsorted(sums, marks * sums[:, -1:], right=True).clamp_(max=ids.shape[1] - 1)
+        chosen = ids.gather(-1, places)[:, 0].tolist()
+    return [token if fine else None for token, fine in zip(chosen, finite, strict=True)]
+
+
+def cut(chances: Tensor, sampling: Sampling) -> Tensor:
+    """Probabilities `[b, v]`, falling, with 0 for what top_k and top_p leave out; their sums are below 1 then."""
+    if sampling.top_k:
+        chances = chances.clone()
+        chances[:, sampling.top_k :] = 0
+    if sampling.top_p < 1:
+        share = chances / chances.sum(-1, keepdim=True)
+        before = share.cumsum(-1) - share
+        chances = torch.where(before < sampling.top_p, chances, 0.0)
+    return chances

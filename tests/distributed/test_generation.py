@@ -1,0 +1,241 @@
+"""Generation with a cache says what the plain forward pass says, read from scratch for every token, in any layout."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+
+from megatron_capgap.checkpoint import manifest, store
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.schema import Layout, Precision
+from megatron_capgap.data.tokenizer import open_tokenizer
+from megatron_capgap.generation import Sampling, generate
+from megatron_capgap.generation.sampling import choose
+from megatron_capgap.models import gpt, schedule
+from megatron_capgap.runtime import layout as layouts
+from megatron_capgap.runtime.devices import choose as choose_device
+from megatron_capgap.runtime.layout import Grid
+from tests.distributed.test_families import imported
+from tests.support import corpus
+from tests.support.pool import WorkerPool
+from tests.support.runs import VOCAB, Material
+from tools import generate as generate_tool
+
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "tp2_sp": (2, {"tensor": 2, "sequence": True}),
+    "pp2": (2, {"pipeline": 2}),
+    "tp2_pp2": (4, {"tensor": 2, "pipeline": 2}),
+    "pp2_virtual_dp2": (4, {"pipeline": 2, "virtual_pipeline": 2}),
+}
+DRAWN = Sampling(temperature=0.9, top_k=40, top_p=0.8, seed=3)
+PROMPTS = [[5, 9, 200, 7, 7, 3, 44], [11], [90, 91], [5, 9, 200, 7, 7, 3, 44], [17, 260, 31, 4, 8]]
+MOST, LONGEST = 9, 24
+
+
+def opened(run: Path, cut: dict[str, Any]) -> tuple[list[torch.nn.Module], Grid]:
+    """The model of a run directory in a layout, on this rank."""
+    device = choose_device("cpu", 0)
+    grid = layouts.build(Layout(**cut), seed=0)
+    folder = manifest.locate(str(run))
+    chunks = gpt.build(manifest.read(folder).model, grid, Precision(), device, sequence_length=LONGEST)
+    store.load_weights(folder, chunks, grid)
+    return chunks, grid
+
+
+def logits_from_scratch(chunks: list[torch.nn.Module], grid: Grid, tokens: list[int]) -> torch.Tensor:
+    """`[v]` after the last token, by the schedule that training runs; the same on every rank."""
+    length = len(tokens) + len(tokens) % 2  # sequence parallelism cuts it; what comes behind is not looked at
+    ids = torch.tensor([tokens + [0] * (length - len(tokens))])
+    mine = SimpleNamespace(tokens=ids, position_ids=torch.arange(length)[None], attention_mask=None)
+    found = torch.zeros(VOCAB)
+
+    def last_stage(hidden: torch.Tensor, batch: Any) -> tuple[torch.Tensor, torch.Tensor, None]:
+        parts = [hidden]
+        if grid.layout.sequence:
+            parts = [torch.empty_like(hidden) for _ in range(grid.layout.tensor)]
+            dist.all_gather(parts, hidden.contiguous(), group=grid.groups.tp)
+        shard = torch.cat(parts)[len(tokens) - 1, 0] @ gpt.unwrap(chunks[-1]).lm_head().t()
+        shards = [torch.empty_like(shard) for _ in range(grid.layout.tensor)]
+        dist.all_gather(shards, shard, group=grid.groups.tp)
+        found.copy_(torch.cat(shards)[:VOCAB])
+        return hidden.new_zeros(()), torch.zeros((), dtype=torch.int), None
+
+    with torch.no_grad():
+        schedule.run(chunks, grid, [mine] * grid.layout.pipeline, last_stage, forward_only=True, shape=(length, 1))
+    if grid.layout.pipeline > 1:
+        dist.all_reduce(found, group=grid.groups.pp)
+    return found
+
+
+def from_scratch(
+    chunks: list[torch.nn.Module], grid: Grid, sampling: Sampling, prompts: Sequence[list[int]]
+) -> list[list[int]]:
+    """Greedy and drawn continuations without any cache, batch or padding."""
+    for chunk in chunks:
+        chunk.eval()
+    everything = []
+    for number, prompt in enumerate(prompts):
+        new: list[int] = []
+        while len(new) < MOST:
+            logits = logits_from_scratch(chunks, grid, prompt + new)
+            (token,) = choose(logits[None], sampling, [(number, len(new))])
+            assert token is not None
+            new.append(token)
+        everything.append(new)
+    return everything
+
+
+def both_ways(run: Path, cut: dict[str, Any]) -> list[tuple[list[list[int]], list[list[int]]]]:
+    """Greedy, greedy with an end of text, drawn, drawn with an end of text: (generated, from scratch)."""
+    chunks, grid = opened(run, cut)
+    found = []
+    for sampling in (Sampling(), DRAWN):
+        how: dict[str, Any] = {"vocab_size": VOCAB, "max_new_tokens": MOST, "sampling": sampling, "batch": 3}
+        free = generate(chunks, grid, PROMPTS, eos=None, **how)
+        assert all(chunk.training for chunk in chunks)
+        eos = free[0][4]  # ends the first prompt early, and others or not
+        ended = generate(chunks, grid, PROMPTS, eos=eos, **how)
+        expected = from_scratch(chunks, grid, sampling, PROMPTS)
+        found.append((free, expected))
+        found.append((ended, [new[: new.index(eos)] if eos in new else new for new in expected]))
+        for chunk in chunks:
+            chunk.train()
+    return found
+
+
+@pytest.fixture(scope="module")
+def run_of(pool: WorkerPool, material: Material, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The run directory of a family's tiny model, made once."""
+    made: dict[str, Path] = {}
+
+    def find(name: str) -> Path:
+        if name not in made:
+            made[name] = imported(pool, material, name, 0, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return find
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        *(("llama3", layout) for layout in LAYOUTS),
+        *((name, layout) for name in ("gpt2", "gpt_neox") for layout in ("one", "tp2_sp", "tp2_pp2")),
+        ("qwen3", "tp2_sp"),
+    ],
+)
+def test_the_cache_changes_nothing(pool: WorkerPool, run_of: Any, name: str, layout: str) -> None:
+    world, cut = LAYOUTS[layout]
+    ranks = pool.run(both_ways, run_of(name), cut, world=world)
+    assert all(rank == ranks[0] for rank in ranks)
+    for found, expected in ranks[0]:
+        assert found == expected
+    greedy, greedy_ended, drawn, drawn_ended = (found for found, _ in ranks[0])
+    assert greedy[0] == greedy[3] and drawn[0] != drawn[3], "prompts draw their own tokens"
+    assert {len(new) for new in greedy + drawn} == {MOST}
+    assert len(greedy_ended[0]) < MOST and len(drawn_ended[0]) < MOST
+
+
+def continuations(run: Path, cut: dict[str, Any], batch: int) -> list[list[int]]:
+    chunks, grid = opened(run, cut)
+    how: dict[str, Any] = {"vocab_size": VOCAB, "max_new_tokens": MOST, "eos": None, "batch": batch}
+    return [generate(chunks, grid, PROMPTS, sampling=sampling, **how) for sampling in (Sampling(), DRAWN)]
+
+
+def test_layout_and_batch_change_nothing(pool: WorkerPool, run_of: Any) -> None:
+    run = run_of("llama3")
+    expected = pool.run(continuations, run, {}, 1, world=1)[0]
+    for (world, cut), batch in zip(LAYOUTS.values(), (5, 2, 32, 3, 1), strict=True):
+        assert pool.run(continuations, run, cut, batch, world=world) == [expected] * world
+
+
+def test_the_tool_says_what_transformers_says(
+    pool: WorkerPool, run_of: Any, material: Material, tmp_path: Path
+) -> None:
+    """Through text, greedy; the prompts differ in length, and two data-parallel ranks share them."""
+    run, tokenizer = run_of("llama3"), open_tokenizer(material.data["tokenizer"])
+    texts = ["the green river", "a", "some stone of the old house", "water"]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    words = ["--checkpoint", str(run), "--tokenizer", material.data["tokenizer"], "--device", "cpu", "--tensor", "2"]
+    words += ["--prompts", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl"), "--max-new-tokens", "6"]
+    assert pool.run(generate_tool.main, words, world=4, initialise=False) == [0] * 4
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    model = transformers.AutoModelForCausalLM.from_pretrained(run.parent / "hf")
+    for text, line in zip(texts, found, strict=True):
+        ids = torch.tensor([tokenizer.encode(text)])
+        with torch.no_grad():
+            out = model.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=tokenizer.eos, pad_token_id=0)
+        new = [token for token in out[0, ids.shape[1] :].tolist() if token != tokenizer.eos]
+        assert line == {"prompt": text, "text": tokenizer.decode(new)}
+
+
+def test_what_the_tool_refuses(pool: WorkerPool, run_of: Any, material: Material, tmp_path: Path) -> None:
+    other = corpus.save_sentencepiece(tmp_path / "other.model")
+    fit = {
+        "--checkpoint": str(run_of("gpt2")),
+        "--tokenizer": material.data["tokenizer"],
+        "--prompt": "a",
+        "--max-new-tokens": "4",
+    }
+    talk = tmp_path / "talk.jsonl"
+    talk.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}))
+    cases: dict[str, dict[str, str | None]] = {
+        f"--tokenizer: {other} has another vocabulary than": {"--tokenizer": other},
+        "--tensor 5 times --pipeline 1 does not divide the world of 1 ranks": {"--tensor": "5"},
+        "is more than the 64 that the model is made for; ask for fewer": {"--max-new-tokens": "64"},
+        "temperature: -1.0 is no number from 0 up": {"--temperature": "-1"},
+        "nothing: no such checkpoint; name a run directory": {"--checkpoint": "nothing"},
+        "brings no chat template; use the default one": {"--prompt": None, "--prompts": str(talk)},
+    }
+    for message, change in cases.items():
+        words = [word for pair in {**fit, **change}.items() if pair[1] is not None for word in pair]
+        (rank,) = pool.run(generate_tool.main, words, world=1, initialise=False, capture=True)
+        assert rank.value == 2 and message in rank.stderr and rank.stderr.count("\n") == 1, rank.stderr
+
+
+def stopped(run: Path) -> tuple[list[list[int]], list[list[int]]]:
+    chunks, grid = opened(run, {"pipeline": 2})
+    how: dict[str, Any] = {"vocab_size": VOCAB, "max_new_tokens": MOST, "eos": None}
+    free = generate(chunks, grid, PROMPTS, **how)
+    pair = free[0][2:4]
+    return free, generate(chunks, grid, PROMPTS, stop=lambda new: new[-2:] == pair, **how)
+
+
+def test_stop_ends_one_prompt_and_keeps_its_last_token(pool: WorkerPool, run_of: Any) -> None:
+    for free, found in pool.run(stopped, run_of("gpt2"), world=2):
+        pair = free[0][2:4]
+        for whole, new in zip(free, found, strict=True):
+            ends = [k + 2 for k in range(MOST - 1) if whole[k : k + 2] == pair]
+            assert new == whole[: ends[0] if ends else MOST]
+
+
+def refused(run: Path) -> list[str]:
+    chunks, grid = opened(run, {})
+    found = []
+    cases: list[tuple[list[list[int]], int]] = [([[1], []], 3), ([[1, VOCAB]], 3), ([[1]], 0), ([[1] * 20], 45)]
+    for prompts, most in [*cases, ([[7]], 3)]:
+        if prompts == [[7]]:
+            gpt.unwrap(chunks[0]).embedding.word_embeddings.weight.data[7] = float("nan")
+        try:
+            generate(chunks, grid, prompts, vocab_size=VOCAB, max_new_tokens=most, eos=None)
+        except UserError as error:
+            found.append(str(error))
+    return found
+
+
+def test_bad_input_is_refused(pool: WorkerPool, run_of: Any) -> None:
+    assert pool.run(refused, run_of("gpt2"), world=1)[0] == [
+        "prompt 1: is empty; give it a token, as the one that begins a text",
+        f"prompt 0: id {VOCAB} is outside the model's {VOCAB} tokens",
+        "max_new_tokens: 0 is less than 1",
+        "prompt 0: its 20 tokens and 45 new ones are more than the 64 that the model takes; "
+        "shorten it, or ask for fewer",
+        "prompt 0: the model's logits are not finite; look at the checkpoint's weights",
+    ]

@@ -1,0 +1,168 @@
+"""Text from a checkpoint, in any layout.
+
+    python tools/generate.py --checkpoint RUN_DIR --tokenizer PATH --prompt "Once upon a time"
+    torchrun --nproc-per-node 2 tools/generate.py --checkpoint RUN_DIR --tokenizer PATH --prompts FILE.jsonl --tensor 2
+
+A line of FILE.jsonl is {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}; conversations are
+written by a chat template. Each line comes out again with "text", what the model said; ranks beyond --tensor times
+--pipeline share the prompts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
+
+from megatron_capgap.checkpoint import manifest as manifests
+from megatron_capgap.config.checks import check_flags
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.files import write_atomically
+from megatron_capgap.config.schema import Layout, ModelShape, Precision
+from megatron_capgap.data.chat import open_template
+from megatron_capgap.data.prompts import Prompt, encode_prompt, read_prompts
+from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
+from megatron_capgap.runtime import launch, libraries
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0; 2 with one line on stderr where the input is at fault."""
+    args = parse_arguments(argv)
+    first = True
+    try:
+        environment = launch.read_environment()
+        first = environment.rank == 0
+        return run(args, environment)
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename or 'file system'}: {error.strerror or error}"
+    except KeyboardInterrupt:
+        message = "interrupted"
+    finally:
+        launch.leave()
+    if first:
+        print(f"generate: error: {message}", file=sys.stderr)
+    return 2
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="RUN_DIR", help="or RUN_DIR/checkpoints/step_N")
+    add("--tokenizer", required=True, metavar="PATH", help="a SentencePiece model or a Hugging Face folder")
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt", metavar="TEXT", help="one text to continue")
+    asked.add_argument("--prompts", metavar="FILE.jsonl", help="many prompts")
+    add("--out", metavar="FILE.jsonl", help="where the lines go (standard output)")
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="most tokens of one continuation (128)")
+    add("--temperature", type=float, default=0.0, metavar="X", help="0 takes the likeliest token (0)")
+    add("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest tokens; 0 for all (0)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest that make up P (1)")
+    add("--seed", type=int, default=0, metavar="N", help="of the draws (0)")
+    add("--bos", action="store_true", help="begin each text with the tokenizer's beginning of a document")
+    add("--template", choices=("tokenizer", "default"), default="tokenizer", help="for messages (tokenizer)")
+    add("--batch", type=int, default=32, metavar="N", help="prompts in one pass (32)")
+    add("--tensor", type=int, default=1, metavar="N", help="tensor-parallel size (1)")
+    add("--pipeline", type=int, default=1, metavar="N", help="pipeline-parallel size (1)")
+    add("--compute", choices=("fp32", "bf16"), default="fp32", help="type of weights and activations (fp32)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU where there is one (auto)")
+    args = parser.parse_args(argv)
+    for name in ("max_new_tokens", "batch", "tensor", "pipeline"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')}: {getattr(args, name)} is less than 1")
+    return args
+
+
+def run(args: argparse.Namespace, environment: launch.Environment) -> int:
+    folder = manifests.locate(args.checkpoint)
+    manifest = manifests.read(folder)
+    tokenizer = open_tokenizer(args.tokenizer)
+    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+        raise UserError(f"--tokenizer: {args.tokenizer} has another vocabulary than {args.checkpoint} was trained with")
+    layout = Layout(tensor=args.tensor, pipeline=args.pipeline)
+    check_flags(manifest.model, layout, environment.world)
+    prompts: list[Prompt] = [args.prompt] if args.prompt is not None else read_prompts(args.prompts)
+    template = functools.cache(lambda: open_template(args.template, tokenizer, args.tokenizer))
+    ids = [encode_prompt(prompt, tokenizer, template, args.bos) for prompt in prompts]
+    length = longest(ids, args.max_new_tokens, manifest.model)
+    found = continuations(args, environment, folder, manifest.model, layout, tokenizer, ids, length)
+    if environment.rank == 0:
+        lines = [line(prompt, tokenizer.decode(new)) for prompt, new in zip(prompts, found, strict=True)]
+        if args.out:
+            write_atomically(Path(args.out), "".join(lines))
+        else:
+            print("".join(lines), end="")
+    return 0
+
+
+def longest(prompts: list[list[int]], new: int, shape: ModelShape) -> int:
+    """The sequence length that the model is built for."""
+    length = max(map(len, prompts)) + new
+    most = min(filter(None, (shape.max_positions, shape.attention_window)), default=None)
+    if most is not None and length > most:
+        raise UserError(
+            f"--max-new-tokens: {new} after the longest prompt of {length - new} tokens is more than the {most} that "
+            "the model is made for; ask for fewer"
+        )
+    return length
+
+
+def continuations(
+    args: argparse.Namespace,
+    environment: launch.Environment,
+    folder: Path,
+    shape: ModelShape,
+    layout: Layout,
+    tokenizer: Tokenizer,
+    prompts: list[list[int]],
+    length: int,
+) -> list[list[int]]:
+    """New ids of each prompt. Collective."""
+    libraries.prepare()
+    from megatron_capgap.runtime.devices import choose
+
+    precision = Precision(compute=args.compute)
+    device = choose(args.device, environment.local_rank, [precision])
+    launch.join(environment, device, timeout_seconds=3600)
+
+    from megatron_capgap.checkpoint import store
+    from megatron_capgap.generation import Sampling, generate
+    from megatron_capgap.models import gpt
+    from megatron_capgap.runtime import layout as layouts
+
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    grid = layouts.build(layout, args.seed)
+    chunks = gpt.build(shape, grid, precision, device, sequence_length=length)
+    store.load_weights(folder, chunks, grid)
+    found = generate(
+        chunks,
+        grid,
+        prompts,
+        vocab_size=tokenizer.vocab_size,
+        max_new_tokens=args.max_new_tokens,
+        eos=tokenizer.eos,
+        sampling=sampling,
+        batch=args.batch,
+    )
+    layouts.release()
+    return found
+
+
+def line(prompt: Prompt, text: str) -> str:
+    """One line of the output."""
+    if isinstance(prompt, str):
+        said = {"prompt": prompt}
+    else:
+        said = {"messages": [{"role": message.role, "content": message.text} for message in prompt]}
+    return json.dumps({**said, "text": text}, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
