@@ -91,7 +91,9 @@ class MegatronLM(TemplateLM):
     def _row(self, context: list[int], continuation: list[int]) -> Row:
         tokens = [*context, *continuation]
         if len(continuation) > self._longest:
-            raise UserError(f"a continuation of {len(continuation)} tokens exceeds the model's {self._longest}; drop it")
+            raise UserError(
+                f"a continuation of {len(continuation)} tokens exceeds the model's {self._longest}; drop it"
+            )
         return Row(tuple(self._fitted(tokens, self._longest + 1)), len(continuation))
 
     def _prompt(self, text: str, most: int) -> list[int]:
@@ -132,15 +134,8 @@ def run_tasks(
     Raises:
         UserError: a task is not there, cannot be read, or asks for what the model cannot do.
     """
-    manager = TaskManager()
+    manager = _Manager(unsafe)
     chosen = [task for name in tasks for task in _find(manager, name)]
-    try:
-        loaded = [manager.load([task]) for task in chosen]
-    except Exception as error:  # the harness and its readers of data sets raise whatever they like
-        raise UserError(f"--tasks: cannot be read ({in_one_line(error, 300)}); mend the task or its data") from error
-    for task in (task for part in loaded for task in part["tasks"].values()):
-        if getattr(task, "UNSAFE_CODE", False) and not unsafe:
-            raise UserError(f"--tasks: {task.task_name} runs code that the model writes; allow it with --run-code")
     results = simple_evaluate(
         model,
         tasks=chosen,
@@ -151,6 +146,24 @@ def run_tasks(
         confirm_run_unsafe_code=unsafe,
     )
     return {name: results[name] for name in _REPORTED if name in results}
+
+
+class _Manager(TaskManager):
+    """Loads tasks, or says in one line why not."""
+
+    def __init__(self, unsafe: bool) -> None:
+        super().__init__()
+        self._unsafe = unsafe
+
+    def load(self, task_list: Any) -> Any:
+        try:
+            loaded = super().load(task_list)
+        except Exception as error:  # the harness and the readers of data sets raise whatever they like
+            raise UserError(f"--tasks: {in_one_line(error, 300)}; mend the task or its data") from error
+        for name, task in loaded["tasks"].items():
+            if getattr(task, "UNSAFE_CODE", False) and not self._unsafe:
+                raise UserError(f"--tasks: {name} runs code that the model writes; allow it with --run-code")
+        return loaded
 
 
 def _find(manager: TaskManager, name: str) -> list[Any]:

@@ -30,6 +30,7 @@ ROOMS = {
     "pruning": _BASE | {"models", "checkpoint"},
     # The teacher reads the micro-batches that data yields.
     "distillation": _BASE | {"models", "checkpoint", "losses", "data"},
+    "evaluation": _BASE | {"models", "data", "losses", "generation"},
     "training": _BELOW_TRAINING | {"conversion", "pruning"},
     "stages": _BELOW_TRAINING | {"conversion", "pruning", "training", "law"},
 }
