@@ -29,7 +29,8 @@ TOLERANCE = 1e-3
 
 
 def write_tasks(folder: Path) -> dict[str, str]:
-    """A multiple-choice task, whose longer contexts must be cut, and a perplexity task of several windows a text."""
+    """A multiple-choice task, whose longer contexts must be cut, a perplexity task of several windows a text, and texts
+    to continue up to a letter or a number of tokens."""
     words = [text.split() for text in texts(24, seed=11)]
     choices = [
         {
@@ -54,8 +55,19 @@ def write_tasks(folder: Path) -> dict[str, str]:
         "doc_to_target": "{{text}}",
         "metric_list": [{"metric": "bits_per_byte"}],
     }
+    generate = {
+        "output_type": "generate_until",
+        "doc_to_text": "{{context}}",
+        "doc_to_target": "",
+        "generation_kwargs": {"until": ["e"], "max_gen_toks": 9},
+        "metric_list": [{"metric": "exact_match"}],
+    }
     files = {}
-    for name, rows, task in (("choice", choices, choice), ("rolling", documents, rolling)):
+    for name, rows, task in (
+        ("choice", choices, choice),
+        ("rolling", documents, rolling),
+        ("generate", choices[:8], generate),
+    ):
         data = folder / f"{name}.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
         where = {"data_files": {"test": str(data)}, "cache_dir": str(folder / "cache")}
@@ -114,10 +126,13 @@ def test_every_request_equals_the_hugging_face_backend(
     assert [rank.value for rank in ranks] == [0] * world, ranks
     assert "local_choice" in ranks[0].stdout and not any(rank.stdout for rank in ranks[1:])
     found = answers(json.loads(out.read_text()))
-    assert found.keys() == expected.keys() and len(found) == 23 + 6
+    assert found.keys() == expected.keys() and len(found) == 23 + 6 + 8
     greedy = set()
     for key, row in expected.items():
         mine = found[key]["filtered_resps"]
+        if key[0] == "local_generate":
+            assert mine == row["filtered_resps"], key
+            continue
         if key[0] == "local_rolling":
             assert mine == pytest.approx(row["filtered_resps"], abs=TOLERANCE), key
             continue
