@@ -114,8 +114,8 @@ def gather_ranks(args: argparse.Namespace, device: Any, precision: Any) -> Ranks
     """Loads the checkpoint into its layout. Collective."""
     from megatron_capgap.checkpoint import manifest as manifests
     from megatron_capgap.checkpoint import store
+    from megatron_capgap.config.checks import check_flags
     from megatron_capgap.config.schema import Layout
-    from megatron_capgap.conversion.verify import check_layout
     from megatron_capgap.data.tokenizer import open_tokenizer
     from megatron_capgap.evaluation.ranks import Ranks
     from megatron_capgap.evaluation.scoring import Scorer
@@ -125,7 +125,7 @@ def gather_ranks(args: argparse.Namespace, device: Any, precision: Any) -> Ranks
     folder = manifests.locate(args.checkpoint)
     manifest = manifests.read(folder)
     shape, cut = manifest.model, Layout(tensor=args.tensor, pipeline=args.pipeline, sequence=args.sequence)
-    check_layout(shape, cut)
+    check_flags(shape, cut, launch.read_environment().world)
     tokenizer = open_tokenizer(args.tokenizer or manifest.tokenizer)
     if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
         raise UserError(f"--tokenizer: is not the one that {args.checkpoint} was trained with; give that one")

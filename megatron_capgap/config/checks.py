@@ -8,10 +8,10 @@ from dataclasses import fields, replace
 
 from megatron_capgap.config import derive, fp8, teaching
 from megatron_capgap.config.case import Case, build, divisors, multiples, spans
-from megatron_capgap.config.errors import ConfigError
+from megatron_capgap.config.errors import ConfigError, UserError
 from megatron_capgap.config.families import FAMILIES
 from megatron_capgap.config.load import NEEDS, Loaded
-from megatron_capgap.config.schema import ModelShape, Objective
+from megatron_capgap.config.schema import Layout, ModelShape, Objective
 
 
 def check(
@@ -38,6 +38,30 @@ def check(
     case = build(loaded, stage, world, student, teacher, capability)
     if problems := [problem for row in CHECKS for problem in row(case)]:
         raise ConfigError(problems)
+
+
+def check_flags(shape: ModelShape, layout: Layout, world: int) -> None:
+    """What a tool's --tensor and --pipeline must agree with.
+
+    Args:
+        shape: the model's.
+        layout: what the flags say.
+        world: number of ranks.
+
+    Raises:
+        UserError: the model, or the world, cannot be cut so.
+    """
+    ranks = derive.ranks_per_model(layout)
+    if world % ranks:
+        raise UserError(
+            f"--tensor {layout.tensor} times --pipeline {layout.pipeline} does not divide the world of {world} ranks; "
+            f"start with torchrun --nproc-per-node {ranks}"
+        )
+    for name, number in {"heads": shape.heads, "kv_heads": derive.kv_heads(shape), "ffn": shape.ffn}.items():
+        if number % layout.tensor:
+            raise UserError(f"--tensor: {layout.tensor} does not divide {name} {number}")
+    if shape.layers % layout.pipeline:
+        raise UserError(f"--pipeline: {layout.pipeline} does not divide layers {shape.layers}")
 
 
 def world_holds_whole_models(case: Case) -> Iterator[str]:

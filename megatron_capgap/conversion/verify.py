@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_capgap.checkpoint import manifest as manifests
 from megatron_capgap.checkpoint import store
-from megatron_capgap.config import derive
+from megatron_capgap.config.checks import check_flags
 from megatron_capgap.config.errors import UserError, in_one_line
 from megatron_capgap.config.schema import Layout, ModelShape, Precision
 from megatron_capgap.conversion.family import Family
@@ -117,22 +117,7 @@ def _check(theirs: ModelShape, ours: ModelShape, layout: Layout) -> None:
             raise UserError(
                 f"--hf has {name} {getattr(theirs, name)}, --checkpoint has {getattr(ours, name)}; compare one model"
             )
-    check_layout(ours, layout)
-
-
-def check_layout(shape: ModelShape, layout: Layout) -> None:
-    """Raises UserError where the world or the model cannot be cut as --tensor and --pipeline say."""
-    if dist.get_world_size() % (layout.tensor * layout.pipeline):
-        raise UserError(
-            f"--tensor {layout.tensor} times --pipeline {layout.pipeline} does not divide the world of "
-            f"{dist.get_world_size()} ranks; start with torchrun --nproc-per-node {layout.tensor * layout.pipeline}"
-        )
-    numbers = {"heads": shape.heads, "kv_heads": derive.kv_heads(shape), "ffn": shape.ffn}
-    for name, number in numbers.items():
-        if number % layout.tensor:
-            raise UserError(f"--tensor: {layout.tensor} does not divide {name} {number}")
-    if shape.layers % layout.pipeline:
-        raise UserError(f"--pipeline: {layout.pipeline} does not divide layers {shape.layers}")
+    check_flags(ours, layout, dist.get_world_size())
 
 
 def _transformers(hf: Path, family: Family, ids: Tensor) -> _Trace:

@@ -16,7 +16,6 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
-from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_capgap.config.errors import UserError, in_one_line
@@ -166,15 +165,12 @@ class _Manager(TaskManager):
         return loaded
 
 
-def _find(manager: TaskManager, name: str) -> list[Any]:
+def _find(manager: TaskManager, name: str) -> list[str]:
     """Tasks by a name, a pattern of names or a YAML file."""
     if name.endswith((".yaml", ".yml")):
         if not Path(name).is_file():
             raise UserError(f"--tasks: {name}: no such file; give a task's YAML file, or a name of the registry")
-        try:
-            return [load_yaml(name, resolve_func=True)]
-        except Exception as error:  # YAML's errors, and those of the functions that a task imports
-            raise UserError(f"--tasks: {name}: cannot be read ({in_one_line(error, 300)}); mend it") from error
+        return [name]
     if found := manager.match_tasks([name]):
         return found
     raise UserError(f"--tasks: {name}: no such task; `lm-eval ls tasks` lists them, or give a task's YAML file")

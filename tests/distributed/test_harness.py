@@ -99,13 +99,12 @@ def expected(
     """What the harness's own backend says of the exported model."""
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks._yaml_loader import load_yaml
 
     hf = tmp_path_factory.mktemp("exported") / "hf"
     words = ["export", "--checkpoint", str(teacher), "--out", str(hf)]
     assert pool.run(convert_hf.main, words, world=1, initialise=False, capture=True)[0].value == 0
     model = HFLM(pretrained=str(hf), device="cpu", dtype="float32", batch_size=3)
-    return answers(simple_evaluate(model, tasks=[load_yaml(file, resolve_func=True) for file in tasks.values()]))
+    return answers(simple_evaluate(model, tasks=list(tasks.values())))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

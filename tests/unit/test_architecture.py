@@ -23,6 +23,7 @@ ROOMS = {
     "runtime": {"config"},
     "losses": {"config"},
     "models": _BASE,
+    "evaluation": _BASE | {"models", "data", "losses", "generation"},
     "data": _BASE,
     "checkpoint": _BASE | {"models"},
     # A converted model comes with its tokenizer.
@@ -30,7 +31,6 @@ ROOMS = {
     "pruning": _BASE | {"models", "checkpoint"},
     # The teacher reads the micro-batches that data yields.
     "distillation": _BASE | {"models", "checkpoint", "losses", "data"},
-    "evaluation": _BASE | {"models", "data", "losses", "generation"},
     "training": _BELOW_TRAINING | {"conversion", "pruning"},
     "stages": _BELOW_TRAINING | {"conversion", "pruning", "training", "law"},
 }
