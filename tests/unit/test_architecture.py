@@ -23,6 +23,7 @@ ROOMS = {
     "runtime": {"config"},
     "losses": {"config"},
     "models": _BASE,
+    "evaluation": _BASE | {"models", "data", "losses", "generation"},
     "data": _BASE,
     "checkpoint": _BASE | {"models"},
     # A converted model comes with its tokenizer.

@@ -1,0 +1,193 @@
+"""A sharded Megatron model behind the model interface of lm-evaluation-harness.
+
+Rank 0 alone imports this and runs the harness; it tells the other ranks what to compute. So tasks are read, and a
+task's code is run, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from megatron_capgap.config.errors import UserError, in_one_line
+from megatron_capgap.evaluation.ranks import Decoding, Ranks
+from megatron_capgap.evaluation.scoring import Row
+
+_REPORTED = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better", "samples")
+
+
+class MegatronLM(TemplateLM):
+    """Answers the requests of tasks as lm-evaluation-harness's own `hf` model does: the same tokens, the same windows.
+
+    Args:
+        ranks: the model.
+        bos: begin each text with the tokenizer's bos token, as LLaMA's own tokenizers do.
+        truncate: cut contexts that are too long on the left, as `hf` does, instead of refusing them.
+    """
+
+    def __init__(self, ranks: Ranks, *, bos: bool, truncate: bool) -> None:
+        super().__init__()
+        self._ranks, self._bos, self._truncate = ranks, bos, truncate
+        self._words, self._longest = ranks.tokenizer, ranks.scorer.longest
+        if self._words.eos is None or (bos and self._words.bos is None):
+            missing = "eos" if self._words.eos is None else "bos"
+            raise UserError(f"--tokenizer: has no {missing} token, which requests begin or end with; give it one")
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._words.eos
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self._words.eos if self._words.bos is None else self._words.bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self._words.fingerprint
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
+        ids = self._words.encode(string)
+        begin = self._bos and add_special_tokens is not False and ids[:1] != [self._words.bos]
+        return [self._words.bos, *ids] if begin else ids
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **unused: Any) -> list[tuple[float, bool]]:
+        return [tuple(score) for score in self._ranks.score([self._row(*request[1:]) for request in requests])]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        windows = [list(map(make_disjoint_window, self._windows(request.args[0]))) for request in requests]
+        scores = iter(self._ranks.score([self._row(*window) for text in windows for window in text]))
+        return [sum(next(scores).log_likelihood for _ in text) for text in windows]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        asked = [(number, *request.args) for number, request in enumerate(requests)]
+        answers: dict[int, str] = {}
+        for _, group in groupby(sorted(asked, key=lambda ask: repr(ask[2])), key=lambda ask: repr(ask[2])):
+            alike = list(group)
+            decoding = _decoding(alike[0][2])
+            prompts = [self._prompt(text, decoding.most) for _, text, _ in alike]
+            for (number, *_), new in zip(alike, self._ranks.generate(prompts, decoding), strict=True):
+                answers[number] = _before(self._words.decode(new), decoding.until)
+        return [answers[number] for number in range(len(requests))]
+
+    def _windows(self, text: str) -> Any:
+        """Pieces of a text as (context, continuation), so that each token is predicted once."""
+        return get_rolling_token_windows(
+            token_list=self.tok_encode(text),
+            prefix_token=self.prefix_token_id,
+            max_seq_len=self._longest,
+            context_len=1,
+        )
+
+    def _row(self, context: list[int], continuation: list[int]) -> Row:
+        tokens = [*context, *continuation]
+        if len(continuation) > self._longest:
+            raise UserError(
+                f"a continuation of {len(continuation)} tokens exceeds the model's {self._longest}; drop it"
+            )
+        return Row(tuple(self._fitted(tokens, self._longest + 1)), len(continuation))
+
+    def _prompt(self, text: str, most: int) -> list[int]:
+        room = self._longest - most
+        if room < 1:
+            raise UserError(
+                f"max_gen_toks: {most} new tokens leave no room for a prompt in the model's {self._longest}; "
+                "lower it in the task's generation_kwargs"
+            )
+        return self._fitted(self.tok_encode(text) or [self.prefix_token_id], room)
+
+    def _fitted(self, tokens: list[int], room: int) -> list[int]:
+        """The last `room` tokens."""
+        if len(tokens) > room and not self._truncate:
+            raise UserError(
+                f"a request of {len(tokens)} tokens does not fit the {room} that the model of {self._longest} has for "
+                "it; take fewer examples (--shots), or let contexts be cut on the left (--truncate)"
+            )
+        return tokens[-room:]
+
+
+def run_tasks(
+    model: MegatronLM, tasks: Sequence[str], *, limit: int | None, shots: int | None, log_samples: bool, unsafe: bool
+) -> dict[str, Any]:
+    """Runs tasks; rank 0 alone.
+
+    Args:
+        model: what is asked.
+        tasks: names of the harness's registry, patterns of them, and YAML files.
+        limit: documents of each task; None takes all.
+        shots: examples before each question; None leaves it to the task.
+        log_samples: keep every request and its answer in the results.
+        unsafe: whether tasks may run the code that the model writes.
+
+    Returns:
+        The harness's results, as far as they are numbers and texts.
+
+    Raises:
+        UserError: a task is not there, cannot be read, or asks for what the model cannot do.
+    """
+    manager = _Manager(unsafe)
+    chosen = [task for name in tasks for task in _find(manager, name)]
+    results = simple_evaluate(
+        model,
+        tasks=chosen,
+        num_fewshot=shots,
+        limit=limit,
+        log_samples=log_samples,
+        task_manager=manager,
+        confirm_run_unsafe_code=unsafe,
+    )
+    return {name: results[name] for name in _REPORTED if name in results}
+
+
+class _Manager(TaskManager):
+    """Loads tasks, or says in one line why not."""
+
+    def __init__(self, unsafe: bool) -> None:
+        super().__init__()
+        self._unsafe = unsafe
+
+    def load(self, task_list: Any) -> Any:
+        try:
+            loaded = super().load(task_list)
+        except Exception as error:  # the harness and the readers of data sets raise whatever they like
+            raise UserError(f"--tasks: {in_one_line(error, 300)}; mend the task or its data") from error
+        for name, task in loaded["tasks"].items():
+            if getattr(task, "UNSAFE_CODE", False) and not self._unsafe:
+                raise UserError(f"--tasks: {name} runs code that the model writes; allow it with --run-code")
+        return loaded
+
+
+def _find(manager: TaskManager, name: str) -> list[str]:
+    """Tasks by a name, a pattern of names or a YAML file."""
+    if name.endswith((".yaml", ".yml")):
+        if not Path(name).is_file():
+            raise UserError(f"--tasks: {name}: no such file; give a task's YAML file, or a name of the registry")
+        return [name]
+    if found := manager.match_tasks([name]):
+        return found
+    raise UserError(f"--tasks: {name}: no such task; `lm-eval ls tasks` lists them, or give a task's YAML file")
+
+
+def _decoding(asked: dict[str, Any]) -> Decoding:
+    """A task's generation_kwargs."""
+    options = normalize_gen_kwargs(asked)
+    until = options.get("until") or []
+    until = [until] if isinstance(until, str) else until
+    names = ("temperature", "top_k", "top_p") if options.get("do_sample") else ()
+    sampling = {name: options[name] for name in names if name in options}
+    return Decoding(options["max_gen_toks"], tuple(filter(None, until)), tuple(sampling.items()))
+
+
+def _before(text: str, ends: Sequence[str]) -> str:
+    """The text before the first of the ends."""
+    for end in ends:
+        text = text.split(end)[0]
+    return text

@@ -1,0 +1,119 @@
+"""Log-likelihoods of continuations, many at a time, in any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_capgap.data.batch import MicroBatch, collate
+from megatron_capgap.losses import token_scores
+from megatron_capgap.models import schedule
+from megatron_capgap.models.gpt import unwrap
+from megatron_capgap.runtime.layout import Grid
+
+BUCKET = 64
+"""Rows are padded to a multiple of it, so that those of nearly one length run through the pipeline together."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A text of which the end is scored."""
+
+    tokens: tuple[int, ...]
+    """All of it; the model reads all but the last."""
+    scored: int
+    """How many of the last tokens count; at least the first one cannot, for nothing stands before it."""
+
+
+class Score(NamedTuple):
+    """What a model thinks of a row's scored tokens."""
+
+    log_likelihood: float
+    """Sum of their log-probabilities, in nats."""
+    greedy: bool
+    """Whether each of them is the likeliest after those before it."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A model that scores rows.
+
+    Args:
+        chunks: this rank's model chunks, in evaluation mode.
+        grid: their layout, without virtual stages.
+        vocab_size: columns of the LM head beyond it are padding.
+        micro_batch: rows in one forward pass of one rank.
+        longest: tokens that the model reads at most; under sequence parallelism a multiple of the tensor-parallel size.
+        device: where tensors live.
+    """
+
+    chunks: Sequence[torch.nn.Module]
+    grid: Grid
+    vocab_size: int
+    micro_batch: int
+    longest: int
+    device: torch.device
+
+    def __call__(self, rows: Sequence[Row]) -> list[Score]:
+        """Scores rows, in their order; the same on every rank. Collective: all ranks give the same rows."""
+        assert all(row.scored < len(row.tokens) <= self.longest + 1 for row in rows)
+        mine: dict[int, Score] = {}
+        with torch.no_grad():
+            for length, batches in groupby(self._batches(rows), key=lambda batch: batch.tokens.shape[1]):
+                self._run(list(batches), length, mine)
+        found: list[dict[int, Score]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(found, mine if self.grid.tensor_rank == 0 else {})
+        scores = {number: score for part in found for number, score in part.items()}
+        return [scores[number] for number in range(len(rows))]
+
+    def _batches(self, rows: Sequence[Row]) -> list[MicroBatch]:
+        """This data-parallel rank's micro-batches, longest first, so that what does not fit memory fails at once."""
+        order = sorted(range(len(rows)), key=lambda number: -len(rows[number].tokens))
+        batches = []
+        for length, group in groupby(order, key=lambda number: self._padded(len(rows[number].tokens) - 1)):
+            numbers = list(group)
+            for first in range(0, len(numbers), self.micro_batch):
+                batches.append(self._collate(rows, numbers[first : first + self.micro_batch], length))
+        return batches[self.grid.data_rank :: self.grid.data_size]
+
+    def _padded(self, length: int) -> int:
+        return min(-(-max(length, 1) // BUCKET) * BUCKET, self.longest)
+
+    def _collate(self, rows: Sequence[Row], numbers: list[int], length: int) -> MicroBatch:
+        """A micro-batch of rows [micro_batch, length], padded behind, where causal attention does not look."""
+        padded = np.zeros((self.micro_batch, length + 1), dtype=np.int64)
+        mask = torch.zeros(self.micro_batch, length)
+        for place, number in enumerate(numbers):
+            tokens, scored = rows[number].tokens, rows[number].scored
+            padded[place, : len(tokens)] = tokens
+            mask[place, len(tokens) - 1 - scored : len(tokens) - 1] = 1
+        batch = collate(list(padded), numbers, length, self.device)
+        batch.loss_mask = mask.to(self.device)
+        return batch
+
+    def _run(self, batches: list[MicroBatch], length: int, into: dict[int, Score]) -> None:
+        """Fills in the scores of the micro-batches' rows; last stage only, alike on its tensor-parallel ranks."""
+
+        def last_stage(hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, None]:
+            labels, mask = batch.flat()
+            log_probs, greedy = token_scores(
+                hidden.flatten(0, 1),
+                unwrap(self.chunks[-1]).lm_head(),
+                labels,
+                vocab_size=self.vocab_size,
+                group=self.grid.groups.tp,
+                sequence_parallel=self.grid.layout.sequence,
+            )
+            sums = (log_probs.double() * mask).view(length, -1).sum(0).tolist()
+            same = (greedy | (mask == 0)).view(length, -1).all(0).tolist()
+            into.update(zip(batch.sample_ids, map(Score, sums, same), strict=False))  # rows of padding have no number
+            return hidden.new_zeros(()), torch.zeros((), dtype=torch.int, device=hidden.device), None
+
+        schedule.run(self.chunks, self.grid, batches, last_stage, forward_only=True, shape=(length, self.micro_batch))

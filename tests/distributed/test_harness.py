@@ -1,0 +1,166 @@
+"""lm-evaluation-harness: our sharded model against its own Hugging Face backend on the exported folder."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.support.corpus import texts
+from tests.support.pool import RankResult, WorkerPool
+from tests.support.runs import Material
+from tools import convert_hf, evaluate_tasks
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install lm-eval accelerate)")
+pytest.importorskip("megatron_capgap.generation", reason="tasks that continue texts need the room generation")
+pytest.importorskip("accelerate", reason="lm-eval's own backend needs accelerate (pip install lm-eval accelerate)")
+
+TENSOR, PIPELINE = ["--tensor", "2"], ["--pipeline", "2"]
+LAYOUTS = {
+    "one": (1, []),
+    "tp2": (2, TENSOR),
+    "tp2_sp": (2, [*TENSOR, "--sequence"]),
+    "tp2_pp2": (4, [*TENSOR, *PIPELINE]),
+    "tp2_sp_pp2": (4, [*TENSOR, *PIPELINE, "--sequence"]),
+    "pp2_dp2": (4, PIPELINE),
+}
+TOLERANCE = 1e-3
+
+
+def write_tasks(folder: Path) -> dict[str, str]:
+    """A multiple-choice task, whose longer contexts must be cut, a perplexity task of several windows a text, and texts
+    to continue up to a letter or a number of tokens."""
+    words = [text.split() for text in texts(24, seed=11)]
+    choices = [
+        {
+            "context": " ".join(mine[: 3 + 2 * (number % 5)]),
+            "choices": [" ".join(x) for x in (mine[3:5], other[1:2], other[2:6], mine[:1])],
+            "answer": number % 4,
+        }
+        for number, (mine, other) in enumerate(pairwise(words))
+    ]
+    documents = [{"text": " ".join(mine)} for mine in words[:6]]
+    common = {"dataset_path": "json", "test_split": "test"}
+    choice = {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{context}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    rolling = {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "bits_per_byte"}],
+    }
+    generate = {
+        "output_type": "generate_until",
+        "doc_to_text": "{{context}}",
+        "doc_to_target": "",
+        "generation_kwargs": {"until": ["e"], "max_gen_toks": 9},
+        "metric_list": [{"metric": "exact_match"}],
+    }
+    files = {}
+    for name, rows, task in (
+        ("choice", choices, choice),
+        ("rolling", documents, rolling),
+        ("generate", choices[:8], generate),
+    ):
+        data = folder / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        where = {"data_files": {"test": str(data)}, "cache_dir": str(folder / "cache")}
+        file = folder / f"{name}.yaml"
+        file.write_text(yaml.safe_dump({"task": f"local_{name}", **common, **task, "dataset_kwargs": where}))
+        files[name] = str(file)
+    return files
+
+
+def evaluate(pool: WorkerPool, *words: object, world: int = 1) -> list[RankResult]:
+    arguments = ["--device", "cpu", *map(str, words)]
+    return pool.run(evaluate_tasks.main, arguments, world=world, initialise=False, capture=True)
+
+
+def answers(results: dict[str, Any]) -> dict[tuple[str, int], Any]:
+    """Every request's answer, by task and document."""
+    return {(task, row["doc_id"]): row for task, rows in results["samples"].items() for row in rows}
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
+
+
+@pytest.fixture(scope="module")
+def expected(
+    pool: WorkerPool, teacher: Path, tasks: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, int], Any]:
+    """What the harness's own backend says of the exported model."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    hf = tmp_path_factory.mktemp("exported") / "hf"
+    words = ["export", "--checkpoint", str(teacher), "--out", str(hf)]
+    assert pool.run(convert_hf.main, words, world=1, initialise=False, capture=True)[0].value == 0
+    model = HFLM(pretrained=str(hf), device="cpu", dtype="float32", batch_size=3)
+    return answers(simple_evaluate(model, tasks=list(tasks.values())))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_request_equals_the_hugging_face_backend(
+    pool: WorkerPool,
+    teacher: Path,
+    tasks: dict[str, str],
+    expected: dict[tuple[str, int], Any],
+    tmp_path: Path,
+    layout: str,
+) -> None:
+    world, words = LAYOUTS[layout]
+    out = tmp_path / "results.json"
+    ranks = evaluate(
+        pool, "--checkpoint", teacher, "--tasks", *tasks.values(), "--out", out, "--log-samples", "--truncate",
+        "--micro-batch", 3, *words, world=world,
+    )  # fmt: skip
+    assert [rank.value for rank in ranks] == [0] * world, ranks
+    assert "local_choice" in ranks[0].stdout and not any(rank.stdout for rank in ranks[1:])
+    found = answers(json.loads(out.read_text()))
+    assert found.keys() == expected.keys() and len(found) == 23 + 6 + 8
+    greedy = set()
+    for key, row in expected.items():
+        mine = found[key]["filtered_resps"]
+        if key[0] == "local_generate":
+            assert mine == row["filtered_resps"], key
+            continue
+        if key[0] == "local_rolling":
+            assert mine == pytest.approx(row["filtered_resps"], abs=TOLERANCE), key
+            continue
+        assert [log_p for log_p, _ in mine] == pytest.approx([x[0] for x in row["filtered_resps"]], abs=TOLERANCE), key
+        assert [said for _, said in mine] == [x[1] for x in row["filtered_resps"]], key
+        assert found[key]["acc"] == row["acc"], key
+        greedy |= {said for _, said in mine}
+    assert greedy == {True, False}, "the model must say some of the choices itself, and others not"
+
+
+def test_bad_input_is_one_line(
+    pool: WorkerPool, teacher: Path, tasks: dict[str, str], material: Material, tmp_path: Path
+) -> None:
+    lost = tmp_path / "lost.yaml"
+    text = Path(tasks["choice"]).read_text().replace("choice.jsonl", "nowhere.jsonl")
+    lost.write_text(text)
+    cases = [
+        (["--tasks", "no_such_task"], "--tasks: no_such_task: no such task"),
+        (["--tasks", tmp_path / "none.yaml"], "none.yaml: no such file"),
+        (["--tasks", lost], "nowhere.jsonl"),
+        (["--tasks", tasks["choice"]], "--truncate"),
+        (["--tasks", tasks["rolling"], "--limit", 0], "--limit: 0 given"),
+        (["--tasks", tasks["rolling"], "--out", tmp_path / "no" / "x.json"], "no such folder"),
+        (["--tasks", tasks["rolling"], "--checkpoint", tmp_path / "none"], "no such checkpoint"),
+    ]
+    for words, message in cases:
+        ranks = evaluate(pool, "--checkpoint", teacher, *TENSOR, *words, world=2)
+        assert [rank.value for rank in ranks] == [2, 2], (words, ranks)
+        lines = [line for line in ranks[0].stderr.splitlines() if line.startswith("evaluate_tasks: error: ")]
+        assert len(lines) == 1 and message in lines[0], (words, ranks[0].stderr)
+        assert "Traceback" not in ranks[0].stderr and not ranks[1].stdout

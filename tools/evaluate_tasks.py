@@ -1,0 +1,164 @@
+"""The tasks of lm-evaluation-harness on a checkpoint, in any layout.
+
+    python tools/evaluate_tasks.py --checkpoint RUN_DIR --tasks mytask.yaml --out results.json
+    torchrun --nproc-per-node 4 tools/evaluate_tasks.py --checkpoint RUN_DIR --tensor 2 --pipeline 2 --tasks gsm8k
+
+A task is a name of the harness's registry, whose data it downloads, or a YAML file of one's own; paths in that are
+relative to where the command runs. Ranks beyond tensor x pipeline are copies that share out the requests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_capgap.evaluation.ranks import Ranks
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
+
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.files import write_atomically
+from megatron_capgap.runtime import launch, libraries
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0; 2 with one line on stderr where the input is at fault."""
+    args = parse_arguments(argv)
+    first = True
+    try:
+        environment = launch.read_environment()
+        first = environment.rank == 0
+        return run(args, environment)
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename or 'file system'}: {error.strerror or error}"
+    finally:
+        launch.leave()
+    if first:
+        print(f"evaluate_tasks: error: {message}", file=sys.stderr)
+    return 2
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="evaluate_tasks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="RUN_DIR", help="or RUN_DIR/checkpoints/step_N")
+    parser.add_argument("--tasks", required=True, nargs="+", metavar="TASK", help="names, patterns or YAML files")
+    parser.add_argument("--tokenizer", metavar="PATH", help="a .model file or a folder (where the checkpoint says)")
+    parser.add_argument("--out", metavar="FILE.json", help="results as JSON; a table is printed in any case")
+    parser.add_argument("--limit", type=int, metavar="N", help="documents of each task (all)")
+    parser.add_argument("--shots", type=int, metavar="N", help="examples before a question (as the task says)")
+    parser.add_argument("--log-samples", action="store_true", help="keep every request and answer in the JSON")
+    parser.add_argument("--bos", action="store_true", help="begin each text with bos, as LLaMA's tokenizers do")
+    parser.add_argument("--truncate", action="store_true", help="cut contexts that are too long on the left")
+    parser.add_argument("--run-code", action="store_true", help="let tasks run the code that the model writes")
+    parser.add_argument("--tensor", type=int, default=1, metavar="N", help="tensor-parallel size (1)")
+    parser.add_argument("--pipeline", type=int, default=1, metavar="N", help="pipeline-parallel size (1)")
+    parser.add_argument("--sequence", action="store_true", help="sequence parallelism")
+    parser.add_argument("--micro-batch", type=int, default=8, metavar="N", help="requests in one forward pass (8)")
+    parser.add_argument("--compute", choices=("fp32", "bf16"), default="fp32", help="type of the arithmetic (fp32)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto)")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace, environment: launch.Environment) -> int:
+    check(args)
+    libraries.prepare()
+    from megatron_capgap.config.schema import Precision
+    from megatron_capgap.runtime import layout
+    from megatron_capgap.runtime.devices import choose
+
+    precision = Precision(compute=args.compute)
+    device = choose(args.device, environment.local_rank, (precision,))
+    launch.join(environment, device, timeout_seconds=24 * 3600)  # the others wait while rank 0 counts or fetches
+    try:
+        ranks = gather_ranks(args, device, precision)
+        if environment.rank > 0:
+            ranks.follow()
+        results = launch.on_first_rank(lambda: lead(args, ranks))
+    finally:
+        layout.release()
+    if environment.rank == 0:
+        from lm_eval.utils import make_table
+
+        print(make_table(results), end="")
+        if "groups" in results:
+            print(make_table(results, "groups"), end="")
+        if args.out:
+            write_atomically(Path(args.out), json.dumps(results, indent=1, default=str) + "\n")
+    return 0
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises UserError for what is wrong before anything is loaded."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("lm-eval is not installed; pip install 'megatron_capgap[eval]'")
+    for name, least in (("limit", 1), ("shots", 0), ("tensor", 1), ("pipeline", 1), ("micro_batch", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')}: {value} given; {least} or more would do")
+    if args.sequence and args.tensor == 1:
+        raise UserError("--sequence: needs tensor ranks to cut the sequence over; add --tensor 2 or drop it")
+    if args.out and not Path(args.out).absolute().parent.is_dir():
+        raise UserError(f"--out: {args.out}: no such folder; make it first")
+
+
+def gather_ranks(args: argparse.Namespace, device: Any, precision: Any) -> Ranks:
+    """Loads the checkpoint into its layout. Collective."""
+    from megatron_capgap.checkpoint import manifest as manifests
+    from megatron_capgap.checkpoint import store
+    from megatron_capgap.config.checks import check_flags
+    from megatron_capgap.config.schema import Layout
+    from megatron_capgap.data.tokenizer import open_tokenizer
+    from megatron_capgap.evaluation.ranks import Ranks
+    from megatron_capgap.evaluation.scoring import Scorer
+    from megatron_capgap.models import gpt
+    from megatron_capgap.runtime import layout as layouts
+
+    folder = manifests.locate(args.checkpoint)
+    manifest = manifests.read(folder)
+    shape, cut = manifest.model, Layout(tensor=args.tensor, pipeline=args.pipeline, sequence=args.sequence)
+    check_flags(shape, cut, launch.read_environment().world)
+    tokenizer = open_tokenizer(args.tokenizer or manifest.tokenizer)
+    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+        raise UserError(f"--tokenizer: is not the one that {args.checkpoint} was trained with; give that one")
+    longest = min(filter(None, (shape.max_positions or manifest.sequence_length, shape.attention_window)))
+    if cut.sequence:
+        longest -= longest % cut.tensor
+    grid = layouts.build(cut, seed=0, timeout_seconds=24 * 3600)
+    chunks = gpt.build(shape, grid, precision, device, sequence_length=longest)
+    store.load_weights(folder, chunks, grid)
+    for chunk in chunks:
+        chunk.eval()
+    return Ranks(Scorer(chunks, grid, shape.vocab, args.micro_batch, longest, device.torch_device), tokenizer)
+
+
+def lead(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
+    """Runs the harness; rank 0 alone, while the others follow."""
+    try:
+        from megatron_capgap.evaluation.harness import MegatronLM, run_tasks
+
+        model = MegatronLM(ranks, bos=args.bos, truncate=args.truncate)
+        results = run_tasks(
+            model,
+            args.tasks,
+            limit=args.limit,
+            shots=args.shots,
+            log_samples=args.log_samples,
+            unsafe=args.run_code,
+        )
+        model_facts = {name: vars(args)[name] for name in ("checkpoint", "tensor", "pipeline", "sequence", "compute")}
+        return {"model": model_facts, **json.loads(json.dumps(results, default=str))}
+    finally:
+        ranks.dismiss()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
