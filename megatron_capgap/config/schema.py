@@ -271,6 +271,9 @@ class Train:
     them, weights and optimizer left as they were. The next one stops the run."""
     log_every: Positive = 1
     """Steps between lines on the console; metrics.jsonl holds every step."""
+    exit_after_minutes: PositiveFloat | None = None
+    """Minutes after its start at which a run saves at the next step boundary and ends, as after a signal; the same
+    command goes on. null means that only signals stop it early."""
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,8 @@ class Run:
     """Peak bytes of this process before the model was built: the interpreter, its libraries, communication buffers."""
     memory_estimate: int
     """Bytes that --check foresees above that."""
+    stop_at: float | None
+    """Of `time.monotonic`: when to save and end before the last step; None for never."""
     log: Log
     claim: Callable[[], None]
     """Raises UserError where the run directory is no longer this job's. Rank 0 only."""
@@ -66,7 +68,7 @@ class Run:
 
 
 def train(run: Run) -> None:
-    """Trains from where the run stands to its last step, or to the step boundary after a signal. Collective."""
+    """Trains from where the run stands to its last step, or to the step boundary after a signal or the end of its time. Collective."""
     config, log = run.config, run.log
     steps = config.train.steps
     assert steps is not None
@@ -78,7 +80,7 @@ def train(run: Run) -> None:
         return
     meter = Meter(run.flops_a_token)
     log.bar(done, steps)
-    with StopRequest(run.device.torch_device, run.largest) as stop:
+    with StopRequest(run.device.torch_device, run.largest, run.stop_at) as stop:
         while done < steps:
             try:
                 result = one_step(run, done)
@@ -90,14 +92,16 @@ def train(run: Run) -> None:
             run.device.between_steps()
             if result is not None:
                 _report(run, done, result, meter)
-            signal = stop.agreed()
-            if signal or _due(done, config.checkpoint.every, steps):
-                save(run, done, skipped, last=bool(signal) or done == steps)
-            if _due(done, config.train.eval_every, steps) and not signal:
+            reason = stop.agreed()
+            if reason or _due(done, config.checkpoint.every, steps):
+                save(run, done, skipped, last=bool(reason) or done == steps)
+            if _due(done, config.train.eval_every, steps) and not reason:
                 _evaluate(run, done)
             meter.pause()
-            if signal:
-                log.say(f"stopped by {signal} after step {done} of {steps}; the same command goes on from there")
+            if reason:
+                log.say(f"stopped by {reason} after step {done} of {steps}; the same command goes on from there")
+                if log.speaks:
+                    launch.leave_word("stopped")
                 return
     used = peak_memory(run.device, run.memory_at_start, run.memory_estimate)
     log.say(f"finished: {steps} steps, checkpoint {run.run_dir}/checkpoints/step_{steps}; {used}")
