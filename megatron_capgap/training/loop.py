@@ -1,4 +1,4 @@
-"""The loop: teach, step, record, evaluate, save, until the last step or a signal."""
+"""The loop: teach, step, record, evaluate, save, until the last step, a signal or the end of the time."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Run:
 
 
 def train(run: Run) -> None:
-    """Trains from where the run stands to its last step, or to the step boundary after a signal or the end of its time. Collective."""
+    """Trains from where the run stands to its last step, or to the step boundary at which it is to stop. Collective."""
     config, log = run.config, run.log
     steps = config.train.steps
     assert steps is not None

@@ -212,6 +212,15 @@ class Cluster:
                     found.append(process.pid)
         return found
 
+    def ranks_on(self, node: str) -> list[int]:
+        """The processes of megatron_capgap that run on a node."""
+        found = []
+        for pid in self.processes_of(node):
+            with suppress(psutil.Error):
+                if "megatron_capgap" in psutil.Process(pid).cmdline():
+                    found.append(pid)
+        return found
+
     def run(self, *words: str, variables: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
         """What one of SLURM's commands prints; it must succeed."""
         env = {**environment(), "SLURM_CONF": str(self.folder / "slurm.conf"), **(variables or {})}
