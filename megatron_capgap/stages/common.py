@@ -164,6 +164,7 @@ def training_run(
         loss_of_layers: see `train_step`.
     """
     config, resolved = ground.config, ground.resolved
+    peak = config.runtime.peak_tflops
     chunks = optimizer.wrap(student, ground.grid)
     cache = cache_dir(config)
     run = Run(
@@ -183,6 +184,7 @@ def training_run(
         loss_of_layers=loss_of_layers,
         largest=None,
         flops_a_token=size.training_flops(resolved.student, resolved.teacher, config.data.sequence_length),
+        peak_flops=None if peak is None else peak * 1e12 * resolved.world,
         memory_at_start=ground.memory_at_start,
         memory_estimate=memory.estimate(
             config,

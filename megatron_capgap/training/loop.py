@@ -24,6 +24,7 @@ from megatron_capgap.runtime.logging import Log, Meter, count, evaluation_after
 from megatron_capgap.runtime.signals import StopRequest
 from megatron_capgap.training.evaluate import evaluate
 from megatron_capgap.training.optimizer import Optimization
+from megatron_capgap.training.pace import Pace
 from megatron_capgap.training.step import BadBatch, LossFunction, StepResult, train_step
 
 
@@ -52,6 +53,8 @@ class Run:
     largest: Callable[[int], int] | None
     """The largest of a number over all ranks, where a teacher has some of its own. Collective, once a step."""
     flops_a_token: float
+    peak_flops: float | None
+    """FLOP/s of all ranks at best, where the configuration says it."""
     memory_at_start: int
     """Peak bytes of this process before the model was built: the interpreter, its libraries, communication buffers."""
     memory_estimate: int
@@ -78,12 +81,12 @@ def train(run: Run) -> None:
     if done >= steps:
         log.say(f"nothing to do: all {steps} steps are done; raise train.steps to go on")
         return
-    meter = Meter(run.flops_a_token)
+    meter, pace = Meter(run.flops_a_token), Pace(run.chunks, run.device)
     log.bar(done, steps)
     with StopRequest(run.device.torch_device, run.largest, run.stop_at) as stop:
         while done < steps:
             try:
-                result = one_step(run, done)
+                result = one_step(run, done, pace)
             except BadBatch as bad:
                 skipped += 1
                 _skip(run, done + 1, skipped, bad)
@@ -91,7 +94,7 @@ def train(run: Run) -> None:
             done += 1
             run.device.between_steps()
             if result is not None:
-                _report(run, done, result, meter)
+                _report(run, done, result, meter, pace)
             reason = stop.agreed()
             if reason or _due(done, config.checkpoint.every, steps):
                 save(run, done, skipped, last=bool(reason) or done == steps)
@@ -121,9 +124,11 @@ def peak_memory(device: Device, at_start: int, estimate: int) -> str:
     )
 
 
-def one_step(run: Run, done: int) -> StepResult:
+def one_step(run: Run, done: int, pace: Pace) -> StepResult:
     """Step number `done + 1` on its own samples. Collective."""
+    pace.begin()
     batches = batches_of(run, done)
+    pace.has_read()
     return train_step(
         run.chunks,
         run.grid,
@@ -237,15 +242,19 @@ def _evaluated(run: Run, done: int) -> bool:
     return run.valid is None or evaluation_after(run.run_dir, done) is not None
 
 
-def _report(run: Run, done: int, result: StepResult, meter: Meter) -> None:
-    """One line of metrics.jsonl, one on the console."""
+def _report(run: Run, done: int, result: StepResult, meter: Meter, pace: Pace) -> None:
+    """One line of metrics.jsonl, one on the console. Collective where the step is one to be shown."""
     rate, flops = meter.tick(result.tokens)
-    steps = run.config.train.steps
+    steps, every = run.config.train.steps, run.config.train.log_every
     entry = {"step": done, "loss": result.loss, **result.report, "grad_norm": result.grad_norm, "lr": result.lr}
     run.log.record({**entry, "tokens": result.tokens, "tokens_per_second": round(rate, 1)})
+    if done % every and done != steps:
+        return
     speed = f"{count(rate)} tokens/s  {count(flops, 'FLOP/s')}"
-    line = f"loss {result.loss:.4f}  norm {result.grad_norm:.3f}  lr {result.lr:.2e}  {speed}"
-    run.log.advance(done, steps, f"{line}  left {meter.left(steps - done)}", run.config.train.log_every)
+    if run.peak_flops is not None:
+        speed += f" ({flops / run.peak_flops:.1%} of the peak)"
+    line = f"loss {result.loss:.4f}  norm {result.grad_norm:.3f}  lr {result.lr:.2e}  {speed}  {pace.compared()}"
+    run.log.advance(done, steps, f"{line}  left {meter.left(steps - done)}", every)
 
 
 def _evaluate(run: Run, done: int) -> None:
