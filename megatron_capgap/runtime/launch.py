@@ -147,7 +147,7 @@ def _first_host(nodes: str) -> str:
 def leave_word(word: str) -> None:
     """Tells the script around the ranks how this start of the run ended: a word in the file that CAPGAP_OUTCOME names.
 
-    Exit codes cannot say it: torchrun answers 1 for all of them, and srun 137 where it has killed the ranks that ended
+    Exit codes cannot say it: torchrun answers 1 for all of them, and srun 143 where it has ended the ranks that were
     a moment later. Nothing happens where the variable is not set.
 
     Args:

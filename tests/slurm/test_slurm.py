@@ -74,6 +74,10 @@ class Submitted:
         path = self.folder / f"slurm-{self.number}.out"
         return path.read_text() if path.exists() else ""
 
+    def says(self, pattern: str) -> bool:
+        """Whether a regular expression is found in it."""
+        return re.search(pattern, self.output()) is not None
+
     def state(self) -> str:
         """As SLURM says it: PENDING, RUNNING, COMPLETED, FAILED ..."""
         return self.cluster.job(self.number, "JobState")
@@ -133,11 +137,12 @@ def test_a_job_that_lost_a_rank_comes_back_as_often_as_it_may(
     job = Submitted(cluster, tmp_path, config_of(material, tmp_path / "run", teacher), starts=2)
     job.wait_for_step(6)
     job.kill_rank()
-    wait_for(lambda: "start 1 died (exit code 137); requeued" in job.output(), LIMIT, "requeueing", job.output)
+    wait_for(lambda: job.says(r"start 1 died \(exit code \d+\); requeued"), LIMIT, "requeueing", job.output)
+    wait_for(lambda: job.says("resumed from"), LIMIT, "the next start", job.output)
     job.wait_for_step(12)
     job.kill_rank()
     assert job.wait_for_end() == "FAILED"
-    assert "start 2 died (exit code 137); not requeued, CAPGAP_MOST_STARTS is 2" in job.output()
+    assert job.says(r"start 2 died \(exit code \d+\); not requeued, CAPGAP_MOST_STARTS is 2"), job.output()
     assert job.restarts() == 1
     lines = runs.metrics(job.run_dir)
     assert lines == undisturbed[: len(lines)] and len(lines) >= 12
@@ -160,8 +165,12 @@ def test_the_end_of_the_time_is_no_end_of_the_run(
 @pytest.mark.parametrize(
     "options, words, message",
     [
-        ((), ["--train.stepz=3"], "train.stepz: no such key"),
-        (("--nodes=2", "--ntasks=5"), [], "SLURM_TASKS_PER_NODE is '4,1': every node must run as many ranks"),
+        ((), ["--train.stepz=3"], "train.stepz: unknown key"),
+        (
+            ("--nodes=2", "--ntasks=5", "--ntasks-per-node=4"),
+            [],
+            "SLURM_TASKS_PER_NODE is '4,1': every node must run as many ranks",
+        ),
     ],
     ids=["configuration", "unequal nodes"],
 )
