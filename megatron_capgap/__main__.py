@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _tell(error: UserError, who: str = "") -> None:
     sys.stderr.write("".join(f"capgap: error: {who}{line}\n" for line in str(error).split("\n")))
     sys.stderr.flush()
+    launch.leave_word("refused")
 
 
 def parse(argv: Sequence[str]) -> Command:

@@ -33,6 +33,7 @@ from megatron_capgap.law.records import LawError
 from megatron_capgap.law.sweep import Cell, Sweep, expand
 
 RECORD = "record.json"
+STAGE = Path(__file__).resolve().parents[1] / "examples" / "slurm" / "stage.sbatch"
 SUBMIT = """\
 #!/usr/bin/env bash
 # Submits the sweep: an array a phase, each after the one before it. LIMIT runs at a time, 16 by default; further
@@ -51,23 +52,18 @@ ARRAY = """\
 #!/usr/bin/env bash
 #SBATCH --job-name=law-sweep
 #SBATCH --requeue
-#SBATCH --signal=B:USR1@60
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@120
 #SBATCH --output={out}/slurm/%x_%A_%a.out
 {options}
-# One run of the phase file that is the only argument. A run that is finished already ends at once.
-set -euo pipefail
-cd {folder}
+# One run of the phase file that is the only argument, in the way of examples/slurm/stage.sbatch: requeued until it has
+# come to its end. A run that is finished already ends at once.
+set -uo pipefail
+cd {folder} || exit 1
 read -r stage config < <(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$1")
-srun {python} -m megatron_capgap "$stage" --config "$config" &
-trap 'kill -USR1 $!' USR1
-code=0
-wait $! || code=$?
-# A trap ends `wait`; the run then saves and ends by itself.
-while [ $code -gt 128 ] && kill -0 $! 2>/dev/null; do
-    code=0
-    wait $! || code=$?
-done
-exit $code
+set -- "$stage" --config "$config"
+CAPGAP_PYTHON={python}
+source {script}
 """
 
 
@@ -143,6 +139,7 @@ def write_sweep(sweep: Sweep) -> None:
         options="".join(f"#SBATCH {option}\n" for option in sweep.slurm),
         folder=shlex.quote(str(Path.cwd())),
         python=shlex.quote(sys.executable),
+        script=shlex.quote(str(STAGE)),
     )
     write_atomically(out / "slurm" / "array.sbatch", script)
     write_atomically(out / "slurm" / "submit.sh", SUBMIT)

@@ -235,13 +235,13 @@ class Train:
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout rate of attention and residual branches."""
     max_grad_norm: PositiveFloat | None = None
-    """A batch whose global gradient norm (before clipping) is above this is a bad one, as is one whose loss or norm is
-    not finite; null means that only the latter are bad."""
+    """A batch whose gradient norm, before clipping, is above this is a bad one, as is one that is not finite."""
     max_skipped: NonNegative = 0
-    """Bad batches that a run may leave out, over all its starts: reported with their sample ids, nothing learned from
-    them, weights and optimizer left as they were. The next one stops the run."""
+    """Bad batches that a run may leave out over all its starts, learning nothing from them; the next one stops it."""
     log_every: Positive = 1
     """Steps between lines on the console; metrics.jsonl holds every step."""
+    exit_after_minutes: PositiveFloat | None = None
+    """Minutes after its start at which a run saves and ends as after a signal; null means that only signals do that."""
 
 
 @dataclass(frozen=True)
@@ -331,6 +331,8 @@ class Runtime:
 
     timeout_seconds: Positive = 600
     """How long a collective may wait for the other ranks before the job stops."""
+    peak_tflops: PositiveFloat | None = None
+    """What one GPU can do at best; given, the console shows the share of it that a run reaches."""
     tensorboard: bool = True
     """Whether to write TensorBoard events below run_dir/tensorboard."""
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from megatron_capgap.config.errors import UserError
@@ -99,6 +100,7 @@ def _from_torchrun(env: Mapping[str, str]) -> Environment:
 
 def _from_slurm(env: Mapping[str, str]) -> Environment:
     rank, world = _rank_and_world(env, "SLURM_PROCID", "SLURM_NTASKS")
+    local_world = _tasks_of_a_node(env) or world
     nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))
     # Every task derives the same port from the job and step, so that two jobs on one node do not meet.
     port = 20000 + (_number(env, "SLURM_JOB_ID") * 7 + int(env["SLURM_STEP_ID"])) % 20000
@@ -106,11 +108,25 @@ def _from_slurm(env: Mapping[str, str]) -> Environment:
         rank,
         world,
         _number(env, "SLURM_LOCALID"),
-        int(env.get("SLURM_NTASKS_PER_NODE", "0").split("(")[0] or 0) or world,
+        local_world,
         env.get("MASTER_ADDR") or _first_host(nodes),
         _number(env, "MASTER_PORT", port),
         "slurm",
     )
+
+
+def _tasks_of_a_node(env: Mapping[str, str]) -> int | None:
+    """Tasks on each node of the step; SLURM writes `4(x2)` for two nodes of four, `2,3` for two unequal ones."""
+    given = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or env.get("SLURM_NTASKS_PER_NODE")
+    if given is None:
+        return None
+    tasks, _, repeated = given.partition("(")
+    if not tasks.isdecimal() or "," in repeated:
+        raise UserError(
+            f"environment variable SLURM_TASKS_PER_NODE is {given!r}: every node must run as many ranks as the others; "
+            "ask for them with --nodes and --ntasks-per-node instead of --ntasks"
+        )
+    return int(tasks)
 
 
 def _first_host(nodes: str) -> str:
@@ -126,6 +142,21 @@ def _first_host(nodes: str) -> str:
             f"SLURM_NODELIST {nodes!r}: scontrol could not unfold it ({error}); set MASTER_ADDR yourself"
         ) from error
     return listing.stdout.split()[0]
+
+
+def leave_word(word: str) -> None:
+    """Tells the script around the ranks how this start of the run ended: a word in the file that CAPGAP_OUTCOME names.
+
+    Exit codes cannot say it: torchrun answers 1 for all of them, and srun 143 where it has ended the ranks that were
+    a moment later. Nothing happens where the variable is not set.
+
+    Args:
+        word: `stopped` (before its end, saved, and the same command goes on) or `refused` (a mistake of the user's,
+            which another start would meet again).
+    """
+    path = os.environ.get("CAPGAP_OUTCOME")
+    if path:
+        Path(path).write_text(f"{word}\n")
 
 
 def join(environment: Environment, device: Device, timeout_seconds: int) -> None:

@@ -1,8 +1,9 @@
-"""SIGTERM and SIGUSR1 mean: save at the next step boundary and stop. All ranks agree on which boundary."""
+"""SIGTERM, SIGUSR1 or the end of the time mean: save at the next step boundary and stop. All ranks agree on which."""
 
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable
 from types import FrameType
 
@@ -11,6 +12,8 @@ import torch
 from megatron_capgap.runtime.launch import largest_in_world
 
 WATCHED = (signal.SIGTERM, signal.SIGUSR1)
+_TIME_IS_UP = 1
+"""Stands for the end of the time where ranks agree on a number; smaller than the watched signals, and none of them."""
 
 
 class StopRequest:
@@ -19,9 +22,13 @@ class StopRequest:
     Args:
         device: where tensors of the default process group live.
         largest: the largest of a number over all ranks, where those are more than the default group's. Collective.
+        deadline: of `time.monotonic`, when to stop without a signal; each rank has its own clock.
     """
 
-    def __init__(self, device: torch.device, largest: Callable[[int], int] | None = None) -> None:
+    def __init__(
+        self, device: torch.device, largest: Callable[[int], int] | None = None, deadline: float | None = None
+    ) -> None:
+        self._deadline = deadline
         self._largest = largest or (lambda number: largest_in_world(number, device))
         self.seen = 0
         """The number of the last signal that this rank has received; 0 for none."""
@@ -40,6 +47,14 @@ class StopRequest:
         self.seen = number
 
     def agreed(self) -> str | None:
-        """The signal that any rank has received, by name, or None. Collective: one all-reduce of one number."""
-        number = self._largest(self.seen)
+        """Why to stop: the signal that any rank has received, by name, or `train.exit_after_minutes`; else None.
+
+        Collective: one all-reduce of one number.
+        """
+        number = self._largest(self.seen or (_TIME_IS_UP if self._time_is_up() else 0))
+        if number == _TIME_IS_UP:
+            return "train.exit_after_minutes"
         return signal.Signals(number).name if number else None
+
+    def _time_is_up(self) -> bool:
+        return self._deadline is not None and time.monotonic() >= self._deadline

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ class Ground:
     """Between the student's and the teacher's ranks, where they are not the same."""
     memory_at_start: int
     """Peak bytes of this process before it built a model."""
+    stop_at: float | None
+    """Of `time.monotonic`: when to save and end before the work is done; None for never."""
     log: Log
     lock: RunLock
     """Held by rank 0."""
@@ -77,6 +80,8 @@ def ground(loaded: Loaded, stage: str, environment: Environment, device: Device)
         UserError: on every rank alike.
     """
     config = loaded.config
+    minutes = config.train.exit_after_minutes
+    stop_at = None if minutes is None else time.monotonic() + 60.0 * minutes
     resolved = resolve(loaded, stage, environment.world, device.capability)
     timeout, cut, bridge = config.runtime.timeout_seconds, config.student.layout, None
     if resolved.student_world < resolved.world:
@@ -104,7 +109,8 @@ def ground(loaded: Loaded, stage: str, environment: Environment, device: Device)
         for warning in warnings:
             log.warn(warning)
         _introduce(log, resolved, device)
-        yield Ground(resolved, device, environment.rank, grid, bridge, device.peak_memory(), log, lock)
+        memory_at_start = device.peak_memory()
+        yield Ground(resolved, device, environment.rank, grid, bridge, memory_at_start, stop_at, log, lock)
     except BaseException as error:
         lock.release()
         _remove_unless_begun(new)
@@ -178,6 +184,7 @@ def training_run(
         loss_of_layers: see `train_step`.
     """
     config, resolved = ground.config, ground.resolved
+    peak = config.runtime.peak_tflops
     chunks = optimizer.wrap(student, ground.grid)
     run = Run(
         config=config,
@@ -196,6 +203,7 @@ def training_run(
         loss_of_layers=loss_of_layers,
         largest=None,
         flops_a_token=size.training_flops(resolved.student, resolved.teacher, config.data.sequence_length),
+        peak_flops=None if peak is None else peak * 1e12 * resolved.world,
         memory_at_start=ground.memory_at_start,
         memory_estimate=memory.estimate(
             config,
@@ -205,6 +213,7 @@ def training_run(
             resolved.world,
             on_cpu=ground.device.name == "cpu",
         ).total,
+        stop_at=ground.stop_at,
         log=ground.log,
         claim=ground.lock.claim,
     )

@@ -88,20 +88,22 @@ def score(ground: Ground, begun: Scores, done: int) -> Scores | None:
     common.begin(ground)
     every = ground.config.checkpoint.every
     ground.log.bar(done, wanted.batches)
-    with StopRequest(ground.device.torch_device) as stop:
+    with StopRequest(ground.device.torch_device, deadline=ground.stop_at) as stop:
         while True:
             batches = _batches(ground, samples, done)
             importance.run(batches, lambda hidden, head, batch: _loss(ground, hidden, head, batch))
             done += 1
             ground.log.advance(done, wanted.batches, "scored", ground.config.train.log_every)
-            signal = stop.agreed()
-            if signal or done == wanted.batches or (every and done % every == 0):
+            reason = stop.agreed()
+            if reason or done == wanted.batches or (every and done % every == 0):
                 scores = _added(begun, importance.scores())
                 _keep(ground, scores, done)
             if done == wanted.batches:
                 return scores
-            if signal:
-                ground.log.say(f"stopped by {signal} after batch {done}; the same command goes on from there")
+            if reason:
+                ground.log.say(f"stopped by {reason} after batch {done}; the same command goes on from there")
+                if ground.log.speaks:
+                    launch.leave_word("stopped")
                 return None
 
 

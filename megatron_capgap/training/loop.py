@@ -1,4 +1,4 @@
-"""The loop: teach, step, record, evaluate, save, until the last step or a signal."""
+"""The loop: teach, step, record, evaluate, save, until the last step, a signal or the end of the time."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from megatron_capgap.runtime.signals import StopRequest
 from megatron_capgap.training import stopping
 from megatron_capgap.training.evaluate import evaluate
 from megatron_capgap.training.optimizer import Optimization
+from megatron_capgap.training.pace import Pace
 from megatron_capgap.training.step import BadBatch, LossFunction, StepResult, train_step
 from megatron_capgap.training.stopping import Patience
 
@@ -53,10 +54,14 @@ class Run:
     largest: Callable[[int], int] | None
     """The largest of a number over all ranks, where a teacher has some of its own. Collective, once a step."""
     flops_a_token: float
+    peak_flops: float | None
+    """FLOP/s of all ranks at best, where the configuration says it."""
     memory_at_start: int
     """Peak bytes of this process before the model was built: the interpreter, its libraries, communication buffers."""
     memory_estimate: int
     """Bytes that --check foresees above that."""
+    stop_at: float | None
+    """Of `time.monotonic`: when to save and end before the last step; None for never."""
     log: Log
     claim: Callable[[], None]
     """Raises UserError where the run directory is no longer this job's. Rank 0 only."""
@@ -67,7 +72,7 @@ class Run:
 
 
 def train(run: Run) -> None:
-    """Trains from where the run stands to its last step, to the step boundary after a signal, or to the end of
+    """Trains from where the run stands to its last step, to the step boundary at which it is to stop, or to the end of
     finetune.patience. Collective."""
     config, log = run.config, run.log
     steps = config.train.steps
@@ -80,12 +85,12 @@ def train(run: Run) -> None:
         why = f"{_in_vain(patience)}; raise finetune.patience" if patience.over else "raise train.steps"
         log.say(f"nothing to do: all {done if patience.over else steps} steps are done; {why} to go on")
         return
-    meter = Meter(run.flops_a_token)
+    meter, pace = Meter(run.flops_a_token), Pace(run.chunks, run.device)
     log.bar(done, steps)
-    with StopRequest(run.device.torch_device, run.largest) as stop:
+    with StopRequest(run.device.torch_device, run.largest, run.stop_at) as stop:
         while done < steps and not patience.over:
             try:
-                result = one_step(run, done)
+                result = one_step(run, done, pace)
             except BadBatch as bad:
                 skipped += 1
                 _skip(run, done + 1, skipped, bad)
@@ -93,16 +98,18 @@ def train(run: Run) -> None:
             done += 1
             run.device.between_steps()
             if result is not None:
-                _report(run, done, result, meter)
-            signal = stop.agreed()
-            saved = bool(signal) or _due(done, config.checkpoint.every, steps)
+                _report(run, done, result, meter, pace)
+            reason = stop.agreed()
+            saved = bool(reason) or _due(done, config.checkpoint.every, steps)
             if saved:
-                save(run, done, skipped, last=bool(signal) or done == steps)
-            if _due(done, config.train.eval_every, steps) and not signal:
+                save(run, done, skipped, last=bool(reason) or done == steps)
+            if _due(done, config.train.eval_every, steps) and not reason:
                 saved = _evaluate(run, done, skipped, patience, saved=saved)
             meter.pause()
-            if signal:
-                log.say(f"stopped by {signal} after step {done} of {steps}; the same command goes on from there")
+            if reason:
+                log.say(f"stopped by {reason} after step {done} of {steps}; the same command goes on from there")
+                if log.speaks:
+                    launch.leave_word("stopped")
                 return
     if not saved:  # early
         save(run, done, skipped, last=True)
@@ -137,9 +144,11 @@ def peak_memory(device: Device, at_start: int, estimate: int) -> str:
     )
 
 
-def one_step(run: Run, done: int) -> StepResult:
+def one_step(run: Run, done: int, pace: Pace) -> StepResult:
     """Step number `done + 1` on its own samples. Collective."""
+    pace.begin()
     batches = batches_of(run, done)
+    pace.has_read()
     return train_step(
         run.chunks,
         run.grid,
@@ -253,15 +262,19 @@ def _evaluated(run: Run, done: int) -> bool:
     return run.valid is None or evaluation_after(run.run_dir, done) is not None
 
 
-def _report(run: Run, done: int, result: StepResult, meter: Meter) -> None:
-    """One line of metrics.jsonl, one on the console."""
+def _report(run: Run, done: int, result: StepResult, meter: Meter, pace: Pace) -> None:
+    """One line of metrics.jsonl, one on the console. Collective where the step is one to be shown."""
     rate, flops = meter.tick(result.tokens)
-    steps = run.config.train.steps
+    steps, every = run.config.train.steps, run.config.train.log_every
     entry = {"step": done, "loss": result.loss, **result.report, "grad_norm": result.grad_norm, "lr": result.lr}
     run.log.record({**entry, "tokens": result.tokens, "tokens_per_second": round(rate, 1)})
+    if done % every and done != steps:
+        return
     speed = f"{count(rate)} tokens/s  {count(flops, 'FLOP/s')}"
-    line = f"loss {result.loss:.4f}  norm {result.grad_norm:.3f}  lr {result.lr:.2e}  {speed}"
-    run.log.advance(done, steps, f"{line}  left {meter.left(steps - done)}", run.config.train.log_every)
+    if run.peak_flops is not None:
+        speed += f" ({flops / run.peak_flops:.1%} of the peak)"
+    line = f"loss {result.loss:.4f}  norm {result.grad_norm:.3f}  lr {result.lr:.2e}  {speed}  {pace.compared()}"
+    run.log.advance(done, steps, f"{line}  left {meter.left(steps - done)}", every)
 
 
 def _evaluate(run: Run, done: int, skipped: int, patience: Patience, *, saved: bool) -> bool:

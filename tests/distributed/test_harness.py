@@ -14,7 +14,6 @@ from tests.support.runs import Material
 from tools import convert_hf, evaluate_tasks
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install lm-eval accelerate)")
-pytest.importorskip("megatron_capgap.generation", reason="tasks that continue texts need the room generation")
 pytest.importorskip("accelerate", reason="lm-eval's own backend needs accelerate (pip install lm-eval accelerate)")
 
 TENSOR, PIPELINE = ["--tensor", "2"], ["--pipeline", "2"]

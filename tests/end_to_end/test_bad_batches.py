@@ -31,11 +31,11 @@ def run_poisoned(part: str, steps: list[int], words: list[str]) -> tuple[int, di
     states: dict[int, list[bytes]] = {}
     poisoned = []
 
-    def step_and_look(run: loop.Run, done: int) -> Any:
+    def step_and_look(run: loop.Run, done: int, *rest: Any) -> Any:
         states.setdefault(done, state_of(run))
         poisoned[:] = [done + 1 in steps]
         try:
-            return one_step(run, done)
+            return one_step(run, done, *rest)
         finally:
             states[done + 1] = state_of(run)
 

@@ -172,10 +172,10 @@ def limit_size(rank: int, words: list[str]) -> int:
 
     step, before = loop.one_step, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def step_and_limit(run: loop.Run, done: int) -> Any:
+    def step_and_limit(run: loop.Run, done: int, *rest: Any) -> Any:
         if done == 3 and dist.get_rank() == rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-        return step(run, done)
+        return step(run, done, *rest)
 
     loop.one_step = step_and_limit
     try:

@@ -75,6 +75,20 @@ def test_a_stopped_run_goes_on_to_the_last_digit(pool: WorkerPool, material: Mat
     assert runs.metrics(runs.train(pool, "adapt", stopped)) == runs.metrics(unbroken)
 
 
+def test_the_end_of_its_time_stops_a_run_as_a_signal_does(pool: WorkerPool, material: Material, tmp_path: Path) -> None:
+    """A run whose time is up at once takes one step a start, saves and ends; it comes to the same end."""
+    changes = {"train__steps": 12, "train__dropout": 0.1, "student__layout": LAYOUTS["pp2"]}
+    unbroken = runs.train(pool, "adapt", runs.adapt_config(material, tmp_path / "unbroken", **changes), world=2)
+    limited = runs.adapt_config(material, tmp_path / "limited", train__exit_after_minutes=1e-6, **changes)
+    for done in range(1, 4):
+        ranks = runs.run_stage(pool, "adapt", limited, world=2)
+        assert [rank.value for rank in ranks] == [0, 0], ranks
+        assert f"stopped by train.exit_after_minutes after step {done} of 12" in ranks[0].stdout
+        assert runs.checkpoints(tmp_path / "limited")[-1] == f"step_{done}"
+    runs.train(pool, "adapt", runs.changed(limited, train__exit_after_minutes=60), world=2)
+    assert runs.metrics(tmp_path / "limited") == runs.metrics(unbroken)
+
+
 def digest_of(run: Any) -> str:
     """A digest of this rank's weights, Adam's moments and step counters, and the place in the schedule."""
     digest = hashlib.sha256(b"".join(state_of(run)))

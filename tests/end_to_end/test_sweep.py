@@ -158,12 +158,13 @@ def test_a_changed_grid_is_refused(killed: dict[str, Any], material: Material, t
 @pytest.mark.slow
 def test_an_array_task_runs_its_line(killed: dict[str, Any], tmp_path: Path) -> None:
     """The batch script with an srun that starts one rank here: each task finds its run, which is finished already."""
-    (tmp_path / "srun").write_text('#!/bin/sh\nexec "$@"\n')
+    (tmp_path / "srun").write_text('#!/bin/sh\nshift; exec "$@"\n')
     (tmp_path / "srun").chmod(0o755)
     slurm = killed["out"] / "slurm"
     lines = (slurm / "phase_1.txt").read_text().splitlines()
     assert len(lines) == 6
-    variables = {**environment(), "SLURM_ARRAY_TASK_ID": "5", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    variables = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    variables |= {**environment(), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(
         ["bash", str(slurm / "array.sbatch"), str(slurm / "phase_1.txt")],
         env=variables,

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_capgap.__main__ import main
 from megatron_capgap.config.errors import UserError
-from megatron_capgap.runtime.launch import Environment, read_environment
+from megatron_capgap.runtime.launch import Environment, leave_word, read_environment
 
 TORCHRUN = {
     "RANK": "5",
@@ -61,6 +62,24 @@ def test_slurm() -> None:
     assert 20000 <= found.master_port < 40000
 
 
+@pytest.mark.parametrize("given, each", [("8(x2)", 8), ("8", 8), ("1(x16)", 1)])
+def test_the_tasks_of_a_node(given: str, each: int) -> None:
+    variables = without(SLURM, "SLURM_NTASKS_PER_NODE")
+    assert read_environment({**variables, "SLURM_TASKS_PER_NODE": given}).local_world == each
+    step = {"SLURM_STEP_TASKS_PER_NODE": given, "SLURM_TASKS_PER_NODE": "3,2"}
+    assert read_environment({**variables, **step}).local_world == each, "the step counts, not the job around it"
+
+
+def test_a_word_for_the_script_around_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CAPGAP_OUTCOME", raising=False)
+    leave_word("stopped")
+    monkeypatch.setenv("CAPGAP_OUTCOME", str(tmp_path / "outcome"))
+    assert main(["adapt", "--config", str(tmp_path / "none.yaml")]) == 2
+    assert (tmp_path / "outcome").read_text() == "refused\n"
+    leave_word("stopped")
+    assert (tmp_path / "outcome").read_text() == "stopped\n"
+
+
 def test_every_task_of_a_step_finds_the_same_port_and_other_steps_another() -> None:
     ports = {read_environment({**SLURM, "SLURM_PROCID": str(rank)}).master_port for rank in range(16)}
     others = {read_environment({**SLURM, "SLURM_STEP_ID": str(step)}).master_port for step in range(1, 4)}
@@ -111,6 +130,8 @@ def test_without_scontrol_the_list_of_nodes_is_one_error(tmp_path: Path, monkeyp
         (without(TORCHRUN, "MASTER_PORT"), "MASTER_PORT is not set; "),
         (without(SLURM, "SLURM_NTASKS"), "SLURM_NTASKS is not set; "),
         (without(SLURM, "SLURM_LOCALID"), "SLURM_LOCALID is not set; "),
+        (SLURM | {"SLURM_TASKS_PER_NODE": "9,7"}, "SLURM_TASKS_PER_NODE is '9,7': every node must run as many ranks "),
+        (SLURM | {"SLURM_TASKS_PER_NODE": "2(x3),1"}, "SLURM_TASKS_PER_NODE is '2(x3),1': every node must "),
         (SLURM | {"SLURM_PROCID": "16"}, "SLURM_PROCID is 16 but SLURM_NTASKS is 16; "),
     ],
 )

@@ -90,6 +90,7 @@ def prepare(with_engine: bool = False) -> Device:
         ),
         peak_memory=peak_resident_bytes,
         release_memory=_return_free_memory,
+        finish=lambda: None,
         between_steps=_tidy(),
         tune_optimizer=_fuse_adam,
     )

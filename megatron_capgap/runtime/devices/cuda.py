@@ -53,6 +53,7 @@ def prepare(local_rank: int, precisions: Sequence[Precision]) -> Device:
         ),
         peak_memory=torch.cuda.max_memory_allocated,
         release_memory=torch.cuda.empty_cache,
+        finish=torch.cuda.synchronize,
         between_steps=lambda: None,
         tune_optimizer=lambda optimizer: None,
     )

@@ -49,6 +49,8 @@ class Device:
     """Peak bytes of this process on the device since it started."""
     release_memory: Callable[[], None]
     """Gives memory that the allocator keeps for later back to the system."""
+    finish: Callable[[], None]
+    """Returns when all work that was given to the device is done."""
     between_steps: Callable[[], None]
     """Called after each step: keeps the memory of a long run what it was in a short one."""
     tune_optimizer: Callable[[torch.optim.Optimizer], None]

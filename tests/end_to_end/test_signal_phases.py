@@ -1,0 +1,116 @@
+"""A signal at any moment: saved within one step where there is something to save, and no process stays behind."""
+
+import importlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from megatron_capgap.__main__ import main
+from tests.support import runs
+from tests.support.pool import WorkerPool
+from tests.support.processes import environment, job
+from tests.support.runs import Material
+
+CHANGES = {"train__steps": 6, "train__eval_every": 2, "checkpoint__every": 2, "train__dropout": 0.1}
+
+
+def signal_in(where: str, number: int, words: list[str]) -> int:
+    """Runs a command whose process is signalled each time that it begins with something."""
+    path, name = where.split()
+    module = importlib.import_module(f"megatron_capgap.{path}")
+    part = getattr(module, name)
+
+    def signalled(*arguments: Any, **options: Any) -> Any:
+        signal.raise_signal(number)
+        return part(*arguments, **options)
+
+    setattr(module, name, signalled)
+    try:
+        return main(words)
+    finally:
+        setattr(module, name, part)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "where, saved", [("training.step reduce_losses", 1), ("checkpoint.store save", 3), ("training.loop evaluate", 3)]
+)
+def test_a_run_that_is_signalled_has_saved_one_step_later(
+    pool: WorkerPool, material: Material, tmp_path: Path, where: str, saved: int, number: signal.Signals
+) -> None:
+    """In a step, the first save and the first evaluation, both after the second step."""
+    unbroken = runs.train(pool, "adapt", runs.adapt_config(material, tmp_path / "unbroken", **CHANGES))
+    config = runs.adapt_config(material, tmp_path / "run", **CHANGES)
+    work = partial(signal_in, where, number, ["adapt", "--config", runs.write_config(config)])
+    (rank,) = pool.run(work, world=1, initialise=False, capture=True)
+    assert rank.value == 0
+    assert f"stopped by {number.name} after step {saved} of 6" in rank.stdout
+    assert (tmp_path / "run" / "latest").read_text() == f"step_{saved}\n"
+    assert runs.metrics(runs.train(pool, "adapt", config)) == runs.metrics(unbroken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("phase", ["start-up", "data building"])
+def test_before_the_first_step_it_ends_at_once(
+    pool: WorkerPool, material: Material, tmp_path: Path, phase: str, number: signal.Signals
+) -> None:
+    config = runs.adapt_config(material, tmp_path / "run", student__layout={"tensor": 2})
+    with job(["adapt", "--config", runs.write_config(config)], 2, tmp_path / "job") as ranks:
+        if phase == "data building":
+            ranks.wait_until((tmp_path / "run" / "data_cache").exists)
+        else:
+            time.sleep(0.5)
+        ranks.signal(number)
+        assert ranks.wait(30) == [-number, -number]
+        assert ranks.left_behind() == []
+    unbroken = runs.adapt_config(material, tmp_path / "unbroken", student__layout={"tensor": 2})
+    runs.train(pool, "adapt", config, world=2)
+    assert runs.metrics(tmp_path / "run") == runs.metrics(runs.train(pool, "adapt", unbroken, world=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_torchrun_passes_a_signal_on_and_leaves_nobody(
+    material: Material, tmp_path: Path, number: signal.Signals
+) -> None:
+    config = runs.adapt_config(material, tmp_path / "run", train__steps=10**6, data__valid=None)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "-m", "megatron_capgap"]
+    with open(tmp_path / "output", "w") as output:
+        agent = subprocess.Popen(
+            [*words, "adapt", "--config", runs.write_config(config)],
+            env={**environment(), "GLOO_SOCKET_IFNAME": "lo"},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    family: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 120
+        while len(runs.steps_of(tmp_path / "run")) < 3:
+            assert agent.poll() is None and time.monotonic() < deadline, (tmp_path / "output").read_text()
+            time.sleep(0.02)
+        family = psutil.Process(agent.pid).children(recursive=True)
+        agent.send_signal(number)
+        assert agent.wait(30) == 1
+        assert psutil.wait_procs(family, 5)[1] == []
+    finally:
+        for process in family:
+            with suppress(psutil.Error):
+                process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(agent.pid, signal.SIGKILL)
+        agent.wait()
+    done = len(runs.steps_of(tmp_path / "run"))
+    assert f"stopped by {number.name} after step {done} of" in (tmp_path / "output").read_text()
+    assert (tmp_path / "run" / "latest").read_text() == f"step_{done}\n"

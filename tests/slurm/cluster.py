@@ -1,0 +1,298 @@
+"""A real SLURM on this machine for tests: one controller and several nodes, each a slurmd, all on loopback.
+
+The nodes are called 127.0.0.1, 127.0.0.2 and so on: names that resolve everywhere, so that nothing outside the
+cluster's folder is touched. They share the host's processes; one is killed by killing all that belong to it.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+from tests.support.processes import environment
+
+PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol")
+PREFIX = "127.0.0."
+CONF = """\
+ClusterName=tests
+SlurmctldHost=localhost(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+CredType=cred/munge
+# A requeued job waits until its old credentials have expired: 120 s unless said otherwise, 5 s at least.
+AuthInfo=socket={folder}/munge.sock,cred_expire=5
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+PropagateResourceLimits=NONE
+MailProg=/bin/true
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SlurmdParameters=config_overrides
+SchedulerParameters=batch_sched_delay=1,sched_interval=2,bf_interval=2
+SlurmdTimeout=10
+TCPTimeout=2
+KillWait=10
+MinJobAge=3600
+ReturnToService=2
+JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+{loopback}
+{nodes}
+PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=60 PreemptMode=REQUEUE
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=100 PreemptMode=OFF
+"""
+
+
+class Unavailable(Exception):
+    """Why there can be no SLURM here."""
+
+
+def install() -> None:
+    """Installs Debian's packages where they are missing.
+
+    Raises:
+        Unavailable: they are missing and this user cannot install them.
+    """
+    if all(map(_program, PROGRAMS)):
+        return
+    if shutil.which("apt-get") is None:
+        raise Unavailable("SLURM is not installed and there is no apt-get to install it")
+    if os.geteuid() != 0:
+        raise Unavailable(f"SLURM is not installed and only root may: apt-get install {' '.join(PACKAGES)}")
+    # A container has no init; where there is one, the services must not start with a configuration of the host's.
+    policy = Path("/usr/sbin/policy-rc.d")
+    ours = not policy.exists()
+    if ours:
+        policy.write_text("#!/bin/sh\nexit 101\n")
+        policy.chmod(0o755)
+    try:
+        words = ["apt-get", "-q", "-y", "-o", "DPkg::Lock::Timeout=120", "--no-install-recommends"]
+        for attempt in (["install", *PACKAGES], ["update"], ["install", *PACKAGES]):
+            done = subprocess.run(
+                [*words, *attempt],
+                env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+            )
+            if all(map(_program, PROGRAMS)):
+                return
+    finally:
+        if ours:
+            policy.unlink()
+    raise Unavailable(f"apt-get could not install SLURM: {done.stderr.strip()[-300:]}")
+
+
+def _program(name: str) -> str | None:
+    return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+
+
+class Cluster:
+    """A running SLURM.
+
+    Args:
+        folder: of its own, with a short name: unix sockets lie in it.
+        nodes: how many.
+        tasks: CPUs that each node claims to have.
+    """
+
+    def __init__(self, folder: Path, nodes: int, tasks: int) -> None:
+        self.folder = folder
+        self.nodes = [f"{PREFIX}{index + 1}" for index in range(nodes)]
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._configure(tasks)
+
+    def _configure(self, tasks: int) -> None:
+        for name in ("state", "spool", "munge"):
+            (self.folder / name).mkdir()
+        (self.folder / "munge").chmod(0o700)
+        key = self.folder / "munge" / "key"
+        key.write_bytes(os.urandom(1024))
+        key.chmod(0o400)
+        controller, *ports = _free_ports(len(self.nodes) + 1)
+        host = socket.gethostname().split(".")[0]
+        lines = [
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={tasks} State=UNKNOWN"
+            for node, port in zip(self.nodes, ports, strict=True)
+        ]
+        user = psutil.Process().username()
+        text = CONF.format(
+            port=controller, user=user, folder=self.folder, nodes="\n".join(lines), loopback=_stay_on_loopback()
+        )
+        (self.folder / "slurm.conf").write_text(text)
+
+    def start(self) -> None:
+        """Starts the daemons and waits until all nodes are there."""
+        munge = self.folder / "munge"
+        files = {"key-file": munge / "key", "seed-file": munge / "seed", "log-file": munge / "log"}
+        files |= {"socket": self.folder / "munge.sock", "pid-file": munge / "pid"}
+        self._daemon("munged", "--foreground", "--force", *(f"--{name}={path}" for name, path in files.items()))
+        wait_for(lambda: (self.folder / "munge.sock").exists(), 10, "munged's socket")
+        self._daemon("slurmctld", "-D", "-i", "-f", str(self.folder / "slurm.conf"))
+        for node in self.nodes:
+            self.start_node(node)
+        wait_for(lambda: all(self.state_of(node) == "IDLE" for node in self.nodes), 60, "the nodes", self._logs)
+
+    def start_node(self, node: str) -> None:
+        """Starts a node, or starts it again."""
+        (self.folder / "spool" / node).mkdir(exist_ok=True)
+        self._daemon("slurmd", "-D", "-N", node, "-f", str(self.folder / "slurm.conf"), name=node)
+
+    def _daemon(self, program: str, *words: str, name: str | None = None) -> None:
+        name = name or program
+        path = _program(program)
+        assert path is not None
+        with open(self.folder / f"{name}.out", "ab") as out:
+            self._daemons[name] = subprocess.Popen(
+                [path, *words],
+                env={"PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin", "SLURM_CONF": str(self.folder / "slurm.conf")},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                cwd="/",
+                start_new_session=True,
+            )
+
+    def stop(self) -> None:
+        """Ends all jobs and daemons; leaves no process behind."""
+        with suppress(subprocess.SubprocessError):
+            self.run("scancel", "--full", "--user", psutil.Process().username())
+            time.sleep(0.5)
+        for node in self.nodes:
+            self._kill_all_of(node)
+        for name in ("slurmctld", "munged"):
+            if name in self._daemons:
+                self._daemons[name].terminate()
+                self._daemons[name].wait(10)
+
+    def kill_node(self, node: str) -> None:
+        """A node is gone, with everything that ran on it; the controller learns at once what it would in 30 s."""
+        self._kill_all_of(node)
+        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=killed")
+
+    def _kill_all_of(self, node: str) -> None:
+        for _ in range(3):  # a slurmd that starts a job may be between two processes
+            for pid in self.processes_of(node):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        if node in self._daemons:
+            self._daemons.pop(node).wait(10)
+
+    def processes_of(self, node: str) -> list[int]:
+        """Its slurmd and slurmstepds, which have its log open, and what they started for users."""
+        log, conf = str(self.folder / f"slurmd-{node}.log"), str(self.folder / "slurm.conf")
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, OSError):
+                variables = process.environ()
+                of_user = variables.get("SLURMD_NODENAME") == node and variables.get("SLURM_CONF") == conf
+                if of_user or log in (file.path for file in process.open_files()):
+                    found.append(process.pid)
+        return found
+
+    def ranks_on(self, node: str) -> list[int]:
+        """The processes of megatron_capgap that run on a node."""
+        found = []
+        for pid in self.processes_of(node):
+            with suppress(psutil.Error):
+                if "megatron_capgap" in psutil.Process(pid).cmdline():
+                    found.append(pid)
+        return found
+
+    def run(self, *words: str, variables: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
+        """What one of SLURM's commands prints; it must succeed."""
+        env = {**environment(), "SLURM_CONF": str(self.folder / "slurm.conf"), **(variables or {})}
+        # The interpreter of the tests is the jobs' too.
+        env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
+        done = subprocess.run(words, env=env, cwd=cwd, capture_output=True, text=True, timeout=30)
+        if done.returncode:
+            raise subprocess.SubprocessError(f"{' '.join(words)}: {done.stderr}")
+        return done.stdout.strip()
+
+    def state_of(self, node: str) -> str:
+        """A node's state: IDLE, MIXED, ALLOCATED, DOWN."""
+        return self._field("State", "node", node).split("+")[0].rstrip("*")
+
+    def job(self, number: str, field: str) -> str:
+        """One field of a job, as `scontrol show job` names it."""
+        return self._field(field, "job", number)
+
+    def _field(self, field: str, kind: str, name: str) -> str:
+        try:
+            words = self.run("scontrol", "-o", "show", kind, name).split()
+        except subprocess.SubprocessError:
+            return ""
+        return next((word.partition("=")[2] for word in words if word.startswith(f"{field}=")), "")
+
+    def _logs(self) -> str:
+        files = sorted(self.folder.glob("*.log")) + sorted(self.folder.glob("*.out"))
+        return "\n".join(f"== {file.name}\n{file.read_text(errors='replace')[-1500:]}" for file in files)
+
+
+def wait_for(condition: Callable[[], bool], limit: float, what: str, say: Callable[[], str] = str) -> None:
+    """Looks ten times a second; fails with what `say` says."""
+    deadline = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not after {limit:.0f} s\n{say()}"
+        time.sleep(0.1)
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now, all different: the probes stay open until the last is found."""
+    probes = [socket.socket() for _ in range(count)]
+    try:
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+    finally:
+        for probe in probes:
+            probe.close()
+
+
+def _stay_on_loopback() -> str:
+    """SLURM binds to what this host's name resolves to, where it is told; useful only where that is loopback."""
+    try:
+        address = socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return ""
+    return "CommunicationParameters=NoInAddrAny,NoCtldInAddrAny" if address == "127.0.0.1" else ""
+
+
+@contextmanager
+def running(nodes: int = 4, tasks: int = 8) -> Iterator[Cluster]:
+    """A cluster that is gone after the `with` block.
+
+    Raises:
+        Unavailable: it cannot be had here.
+    """
+    install()
+    folder = Path(tempfile.mkdtemp(prefix="capgap-slurm-", dir="/tmp"))
+    cluster = Cluster(folder, nodes, tasks)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(folder, ignore_errors=True)

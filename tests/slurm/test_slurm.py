@@ -1,0 +1,211 @@
+"""A distillation on a real SLURM of four nodes: preempted, out of time, bereft of a node or a rank, it goes on."""
+
+import os
+import re
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.end_to_end.test_sweep import grid as small_grid
+from tests.slurm import cluster as slurm
+from tests.slurm.cluster import Cluster, wait_for
+from tests.support import runs
+from tests.support.pool import WorkerPool
+from tests.support.processes import ROOT
+from tests.support.runs import Material
+from tools import make_sweep
+
+SCRIPT = str(ROOT / "examples" / "slurm" / "stage.sbatch")
+STEPS = 40
+LIMIT = 200.0
+"""Seconds for anything that a busy machine may take its time for."""
+LAYOUT = {"tensor": 2, "pipeline": 2, "sequence": True}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    try:
+        slurm.install()
+    except slurm.Unavailable as reason:
+        pytest.skip(str(reason))
+    with slurm.running() as running:
+        yield running
+
+
+def config_of(material: Material, run_dir: Path, teacher: Path, **changes: Any) -> dict[str, Any]:
+    """A run that a job is still busy with when something happens to it, and a checkpoint that it goes back to."""
+    whole = {"train__steps": STEPS, "train__dropout": 0.1, "checkpoint__every": 4, "student__layout": LAYOUT}
+    return runs.distill_config(material, run_dir, teacher, **{**whole, "train__eval_batches": 1, **changes})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    pool: WorkerPool, material: Material, teacher: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    """What metrics.jsonl holds after the run."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return runs.metrics(runs.train(pool, "distill", config_of(material, folder / "run", teacher), world=4))
+
+
+class Submitted:
+    """A job of stage.sbatch on four nodes of one rank each."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        folder: Path,
+        config: dict[str, Any],
+        *options: str,
+        words: Sequence[str] = (),
+        starts: int = 10,
+    ) -> None:
+        self.cluster, self.run_dir, self.folder = cluster, Path(config["run_dir"]), folder
+        command = ["sbatch", "--parsable", "--nodes=4", "--exclusive", *options, SCRIPT]
+        command += ["distill", "--config", runs.write_config(config), *words]
+        variables = {"GLOO_SOCKET_IFNAME": "lo", "CAPGAP_MOST_STARTS": str(starts)}
+        self.number = cluster.run(*command, cwd=folder, variables=variables)
+
+    def output(self) -> str:
+        """What the job has printed in all its starts."""
+        path = self.folder / f"slurm-{self.number}.out"
+        return path.read_text() if path.exists() else ""
+
+    def says(self, pattern: str) -> bool:
+        """Whether a regular expression is found in it."""
+        return re.search(pattern, self.output()) is not None
+
+    def state(self) -> str:
+        """As SLURM says it: PENDING, RUNNING, COMPLETED, FAILED ..."""
+        return self.cluster.job(self.number, "JobState")
+
+    def wait_for_step(self, step: int) -> None:
+        """Until a step after a checkpoint is in metrics.jsonl."""
+        wait_for(lambda: len(runs.steps_of(self.run_dir)) >= step, LIMIT, f"step {step}", self.output)
+
+    def wait_for_end(self, limit: float = LIMIT) -> str:
+        """Until SLURM keeps the job no longer going; returns its last state."""
+        ends = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")
+        wait_for(lambda: self.state() in ends, limit, "the end of the job", self.output)
+        return self.state()
+
+    def kill_rank(self) -> None:
+        """Kills one rank of the four, as the kernel does where memory is short."""
+        (pid,) = self.cluster.ranks_on(self.cluster.nodes[1])
+        os.kill(pid, signal.SIGKILL)
+
+    def restarts(self) -> int:
+        """How often SLURM has started it again."""
+        return int(self.cluster.job(self.number, "Restarts"))
+
+
+def test_a_preempted_job_saves_comes_back_and_finishes(
+    cluster: Cluster, material: Material, teacher: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    job = Submitted(cluster, tmp_path, config_of(material, tmp_path / "run", teacher))
+    job.wait_for_step(6)
+    cluster.run("sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=true")
+    assert job.wait_for_end() == "COMPLETED", job.output()
+    (stopped,) = map(int, re.findall(r"stopped by SIGTERM after step (\d+) of", job.output()))
+    assert 6 <= stopped < STEPS
+    assert job.restarts() == 1
+    assert f"resumed from {job.run_dir}/checkpoints/step_{stopped}: " in job.output()
+    assert runs.metrics(job.run_dir) == undisturbed
+
+
+def test_a_job_that_lost_a_node_goes_on_from_its_last_checkpoint(
+    cluster: Cluster, material: Material, teacher: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    job = Submitted(cluster, tmp_path, config_of(material, tmp_path / "run", teacher))
+    job.wait_for_step(6)
+    cluster.kill_node(cluster.nodes[2])
+    wait_for(lambda: job.restarts() == 1, LIMIT, "requeueing", job.output)
+    cluster.start_node(cluster.nodes[2])
+    assert job.wait_for_end() == "COMPLETED", job.output()
+    (resumed,) = map(int, re.findall(r"resumed from \S+: step (\d+) of", job.output()))
+    assert resumed in range(4, STEPS, 4)
+    assert "stopped by" not in job.output()
+    assert runs.metrics(job.run_dir) == undisturbed
+
+
+def test_a_job_that_lost_a_rank_comes_back_as_often_as_it_may(
+    cluster: Cluster, material: Material, teacher: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    job = Submitted(cluster, tmp_path, config_of(material, tmp_path / "run", teacher), starts=2)
+    job.wait_for_step(6)
+    job.kill_rank()
+    wait_for(lambda: job.says(r"start 1 died \(exit code \d+\); requeued"), LIMIT, "requeueing", job.output)
+    wait_for(lambda: job.says("resumed from"), LIMIT, "the next start", job.output)
+    job.wait_for_step(12)
+    job.kill_rank()
+    assert job.wait_for_end() == "FAILED"
+    assert job.says(r"start 2 died \(exit code \d+\); not requeued, CAPGAP_MOST_STARTS is 2"), job.output()
+    assert job.restarts() == 1
+    lines = runs.metrics(job.run_dir)
+    assert lines == undisturbed[: len(lines)] and len(lines) >= 12
+
+
+def test_the_end_of_the_time_is_no_end_of_the_run(
+    cluster: Cluster, material: Material, teacher: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """SLURM looks at its limits, which are whole minutes, every half a minute: this run goes on until it does."""
+    config = config_of(material, tmp_path / "run", teacher, train__steps=10**6, checkpoint__every=0)
+    job = Submitted(cluster, tmp_path, config, "--time=60", "--signal=B:USR1@600")
+    job.wait_for_step(6)
+    cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=5")  # less than the notice
+    wait_for(lambda: job.restarts() == 1, LIMIT, "requeueing", job.output)
+    (stopped,) = map(int, re.findall(r"stopped by SIGUSR1 after step (\d+) of", job.output()))
+    wait_for(lambda: "resumed from" in job.output(), LIMIT, "the next start", job.output)
+    job.wait_for_step(stopped + 2)
+    cluster.run("scancel", "--full", job.number)
+    assert [entry["step"] for entry in runs.steps_of(job.run_dir)[: stopped + 2]] == list(range(1, stopped + 3))
+
+
+@pytest.mark.parametrize(
+    "options, words, message",
+    [
+        ((), ["--train.stepz=3"], "train.stepz: unknown key"),
+        (
+            ("--nodes=2", "--ntasks=5", "--ntasks-per-node=4"),
+            [],
+            "every node must run as many ranks as the others",
+        ),
+    ],
+    ids=["configuration", "unequal nodes"],
+)
+def test_what_would_be_refused_again_is_not_requeued(
+    cluster: Cluster, material: Material, teacher: Path, tmp_path: Path, options: Any, words: list[str], message: str
+) -> None:
+    config = config_of(material, tmp_path / "run", teacher)
+    job = Submitted(cluster, tmp_path, config, *options, words=words)
+    assert job.wait_for_end() == "FAILED", job.output()
+    assert cluster.job(job.number, "ExitCode") == "2:0"
+    assert message in job.output()
+    assert job.restarts() == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_sweep_has_as_many_runs_at_a_time_as_it_may(cluster: Cluster, material: Material, tmp_path: Path) -> None:
+    """Two teachers, then three students of which two may run at a time; each as if it had run alone."""
+    out, file = tmp_path / "sweep", tmp_path / "grid.yaml"
+    grid = small_grid(material, out, rows=[{"init": "random", "teachers": ["t1"], "seeds": [1, 2, 3]}])
+    grid["students"].pop("s2")
+    file.write_text(yaml.safe_dump(grid))
+    assert make_sweep.main([str(file)]) == 0
+    said = cluster.run("bash", str(out / "slurm" / "submit.sh"), variables={"LIMIT": "2", "GLOO_SOCKET_IFNAME": "lo"})
+    last = re.findall(r"job (\d+)", said)[-1]
+    most = 0
+
+    def ended() -> bool:
+        nonlocal most
+        states = cluster.run("squeue", "-h", "-r", "-t", "all", "-j", last, "-o", "%T").split()
+        most = max(most, states.count("RUNNING"))
+        return set(states) == {"COMPLETED"}
+
+    wait_for(ended, 2 * LIMIT, "the sweep", lambda: said)
+    assert most == 2
+    records = sorted(path.parent.name for path in out.glob("runs/*/record.json"))
+    assert records == [f"random-s1-t1-seed{seed}" for seed in (1, 2, 3)]
