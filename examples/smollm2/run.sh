@@ -24,7 +24,12 @@ echo "== 3. perplexity on film reviews"
 "$python" ../../../tools/prepare_data.py --input reviews.jsonl --tokenizer runs/smollm2/huggingface --out reviews --force
 "$python" -m megatron_capgap evaluate --config ../evaluate.yaml
 
-echo "== 4. export it, compare, load it with transformers and let it write"
+echo "== 4. it answers, with its own chat template and a cache of keys and values"
+echo '{"messages": [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]}' > chat.jsonl
+"$python" ../../../tools/generate.py --checkpoint runs/smollm2 --tokenizer runs/smollm2/huggingface --prompts chat.jsonl \
+    --max-new-tokens 24
+
+echo "== 5. export it, compare, load it with transformers and let it write"
 "$python" "$convert" export --checkpoint runs/smollm2 --out back --force
 "$python" ../compare.py ../evaluate.yaml hf back
 "$python" ../../quickstart/generate.py back "The capital of France is"

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_capgap.config.load import load
 from tests.support import languages
@@ -63,9 +64,12 @@ def test_only_known_scripts_are_left_out() -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*/*.yaml")), ids=lambda path: path.stem)
 def test_every_example_is_a_valid_configuration(path: Path) -> None:
-    stage = re.match(r"# (adapt|prune|distill|finetune|evaluate|grid): ", path.read_text())
+    stage = re.match(r"# (adapt|prune|distill|finetune|evaluate|grid|tasks): ", path.read_text())
     assert stage, f"{path.name} does not begin with the stage that it is for"
     if stage[1] == "grid":
         assert make_sweep.read_grid(path).cells
+    elif stage[1] == "tasks":  # a group of lm-evaluation-harness
+        group = yaml.safe_load(path.read_text())
+        assert set(group) == {"group", "task"} and group["task"]
     else:
         load(str(path), [], stage[1])
