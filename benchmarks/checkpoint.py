@@ -53,7 +53,7 @@ def measure(folder: Path, mib: int) -> dict[str, float]:
         place = folder / str(turn)
         if rank == 0:
             place.mkdir()
-        shards.contents.seal = lambda folder: None
+        shards.contents.seal = lambda folder, group: None
         timed("write", lambda: pieces.write(place, [piece], lambda piece: data))  # noqa: B023
         shards.contents.seal = seal
         timed("list", lambda: seal(place))  # noqa: B023

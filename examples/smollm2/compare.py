@@ -10,15 +10,17 @@ import math
 import sys
 from pathlib import Path
 
-import torch
-from megatron_capgap.runtime.quiet import quiet_libraries
-from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from megatron_capgap.runtime import libraries
 
-from megatron_capgap.config.load import load
-from megatron_capgap.runtime.devices import choose
+libraries.prepare()
 
-quiet_libraries()
+import torch  # noqa: E402
+from safetensors import safe_open  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+from megatron_capgap.config.load import load  # noqa: E402
+from megatron_capgap.runtime.devices import choose  # noqa: E402
+
 choose("cpu", 0)  # before Megatron is imported
 
 from megatron_capgap.data import pretrain  # noqa: E402

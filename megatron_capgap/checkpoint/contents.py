@@ -52,10 +52,14 @@ def sum_of(file: Path) -> Sum:
     return Sum(size, crc)
 
 
-def seal(folder: Path) -> None:
+def seal(folder: Path, group: dist.ProcessGroup | None = None) -> None:
     """Lists the files of a completely written checkpoint. Collective; each rank sums what it wrote itself.
 
     PyTorch's writer can report success although a file is missing, so what `.metadata` speaks of must be there.
+
+    Args:
+        folder: the checkpoint.
+        group: of all ranks, where the default one is busy with something else.
 
     Raises:
         UserError: a file is missing, too short or cannot be read; on every rank alike.
@@ -66,7 +70,7 @@ def seal(folder: Path) -> None:
         mine = [*folder.glob(f"__{rank}_*"), *([folder / name for name in safe.MARKS] if rank == 0 else [])]
         return {file.name: sum_of(file) for file in mine}
 
-    everywhere = {name: one for part in on_every_rank(lambda: _on_disk(sums)) for name, one in part.items()}
+    everywhere = {name: one for part in on_every_rank(lambda: _on_disk(sums), group) for name, one in part.items()}
 
     def write() -> None:
         for name, length in safe.read_metadata(folder).lengths().items():
@@ -76,7 +80,7 @@ def seal(folder: Path) -> None:
         files = {name: list(everywhere[name]) for name in sorted(everywhere)}
         sealed.write(folder / CONTENTS, {"files": files})
 
-    on_first_rank(lambda: _on_disk(write))
+    on_first_rank(lambda: _on_disk(write), group)
 
 
 def _on_disk(work: Callable[[], Answer]) -> Answer:

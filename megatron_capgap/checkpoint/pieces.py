@@ -118,7 +118,7 @@ def write(folder: Path, pieces: Sequence[Piece], produce: Callable[[Piece], Tens
     Raises:
         UserError: a file could not be written; on every rank alike.
     """
-    shards.write(folder, {}, _Writing(pieces, produce), common={})
+    shards.write(folder, shards.Part({}, _Writing(pieces, produce), common={}))
 
 
 class Reader:

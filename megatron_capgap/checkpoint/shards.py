@@ -6,14 +6,17 @@ Megatron-Core's own `save` writes `common.pt` on rank 0 outside of that, and for
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as strategy
 from torch.distributed import checkpoint as torch_checkpoint
@@ -26,34 +29,52 @@ from megatron_capgap.checkpoint import contents, safe
 from megatron_capgap.config.errors import UserError, in_one_line
 
 
-def write_state(folder: Path, state: ShardedStateDict) -> None:
-    """Writes a sharded state dict, each rank its own shards. Collective.
+@dataclass(frozen=True)
+class Part:
+    """What one rank writes."""
 
-    Raises:
-        UserError: a file could not be written; on every rank alike.
+    entries: Mapping[str, Any]
+    """What the planner plans with."""
+    planner: SavePlanner
+    """Knows this rank's part."""
+    common: Mapping[str, Any]
+    """What is no tensor, the same on all ranks; numbers and words."""
+
+
+def part_of(state: ShardedStateDict, *, copied: bool) -> Part:
+    """This rank's part of a sharded state dict. Collective.
+
+    Args:
+        state: is taken apart.
+        copied: whether the part is to be a copy in host memory, which later training does not change.
     """
     sharded, common = save_preprocess(state)
     # What Megatron-Core's own strategy for PyTorch's format does, up to its writer.
     by_key, _, _ = strategy._replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+    if copied:
+        common = copy.deepcopy(common)
+        for shard in (shard for shards in by_key.values() for shard in shards if isinstance(shard, ShardedTensor)):
+            shard.data = shard.data.detach().to("cpu", copy=True)
     entries = strategy.mcore_to_pyt_state_dict(by_key)
     planner = strategy.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-    write(folder, entries, planner, common)
+    return Part(entries, planner, common)
 
 
-def write(folder: Path, entries: Mapping[str, Any], planner: SavePlanner, common: Mapping[str, Any]) -> None:
+def write(folder: Path, part: Part, group: dist.ProcessGroup | None = None) -> None:
     """Writes all files of a checkpoint but its manifest, and lists them. Collective.
 
     Args:
         folder: an empty folder.
-        entries: what the planner plans with.
-        planner: knows this rank's part.
-        common: what is no tensor, the same on all ranks; numbers and words.
+        part: this rank's.
+        group: of all ranks, where the default one is busy with something else.
 
     Raises:
         UserError: a file could not be written, or is not whole afterwards; on every rank alike.
     """
     try:
-        torch_checkpoint.save(dict(entries), storage_writer=_Writer(folder, common), planner=planner)
+        torch_checkpoint.save(
+            dict(part.entries), storage_writer=_Writer(folder, part.common), planner=part.planner, process_group=group
+        )
     except CheckpointException as error:
         rank, (reason, _) = next(iter(error.failures.items()))
         if not isinstance(reason, OSError | RuntimeError | UserError):
@@ -61,7 +82,7 @@ def write(folder: Path, entries: Mapping[str, Any], planner: SavePlanner, common
         what = getattr(reason, "strerror", None) or in_one_line(reason, 200)
         where = getattr(reason, "filename", None) or folder
         raise UserError(f"{where}: rank {rank} could not write its part ({what}); free space or mend it") from error
-    contents.seal(folder)
+    contents.seal(folder, group)
 
 
 class _Writer(FileSystemWriter):

@@ -1,8 +1,7 @@
-"""Weights, optimizer and random state to and from Megatron's distributed checkpoints, in any layout."""
+"""Weights, optimizer and random state out of Megatron's distributed checkpoints, in any layout."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +15,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_capgap.checkpoint import contents, shards
+from megatron_capgap.checkpoint import contents
 from megatron_capgap.checkpoint import manifest as manifests
 from megatron_capgap.checkpoint.manifest import Manifest
 from megatron_capgap.config.errors import UserError, in_one_line
@@ -25,7 +24,6 @@ from megatron_capgap.models import size
 from megatron_capgap.models.gpt import unwrap
 from megatron_capgap.models.projections import PREFIX
 from megatron_capgap.models.state import sharded_state
-from megatron_capgap.runtime.launch import on_first_rank
 from megatron_capgap.runtime.layout import Grid
 
 
@@ -37,48 +35,6 @@ class Optimization(Protocol):
 
     def load(self, state: dict[str, Any], steps: int, updates: int) -> None:
         """Takes over a loaded state that stands for `steps` steps, of which `updates` changed the weights."""
-
-
-class NotSaved(UserError):
-    """A checkpoint could not be written; older ones and `latest` are as they were."""
-
-
-def save(
-    run_dir: Path,
-    manifest: Manifest,
-    chunks: Sequence[torch.nn.Module],
-    grid: Grid,
-    optimization: Optimization,
-    keep: int,
-) -> None:
-    """Writes one checkpoint and makes it the run's latest; if that fails, all older ones stay as they were. Collective.
-
-    Args:
-        run_dir: the run's directory.
-        manifest: what the checkpoint says of itself.
-        chunks: this rank's model chunks.
-        grid: their layout.
-        optimization: optimizer and schedule.
-        keep: number of newest checkpoints that stay on disk.
-
-    Raises:
-        NotSaved: a file could not be written; on every rank alike.
-    """
-    staged = run_dir / "checkpoints" / f".step_{manifest.step}.incomplete"
-
-    def finish() -> None:
-        manifests.write(manifest, staged)
-        manifests.publish(staged, run_dir, manifest.step, keep)
-
-    try:
-        on_first_rank(lambda: _fresh_folder(staged))
-        state = _state(chunks, grid, optimization, loading=False, scales=manifest.holds_scales)
-        shards.write_state(staged, state)
-        on_first_rank(finish)
-    except UserError as error:
-        if dist.get_rank() == 0:
-            shutil.rmtree(staged, ignore_errors=True)  # its space is what the next save may need
-        raise NotSaved(f"step {manifest.step} was not saved: {error}; older checkpoints are as they were") from error
 
 
 def load_weights(folder: Path, chunks: Sequence[torch.nn.Module], grid: Grid) -> None:
@@ -146,7 +102,7 @@ def load_training(folder: Path, chunks: Sequence[torch.nn.Module], grid: Grid, o
     # Without its own scales, delayed scaling starts as a new run would; other recipes keep none.
     config = unwrap(chunks[0]).config
     scales = manifest.holds_scales and config.fp8 is not None and config.fp8_recipe == manifest.fp8_recipe
-    state = _state(chunks, grid, optimization, loading=True, random_state=same_ranks, scales=scales)
+    state = training_state(chunks, grid, optimization, loading=True, random_state=same_ranks, scales=scales)
     loaded = _load(state, folder)
     _fill(chunks, loaded)
     optimization.load(loaded["optimizer"], manifest.step, manifest.step - manifest.skipped)
@@ -166,7 +122,7 @@ def ranks(grid: Grid) -> tuple[int, int, int, int]:
     return layout.tensor, layout.pipeline, layout.virtual_pipeline, grid.data_size
 
 
-def _state(
+def training_state(
     chunks: Sequence[torch.nn.Module],
     grid: Grid,
     optimization: Optimization,
@@ -175,6 +131,16 @@ def _state(
     random_state: bool = True,
     scales: bool = False,
 ) -> ShardedStateDict:
+    """All that a run needs to go on, by layout-free names. Collective.
+
+    Args:
+        chunks: this rank's model chunks.
+        grid: their layout.
+        optimization: optimizer and schedule.
+        loading: whether it is about to be filled.
+        random_state: with this rank's random generators.
+        scales: with the scales of delayed FP8 scaling.
+    """
     state = sharded_state(list(chunks), grid, with_scales=scales)
     state = {**state, "optimizer": optimization.sharded_state(state, loading=loading)}
     if random_state:
@@ -221,10 +187,3 @@ def _set_random_state(row: torch.Tensor) -> None:
     get_cuda_rng_tracker().set_states(
         {name: state.clone() for name, state in zip(sorted(states), tracked, strict=True)}
     )
-
-
-def _fresh_folder(folder: Path) -> None:
-    """An empty folder to write into; what a killed save left there goes, as does every other unfinished one."""
-    for stale in folder.parent.glob(".step_*.incomplete"):
-        shutil.rmtree(stale)
-    folder.mkdir(parents=True)

@@ -321,6 +321,8 @@ class Checkpoint:
     """Steps between checkpoints; 0 means only after the last step."""
     keep: Positive = 2
     """Number of newest checkpoints that stay on disk."""
+    async_save: bool = False
+    """Whether training goes on while a checkpoint is written, from a copy of the state in host memory."""
 
 
 @dataclass(frozen=True)

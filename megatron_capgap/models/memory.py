@@ -19,6 +19,8 @@ _BYTES = {"fp32": 4, "bf16": 2}
 # While a checkpoint is written, bytes a parameter and in all, measured: weights and both moments whole on every
 # data-parallel rank, then copies of them on their way to the file.
 _SAVED_BYTES, _SAVING_BUFFERS = 36, 16 << 20
+# Weights and both moments in fp32.
+_COPIED_BYTES = 12
 # On a CPU glibc serves blocks below 4 MiB from its heap, where a freed aligned block rarely fits the next request:
 # measured, every byte alive there holds about one more, and under sequence parallelism, where gathered copies come and
 # go between what stays, almost two.
@@ -51,6 +53,8 @@ class Memory:
     """What a CPU's matrix library packs its operands into, measured."""
     saving: int = 0
     """Copies while a checkpoint is written; not at the same time as activations, backward pass and loss."""
+    saved_beside: int = 0
+    """The copy that a checkpoint is written from while training goes on; gone sooner where the disk is quick."""
 
     @property
     def total(self) -> int:
@@ -88,7 +92,7 @@ def estimate(
             )
         needs.append(need)
     if not on_cpu:
-        needs = [replace(need, heap=0, workspace=0) for need in needs]
+        needs = [replace(need, heap=0, workspace=0, saved_beside=0) for need in needs]  # copies are on the host
     return max(needs, key=lambda need: need.total)
 
 
@@ -138,6 +142,7 @@ def _of_stage(
         heap=_heap([*kept, *[student.ffn // layout.tensor] * 6], tokens * width, layout),
         workspace=_WORKSPACE,
         saving=_SAVED_BYTES * held + _SAVING_BUFFERS,
+        saved_beside=_COPIED_BYTES * held if config.checkpoint.async_save else 0,
     )
 
 

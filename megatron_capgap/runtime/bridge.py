@@ -89,22 +89,23 @@ class Bridge:
         self.teaches = self.rank in teachers
         self._limit = timedelta(seconds=timeout_seconds)
         url = f"tcp://{environment.master_addr}:{environment.master_port}"
-        self._store, _, _ = next(rendezvous(url, self.rank, world, timeout=self._limit))
-        self._store.set_timeout(self._limit)
+        self.store, _, _ = next(rendezvous(url, self.rank, world, timeout=self._limit))
+        """Of all ranks of the job."""
+        self.store.set_timeout(self._limit)
         name, first, size = ("teacher", teachers.start, len(teachers)) if self.teaches else ("student", 0, teachers[0])
         dist.init_process_group(
             device.backend,
-            store=dist.PrefixStore(name, self._store),
+            store=dist.PrefixStore(name, self.store),
             rank=self.rank - first,
             world_size=size,
             timeout=self._limit,
         )
-        self._control = dist.ProcessGroupGloo(dist.PrefixStore("control", self._store), self.rank, world, self._limit)
+        self._control = dist.ProcessGroupGloo(dist.PrefixStore("control", self.store), self.rank, world, self._limit)
         self._states = self._control
         if device.backend == "nccl":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = _PATIENCE
-            store = dist.PrefixStore("states", self._store)
+            store = dist.PrefixStore("states", self.store)
             self._states = dist.ProcessGroupNCCL(store, self.rank, world, options)
 
     def begin(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> list[Any]:
@@ -120,11 +121,11 @@ class Bridge:
         value = torch.tensor(number, dtype=torch.int32)
         options = dist.AllreduceOptions()
         options.reduceOp, options.timeout = dist.ReduceOp.MAX, _PATIENCE
-        return Agreement(self._control.allreduce([value], options), value, self._store)
+        return Agreement(self._control.allreduce([value], options), value, self.store)
 
     def give_up(self, error: UserError) -> None:
         """Tells all ranks why this world stops, in place of its next `agree`. Collective over this world."""
-        self._store.set(_REASON, str(error))
+        self.store.set(_REASON, str(error))
         with suppress(RuntimeError):  # an error of this rank alone: the others will notice that it is gone
             self.agree(FAILED)._work.wait(self._limit)
 
@@ -145,18 +146,18 @@ class Bridge:
 
     def reason(self) -> UserError:
         """Why the other world has given up."""
-        return UserError(_word(self._store, _REASON) or "the ranks of the other model have given up")
+        return UserError(_word(self.store, _REASON) or "the ranks of the other model have given up")
 
     def blame(self, reason: str) -> None:
         """Leaves word of why this rank must go, for those that only see their peers vanish."""
-        self._store.set(_BLAME, reason)
+        self.store.set(_BLAME, reason)
         self._linger()
 
     def blamed(self) -> str | None:
         """The word that another rank has left or leaves within a moment, if it can still be had."""
         with suppress(RuntimeError):
-            self._store.wait([_BLAME], _LINGER)
-        word = _word(self._store, _BLAME)
+            self.store.wait([_BLAME], _LINGER)
+        word = _word(self.store, _BLAME)
         self._linger()
         return word
 

@@ -19,6 +19,7 @@ from megatron_capgap.config.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+    import torch.distributed as dist
 
     from megatron_capgap.runtime.devices import Device
 
@@ -159,8 +160,8 @@ def leave_word(word: str) -> None:
         Path(path).write_text(f"{word}\n")
 
 
-def join(environment: Environment, device: Device, timeout_seconds: int) -> None:
-    """Opens the default process group. Collective over all ranks.
+def join(environment: Environment, device: Device, timeout_seconds: int) -> dist.Store:
+    """Opens the default process group; returns its store. Collective over all ranks.
 
     Args:
         environment: what `read_environment` returned.
@@ -171,7 +172,7 @@ def join(environment: Environment, device: Device, timeout_seconds: int) -> None
 
     if dist.is_initialized():
         assert dist.get_world_size() == environment.world
-        return
+        return dist.distributed_c10d._get_default_store()
     port = environment.master_port if environment.world > 1 else free_port()
     dist.init_process_group(
         device.backend,
@@ -180,6 +181,7 @@ def join(environment: Environment, device: Device, timeout_seconds: int) -> None
         world_size=environment.world,
         timeout=timedelta(seconds=timeout_seconds),
     )
+    return dist.distributed_c10d._get_default_store()
 
 
 def leave() -> None:
@@ -200,31 +202,36 @@ def abandon(error: Exception) -> NoReturn:
     os._exit(1)
 
 
-def on_first_rank(work: Callable[[], Answer]) -> Answer:
+def on_first_rank(work: Callable[[], Answer], group: dist.ProcessGroup | None = None) -> Answer:
     """Runs `work` on rank 0 while the others wait, and gives its answer to all of them. Collective.
 
     Args:
         work: returns something that can be pickled. A `UserError` it raises is raised on every rank.
+        group: of all ranks, where the default one is busy with something else.
     """
     import torch.distributed as dist
 
     outcome = [_outcome(work) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(outcome, src=0)
+    dist.broadcast_object_list(outcome, src=0, group=group)
     error, answer = outcome[0]  # type: ignore[misc]
     if error is not None:
         raise error
     return answer  # type: ignore[return-value]
 
 
-def on_every_rank(work: Callable[[], Answer]) -> list[Answer]:
+def on_every_rank(work: Callable[[], Answer], group: dist.ProcessGroup | None = None) -> list[Answer]:
     """Does each rank's own work and gives all answers to all ranks. Collective.
 
     What fails on one rank fails on all, before they wait for each other: the first `UserError` is raised on every rank.
+
+    Args:
+        work: returns something that can be pickled.
+        group: of all ranks, where the default one is busy with something else.
     """
     import torch.distributed as dist
 
     outcomes: list[tuple[UserError | None, Answer | None]] = [(None, None)] * dist.get_world_size()
-    dist.all_gather_object(outcomes, _outcome(work))
+    dist.all_gather_object(outcomes, _outcome(work), group=group)
     for error, _ in outcomes:
         if error is not None:
             raise error

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_capgap.checkpoint import store
 from megatron_capgap.checkpoint.manifest import Manifest, begin_training_run
+from megatron_capgap.checkpoint.saving import Saver
 from megatron_capgap.config import derive
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.load import Loaded, dump
@@ -30,6 +31,7 @@ from megatron_capgap.runtime.launch import Environment
 from megatron_capgap.runtime.layout import Grid
 from megatron_capgap.runtime.lock import RunLock
 from megatron_capgap.runtime.logging import Log, count, drop_metrics_after
+from megatron_capgap.runtime.watch import Watch
 from megatron_capgap.stages import check, material
 from megatron_capgap.stages.resolve import Resolved, resolve
 from megatron_capgap.training import optimizer
@@ -58,6 +60,8 @@ class Ground:
     log: Log
     lock: RunLock
     """Held by rank 0."""
+    watch: Watch
+    """Says where this rank is."""
 
     @property
     def config(self) -> Config:
@@ -86,8 +90,10 @@ def ground(loaded: Loaded, stage: str, environment: Environment, device: Device)
     timeout, cut, bridge = config.runtime.timeout_seconds, config.student.layout, None
     if resolved.student_world < resolved.world:
         bridge = Bridge(environment, device, derive.teacher_ranks(config, resolved.world), timeout)
+        words = bridge.store
     else:
-        launch.join(environment, device, timeout)
+        words = launch.join(environment, device, timeout)
+    watch = Watch(words, environment.rank, environment.world, timeout)
     log, lock = None, RunLock(Path(config.run_dir))
     new = _missing_folders(Path(config.run_dir)) if environment.rank == 0 else []
 
@@ -110,16 +116,20 @@ def ground(loaded: Loaded, stage: str, environment: Environment, device: Device)
             log.warn(warning)
         _introduce(log, resolved, device)
         memory_at_start = device.peak_memory()
-        yield Ground(resolved, device, environment.rank, grid, bridge, memory_at_start, stop_at, log, lock)
+        watch.place = stage
+        yield Ground(resolved, device, environment.rank, grid, bridge, memory_at_start, stop_at, log, lock, watch)
     except BaseException as error:
         lock.release()
         _remove_unless_begun(new)
         if not isinstance(error, UserError):
+            watch.explain(error)
             raise  # one rank alone: closing the groups could wait for the others and hide the reason
         error.on_every_rank = True
+        watch.end()
         _close(log)
         raise
     lock.release()
+    watch.end()
     _close(log)
 
 
@@ -216,6 +226,13 @@ def training_run(
         stop_at=ground.stop_at,
         log=ground.log,
         claim=ground.lock.claim,
+        watch=ground.watch,
+        saver=Saver(
+            ground.run_dir,
+            config.checkpoint.keep,
+            beside=config.checkpoint.async_save,
+            timeout_seconds=config.runtime.timeout_seconds,
+        ),
     )
     run = resume(run)
     begin(ground, run.done)

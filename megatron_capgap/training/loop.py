@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from megatron_capgap.checkpoint import manifest as manifests
 from megatron_capgap.checkpoint import store
 from megatron_capgap.checkpoint.manifest import Damaged, Manifest
+from megatron_capgap.checkpoint.saving import NotSaved, Saver
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.schema import Config
 from megatron_capgap.data.batch import MicroBatch, Samples, global_batch_samples, micro_batches
@@ -21,6 +23,7 @@ from megatron_capgap.runtime.devices import Device
 from megatron_capgap.runtime.layout import Grid
 from megatron_capgap.runtime.logging import Log, Meter, count, evaluation_after
 from megatron_capgap.runtime.signals import StopRequest
+from megatron_capgap.runtime.watch import Watch
 from megatron_capgap.training import stopping
 from megatron_capgap.training.evaluate import evaluate
 from megatron_capgap.training.optimizer import Optimization
@@ -65,6 +68,10 @@ class Run:
     log: Log
     claim: Callable[[], None]
     """Raises UserError where the run directory is no longer this job's. Rank 0 only."""
+    saver: Saver
+    """Writes checkpoints."""
+    watch: Watch
+    """Says where this rank is."""
     done: int = 0
     """Steps that the state in `chunks` and `optimization` stands for."""
     skipped: int = 0
@@ -87,7 +94,7 @@ def train(run: Run) -> None:
         return
     meter, pace = Meter(run.flops_a_token), Pace(run.chunks, run.device)
     log.bar(done, steps)
-    with StopRequest(run.device.torch_device, run.largest, run.stop_at) as stop:
+    with StopRequest(run.device.torch_device, run.largest, run.stop_at) as stop, _saving(run):
         while done < steps and not patience.over:
             try:
                 result = one_step(run, done, pace)
@@ -97,6 +104,7 @@ def train(run: Run) -> None:
                 result = None
             done += 1
             run.device.between_steps()
+            _unless_full(run, run.saver.look)
             if result is not None:
                 _report(run, done, result, meter, pace)
             reason = stop.agreed()
@@ -113,7 +121,18 @@ def train(run: Run) -> None:
                 return
     if not saved:  # early
         save(run, done, skipped, last=True)
+    run.saver.end()
     _finish(run, done, patience)
+
+
+@contextmanager
+def _saving(run: Run) -> Iterator[None]:
+    """What is being written gets done, also where a mistake that all ranks see ends the run."""
+    try:
+        yield
+    except UserError:
+        _unless_full(run, run.saver.end)
+        raise
 
 
 def _finish(run: Run, done: int, patience: Patience) -> None:
@@ -147,8 +166,10 @@ def peak_memory(device: Device, at_start: int, estimate: int) -> str:
 def one_step(run: Run, done: int, pace: Pace) -> StepResult:
     """Step number `done + 1` on its own samples. Collective."""
     pace.begin()
+    run.watch.place = f"step {done + 1}, reading"
     batches = batches_of(run, done)
     pace.has_read()
+    run.watch.place = f"step {done + 1}"
     return train_step(
         run.chunks,
         run.grid,
@@ -241,16 +262,32 @@ def save(run: Run, done: int, skipped: int, *, last: bool) -> None:
         NotSaved: the last one could not be written.
         UserError: another job has taken the run directory over.
     """
+    run.watch.place = f"the save after step {done}"
     launch.on_first_rank(run.claim)
     # Saving copies the optimizer's state, in the room that the activations leave.
     run.device.release_memory()
     manifest = replace(run.describe(done), skipped=skipped)
+    _unless_full(run, run.saver.end)  # the one before
     try:
-        store.save(run.run_dir, manifest, run.chunks, run.grid, run.optimization, run.config.checkpoint.keep)
-    except store.NotSaved as error:
+        run.saver.begin(manifest, run.chunks, run.grid, run.optimization)
+        if last:
+            run.saver.end()
+    except NotSaved as error:
         if last:
             raise
-        run.log.warn(f"{error}; training goes on, the next save tries again")
+        _say_not_saved(run, error)
+
+
+def _unless_full(run: Run, work: Callable[[], None]) -> None:
+    """Says what could not be saved; the next save tries again."""
+    try:
+        work()
+    except NotSaved as error:
+        _say_not_saved(run, error)
+
+
+def _say_not_saved(run: Run, error: NotSaved) -> None:
+    run.log.warn(f"{error}; training goes on, the next save tries again")
 
 
 def _due(done: int, every: int, steps: int) -> bool:
@@ -291,6 +328,7 @@ def _evaluate(run: Run, done: int, skipped: int, patience: Patience, *, saved: b
     """
     if run.valid is None:
         return saved
+    run.watch.place = f"the evaluation after step {done}"
     result = evaluate(
         run.chunks,
         run.grid,
@@ -311,6 +349,7 @@ def _evaluate(run: Run, done: int, skipped: int, patience: Patience, *, saved: b
     if patience.see(done, launch.on_first_rank(lambda: result.loss)):
         if not saved:
             save(run, done, skipped, last=False)
+        _unless_full(run, run.saver.end)  # only what is on disk can be the best
         launch.on_first_rank(lambda: manifests.point_best_at(run.run_dir, done))
         return True
     return saved

@@ -92,8 +92,12 @@ def test_a_bad_batch_is_left_out_and_a_resumed_run_does_the_same(
     assert [found[6] for found in again] == [found[6] for found in states]
 
 
-def test_one_too_many_stops_the_run_over_all_its_starts(pool: WorkerPool, material: Material, tmp_path: Path) -> None:
-    config = runs.adapt_config(material, tmp_path / "run", **CHANGES, train__max_skipped=1)
+@pytest.mark.parametrize("beside", [False, True], ids=["saves at once", "saves beside"])
+def test_one_too_many_stops_the_run_over_all_its_starts(
+    pool: WorkerPool, material: Material, tmp_path: Path, beside: bool
+) -> None:
+    changes = {**CHANGES, "train__max_skipped": 1, "checkpoint__async_save": beside}
+    config = runs.adapt_config(material, tmp_path / "run", **changes)
     assert poison(pool, "loss", [2], config, 1)[0] == [0]
     resumed = runs.changed(config, run_dir=str(runs.rewind(tmp_path / "run", tmp_path / "resumed", step=3)))
     codes, states, stderr = poison(pool, "loss", [5], resumed, 1)

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -65,19 +66,30 @@ def at_steps(work: dict[int, partial], words: list[str]) -> int:
         loop._report = report
 
 
+def empty_after(staged: Path, disk: Path) -> None:
+    """Empties the disk as soon as a save has been given up."""
+    end = time.monotonic() + 30
+    while staged.exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    empty(disk)
+
+
 def whole(folder: Path) -> None:
     """Raises where a checkpoint is not."""
     contents.verify(folder)
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["at once", "beside"])
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_full_disk_is_said_and_the_next_save_is_a_good_one(
-    pool: WorkerPool, material: Material, small_disk: Path, tmp_path: Path, world: int
+    pool: WorkerPool, material: Material, small_disk: Path, tmp_path: Path, world: int, beside: bool
 ) -> None:
-    unbroken = runs.train(pool, "adapt", runs.adapt_config(material, tmp_path / "unbroken", **CHANGES), world)
+    changes = {**CHANGES, "checkpoint__async_save": beside}
+    unbroken = runs.train(pool, "adapt", runs.adapt_config(material, tmp_path / "unbroken", **changes), world)
     run_dir = small_disk / "run"
-    words = ["adapt", "--config", runs.write_config(runs.adapt_config(material, run_dir, **CHANGES))]
-    work = {3: partial(fill, small_disk), 5: partial(empty, small_disk)}
+    words = ["adapt", "--config", runs.write_config(runs.adapt_config(material, run_dir, **changes))]
+    staged = run_dir / "checkpoints" / ".step_4.incomplete"
+    work = {3: partial(fill, small_disk), 5: partial(empty_after, staged, small_disk)}
     ranks = pool.run(partial(at_steps, work), words, world=world, initialise=False, capture=True)
     assert [rank.value for rank in ranks] == [0] * world, ranks
     warning = next(line for line in ranks[0].stderr.splitlines() if "step 4" in line)
@@ -128,31 +140,32 @@ def test_metrics_wait_for_space(small_disk: Path, capsys: pytest.CaptureFixture[
 
 def block(name: str, step: int, words: list[str]) -> int:
     """Runs a command in which the saves of one step find a folder where they want to write a file."""
-    from megatron_capgap.checkpoint import store
+    from megatron_capgap.checkpoint import saving
 
-    fresh = store._fresh_folder
+    fresh = saving._fresh_folder
 
     def fresh_but_for_one(folder: Path) -> None:
         fresh(folder)
         if folder.name == f".step_{step}.incomplete":
             (folder / name).mkdir(parents=True)
 
-    store._fresh_folder = fresh_but_for_one
+    saving._fresh_folder = fresh_but_for_one
     try:
         return main(words)
     finally:
-        store._fresh_folder = fresh
+        saving._fresh_folder = fresh
 
 
 FILES = ("__0_0.distcp", "__1_0.distcp", ".metadata.tmp", "common.pt", "metadata.json", "contents.json", "capgap.json")
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["at once", "beside"])
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_that_cannot_be_written_is_loud_and_latest_stays(
-    pool: WorkerPool, material: Material, tmp_path: Path, name: str
+    pool: WorkerPool, material: Material, tmp_path: Path, name: str, beside: bool
 ) -> None:
     run_dir = tmp_path / "run"
-    changes = {**CHANGES, "train__steps": 4}
+    changes = {**CHANGES, "train__steps": 4, "checkpoint__async_save": beside}
     words = ["adapt", "--config", runs.write_config(runs.adapt_config(material, run_dir, **changes))]
     ranks = pool.run(partial(block, name, 4), words, world=2, initialise=False, capture=True)
     assert [rank.value for rank in ranks] == [2, 2], ranks
@@ -204,11 +217,11 @@ def lose(name: str, size: int | None, words: list[str]) -> int:
     """Runs a command in which a file of step 4 is gone, or short, after a save that reported no error."""
     seal = contents.seal
 
-    def lose_and_seal(folder: Path) -> None:
+    def lose_and_seal(folder: Path, *group: Any) -> None:
         if dist.get_rank() == 0 and folder.name == ".step_4.incomplete":
             (folder / name).unlink() if size is None else os.truncate(folder / name, size)
         dist.barrier()
-        seal(folder)
+        seal(folder, *group)
 
     contents.seal = lose_and_seal
     try:

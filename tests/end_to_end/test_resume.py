@@ -146,15 +146,16 @@ def test_the_newest_checkpoints_stay(pool: WorkerPool, material: Material, tmp_p
     assert (run_dir / "latest").read_text() == "step_5\n"
 
 
-MOMENTS = ("checkpoint.shards write_state", "checkpoint.contents seal", "checkpoint.manifest write")
+MOMENTS = ("checkpoint.shards write", "checkpoint.contents seal", "checkpoint.manifest write")
 MOMENTS += ("checkpoint.manifest put_in_place", "checkpoint.manifest point_at")
 
 
+@pytest.mark.parametrize("beside", [False, True], ids=["at once", "beside"])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_save_that_is_killed_leaves_the_older_checkpoint(
-    pool: WorkerPool, material: Material, tmp_path: Path, moment: str
+    pool: WorkerPool, material: Material, tmp_path: Path, moment: str, beside: bool
 ) -> None:
-    changes = {"train__steps": 6, "checkpoint__every": 2, "data__valid": None}
+    changes = {"train__steps": 6, "checkpoint__every": 2, "data__valid": None, "checkpoint__async_save": beside}
     unbroken = runs.train(pool, "adapt", runs.adapt_config(material, tmp_path / "unbroken", **changes))
     broken = runs.adapt_config(material, tmp_path / "broken", **changes)
     words = ["adapt", "--config", runs.write_config(broken)]

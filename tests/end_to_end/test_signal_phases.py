@@ -42,7 +42,7 @@ def signal_in(where: str, number: int, words: list[str]) -> int:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize(
-    "where, saved", [("training.step reduce_losses", 1), ("checkpoint.store save", 3), ("training.loop evaluate", 3)]
+    "where, saved", [("training.step reduce_losses", 1), ("training.loop save", 3), ("training.loop evaluate", 3)]
 )
 def test_a_run_that_is_signalled_has_saved_one_step_later(
     pool: WorkerPool, material: Material, tmp_path: Path, where: str, saved: int, number: signal.Signals

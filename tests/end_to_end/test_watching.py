@@ -1,6 +1,8 @@
 """What a run says of itself while it goes: the rank that the others wait for, the time that reading takes, the peak."""
 
 import re
+import signal
+import socket
 import time
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch.distributed as dist
 from megatron_capgap.__main__ import main
 from tests.support import runs
 from tests.support.pool import WorkerPool
+from tests.support.processes import job
 from tests.support.runs import Material
 
 SECONDS = 0.4
@@ -63,3 +66,37 @@ def test_the_share_of_the_peak(pool: WorkerPool, material: Material, tmp_path: P
     assert len(lines) == 4
     for speed, unit, share in lines:
         assert float(share) == pytest.approx(float(speed) * {"k": 1e3, "M": 1e6, "G": 1e9}[unit] / 1e9 * 100, rel=0.02)
+
+
+LOST = {
+    "killed": (signal.SIGKILL, 1, "rank 1 on {host}, last heard of in step "),
+    "stands still": (signal.SIGSTOP, 2, "rank 2 on {host}, last heard of in step "),
+    "the first stands still": (signal.SIGSTOP, 0, "rank 0, in whose process the job's store lives, does not answer"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOST)
+def test_a_lost_rank_is_named_with_what_the_others_waited_in(name: str, material: Material, tmp_path: Path) -> None:
+    number, lost, words = LOST[name]
+    limit = 20
+    changes = {"train__steps": 2000, "data__valid": None, "runtime__timeout_seconds": limit}
+    layout = {"student__layout": {"tensor": 2, "pipeline": 2}}
+    config = runs.adapt_config(material, tmp_path / "run", **changes, **layout)
+    with job(["adapt", "--config", runs.write_config(config)], 4, tmp_path / "job") as ranks:
+        ranks.wait_until(lambda: len(runs.steps_of(tmp_path / "run")) >= 3)
+        began = time.monotonic()
+        ranks.signal(number, [lost])
+        others = [rank for rank in range(4) if rank != lost]
+        codes = [ranks.ranks[rank].wait(3 * limit) for rank in others]
+        assert time.monotonic() - began < 2 * limit, "the time-out, and the time to look for the lost one"
+        assert all(code not in (0, None) for code in codes), codes
+        lines = [
+            line for rank in others for line in ranks.stderr(rank).splitlines() if line.startswith("capgap: error")
+        ]
+        assert len(lines) == 3, [ranks.stderr(rank) for rank in others]
+        for rank, line in zip(others, lines, strict=True):
+            assert line.startswith(f"capgap: error: rank {rank} on {socket.gethostname()} waited in "), line
+            assert re.search(r" waited in \w+, called by \w+ \(\w+/\w+.py:\d+\) \(step \d+\): ", line), line
+        # The first to notice knows; of those that notice later the peers may have left already.
+        assert any(words.format(host=socket.gethostname()) in line for line in lines), lines

@@ -1,6 +1,7 @@
 """The house rules: which room imports which, where heavy libraries may be named, sizes, docstrings, no print."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -188,3 +189,20 @@ def test_init_files_are_faces(file: Path) -> None:
     for node in rest:
         names = [target.id for target in node.targets] if isinstance(node, ast.Assign) else []
         assert isinstance(node, ast.Import | ast.ImportFrom) or names in (["__all__"], ["__version__"]), node.lineno
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "examples", "tools", "tests"])
+def test_what_is_imported_of_ours_is_there(folder: str) -> None:
+    """Scripts that only a person runs are not broken by a name that has moved."""
+    for file in sorted((ROOT / folder).rglob("*.py")):
+        if "work" in file.relative_to(ROOT).parts:
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "megatron_capgap":
+                module = PACKAGE.joinpath(*node.module.split(".")[1:])
+                source = module / "__init__.py" if module.is_dir() else module.with_suffix(".py")
+                assert source.is_file(), f"{file}:{node.lineno}: {node.module}"
+                words = set(re.findall(r"\w+", source.read_text()))
+                names = [alias.name for alias in node.names]
+                lost = [name for name in names if name not in words and not (module / f"{name}.py").is_file()]
+                assert not [name for name in lost if not (module / name).is_dir()], f"{file}:{node.lineno}: {lost}"

@@ -1,11 +1,22 @@
-"""What the memory estimate adds for matched layers: the teacher's kept states and the projections."""
+"""What the memory estimate adds for matched layers, and for saving while training goes on."""
 
 from dataclasses import replace
 
 import pytest
 
-from megatron_capgap.config.schema import Config, Data, LayerPair, Layout, ModelShape, Student, Teacher, Train
+from megatron_capgap.config.schema import (
+    Checkpoint,
+    Config,
+    Data,
+    LayerPair,
+    Layout,
+    ModelShape,
+    Student,
+    Teacher,
+    Train,
+)
 from megatron_capgap.models.memory import Memory, estimate
+from megatron_capgap.models.size import parameters
 
 STUDENT = ModelShape(layers=4, hidden=64, heads=8, ffn=160, vocab=1000)
 TEACHER = ModelShape(layers=8, hidden=96, heads=8, ffn=256, vocab=1000)
@@ -51,3 +62,10 @@ def test_equal_widths_need_no_projection() -> None:
     assert (
         with_pairs((1, 2), layout=Layout(), student=wide).weights == with_pairs(layout=Layout(), student=wide).weights
     )
+
+
+def test_saving_beside_the_training_takes_a_copy_in_host_memory() -> None:
+    config = replace(CONFIG, checkpoint=Checkpoint(every=1, async_save=True))
+    for on_cpu in (True, False):
+        beside, waits = (estimate(one, "distill", STUDENT, TEACHER, 1, on_cpu=on_cpu).total for one in (config, CONFIG))
+        assert beside - waits == (12 * parameters(STUDENT) if on_cpu else 0)

@@ -1,0 +1,87 @@
+"""Who is lost, by what ranks say over a real store."""
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from megatron_capgap.runtime.launch import free_port
+from megatron_capgap.runtime.watch import Watch, waiting_in
+from tests.support.processes import environment
+
+WORLD = 3
+TIMEOUT = 4.0  # a beat each 0.2 s
+
+
+@pytest.fixture
+def watches() -> Iterator[list[Watch]]:
+    """Of three ranks that live in this process."""
+    store = dist.TCPStore("127.0.0.1", free_port(), is_master=True, timeout=timedelta(seconds=10))
+    all_of_them = [Watch(store, rank, WORLD, TIMEOUT) for rank in range(WORLD)]
+    for rank, watch in enumerate(all_of_them):
+        watch.place = f"step {7 if rank else 8}"
+    time.sleep(0.5)
+    yield all_of_them
+    for watch in all_of_them:
+        watch.end()
+
+
+def test_the_rank_that_does_not_speak_is_named(watches: list[Watch]) -> None:
+    watches[1].end()
+    time.sleep(0.3)
+    assert watches[2].lost().startswith("rank 1 on ")
+    assert watches[2].lost().endswith(", last heard of in step 7: gone or standing still")
+
+
+def test_where_all_speak_the_one_elsewhere_is_named(watches: list[Watch]) -> None:
+    said = watches[1].lost()
+    assert said.startswith("all ranks are alive; elsewhere: rank 0 on ") and said.endswith("in step 8")
+    watches[0].place = "step 7"
+    time.sleep(0.5)
+    assert watches[1].lost() == "all ranks are alive and in step 7"
+
+
+def test_a_long_silence_is_said_once(watches: list[Watch], capfd: pytest.CaptureFixture[str]) -> None:
+    watches[2].end()
+    time.sleep(3.5)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("capgap: warning: rank 2 on ") and line.endswith("in step 7: no word for 2 s")
+
+
+def test_a_rank_that_has_never_spoken_is_named() -> None:
+    store = dist.TCPStore("127.0.0.1", free_port(), is_master=True, timeout=timedelta(seconds=10))
+    watch = Watch(store, 0, 2, TIMEOUT)
+    time.sleep(0.3)
+    assert watch.lost() == "rank 1: gone or standing still"
+    watch.end()
+
+
+def test_a_store_that_is_gone(tmp_path: Path) -> None:
+    port = free_port()
+    keep = f"import torch.distributed as d, time; s = d.TCPStore('127.0.0.1', {port}, is_master=True); time.sleep(60)"
+    server = subprocess.Popen([sys.executable, "-c", keep], env=environment())
+    try:
+        store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=30))
+        watch = Watch(store, 1, 2, TIMEOUT)
+        time.sleep(0.3)
+    finally:
+        server.kill()
+        server.wait()
+    assert "rank 0, in whose process the job's store lives, does not answer" in watch.lost()
+    watch.end()
+
+
+def test_only_waiting_for_others_is_explained() -> None:
+    try:
+        raise RuntimeError("a mistake of our own")
+    except RuntimeError as error:
+        assert waiting_in(error) is None
+    try:
+        dist.distributed_c10d._get_default_store()
+    except (RuntimeError, ValueError) as error:
+        assert waiting_in(error) is None or "test_watch.py" in waiting_in(error)
