@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,8 @@ BEAT_SECONDS = 5.0
 SILENT_SECONDS = 60.0
 """After so long without a word of a rank the first one says so, though all may still wait for it."""
 _NAMED = 4
+_VERDICT = "lost"
+_TRANSPORT = re.compile("gloo|nccl|c10d|tcpstore|connection", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class Watch:
         self._beat = min(BEAT_SECONDS, timeout_seconds / 20)
         self._silent = min(SILENT_SECONDS, timeout_seconds / 2)
         self._count = 0
+        # Of the first rank that noticed: those that notice later may see nothing but their peers leave.
+        self._verdict: str | None = None
         self._end = threading.Event()
         self.place = "start-up"
         """What this rank is doing, in words that follow "in"."""
@@ -75,19 +81,27 @@ class Watch:
         if waited is None or self._world == 1:
             return
         who = f"rank {self._rank} on {socket.gethostname()} waited in {waited} ({self.place})"
-        _say(f"error: {who}: {in_one_line(error, 200)}; {self.lost()}")
+        what = re.sub(r"^\[[^]]*\] *", "", in_one_line(error))[:120]  # without the line of a library's source
+        _say(f"error: {who}: {what}; {self._verdict or self.lost()}")
+        if self._rank == 0:  # the store goes with this process: the others can still ask, and hear the verdict
+            self._end.wait(2.5 * self._beat)
 
     def lost(self) -> str:
         """The ranks that do not speak any more, in words; looks for two and a half times as long as one is silent."""
         before = self._answer()
         self._end.wait(2.5 * self._beat)
         after = self._answer()
+        if self._verdict:
+            return self._verdict
         if before is None or after is None:
             return "rank 0, in whose process the job's store lives, does not answer: it is gone or stands still"
         silent = [new for old, new in zip(before, after, strict=True) if new.count == old.count]
         silent = [beat for beat in silent if beat.rank != self._rank]
         if silent:
-            return f"{_listed(silent)}: gone or standing still"
+            verdict = f"{_listed(silent)}: gone or standing still"
+            with suppress(RuntimeError):
+                self._store.set(_VERDICT, verdict)
+            return verdict
         elsewhere = [beat for beat in after if beat.place != self.place]
         if elsewhere:
             return f"all ranks are alive; elsewhere: {_listed(elsewhere)}"
@@ -108,6 +122,8 @@ class Watch:
             self._count += 1
             try:
                 self._store.set(str(self._rank), json.dumps([socket.gethostname(), self._count, self.place]))
+                if not self._verdict and self._store.check([_VERDICT]):
+                    self._verdict = self._store.get(_VERDICT).decode()
             except RuntimeError:  # the store went with the first rank
                 return
             if self._rank == 0:
@@ -146,15 +162,15 @@ class Watch:
 
 def waiting_in(error: BaseException) -> str | None:
     """The collective in which an error was raised, and who called it; None for an error of another kind."""
-    if not isinstance(error, RuntimeError):
+    if not isinstance(error, RuntimeError) or not _TRANSPORT.search(str(error)):
         return None
     frames = traceback.extract_tb(error.__traceback__)
-    inside = [index for index, frame in enumerate(frames) if "/torch/distributed/" in frame.filename]
-    if not inside:
-        return None
-    name = frames[inside[-1]].name
-    callers = [frame for frame in frames[: inside[0]] if "/torch/" not in frame.filename]
-    return f"{name}, called by {_place(callers[-1])}" if callers else name
+    inside = [frame.name for frame in frames if "/torch/distributed/" in frame.filename]
+    callers = [frame for frame in frames if "/torch/" not in frame.filename]
+    if not callers:
+        return inside[-1] if inside else "a collective"
+    # What is called in C++ has no frame of its own.
+    return f"{inside[-1] if inside else f'`{callers[-1].line}`'}, called by {_place(callers[-1])}"
 
 
 def _place(frame: traceback.FrameSummary) -> str:

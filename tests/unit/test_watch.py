@@ -82,6 +82,22 @@ def test_only_waiting_for_others_is_explained() -> None:
     except RuntimeError as error:
         assert waiting_in(error) is None
     try:
-        dist.distributed_c10d._get_default_store()
-    except (RuntimeError, ValueError) as error:
-        assert waiting_in(error) is None or "test_watch.py" in waiting_in(error)
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer")
+    except RuntimeError as error:
+        assert waiting_in(error) == (
+            '`raise RuntimeError("[gloo/transport/tcp/pair.cc:1] Connection closed by peer")`, called by '
+            f"test_only_waiting_for_others_is_explained (unit/test_watch.py:{error.__traceback__.tb_lineno})"
+        )
+
+
+def test_who_notices_later_hears_who_was_lost(watches: list[Watch], capfd: pytest.CaptureFixture[str]) -> None:
+    watches[1].end()
+    time.sleep(0.3)
+    verdict = watches[2].lost()
+    time.sleep(0.5)
+    watches[2].end()  # leaves, and is silent too from now on
+    try:
+        raise RuntimeError("Connection closed by peer")
+    except RuntimeError as error:
+        watches[0].explain(error)
+    assert capfd.readouterr().err.endswith(f"Connection closed by peer; {verdict}\n")
