@@ -1,0 +1,81 @@
+"""How much longer a step takes while a checkpoint is written: with checkpoint.async_save and without.
+
+    python benchmarks/async_save.py [--world 1] [--saves 6]
+
+A step counts from one line of metrics to the next, so that of a save holds all that the save takes of the training: the
+copy of the state, and the writing as far as training waits for it. One thread a rank, so that on two cores one rank
+leaves a core to the writer, as the host of a GPU does.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
+os.environ["OMP_NUM_THREADS"] = "1"
+
+from megatron_capgap.__main__ import main as capgap
+from tests.support import runs
+from tests.support.pool import WorkerPool
+
+EVERY = 4
+MODEL = {"layers": 6, "hidden": 384, "heads": 6, "ffn": 1024, "vocab": runs.VOCAB}
+
+
+def times_of(words: list[str]) -> list[float]:
+    """Runs a command on a rank; returns when each step was reported."""
+    from megatron_capgap.training import loop
+
+    report, times = loop._report, []
+
+    def report_and_look(*arguments: Any) -> None:
+        times.append(time.perf_counter())
+        report(*arguments)
+
+    loop._report = report_and_look
+    try:
+        assert capgap(words) == 0
+        return times
+    finally:
+        loop._report = report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--world", type=int, default=1, help="ranks, data-parallel")
+    parser.add_argument("--saves", type=int, default=6)
+    args = parser.parse_args()
+    pool = WorkerPool()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        material = runs.make_material(folder)
+        print("| | median step, s | with a save, s | of the median | the worst | bytes |\n|---|---|---|---|---|---|")
+        for words, beside in (("while training waits", False), ("async_save", True)):
+            run_dir = folder / words.replace(" ", "_")
+            changes = {"student__model": MODEL, "train__steps": EVERY * args.saves + EVERY - 1, "data__valid": None}
+            changes |= {"data__sequence_length": 128, "train__global_batch": 16, "train__micro_batch": 8}
+            changes |= {"checkpoint__every": EVERY, "checkpoint__async_save": beside, "checkpoint__keep": 1}
+            config = runs.adapt_config(material, run_dir, **changes)
+            work = partial(times_of, ["adapt", "--config", runs.write_config(config)])
+            times = pool.run(work, world=args.world, initialise=False, capture=True)[0].value
+            steps = {step: times[step] - times[step - 1] for step in range(2, len(times))}  # from step to step + 1
+            saving = [seconds for step, seconds in steps.items() if step % EVERY == 0]
+            plain = statistics.median(seconds for step, seconds in steps.items() if step % EVERY)
+            size = sum(file.stat().st_size for file in (run_dir / "checkpoints").rglob("*") if file.is_file())
+            with_save, worst = statistics.median(saving), max(saving)
+            print(
+                f"| {words} | {plain:.3f} | {with_save:.3f} | {with_save / plain:.2f} | {worst / plain:.2f} | "
+                f"{size / 1e6:.0f} MB |",
+                flush=True,
+            )
+    pool.close()
+
+
+if __name__ == "__main__":
+    main()
