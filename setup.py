@@ -24,7 +24,7 @@ CORE = [
 ]
 HF = ["transformers>=4.56"]
 PLOT = ["scipy", "matplotlib"]
-EVAL = ["lm-eval"]
+EVAL = [*HF, "lm-eval", "accelerate"]  # accelerate: for the harness's own backend, beside ours
 FP8 = ["transformer-engine[pytorch]"]  # needs an NVIDIA GPU
 QUICKSTART = [*HF]
 SMOLLM2 = [*HF, "gguf"]

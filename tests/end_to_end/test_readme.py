@@ -17,8 +17,9 @@ from tests.support.processes import ROOT, environment
 from tools import make_sweep
 
 PYTHON = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
-# Run by CI itself and by the quickstart's own test of its configurations.
-SCRIPTS = {"bash tests/run.sh", "bash examples/quickstart/run.sh", "bash examples/smollm2/run.sh"}
+# CI itself, and what takes minutes; their configurations have tests of their own.
+EXAMPLES = {f"bash examples/{name}/run.sh" for name in ("quickstart", "smollm2", "evaluation")}
+SCRIPTS = {"bash tests/run.sh", *EXAMPLES}
 
 
 def commands() -> list[str]:
