@@ -48,10 +48,10 @@ def run(loaded: Loaded, environment: Environment, device: Device) -> int:
             train(taught_in_turns(ground))
             _record(ground)
         elif bridge.teaches:
-            with _all_or_none(ground, bridge):
+            with _all_or_none(bridge):
                 _work_ahead(ground, bridge)
         else:
-            with _all_or_none(ground, bridge):
+            with _all_or_none(bridge):
                 _learn(ground, bridge)
     return 0
 
@@ -236,7 +236,7 @@ def _work_ahead(ground: common.Ground, bridge: Bridge) -> None:
 
 
 @contextmanager
-def _all_or_none(ground: common.Ground, bridge: Bridge) -> Iterator[None]:
+def _all_or_none(bridge: Bridge) -> Iterator[None]:
     """Where a rank fails, all stop, and those that can still be told say which transfer waited.
 
     The process ends here: groups that wait for a lost rank, as an agreement does, would not let it end.
@@ -250,6 +250,4 @@ def _all_or_none(ground: common.Ground, bridge: Bridge) -> Iterator[None]:
         launch.abandon(error)
     except Exception as error:
         reason = bridge.blamed()
-        if not reason:
-            ground.watch.explain(error)
         launch.abandon(HandOffError(reason).with_traceback(error.__traceback__) if reason else error)

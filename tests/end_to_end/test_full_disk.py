@@ -66,6 +66,14 @@ def at_steps(work: dict[int, partial], words: list[str]) -> int:
         loop._report = report
 
 
+def fill_after(saved: Path, disk: Path) -> None:
+    """Fills the disk as soon as a checkpoint is on it."""
+    end = time.monotonic() + 30
+    while not saved.exists() and time.monotonic() < end:
+        time.sleep(0.01)
+    fill(disk)
+
+
 def empty_after(staged: Path, disk: Path) -> None:
     """Empties the disk as soon as a save has been given up."""
     end = time.monotonic() + 30
@@ -89,7 +97,8 @@ def test_a_full_disk_is_said_and_the_next_save_is_a_good_one(
     run_dir = small_disk / "run"
     words = ["adapt", "--config", runs.write_config(runs.adapt_config(material, run_dir, **changes))]
     staged = run_dir / "checkpoints" / ".step_4.incomplete"
-    work = {3: partial(fill, small_disk), 5: partial(empty_after, staged, small_disk)}
+    saved = run_dir / "checkpoints" / "step_2"
+    work = {3: partial(fill_after, saved, small_disk), 5: partial(empty_after, staged, small_disk)}
     ranks = pool.run(partial(at_steps, work), words, world=world, initialise=False, capture=True)
     assert [rank.value for rank in ranks] == [0] * world, ranks
     warning = next(line for line in ranks[0].stderr.splitlines() if "step 4" in line)
