@@ -2,6 +2,7 @@
 
     python tools/make_sweep.py GRID.yaml                # configurations, and OUT/slurm/submit.sh for a cluster
     python tools/make_sweep.py GRID.yaml --run          # one run after the other on this machine
+    python tools/make_sweep.py GRID.yaml --run --jobs 2 # two at a time, with a share of the cores each
 
 What is finished is skipped, so both may be stopped or killed at any time and called again. Every call gathers the
 records of the finished runs in OUT/records.jsonl, which tools/fit_law.py reads.
@@ -9,11 +10,13 @@ records of the finished runs in OUT/records.jsonl, which tools/fit_law.py reads.
 
 import argparse
 import fcntl
+import os
 import shlex
 import signal
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -76,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         code = 0
         if args.run:
             with lock(Path(sweep.out)):
-                code = run(sweep)
+                code = run(sweep, args.jobs)
         gather(sweep)
         return code
     except (UserError, LawError) as error:
@@ -93,7 +96,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("grid", type=Path, metavar="GRID.yaml", help="see megatron_capgap/law/sweep.py")
     parser.add_argument("--run", action="store_true", help="run what is missing, one run after the other")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="so many runs at a time, sharing the cores (default 1)"
+    )
+    args = parser.parse_args(argv)
+    if args.jobs < 1:
+        parser.error(f"--jobs {args.jobs}: 1 or more would do")
+    return args
 
 
 def read_grid(path: Path) -> Sweep:
@@ -185,34 +194,59 @@ def differing(one: Loaded, other: Loaded) -> list[str]:
     return [name for name, value in vars(one.config).items() if getattr(other.config, name) != value]
 
 
-def run(sweep: Sweep) -> int:
-    """Runs what is missing, in processes that stay; returns the exit code."""
+class Queue:
+    """The runs that are missing, in the grid's order, each behind those that it needs."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self._numbers = {cell.name: f"[{number}/{len(sweep.cells)}]" for number, cell in enumerate(sweep.cells, 1)}
+        self.done = {cell.name for cell in sweep.cells if finished(sweep, cell)}
+        self.failed: set[str] = set()
+        self.waiting = [cell for cell in sweep.cells if cell.name not in self.done]
+
+    def take(self) -> Cell | None:
+        """The next run that could begin; None where all that wait need one that is under way."""
+        for cell in list(self.waiting):
+            if lost := self.failed & set(cell.after):
+                self.waiting.remove(cell)
+                self.failed.add(cell.name)
+                print(f"{self.label(cell)}: left out, for {', '.join(sorted(lost))} failed", flush=True)
+            elif self.done >= set(cell.after):
+                self.waiting.remove(cell)
+                return cell
+        return None
+
+    def label(self, cell: Cell) -> str:
+        return f"{self._numbers[cell.name]} {cell.stage} {cell.name}"
+
+
+def run(sweep: Sweep, jobs: int) -> int:
+    """Runs what is missing, `jobs` at a time, in processes that stay; returns the exit code."""
     from megatron_capgap.runtime.workers import Workers
 
-    done = {cell.name for cell in sweep.cells if finished(sweep, cell)}
-    if done:
-        print(f"{len(done)} of {len(sweep.cells)} runs are finished already")
-    failed: set[str] = set()
-    workers = Workers(door.main, sweep.ranks)
+    queue = Queue(sweep)
+    if queue.done:
+        print(f"{len(queue.done)} of {len(sweep.cells)} runs are finished already")
+    if jobs > 1:  # read by the processes that are started below
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (jobs * sweep.ranks))))
+    pools = [Workers(door.main, sweep.ranks) for _ in range(jobs)]
+    idle, busy = list(pools), {}
     try:
-        with stopping(workers) as stop:
-            for number, cell in enumerate(sweep.cells, 1):
-                label = f"[{number}/{len(sweep.cells)}] {cell.stage} {cell.name}"
-                if cell.name in done:
-                    continue
-                if lost := failed & set(cell.after):
-                    failed.add(cell.name)
-                    print(f"{label}: left out, for {', '.join(sorted(lost))} failed", flush=True)
-                    continue
-                code = run_cell(sweep, cell, workers, label)
-                if stop:
-                    print(f"stopped; the same command goes on from {cell.name}")
-                    return 130
-                if code:
-                    failed.add(cell.name)
+        with ThreadPoolExecutor(jobs) as threads, stopping(pools) as stop:
+            while (busy or queue.waiting) and not stop:
+                while idle and (cell := queue.take()):
+                    workers = idle.pop()
+                    busy[threads.submit(run_cell, sweep, cell, workers, queue.label(cell))] = (cell, workers)
+                for future in wait(busy, return_when=FIRST_COMPLETED).done:
+                    cell, workers = busy.pop(future)
+                    (queue.failed if future.result() else queue.done).add(cell.name)
+                    idle.append(workers)
     finally:
-        workers.close()
-    return 1 if failed else 0
+        for workers in pools:
+            workers.close()
+    if stop:
+        print("stopped; the same command goes on from here")
+        return 130
+    return 1 if queue.failed else 0
 
 
 def run_cell(sweep: Sweep, cell: Cell, workers: Any, label: str) -> int:
@@ -228,16 +262,16 @@ def run_cell(sweep: Sweep, cell: Cell, workers: Any, label: str) -> int:
 
 
 @contextmanager
-def stopping(workers: Any) -> Iterator[list[int]]:
-    """Turns SIGINT and SIGTERM into a stop at the current run's next step; a second one kills. Yields what was seen."""
+def stopping(pools: list[Any]) -> Iterator[list[int]]:
+    """Turns SIGINT and SIGTERM into a stop of all runs at their next step; a second one kills. Yields what was seen."""
     seen: list[int] = []
 
     def remember(number: int, frame: FrameType | None) -> None:
+        for workers in pools:
+            workers.close() if seen else workers.signal(signal.SIGTERM)
         if seen:
-            workers.close()
             raise SystemExit(130)
         seen.append(number)
-        workers.signal(signal.SIGTERM)
 
     before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

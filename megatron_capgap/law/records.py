@@ -56,6 +56,8 @@ class Record:
     """Fingerprint of the resolved configuration, run_dir left out."""
     teacher_tokens: int | None = None
     """Tokens that the teacher was trained on in the run that its checkpoint comes from."""
+    teacher_valid_loss: float | None = None
+    """The teacher's own loss on the held-out text of that run, nats a token: tells a weak teacher from a large one."""
     valid_tokens: int | None = None
     """Held-out tokens that valid_loss is a mean over."""
     tokenizer: str | None = None

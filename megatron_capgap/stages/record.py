@@ -13,7 +13,7 @@ from megatron_capgap.config.schema import Config, Objective
 from megatron_capgap.law.records import Record
 from megatron_capgap.models import size
 from megatron_capgap.runtime.logging import evaluation_after
-from megatron_capgap.stages.resolve import Resolved
+from megatron_capgap.stages.resolve import Resolved, Source
 
 RECORD = "record.json"
 
@@ -55,6 +55,7 @@ def describe(resolved: Resolved, valid_loss: float, valid_tokens: int | None) ->
         flops=tokens * size.training_flops(student, teacher, config.data.sequence_length),
         config_hash=fingerprint(config),
         teacher_tokens=source.manifest.tokens,
+        teacher_valid_loss=_loss_of(source),
         valid_tokens=valid_tokens,
         tokenizer=resolved.tokenizer.fingerprint[:16],
     )
@@ -66,6 +67,13 @@ def _beginning(resolved: Resolved) -> str:
         return "random"
     origin = resolved.student_source.manifest.pruned_from
     return "pruned" if origin is not None and origin.model == resolved.teacher else "fixed"
+
+
+def _loss_of(source: Source) -> float | None:
+    """What the run that a checkpoint lies in measured after the checkpoint's step; None where it did not."""
+    run_dir = source.folder.parents[1]
+    found = evaluation_after(run_dir, source.manifest.step)
+    return found["valid_loss"] if found else None
 
 
 def fingerprint(config: Config) -> str:
