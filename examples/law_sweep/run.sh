@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # The law on a laptop's CPU, on a real corpus: trains the teachers of grid.yaml, distils every student from every larger
-# teacher, and fits the law to the records. Hours on one core; a second call goes on where the first one stopped.
+# teacher, and fits the law to the records. Hours on two cores; a second call goes on where the first one stopped.
 #
-#   bash examples/law_sweep/run.sh
+#   bash examples/law_sweep/run.sh [JOBS]         # so many runs at a time, 2 by default
 #
-# Everything goes below examples/law_sweep/work; what was found, to results/.
+# Everything goes below examples/law_sweep/work; what was found, to results/: the records, what they say of students that
+# were pruned out of each teacher, and in results/fixed of the one that began from the same weights under all of them.
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 source "$here/../../tools/install.sh" plot
@@ -19,7 +20,10 @@ if [ ! -e work/reviews_valid.idx ]; then
 fi
 
 echo "== 2. the sweep"
-"$python" ../../tools/make_sweep.py grid.yaml --run
+"$python" ../../tools/make_sweep.py grid.yaml --run --jobs "${1:-2}"
 
 echo "== 3. the law"
-"$python" ../../tools/fit_law.py --records work/sweep/records.jsonl --where init=pruned --out results
+mkdir -p results
+cp work/sweep/records.jsonl results/
+"$python" ../../tools/fit_law.py --records results/records.jsonl --where init=pruned --out results
+"$python" ../../tools/fit_law.py --records results/records.jsonl --where init=fixed --out results/fixed

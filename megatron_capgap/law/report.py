@@ -32,13 +32,14 @@ def write(
         peak: that peak, operations a second.
     """
     parts = ["# The law of capacity gap in these runs", _summary(study), *_pictures(study), _students(study)]
+    parts.append(_teachers(study))
     if study.laws:
         parts.append(_laws(study))
     parts.append(_paper(study))
     if prediction is not None:
         parts.append(_prediction(study, prediction))
     if saving is not None:
-        parts.append(_cost(saving, mfu, peak))
+        parts.append(_cost(study, saving, mfu, peak))
     remarks = [*study.remarks, *doubts]
     parts.append("## How sure this is\n\n" + ("\n".join(f"- {text}" for text in remarks) or "Nothing to remark."))
     parts.append(_conditions(study))
@@ -88,6 +89,15 @@ def _students(study: Study) -> str:
         "the best teacher is at that end of the grid, and "
         "such a student does not count in the law.",
     ]
+    return "\n".join(lines)
+
+
+def _teachers(study: Study) -> str:
+    lines = ["## Teachers", "", "| teacher | trained on | its own validation loss |", "|---|---|---|"]
+    for each in study.teachers:
+        tokens = f"{each.tokens:,} tokens" if each.tokens else "-"
+        loss = "-" if each.loss is None else f"{each.loss:.4f}"
+        lines.append(f"| {short(each.size)} | {tokens} | {loss} |")
     return "\n".join(lines)
 
 
@@ -155,7 +165,7 @@ def _prediction(study: Study, prediction: Prediction) -> str:
     return "\n".join(lines)
 
 
-def _cost(saving: cost.Saving, mfu: float, peak: float) -> str:
+def _cost(study: Study, saving: cost.Saving, mfu: float, peak: float) -> str:
     def row(name: str, flops: float) -> str:
         return f"| {name} | {flops:.3g} | {cost.gpu_hours(flops, mfu, peak):,.3g} |"
 
@@ -163,8 +173,8 @@ def _cost(saving: cost.Saving, mfu: float, peak: float) -> str:
     lines = [
         "## What it costs",
         "",
-        f"6 operations a token for each student parameter and 2 for each teacher parameter; hours of one GPU at "
-        f"{100 * mfu:.0f}% of {peak / 1e12:.0f} TFLOP/s.",
+        f"6 operations a token for each student parameter and 2 for each teacher parameter, counted {study.count}, but "
+        f"for the pilot's, which are as recorded; hours of one GPU at {100 * mfu:.0f}% of {peak / 1e12:.0f} TFLOP/s.",
         "",
         "| | FLOPs | GPU-hours |",
         "|---|---|---|",
@@ -187,10 +197,6 @@ def _cost(saving: cost.Saving, mfu: float, peak: float) -> str:
 def _conditions(study: Study) -> str:
     told = [f"{name} {value}" for name, value in conditions(study.records).items() if value is not None]
     seeds = sorted({record.seed for record in study.records})
-    teaching = sorted({record.teacher_tokens for record in study.records if record.teacher_tokens})
-    if teaching:
-        span = f"{teaching[0]:,}" if len(teaching) == 1 else f"{teaching[0]:,} to {teaching[-1]:,}"
-        told.append(f"teachers trained on {span} tokens")
     return (
         f"## What it holds for\n\n{len(study.records)} runs, seeds {', '.join(map(str, seeds))}; parameters counted "
         f"{study.count}; {'; '.join(told)}. Other tokens, another start of the student or another objective may have "

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_capgap.law import cost, curves, fit
-from megatron_capgap.law.curves import Curve, Optimum
+from megatron_capgap.law.curves import Curve, Optimum, Teacher
 from megatron_capgap.law.fit import Law
 from megatron_capgap.law.records import Record, conditions
 
@@ -27,6 +27,7 @@ class Study:
 
     records: Sequence[Record]
     count: str
+    teachers: Sequence[Teacher]
     optima: Sequence[tuple[Curve, Optimum]]
     laws: Mapping[str, Law]
     chosen: Law | None
@@ -72,11 +73,13 @@ def study(records: Sequence[Record], count: str) -> Study:
         LawError: curves that cannot be made from the records.
     """
     random = np.random.default_rng(0)
+    teachers = curves.teachers(records, count)
     found, remarks = curves.curves(records, count)
     optima = [(curve, curves.optimum(curve, random)) for curve in found]
     fitted = fit.laws(optima, random)
     chosen = fit.choose(fitted)
-    return Study(records, count, optima, fitted, chosen, [*remarks, *_doubts(optima, chosen)])
+    remarks += [*_doubts_of_runs(records, teachers), *_doubts(optima, chosen)]
+    return Study(records, count, teachers, optima, fitted, chosen, remarks)
 
 
 def predict(study: Study, student: float, catalogue: Mapping[str, float]) -> Prediction:
@@ -131,7 +134,7 @@ def as_json(
         "count": study.count,
         "records": len(study.records),
         "conditions": conditions(study.records),
-        "teacher_tokens": sorted({record.teacher_tokens for record in study.records if record.teacher_tokens}),
+        "teachers": [asdict(teacher) for teacher in study.teachers],
         "interval_level": curves.LEVEL,
         "students": [_student(curve, found) for curve, found in study.optima],
         "laws": {name: _law(law) for name, law in study.laws.items()},
@@ -176,6 +179,23 @@ def _law(law: Law) -> dict[str, Any]:
         "leave_one_out_error": law.leave_one_out,
         "small_to_large_error": law.holdout,
     }
+
+
+def _doubts_of_runs(records: Sequence[Record], teachers: Sequence[Teacher]) -> list[str]:
+    """What to keep in mind about the runs themselves."""
+    found = []
+    if records[0].init != "random":
+        found.append(
+            f"students began from {records[0].init} weights, so a seed decides the order of their text and nothing "
+            "else: intervals do not know how another training of the teachers would have come out"
+        )
+    own = [teacher for teacher in teachers if teacher.loss is not None]
+    if own and (best := min(own, key=lambda teacher: teacher.loss or 0.0)) is not own[-1]:
+        found.append(
+            f"the best teacher by its own loss is that of {best.size:,} parameters, not the largest: a student that "
+            "gets worse beyond it may only have had a worse teacher"
+        )
+    return found
 
 
 def _doubts(optima: Sequence[tuple[Curve, Optimum]], chosen: Law | None) -> list[str]:

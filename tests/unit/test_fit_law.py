@@ -56,6 +56,39 @@ def test_the_same_records_give_the_same_bytes(records: str, tmp_path: Path) -> N
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
 
 
+def taught(loss_of: Any, init: str = "random") -> list[Any]:
+    """Records in which every teacher has a loss of its own."""
+    drawn = made.draw(made.exact, np.random.default_rng(3), noise=0.003, init=init)
+    return [replace(each, teacher_valid_loss=loss_of(each)) for each in drawn]
+
+
+def test_teachers_are_told_and_a_weak_one_is_named(tmp_path: Path) -> None:
+    better = taught(lambda each: 3.0 - each.teacher_params * 1e-9)
+    found = fit(made.save(better, tmp_path / "better.jsonl"), tmp_path / "better")
+    assert [each["size"] for each in found["teachers"]] == sorted({each.teacher_params for each in better})
+    assert found["teachers"][0] == {"size": 1_500_000, "tokens": 10_000_000, "loss": 2.9985}
+    assert "| 1.5M | 10,000,000 tokens | 2.9985 |" in (tmp_path / "better" / "report.md").read_text()
+    assert not any("by its own loss" in text for text in found["remarks"])
+    weak = taught(lambda each: 3.0 + abs(each.teacher_params - 18_000_000) * 1e-9)
+    found = fit(made.save(weak, tmp_path / "weak.jsonl"), tmp_path / "weak")
+    assert any("best teacher by its own loss is that of 18,000,000 parameters" in text for text in found["remarks"])
+
+
+def test_two_teachers_of_one_size_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in (("teacher_tokens", 20_000_000), ("teacher_valid_loss", 2.5)):
+        some = made.draw(made.exact, np.random.default_rng(3), noise=0.003)
+        other = [
+            replace(each, **{name: value}) if each.seed == 2 and each.teacher_params == 4e6 else each for each in some
+        ]
+        said = refused(capsys, "--records", made.save(other, tmp_path / "two.jsonl"), "--out", str(tmp_path / "law"))
+        assert f"teacher of 4,000,000 parameters: {name} is " in said and "keep the records of one of them" in said
+
+
+def test_seeds_that_leave_the_start_alone_are_told(tmp_path: Path) -> None:
+    pruned = made.save(taught(lambda each: None, init="pruned"), tmp_path / "pruned.jsonl")
+    assert "students began from pruned weights" in fit(pruned, tmp_path / "law")["remarks"][0]
+
+
 def test_a_prediction_with_interval_catalogue_and_cost(records: str, tmp_path: Path, capsys: Any) -> None:
     found = fit(records, tmp_path / "law", "--student-params", "30M", "--tokens", "1e9", "--count", "non-embedding")
     told = found["prediction"]
