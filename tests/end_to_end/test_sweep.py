@@ -24,7 +24,8 @@ SMALL = {**STUDENT, "layers": 2}
 
 
 def grid(material: Material, out: Path, **changes: Any) -> dict[str, Any]:
-    """Two teachers, two students, one of them with a fixed start as well: 2 + 4 + 1 + 2 runs of a few steps."""
+    """Two teachers, two students, one of them with a fixed start and cut out of a teacher as well: 2 + 4 + 1 + 2 + 2
+    runs of a few steps."""
     found = {
         "out": str(out),
         "common": {
@@ -34,12 +35,17 @@ def grid(material: Material, out: Path, **changes: Any) -> dict[str, Any]:
             "optimizer": {"lr": 3.0e-3, "warmup_fraction": 0.0},
             "runtime": {"timeout_seconds": 60, "tensorboard": False},
         },
-        "teach": {"train": {"steps": 6}, "data": {"valid": []}},
+        "teach": {"train": {"steps": 6}},
         "start": {"train": {"steps": 2}},
+        "prune": {"prune": {"batches": 2}},
         "distill": {"train": {"steps": 5}, "checkpoint": {"every": 2}},
-        "teachers": {"t1": {"model": TEACHER}, "t2": {"model": {**TEACHER, "ffn": 160}}},
+        "teachers": {"t1": {"model": TEACHER}, "t2": {"model": {**TEACHER, "ffn": 160}, "data": {"valid": []}}},
         "students": {"s1": {"model": SMALL}, "s2": {"model": STUDENT}},
-        "rows": [{"init": "random", "seeds": [1]}, {"init": "fixed", "students": ["s1"], "seeds": [1]}],
+        "rows": [
+            {"init": "random", "seeds": [1]},
+            {"init": "fixed", "students": ["s1"], "seeds": [1]},
+            {"init": "pruned", "students": ["s1"], "teachers": ["t1"], "seeds": [1]},
+        ],
     }
     return found | changes
 
@@ -82,7 +88,7 @@ def finished(out: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def killed(material: Material, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A sweep that was killed in the middle of a run, and then called again."""
+    """A sweep that was killed in the middle of a run, and then called again, for two runs at a time."""
     folder = tmp_path_factory.mktemp("sweep")
     out, file = folder / "work", folder / "grid.yaml"
     file.write_text(yaml.safe_dump(grid(material, out)))
@@ -97,7 +103,7 @@ def killed(material: Material, tmp_path_factory: pytest.TempPathFactory) -> dict
         time.sleep(1.0)
         assert len(metrics(third)) == lines, "a rank outlived the sweep that started it"
     done = finished(out)
-    code, said, complained = call(file, "--run")
+    code, said, complained = call(file, "--run", "--jobs", "2")
     assert code == 0, said + complained
     return {"out": out, "file": file, "done": done, "before": before, "said": said}
 
@@ -105,11 +111,11 @@ def killed(material: Material, tmp_path_factory: pytest.TempPathFactory) -> dict
 @pytest.mark.slow
 def test_only_what_was_missing_ran(killed: dict[str, Any]) -> None:
     out = killed["out"]
-    ran = re.findall(r"^\[\d+/9\] \w+ (\S+): done", killed["said"], flags=re.M)
+    ran = re.findall(r"^\[\d+/11\] \w+ (\S+): done", killed["said"], flags=re.M)
     finished_before = {"teacher-t1", "teacher-t2", *killed["done"]}
     names = {path.stem for path in (out / "configs").iterdir()}
     assert len(killed["done"]) >= 2 and set(ran) == names - finished_before and len(ran) == len(set(ran))
-    assert f"{len(finished_before)} of 9 runs are finished already" in killed["said"]
+    assert f"{len(finished_before)} of 11 runs are finished already" in killed["said"]
     for name in finished_before:
         assert files_of(out / "runs" / name) == killed["before"][name], name
 
@@ -117,17 +123,24 @@ def test_only_what_was_missing_ran(killed: dict[str, Any]) -> None:
 @pytest.mark.slow
 def test_records_are_complete(killed: dict[str, Any]) -> None:
     found = records.read([killed["out"] / "records.jsonl"])
-    assert len(found) == 6 and "6 of 6 records" in killed["said"]
+    assert len(found) == 7 and "7 of 7 records" in killed["said"]
     assert {(each.init, each.tokens, each.teacher_tokens) for each in found} == {
         ("random", 5 * 8 * 32, 6 * 8 * 32),
         ("fixed", 5 * 8 * 32, 6 * 8 * 32),
+        ("pruned", 5 * 8 * 32, 6 * 8 * 32),
     }
-    assert len({each.config_hash for each in found}) == 6
+    assert len({each.config_hash for each in found}) == 7
+    # t1 was evaluated at its end; t2 had no held-out text.
+    own = metrics(killed["out"] / "runs" / "teacher-t1")[-1]["valid_loss"]
+    assert {each.teacher_params: each.teacher_valid_loss for each in sorted(found, key=lambda r: r.teacher_params)} == {
+        min(each.teacher_params for each in found): own,
+        max(each.teacher_params for each in found): None,
+    }
 
 
 @pytest.mark.slow
 def test_a_run_of_the_sweep_is_a_run_of_the_door(killed: dict[str, Any], tmp_path: Path) -> None:
-    """The last run of its processes, after eight others, equals one in a process of its own to the last digit."""
+    """The last run of its processes, after others, equals one in a process of its own to the last digit."""
     config = yaml.safe_load((killed["out"] / "configs" / "fixed-s1-t2-seed1.yaml").read_text())
     inside = metrics(Path(config["run_dir"]))
     train_apart("distill", {**config, "run_dir": str(tmp_path / "alone")})
@@ -138,7 +151,7 @@ def test_a_run_of_the_sweep_is_a_run_of_the_door(killed: dict[str, Any], tmp_pat
 def test_a_finished_sweep_runs_nothing(killed: dict[str, Any]) -> None:
     before = files_of(killed["out"] / "runs")
     code, said, _ = call(killed["file"], "--run")
-    assert code == 0 and "9 of 9 runs are finished already" in said
+    assert code == 0 and "11 of 11 runs are finished already" in said
     assert files_of(killed["out"] / "runs") == before
 
 
@@ -162,7 +175,7 @@ def test_an_array_task_runs_its_line(killed: dict[str, Any], tmp_path: Path) -> 
     (tmp_path / "srun").chmod(0o755)
     slurm = killed["out"] / "slurm"
     lines = (slurm / "phase_1.txt").read_text().splitlines()
-    assert len(lines) == 6
+    assert len(lines) == 7
     variables = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path)}
     variables |= {**environment(), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(
@@ -184,7 +197,7 @@ def test_a_lost_record_is_written_anew(killed: dict[str, Any]) -> None:
     before = path.read_text()
     path.unlink()
     code, said, _ = call(killed["file"], "--run")
-    assert code == 0 and "8 of 9 runs are finished already" in said and path.read_text() == before
+    assert code == 0 and "10 of 11 runs are finished already" in said and path.read_text() == before
 
 
 @pytest.mark.slow
