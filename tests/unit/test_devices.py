@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -189,6 +191,28 @@ def test_initial_weights_do_not_depend_on_the_layout(pool: WorkerPool, layout: L
             tensor = tensor[:rows]
         assert torch.equal(tensor, expected[key]), key
     assert 0.015 < expected["embedding.word_embeddings.weight"].std() < 0.025
+
+
+def make_groups() -> tuple[int, list[float]]:
+    """How many event loops gloo runs in this process when it has five more groups, and what each group sums up."""
+    from megatron_capgap.runtime.devices import cpu
+
+    cpu.prepare()
+    groups = [torch.distributed.new_group([0, 1], timeout=timedelta(seconds=number + 30)) for number in range(5)]
+    sums = []
+    for group in groups:
+        tensor = torch.ones(3)
+        torch.distributed.all_reduce(tensor, group=group)
+        sums.append(float(tensor.sum()))
+    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    timeouts = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+    assert timeouts == [timedelta(seconds=number + 30) for number in range(5)]
+    return names.count("gloo_tcp_loop\n"), sums
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+def test_groups_share_an_event_loop(pool: WorkerPool) -> None:
+    assert pool.run(make_groups, world=2) == [(1, [6.0] * 5)] * 2
 
 
 def test_models_can_still_be_made_on_the_meta_device() -> None:

@@ -70,6 +70,7 @@ def prepare(with_engine: bool = False) -> Device:
         _rewrite_factories()
         _share_random_state()
         _name_types()
+        _share_event_loop()
         cpu_kernels.install()
         _tune_allocator()
         torch.cuda._capgap_cpu = True
@@ -224,6 +225,34 @@ def _name_types() -> None:
         return answer.replace("torch.", "torch.cuda.", 1)
 
     torch.Tensor.type = named
+
+
+def _share_event_loop() -> None:
+    """All gloo groups of this process talk through one event loop.
+
+    torch gives each group a loop of its own, a thread that wakes a hundred times a second even where nothing happens.
+    Megatron makes some forty groups for two layouts: that is a fiftieth of a core, in every rank, for waiting.
+    """
+    gloo = torch.distributed.ProcessGroupGloo
+    original = gloo.__init__
+
+    @functools.cache
+    def device() -> Any:
+        return gloo.create_default_device()
+
+    @functools.wraps(original)
+    def initialise(self: Any, store: Any, rank: int, size: int, *args: Any, timeout: Any = None, **kwargs: Any) -> None:
+        if args or kwargs or timeout is None:  # whoever brings options knows what they want
+            original(self, store, rank, size, *args, **kwargs)
+            return
+        options = gloo._Options()
+        options._devices, options._threads, options._timeout = [device()], _THREADS_OF_A_GROUP, timeout
+        original(self, store, rank, size, options)
+
+    gloo.__init__ = initialise
+
+
+_THREADS_OF_A_GROUP = 2  # as torch has it: they run the collectives that were not waited for
 
 
 def _fuse_adam(optimizer: torch.optim.Optimizer) -> None:
