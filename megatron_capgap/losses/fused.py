@@ -4,9 +4,10 @@ A chunk's logits are made, compared, turned into their gradient and multiplied b
 states and LM head, all in the forward pass; then the next chunk takes their place. So memory grows with the chunk and
 not with the number of tokens, and the backward pass has nothing to do but scale.
 
-Collectives over the tensor-parallel group: one all-gather of statistics a chunk (two for the divergences without a
-chain rule), and one all-reduce a call for the hidden states' gradient. With sequence parallelism each chunk gathers
-its hidden states and reduce-scatters their gradient instead. None in the backward pass.
+Collectives over the tensor-parallel group: one all-gather of statistics a chunk, and one all-reduce a call for the
+hidden states' gradient. With sequence parallelism each chunk gathers its hidden states and reduce-scatters their
+gradient instead. None in the backward pass. The divergences without a chain rule need a second all-gather that waits
+for the first: they go two chunks at a time, and both gathers carry both.
 """
 
 from dataclasses import dataclass
@@ -69,7 +70,8 @@ def distillation_loss(
         group: the tensor-parallel group; None for one rank.
         sequence_parallel: whether hidden states arrive cut along the sequence.
         chunk_tokens: tokens whose logits exist at a time. More of them make larger matrix products, fewer
-            save memory. None leaves it to `derive.loss_chunk_tokens`.
+            save memory. None leaves it to `derive.loss_chunk_tokens`. Over several ranks twice as many for a
+            divergence without a chain rule of a teacher that is not sparse.
 
     Raises:
         UserError: shapes that do not fit each other, a counted label or a teacher's id outside the vocabulary (on a
@@ -123,6 +125,13 @@ class _Task:
     def parts(self) -> int:
         """Number of ranks over which the tokens are cut."""
         return self.shard.size if self.sequence_parallel else 1
+
+    @property
+    def step(self) -> int:
+        """Tokens of each part that are walked over at a time."""
+        dense = self.teacher is not None and not isinstance(self.teacher, TeacherTopK)
+        together = derive.loss_chunks_together(self.objective.divergence, self.shard.size) if dense else 1
+        return max(1, together * self.chunk_tokens // self.parts)
 
     def of_chunk(self, everything: Tensor, rows: slice) -> Tensor:
         """[n, ...] -> the chunk's tokens [c, ...]: `rows` of every rank's part, in the order of the ranks."""
@@ -190,7 +199,7 @@ def _walk(
     """Returns the loss, the sums of cross-entropy and divergence [2], and the wanted gradients of hidden and head."""
     objective, shard, parts = task.objective, task.shard, task.parts
     exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    step = max(1, min(task.chunk_tokens // parts, hidden.shape[0]))
+    step = max(1, min(task.step, hidden.shape[0]))
     compared = task.teacher is not None
     buffers = [
         hidden.new_empty(parts * step, shard.width, dtype=exact) if needed else None
