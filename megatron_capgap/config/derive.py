@@ -1,6 +1,6 @@
 """What follows from a configuration and the world size: the nulls resolved, in one place."""
 
-from megatron_capgap.config.schema import Config, LayerPair, Layout, ModelShape, Precision
+from megatron_capgap.config.schema import WITHOUT_CHAIN_RULE, Config, LayerPair, Layout, ModelShape, Precision
 
 
 def ranks_per_model(layout: Layout) -> int:
@@ -37,6 +37,12 @@ def loss_chunk_tokens(on_cpu: bool) -> int:
     """Tokens whose logits exist at a time where nobody says otherwise: for a CPU the fewest whose matrix products are
     near their full speed, for a GPU more, which hides more of the work between them (benchmarks/loss.py)."""
     return 192 if on_cpu else 512
+
+
+def loss_chunks_together(divergence: str, tensor: int) -> int:
+    """Such chunks whose logits exist at a time. A divergence without a chain rule takes two rounds of messages between
+    tensor-parallel ranks; each speaks of two chunks, so that there are no more messages than for the others."""
+    return 2 if tensor > 1 and divergence in WITHOUT_CHAIN_RULE else 1
 
 
 def head_dim(shape: ModelShape) -> int:

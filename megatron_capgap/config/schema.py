@@ -34,6 +34,8 @@ DIVERGENCES = (
     "total_variation",
     "soft_cross_entropy",
 )
+# Those whose formulas want the probabilities of the whole vocabulary: see losses/divergences.py.
+WITHOUT_CHAIN_RULE = ("jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation")
 MATCHINGS = ("mse", "cosine")
 
 

@@ -18,9 +18,9 @@ chain rule
     D(p, q) = sum_r W_r * D(p/P_r, q/Q_r) + D(P, Q)            W = P or W = Q
 
 so each rank works with its own normaliser and one collective of a few numbers a token completes the sum. For
-the others the entries need the global normaliser first: two collectives. (The second could travel with the first
-of the next chunk, but two chunks in memory at a time, each of half the tokens, are as many collectives as before.)
-The column `shard_weight` says which W, or None.
+the others the entries need the global normaliser first: two collectives that depend on each other, each of which
+carries two chunks. (The second could travel with the first of the next chunk instead: as many logits alive, as many
+messages.) The column `shard_weight` says which W, or None.
 """
 
 from collections.abc import Callable
@@ -42,7 +42,7 @@ class Divergence:
     formula: Formula
     """(p, q, log p, log q, objective) -> (value, pull), as described at the top of this file."""
     shard_weight: Literal["teacher", "student"] | None = None
-    """W of the chain rule; None where there is none, and the statistics take two collectives, not one."""
+    """W of the chain rule; None where there is none; then the schema names the row in WITHOUT_CHAIN_RULE."""
     finite_without_teacher: bool = True
     """Whether D stays finite where p is 0 and q is not (a sparse teacher's dropped tail)."""
 

@@ -4,9 +4,10 @@ A chunk's logits are made, compared, turned into their gradient and multiplied b
 states and LM head, all in the forward pass; then the next chunk takes their place. So memory grows with the chunk and
 not with the number of tokens, and the backward pass has nothing to do but scale.
 
-Collectives over the tensor-parallel group: one all-gather of statistics a chunk (two for the divergences without a
-chain rule), and one all-reduce a call for the hidden states' gradient. With sequence parallelism each chunk gathers
-its hidden states and reduce-scatters their gradient instead. None in the backward pass.
+Collectives over the tensor-parallel group: one all-gather of statistics a chunk, and one all-reduce a call for the
+hidden states' gradient. With sequence parallelism each chunk gathers its hidden states and reduce-scatters their
+gradient instead. None in the backward pass. The divergences without a chain rule need a second all-gather that waits
+for the first: they go two chunks at a time, and both gathers carry both.
 """
 
 from dataclasses import dataclass
@@ -54,7 +55,8 @@ def distillation_loss(
     """Divergence from the teacher plus cross-entropy, summed over the valid tokens of a micro-batch.
 
     `loss_sum.backward()` fills the gradients of student_hidden (complete, not partial) and student_head (of this
-    shard). It may be called once. Under torch.no_grad(), or where neither wants one, no gradient work is done.
+    shard; where it has the `main_grad` of Megatron's DDP, added there, unrounded). It may be called once. Under
+    torch.no_grad(), or where neither wants one, no gradient work is done.
 
     Args:
         student_hidden: [n, h] replicated, or with sequence_parallel [n/tp, h]: tokens rank * n/tp + i, as
@@ -69,7 +71,8 @@ def distillation_loss(
         group: the tensor-parallel group; None for one rank.
         sequence_parallel: whether hidden states arrive cut along the sequence.
         chunk_tokens: tokens whose logits exist at a time. More of them make larger matrix products, fewer
-            save memory. None leaves it to `derive.loss_chunk_tokens`.
+            save memory. None leaves it to `derive.loss_chunk_tokens`. Over several ranks twice as many for a
+            divergence without a chain rule of a teacher that is not sparse.
 
     Raises:
         UserError: shapes that do not fit each other, a counted label or a teacher's id outside the vocabulary (on a
@@ -124,6 +127,13 @@ class _Task:
         """Number of ranks over which the tokens are cut."""
         return self.shard.size if self.sequence_parallel else 1
 
+    @property
+    def step(self) -> int:
+        """Tokens of each part that are walked over at a time."""
+        dense = self.teacher is not None and not isinstance(self.teacher, TeacherTopK)
+        together = derive.loss_chunks_together(self.objective.divergence, self.shard.size) if dense else 1
+        return max(1, together * self.chunk_tokens // self.parts)
+
     def of_chunk(self, everything: Tensor, rows: slice) -> Tensor:
         """[n, ...] -> the chunk's tokens [c, ...]: `rows` of every rank's part, in the order of the ranks."""
         return everything.unflatten(0, (self.parts, -1))[:, rows].flatten(0, 1)
@@ -154,11 +164,13 @@ class _Task:
 class _Gradients:
     """Gradients of hidden states [n / parts, h] and LM head [v/tp, h] as they grow, each only if wanted.
 
-    The head's sum over chunks is kept in `exact` precision and rounded to the head's type once, at the end.
+    The head's sum over chunks is kept in `exact` precision. It is rounded to the head's type once, at the end, unless
+    the head has a `main_grad` to which it is added in the backward pass.
     """
 
     def __init__(self, hidden: Tensor, head: Tensor, task: _Task, wanted: tuple[bool, bool], exact: torch.dtype):
-        self.task, self.real_head, self.head_type = task, head[: task.shard.width], head.dtype
+        self.task, self.real_head = task, head[: task.shard.width]
+        self.head_type = exact if hasattr(head, "main_grad") else head.dtype
         self.of_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if wanted[0] else None
         self.of_head = torch.zeros_like(head, dtype=exact) if wanted[1] else None
 
@@ -190,7 +202,7 @@ def _walk(
     """Returns the loss, the sums of cross-entropy and divergence [2], and the wanted gradients of hidden and head."""
     objective, shard, parts = task.objective, task.shard, task.parts
     exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    step = max(1, min(task.chunk_tokens // parts, hidden.shape[0]))
+    step = max(1, min(task.step, hidden.shape[0]))
     compared = task.teacher is not None
     buffers = [
         hidden.new_empty(parts * step, shard.width, dtype=exact) if needed else None
@@ -230,17 +242,22 @@ class _GradientInForward(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, head: Tensor, task: _Task) -> tuple[Tensor, Tensor]:
         loss_sum, sums, gradients = _walk(hidden, head, task, ctx.needs_input_grad[:2])
         ctx.save_for_backward(*gradients)
+        ctx.main_grad, ctx.head_type = getattr(head, "main_grad", None), head.dtype
         ctx.mark_non_differentiable(sums)
         return loss_sum, sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, loss_gradient: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        gradients = ctx.saved_tensors
+        of_hidden, of_head = ctx.saved_tensors
         if not (loss_gradient.is_cpu and loss_gradient == 1):  # a GPU would multiply sooner than it answers
             # In place: they were made for this moment. A second backward finds them changed and raises.
-            gradients = (None if gradient is None else gradient.mul_(loss_gradient) for gradient in gradients)
-        return *gradients, None
+            of_hidden, of_head = (x if x is None else x.mul_(loss_gradient) for x in (of_hidden, of_head))
+        if of_head is not None and ctx.main_grad is not None:
+            ctx.main_grad.add_(of_head)
+            # DDP's hook wants a gradient, and adds it: with tied embeddings it brings theirs.
+            of_head = of_head.zero_().to(ctx.head_type)
+        return of_hidden, of_head, None
 
 
 def _loss(hidden: Tensor, head: Tensor, task: _Task) -> Loss:

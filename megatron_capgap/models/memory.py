@@ -137,7 +137,7 @@ def _of_stage(
         optimizer=held * (8 if width == 4 else 12) // derive.data_parallel(layout, world),
         activations=sum(kept) * tokens * width + masks,
         backward_pass=backward * tokens * width,
-        loss=_loss(student, teacher, layout, tokens, width, chunk) if last else 0,
+        loss=_loss(config, student, teacher, tokens, chunk) if last else 0,
         fp8_copies=_fp8_copies(precision, student, layout, trains=True),
         heap=_heap([*kept, *[student.ffn // layout.tensor] * 6], tokens * width, layout),
         workspace=_WORKSPACE,
@@ -313,11 +313,19 @@ def _heap(widths: list[int], bytes_a_column: int, layout: Layout) -> int:
     return int(waste * sum(nbytes for nbytes in sizes if nbytes < _HEAP_BLOCK))
 
 
-def _loss(student: ModelShape, teacher: ModelShape | None, layout: Layout, tokens: int, width: int, chunk: int) -> int:
-    """Logits of one chunk for each model, and the gradients of hidden states and LM head until the backward pass."""
+def _loss(config: Config, student: ModelShape, teacher: ModelShape | None, tokens: int, chunk: int) -> int:
+    """Logits alive at a time, and the gradients of hidden states and LM head until the backward pass.
+
+    Besides the student's logits the teacher's, and at a temperature other than 1 the student's once more.
+    """
+    layout, objective = config.student.layout, config.objective
+    buffers = 1
+    if teacher is not None and objective.divergence_weight > 0:
+        chunk *= derive.loss_chunks_together(objective.divergence, layout.tensor)
+        buffers = 2 if objective.temperature == 1 else 3
     head = size.padded_vocab(student.vocab, layout.tensor) // layout.tensor * student.hidden
-    models = 1 if teacher is None else 2
-    return models * _logits(student, layout, min(chunk, tokens)) + 4 * head + tokens * student.hidden * width
+    of_hidden = tokens * student.hidden * _BYTES[derive.student_precision(config).compute]
+    return buffers * _logits(student, layout, min(chunk, tokens)) + 4 * head + of_hidden
 
 
 def _logits(shape: ModelShape, layout: Layout, tokens: int) -> int:

@@ -25,7 +25,9 @@ class Case:
     sequence_parallel: bool = False
     masked: str = "some"
     weights: tuple[float, float] = (0.7, 0.4)
-    scale: float = 1.0
+    large: float = 0.0
+    """Added to a part of the logits and taken from the others: the student's signs are any, the teacher prefers the
+    first columns, so that whole shards have no mass."""
 
     def objective(self) -> DistillationObjective:
         return DistillationObjective(
@@ -55,8 +57,12 @@ class Tensors:
         def random(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=make, dtype=torch.float64).to(case.dtype)
 
-        self.hidden, self.head = random(case.tokens, 6) * case.scale, random(case.padded, 6)
-        dense = TeacherHidden(random(case.tokens, 10) * case.scale, random(case.padded, 10))
+        self.hidden, self.head = random(case.tokens, 6), random(case.padded, 6)
+        dense = TeacherHidden(random(case.tokens, 10), random(case.padded, 10))
+        if case.large:
+            self.hidden[:, 0] = dense.hidden[:, 0] = case.large
+            self.head[:, 0].sign_()
+            dense.head[:, 0] = torch.where(torch.arange(case.padded) < 20, 1, -1)
         if case.teacher == "hidden":
             self.teacher = dense
         elif case.teacher == "logits":

@@ -1,5 +1,6 @@
 """The losses once more, dense, in float64 and on one rank: written to be read, differentiated by autograd."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def mixture(log_p: Tensor, log_q: Tensor, share_of_p: float) -> Tensor:
-    return (share_of_p * log_p.exp() + (1 - share_of_p) * log_q.exp()).log()
+    return torch.logaddexp(log_p + math.log(share_of_p), log_q + math.log(1 - share_of_p))
 
 
 def jsd(log_p: Tensor, log_q: Tensor, o: Objective) -> Tensor:

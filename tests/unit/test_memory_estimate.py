@@ -1,4 +1,4 @@
-"""What the memory estimate adds for matched layers, and for saving while training goes on."""
+"""What the memory estimate adds for matched layers, for logits, and for saving while training goes on."""
 
 from dataclasses import replace
 
@@ -11,12 +11,13 @@ from megatron_capgap.config.schema import (
     LayerPair,
     Layout,
     ModelShape,
+    Objective,
     Student,
     Teacher,
     Train,
 )
 from megatron_capgap.models.memory import Memory, estimate
-from megatron_capgap.models.size import parameters
+from megatron_capgap.models.size import padded_vocab, parameters
 
 STUDENT = ModelShape(layers=4, hidden=64, heads=8, ffn=160, vocab=1000)
 TEACHER = ModelShape(layers=8, hidden=96, heads=8, ffn=256, vocab=1000)
@@ -62,6 +63,35 @@ def test_equal_widths_need_no_projection() -> None:
     assert (
         with_pairs((1, 2), layout=Layout(), student=wide).weights == with_pairs(layout=Layout(), student=wide).weights
     )
+
+
+@pytest.mark.parametrize(
+    ("divergence", "temperature", "weight", "tensor", "tokens", "matrices"),
+    [
+        ("forward_kl", 1.0, 0.5, 2, 192, 2),
+        ("forward_kl", 2.0, 0.5, 2, 192, 3),
+        ("forward_kl", 2.0, 0.0, 2, 192, 1),
+        ("jsd", 1.0, 0.5, 1, 192, 2),
+        ("jsd", 2.0, 0.5, 2, 384, 3),
+    ],
+)
+def test_logits_are_counted(
+    divergence: str, temperature: float, weight: float, tensor: int, tokens: int, matrices: int
+) -> None:
+    """Of the student, of the teacher, and at a temperature the student's once more."""
+    objective = Objective(divergence, temperature, weight)
+    student = Student(model=STUDENT, layout=Layout(tensor=tensor))
+    data = replace(CONFIG.data, sequence_length=512)
+    found = estimate(
+        replace(CONFIG, objective=objective, student=student, data=data),
+        "distill",
+        STUDENT,
+        TEACHER,
+        tensor,
+        on_cpu=True,
+    )
+    columns = padded_vocab(1000, tensor) // tensor
+    assert found.loss == 4 * (matrices * tokens * columns + 64 * columns + 2 * 512 * 64)
 
 
 def test_saving_beside_the_training_takes_a_copy_in_host_memory() -> None:

@@ -1,0 +1,54 @@
+"""The LM head's gradient in Megatron's main_grad: bf16 micro-batches against their sum in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_capgap.config.schema import Layout, ModelShape, Precision
+from megatron_capgap.losses import DistillationObjective, language_model_loss
+from megatron_capgap.models import gpt
+from megatron_capgap.models.state import initialise
+from megatron_capgap.runtime import layout
+from megatron_capgap.runtime.devices import choose
+from megatron_capgap.training import optimizer
+from tests.support.pool import WorkerPool
+from tests.support.reference_loss import reference_loss
+
+SHAPE = {"family": "gpt2", "layers": 1, "hidden": 32, "heads": 4, "ffn": 64, "vocab": 101}
+CROSS_ENTROPY = DistillationObjective(divergence_weight=0.0, cross_entropy_weight=1.0)
+
+
+def accumulated(tied: bool) -> tuple[Tensor, Tensor]:
+    """Runs in a worker: the head's main_grad after three micro-batches, and the sum of their exact gradients."""
+    shape, device, grid = ModelShape(**SHAPE, tied_embeddings=tied), choose("cpu", 0), layout.build(Layout(), 0)
+    chunks = gpt.build(shape, grid, Precision(compute="bf16"), device, sequence_length=128)
+    initialise(chunks, shape, grid, 0)
+    with torch.no_grad():  # what all hidden states share makes the chunks' gradients alike, and their rounding small
+        gpt.unwrap(chunks[0]).decoder.final_layernorm.bias.normal_()
+    (model,) = optimizer.wrap(chunks, grid)
+    embedded: list[Tensor] = []  # the gradients of what the embedding gives
+    gpt.unwrap(model).embedding.word_embeddings.register_forward_hook(
+        lambda module, inputs, output: output.register_hook(embedded.append) and None  # the output stays as it is
+    )
+    head = gpt.unwrap(model).lm_head()
+    expected, scale = torch.zeros_like(head, dtype=torch.float64), 1 / 3
+    model.zero_grad_buffer()
+    for _ in range(3):
+        tokens = torch.randint(shape.vocab, (2, 128))
+        labels, mask = tokens.t().flatten() % 5, torch.ones(256)
+        hidden = model(tokens, torch.arange(128).expand(2, -1), attention_mask=None).flatten(0, 1)
+        out = language_model_loss(hidden, head, labels, mask, vocab_size=shape.vocab, group=None, chunk_tokens=8)
+        (out.loss_sum * scale).backward()
+        exact = reference_loss(hidden, head, None, labels, mask, CROSS_ENTROPY, shape.vocab)
+        expected += exact.head_gradient * scale
+        if tied:
+            expected.index_add_(0, tokens.flatten(), embedded[-1].double().flatten(0, 1))
+    return head.main_grad, expected
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_micro_batches_add_up_unrounded(pool: WorkerPool, tied: bool) -> None:
+    """Rounding each to bf16 would make the error three times as large; a tied embedding has a gradient of its own."""
+    ((found, expected),) = pool.run(accumulated, tied, world=1)
+    assert found.dtype == torch.float32
+    assert (found - expected).norm() <= 8e-4 * expected.norm()
