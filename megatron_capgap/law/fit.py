@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import optimize
 
 from megatron_capgap.law.curves import DRAWS, LEVEL, Array, Curve, Optimum
 
@@ -273,17 +274,13 @@ def _regress(design: Array, z: Array, noise: Array) -> tuple[Array, Array, float
         coefficients = inverse @ target
         return coefficients, inverse @ inverse.T, float(np.sum((target - weighted @ coefficients) ** 2))
 
-    freedom = len(z) - design.shape[1]
-    low, high = 0.0, float(np.var(z)) * len(z) + 1e-12
+    freedom, tau2 = len(z) - design.shape[1], 0.0
     if freedom > 0 and solve(0.0)[2] > freedom:
         # The weighted sum of squares falls as tau^2 grows; where it equals the degrees of freedom, tau^2 explains it.
-        for _ in range(30):
-            middle = (low + high) / 2
-            low, high = (middle, high) if solve(middle)[2] > freedom else (low, middle)
-    else:
-        high = 0.0
-    coefficients, covariance, _ = solve(high)
-    return coefficients, covariance, high
+        enough = 2 * float(np.var(z)) * len(z) + 1e-12
+        tau2 = optimize.brentq(lambda tau2: solve(tau2)[2] - freedom, 0.0, enough, xtol=1e-9 * enough)
+    coefficients, covariance, _ = solve(tau2)
+    return coefficients, covariance, tau2
 
 
 def _floored(variance: Array, z: Array) -> Array:

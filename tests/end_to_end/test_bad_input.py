@@ -108,7 +108,7 @@ MISTAKES = {
         worlds=(1, 2),
     ),
     "checkpoint of another shape than it says": Mistake(
-        ("FOLDER/teacher/checkpoints/step_25", "use a checkpoint of the model's shape"),
+        ("FOLDER/teacher/checkpoints/step_25", "[4, 160, 48]", "(4, 192, 48)", "use a checkpoint of the model's shape"),
         spoil=reshaped_teacher,
         stage="distill",
         worlds=(1, 2),
@@ -127,17 +127,46 @@ MISTAKES = {
 CASES = [(name, world) for name, mistake in MISTAKES.items() for world in mistake.worlds]
 
 
-def set_up(mistake: Mistake, material: Material, teacher: Path, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Copies data and teacher into a folder; returns a sound configuration of a run there, and one with the mistake."""
+def sound_config(stage: str, folder: Path) -> dict[str, Any]:
+    """The configuration of a run in a folder with data and teacher."""
+    if stage == "distill":
+        return runs.distill_config(Material(folder), folder / "run", folder / "teacher")
+    return runs.adapt_config(Material(folder), folder / "run")
+
+
+def with_mistake(mistake: Mistake, folder: Path) -> dict[str, Any]:
+    """The configuration of the same run with the mistake."""
+    wrong = runs.changed(sound_config(mistake.stage, folder), **mistake.changes)
+    return json.loads(json.dumps(wrong).replace("FOLDER", str(folder)))
+
+
+def set_up(material: Material, teacher: Path, folder: Path) -> None:
+    """Copies data and teacher into a folder."""
     for file in material.folder.iterdir():
         if file.is_file():
             shutil.copy2(file, folder)
     shutil.copytree(teacher, folder / "teacher")
-    sound = runs.adapt_config(Material(folder), folder / "run")
-    if mistake.stage == "distill":
-        sound = runs.distill_config(Material(folder), folder / "run", folder / "teacher")
-    wrong = json.loads(json.dumps(runs.changed(sound, **mistake.changes)).replace("FOLDER", str(folder)))
-    return sound, wrong
+
+
+@pytest.fixture(scope="module")
+def begun(
+    pool: WorkerPool, material: Material, teacher: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """For each stage a folder with data, teacher and a run of one step; the run is made once, and always lies there."""
+    folder = tmp_path_factory.mktemp("begun")
+
+    def begun(stage: str) -> Path:
+        here, untouched = folder / "here", folder / stage
+        if here.exists():
+            shutil.rmtree(here)
+        if not untouched.exists():
+            here.mkdir()
+            set_up(material, teacher, here)
+            runs.train(pool, stage, runs.changed(sound_config(stage, here), train__steps=1))
+            here.rename(untouched)
+        return shutil.copytree(untouched, here)
+
+    return begun
 
 
 def assert_one_line(stderr: str, mistake: Mistake, folder: Path) -> None:
@@ -152,7 +181,8 @@ def test_one_line_exit_code_2_and_no_traces(
     pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path, name: str, world: int
 ) -> None:
     mistake = MISTAKES[name]
-    _, wrong = set_up(mistake, material, teacher, tmp_path)
+    set_up(material, teacher, tmp_path)
+    wrong = with_mistake(mistake, tmp_path)
     mistake.spoil(tmp_path)
     words = [mistake.stage, "--config", runs.write_config(wrong, tmp_path / "run.yaml")]
     before = runs.files_of(tmp_path)
@@ -168,19 +198,18 @@ def test_one_line_exit_code_2_and_no_traces(
 
 
 @pytest.mark.parametrize("name", [name for name in MISTAKES if name != "run_dir not writable"])
-def test_a_run_that_is_there_stays_as_it_was(
-    pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path, name: str
-) -> None:
+def test_a_run_that_is_there_stays_as_it_was(pool: WorkerPool, begun: Callable[[str], Path], name: str) -> None:
     mistake = MISTAKES[name]
-    sound, wrong = set_up(mistake, material, teacher, tmp_path)
-    runs.train(pool, mistake.stage, runs.changed(sound, train__steps=1))
-    mistake.spoil(tmp_path)
-    words = [mistake.stage, "--config", runs.write_config(wrong, tmp_path / "run.yaml")]
-    before = runs.files_of(tmp_path)
+    folder = begun(mistake.stage)
+    wrong = with_mistake(mistake, folder)
+    mistake.spoil(folder)
+    words = [mistake.stage, "--config", runs.write_config(wrong, folder / "run.yaml")]
+    before = runs.files_of(folder)
     ranks = pool.run(main, words, world=mistake.worlds[0], initialise=False, capture=True)
     assert [rank.value for rank in ranks] == [2] * len(ranks)
-    assert ranks[0].stderr.startswith("capgap: error: ")
-    assert runs.files_of(tmp_path) == before
+    (line,) = ranks[0].stderr.splitlines()  # perhaps that the run was begun with something else
+    assert line.startswith("capgap: error: ")
+    assert runs.files_of(folder) == before
 
 
 def test_a_run_of_another_shape_is_not_continued(pool: WorkerPool, material: Material, tmp_path: Path) -> None:
@@ -198,7 +227,8 @@ def test_a_run_of_another_shape_is_not_continued(pool: WorkerPool, material: Mat
 def test_real_processes_leave_with_code_2(material: Material, teacher: Path, tmp_path: Path) -> None:
     """What only shows outside the pool: warnings of imports, destructors, the launcher's view."""
     mistake = MISTAKES["truncated .bin"]
-    _, wrong = set_up(mistake, material, teacher, tmp_path)
+    set_up(material, teacher, tmp_path)
+    wrong = with_mistake(mistake, tmp_path)
     mistake.spoil(tmp_path)
     wrong["run_dir"] = str(tmp_path / "runs" / "of" / "mine")
     words = ["adapt", "--config", runs.write_config(wrong, tmp_path / "run.yaml")]

@@ -148,16 +148,22 @@ def test_the_newest_checkpoints_stay(pool: WorkerPool, material: Material, tmp_p
 
 MOMENTS = ("checkpoint.shards write", "checkpoint.contents seal", "checkpoint.manifest write")
 MOMENTS += ("checkpoint.manifest put_in_place", "checkpoint.manifest point_at")
+SIX_STEPS = {"train__steps": 6, "checkpoint__every": 2, "data__valid": None}
+
+
+@pytest.fixture(scope="module")
+def six_steps(pool: WorkerPool, material: Material, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that saves every second step and that nobody stops."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    return runs.train(pool, "adapt", runs.adapt_config(material, folder / "run", **SIX_STEPS))
 
 
 @pytest.mark.parametrize("beside", [False, True], ids=["at once", "beside"])
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_save_that_is_killed_leaves_the_older_checkpoint(
-    pool: WorkerPool, material: Material, tmp_path: Path, moment: str, beside: bool
+    pool: WorkerPool, material: Material, six_steps: Path, tmp_path: Path, moment: str, beside: bool
 ) -> None:
-    changes = {"train__steps": 6, "checkpoint__every": 2, "data__valid": None, "checkpoint__async_save": beside}
-    unbroken = runs.train(pool, "adapt", runs.adapt_config(material, tmp_path / "unbroken", **changes))
-    broken = runs.adapt_config(material, tmp_path / "broken", **changes)
+    broken = runs.adapt_config(material, tmp_path / "broken", **SIX_STEPS, checkpoint__async_save=beside)
     words = ["adapt", "--config", runs.write_config(broken)]
     run_and_lose(pool, partial(kill_myself_in_the_second_save, moment, words), 1)
     named = moment.endswith("point_at")
@@ -167,4 +173,4 @@ def test_a_save_that_is_killed_leaves_the_older_checkpoint(
     assert (tmp_path / "broken" / "latest").read_text() == "step_2\n"
     runs.train(pool, "adapt", broken)
     assert runs.checkpoints(tmp_path / "broken") == ["step_4", "step_6"]
-    assert runs.metrics(tmp_path / "broken") == runs.metrics(unbroken)
+    assert runs.metrics(tmp_path / "broken") == runs.metrics(six_steps)

@@ -193,6 +193,18 @@ CRAFTED: dict[Callable[[Path, Evil], None], str] = {
     file_outside: "secret.distcp', which is no file of this checkpoint",
     link_outside: "__0_0.distcp: ",
 }
+# A rank of its own reads as the others do; what it adds is how it refuses, by each way of being noticed.
+APART, COVERING = "teach from a rank of its own", {evil_metadata, evil_common, evil_tensor, file_outside}
+USES = [
+    pytest.param(
+        use,
+        crafted,
+        marks=() if use != APART or crafted in COVERING else pytest.mark.matrix,
+        id=f"{use}-{crafted.__name__}",
+    )
+    for use in ("resume", "teach", APART)
+    for crafted in CRAFTED
+]
 
 
 @pytest.fixture(scope="module")
@@ -218,8 +230,7 @@ def test_the_crafted_pickle_works(tmp_path: Path) -> None:
     assert marker.is_dir()
 
 
-@pytest.mark.parametrize("crafted", CRAFTED, ids=lambda crafted: crafted.__name__)
-@pytest.mark.parametrize("use", ["resume", "teach", "teach from a rank of its own"])
+@pytest.mark.parametrize("use, crafted", USES)
 def test_no_code_runs_and_nothing_is_loaded(
     pool: WorkerPool, material: Material, sound: Path, tmp_path: Path, use: str, crafted: Callable[[Path, Evil], None]
 ) -> None:

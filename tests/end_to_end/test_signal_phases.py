@@ -40,15 +40,33 @@ def signal_in(where: str, number: int, words: list[str]) -> int:
         setattr(module, name, part)
 
 
+@pytest.fixture(scope="module")
+def unbroken(pool: WorkerPool, material: Material, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of six steps that no signal reaches."""
+    return runs.train(pool, "adapt", runs.adapt_config(material, tmp_path_factory.mktemp("six") / "run", **CHANGES))
+
+
+@pytest.fixture(scope="module")
+def unbroken_pair(pool: WorkerPool, material: Material, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run under tensor 2 that no signal reaches."""
+    run_dir = tmp_path_factory.mktemp("pair") / "run"
+    return runs.train(pool, "adapt", runs.adapt_config(material, run_dir, student__layout={"tensor": 2}), world=2)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize(
     "where, saved", [("training.step reduce_losses", 1), ("training.loop save", 3), ("training.loop evaluate", 3)]
 )
 def test_a_run_that_is_signalled_has_saved_one_step_later(
-    pool: WorkerPool, material: Material, tmp_path: Path, where: str, saved: int, number: signal.Signals
+    pool: WorkerPool,
+    material: Material,
+    unbroken: Path,
+    tmp_path: Path,
+    where: str,
+    saved: int,
+    number: signal.Signals,
 ) -> None:
     """In a step, the first save and the first evaluation, both after the second step."""
-    unbroken = runs.train(pool, "adapt", runs.adapt_config(material, tmp_path / "unbroken", **CHANGES))
     config = runs.adapt_config(material, tmp_path / "run", **CHANGES)
     work = partial(signal_in, where, number, ["adapt", "--config", runs.write_config(config)])
     (rank,) = pool.run(work, world=1, initialise=False, capture=True)
@@ -62,7 +80,7 @@ def test_a_run_that_is_signalled_has_saved_one_step_later(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("phase", ["start-up", "data building"])
 def test_before_the_first_step_it_ends_at_once(
-    pool: WorkerPool, material: Material, tmp_path: Path, phase: str, number: signal.Signals
+    pool: WorkerPool, material: Material, unbroken_pair: Path, tmp_path: Path, phase: str, number: signal.Signals
 ) -> None:
     config = runs.adapt_config(material, tmp_path / "run", student__layout={"tensor": 2})
     with job(["adapt", "--config", runs.write_config(config)], 2, tmp_path / "job") as ranks:
@@ -73,9 +91,7 @@ def test_before_the_first_step_it_ends_at_once(
         ranks.signal(number)
         assert ranks.wait(30) == [-number, -number]
         assert ranks.left_behind() == []
-    unbroken = runs.adapt_config(material, tmp_path / "unbroken", student__layout={"tensor": 2})
-    runs.train(pool, "adapt", config, world=2)
-    assert runs.metrics(tmp_path / "run") == runs.metrics(runs.train(pool, "adapt", unbroken, world=2))
+    assert runs.metrics(runs.train(pool, "adapt", config, world=2)) == runs.metrics(unbroken_pair)
 
 
 @pytest.mark.slow

@@ -33,6 +33,7 @@ PRELOADED = [
 ]
 STREAMS = ("stdout", "stderr")
 SECONDS_AFTER_A_FAILURE = 15.0  # what the other ranks get to notice that one of them is gone
+GRACE_SECONDS = 0.05  # of a refusal: no launcher is here that would end a rank while the first one speaks
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,10 @@ def _serve(pipe: connection.Connection) -> None:
     """The life of a worker: one call after the other until the pool closes the pipe."""
     import torch
 
+    from megatron_capgap import __main__ as door
+
     torch.set_num_threads(1)
+    door._GRACE_SECONDS = GRACE_SECONDS
     # Daemonic, so that a worker never outlives the tests; but Megatron's checkpoint writer forks children of its own.
     multiprocessing.current_process()._config["daemon"] = False
     for stream in (sys.stdout, sys.stderr):

@@ -169,7 +169,13 @@ def whole(pool: WorkerPool, shape: ModelShape, layout: Layout, world: int) -> di
     return tensors
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
+def on_one_rank(request: pytest.FixtureRequest, pool: WorkerPool) -> tuple[ModelShape, dict[str, Tensor]]:
+    """A shape and its initial weights on one rank."""
+    shape = ModelShape(**runs.STUDENT, tied_embeddings=request.param)
+    return shape, whole(pool, shape, Layout(), 1)
+
+
 @pytest.mark.parametrize(
     ("layout", "world"),
     [
@@ -179,9 +185,11 @@ def whole(pool: WorkerPool, shape: ModelShape, layout: Layout, world: int) -> di
     ],
     ids=["tp2_pp2", "pp2_vp2", "tp2"],
 )
-def test_initial_weights_do_not_depend_on_the_layout(pool: WorkerPool, layout: Layout, world: int, tied: bool) -> None:
-    shape = ModelShape(**runs.STUDENT, tied_embeddings=tied)
-    expected, found = whole(pool, shape, Layout(), 1), whole(pool, shape, layout, world)
+def test_initial_weights_do_not_depend_on_the_layout(
+    pool: WorkerPool, on_one_rank: tuple[ModelShape, dict[str, Tensor]], layout: Layout, world: int
+) -> None:
+    shape, expected = on_one_rank
+    found = whole(pool, shape, layout, world)
     assert found.keys() == expected.keys()
     rows = shape.vocab
     for key, tensor in found.items():
