@@ -126,7 +126,7 @@ def run(args: argparse.Namespace, environment: launch.Environment) -> int:
         else:
             from megatron_capgap.conversion.exporting import export_checkpoint
 
-            export_checkpoint(
+            caution = export_checkpoint(
                 os.path.abspath(args.checkpoint),
                 Path(os.path.abspath(args.out)),
                 device,
@@ -135,6 +135,8 @@ def run(args: argparse.Namespace, environment: launch.Environment) -> int:
                 force=args.force,
                 progress=progress,
             )
+            if caution and environment.rank == 0:
+                print(caution)
     if environment.rank == 0:
         written = sum(file.stat().st_size for file in Path(args.out).rglob("*") if file.is_file())
         seconds = time.monotonic() - began

@@ -19,13 +19,14 @@ EXPORTED = "Exported with megatron_capgap"
 """Tells a folder that was written here from others."""
 
 
-def text(folder: Path, manifest: Manifest, family: Family) -> str:
+def text(folder: Path, manifest: Manifest, family: Family, caution: str | None = None) -> str:
     """README.md of an exported model.
 
     Args:
         folder: the checkpoint.
         manifest: what it says of itself.
         family: its architecture.
+        caution: what whoever loads it must know.
     """
     shape = manifest.model
     total, inner = size.parameters(shape), size.non_embedding_parameters(shape)
@@ -34,6 +35,7 @@ def text(folder: Path, manifest: Manifest, family: Family) -> str:
     lines += [*(f"- {tag}" for tag in tags), "---", "", f"# {folder.parents[1].resolve().name}", ""]
     lines += [f"A {family.name} model with {total:,} parameters, {inner:,} without embeddings:"]
     lines += [f"{shape.layers} layers, hidden size {shape.hidden}, vocabulary {shape.vocab}.", ""]
+    lines += [f"{caution}.", ""] if caution else []
     if manifest.stage == STAGE:
         lines += [f"{EXPORTED}; its weights were imported before, and not trained.", ""]
     else:

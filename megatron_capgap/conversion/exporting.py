@@ -61,7 +61,7 @@ def export_checkpoint(
     max_shard_bytes: int,
     force: bool,
     progress: Progress,
-) -> None:
+) -> str | None:
     """Exports a checkpoint. Collective; the files are shared out over the ranks.
 
     Args:
@@ -73,6 +73,9 @@ def export_checkpoint(
         force: replace what an earlier export wrote there.
         progress: told after each block of rows.
 
+    Returns:
+        What whoever loads the folder must know, if anything.
+
     Raises:
         UserError: before anything is written, wherever it can be known then.
     """
@@ -83,8 +86,9 @@ def export_checkpoint(
         refuse_to_lose(folder, out)
         manifest = manifests.read(folder)
         carried = _carried(folder, manifest)
-        words = card.text(folder, manifest, FAMILIES[manifest.model.family])
-        return manifest, carried, tokenizer.find(carried, manifest), Reader(folder), words
+        words = tokenizer.find(carried, manifest)
+        model_card = card.text(folder, manifest, FAMILIES[manifest.model.family], tokenizer.caution(manifest, words))
+        return manifest, carried, words, Reader(folder), model_card
 
     manifest, carried, words, reader, model_card = on_ranks_alike(look)
     family = FAMILIES[manifest.model.family]
@@ -107,6 +111,7 @@ def export_checkpoint(
             (staged / "README.md").write_text(model_card, encoding="utf-8")
 
         on_first_rank(finish)
+    return tokenizer.caution(manifest, words)
 
 
 def _exported(folder: Path) -> bool:

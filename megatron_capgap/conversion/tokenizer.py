@@ -85,6 +85,16 @@ def find(carried: Path | None, manifest: Manifest) -> Words:
     return Copied(Path(place), opened.bos, opened.eos)
 
 
+def caution(manifest: Manifest, words: Words) -> str | None:
+    """What whoever loads the folder must know to read the right ids."""
+    if manifest.model.family != "qwen2" or not isinstance(words, Translated):
+        return None
+    return (
+        "AutoTokenizer of transformers 5 opens the tokenizer of any qwen2 as Qwen2Tokenizer, and reads other ids with "
+        "this SentencePiece vocabulary; load it with PreTrainedTokenizerFast.from_pretrained"
+    )
+
+
 def write_template(folder: Path, template: str, words: Words) -> None:
     """Puts the chat template that a model was finetuned with in the place of any that came with its tokenizer.
 

@@ -29,6 +29,7 @@ from tools import generate as generate_tool
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
+    "tp2": (2, {"tensor": 2}),
     "tp2_sp": (2, {"tensor": 2, "sequence": True}),
     "pp2": (2, {"pipeline": 2}),
     "tp2_pp2": (4, {"tensor": 2, "pipeline": 2}),
@@ -127,6 +128,8 @@ def run_of(pool: WorkerPool, material: Material, tmp_path_factory: pytest.TempPa
     ("name", "layout"),
     [
         *(("llama3", layout) for layout in LAYOUTS),
+        ("mistral", "tp2_pp2"),
+        ("qwen2", "tp2"),
         *((name, layout) for name in ("gpt2", "gpt_neox") for layout in ("one", "tp2_sp", "tp2_pp2")),
         ("qwen3", "tp2_sp"),
     ],
@@ -152,7 +155,7 @@ def continuations(run: Path, cut: dict[str, Any], batch: int) -> list[list[int]]
 def test_layout_and_batch_change_nothing(pool: WorkerPool, run_of: Any) -> None:
     run = run_of("llama3")
     expected = pool.run(continuations, run, {}, 1, world=1)[0]
-    for (world, cut), batch in zip(LAYOUTS.values(), (5, 2, 32, 3, 1), strict=True):
+    for (world, cut), batch in zip(LAYOUTS.values(), (5, 4, 2, 32, 3, 1), strict=True):
         assert pool.run(continuations, run, cut, batch, world=world) == [expected] * world
 
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_capgap.checkpoint import manifest as manifests
 from megatron_capgap.models import size
+from tests.distributed.test_conversion import assert_equal_folders
 from tests.support import hf_models, masked, pruning, runs
 from tests.support.pool import WorkerPool
 from tests.support.runs import Material
@@ -24,6 +25,8 @@ class Planted:
     numbers: dict[str, int]
     groups: dict[int, list[int]]
     """By layer, key/value heads."""
+    heads: dict[int, list[int]]
+    """By layer, query heads, as many of each group that stays."""
     neurons: dict[int, list[int]]
     channels: list[int]
 
@@ -33,24 +36,28 @@ CASES = {
     "llama": Planted(
         {"heads": 3, "kv_heads": 1, "hidden": 36, "ffn": 56},
         {0: [1], 1: [0], 2: [0], 3: [1]},
+        {},
         {0: [*range(16)], 1: [*range(56, 72)], 2: [*range(0, 32, 2)], 3: [*range(40, 56)]},
         [0, 5, 6, 7, 11, 20, 21, 30, 33, 41, 46, 47],
     ),
     "smollm": Planted(
-        {"heads": 6, "hidden": 42, "ffn": 64},
+        {"heads": 4, "kv_heads": 2, "hidden": 40, "ffn": 64},
         {},
+        {0: [0, 3], 1: [1, 5], 2: [2, 4], 3: [0, 5]},
         {layer: [layer, 10, 20, 30, 40, 50, 60, 71] for layer in range(4)},
-        [1, 2, 3, 13, 24, 40],
+        [1, 2, 3, 13, 24, 30, 40, 47],
     ),
     "gpt2": Planted(
         {"heads": 4, "hidden": 32, "ffn": 96},
         {0: [0, 5], 1: [1, 2], 2: [3, 5], 3: [0, 4]},
+        {},
         {layer: [*range(layer, 104, 13)] for layer in range(4)},
         [*range(3, 48, 3), 0],
     ),
     "gpt_neox": Planted(
         {"heads": 3, "hidden": 36, "ffn": 96},
         {0: [0], 1: [1], 2: [2], 3: [3]},
+        {},
         {layer: [*range(layer, 104, 13)] for layer in range(4)},
         [*range(2, 48, 4)],
     ),
@@ -66,13 +73,15 @@ def rows_first(linear: Any) -> torch.Tensor:
 def plant(model: PreTrainedModel, planted: Planted) -> PreTrainedModel:
     """Makes parts dead: a head or neuron that nothing reads, a channel into which nothing is ever written."""
     parts, n = masked.parts_of(model), masked.sizes(model)
-    columns = n["context"] // n["groups"]
+    columns, width = n["context"] // n["groups"], n["context"] // n["heads"]
     written = [model.get_input_embeddings().weight]
     if model.config.model_type == "gpt2":
         written.append(model.transformer.wpe.weight)
     for i, (_, _, out, _, _, down) in enumerate(parts.layers):
         for group in planted.groups.get(i, []):
             rows_first(out)[:, group * columns : (group + 1) * columns] = 0
+        for head in planted.heads.get(i, []):
+            rows_first(out)[:, head * width : (head + 1) * width] = 0
         rows_first(down)[:, planted.neurons[i]] = 0
         written += [
             part for linear in (out, down) for part in (rows_first(linear).t(), linear.bias) if part is not None
@@ -94,8 +103,7 @@ def stays(dead: list[int], count: int) -> list[int]:
     return [i for i in range(count) if i not in dead]
 
 
-@pytest.mark.parametrize("kind", ["gradient", "activation"])
-@pytest.mark.parametrize("layout", ["one", "tp2_pp2_sp"])
+@pytest.mark.parametrize("layout, kind", [("one", "activation"), ("tp2_pp2_sp", "gradient")])
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_dead_goes_and_no_logit_changes(
     pool: WorkerPool, material: Material, tmp_path: Path, name: str, layout: str, kind: str
@@ -114,6 +122,8 @@ def test_what_is_dead_goes_and_no_logit_changes(
     assert plan["channels"] == stays(planted.channels, n["channels"])
     for i in range(4):
         assert plan["groups"][i] == stays(planted.groups.get(i, []), n["groups"])
+        if planted.heads:
+            assert plan["heads"][i] == stays(planted.heads[i], n["heads"])
         assert plan["neurons"][i] == stays(planted.neurons[i], n["neurons"])
     pruning.convert(pool, "export", "--checkpoint", str(run_dir), "--out", str(tmp_path / "small"))
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "small").double()
@@ -161,6 +171,9 @@ def test_a_pruned_checkpoint_goes_anywhere(pool: WorkerPool, material: Material,
         pool, "prune", pruning.prune_config(material, teacher, tmp_path / "pruned", SHAPES[name], cut), world
     )
     pruning.convert(pool, "export", "--checkpoint", str(run_dir), "--out", str(tmp_path / "small"), world=2)
+    pruning.convert(pool, "import", "--hf", str(tmp_path / "small"), "--out", str(tmp_path / "again"))
+    pruning.convert(pool, "export", "--checkpoint", str(tmp_path / "again"), "--out", str(tmp_path / "back"))
+    assert_equal_folders(tmp_path / "back", tmp_path / "small")
     for tensor, pipeline in ((1, 1), (1, 2) if SHAPES[name]["heads"] % 2 else (2, 2)):
         words = ["verify", "--hf", str(tmp_path / "small"), "--checkpoint", str(run_dir), "--tolerance", "1e-5"]
         words += ["--tensor", str(tensor), "--pipeline", str(pipeline)]
