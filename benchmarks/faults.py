@@ -36,7 +36,7 @@ def main() -> int:
             faults.config(material, folder / name, args.count, teacher, beside=args.beside)
             for name in ("broken", "unbroken")
         )
-        met = faults.endure(broken, wanted, folder / "output")
+        met = faults.endure(broken, wanted, folder / "output", limit=600.0)
         print(f"{args.count} of {args.count} resumed: {dict(met)}; {time.monotonic() - began:.0f} s", flush=True)
         runs.train_apart(faults.stage_of(unbroken), unbroken, faults.WORLD, 3600)
         same = runs.metrics(folder / "broken") == runs.metrics(folder / "unbroken")

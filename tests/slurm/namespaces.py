@@ -23,7 +23,20 @@ ip addr add "$1/24" dev eth0; shift; "$@"; exit $?"""
 
 def available() -> bool:
     """Whether this user may make them here."""
-    words = ["unshare", "--net", "--uts", "--pid", "--fork", "--mount-proc", "ip", "link", "add", "br0", "type", "bridge"]
+    words = [
+        "unshare",
+        "--net",
+        "--uts",
+        "--pid",
+        "--fork",
+        "--mount-proc",
+        "ip",
+        "link",
+        "add",
+        "br0",
+        "type",
+        "bridge",
+    ]
     if os.geteuid() != 0 or not all(map(shutil.which, ("unshare", "nsenter", "ip"))):
         return False
     return subprocess.run(words, capture_output=True).returncode == 0

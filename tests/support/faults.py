@@ -64,7 +64,8 @@ def config(
         beside: whether checkpoints are written while training goes on.
     """
     changes = {"train__steps": STEPS_A_START * count, "train__dropout": 0.1, "optimizer__schedule": "constant"}
-    changes |= {"checkpoint__every": EVERY, "checkpoint__async_save": beside}
+    changes |= {"checkpoint__every": EVERY, "checkpoint__async_save": beside, "train__eval_every": 5}
+    changes |= {"train__log_every": 1}  # this start's steps are read off what it says
     if teacher is None:
         return runs.adapt_config(material, run_dir, **changes)
     return runs.distill_config(material, run_dir, teacher, student__layout={"pipeline": 2}, **changes)
@@ -92,7 +93,7 @@ def endure(settings: dict[str, Any], faults: list[Fault], folder: Path, limit: f
     whole = 0
     for number, fault in enumerate(faults):
         with job(words, WORLD, folder / str(number)) as ranks:
-            ranks.wait_until(lambda: _far_enough(run_dir, whole, fault), limit)  # noqa: B023 (called at once)
+            ranks.wait_until(lambda: _far_enough(ranks, run_dir, whole, fault), limit)  # noqa: B023 (called at once)
             if fault.saving:
                 ranks.wait_until(lambda: _unfinished(run_dir), limit)
             met["in a save"] += _unfinished(run_dir)
@@ -124,20 +125,19 @@ def _assert_resumed(ranks: Job, whole: int) -> None:
     assert (int(found[1]) if found else 0) >= whole, f"lost step {whole}: {ranks.stdout()}"
 
 
-def _far_enough(run_dir: Path, whole: int, fault: Fault) -> bool:
-    """Whether a start has done its steps, and finished two checkpoints that damage may find."""
-    return _last_step(run_dir) >= whole + fault.steps and _latest(run_dir) >= whole + 2 * EVERY
+def _far_enough(ranks: Job, run_dir: Path, whole: int, fault: Fault) -> bool:
+    """Whether a start has done its steps, and finished two checkpoints that damage may find.
+
+    metrics.jsonl cannot tell: until the start has loaded its checkpoint, it holds steps of the start before.
+    """
+    done = re.findall(r"^step (\d+)/", ranks.stdout(), re.M)
+    return bool(done) and int(done[-1]) >= whole + fault.steps and _latest(run_dir) >= whole + 2 * EVERY
 
 
 def _latest(run_dir: Path) -> int:
     """The step that `latest` names, 0 where there is none yet."""
     pointer = run_dir / "latest"
     return int(pointer.read_text().strip().removeprefix("step_")) if pointer.exists() else 0
-
-
-def _last_step(run_dir: Path) -> int:
-    steps = runs.steps_of(run_dir)
-    return steps[-1]["step"] if steps else 0
 
 
 def _unfinished(run_dir: Path) -> bool:
