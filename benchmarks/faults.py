@@ -3,8 +3,8 @@
     python benchmarks/faults.py [--count 50] [--seed 1] [--async] [--distill]
 
 Two data-parallel ranks train on text; with --distill two pipeline stages learn from a teacher. With --async checkpoints
-are written while training goes on. Prints the schedule, which the seed decides, and the counts; the exit code is 1 where
-the run ended otherwise than one that nobody disturbed.
+are written while training goes on. Prints the schedule, which the seed decides, and the counts; the exit code is 1
+where the run ended otherwise than one that nobody disturbed.
 """
 
 import argparse

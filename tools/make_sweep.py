@@ -36,9 +36,9 @@ RECORD = "record.json"
 STAGE = Path(__file__).resolve().parents[1] / "examples" / "slurm" / "stage.sbatch"
 SUBMIT = """\
 #!/usr/bin/env bash
-# Submits the sweep: an array a phase, each when the one before it has ended, well or not: a run whose teacher or student
-# has not come to its end is refused, the others go on. LIMIT runs at a time, 16 by default; further options of sbatch as
-# arguments. Called again, it runs what is missing.
+# Submits the sweep: an array a phase, each when the one before it has ended, well or not: a run whose teacher or
+# student has not come to its end is refused, the others go on. LIMIT runs at a time, 16 by default; further options of
+# sbatch as arguments. Called again, it runs what is missing.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 previous=
@@ -74,7 +74,7 @@ for model in (config.get("teacher"), config["student"]):
     if run and run.startswith({runs!r}):
         newest = manifest.latest(manifest.Path(run))
         if newest is None or (found := manifest.read(newest)).step < found.steps:
-            sys.exit(f"array.sbatch: error: {{run}} has not come to its end; see why, mend it, and call submit.sh again")
+            sys.exit(f"array.sbatch: error: {{run}} has not come to its end; mend it and call submit.sh again")
 END
 source {script}
 """

@@ -56,7 +56,7 @@ class StopRequest:
         return self._answer(self._largest(self._mine()))
 
     def heard(self) -> str | None:
-        """As `agreed`, between two steps, of the ranks of the default process group alone: one all-reduce over those."""
+        """As `agreed`, between two steps: of the default process group alone, over which it is collective."""
         return self._answer(largest_in_world(self._mine(), self._device))
 
     def _mine(self) -> int:

@@ -68,7 +68,7 @@ def test_a_run_that_is_signalled_has_saved_one_step_later(
     saved: int,
     number: signal.Signals,
 ) -> None:
-    """In a step, the first save, and the first evaluation, whose second batch is left out; both after the second step."""
+    """In a step, the first save and the first evaluation, both after the second step; its second batch is left out."""
     config = runs.adapt_config(material, tmp_path / "run", **CHANGES)
     work = partial(signal_in, where, number, ["adapt", "--config", runs.write_config(config)])
     ranks = pool.run(work, world=2, initialise=False, capture=True)

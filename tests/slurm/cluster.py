@@ -1,8 +1,8 @@
 """A real SLURM on this machine for tests: one controller and several nodes, each a slurmd.
 
 The nodes are called by their addresses, names that resolve everywhere, so that nothing outside the cluster's folder is
-touched. Where it may, each is in namespaces of its own. Elsewhere they are 127.0.0.1, 127.0.0.2 and so on, and share the
-host's processes; one is then killed by killing all that belong to it.
+touched. Each is in namespaces of its own where that may be. Elsewhere they are 127.0.0.1, 127.0.0.2 and so on, and
+share the host's processes; one is then killed by killing all that belong to it.
 """
 
 import os

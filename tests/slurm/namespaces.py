@@ -9,11 +9,11 @@ import shutil
 import subprocess
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 PREFIX = "10.213.7."
 HEAD = f"{PREFIX}254"
 """Where the controller is, and all commands."""
+_OWN = ("unshare", "--net", "--uts", "--pid", "--fork", "--kill-child=KILL", "--mount-proc")
 # The first process of a node: waits for its network card, starts the rest and reaps what others leave behind.
 _NODE = """\
 hostname "$1"; ip link set lo up
@@ -23,20 +23,7 @@ ip addr add "$1/24" dev eth0; shift; "$@"; exit $?"""
 
 def available() -> bool:
     """Whether this user may make them here."""
-    words = [
-        "unshare",
-        "--net",
-        "--uts",
-        "--pid",
-        "--fork",
-        "--mount-proc",
-        "ip",
-        "link",
-        "add",
-        "br0",
-        "type",
-        "bridge",
-    ]
+    words = [*_OWN, "ip", "link", "add", "br0", "type", "bridge"]
     if os.geteuid() != 0 or not all(map(shutil.which, ("unshare", "nsenter", "ip"))):
         return False
     return subprocess.run(words, capture_output=True).returncode == 0
@@ -44,8 +31,7 @@ def available() -> bool:
 
 def node(address: str, words: Sequence[str]) -> list[str]:
     """The command that starts words on a node; it ends when they do, and they end when it is killed."""
-    own = ["unshare", "--net", "--uts", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]
-    return [*own, "bash", "-c", _NODE, "node", address, *words]
+    return [*_OWN, "bash", "-c", _NODE, "node", address, *words]
 
 
 class Network:
