@@ -27,6 +27,8 @@ PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol")
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 LOOPBACK = "127.0.0."
+KILL_WAIT = 10
+"""Seconds that a step which was told to go has, before SLURM kills it."""
 CONF = """\
 ClusterName=tests
 SlurmctldHost=localhost({head})
@@ -56,7 +58,7 @@ SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=1,sched_interval=2,bf_interval=2
 SlurmdTimeout=10
 TCPTimeout=2
-KillWait=10
+KillWait={kill_wait}
 MinJobAge=3600
 ReturnToService=2
 JobRequeue=1
@@ -146,6 +148,7 @@ class Cluster:
         text = CONF.format(
             head=namespaces.HEAD if self._apart else "127.0.0.1",
             port=controller,
+            kill_wait=KILL_WAIT,
             user=psutil.Process().username(),
             folder=self.folder,
             nodes="\n".join(lines),
@@ -258,6 +261,10 @@ class Cluster:
         if done.returncode:
             raise subprocess.SubprocessError(f"{' '.join(words)}: {done.stderr}")
         return done.stdout.strip()
+
+    def host_of(self, node: str) -> str:
+        """What a process on a node takes for the name of its machine."""
+        return node if self._apart else socket.gethostname()
 
     def state_of(self, node: str) -> str:
         """A node's state: IDLE, MIXED, ALLOCATED, DOWN."""
