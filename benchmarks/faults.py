@@ -1,9 +1,10 @@
 """Fifty random kills, signals and damaged files over one small run: how many it survived, and what it learned.
 
-    python benchmarks/faults.py [--count 50] [--seed 1]
+    python benchmarks/faults.py [--count 50] [--seed 1] [--async] [--distill]
 
-Prints the schedule, which the seed decides, and the counts; the exit code is 1 where the run ended otherwise than one
-that nobody disturbed.
+Two data-parallel ranks train on text; with --distill two pipeline stages learn from a teacher. With --async checkpoints
+are written while training goes on. Prints the schedule, which the seed decides, and the counts; the exit code is 1
+where the run ended otherwise than one that nobody disturbed.
 """
 
 import argparse
@@ -21,6 +22,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=50)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--async", action="store_true", dest="beside", help="checkpoint.async_save")
+    parser.add_argument("--distill", action="store_true", help="with a teacher")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder, began = Path(name), time.monotonic()
@@ -28,12 +31,24 @@ def main() -> int:
         wanted = faults.schedule(args.seed, args.count)
         for number, fault in enumerate(wanted):
             print(number, fault)
-        met = faults.endure(faults.config(material, folder / "broken", args.count), wanted, folder / "output")
+        teacher = train_teacher(material) if args.distill else None
+        broken, unbroken = (
+            faults.config(material, folder / name, args.count, teacher, beside=args.beside)
+            for name in ("broken", "unbroken")
+        )
+        met = faults.endure(broken, wanted, folder / "output", limit=600.0)
         print(f"{args.count} of {args.count} resumed: {dict(met)}; {time.monotonic() - began:.0f} s", flush=True)
-        runs.train_apart("adapt", faults.config(material, folder / "unbroken", args.count), faults.WORLD, 3600)
+        runs.train_apart(faults.stage_of(unbroken), unbroken, faults.WORLD, 3600)
         same = runs.metrics(folder / "broken") == runs.metrics(folder / "unbroken")
         print(f"the same losses as undisturbed, to the last digit: {'yes' if same else 'NO'}")
     return 0 if same else 1
+
+
+def train_teacher(material: runs.Material) -> Path:
+    """A few steps of a larger model; its run directory."""
+    config = runs.adapt_config(material, material.folder / "teacher", student__model=runs.TEACHER, data__valid=None)
+    runs.train_apart("adapt", config)
+    return Path(config["run_dir"])
 
 
 if __name__ == "__main__":

@@ -39,14 +39,15 @@ RECORD = "record.json"
 STAGE = Path(__file__).resolve().parents[1] / "examples" / "slurm" / "stage.sbatch"
 SUBMIT = """\
 #!/usr/bin/env bash
-# Submits the sweep: an array a phase, each after the one before it. LIMIT runs at a time, 16 by default; further
-# options of sbatch as arguments.
+# Submits the sweep: an array a phase, each when the one before it has ended, well or not: a run whose teacher or
+# student has not come to its end is refused, the others go on. LIMIT runs at a time, 16 by default; further options of
+# sbatch as arguments. Called again, it runs what is missing.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 previous=
 for phase in "$here"/phase_*.txt; do
     runs=$(wc -l < "$phase")
-    previous=$(sbatch --parsable ${previous:+--dependency=afterok:$previous} \\
+    previous=$(sbatch --parsable ${previous:+--dependency=afterany:$previous} \\
         --array="0-$((runs - 1))%${LIMIT:-16}" "$@" "$here/array.sbatch" "$phase")
     echo "$(basename "$phase" .txt): job $previous, $runs runs"
 done
@@ -66,6 +67,18 @@ cd {folder} || exit 1
 read -r stage config < <(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$1")
 set -- "$stage" --config "$config"
 CAPGAP_PYTHON={python}
+# What it begins from may have failed in the phase before, halfway: half a teacher teaches something else.
+"$CAPGAP_PYTHON" - "$config" <<'END' || exit 2
+import sys, yaml
+from megatron_capgap.checkpoint import manifest
+config = yaml.safe_load(open(sys.argv[1]))
+for model in (config.get("teacher"), config["student"]):
+    run = (model or {{}}).get("checkpoint")
+    if run and run.startswith({runs!r}):
+        newest = manifest.latest(manifest.Path(run))
+        if newest is None or (found := manifest.read(newest)).step < found.steps:
+            sys.exit(f"array.sbatch: error: {{run}} has not come to its end; mend it and call submit.sh again")
+END
 source {script}
 """
 
@@ -149,6 +162,7 @@ def write_sweep(sweep: Sweep) -> None:
         folder=shlex.quote(str(Path.cwd())),
         python=shlex.quote(sys.executable),
         script=shlex.quote(str(STAGE)),
+        runs=f"{sweep.out}/runs/",
     )
     write_atomically(out / "slurm" / "array.sbatch", script)
     write_atomically(out / "slurm" / "submit.sh", SUBMIT)

@@ -28,10 +28,12 @@ class StopRequest:
     def __init__(
         self, device: torch.device, largest: Callable[[int], int] | None = None, deadline: float | None = None
     ) -> None:
-        self._deadline = deadline
+        self._deadline, self._device = deadline, device
         self._largest = largest or (lambda number: largest_in_world(number, device))
         self.seen = 0
         """The number of the last signal that this rank has received; 0 for none."""
+        self.reason: str | None = None
+        """What `agreed` or `heard` last answered."""
         self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopRequest:
@@ -51,10 +53,19 @@ class StopRequest:
 
         Collective: one all-reduce of one number.
         """
-        number = self._largest(self.seen or (_TIME_IS_UP if self._time_is_up() else 0))
-        if number == _TIME_IS_UP:
-            return "train.exit_after_minutes"
-        return signal.Signals(number).name if number else None
+        return self._answer(self._largest(self._mine()))
+
+    def heard(self) -> str | None:
+        """As `agreed`, between two steps: of the default process group alone, over which it is collective."""
+        return self._answer(largest_in_world(self._mine(), self._device))
+
+    def _mine(self) -> int:
+        return self.seen or (_TIME_IS_UP if self._time_is_up() else 0)
+
+    def _answer(self, number: int) -> str | None:
+        name = signal.Signals(number).name if number > _TIME_IS_UP else None
+        self.reason = "train.exit_after_minutes" if number == _TIME_IS_UP else name
+        return self.reason
 
     def _time_is_up(self) -> bool:
         return self._deadline is not None and time.monotonic() >= self._deadline

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +57,8 @@ def evaluate(
     global_batch: int,
     batches: int | None,
     device: torch.device,
-) -> Evaluation:
+    halted: Callable[[], bool] = lambda: False,
+) -> Evaluation | None:
     """Runs the model forward over held-out samples, each exactly once. Collective; leaves the model in training mode.
 
     Args:
@@ -70,10 +71,15 @@ def evaluate(
         global_batch: sequences in one pass of all ranks.
         batches: global batches to read; None reads everything.
         device: where tensors live.
+        halted: asked before every batch whether to give up, on all ranks alike. Collective.
+
+    Returns:
+        The same on all ranks; None where it was given up.
     """
     samples = len(sequence) if batches is None else min(len(sequence), batches * global_batch)
     lengths = byte_lengths.to(device)
     losses: list[Loss] = []
+    given_up = False
 
     def last_stage(hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, None]:
         labels, mask = batch.flat()
@@ -94,6 +100,8 @@ def evaluate(
         chunk.eval()
     with torch.no_grad():
         for start in range(0, samples, global_batch):
+            if given_up := halted():
+                break
             wanted = range(start, start + global_batch)
             mine = list(
                 micro_batches(sequence, wanted, micro_batch, grid.data_rank, grid.data_size, device, limit=samples)
@@ -102,6 +110,8 @@ def evaluate(
             schedule.run(chunks, grid, mine, last_stage, forward_only=True, shape=shape)
     for chunk in chunks:
         chunk.train()
+    if given_up:
+        return None
     loss, report, tokens = reduce_losses(losses, grid)
     bits = loss / math.log(2.0) / report["bytes"] if report.get("bytes") else float("nan")
     return Evaluation(loss, bits, tokens, samples)

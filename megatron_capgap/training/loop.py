@@ -107,22 +107,33 @@ def train(run: Run) -> None:
             _unless_full(run, run.saver.look)
             if result is not None:
                 _report(run, done, result, meter, pace)
-            reason = stop.agreed()
-            saved = bool(reason) or _due(done, config.checkpoint.every, steps)
-            if saved:
-                save(run, done, skipped, last=bool(reason) or done == steps)
+            reason, saved = stop.agreed(), False
+            if reason or _due(done, config.checkpoint.every, steps):
+                saved = save(run, done, skipped, last=bool(reason) or done == steps)
             if _due(done, config.train.eval_every, steps) and not reason:
-                saved = _evaluate(run, done, skipped, patience, saved=saved)
+                saved = _evaluate(run, done, skipped, patience, saved=saved, stop=stop)
+                reason = stop.reason
+                if reason and done < steps:
+                    stop.agreed()  # tells a teacher on ranks of its own
             meter.pause()
             if reason:
-                log.say(f"stopped by {reason} after step {done} of {steps}; the same command goes on from there")
-                if log.speaks:
-                    launch.leave_word("stopped")
+                _stop(run, done, skipped, reason, saved=saved)
                 return
     if not saved:  # early
         save(run, done, skipped, last=True)
     run.saver.end()
     _finish(run, done, patience)
+
+
+def _stop(run: Run, done: int, skipped: int, reason: str, *, saved: bool) -> None:
+    """The end of a start before that of the run: its state is on disk, and the batch script is told."""
+    if not saved:
+        save(run, done, skipped, last=True)
+    run.saver.end()
+    steps = run.config.train.steps
+    run.log.say(f"stopped by {reason} after step {done} of {steps}; the same command goes on from there")
+    if run.log.speaks:
+        launch.leave_word("stopped")
 
 
 @contextmanager
@@ -247,7 +258,7 @@ def _make_latest(folder: Path, damaged: list[Path]) -> None:
     manifests.point_at(folder)
 
 
-def save(run: Run, done: int, skipped: int, *, last: bool) -> None:
+def save(run: Run, done: int, skipped: int, *, last: bool) -> bool:
     """Writes a checkpoint of the state after `done` steps. Collective.
 
     A full disk in the middle of a run is no reason to stop: it says so, and the next save tries again.
@@ -257,6 +268,9 @@ def save(run: Run, done: int, skipped: int, *, last: bool) -> None:
         done: its steps.
         skipped: those among them that changed nothing.
         last: there will be no next save.
+
+    Returns:
+        Whether it is on disk, or on its way.
 
     Raises:
         NotSaved: the last one could not be written.
@@ -276,6 +290,8 @@ def save(run: Run, done: int, skipped: int, *, last: bool) -> None:
         if last:
             raise
         _say_not_saved(run, error)
+        return False
+    return True
 
 
 def _unless_full(run: Run, work: Callable[[], None]) -> None:
@@ -314,14 +330,19 @@ def _report(run: Run, done: int, result: StepResult, meter: Meter, pace: Pace) -
     run.log.advance(done, steps, f"{line}  left {meter.left(steps - done)}", every)
 
 
-def _evaluate(run: Run, done: int, skipped: int, patience: Patience, *, saved: bool) -> bool:
+def _evaluate(
+    run: Run, done: int, skipped: int, patience: Patience, *, saved: bool, stop: StopRequest | None = None
+) -> bool:
     """Loss on the held-out set, into metrics.jsonl; the best checkpoint is kept where there is patience. Collective.
+
+    One that is stopped between two of its batches leaves nothing; the run that goes on begins with it.
 
     Args:
         run: the run.
         done, skipped: its steps, and those among them that changed nothing.
         patience: takes note of the loss.
         saved: whether there is a checkpoint of this step.
+        stop: may end it.
 
     Returns:
         Whether there is one now.
@@ -339,7 +360,10 @@ def _evaluate(run: Run, done: int, skipped: int, patience: Patience, *, saved: b
         global_batch=run.global_batch,
         batches=run.config.train.eval_batches,
         device=run.device.torch_device,
+        halted=(lambda: stop.heard() is not None) if stop else (lambda: False),
     )
+    if result is None:
+        return saved
     run.log.record(result.entry(done))
     run.log.say(
         f"step {done}  valid loss {result.loss:.4f}  perplexity {result.perplexity:.2f}  "
@@ -348,8 +372,7 @@ def _evaluate(run: Run, done: int, skipped: int, patience: Patience, *, saved: b
     # Of the first rank alone, whose number decides for all.
     if patience.see(done, launch.on_first_rank(lambda: result.loss)):
         if not saved:
-            save(run, done, skipped, last=False)
+            saved = save(run, done, skipped, last=False)
         _unless_full(run, run.saver.end)  # only what is on disk can be the best
         launch.on_first_rank(lambda: manifests.point_best_at(run.run_dir, done))
-        return True
     return saved

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch.distributed as dist
 
 from megatron_capgap.__main__ import main
 from tests.support import runs
@@ -23,14 +24,22 @@ from tests.support.runs import Material
 CHANGES = {"train__steps": 6, "train__eval_every": 2, "checkpoint__every": 2, "train__dropout": 0.1}
 
 
+@pytest.fixture(scope="module")
+def unbroken(pool: WorkerPool, material: Material, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What metrics.jsonl holds after a run of two replicas."""
+    config = runs.adapt_config(material, tmp_path_factory.mktemp("unbroken") / "run", **CHANGES)
+    return runs.metrics(runs.train(pool, "adapt", config, world=2))
+
+
 def signal_in(where: str, number: int, words: list[str]) -> int:
-    """Runs a command whose process is signalled each time that it begins with something."""
+    """Runs a command of whose ranks the second is signalled each time that it begins with something."""
     path, name = where.split()
     module = importlib.import_module(f"megatron_capgap.{path}")
     part = getattr(module, name)
 
     def signalled(*arguments: Any, **options: Any) -> Any:
-        signal.raise_signal(number)
+        if dist.get_rank() == 1:
+            signal.raise_signal(number)
         return part(*arguments, **options)
 
     setattr(module, name, signalled)
@@ -38,12 +47,6 @@ def signal_in(where: str, number: int, words: list[str]) -> int:
         return main(words)
     finally:
         setattr(module, name, part)
-
-
-@pytest.fixture(scope="module")
-def unbroken(pool: WorkerPool, material: Material, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of six steps that no signal reaches."""
-    return runs.train(pool, "adapt", runs.adapt_config(material, tmp_path_factory.mktemp("six") / "run", **CHANGES))
 
 
 @pytest.fixture(scope="module")
@@ -55,25 +58,32 @@ def unbroken_pair(pool: WorkerPool, material: Material, tmp_path_factory: pytest
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize(
-    "where, saved", [("training.step reduce_losses", 1), ("training.loop save", 3), ("training.loop evaluate", 3)]
+    "where, saved",
+    [
+        ("training.step reduce_losses", 1),
+        ("training.loop save", 2),
+        ("training.loop evaluate", 2),
+        ("training.evaluate micro_batches", 2),
+    ],
 )
 def test_a_run_that_is_signalled_has_saved_one_step_later(
     pool: WorkerPool,
     material: Material,
-    unbroken: Path,
+    unbroken: list[dict[str, Any]],
     tmp_path: Path,
     where: str,
     saved: int,
     number: signal.Signals,
 ) -> None:
-    """In a step, the first save and the first evaluation, both after the second step."""
+    """In a step, the first save and the first evaluation, both after the second step; its second batch is left out."""
     config = runs.adapt_config(material, tmp_path / "run", **CHANGES)
     work = partial(signal_in, where, number, ["adapt", "--config", runs.write_config(config)])
-    (rank,) = pool.run(work, world=1, initialise=False, capture=True)
-    assert rank.value == 0
-    assert f"stopped by {number.name} after step {saved} of 6" in rank.stdout
+    ranks = pool.run(work, world=2, initialise=False, capture=True)
+    assert [rank.value for rank in ranks] == [0, 0], ranks
+    assert f"stopped by {number.name} after step {saved} of 6" in ranks[0].stdout
+    assert runs.metrics(tmp_path / "run") == unbroken[:saved], "half an evaluation is none"
     assert (tmp_path / "run" / "latest").read_text() == f"step_{saved}\n"
-    assert runs.metrics(runs.train(pool, "adapt", config)) == runs.metrics(unbroken)
+    assert runs.metrics(runs.train(pool, "adapt", config, world=2)) == unbroken
 
 
 @pytest.mark.slow

@@ -168,23 +168,27 @@ def test_a_changed_grid_is_refused(killed: dict[str, Any], material: Material, t
     assert call(killed["file"])[0] == 0  # the configurations of the true grid again
 
 
-@pytest.mark.slow
-def test_an_array_task_runs_its_line(killed: dict[str, Any], tmp_path: Path) -> None:
-    """The batch script with an srun that starts one rank here: each task finds its run, which is finished already."""
-    (tmp_path / "srun").write_text('#!/bin/sh\nshift; exec "$@"\n')
-    (tmp_path / "srun").chmod(0o755)
-    slurm = killed["out"] / "slurm"
-    lines = (slurm / "phase_1.txt").read_text().splitlines()
-    assert len(lines) == 7
-    variables = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_JOB_ID": "7", "SLURM_SUBMIT_DIR": str(tmp_path)}
-    variables |= {**environment(), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        ["bash", str(slurm / "array.sbatch"), str(slurm / "phase_1.txt")],
+def array_task(out: Path, task: int, folder: Path) -> subprocess.CompletedProcess[str]:
+    """One task of the second phase, by the batch script, with what is found in a folder before SLURM's commands."""
+    variables = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": str(task), "SLURM_JOB_ID": "7"}
+    variables |= {**environment(), "SLURM_SUBMIT_DIR": str(folder), "PATH": f"{folder}:{os.environ['PATH']}"}
+    return subprocess.run(
+        ["bash", str(out / "slurm" / "array.sbatch"), str(out / "slurm" / "phase_1.txt")],
         env=variables,
         capture_output=True,
         text=True,
         timeout=120,
     )
+
+
+@pytest.mark.slow
+def test_an_array_task_runs_its_line(killed: dict[str, Any], tmp_path: Path) -> None:
+    """The batch script with an srun that starts one rank here: each task finds its run, which is finished already."""
+    (tmp_path / "srun").write_text('#!/bin/sh\nshift; exec "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    lines = (killed["out"] / "slurm" / "phase_1.txt").read_text().splitlines()
+    assert len(lines) == 7
+    done = array_task(killed["out"], task=5, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert Path(lines[5].split()[1]).stem == "fixed-s1-t2-seed1"
     assert "resumed from" in done.stdout and "fixed-s1-t2-seed1" in done.stdout and "nothing to do" in done.stdout
@@ -213,6 +217,9 @@ def test_sigterm_saves_the_current_run_and_stops(material: Material, tmp_path: P
         assert process.returncode == 130 and "stopped; the same command goes on from here" in said
     assert 2 < json.loads((manifest.latest(first) / manifest.MANIFEST).read_text())["step"] < 2000
     assert [path.name for path in (tmp_path / "work" / "runs").iterdir()] == ["teacher-t1"]
+    refused = array_task(tmp_path / "work", task=0, folder=tmp_path)
+    assert refused.returncode == 2, refused.stderr
+    assert refused.stderr.startswith(f"array.sbatch: error: {first} has not come to its end; ")
 
 
 def test_keys_that_are_no_configuration_are_refused(material: Material, tmp_path: Path) -> None:

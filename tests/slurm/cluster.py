@@ -1,7 +1,8 @@
-"""A real SLURM on this machine for tests: one controller and several nodes, each a slurmd, all on loopback.
+"""A real SLURM on this machine for tests: one controller and several nodes, each a slurmd.
 
-The nodes are called 127.0.0.1, 127.0.0.2 and so on: names that resolve everywhere, so that nothing outside the
-cluster's folder is touched. They share the host's processes; one is killed by killing all that belong to it.
+The nodes are called by their addresses, names that resolve everywhere, so that nothing outside the cluster's folder is
+touched. Each is in namespaces of its own where that may be. Elsewhere they are 127.0.0.1, 127.0.0.2 and so on, and
+share the host's processes; one is then killed by killing all that belong to it.
 """
 
 import os
@@ -18,14 +19,19 @@ from pathlib import Path
 
 import psutil
 
+from tests.slurm import namespaces
+from tests.slurm.namespaces import Network
 from tests.support.processes import environment
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol")
-PREFIX = "127.0.0."
+PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+LOOPBACK = "127.0.0."
+KILL_WAIT = 10
+"""Seconds that a step which was told to go has, before SLURM kills it."""
 CONF = """\
 ClusterName=tests
-SlurmctldHost=localhost(127.0.0.1)
+SlurmctldHost=localhost({head})
 SlurmctldPort={port}
 SlurmUser={user}
 SlurmdUser={user}
@@ -52,7 +58,7 @@ SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=1,sched_interval=2,bf_interval=2
 SlurmdTimeout=10
 TCPTimeout=2
-KillWait=10
+KillWait={kill_wait}
 MinJobAge=3600
 ReturnToService=2
 JobRequeue=1
@@ -106,7 +112,7 @@ def install() -> None:
 
 
 def _program(name: str) -> str | None:
-    return shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    return shutil.which(name, path=PATH)
 
 
 class Cluster:
@@ -120,7 +126,9 @@ class Cluster:
 
     def __init__(self, folder: Path, nodes: int, tasks: int) -> None:
         self.folder = folder
-        self.nodes = [f"{PREFIX}{index + 1}" for index in range(nodes)]
+        self._apart, self._network = namespaces.available(), None
+        prefix = namespaces.PREFIX if self._apart else LOOPBACK
+        self.nodes = [f"{prefix}{index + 1}" for index in range(nodes)]
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._configure(tasks)
 
@@ -133,24 +141,32 @@ class Cluster:
         key.chmod(0o400)
         controller, *ports = _free_ports(len(self.nodes) + 1)
         host = socket.gethostname().split(".")[0]
-        lines = [
-            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={tasks} State=UNKNOWN"
-            for node, port in zip(self.nodes, ports, strict=True)
-        ]
-        user = psutil.Process().username()
+        lines = []
+        for node, port in zip(self.nodes, ports, strict=True):
+            where = f"NodeHostname={node} NodeAddr={node}" if self._apart else f"NodeHostname={host} NodeAddr=127.0.0.1"
+            lines.append(f"NodeName={node} {where} Port={port} CPUs={tasks} State=UNKNOWN")
         text = CONF.format(
-            port=controller, user=user, folder=self.folder, nodes="\n".join(lines), loopback=_stay_on_loopback()
+            head=namespaces.HEAD if self._apart else "127.0.0.1",
+            port=controller,
+            kill_wait=KILL_WAIT,
+            user=psutil.Process().username(),
+            folder=self.folder,
+            nodes="\n".join(lines),
+            loopback="" if self._apart else _stay_on_loopback(),
         )
         (self.folder / "slurm.conf").write_text(text)
 
     def start(self) -> None:
         """Starts the daemons and waits until all nodes are there."""
+        if self._apart:
+            self._network = Network()
         munge = self.folder / "munge"
         files = {"key-file": munge / "key", "seed-file": munge / "seed", "log-file": munge / "log"}
         files |= {"socket": self.folder / "munge.sock", "pid-file": munge / "pid"}
-        self._daemon("munged", "--foreground", "--force", *(f"--{name}={path}" for name, path in files.items()))
+        words = ["munged", "--foreground", "--force", *(f"--{name}={path}" for name, path in files.items())]
+        self._daemon(*words, name="munged")
         wait_for(lambda: (self.folder / "munge.sock").exists(), 10, "munged's socket")
-        self._daemon("slurmctld", "-D", "-i", "-f", str(self.folder / "slurm.conf"))
+        self._daemon(*self._here("slurmctld", "-D", "-i", "-f", str(self.folder / "slurm.conf")), name="slurmctld")
         for node in self.nodes:
             self.start_node(node)
         wait_for(lambda: all(self.state_of(node) == "IDLE" for node in self.nodes), 60, "the nodes", self._logs)
@@ -158,16 +174,22 @@ class Cluster:
     def start_node(self, node: str) -> None:
         """Starts a node, or starts it again."""
         (self.folder / "spool" / node).mkdir(exist_ok=True)
-        self._daemon("slurmd", "-D", "-N", node, "-f", str(self.folder / "slurm.conf"), name=node)
+        words = ["slurmd", "-D", "-N", node, "-f", str(self.folder / "slurm.conf")]
+        if self._network is None:
+            self._daemon(*words, name=node)
+            return
+        self._daemon(*namespaces.node(node, words), name=node)
+        self._network.plug_in(self._daemons[node], self.nodes.index(node))
 
-    def _daemon(self, program: str, *words: str, name: str | None = None) -> None:
-        name = name or program
-        path = _program(program)
-        assert path is not None
+    def _here(self, *words: str) -> list[str]:
+        """A command where the nodes can be reached."""
+        return list(words) if self._network is None else self._network.inside(words)
+
+    def _daemon(self, *words: str, name: str) -> None:
         with open(self.folder / f"{name}.out", "ab") as out:
             self._daemons[name] = subprocess.Popen(
-                [path, *words],
-                env={"PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin", "SLURM_CONF": str(self.folder / "slurm.conf")},
+                words,
+                env={"PATH": PATH, "SLURM_CONF": str(self.folder / "slurm.conf")},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -186,6 +208,8 @@ class Cluster:
             if name in self._daemons:
                 self._daemons[name].terminate()
                 self._daemons[name].wait(10)
+        if self._network is not None:
+            self._network.close()
 
     def kill_node(self, node: str) -> None:
         """A node is gone, with everything that ran on it; the controller learns at once what it would in 30 s."""
@@ -193,6 +217,11 @@ class Cluster:
         self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=killed")
 
     def _kill_all_of(self, node: str) -> None:
+        if self._apart:  # with its first process everything on it is gone
+            if node in self._daemons:
+                self._daemons[node].kill()
+                self._daemons.pop(node).wait(10)
+            return
         for _ in range(3):  # a slurmd that starts a job may be between two processes
             for pid in self.processes_of(node):
                 with suppress(ProcessLookupError):
@@ -224,12 +253,18 @@ class Cluster:
     def run(self, *words: str, variables: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
         """What one of SLURM's commands prints; it must succeed."""
         env = {**environment(), "SLURM_CONF": str(self.folder / "slurm.conf"), **(variables or {})}
+        if not self._apart:
+            env["GLOO_SOCKET_IFNAME"] = "lo"
         # The interpreter of the tests is the jobs' too.
         env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
-        done = subprocess.run(words, env=env, cwd=cwd, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(self._here(*words), env=env, cwd=cwd, capture_output=True, text=True, timeout=30)
         if done.returncode:
             raise subprocess.SubprocessError(f"{' '.join(words)}: {done.stderr}")
         return done.stdout.strip()
+
+    def host_of(self, node: str) -> str:
+        """What a process on a node takes for the name of its machine."""
+        return node if self._apart else socket.gethostname()
 
     def state_of(self, node: str) -> str:
         """A node's state: IDLE, MIXED, ALLOCATED, DOWN."""

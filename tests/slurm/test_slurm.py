@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,8 @@ def cluster() -> Iterator[Cluster]:
 def config_of(material: Material, run_dir: Path, teacher: Path, **changes: Any) -> dict[str, Any]:
     """A run that a job is still busy with when something happens to it, and a checkpoint that it goes back to."""
     whole = {"train__steps": STEPS, "train__dropout": 0.1, "checkpoint__every": 4, "student__layout": LAYOUT}
-    return runs.distill_config(material, run_dir, teacher, **{**whole, "train__eval_batches": 1, **changes})
+    whole |= {"train__eval_batches": 1, "optimizer__schedule": "constant"}
+    return runs.distill_config(material, run_dir, teacher, **{**whole, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,7 @@ class Submitted:
         self.cluster, self.run_dir, self.folder = cluster, Path(config["run_dir"]), folder
         command = ["sbatch", "--parsable", "--nodes=4", "--exclusive", *options, SCRIPT]
         command += ["distill", "--config", runs.write_config(config), *words]
-        variables = {"GLOO_SOCKET_IFNAME": "lo", "CAPGAP_MOST_STARTS": str(starts)}
+        variables = {"CAPGAP_MOST_STARTS": str(starts)}
         self.number = cluster.run(*command, cwd=folder, variables=variables)
 
     def output(self) -> str:
@@ -92,10 +94,10 @@ class Submitted:
         wait_for(lambda: self.state() in ends, limit, "the end of the job", self.output)
         return self.state()
 
-    def kill_rank(self) -> None:
-        """Kills one rank of the four, as the kernel does where memory is short."""
+    def signal_rank(self, number: signal.Signals) -> None:
+        """Stops or kills one rank of the four, as the kernel does where memory is short."""
         (pid,) = self.cluster.ranks_on(self.cluster.nodes[1])
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
 
     def restarts(self) -> int:
         """How often SLURM has started it again."""
@@ -116,31 +118,45 @@ def test_a_preempted_job_saves_comes_back_and_finishes(
     assert runs.metrics(job.run_dir) == undisturbed
 
 
-def test_a_job_that_lost_a_node_goes_on_from_its_last_checkpoint(
+def test_a_job_whose_own_time_is_up_and_that_lost_a_node_goes_on(
     cluster: Cluster, material: Material, teacher: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    job = Submitted(cluster, tmp_path, config_of(material, tmp_path / "run", teacher))
+    """The first start may take one step; the next one has all the time, loses a node, and what came after its last
+    checkpoint is done again."""
+    config = config_of(material, tmp_path / "run", teacher)
+    job = Submitted(cluster, tmp_path, runs.changed(config, train__exit_after_minutes=1e-6))
+    wait_for(lambda: job.says("start 1 stopped before the end of the run; requeued"), LIMIT, "its time", job.output)
+    assert job.says("stopped by train.exit_after_minutes after step 1 of")
+    runs.write_config(config)
     job.wait_for_step(6)
     cluster.kill_node(cluster.nodes[2])
-    wait_for(lambda: job.restarts() == 1, LIMIT, "requeueing", job.output)
+    wait_for(lambda: job.restarts() == 2, LIMIT, "requeueing", job.output)
     cluster.start_node(cluster.nodes[2])
     assert job.wait_for_end() == "COMPLETED", job.output()
-    (resumed,) = map(int, re.findall(r"resumed from \S+: step (\d+) of", job.output()))
-    assert resumed in range(4, STEPS, 4)
-    assert "stopped by" not in job.output()
+    first, second = map(int, re.findall(r"resumed from \S+: step (\d+) of", job.output()))
+    assert first == 1 and second in range(4, STEPS, 4)
+    assert job.output().count("stopped by") == 1
     assert runs.metrics(job.run_dir) == undisturbed
 
 
 def test_a_job_that_lost_a_rank_comes_back_as_often_as_it_may(
     cluster: Cluster, material: Material, teacher: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    job = Submitted(cluster, tmp_path, config_of(material, tmp_path / "run", teacher), starts=2)
+    """The first time it stands still: the others leave after the time-out, and SLURM kills what does not go by itself
+    KillWait seconds later. The second time it is killed."""
+    limit = 20
+    job = Submitted(
+        cluster, tmp_path, config_of(material, tmp_path / "run", teacher, runtime__timeout_seconds=limit), starts=2
+    )
     job.wait_for_step(6)
-    job.kill_rank()
+    began = time.monotonic()
+    job.signal_rank(signal.SIGSTOP)
     wait_for(lambda: job.says(r"start 1 died \(exit code \d+\); requeued"), LIMIT, "requeueing", job.output)
+    assert time.monotonic() - began < limit + slurm.KILL_WAIT + 15, job.output()
+    assert job.says(rf"rank 1 on {re.escape(cluster.host_of(cluster.nodes[1]))}, last heard of in step "), job.output()
     wait_for(lambda: job.says("resumed from"), LIMIT, "the next start", job.output)
     job.wait_for_step(12)
-    job.kill_rank()
+    job.signal_rank(signal.SIGKILL)
     assert job.wait_for_end() == "FAILED"
     assert job.says(r"start 2 died \(exit code \d+\); not requeued, CAPGAP_MOST_STARTS is 2"), job.output()
     assert job.restarts() == 1
@@ -149,7 +165,12 @@ def test_a_job_that_lost_a_rank_comes_back_as_often_as_it_may(
 
 
 def test_the_end_of_the_time_is_no_end_of_the_run(
-    cluster: Cluster, material: Material, teacher: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
+    cluster: Cluster,
+    pool: WorkerPool,
+    material: Material,
+    teacher: Path,
+    undisturbed: list[dict[str, Any]],
+    tmp_path: Path,
 ) -> None:
     """SLURM looks at its limits, which are whole minutes, every half a minute: this run goes on until it does."""
     config = config_of(material, tmp_path / "run", teacher, train__steps=10**6, checkpoint__every=0)
@@ -161,7 +182,14 @@ def test_the_end_of_the_time_is_no_end_of_the_run(
     wait_for(lambda: "resumed from" in job.output(), LIMIT, "the next start", job.output)
     job.wait_for_step(stopped + 2)
     cluster.run("scancel", "--full", job.number)
-    assert [entry["step"] for entry in runs.steps_of(job.run_dir)[: stopped + 2]] == list(range(1, stopped + 3))
+    wait_for(lambda: job.state() == "CANCELLED", LIMIT, "its end", job.output)
+    found, common = runs.steps_of(job.run_dir), min(STEPS, stopped)
+    assert found[:common] == undisturbed[:common]
+    # From the checkpoint that it had left, what another start does without SLURM.
+    again = runs.rewind(job.run_dir, tmp_path / "again", step=stopped)
+    (again / "in_use.json").unlink(missing_ok=True)
+    config = runs.changed(config, run_dir=str(again), train__steps=stopped + 2, data__valid=None)
+    assert runs.steps_of(runs.train(pool, "distill", config, world=4)) == found[: stopped + 2]
 
 
 @pytest.mark.parametrize(
@@ -188,24 +216,37 @@ def test_what_would_be_refused_again_is_not_requeued(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_sweep_has_as_many_runs_at_a_time_as_it_may(cluster: Cluster, material: Material, tmp_path: Path) -> None:
-    """Two teachers, then three students of which two may run at a time; each as if it had run alone."""
+def test_a_sweep_has_as_many_runs_at_a_time_as_it_may(
+    cluster: Cluster, pool: WorkerPool, material: Material, tmp_path: Path
+) -> None:
+    """A teacher, then three students of which two may run at a time. The last one, whose number is the array's too, is
+    signalled in its first evaluation, and comes back alone."""
     out, file = tmp_path / "sweep", tmp_path / "grid.yaml"
     grid = small_grid(material, out, rows=[{"init": "random", "teachers": ["t1"], "seeds": [1, 2, 3]}])
     grid["students"].pop("s2")
+    grid["teachers"].pop("t2")
+    grid["distill"]["train"] = {"steps": 8, "eval_every": 4, "eval_batches": 200}
+    grid["distill"]["data"] = {"valid": material.data["train"]}
     file.write_text(yaml.safe_dump(grid))
     assert make_sweep.main([str(file)]) == 0
-    said = cluster.run("bash", str(out / "slurm" / "submit.sh"), variables={"LIMIT": "2", "GLOO_SOCKET_IFNAME": "lo"})
+    said = cluster.run("bash", str(out / "slurm" / "submit.sh"), variables={"LIMIT": "2"})
     last = re.findall(r"job (\d+)", said)[-1]
-    most = 0
+    signalled, most = out / "runs" / "random-s1-t1-seed3", 0
 
-    def ended() -> bool:
+    def states() -> list[str]:
         nonlocal most
-        states = cluster.run("squeue", "-h", "-r", "-t", "all", "-j", last, "-o", "%T").split()
-        most = max(most, states.count("RUNNING"))
-        return set(states) == {"COMPLETED"}
+        found = cluster.run("squeue", "-h", "-r", "-t", "all", "-j", last, "-o", "%T").split()
+        most = max(most, found.count("RUNNING"))
+        return found
 
-    wait_for(ended, 2 * LIMIT, "the sweep", lambda: said)
+    wait_for(lambda: bool(states()) and len(runs.steps_of(signalled)) == 4, 2 * LIMIT, "the last run", lambda: said)
+    cluster.run("scancel", "--signal=USR1", "--batch", f"{last}_2")
+    wait_for(lambda: set(states()) == {"COMPLETED"}, 2 * LIMIT, "the sweep", lambda: said)
     assert most == 2
+    assert [cluster.job(f"{last}_{task}", "Restarts") for task in range(3)] == ["0", "0", "1"]
+    assert "stopped by SIGUSR1 after step 4 of 8" in (out / "slurm" / f"law-sweep_{last}_2.out").read_text()
     records = sorted(path.parent.name for path in out.glob("runs/*/record.json"))
     assert records == [f"random-s1-t1-seed{seed}" for seed in (1, 2, 3)]
+    alone = yaml.safe_load((out / "configs" / f"{signalled.name}.yaml").read_text())
+    alone = runs.train(pool, "distill", {**alone, "run_dir": str(tmp_path / "alone")})
+    assert runs.metrics(signalled) == runs.metrics(alone)

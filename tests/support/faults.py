@@ -51,10 +51,29 @@ def schedule(seed: int, count: int) -> list[Fault]:
     ]
 
 
-def config(material: runs.Material, run_dir: Path, count: int) -> dict[str, Any]:
-    """Two data-parallel ranks with dropout, long enough for a number of faults."""
-    changes = {"train__steps": STEPS_A_START * count, "train__dropout": 0.1, "checkpoint__every": EVERY}
-    return runs.adapt_config(material, run_dir, optimizer__schedule="constant", **changes)
+def config(
+    material: runs.Material, run_dir: Path, count: int, teacher: Path | None = None, *, beside: bool = False
+) -> dict[str, Any]:
+    """Two ranks with dropout, long enough for a number of faults: replicas, or with a teacher two pipeline stages.
+
+    Args:
+        material: to read.
+        run_dir: of the run.
+        count: faults.
+        teacher: a checkpoint to distil; None trains on text alone.
+        beside: whether checkpoints are written while training goes on.
+    """
+    changes = {"train__steps": STEPS_A_START * count, "train__dropout": 0.1, "optimizer__schedule": "constant"}
+    changes |= {"checkpoint__every": EVERY, "checkpoint__async_save": beside, "train__eval_every": 5}
+    changes |= {"train__log_every": 1}  # this start's steps are read off what it says
+    if teacher is None:
+        return runs.adapt_config(material, run_dir, **changes)
+    return runs.distill_config(material, run_dir, teacher, student__layout={"pipeline": 2}, **changes)
+
+
+def stage_of(settings: dict[str, Any]) -> str:
+    """The stage that settings of `config` are for."""
+    return "distill" if "teacher" in settings else "adapt"
 
 
 def endure(settings: dict[str, Any], faults: list[Fault], folder: Path, limit: float = 120.0) -> Counter[str]:
@@ -69,12 +88,12 @@ def endure(settings: dict[str, Any], faults: list[Fault], folder: Path, limit: f
     Returns:
         How many faults of each kind there were, and under "in a save" those that met one.
     """
-    run_dir, words = Path(settings["run_dir"]), ["adapt", "--config", runs.write_config(settings)]
+    run_dir, words = Path(settings["run_dir"]), [stage_of(settings), "--config", runs.write_config(settings)]
     met: Counter[str] = Counter()
     whole = 0
     for number, fault in enumerate(faults):
         with job(words, WORLD, folder / str(number)) as ranks:
-            ranks.wait_until(lambda: _last_step(run_dir) >= whole + fault.steps, limit)  # noqa: B023 (called at once)
+            ranks.wait_until(lambda: _far_enough(ranks, run_dir, whole, fault), limit)  # noqa: B023 (called at once)
             if fault.saving:
                 ranks.wait_until(lambda: _unfinished(run_dir), limit)
             met["in a save"] += _unfinished(run_dir)
@@ -82,7 +101,7 @@ def endure(settings: dict[str, Any], faults: list[Fault], folder: Path, limit: f
             ranks.wait(limit)
             assert ranks.left_behind() == [], fault
             _assert_resumed(ranks, whole)
-        whole = int((run_dir / "latest").read_text().strip().removeprefix("step_"))
+        whole = _latest(run_dir)
         if fault.kind in ("flip", "cut", "delete"):
             whole = _damage(run_dir, fault)
         met[fault.kind] += 1
@@ -106,9 +125,19 @@ def _assert_resumed(ranks: Job, whole: int) -> None:
     assert (int(found[1]) if found else 0) >= whole, f"lost step {whole}: {ranks.stdout()}"
 
 
-def _last_step(run_dir: Path) -> int:
-    steps = runs.steps_of(run_dir)
-    return steps[-1]["step"] if steps else 0
+def _far_enough(ranks: Job, run_dir: Path, whole: int, fault: Fault) -> bool:
+    """Whether a start has done its steps, and finished two checkpoints that damage may find.
+
+    metrics.jsonl cannot tell: until the start has loaded its checkpoint, it holds steps of the start before.
+    """
+    done = re.findall(r"^step (\d+)/", ranks.stdout(), re.M)
+    return bool(done) and int(done[-1]) >= whole + fault.steps and _latest(run_dir) >= whole + 2 * EVERY
+
+
+def _latest(run_dir: Path) -> int:
+    """The step that `latest` names, 0 where there is none yet."""
+    pointer = run_dir / "latest"
+    return int(pointer.read_text().strip().removeprefix("step_")) if pointer.exists() else 0
 
 
 def _unfinished(run_dir: Path) -> bool:
