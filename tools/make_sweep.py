@@ -72,7 +72,7 @@ CAPGAP_PYTHON={python}
 import sys, yaml
 from megatron_capgap.checkpoint import manifest
 config = yaml.safe_load(open(sys.argv[1]))
-for model in (config.get("teacher"), config["student"]):
+for model in (config.get("teacher"), config.get("student")):
     run = (model or {{}}).get("checkpoint")
     if run and run.startswith({runs!r}):
         newest = manifest.latest(manifest.Path(run))

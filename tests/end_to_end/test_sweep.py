@@ -192,6 +192,8 @@ def test_an_array_task_runs_its_line(killed: dict[str, Any], tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     assert Path(lines[5].split()[1]).stem == "fixed-s1-t2-seed1"
     assert "resumed from" in done.stdout and "fixed-s1-t2-seed1" in done.stdout and "nothing to do" in done.stdout
+    cut = array_task(killed["out"], task=6, folder=tmp_path)
+    assert cut.returncode == 0 and Path(lines[6].split()[1]).stem == "prune-s1-t1", cut.stderr
 
 
 @pytest.mark.slow
