@@ -1,6 +1,7 @@
 """Runs as a user starts them: one Python process a rank, to be killed, signalled and started again."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -87,6 +88,12 @@ def _group_lives(group: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def cpu_seconds() -> float:
+    """Of all processes that this one has waited for; what a busy machine does to a clock does not show in it."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def environment() -> dict[str, str]:

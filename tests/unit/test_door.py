@@ -1,6 +1,7 @@
 """The door: what the command line means, who speaks, and the exit codes. Only the stages are stood in for."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from megatron_capgap.config import help
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.keys import table
 from megatron_capgap.config.schema import STAGES
+from tests.support.processes import cpu_seconds, environment
 
 CONFIG = """\
 run_dir: runs/one
@@ -221,11 +223,28 @@ def test_help_answers_without_anything_heavy(words):
         "heavy = {'torch', 'megatron', 'numpy', 'transformers'} & set(sys.modules)\n"
         "raise SystemExit(code or (f'imported {heavy}' if heavy else 0))"
     )
+    began = cpu_seconds()
     done = python("-c", program, *words)
     assert (done.returncode, done.stderr) == (0, "")
+    assert cpu_seconds() - began < 1
     assert done.stdout.startswith("capgap")
     if words[0] in ("--help", "-h"):
         assert all(f"\n  {stage} " in done.stdout for stage in STAGES)
+
+
+def test_torchrun_tells_a_misspelt_key_once(tmp_path):
+    """Its own report follows; every rank has left with code 2, and none has imported torch."""
+    (tmp_path / "adapt.yaml").write_text(CONFIG)
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "megatron_capgap"]
+    words += ["adapt", "--config", "adapt.yaml", "--train.stesp=3"]
+    done = subprocess.run(
+        [sys.executable, *words], env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = (line for line in done.stderr.splitlines() if "capgap: " in line)
+    assert line == "capgap: error: --train.stesp: unknown key; did you mean train.steps?"
+    assert set(re.findall(r"exitcode *: (\d+)", done.stderr)) == {"2"}
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_module_is_the_door(tmp_path):
