@@ -19,6 +19,8 @@ import torch.distributed as dist
 from megatron_capgap.config.errors import in_one_line
 
 BEAT_SECONDS = 5.0
+"""Between two words of a rank, at most; a twentieth of the time-out where that is less. A rank that has waited in vain
+stays for ten of them at most: to ask twice, to listen in between, and on the first rank to be asked."""
 SILENT_SECONDS = 60.0
 """After so long without a word of a rank the first one says so, though all may still wait for it."""
 _NAMED = 4

@@ -98,15 +98,19 @@ def test_a_run_that_was_stopped_before_remembers_its_best(
     config["checkpoint"] = {"every": 1, "keep": 99}
     whole = runs.train(pool, "finetune", config)
     best = int((whole / "best").read_text().strip().removeprefix("step_"))
-    for step in (best - 1, best, best + 1, best + 3):
+    # The run died before, or after, it could say which one is the best; or what it said got damaged.
+    damages = {best - 1: None, best: b"", best + 1: f"step_{best + 64}\n".encode(), best + 3: b"\xff\xfe"}
+    for step, damage in damages.items():
         again = runs.rewind(whole, tmp_path / f"from_{step}", step)
-        # The run died before, or after, it could say which one is the best.
         (again / "best").unlink()
+        if damage is not None:
+            (again / "best").write_bytes(damage)
         if step > best:
             _copy_checkpoint(whole, again, best)
-        runs.train(pool, "finetune", {**config, "run_dir": str(again)})
+        runs.train(pool, "finetune", {**config, "run_dir": str(again), "checkpoint": {"every": 1, "keep": 1}})
         assert runs.metrics(again) == runs.metrics(whole), step
         assert (again / "best").read_text() == f"step_{best}\n", step
+        assert f"step_{best}" in runs.checkpoints(again), step
 
 
 def _copy_checkpoint(source: Path, target: Path, step: int) -> None:

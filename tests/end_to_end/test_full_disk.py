@@ -174,7 +174,7 @@ def test_a_file_that_cannot_be_written_is_loud_and_latest_stays(
     pool: WorkerPool, material: Material, tmp_path: Path, name: str, beside: bool
 ) -> None:
     run_dir = tmp_path / "run"
-    changes = {**CHANGES, "train__steps": 4, "checkpoint__async_save": beside}
+    changes = {**CHANGES, "train__steps": 4, "checkpoint__keep": 1, "checkpoint__async_save": beside}
     words = ["adapt", "--config", runs.write_config(runs.adapt_config(material, run_dir, **changes))]
     ranks = pool.run(partial(block, name, 4), words, world=2, initialise=False, capture=True)
     assert [rank.value for rank in ranks] == [2, 2], ranks

@@ -6,7 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_capgap.__main__ import main
+from megatron_capgap.runtime.launch import free_port
 from tests.support import runs
 from tests.support.pool import WorkerPool
 from tests.support.processes import environment, job
@@ -104,39 +106,89 @@ def test_before_the_first_step_it_ends_at_once(
     assert runs.metrics(runs.train(pool, "adapt", config, world=2)) == runs.metrics(unbroken_pair)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_torchrun_passes_a_signal_on_and_leaves_nobody(
-    material: Material, tmp_path: Path, number: signal.Signals
-) -> None:
-    config = runs.adapt_config(material, tmp_path / "run", train__steps=10**6, data__valid=None)
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words += ["--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "-m", "megatron_capgap"]
-    with open(tmp_path / "output", "w") as output:
+@contextmanager
+def torchrun(words: list[str], config: dict[str, Any], output: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """An agent of torchrun; it and all that it started are gone after the `with` block."""
+    command = [sys.executable, "-m", "torch.distributed.run", *words, "-m", "megatron_capgap"]
+    with open(output, "w") as file:
         agent = subprocess.Popen(
-            [*words, "adapt", "--config", runs.write_config(config)],
+            [*command, "adapt", "--config", runs.write_config(config)],
             env={**environment(), "GLOO_SOCKET_IFNAME": "lo"},
-            stdout=output,
+            stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    family: list[psutil.Process] = []
+    family = psutil.Process(agent.pid)
     try:
-        deadline = time.monotonic() + 120
-        while len(runs.steps_of(tmp_path / "run")) < 3:
-            assert agent.poll() is None and time.monotonic() < deadline, (tmp_path / "output").read_text()
-            time.sleep(0.02)
-        family = psutil.Process(agent.pid).children(recursive=True)
-        agent.send_signal(number)
-        assert agent.wait(30) == 1
-        assert psutil.wait_procs(family, 5)[1] == []
+        yield agent
     finally:
-        for process in family:
-            with suppress(psutil.Error):
+        with suppress(psutil.Error):
+            for process in family.children(recursive=True):
                 process.kill()
         with suppress(ProcessLookupError):
             os.killpg(agent.pid, signal.SIGKILL)
         agent.wait()
-    done = len(runs.steps_of(tmp_path / "run"))
-    assert f"stopped by {number.name} after step {done} of" in (tmp_path / "output").read_text()
-    assert (tmp_path / "run" / "latest").read_text() == f"step_{done}\n"
+
+
+PHASES: dict[str, tuple[dict[str, Any], Callable[[Path, psutil.Process], bool]]] = {
+    "warm-up": ({}, lambda run, agent: len(agent.children()) == 2),
+    "a step": ({}, lambda run, agent: len(runs.steps_of(run)) >= 3),
+    "an evaluation": ({"train__eval_every": 3}, lambda run, agent: len(runs.steps_of(run)) == 3),
+    "a save": ({"checkpoint__every": 1}, lambda run, agent: any((run / "checkpoints").glob(".step_*"))),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "phase, number",
+    [
+        ("warm-up", signal.SIGUSR1),
+        ("a step", signal.SIGTERM),
+        ("an evaluation", signal.SIGUSR1),
+        ("a save", signal.SIGTERM),
+    ],
+)
+def test_torchrun_passes_a_signal_on_and_leaves_nobody(
+    material: Material, tmp_path: Path, phase: str, number: signal.Signals
+) -> None:
+    """The evaluation is over all of the training text: it is stopped in its midst."""
+    changes, reached = PHASES[phase]
+    run_dir, valid = tmp_path / "run", material.data["train"] if "evaluation" in phase else []
+    changes = {"train__steps": 10**6, "train__eval_batches": 10**6, "data__valid": valid, **changes}
+    config = runs.adapt_config(material, run_dir, **changes)
+    words = ["--standalone", "--nproc-per-node", "2", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
+    output = tmp_path / "output"
+    with torchrun(words, config, output) as agent:
+        process, deadline = psutil.Process(agent.pid), time.monotonic() + 120
+        while not reached(run_dir, process):
+            assert agent.poll() is None and time.monotonic() < deadline, output.read_text()
+            time.sleep(0.01)
+        family = process.children(recursive=True)
+        agent.send_signal(number)
+        assert agent.wait(30) == 1
+        assert psutil.wait_procs(family, 5)[1] == []
+    if phase == "warm-up":
+        assert not (run_dir / "latest").exists()
+        return
+    entries = runs.metrics(run_dir)
+    done = len(entries)
+    assert all("loss" in entry for entry in entries) and (done == 3 or phase != "an evaluation")
+    assert f"stopped by {number.name} after step {done} of" in output.read_text()
+    assert (run_dir / "latest").read_text() == f"step_{done}\n"
+
+
+@pytest.mark.slow
+def test_two_agents_of_torchrun_are_one_job(pool: WorkerPool, material: Material, tmp_path: Path) -> None:
+    config = runs.adapt_config(material, tmp_path / "run", student__layout={"tensor": 2})
+    place = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "1"]
+    words = ["--nnodes", "2", "--nproc-per-node", "1", "--local-addr", "127.0.0.1", *place]
+    with (
+        torchrun(words, config, tmp_path / "output_0") as one,
+        torchrun(words, config, tmp_path / "output_1") as other,
+    ):
+        codes = [agent.wait(120) for agent in (one, other)]
+    said = [(tmp_path / f"output_{agent}").read_text() for agent in range(2)]
+    assert codes == [0, 0], said
+    assert sum("finished: 4 steps" in text for text in said) == 1, said
+    alone = runs.adapt_config(material, tmp_path / "alone", student__layout={"tensor": 2})
+    assert runs.metrics(tmp_path / "run") == runs.metrics(runs.train(pool, "adapt", alone, world=2))

@@ -90,7 +90,9 @@ def test_a_lost_rank_is_named_with_what_the_others_waited_in(name: str, material
         ranks.signal(number, [lost])
         others = [rank for rank in range(4) if rank != lost]
         codes = [ranks.ranks[rank].wait(3 * limit) for rank in others]
-        assert time.monotonic() - began < 2 * limit, "the time-out, and the time to look for the lost one"
+        # A dead rank's connections close; one that stands still is missed after the time-out. Then it is looked for.
+        wait = 0 if number == signal.SIGKILL else limit
+        assert time.monotonic() - began < wait + limit / 2 + 2
         assert all(code not in (0, None) for code in codes), codes
         lines = [
             line for rank in others for line in ranks.stderr(rank).splitlines() if line.startswith("capgap: error")

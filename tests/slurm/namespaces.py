@@ -48,14 +48,11 @@ class Network:
         return ["nsenter", "--net", "-t", str(self._holder.pid), "--", *words]
 
     def plug_in(self, started: subprocess.Popen[bytes], number: int) -> None:
-        """Gives a node that was started by `node` its network card."""
+        """Gives a node that was started by `node` its network card, in the place of a dead one's."""
         _wait_for_network_of(started)
+        subprocess.run(self.inside(["ip", "link", "del", f"v{number}"]), capture_output=True)
         self._ip(f"link add v{number} type veth peer name eth0 netns {started.pid}")
         self._ip(f"link set v{number} master br0 up")
-
-    def unplug(self, number: int) -> None:
-        """Takes a dead node's card away at once; the kernel would a moment later."""
-        subprocess.run(self.inside(["ip", "link", "del", f"v{number}"]), capture_output=True)
 
     def close(self) -> None:
         """Nothing is left of it."""

@@ -53,7 +53,17 @@ def test_the_best_one_stays_among_the_newest(run_dir: Path) -> None:
     assert manifests.steps_in(run_dir) == [2, 8]
 
 
-def test_a_best_that_is_gone_is_said(run_dir: Path) -> None:
-    (run_dir / "best").write_text("step_3\n")
-    with pytest.raises(Damaged, match=r"best: names 'step_3', which is no finished checkpoint \(there: step_2, step_4"):
+@pytest.mark.parametrize(
+    "content, says",
+    [
+        (b"step_3\n", r"names 'step_3', which is no finished checkpoint \(there: step_2, step_4"),
+        (b"step_2", "names 'step_2', which is no finished checkpoint"),
+        (b"", "names '', which is no finished checkpoint"),
+        (b"\xff\xfe", "cannot be read"),
+    ],
+    ids=["gone", "cut", "empty", "no text"],
+)
+def test_a_best_that_is_gone_or_damaged_is_said(run_dir: Path, content: bytes, says: str) -> None:
+    (run_dir / "best").write_bytes(content)
+    with pytest.raises(Damaged, match=f"best: {says}"):
         manifests.locate(str(run_dir))
