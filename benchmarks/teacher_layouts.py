@@ -1,12 +1,13 @@
 """Where a teacher runs: in the student's layout, in its own, on ranks of its own; measured, and foreseen at scale.
 
-    python benchmarks/teacher_layouts.py [--parts runs schedules scale] [--steps 8] [--json FILE]
+    python benchmarks/teacher_layouts.py [--parts runs schedules memory scale] [--steps 8] [--json FILE]
 
-Three parts. (1) Whole runs on 4 ranks, in turn: step time and peak memory of the fullest rank. (2) A simulator of
+Four parts. (1) Whole runs on 4 ranks, in turn: step time and peak memory of the fullest rank. (2) A simulator of
 pipeline schedules beside Megatron's own schedules over gloo, whose stages sleep instead of computing, so that the order
 of things is measured and not this machine's cores. Beside ours stands the way of a teacher inside the student's
-schedule, as modelopt does it: every stage runs both models' layers, and the activations travel concatenated. (3) What
-the simulator says of 8 to 64 pipeline stages.
+schedule, as modelopt does it: every stage runs both models' layers, and the activations travel concatenated. Where the
+two are further apart than `AGREE` says, the benchmark fails. (3) What teaching takes of a rank's memory, by arithmetic
+and by what benchmarks/loss.py measures. (4) What the simulator says of 8 to 64 pipeline stages.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import train_throughput
 
-PARTS = ("runs", "schedules", "scale")
+PARTS = ("runs", "schedules", "memory", "scale")
 WARM_UP = 2
 TP2_PP2 = {"tensor": 2, "pipeline": 2}
 # name: (the student's layout, the teacher's section)
@@ -41,10 +42,15 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 # Time of one micro-batch in one pipeline stage of the student is 1; the teacher has 2.5 times its parameters.
 STUDENT, BACKWARD, TEACHER = 1.0, 2.0, 2.5
+AGREE = (0.85, 1.05)
+"""What the simulator says over what was measured; gloo and the operating system take their time besides."""
+# Of one model's fp32 logits of a micro-batch, at the peak of modelopt's LogitsKLLoss and Megatron's cross-entropy, as
+# benchmarks/loss.py measures it at either vocabulary: 1311 of 131 MB, 6223 of 622.
+LOGITS_ALIVE = 10
 
 
 def main() -> int:
-    """Runs all three parts and prints their tables."""
+    """Runs the parts and prints their tables; 1 where the simulator does not agree with what was measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
@@ -61,11 +67,21 @@ def main() -> int:
             results["runs"] = runs(Path(folder), options.steps)
         if "schedules" in options.parts:
             results["schedules"] = schedules(Path(folder))
+    if "memory" in options.parts:
+        results["memory"] = memories()
     if "scale" in options.parts:
         results["scale"] = foreseen()
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
-    return 0
+    apart = [name for name, found in results.get("schedules", {}).items() if not agree(**found)]
+    for name in apart:
+        print(f"simulated and measured are apart: {name}: {results['schedules'][name]}", file=sys.stderr)
+    return 1 if apart else 0
+
+
+def agree(measured: float, simulated: float) -> bool:
+    """Whether the simulator can be believed."""
+    return AGREE[0] <= simulated / measured <= AGREE[1]
 
 
 def runs(folder: Path, steps: int) -> dict[str, Any]:
@@ -269,6 +285,65 @@ def sleep_through(case: Schedule, steps: int) -> dict[str, float]:
         dist.barrier()
         seconds.append(time.perf_counter() - began)
     return {"seconds": min(seconds)}
+
+
+# name: (student, teacher, layout of both, sequence length, micro-batches of 1 in a step, type)
+MODELS = {"layers": 32, "heads": 32, "kv_heads": 8, "vocab": 128256}
+MEMORIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int, int, str]] = {
+    "34M to 9.3M, vocabulary 8192, 8 x 256, tensor 2 x pipeline 2": (
+        train_throughput.SHAPES["student"],
+        train_throughput.SHAPES["teacher"],
+        TP2_PP2,
+        train_throughput.LENGTH,
+        train_throughput.BATCH,
+        "fp32",
+    ),
+    "8B to 3B, vocabulary 128256, 32 x 4096, tensor 4 with sequence x pipeline 8": (
+        {**MODELS, "hidden": 2560, "ffn": 8192},
+        {**MODELS, "hidden": 4096, "ffn": 14336},
+        {"tensor": 4, "pipeline": 8, "sequence": True},
+        4096,
+        32,
+        "bf16",
+    ),
+}
+
+
+def memories() -> dict[str, dict[str, float]]:
+    """What teaching takes on the student's last stage, either way in one layout; prints its table."""
+    print("\n| beside weights and activations, MiB on a rank of the last stage | ours | one schedule |\n|---|---|---|")
+    found = {}
+    for name, case in MEMORIES.items():
+        ours, concatenated = (bytes_ / (1 << 20) for bytes_ in taught(*case))
+        found[name] = {"ours": ours, "one schedule": concatenated}
+        print(f"| {name} | {ours:,.0f} | {concatenated:,.0f} |")
+    return found
+
+
+def taught(
+    student: dict[str, Any], teacher: dict[str, Any], cut: dict[str, Any], length: int, count: int, compute: str
+) -> tuple[int, int]:
+    """Bytes: ours, the teacher's states of a global batch and a chunk of both models' logits; and with both models in
+    one schedule, its states of a micro-batch and the loss on that micro-batch's logits.
+    """
+    from megatron_capgap.config import derive
+    from megatron_capgap.config.schema import Config, Data, Layout, ModelShape, Precision, Student, Teacher, Train
+    from megatron_capgap.models import memory, size
+
+    shapes, layout = (ModelShape(**student), ModelShape(**teacher)), Layout(**cut)
+    config = Config(
+        "run",
+        Student(layout=layout),
+        Data("tokenizer", sequence_length=length),
+        teacher=Teacher("teacher"),
+        train=Train(global_batch=count, micro_batch=1),
+        precision=Precision(compute=compute),
+    )
+    last = layout.pipeline - 1
+    waiting = memory.teaching(config, *shapes, layout.tensor * layout.pipeline, last, last).needed
+    a_token = 4 * size.padded_vocab(shapes[0].vocab, layout.tensor) // layout.tensor
+    chunk = min(length, derive.loss_chunk_tokens(False))
+    return waiting + 2 * chunk * a_token, waiting // count + LOGITS_ALIVE * length * a_token
 
 
 def foreseen() -> list[dict[str, float]]:

@@ -13,6 +13,7 @@ from megatron_capgap.data.batch import MicroBatch, Samples, micro_batches
 from megatron_capgap.losses import Loss, language_model_loss
 from megatron_capgap.models import schedule
 from megatron_capgap.models.gpt import unwrap
+from megatron_capgap.models.scales import DelayedScales
 from megatron_capgap.runtime.layout import Grid
 from megatron_capgap.training.step import reduce_losses
 
@@ -59,7 +60,9 @@ def evaluate(
     device: torch.device,
     halted: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
-    """Runs the model forward over held-out samples, each exactly once. Collective; leaves the model in training mode.
+    """Runs the model forward over held-out samples, each exactly once. Collective.
+
+    Leaves the model in training mode, with the FP8 scales that it had.
 
     Args:
         chunks: this rank's model chunks.
@@ -96,6 +99,7 @@ def evaluate(
         losses.append(Loss(out.loss_sum, out.num_tokens, {"bytes": count}))
         return out.loss_sum, out.num_tokens.to(torch.int), None
 
+    scales = DelayedScales(chunks)
     for chunk in chunks:
         chunk.eval()
     with torch.no_grad():
@@ -110,6 +114,7 @@ def evaluate(
             schedule.run(chunks, grid, mine, last_stage, forward_only=True, shape=shape)
     for chunk in chunks:
         chunk.train()
+    scales.restore()
     if given_up:
         return None
     loss, report, tokens = reduce_losses(losses, grid)

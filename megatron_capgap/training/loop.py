@@ -18,6 +18,7 @@ from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.schema import Config
 from megatron_capgap.data.batch import MicroBatch, Samples, global_batch_samples, micro_batches
 from megatron_capgap.losses import Loss
+from megatron_capgap.models.scales import DelayedScales
 from megatron_capgap.runtime import launch
 from megatron_capgap.runtime.devices import Device
 from megatron_capgap.runtime.layout import Grid
@@ -175,23 +176,28 @@ def peak_memory(device: Device, at_start: int, estimate: int) -> str:
 
 
 def one_step(run: Run, done: int, pace: Pace) -> StepResult:
-    """Step number `done + 1` on its own samples. Collective."""
+    """Step number `done + 1` on its own samples; a BadBatch leaves the FP8 scales as they were, too. Collective."""
     pace.begin()
     run.watch.place = f"step {done + 1}, reading"
     batches = batches_of(run, done)
     pace.has_read()
     run.watch.place = f"step {done + 1}"
-    return train_step(
-        run.chunks,
-        run.grid,
-        run.optimization,
-        batches,
-        run.prepare(batches),
-        run.loss_of_layers,
-        step=done + 1,
-        clip_norm=run.config.optimizer.clip_norm,
-        max_norm=run.config.train.max_grad_norm,
-    )
+    scales = DelayedScales(run.chunks)
+    try:
+        return train_step(
+            run.chunks,
+            run.grid,
+            run.optimization,
+            batches,
+            run.prepare(batches),
+            run.loss_of_layers,
+            step=done + 1,
+            clip_norm=run.config.optimizer.clip_norm,
+            max_norm=run.config.train.max_grad_norm,
+        )
+    except BadBatch:
+        scales.restore()
+        raise
 
 
 def _skip(run: Run, step: int, skipped: int, bad: BadBatch) -> None:

@@ -22,7 +22,6 @@ PLACES: dict[str, tuple[int, int, dict[str, Any], dict[str, Any], int]] = {
     "pp2_and_tp2": (4, 2, {"pipeline": 2}, {"tensor": 2, "sequence": True}, 1),
     "tp2_and_pp2": (4, 2, {"tensor": 2, "sequence": True}, {"pipeline": 2, "virtual_pipeline": 2}, 2),
     "dp2_and_dp2": (4, 2, {}, {}, 3),
-    "pp3_and_1": (4, 3, {}, {}, 9),
 }
 PAIRS = [
     {"student_layer": 4, "teacher_layer": 1},

@@ -5,52 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from megatron_capgap.__main__ import main
 from tests.support import runs
 from tests.support.pool import WorkerPool
 from tests.support.runs import Material
-from tests.support.state import Poison, state_of
+from tests.support.state import run_poisoned
 
 LAYOUTS = {"pp2": {"pipeline": 2}, "dp2": {}}
 CHANGES = {"train__steps": 6, "train__dropout": 0.1, "data__valid": None, "checkpoint__every": 1, "checkpoint__keep": 6}
 GLOBAL_BATCH = 8
-
-
-def run_poisoned(part: str, steps: list[int], words: list[str]) -> tuple[int, dict[int, list[bytes]]]:
-    """Runs adapt while the loss of one micro-batch of some steps, or its gradient, is NaN.
-
-    Returns:
-        The exit code, and the state before training (0) and after each step.
-    """
-    from megatron_capgap.stages import common
-    from megatron_capgap.training import loop
-
-    one_step, loss = loop.one_step, common.language_model_loss
-    states: dict[int, list[bytes]] = {}
-    poisoned = []
-
-    def step_and_look(run: loop.Run, done: int, *rest: Any) -> Any:
-        states.setdefault(done, state_of(run))
-        poisoned[:] = [done + 1 in steps]
-        try:
-            return one_step(run, done, *rest)
-        finally:
-            states[done + 1] = state_of(run)
-
-    def poisoned_loss(hidden: torch.Tensor, *rest: Any, **options: Any) -> Any:
-        now = poisoned and poisoned.pop()
-        out = loss(Poison.apply(hidden) if now and part == "gradient" else hidden, *rest, **options)
-        if now and part == "loss":
-            out.loss_sum.mul_(float("nan"))
-        return out
-
-    loop.one_step, common.language_model_loss = step_and_look, poisoned_loss
-    try:
-        return main(words), states
-    finally:
-        loop.one_step, common.language_model_loss = one_step, loss
 
 
 def poison(

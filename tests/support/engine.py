@@ -29,6 +29,16 @@ def start() -> None:
     transformer_engine_cpu.reset_counts()
 
 
+def run_counted(words: list[str]) -> tuple[int, dict[tuple[str, str, str], int]]:
+    """Runs a stage; its exit code, and the products of this worker by part and formats."""
+    start()
+    from megatron_capgap.__main__ import main
+    from megatron_capgap.runtime.devices.transformer_engine_cpu import counts
+
+    code = main(words)
+    return code, {tuple(gemm): times for gemm, times in counts().items()}
+
+
 @dataclass(frozen=True)
 class Case:
     """One training run."""

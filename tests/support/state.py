@@ -1,8 +1,12 @@
-"""A run's state as bytes, to be compared, and gradients that no run survives."""
+"""A run's state as bytes, to be compared, and batches that no run learns from."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from megatron_capgap.__main__ import main
+from tests.support.engine import start
 
 
 class Poison(torch.autograd.Function):
@@ -18,8 +22,59 @@ class Poison(torch.autograd.Function):
 
 
 def state_of(run: Any) -> list[bytes]:
-    """This rank's weights, and Adam's moments and step counters."""
+    """This rank's weights, Adam's moments and step counters, and the scales of `scales_of`."""
     parts = [parameter.detach() for chunk in run.chunks for parameter in chunk.parameters()]
     for part in run.optimization.optimizer.chained_optimizers:
         parts += [entry[name].detach() for entry in part.optimizer.state.values() for name in sorted(entry)]
-    return [tensor.numpy().tobytes() for tensor in parts]
+    return [tensor.numpy().tobytes() for tensor in parts] + scales_of(run)
+
+
+def scales_of(run: Any) -> list[bytes]:
+    """Scales and histories of the modules that delay them."""
+    metas = [getattr(module, "fp8_meta", {}) for chunk in run.chunks for module in chunk.modules()]
+    states = [meta[part] for meta in metas for part in ("scaling_fwd", "scaling_bwd") if part in meta]
+    delayed = [state for state in states if hasattr(state, "amax_history")]
+    return [tensor.numpy().tobytes() for state in delayed for tensor in (state.scale, state.amax_history)]
+
+
+def run_poisoned(
+    part: str, steps: list[int], words: list[str], look: Callable[[Any], list[bytes]] = state_of
+) -> tuple[int, dict[int, list[bytes]]]:
+    """Runs adapt while the loss of one micro-batch of some steps, or its gradient, is NaN.
+
+    Returns:
+        The exit code, and what `look` sees before training (0) and after each step.
+    """
+    from megatron_capgap.stages import common
+    from megatron_capgap.training import loop
+
+    one_step, loss = loop.one_step, common.language_model_loss
+    states: dict[int, list[bytes]] = {}
+    poisoned = []
+
+    def step_and_look(run: loop.Run, done: int, *rest: Any) -> Any:
+        states.setdefault(done, look(run))
+        poisoned[:] = [done + 1 in steps]
+        try:
+            return one_step(run, done, *rest)
+        finally:
+            states[done + 1] = look(run)
+
+    def poisoned_loss(hidden: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        now = poisoned and poisoned.pop()
+        out = loss(Poison.apply(hidden) if now and part == "gradient" else hidden, *rest, **options)
+        if now and part == "loss":
+            out.loss_sum.mul_(float("nan"))
+        return out
+
+    loop.one_step, common.language_model_loss = step_and_look, poisoned_loss
+    try:
+        return main(words), states
+    finally:
+        loop.one_step, common.language_model_loss = one_step, loss
+
+
+def run_engine(poisoned: list[int], look: Callable[[Any], list[bytes]], words: list[str]) -> Any:
+    """As `run_poisoned` with a gradient, of Transformer Engine's layers in a worker that may be fresh."""
+    start()
+    return run_poisoned("gradient", poisoned, words, look)

@@ -40,3 +40,16 @@ def test_every_rank_does_every_micro_batch_once(simulator) -> None:
         for chunk in range(2):
             for micro_batch in range(8):
                 assert order.index(("F", chunk, micro_batch)) < order.index(("B", chunk, micro_batch))
+
+
+def test_the_simulator_is_believed_near_what_was_measured(simulator) -> None:
+    assert simulator.agree(measured=1.0, simulated=0.86) and simulator.agree(measured=1.0, simulated=1.04)
+    assert not simulator.agree(measured=1.0, simulated=0.84) and not simulator.agree(measured=1.0, simulated=1.06)
+
+
+def test_states_of_a_batch_against_logits_of_a_micro_batch(simulator) -> None:
+    _, case = simulator.MEMORIES.values()
+    ours, concatenated = simulator.taught(*case)
+    states = 4096 * 4096 * 2 // 4  # of 4096 tokens, 4096 wide, in bf16, a fourth of the rows
+    assert ours == 32 * states + 2 * 512 * 4 * 128256 // 4
+    assert concatenated == states + 10 * 4096 * 4 * 128256 // 4
