@@ -80,25 +80,9 @@ def evaluate(
         The same on all ranks; None where it was given up.
     """
     samples = len(sequence) if batches is None else min(len(sequence), batches * global_batch)
-    lengths = byte_lengths.to(device)
     losses: list[Loss] = []
+    last_stage = _summing(losses, chunks[-1], grid, vocab_size, byte_lengths.to(device))
     given_up = False
-
-    def last_stage(hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, None]:
-        labels, mask = batch.flat()
-        out = language_model_loss(
-            hidden.flatten(0, 1),
-            unwrap(chunks[-1]).lm_head(),
-            labels,
-            mask,
-            vocab_size=vocab_size,
-            group=grid.groups.tp,
-            sequence_parallel=grid.layout.sequence,
-        )
-        count = (lengths[labels.clamp(0, vocab_size - 1)] * mask).sum()
-        losses.append(Loss(out.loss_sum, out.num_tokens, {"bytes": count}))
-        return out.loss_sum, out.num_tokens.to(torch.int), None
-
     scales = DelayedScales(chunks)
     for chunk in chunks:
         chunk.eval()
@@ -120,3 +104,27 @@ def evaluate(
     loss, report, tokens = reduce_losses(losses, grid)
     bits = loss / math.log(2.0) / report["bytes"] if report.get("bytes") else float("nan")
     return Evaluation(loss, bits, tokens, samples)
+
+
+def _summing(
+    losses: list[Loss], last_chunk: torch.nn.Module, grid: Grid, vocab_size: int, lengths: Tensor
+) -> schedule.LastStage:
+    """What the last pipeline stage does with its hidden states: cross-entropy and bytes of a micro-batch, added to
+    `losses`."""
+
+    def last_stage(hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, None]:
+        labels, mask = batch.flat()
+        out = language_model_loss(
+            hidden.flatten(0, 1),
+            unwrap(last_chunk).lm_head(),
+            labels,
+            mask,
+            vocab_size=vocab_size,
+            group=grid.groups.tp,
+            sequence_parallel=grid.layout.sequence,
+        )
+        count = (lengths[labels.clamp(0, vocab_size - 1)] * mask).sum()
+        losses.append(Loss(out.loss_sum, out.num_tokens, {"bytes": count}))
+        return out.loss_sum, out.num_tokens.to(torch.int), None
+
+    return last_stage
