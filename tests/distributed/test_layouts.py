@@ -62,6 +62,17 @@ def test_every_layout_gives_the_losses_of_one_rank(run: Run, stage: str, name: s
     assert found[0]["loss"] > found[3]["loss"], "four steps that learn nothing would agree in any layout"
 
 
+def test_a_divergence_without_a_chain_rule(pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path) -> None:
+    found = []
+    for name, (world, layout) in (("one", (1, {})), ("tp2_sp", LAYOUTS["tp2_sp"])):
+        changes = {"objective__divergence": "jsd", "student__layout": layout, "train__steps": 2, "data__valid": None}
+        config = runs.distill_config(material, tmp_path / name, teacher, **changes)
+        found.append(runs.metrics(runs.train(pool, "distill", config, world)))
+    for mine, theirs in zip(*found, strict=True):
+        runs.assert_close(mine, theirs, TOLERANCE)
+    assert 0 < found[0][0]["divergence"] < 0.7 * 4, "jsd is at most log 2, times the temperature squared"
+
+
 @pytest.mark.parametrize("stage", ["adapt", "distill"])
 def test_tied_embeddings_are_another_model(run: Run, stage: str) -> None:
     tied, untied = (runs.metrics(run(stage, tied, 1, {}))[0] for tied in (True, False))

@@ -1,5 +1,7 @@
 """Hidden-state matching: steps against a plain float64 LLaMA in every layout, checkpoints, resuming."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +59,21 @@ def configuration(
     return runs.distill_config(material, run_dir, teacher, **{**fixed, **changes})
 
 
+Dense = Callable[[dict[str, Any]], list[dict[str, float]]]
+
+
 @pytest.fixture(scope="module")
-def expected(
-    pool: WorkerPool, material: Material, teacher: Path, tmp_path_factory: pytest.TempPathFactory
-) -> list[dict[str, float]]:
-    """The steps of `PAIRS`, dense."""
-    raw = configuration(material, tmp_path_factory.mktemp("matching") / "run", teacher, PAIRS)
-    runs.train(pool, "distill", raw)
-    return dense.steps(pool, "distill", raw)
+def dense_steps(pool: WorkerPool) -> Dense:
+    """The steps of a run that has been made, dense; computed once for all layouts of a model and its pairs."""
+    done: dict[str, list[dict[str, float]]] = {}
+
+    def steps(raw: dict[str, Any]) -> list[dict[str, float]]:
+        key = json.dumps([raw["student"]["model"], raw["objective"]])
+        if key not in done:
+            done[key] = dense.steps(pool, "distill", raw)
+        return done[key]
+
+    return steps
 
 
 def assert_steps(run_dir: Path, expected: list[dict[str, float]]) -> None:
@@ -75,11 +84,13 @@ def assert_steps(run_dir: Path, expected: list[dict[str, float]]) -> None:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_steps_agree_with_a_plain_llama(
-    pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path, expected: list[dict[str, float]], name: str
+    pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path, dense_steps: Dense, name: str
 ) -> None:
     world, cut = LAYOUTS[name]
     raw = configuration(material, tmp_path / name, teacher, PAIRS, student__layout=cut)
-    assert_steps(runs.train(pool, "distill", raw, world), expected)
+    run_dir = runs.train(pool, "distill", raw, world)
+    expected = dense_steps(raw)
+    assert_steps(run_dir, expected)
     assert expected[0]["matching"] > expected[-1]["matching"] > 0
 
 
@@ -97,6 +108,7 @@ def test_states_travel_to_the_stage_that_matches_them(
     material: Material,
     teacher: Path,
     tmp_path: Path,
+    dense_steps: Dense,
     name: str,
     of_teacher: dict[str, Any],
     pairs: list[dict[str, Any]],
@@ -105,18 +117,24 @@ def test_states_travel_to_the_stage_that_matches_them(
     changes = {"student__layout": cut, "teacher__layout": of_teacher, "teacher__micro_batch": 1, "data__valid": None}
     raw = configuration(material, tmp_path / name, teacher, pairs, **changes)
     run_dir = runs.train(pool, "distill", raw, world)
-    assert_steps(run_dir, dense.steps(pool, "distill", raw))
+    assert_steps(run_dir, dense_steps(raw))
 
 
 @pytest.mark.parametrize("name", ["tp2_sp", "pp2"])
 @pytest.mark.parametrize("model", [runs.STUDENT, AS_WIDE], ids=["projected", "as_wide"])
 def test_the_last_layer_of_a_stage_and_equal_widths(
-    pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path, name: str, model: dict[str, int]
+    pool: WorkerPool,
+    material: Material,
+    teacher: Path,
+    tmp_path: Path,
+    dense_steps: Dense,
+    name: str,
+    model: dict[str, int],
 ) -> None:
     world, cut = LAYOUTS[name]
     changes = {"student__layout": cut, "student__model": model, "data__valid": None}
     raw = configuration(material, tmp_path / name, teacher, AT_THE_END_OF_A_STAGE, **changes)
-    assert_steps(runs.train(pool, "distill", raw, world), dense.steps(pool, "distill", raw))
+    assert_steps(runs.train(pool, "distill", raw, world), dense_steps(raw))
 
 
 def masked_pass(cut: Layout) -> tuple[float, torch.Tensor]:
