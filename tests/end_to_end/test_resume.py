@@ -94,6 +94,7 @@ def test_four_killed_ranks_go_on_to_the_last_digit(
     assert (tmp_path / "broken" / "latest").read_text() == "step_2\n"
     ranks = runs.run_stage(pool, "distill", broken, world=4)
     assert [rank.value for rank in ranks] == [0] * 4
+    assert ranks[0].stdout.startswith("device cpu, backend gloo"), "the table of the engine and its parts comes first"
     assert "step_2: step 2 of 6" in ranks[0].stdout
     assert runs.metrics(tmp_path / "broken") == runs.metrics(runs.train(pool, "distill", unbroken, world=4))
 
