@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -93,10 +94,7 @@ def evaluate(
         losses.append(Loss(out.loss_sum, out.num_tokens, {"bytes": count}))
         return out.loss_sum, out.num_tokens.to(torch.int), None
 
-    scales = DelayedScales(chunks)
-    for chunk in chunks:
-        chunk.eval()
-    with torch.no_grad():
+    with _measuring(chunks):
         for start in range(0, samples, global_batch):
             wanted = range(start, start + global_batch)
             mine = list(
@@ -104,9 +102,19 @@ def evaluate(
             )
             shape = (mine[0].tokens.shape[1], micro_batch)
             schedule.run(chunks, grid, mine, last_stage, forward_only=True, shape=shape)
-    for chunk in chunks:
-        chunk.train()
-    scales.restore()
     loss, report, tokens = reduce_losses(losses, grid)
     bits = loss / math.log(2.0) / report["bytes"] if report.get("bytes") else float("nan")
     return Evaluation(loss, bits, tokens, samples)
+
+
+@contextmanager
+def _measuring(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Evaluation mode and no gradients, then training mode and the FP8 scales from before."""
+    scales = DelayedScales(chunks)
+    for chunk in chunks:
+        chunk.eval()
+    with torch.no_grad():
+        yield
+    for chunk in chunks:
+        chunk.train()
+    scales.restore()
