@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What FP8 costs in accuracy: the quickstart's distillation in fp32, bf16 and every FP8 recipe, same data and seed, on
-# a CPU over the emulated kernels of Transformer Engine. About half an hour; a second call goes on where one stopped.
+# a CPU over the emulated kernels of Transformer Engine. A second call goes on where the first one stopped.
 #
 #   bash examples/quickstart/run.sh      # first: it makes the data, the teacher and the pruned student
 #   bash examples/fp8_numerics/run.sh

@@ -119,7 +119,7 @@ def draw(found: dict[str, dict[str, list[float]]], file: Path) -> None:
     left.set(xlabel="step", ylabel="training loss, nats a token")
     right.set(xlabel="step", ylabel="difference from fp32, nats a token")
     left.legend(fontsize=8)
-    figure.savefig(file, dpi=130)
+    figure.savefig(file, dpi=90)
 
 
 if __name__ == "__main__":

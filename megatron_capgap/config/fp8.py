@@ -14,6 +14,8 @@ from megatron_capgap.config.schema import FP8, Layout, ModelShape, Precision
 
 # The least compute capability of the GPUs that have each recipe's kernels.
 CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
+# And the first that have them no longer: Transformer Engine 2.11 lacks a layout of MXFP8 products there.
+_TOO_NEW = {"mxfp8": (12, 0)}
 # Numbers that the sides of a linear's local weight and input are multiples of.
 _ALIGNMENT = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
 # Under sequence parallelism blockwise quantises the local part of the input before it is gathered.
@@ -150,15 +152,32 @@ def tokens_are_aligned(case: Case) -> Iterator[str]:
 
 
 def gpus_have_the_kernels(case: Case) -> Iterator[str]:
-    """A recipe needs a generation of GPUs; unknown at --check unless --check-capability tells."""
+    """A recipe needs certain generations of GPUs; unknown at --check unless --check-capability tells."""
+    there = case.capability
     for _, key, fp8 in _models(case):
-        least = CAPABILITY[fp8.recipe]
-        if case.capability is not None and case.capability < least:
-            there, needed = (".".join(map(str, version)) for version in (case.capability, least))
-            able = [name for name, version in CAPABILITY.items() if version <= case.capability]
-            hint = f"{' or '.join(able)} would do" if able else "these GPUs have no FP8: remove fp8"
-            text = f"{fp8.recipe} needs compute capability {needed}, the GPUs have {there}; {hint}"
-            yield case.problem(f"{key}.fp8.recipe", text)
+        if there is None or runs_on(fp8.recipe, there):
+            continue
+        able = [name for name in CAPABILITY if runs_on(name, there)]
+        hint = f"{' or '.join(able)} would do" if able else "these GPUs have no FP8: remove fp8"
+        text = (
+            f"{fp8.recipe} needs compute capability {generations(fp8.recipe)}, the GPUs have {_version(there)}; {hint}"
+        )
+        yield case.problem(f"{key}.fp8.recipe", text)
+
+
+def runs_on(recipe: str, capability: tuple[int, int]) -> bool:
+    """Whether GPUs of a compute capability have a recipe's kernels."""
+    return CAPABILITY[recipe] <= capability < _TOO_NEW.get(recipe, (1 << 10, 0))
+
+
+def generations(recipe: str) -> str:
+    """The compute capabilities that have a recipe's kernels, in words."""
+    most = _TOO_NEW.get(recipe)
+    return f"{_version(CAPABILITY[recipe])} {'or newer' if most is None else f'and below {_version(most)}'}"
+
+
+def _version(numbers: tuple[int, int]) -> str:
+    return ".".join(map(str, numbers))
 
 
 CHECKS = (

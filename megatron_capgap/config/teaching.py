@@ -59,19 +59,8 @@ def batch_divides_for_the_teacher(case: Case) -> Iterator[str]:
         yield case.problem("teacher.micro_batch", f"{text} of {batch}; {divisors(share)} would do")
 
 
-def teacher_shares_the_vocabulary(case: Case) -> Iterator[str]:
-    """A divergence compares two distributions over the same tokens."""
-    student, *teachers = case.models
-    for teacher in teachers:
-        mine = teacher.shape.vocab
-        if mine != student.shape.vocab:
-            text = f"{mine} differs from {student.number('vocab')}, and both models must speak one vocabulary"
-            yield f"{teacher.blame('vocab')}{text}; a student of vocab {mine} would do, or another teacher"
-
-
 CHECKS: tuple[Callable[[Case], Iterator[str]], ...] = (
     teacher_runs_forward_only,
     teacher_has_its_ranks,
     batch_divides_for_the_teacher,
-    teacher_shares_the_vocabulary,
 )

@@ -218,9 +218,10 @@ def teaching(
         last = mine == layout.pipeline - 1
         outputs = len(_matched_layers(config, student, layout, mine, "student")) + last
         needed = outputs * batch // derive.data_parallel(layout, ranks) * _cut(teacher.hidden, layout) * width
-        alike = cut.pipeline == 1 and cut.tensor == layout.tensor and of_teacher == 0
+        wanted = replace(teacher, vocab=student.vocab)
+        alike = cut.pipeline == 1 and cut.tensor == layout.tensor and of_teacher == 0 and wanted == teacher
         shared = teacher.tied_embeddings and alike and not config.teacher.offload
-        head = size.head_parameters(teacher, layout) * width if last and not shared else 0
+        head = size.head_parameters(wanted, layout) * width if last and not shared else 0
     return Teaching(weights, head, held, needed, forward)
 
 

@@ -97,10 +97,10 @@ def arithmetic(resolved: Resolved) -> list[str]:
         line = f"{name} arithmetic: {precision.compute}"
         if precision.fp8 is not None:
             wanted = precision.fp8
-            needed = ".".join(map(str, fp8.CAPABILITY[wanted.recipe]))
             line += (
-                f" and FP8 ({wanted.recipe}, {wanted.format}; GPUs of compute capability {needed} or newer): "
-                f"{count.fp8} matrix products of a micro-batch in FP8, {count.others} in {precision.compute}"
+                f" and FP8 ({wanted.recipe}, {wanted.format}; GPUs of compute capability "
+                f"{fp8.generations(wanted.recipe)}): {count.fp8} matrix products of a micro-batch in FP8, "
+                f"{count.others} in {precision.compute}"
             )
         lines.append(line)
     return lines

@@ -28,7 +28,7 @@ from megatron_capgap.distillation.matching import Matching
 from megatron_capgap.distillation.offload import InHostMemory
 from megatron_capgap.distillation.teacher import Teacher, freeze
 from megatron_capgap.losses import DistillationObjective, Loss, TeacherHidden, distillation_loss
-from megatron_capgap.models import gpt
+from megatron_capgap.models import gpt, size
 from megatron_capgap.models.gpt import DTYPES, unwrap
 from megatron_capgap.runtime import launch, layout
 from megatron_capgap.runtime.bridge import FAILED, Bridge
@@ -77,7 +77,9 @@ def learner(ground: common.Ground, head: Tensor | None, teach: Callable[[int], T
     """
     student = common.student_chunks(ground)
     objective = DistillationObjective(**vars(ground.config.objective))
-    vocab_size, batch_size, grid = ground.resolved.student.vocab, ground.resolved.global_batch, ground.grid
+    resolved, batch_size, grid = ground.resolved, ground.resolved.global_batch, ground.grid
+    # The tokenizer is one; what a model's vocabulary has beyond it, the other's may lack, and counts on neither side.
+    vocab_size = min(resolved.student.vocab, resolved.teacher.vocab)
     matching = Matching(student, grid, objective.matching)
 
     def prepare(batches: Sequence[MicroBatch]) -> LossFunction:
@@ -137,19 +139,22 @@ def open_head(ground: common.Ground, teacher: Teacher | None) -> Tensor | None:
         teacher: what this rank has of it.
 
     Returns:
-        `[v/tp, h_teacher]` on the student's last stage; None, or what nothing reads, on the others.
+        `[v/tp, h_teacher]` on the student's last stage, v as the student is padded; None, or what nothing reads, on the
+        others.
     """
     source, shape, config = ground.resolved.teacher_source, ground.resolved.teacher, ground.config
     if source.manifest.step < source.manifest.steps:
         done = f"step {source.manifest.step} of {source.manifest.steps}"
         ground.log.say(f"teacher: {source.folder} is at {done}: its run is not finished")
-    cut = derive.teacher_layout(config)
-    alike = cut.pipeline == 1 and cut.tensor == ground.grid.layout.tensor and not config.teacher.offload
+    cut, tensor = derive.teacher_layout(config), ground.grid.layout.tensor
+    wanted = replace(shape, vocab=ground.resolved.student.vocab)  # rows of the student's, whichever are the teacher's
+    same_rows = size.padded_vocab(shape.vocab, tensor) == size.padded_vocab(wanted.vocab, tensor)
+    alike = cut.pipeline == 1 and cut.tensor == tensor and same_rows and not config.teacher.offload
     if teacher and shape.tied_embeddings and alike:
         return unwrap(teacher.chunks[0]).embedding.word_embeddings.weight  # every rank has it already
     dtype = DTYPES[derive.teacher_precision(config).compute]
     device = ground.device.torch_device
-    return store.load_head(source.folder, shape, ground.grid, dtype, device, verified=teacher is not None)
+    return store.load_head(source.folder, wanted, ground.grid, dtype, device, verified=teacher is not None)
 
 
 def _hand_off(ground: common.Ground, transport: Transport) -> HandOff:

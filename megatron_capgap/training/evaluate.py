@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -83,10 +84,7 @@ def evaluate(
     losses: list[Loss] = []
     last_stage = _summing(losses, chunks[-1], grid, vocab_size, byte_lengths.to(device))
     given_up = False
-    scales = DelayedScales(chunks)
-    for chunk in chunks:
-        chunk.eval()
-    with torch.no_grad():
+    with _measuring(chunks):
         for start in range(0, samples, global_batch):
             if given_up := halted():
                 break
@@ -96,9 +94,6 @@ def evaluate(
             )
             shape = (mine[0].tokens.shape[1], micro_batch)
             schedule.run(chunks, grid, mine, last_stage, forward_only=True, shape=shape)
-    for chunk in chunks:
-        chunk.train()
-    scales.restore()
     if given_up:
         return None
     loss, report, tokens = reduce_losses(losses, grid)
@@ -128,3 +123,16 @@ def _summing(
         return out.loss_sum, out.num_tokens.to(torch.int), None
 
     return last_stage
+
+
+@contextmanager
+def _measuring(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Evaluation mode and no gradients, then training mode and the FP8 scales from before."""
+    scales = DelayedScales(chunks)
+    for chunk in chunks:
+        chunk.eval()
+    with torch.no_grad():
+        yield
+    for chunk in chunks:
+        chunk.train()
+    scales.restore()

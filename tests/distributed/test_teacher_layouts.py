@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_capgap.config.schema import Config, Data, Layout, Student, Teacher, Train
-from tests.support import runs
+from tests.support import dense, runs
 from tests.support.pool import WorkerPool
 from tests.support.runs import Material
 
@@ -113,6 +113,51 @@ def test_tied_embeddings(distil: Distil, teacher: str, student: str) -> None:
     """A head that lies in the embedding: on another stage, in the same shard, in another shard than is needed."""
     found = distil(4, STUDENTS[student], tied=True, teacher__layout=TEACHERS[teacher])
     assert_same(found, distil(tied=True), f"{teacher} to {student}, tied")
+
+
+def test_a_tied_teacher_of_an_untied_student(distil: Distil) -> None:
+    changes = {"tied": True, "student__model": STUDENT}
+    found = distil(4, STUDENTS["tp2_pp2"], teacher__layout=TEACHERS["tp2_dp2"], **changes)
+    assert_same(found, distil(**changes), "tied to untied")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_in_host_memory_teach_the_same(distil: Distil, tied: bool) -> None:
+    assert distil(tied=tied, teacher__offload=True) == distil(tied=tied)
+
+
+def test_a_teacher_in_bf16_teaches_a_student_in_fp32(distil: Distil) -> None:
+    """Its own sums round differently in another layout, by 2^-9 of a state; the student's are exact."""
+    rounded = {"teacher__precision": {"compute": "bf16"}}
+    found = distil(4, STUDENTS["pp2_vp2_dp2"], teacher__layout=TEACHERS["tp4_sp"], **rounded)
+    expected, exact = distil(**rounded), distil()
+    assert found[0]["cross_entropy"] == pytest.approx(expected[0]["cross_entropy"], rel=TOLERANCE)
+    for mine, theirs in zip(found, expected, strict=True):
+        runs.assert_close(mine, theirs, 2e-3, "bf16 to fp32")
+    assert expected[0]["cross_entropy"] == exact[0]["cross_entropy"]
+    assert 1e-6 < abs(expected[0]["divergence"] / exact[0]["divergence"] - 1) < 2e-2
+
+
+@pytest.mark.parametrize("of_teacher, of_student", [(runs.VOCAB, runs.VOCAB + 3), (runs.VOCAB + 9, runs.VOCAB)])
+def test_vocabularies_padded_to_different_sizes(
+    pool: WorkerPool, material: Material, tmp_path: Path, of_teacher: int, of_student: int
+) -> None:
+    """Of one tokenizer: the columns that both models have are compared, as dense models in float64 compare them."""
+    shape = {**runs.TEACHER, "vocab": of_teacher, "tied_embeddings": True}
+    changes: dict[str, Any] = {"student__model": shape, "train__steps": 2, "data__valid": None}
+    teacher = runs.train(pool, "adapt", runs.adapt_config(material, tmp_path / "teacher", **changes))
+    changes["student__model"] = {**runs.STUDENT, "vocab": of_student}
+    changes |= {"optimizer__schedule": "constant", "optimizer__epsilon": 1.0e-4}
+    for name, (world, layout) in {
+        "one": (1, {}),
+        "tensor": (2, {"tensor": 2}),
+        "pipeline": (2, {"pipeline": 2}),
+    }.items():
+        raw = runs.distill_config(material, tmp_path / name, teacher, **changes, student__layout=layout)
+        found = runs.steps_of(runs.train(pool, "distill", raw, world))
+        for mine, theirs in zip(found, dense.steps(pool, "distill", raw, shape), strict=True):
+            del mine["lr"]
+            runs.assert_close(mine, theirs, 2e-5, name)
 
 
 @pytest.mark.slow

@@ -118,9 +118,13 @@ def test_a_teacher_in_a_layout_of_its_own(material: Material, teacher: Path, tmp
     assert table["teacher hidden"] == f"{2 * batch:.1f}" and float(table["teaching"]) > batch
     for key in ("teacher__placement", "teacher__ranks", "teacher__ahead"):
         del changes[key]
-    changes["teacher__layout"] = {"tensor": 2}
+    changes |= {"teacher__layout": {"tensor": 2}, "teacher__offload": True}
     lines = check("distill", runs.distill_config(material, tmp_path / "run", teacher, **changes), 4).splitlines()
     assert "the teacher's: 4 ranks = tensor 2 x data 2 x pipeline 1" in lines
+    assert any(
+        line.startswith("teacher a rank: ") and line.endswith("weights in host memory between its turns")
+        for line in lines
+    )
     assert any(
         f"{batch / 2:.1f} MiB on each rank where it leaves most, {batch / 2:.1f} MiB on each" in x for x in lines
     )

@@ -95,18 +95,21 @@ def _layer(weights: Weights, theirs: str, ours: str, groups: int, width: int) ->
     }
 
 
-def steps(pool: WorkerPool, stage: str, raw: dict[str, Any]) -> list[dict[str, float]]:
+def steps(
+    pool: WorkerPool, stage: str, raw: dict[str, Any], teacher: dict[str, Any] = runs.TEACHER
+) -> list[dict[str, float]]:
     """The run that a configuration means, on LLaMAs with the weights of the stack.
 
     Args:
         raw: of a run that has been made, since its indices of samples are read.
+        teacher: the shape of its teacher.
     """
     config = load(runs.write_config(raw), [], stage).config
     shape, seed = config.student.model, config.seed
     assert shape is not None
     taught, pairs, width = None, (), 0
     if config.teacher is not None:
-        source = Source(ModelShape(**runs.TEACHER), seed, Path(config.teacher.checkpoint))
+        source = Source(ModelShape(**teacher), seed, Path(config.teacher.checkpoint))
         taught = llama(source.shape, pool.run(megatron_weights, source, world=1)[0])
         width = source.shape.hidden
         pairs = config.objective.matching if width != shape.hidden else ()

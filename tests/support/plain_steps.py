@@ -59,6 +59,9 @@ def loss(
     """Means over all tokens of `rows`, `[b, s + 1]`; with a teacher the divergence is its forward KL."""
     tokens, labels = rows[:, :-1], rows[:, 1:]
     logits, states = run_model(student, tokens, objective)
+    if teacher is not None:  # columns that only one of them has do not count
+        common = min(model.get_output_embeddings().out_features for model in (student, teacher))
+        logits = logits[..., :common]
     cross_entropy = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
     if teacher is None:
         return {"loss": cross_entropy, "cross_entropy": cross_entropy}
@@ -66,7 +69,7 @@ def loss(
     heat = objective.temperature
     with torch.no_grad():
         logits_of_teacher, states_of_teacher = run_model(teacher, tokens, objective)
-        taught = (logits_of_teacher / heat).log_softmax(-1)
+        taught = (logits_of_teacher[..., :common] / heat).log_softmax(-1)
     learned = (logits / heat).log_softmax(-1)
     divergence = heat**2 * (taught.exp() * (taught - learned)).sum(-1).mean()
     total = objective.divergence_weight * divergence + objective.cross_entropy_weight * cross_entropy
