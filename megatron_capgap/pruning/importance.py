@@ -25,6 +25,8 @@ from megatron_capgap.models.gpt import unwrap
 from megatron_capgap.pruning.scores import Scores
 from megatron_capgap.runtime.layout import Grid
 
+_BLOCK = 1 << 17
+"""Numbers that are in float64 at a time: 1 MiB of them."""
 MeanLoss = Callable[[Tensor, Tensor, Any], Tensor]
 """(final hidden states `[s/tp or s, b, h]`, LM head shard `[v/tp, h]`, micro-batch) to its mean loss, a scalar."""
 
@@ -164,7 +166,7 @@ class Importance:
         if self._gradient:
             _when_known(value, value, add)
         else:
-            add(_over_tokens(value.float().abs()) * reading)
+            add(_over_tokens(value.abs()) * reading)
 
     def _embedded(self, module: Any, _: Any, output: Tensor) -> None:
         """The embedding is where gradients begin: no weight wants any."""
@@ -220,7 +222,7 @@ class Importance:
         if FAMILIES[self._shape.family].norm == "LayerNorm":
             wide = wide - wide.mean(-1, keepdim=True)
         normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self._shape.norm_epsilon)
-        self._sums.squares[index] += _over_tokens(normal.square())
+        self._sums.squares[index] += _over_tokens(normal, normal)
         if not self._gradient:
             behind = normal * gain if bias is None else normal * gain + bias
             self._sums.channels.add_(_over_tokens(behind.abs()))
@@ -242,9 +244,19 @@ def _when_known(tensor: Tensor, value: Tensor, add: Callable[[Tensor], None]) ->
     # An alias, for the pipeline takes the memory of what was sent on out of the tensor itself; and dropped when it was
     # used, for the graph lives on until the next micro-batch has run forward.
     waiting = [value.detach()]
-    tensor.register_hook(lambda gradient: add(_over_tokens(waiting.pop().float() * gradient.float())))
+    tensor.register_hook(lambda gradient: add(_over_tokens(waiting.pop(), gradient)))
 
 
-def _over_tokens(values: Tensor) -> Tensor:
-    """`[s, b, n]` to float64 `[n]`."""
-    return values.sum((0, 1), dtype=torch.float64)
+def _over_tokens(*factors: Tensor) -> Tensor:
+    """The product of tensors `[s, b, n]`, summed over tokens in float64: `[n]`.
+
+    By a few tokens at a time, since torch would make a float64 copy of all of them first.
+    """
+    batch, columns = factors[0].shape[1:]
+    total = factors[0].new_zeros(columns, dtype=torch.float64)
+    for parts in zip(*(factor.split(max(1, _BLOCK // (batch * columns))) for factor in factors), strict=True):
+        product = parts[0].double()
+        for part in parts[1:]:
+            product = product * part
+        total += product.sum((0, 1))
+    return total
