@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The whole road on a laptop's CPU, on a real corpus, in about ten minutes: text and tokenizer, a teacher, a student
-# pruned out of it and distilled from it on 4 ranks (tensor 2 x pipeline 2), the same shape trained from random weights
-# without a teacher, a table, and the student in Hugging Face's transformers.
+# pruned out of it and distilled from it on 4 ranks (tensor 2 x pipeline 2), the same student and the same shape from
+# random weights trained without a teacher, the student in Hugging Face's transformers, and a table.
 #
 #   bash examples/quickstart/run.sh
 #
 # Needs Python 3.10 or 3.11 and pip; everything goes below examples/quickstart/work. A second call goes on where the
-# first one stopped.
+# first one stopped, and makes nothing again that is newer than what it was made from.
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 source "$here/../../tools/install.sh" quickstart
@@ -39,18 +39,27 @@ echo "== 4. prune, distill: a student 2.5 times smaller is cut out of it and lea
 stage 4 prune --config ../prune.yaml
 stage 4 distill --config ../student.yaml
 
-echo "== 5. the same shape from random weights without a teacher, the same tokens (4 ranks)"
+echo "== 5. the same student, and the same shape from random weights, without a teacher: the same tokens (4 ranks)"
+stage 4 adapt --config ../alone.yaml --run_dir=runs/pruned_alone --student.model=null --student.checkpoint=runs/pruned
 stage 4 adapt --config ../alone.yaml
 
 echo "== 6. evaluate all on the whole held-out set, the students before training too"
-for model in teacher pruned student alone; do
-    stage 1 evaluate --config ../evaluate.yaml --student.checkpoint="runs/$model" --run_dir="runs/evaluate_$model"
+for model in teacher pruned student pruned_alone alone; do
+    if [ ! "runs/evaluate_$model/evaluation.json" -nt "runs/$model/latest" ]; then
+        stage 1 evaluate --config ../evaluate.yaml --student.checkpoint="runs/$model" --run_dir="runs/evaluate_$model"
+    fi
 done
-stage 1 evaluate --config ../alone.yaml --student.layout={} --train.eval_batches=null --run_dir=runs/evaluate_random
-
-"$python" ../table.py runs teacher pruned student random alone
+if [ ! runs/evaluate_random/evaluation.json -nt reviews_valid.idx ]; then
+    stage 1 evaluate --config ../alone.yaml --student.layout={} --train.eval_batches=null --run_dir=runs/evaluate_random
+fi
 
 echo "== 7. export the student to Hugging Face, load it there and let it write"
-"$python" ../../../tools/convert_hf.py export --checkpoint runs/student --out hf/student --force
-"$python" ../../../tools/convert_hf.py verify --hf hf/student --checkpoint runs/student
+if [ ! hf/verified -nt runs/student/latest ]; then
+    "$python" ../../../tools/convert_hf.py export --checkpoint runs/student --out hf/student --force
+    "$python" ../../../tools/convert_hf.py verify --hf hf/student --checkpoint runs/student
+    touch hf/verified
+fi
 "$python" ../generate.py hf/student
+
+echo "== 8. the models side by side"
+"$python" ../table.py runs teacher pruned student pruned_alone random alone

@@ -17,6 +17,7 @@ NAMES = {
     "teacher": "teacher",
     "pruned": "student: pruned",
     "student": "student: pruned, distilled",
+    "pruned_alone": "student: pruned, no teacher",
     "random": "student: random",
     "alone": "student: random, no teacher",
 }

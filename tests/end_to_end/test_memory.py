@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tests.support import runs
+from tests.support.pool import WorkerPool
 from tests.support.processes import job
 from tests.support.runs import Material
 
@@ -22,7 +23,7 @@ CASES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_the_estimate_is_within_15_percent(name: str, material: Material, tmp_path: Path) -> None:
+def test_the_estimate_is_within_15_percent(pool: WorkerPool, material: Material, tmp_path: Path, name: str) -> None:
     world, changes = CASES[name]
     common: dict[str, Any] = {
         "student__model": SHAPE,
@@ -35,16 +36,14 @@ def test_the_estimate_is_within_15_percent(name: str, material: Material, tmp_pa
     stage = name.split(",")[0]
     if stage == "finetune":
         start = {**common, "train__steps": 1, "data__sequence_length": 32, "data__valid": None}
-        runs.train_apart("adapt", runs.adapt_config(material, tmp_path / "student", **start))
+        runs.train(pool, "adapt", runs.adapt_config(material, tmp_path / "student", **start))
         del common["student__model"]
         config = runs.finetune_config(material, tmp_path / "run", tmp_path / "student", **common)
     if stage == "distill":
         teacher = runs.adapt_config(
             material, tmp_path / "teacher", **{**common, "train__steps": 1, "student__layout": {}}
         )
-        with job(["adapt", "--config", runs.write_config(teacher)], 1, tmp_path / "teacher_output") as taught:
-            assert taught.wait() == [0], taught.stderr()
-        config["teacher"] = {"checkpoint": teacher["run_dir"]}
+        config["teacher"] = {"checkpoint": str(runs.train(pool, "adapt", teacher))}
     # Processes of their own: a resident set remembers the largest run of a worker.
     with job([stage, "--config", runs.write_config(config)], world, tmp_path / "output") as run:
         assert run.wait() == [0] * world, run.stderr()
