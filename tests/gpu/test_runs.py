@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_capgap.config import fp8
 from megatron_capgap.config.families import FAMILIES
 from tests.support import runs
 from tests.support.runs import Material
@@ -25,7 +26,6 @@ two_gpus = pytest.mark.skipif(GPUS < 2, reason=f"needs 2 GPUs, {GPUS} visible")
 
 # Sides of every linear's weight are multiples of 128, as all FP8 recipes want them.
 SHAPE = {"layers": 4, "hidden": 256, "heads": 4, "kv_heads": 2, "ffn": 512, "vocab": runs.VOCAB}
-RECIPES = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 
 
 def config(material: Material, run_dir: Path, **changes: Any) -> dict[str, Any]:
@@ -41,9 +41,8 @@ def run(stage: str, settings: dict[str, Any], world: int = 1) -> list[dict[str, 
 
 def recipe(name: str) -> Any:
     """A parameter that is skipped where the GPU lacks the kernels."""
-    needed = RECIPES[name]
-    lacking = CAPABILITY < needed
-    return pytest.param(name, marks=pytest.mark.skipif(lacking, reason=f"{name} needs {needed}, this is {CAPABILITY}"))
+    reason = f"{name} needs compute capability {fp8.generations(name)}, this is {CAPABILITY}"
+    return pytest.param(name, marks=pytest.mark.skipif(not fp8.runs_on(name, CAPABILITY), reason=reason))
 
 
 def assert_near(found: list[dict[str, Any]], expected: list[dict[str, Any]], tolerance: float) -> None:
@@ -77,7 +76,7 @@ def test_a_gpu_trains_as_the_cpu_does(
 
 
 @with_engine
-@pytest.mark.parametrize("name", [recipe(name) for name in RECIPES])
+@pytest.mark.parametrize("name", [recipe(name) for name in fp8.CAPABILITY])
 def test_fp8_trains_near_bf16(name: str, material: Material, tmp_path: Path, on_the_cpu: list[dict[str, Any]]) -> None:
     settings = config(material, tmp_path / "run", precision={"compute": "bf16", "fp8": {"recipe": name}})
     steps = run("adapt", settings)
@@ -123,6 +122,28 @@ def test_layouts_agree_under_nccl(
 ) -> None:
     settings = config(material, tmp_path / "run", student__layout=layout, precision={"engine": "local"})
     assert_near(run("adapt", settings, world=2), on_the_cpu, 1e-3)
+
+
+# As on the CPU (tests/end_to_end/test_fp8.py), but for the GEMMs, whose accumulators are narrower on GPUs.
+@two_gpus
+@with_engine
+@pytest.mark.parametrize("layout", [{"tensor": 2, "sequence": True}, {"pipeline": 2}])
+@pytest.mark.parametrize("name", [recipe(name) for name in fp8.CAPABILITY])
+def test_fp8_layouts_agree_under_nccl(name: str, layout: dict[str, Any], material: Material, tmp_path: Path) -> None:
+    steps = [
+        run(
+            "adapt",
+            config(
+                material,
+                tmp_path / str(world),
+                student__layout=layout if world > 1 else {},
+                precision={"compute": "bf16", "fp8": {"recipe": name}},
+            ),
+            world,
+        )
+        for world in (1, 2)
+    ]
+    assert_near(*steps, 2e-2)
 
 
 def test_a_checkpoint_of_the_gpu_loads_on_the_cpu(material: Material, tmp_path: Path) -> None:

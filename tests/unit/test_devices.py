@@ -1,5 +1,6 @@
 """The CPU device: what it changes in torch, and initial weights that no layout and no padding shows in."""
 
+import importlib.util
 import subprocess
 import sys
 from datetime import timedelta
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.schema import Layout, ModelShape, Precision
+from megatron_capgap.runtime.devices import cuda
 from megatron_capgap.runtime.devices.device import check_megatron
 from tests.support import runs
 from tests.support.pool import WorkerPool
@@ -36,6 +38,36 @@ def test_the_tested_range_passes(release: str) -> None:
 def test_no_megatron_is_one_line() -> None:
     with pytest.raises(UserError, match=r"megatron-core is not installed; pip install 'megatron-core>=0\.16,<0\.17'"):
         check_megatron(None)
+
+
+APEX = {"Apex fused weight gradient": "fused_weight_gradient_mlp_cuda", "Apex fused Adam": "apex"}
+
+
+@pytest.mark.parametrize("present", [(), ("apex",), tuple(APEX.values())])
+def test_the_start_up_table_says_what_of_apex_is_used(monkeypatch: pytest.MonkeyPatch, present: tuple[str]) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in present else None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    rows = {row.name: row for row in cuda.prepare(0, [Precision()]).parts}
+    for name, package in APEX.items():
+        assert rows[name].active == (package in present)
+        absent = f"{package} is not installed; torch's own kernels are used"
+        assert (rows[name].why == absent) == (package not in present)
+
+
+def apex_on_a_cpu() -> list[tuple[bool, str]]:
+    """The row of the start-up table on a machine where everything can be imported."""
+    from megatron_capgap.runtime.devices import cpu
+
+    find, importlib.util.find_spec = importlib.util.find_spec, lambda name: name
+    try:
+        return [(row.active, row.why) for row in cpu.prepare().parts if row.name.startswith("Apex")]
+    finally:
+        importlib.util.find_spec = find
+
+
+def test_a_cpu_has_no_use_for_apex(pool: WorkerPool) -> None:
+    assert pool.run(apex_on_a_cpu, world=1) == [[(False, "need an NVIDIA GPU")]]
 
 
 def prepare_twice() -> tuple[bool, str]:

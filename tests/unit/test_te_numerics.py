@@ -11,32 +11,10 @@ from torch import Tensor
 from megatron_capgap.runtime.devices.transformer_engine_cpu import formats, quantize
 from tests.support import fp8_reference as reference
 from tests.support.engine import needs_files, start
+from tests.support.fp8_inputs import DTYPES, INFINITY, double, expected_buffers, inputs, quantiser
 from tests.support.pool import WorkerPool
 
 PAIRS = {"e4m3": (formats.E4M3, reference.E4M3), "e5m2": (formats.E5M2, reference.E5M2)}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-INFINITY, NAN = float("inf"), float("nan")
-
-
-def double(tensor: Tensor) -> reference.Array:
-    return tensor.double().numpy()
-
-
-def inputs(rows: int, columns: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Matrices of every kind."""
-    generator = torch.Generator().manual_seed(rows * columns)
-    normal = torch.randn(rows, columns, generator=generator)
-    # From the smallest subnormals to numbers whose scale overflows nothing.
-    wide = normal * torch.exp2(torch.randint(-140, 120, (rows, columns), generator=generator).double()).float()
-    spoilt = normal.clone()
-    spoilt[0, :7] = torch.tensor([INFINITY, -INFINITY, NAN, -NAN, 0.0, -0.0, 3.0e38])
-    spoilt[rows // 2] = NAN
-    lone = torch.zeros(rows, columns)
-    lone[-1, -1] = 1.0e-39
-    kinds = {"normal": normal, "wide": wide, "spoilt": spoilt, "zero": torch.zeros(rows, columns)}
-    kinds |= {"huge": normal.clamp(-1, 1) * 3.0e38, "tiny": normal * 1.0e-39, "lone": lone}
-    kinds |= {"infinite": torch.full((rows, columns), INFINITY), "nan": torch.full((rows, columns), NAN)}
-    return {name: values.to(dtype) for name, values in kinds.items()}
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -116,19 +94,8 @@ def test_the_reduced_maximum_goes_before_this_rank_s_own() -> None:
 def quantise_in_worker(recipe: str, name: str, values: Tensor, weight: bool, internal: bool) -> dict[str, Any]:
     """The buffers that Transformer Engine's own quantiser fills, made anew, then overwritten after other values."""
     start()
-    import transformer_engine.pytorch as te
-    from transformer_engine_torch import DType
-
-    dtype = {"e4m3": DType.kFloat8E4M3, "e5m2": DType.kFloat8E5M2}[name]
     amax = torch.zeros(1)
-    quantizer = {
-        "delayed": lambda: te.Float8Quantizer(torch.tensor(3.0), amax, dtype),
-        "tensorwise": lambda: te.Float8CurrentScalingQuantizer(dtype, device="cpu"),
-        "blockwise": lambda: te.Float8BlockQuantizer(
-            dtype, rowwise=True, columnwise=True, block_scaling_dim=2 if weight else 1
-        ),
-        "mxfp8": lambda: te.MXFP8Quantizer(dtype),
-    }[recipe]()
+    quantizer = quantiser(recipe, name, amax, weight=weight)
     quantizer.internal = internal
     found = quantizer(values)
     parts = {key: value for key, value in vars(found).items() if isinstance(value, Tensor)}
@@ -140,37 +107,6 @@ def quantise_in_worker(recipe: str, name: str, values: Tensor, weight: bool, int
         if recipe != "blockwise":
             parts["dequantised"] = found.dequantize(dtype=torch.float32)
     return {**parts, "amax": amax}
-
-
-def expected_buffers(recipe: str, name: str, values: Tensor, weight: bool) -> dict[str, np.ndarray]:
-    """The same from the reference, in the layouts that a GEMM reads."""
-    target, matrix = PAIRS[name][1], double(values).reshape(-1, values.shape[-1])
-    turned = np.ascontiguousarray(matrix.T)
-    if recipe in ("delayed", "tensorwise"):
-        scale = 3.0 if recipe == "delayed" else reference.current_scale(reference.amax(matrix), target)
-        made = reference.per_tensor(matrix, target, scale)
-        return {"_data": made.codes, "_scale_inv": made.inverse[0]}
-    if recipe == "blockwise":
-        overflow = reference.BF16_MAX if values.dtype == torch.bfloat16 else reference.FLOAT_MAX
-        tall = 128 if weight else 1
-        rows = reference.block(matrix, target, tall, 128, overflow)
-        columns = reference.block(turned, target, tall, 128, overflow)
-        turn = (lambda scales: scales) if weight else np.transpose
-        return {
-            "_rowwise_data": rows.codes,
-            "_rowwise_scale_inv": turn(rows.inverse),
-            "_columnwise_data": columns.codes,
-            "_columnwise_scale_inv": turn(columns.inverse),
-        }
-    (rows, row_exponents), (columns, column_exponents) = (
-        reference.mx(matrix, target, columns=along) for along in (False, True)
-    )
-    return {
-        "_rowwise_data": rows.codes,
-        "_rowwise_scale_inv": row_exponents,
-        "_columnwise_data": columns.codes,
-        "_columnwise_scale_inv": column_exponents,
-    }
 
 
 @needs_files
@@ -194,10 +130,10 @@ def test_quantisers_fill_the_buffers_that_the_recipe_says(
 ) -> None:
     rows, columns = (64, 96) if recipe == "mxfp8" else (144, 176)
     for kind, values in inputs(rows, columns, DTYPES[dtype]).items():
+        shaped, expected = values.view(2, rows // 2, columns), expected_buffers(recipe, name, values, weight)
         for internal in (False, True):
-            shaped = values.view(2, rows // 2, columns)
             (found,) = fresh_pool.run(quantise_in_worker, recipe, name, shaped, weight, internal, world=1)
-            for key, wanted in expected_buffers(recipe, name, values, weight).items():
+            for key, wanted in expected.items():
                 mine = found[key].numpy()
                 if not key.endswith("data"):
                     assert not mine[wanted.shape[0] :].any()

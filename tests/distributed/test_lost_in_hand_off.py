@@ -1,0 +1,85 @@
+"""Teacher and student on the same ranks, one of which dies or sleeps while hidden states are handed over."""
+
+import os
+import signal
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+
+from megatron_capgap.config.schema import Config, Data, Layout, Student, Teacher, Train
+from tests.support.pool import WorkerError, WorkerPool
+
+LIMIT = 4.0  # seconds that a transfer waits
+
+
+def hand_over_without(lost: int, how: str) -> tuple[str, float] | None:
+    """Runs in a worker: hands over from the last of four stages to four copies while one rank dies or sleeps.
+
+    Returns:
+        What stopped this rank and after how many seconds; None where nothing did.
+    """
+    import torch.distributed as dist
+
+    from megatron_capgap.distillation import plan
+    from megatron_capgap.distillation.handoff import HandOff, HandOffError, within_world
+    from megatron_capgap.distillation.plan import FINAL, Route
+
+    dist.init_process_group("gloo", timeout=timedelta(seconds=LIMIT))
+    rank = dist.get_rank()
+    data, train = Data("tokenizer", sequence_length=12), Train(global_batch=8, micro_batch=2)
+    teacher = Teacher("teacher", layout=Layout(pipeline=4), micro_batch=1)
+    sides = plan.sides(Config("run", Student(layout=Layout()), data, teacher=teacher, train=train), 4)
+    (stream,) = plan.streams(*sides, [Route(FINAL, 3, (0,))], rank)
+    kind = {"dtype": torch.float32, "device": torch.device("cpu")}
+    hand_off = HandOff([stream], rank, width=5, transport=within_world, **kind)
+    held = {k: torch.zeros(12, 5) for k in stream.held.samples} if stream.held else {}
+    hand_off.begin({FINAL: held}, 0).finish()  # every connection has been used
+    dist.barrier()
+    began = time.monotonic()
+    if rank == lost and how == "dead":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif rank == lost:
+        time.sleep(2 * LIMIT)
+        return None
+    try:
+        hand_off.begin({FINAL: held}, 0).finish()
+    except HandOffError as error:
+        return str(error), time.monotonic() - began
+    return None
+
+
+def assert_named(said: str, source: int, target: int) -> None:
+    name = (
+        f"the transfer of the teacher's hidden states behind the last layer from rank {source} to rank {target} (rows "
+    )
+    assert name in said and "waited in vain: " in said, said
+
+
+def test_a_rank_that_stalls_in_a_colocated_hand_off(pool: WorkerPool) -> None:
+    """Whoever waits for it says for which transfer, within the time-out; whoever does not goes on."""
+    for lost, waiting in ((3, (0, 1, 2)), (0, (3,))):
+        ranks = pool.run(hand_over_without, lost, "stalled", world=4, initialise=False)
+        assert [rank for rank, found in enumerate(ranks) if found] == list(waiting)
+        for rank in waiting:
+            said, seconds = ranks[rank]
+            assert_named(said, 3, rank if lost == 3 else 0)
+            assert seconds < LIMIT + 15, "and the time that a loaded machine takes to say so"
+
+
+def test_a_rank_that_dies_in_a_colocated_hand_off(pool: WorkerPool) -> None:
+    began = time.monotonic()
+    with pytest.raises(WorkerError) as failed:
+        pool.run(stop_where_it_waits, 3, world=4, initialise=False)
+    assert time.monotonic() - began < 120
+    failures = failed.value.failures
+    assert sorted(failures) == [0, 1, 2, 3] and "exit code -9" in failures[3].reason
+    for rank in range(3):
+        assert_named(failures[rank].reason, 3, rank)
+
+
+def stop_where_it_waits(lost: int) -> None:
+    """Runs in a worker: as `hand_over_without` a rank that dies, with an error where that is told."""
+    if found := hand_over_without(lost, "dead"):
+        raise RuntimeError(found[0])
