@@ -6,6 +6,7 @@ task's code is run, once.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -22,6 +23,8 @@ from megatron_capgap.config.errors import UserError, in_one_line
 from megatron_capgap.evaluation.ranks import Decoding, Ranks
 from megatron_capgap.evaluation.scoring import Row
 
+_MAY_RUN_CODE = "HF_ALLOW_CODE_EVAL"
+"""The variable that the library `evaluate` asks; HumanEval asks it while it is loaded."""
 _REPORTED = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better", "samples")
 
 
@@ -133,6 +136,8 @@ def run_tasks(
     Raises:
         UserError: a task is not there, cannot be read, or asks for what the model cannot do.
     """
+    if unsafe:
+        os.environ[_MAY_RUN_CODE] = "1"
     manager = _Manager(unsafe)
     chosen = [task for name in tasks for task in _find(manager, name)]
     results = simple_evaluate(
@@ -158,11 +163,17 @@ class _Manager(TaskManager):
         try:
             loaded = super().load(task_list)
         except Exception as error:  # the harness and the readers of data sets raise whatever they like
+            if _MAY_RUN_CODE in str(error) and not self._unsafe:
+                raise _refused("one of them") from error
             raise UserError(f"--tasks: {in_one_line(error, 300)}; mend the task or its data") from error
         for name, task in loaded["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False) and not self._unsafe:
-                raise UserError(f"--tasks: {name} runs code that the model writes; allow it with --run-code")
+                raise _refused(name)
         return loaded
+
+
+def _refused(task: str) -> UserError:
+    return UserError(f"--tasks: {task} runs code that the model writes; allow it with --run-code")
 
 
 def _find(manager: TaskManager, name: str) -> list[str]:

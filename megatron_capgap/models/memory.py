@@ -156,10 +156,10 @@ def _of_scoring(config: Config, teacher: ModelShape, world: int, pipeline_rank: 
     backward = (6 if FAMILIES[teacher.family].gated else 4) * teacher.ffn // layout.tensor
     kept: list[int] = []
     if config.prune is not None and config.prune.importance == "gradient":
-        # What the layers keep for the backward pass, and what attention and feed-forward add to the residual stream.
-        a_layer = [*_kept(teacher, layout), *[_cut(teacher.hidden, layout)] * 2]
+        # Frozen linears keep no inputs, so the norms' outputs go; in their place stays what attention and feed-forward
+        # add to the residual stream, for the scores.
         micro_batches = derive.micro_batches(config, config.student.layout, world)
-        kept = a_layer * _layers_in_flight(layout, micro_batches, pipeline_rank, teacher.layers)
+        kept = _kept(teacher, layout) * _layers_in_flight(layout, micro_batches, pipeline_rank, teacher.layers)
     return Memory(
         weights=size.rank_parameters(teacher, layout, pipeline_rank) * width,
         activations=sum(kept) * tokens * width,

@@ -129,6 +129,8 @@ def _open(ground: Ground) -> Importance:
         virtual=False,
     )
     store.load_weights(source.folder, chunks, ground.grid)
+    for chunk in chunks:
+        chunk.register_forward_pre_hook(lambda *_: ground.device.between_micro_batches())
     return Importance(chunks, ground.grid, shape, gradient=_wanted(resolved).importance == "gradient")
 
 

@@ -1,20 +1,17 @@
 """lm-evaluation-harness: our sharded model against its own Hugging Face backend on the exported folder."""
 
 import json
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.support.corpus import texts
+from tests.support import tasks as local_tasks
 from tests.support.pool import RankResult, WorkerPool
+from tests.support.processes import ROOT
 from tests.support.runs import Material
 from tools import convert_hf, evaluate_tasks
-
-pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install lm-eval accelerate)")
-pytest.importorskip("accelerate", reason="lm-eval's own backend needs accelerate (pip install lm-eval accelerate)")
 
 TENSOR, PIPELINE = ["--tensor", "2"], ["--pipeline", "2"]
 LAYOUTS = {
@@ -26,55 +23,6 @@ LAYOUTS = {
     "pp2_dp2": (4, PIPELINE),
 }
 TOLERANCE = 1e-3
-
-
-def write_tasks(folder: Path) -> dict[str, str]:
-    """A multiple-choice task, whose longer contexts must be cut, a perplexity task of several windows a text, and texts
-    to continue up to a letter or a number of tokens."""
-    words = [text.split() for text in texts(24, seed=11)]
-    choices = [
-        {
-            "context": " ".join(mine[: 3 + 2 * (number % 5)]),
-            "choices": [" ".join(x) for x in (mine[3:5], other[1:2], other[2:6], mine[:1])],
-            "answer": number % 4,
-        }
-        for number, (mine, other) in enumerate(pairwise(words))
-    ]
-    documents = [{"text": " ".join(mine)} for mine in words[:6]]
-    common = {"dataset_path": "json", "test_split": "test"}
-    choice = {
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{context}}",
-        "doc_to_choice": "{{choices}}",
-        "doc_to_target": "{{answer}}",
-        "metric_list": [{"metric": "acc"}],
-    }
-    rolling = {
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "doc_to_target": "{{text}}",
-        "metric_list": [{"metric": "bits_per_byte"}],
-    }
-    generate = {
-        "output_type": "generate_until",
-        "doc_to_text": "{{context}}",
-        "doc_to_target": "",
-        "generation_kwargs": {"until": ["e"], "max_gen_toks": 9},
-        "metric_list": [{"metric": "exact_match"}],
-    }
-    files = {}
-    for name, rows, task in (
-        ("choice", choices, choice),
-        ("rolling", documents, rolling),
-        ("generate", choices[:8], generate),
-    ):
-        data = folder / f"{name}.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        where = {"data_files": {"test": str(data)}, "cache_dir": str(folder / "cache")}
-        file = folder / f"{name}.yaml"
-        file.write_text(yaml.safe_dump({"task": f"local_{name}", **common, **task, "dataset_kwargs": where}))
-        files[name] = str(file)
-    return files
 
 
 def evaluate(pool: WorkerPool, *words: object, world: int = 1) -> list[RankResult]:
@@ -89,7 +37,7 @@ def answers(results: dict[str, Any]) -> dict[tuple[str, int], Any]:
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return write_tasks(tmp_path_factory.mktemp("tasks"))
+    return local_tasks.write(tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +111,43 @@ def test_bad_input_is_one_line(
         lines = [line for line in ranks[0].stderr.splitlines() if line.startswith("evaluate_tasks: error: ")]
         assert len(lines) == 1 and message in lines[0], (words, ranks[0].stderr)
         assert "Traceback" not in ranks[0].stderr and not ranks[1].stdout
+
+
+def test_the_tasks_of_minima_s_table_are_known() -> None:
+    from lm_eval.tasks import TaskManager
+
+    group = yaml.safe_load((ROOT / "examples" / "evaluation" / "minima.yaml").read_text())
+    names = [part if isinstance(part, str) else part.get("task", part.get("group")) for part in group["task"]]
+    assert len(names) == 6
+    assert set(names) <= set(TaskManager().all_tasks)
+
+
+JUDGE = """
+import os
+
+if os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
+    raise ValueError("to run code, set HF_ALLOW_CODE_EVAL to 1")
+
+
+def passes(references, predictions):
+    return 0.25
+"""
+
+
+def test_code_that_the_model_writes_is_run_only_where_that_is_allowed(
+    pool: WorkerPool, teacher: Path, tasks: dict[str, str], tmp_path: Path
+) -> None:
+    """A task that asks as HumanEval does: when it is loaded."""
+    (tmp_path / "judge.py").write_text(JUDGE)
+    task = yaml.safe_load(Path(tasks["generate"]).read_text())
+    del task["metric_list"]
+    metric = "metric_list: [{metric: !function judge.passes, aggregation: mean, higher_is_better: true}]\n"
+    file, out = tmp_path / "code.yaml", tmp_path / "results.json"
+    file.write_text(yaml.safe_dump({**task, "unsafe_code": True}) + metric)
+    words = ["--checkpoint", teacher, "--tasks", file, "--out", out, "--truncate"]
+    (rank,) = evaluate(pool, *words)
+    assert rank.value == 2
+    assert "runs code that the model writes; allow it with --run-code" in rank.stderr.splitlines()[-1]
+    (rank,) = evaluate(pool, *words, "--run-code")
+    assert rank.value == 0, rank.stderr
+    assert 0.25 in json.loads(out.read_text())["results"]["local_generate"].values()

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.support import runs
+from tests.support import pruning, runs
 from tests.support.pool import WorkerPool
 from tests.support.processes import job
 from tests.support.runs import Material
@@ -18,6 +18,7 @@ CASES = {
     "distill, tensor 2 with sequence": (2, {"student__layout": {"tensor": 2, "sequence": True}}),
     "adapt, pipeline 2": (2, {"student__layout": {"pipeline": 2}, "train__global_batch": 32}),
     "finetune, one rank": (1, {"data__sequence_length": 256}),
+    "prune, several micro-batches": (1, {"train__global_batch": 64}),
 }
 
 
@@ -39,14 +40,21 @@ def test_the_estimate_is_within_15_percent(pool: WorkerPool, material: Material,
         runs.train(pool, "adapt", runs.adapt_config(material, tmp_path / "student", **start))
         del common["student__model"]
         config = runs.finetune_config(material, tmp_path / "run", tmp_path / "student", **common)
-    if stage == "distill":
+    if stage in ("distill", "prune"):
         teacher = runs.adapt_config(
             material, tmp_path / "teacher", **{**common, "train__steps": 1, "student__layout": {}}
         )
         config["teacher"] = {"checkpoint": str(runs.train(pool, "adapt", teacher))}
+    if stage == "prune":
+        smaller = {"hidden": 192, "ffn": 352}
+        config = pruning.prune_config(material, Path(teacher["run_dir"]), tmp_path / "run", smaller, {})
+        del common["student__model"]
+        config = runs.changed(config, **common)
     # Processes of their own: a resident set remembers the largest run of a worker.
     with job([stage, "--config", runs.write_config(config)], world, tmp_path / "output") as run:
         assert run.wait() == [0] * world, run.stderr()
-        (line,) = (line for line in run.stdout().splitlines() if line.startswith("finished: "))
-    measured, estimated = map(int, re.findall(r"(\d+) MiB", line))
+        ((measured, estimated),) = re.findall(
+            r"peak memory of the fullest rank (\d+) MiB above start-up, estimated (\d+) MiB", run.stdout()
+        )
+    measured, estimated = int(measured), int(estimated)
     assert 0.85 < estimated / measured < 1.15, f"estimated {estimated} MiB, measured {measured} MiB"

@@ -13,6 +13,7 @@ from megatron_capgap.law import plot
 from tests.support import law as made
 from tools import fit_law
 
+RESULTS = Path(__file__).resolve().parents[2] / "examples" / "law_sweep" / "results"
 WRITTEN = ["compute.png", "curse.png", "law.json", "law.png", "report.md"]
 
 
@@ -87,6 +88,13 @@ def test_two_teachers_of_one_size_are_refused(tmp_path: Path, capsys: pytest.Cap
 def test_seeds_that_leave_the_start_alone_are_told(tmp_path: Path) -> None:
     pruned = made.save(taught(lambda each: None, init="pruned"), tmp_path / "pruned.jsonl")
     assert "students began from pruned weights" in fit(pruned, tmp_path / "law")["remarks"][0]
+
+
+@pytest.mark.parametrize("init, folder", [("pruned", RESULTS), ("fixed", RESULTS / "fixed")])
+def test_the_law_of_the_committed_runs_is_what_their_records_give(init: str, folder: Path, tmp_path: Path) -> None:
+    fit(str(RESULTS / "records.jsonl"), tmp_path, "--where", f"init={init}")
+    for name in ("law.json", "report.md"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
 
 
 def test_a_prediction_with_interval_catalogue_and_cost(records: str, tmp_path: Path, capsys: Any) -> None:

@@ -93,6 +93,7 @@ def prepare(with_engine: bool = False) -> Device:
         release_memory=_return_free_memory,
         finish=lambda: None,
         between_steps=_tidy(),
+        between_micro_batches=_return_free_memory,
         tune_optimizer=_fuse_adam,
     )
 

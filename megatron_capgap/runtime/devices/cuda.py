@@ -55,5 +55,6 @@ def prepare(local_rank: int, precisions: Sequence[Precision]) -> Device:
         release_memory=torch.cuda.empty_cache,
         finish=torch.cuda.synchronize,
         between_steps=lambda: None,
+        between_micro_batches=lambda: None,
         tune_optimizer=lambda optimizer: None,
     )

@@ -53,6 +53,8 @@ class Device:
     """Returns when all work that was given to the device is done."""
     between_steps: Callable[[], None]
     """Called after each step: keeps the memory of a long run what it was in a short one."""
+    between_micro_batches: Callable[[], None]
+    """Called between micro-batches that no optimizer step follows: what one has freed is no burden to the next."""
     tune_optimizer: Callable[[torch.optim.Optimizer], None]
     """Switches on what this device can fuse in the optimizer Megatron made."""
 
