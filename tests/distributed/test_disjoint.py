@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_capgap.__main__ import main
+from tests.end_to_end.test_signal_phases import signal_in
 from tests.support import dense, runs
 from tests.support.pool import WorkerError, WorkerPool
 from tests.support.processes import job
@@ -133,19 +134,34 @@ def test_what_is_not_finite_stops_both(pool: WorkerPool, material: Material, tea
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 3], ids=["student", "teacher"])
 def test_a_signal_to_one_rank_stops_all_at_a_step(material: Material, teacher: Path, tmp_path: Path, rank: int) -> None:
-    """That to the student comes in an evaluation over all of the training text, of which the teacher knows nothing."""
-    evaluated = {"data__valid": material.data["train"], "train__eval_every": 3, "train__eval_batches": 10**6}
-    changes = {"train__steps": 2000, **(evaluated if rank == 0 else {"data__valid": None})}
+    changes = {"train__steps": 2000, "data__valid": None}
     raw = configuration(material, tmp_path / "run", teacher, "pp2_and_tp2", **changes)
     with job(["distill", "--config", runs.write_config(raw)], 4, tmp_path / "job") as ranks:
         ranks.wait_until(lambda: len(runs.steps_of(tmp_path / "run")) >= 3)
         ranks.signal(signal.SIGTERM, [rank])
         assert ranks.wait(30) == [0] * 4, [ranks.stderr(r) for r in range(4)]
-        done = len(runs.metrics(tmp_path / "run"))
-        assert done == 3 or rank != 0, "half an evaluation leaves no line"
+        done = len(runs.steps_of(tmp_path / "run"))
         assert f"stopped by SIGTERM after step {done} of 2000" in ranks.stdout()
         assert all(ranks.stderr(r) == "" for r in range(4)) and ranks.left_behind() == []
     assert runs.checkpoints(tmp_path / "run") == [f"step_{done}"]
+
+
+@pytest.mark.parametrize("every, stopped", [(2, 2), (0, 5)], ids=["on the way", "the last one"])
+def test_a_signal_in_an_evaluation_stops_the_teacher_too(
+    pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path, every: int, stopped: int
+) -> None:
+    """Of an evaluation the teacher knows nothing, and works ahead; after the last step it has left."""
+    changes = {"train__steps": 5, "train__eval_every": every}
+    unbroken = configuration(material, tmp_path / "unbroken", teacher, "1_and_1", **changes)
+    expected = runs.metrics(runs.train(pool, "distill", unbroken, 2))
+    raw = configuration(material, tmp_path / "run", teacher, "1_and_1", **changes)
+    words = ["distill", "--config", runs.write_config(raw)]
+    work = partial(signal_in, "training.evaluate micro_batches", signal.SIGTERM, words, rank=0)
+    ranks = pool.run(work, world=2, initialise=False, capture=True)
+    assert [rank.value for rank in ranks] == [0, 0], ranks
+    assert f"stopped by SIGTERM after step {stopped} of 5" in ranks[0].stdout
+    assert runs.metrics(tmp_path / "run") == expected[:stopped]
+    assert runs.metrics(runs.train(pool, "distill", raw, 2)) == expected
 
 
 @pytest.mark.slow

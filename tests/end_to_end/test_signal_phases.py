@@ -33,14 +33,14 @@ def unbroken(pool: WorkerPool, material: Material, tmp_path_factory: pytest.Temp
     return runs.metrics(runs.train(pool, "adapt", config, world=2))
 
 
-def signal_in(where: str, number: int, words: list[str]) -> int:
-    """Runs a command of whose ranks the second is signalled each time that it begins with something."""
+def signal_in(where: str, number: int, words: list[str], rank: int = 1) -> int:
+    """Runs a command of whose ranks one, the second, is signalled each time that it begins with something."""
     path, name = where.split()
     module = importlib.import_module(f"megatron_capgap.{path}")
     part = getattr(module, name)
 
     def signalled(*arguments: Any, **options: Any) -> Any:
-        if dist.get_rank() == 1:
+        if dist.get_rank() == rank:
             signal.raise_signal(number)
         return part(*arguments, **options)
 

@@ -105,6 +105,7 @@ def endure(settings: dict[str, Any], faults: list[Fault], folder: Path, limit: f
         if fault.kind in ("flip", "cut", "delete"):
             whole = _damage(run_dir, fault)
         met[fault.kind] += 1
+        print(f"fault {number} met, to go on from step {whole}", flush=True)
         shutil.rmtree(folder / str(number))
     with job(words, WORLD, folder / "last") as ranks:
         assert ranks.wait(10 * limit) == [0] * WORLD, ranks.stderr()
