@@ -26,17 +26,21 @@ choose("cpu", 0)  # before Megatron is imported
 from megatron_capgap.data import pretrain  # noqa: E402
 from megatron_capgap.stages.material import cache_dir  # noqa: E402
 
+TOLERANCE = 1e-3
+"""Relative, of the perplexities."""
+
 
 def main() -> int:
-    """Prints both; fails where a tensor differs."""
+    """Prints both; exit status 1 where the perplexities differ by more than the tolerance, or a tensor does at all."""
     config = load(sys.argv[1], [], "evaluate").config
     before, after = Path(sys.argv[2]), Path(sys.argv[3])
     ours = json.loads((Path(config.run_dir) / "evaluation.json").read_text())
     loss, tokens = transformers_loss(before, pretrain.open_validation(config.data, cache_dir(config)))
-    print(f"perplexity on {tokens:,} tokens: ours {ours['valid_perplexity']:.4f}, transformers {math.exp(loss):.4f}")
+    mine, theirs = ours["valid_perplexity"], math.exp(loss)
+    print(f"perplexity on {tokens:,} tokens: ours {mine:.4f}, transformers {theirs:.4f}")
     equal = equal_tensors(before / "model.safetensors", after / "model.safetensors")
     print(f"{equal} tensors, each equal bit by bit")
-    return 0
+    return int(abs(mine / theirs - 1) > TOLERANCE)
 
 
 def transformers_loss(folder: Path, samples: pretrain.SampleSequence) -> tuple[float, int]:

@@ -1,5 +1,6 @@
 """Every command in README.md is run as it stands there, on a tiny corpus and for two steps."""
 
+import json
 import re
 import shlex
 import shutil
@@ -12,7 +13,7 @@ import pytest
 import yaml
 
 from megatron_capgap.config.load import load
-from tests.support import languages
+from tests.support import languages, tasks
 from tests.support.corpus import conversations, texts, write_jsonl, write_lines
 from tests.support.processes import ROOT, environment
 from tools import make_sweep
@@ -54,6 +55,7 @@ def test_the_commands_run(tmp_path: Path) -> None:
     write_lines(tmp_path / "data" / "chat_train.jsonl", conversations(60, seed=12))
     write_lines(tmp_path / "data" / "chat_valid.jsonl", conversations(20, seed=13))
     write_jsonl(tmp_path / "corpus_zh.jsonl", languages.chinese())
+    Path(tasks.write(tmp_path)["choice"]).rename(tmp_path / "mytask.yaml")
     wanted = [line for line in commands() if line not in SCRIPTS]
     for stage in ("distill", "finetune", "evaluate"):
         assert any(f" {stage} " in line for line in wanted)
@@ -63,6 +65,7 @@ def test_the_commands_run(tmp_path: Path) -> None:
             end.result()
     assert (tmp_path / "runs" / "distill" / "latest").read_text() == "step_2\n"
     assert (tmp_path / "runs" / "finetune" / "best").read_text() == "step_2\n"
+    assert 0 <= json.loads((tmp_path / "results.json").read_text())["results"]["local_choice"]["acc,none"] <= 1
     one, two = ((tmp_path / "runs" / name / "evaluation.json").read_text() for name in ("evaluate", "evaluate2"))
     assert re.findall(r'"(?:tokens|samples)": \d+', one) == re.findall(r'"(?:tokens|samples)": \d+', two)
 

@@ -1,8 +1,12 @@
 """The example with real weights; and on a file of its kind that is small: what llama.cpp writes is read back."""
 
 import importlib.util
+import json
+import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -13,10 +17,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megatron_capgap.__main__ import main
 from tests.support import hf_models
+from tests.support.corpus import write_jsonl
 from tests.support.pool import WorkerPool
 from tests.support.processes import ROOT, environment
-from tools import convert_hf
+from tools import convert_hf, generate, prepare_data
 
 HEADS, GROUPS, WIDTH = 4, 2, 64
 SIZES = {"vocab_size": 261, "hidden_size": WIDTH, "intermediate_size": 96, "num_hidden_layers": 2}
@@ -24,8 +30,8 @@ SIZES |= {"num_attention_heads": HEADS, "num_key_value_heads": GROUPS, "max_posi
 Q4 = gguf.GGMLQuantizationType.Q4_1
 
 
-def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gguf_to_hf", ROOT / "examples/smollm2/gguf_to_hf.py")
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"examples/smollm2/{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -78,7 +84,7 @@ def write(file: Path, model: torch.nn.Module, names: dict[str, str]) -> dict[str
 
 
 def test_a_gguf_file_becomes_a_folder(tmp_path: Path) -> None:
-    module = example()
+    module = example("gguf_to_hf")
     names = {f"{theirs}.weight": f"{ours}.weight" for ours, theirs in module.OUTER.items()}
     for layer in range(2):
         for ours, theirs in module.LAYER.items():
@@ -102,21 +108,76 @@ def test_a_gguf_file_becomes_a_folder(tmp_path: Path) -> None:
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1) and tokenizer.chat_template
 
 
+@pytest.fixture(scope="module")
+def imported(pool: WorkerPool, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `hf`, the real weights, and `runs/smollm2`, what they were imported to. Downloads 93 MB."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    script = str(ROOT / "examples/smollm2/gguf_to_hf.py")
+    subprocess.run([sys.executable, script, "--out", str(folder / "hf")], env=environment(), check=True)
+    must(pool, convert_hf.main, "import", "--hf", folder / "hf", "--out", folder / "runs/smollm2")
+    return folder
+
+
+def must(pool: WorkerPool, tool: Callable[[list[str]], int], *words: object) -> str:
+    """What a call that succeeds says."""
+    (rank,) = pool.run(tool, [str(word) for word in words], world=1, initialise=False, capture=True)
+    assert rank.value == 0, rank.stdout + rank.stderr
+    return rank.stdout
+
+
 @pytest.mark.slow
-def test_real_weights_go_in_and_out(pool: WorkerPool, tmp_path: Path) -> None:
-    """Downloads 93 MB and needs 1.5 GB of memory."""
-    hf, run, back = (str(tmp_path / name) for name in ("hf", "run", "back"))
-    subprocess.run(
-        [sys.executable, str(ROOT / "examples/smollm2/gguf_to_hf.py"), "--out", hf], env=environment(), check=True
-    )
-    calls = [["import", "--hf", hf, "--out", run], ["verify", "--hf", hf, "--checkpoint", run, "--tokens", "32"]]
-    calls.append(["export", "--checkpoint", run, "--out", back])
-    for words in calls:
-        (rank,) = pool.run(convert_hf.main, words, world=1, initialise=False, capture=True)
-        assert rank.value == 0, rank.stdout + rank.stderr
-    before, after = (load_file(Path(folder) / "model.safetensors") for folder in (hf, back))
+def test_real_weights_go_in_and_out(pool: WorkerPool, imported: Path) -> None:
+    """Needs 1.5 GB of memory."""
+    hf, run, back = imported / "hf", imported / "runs/smollm2", imported / "back"
+    must(pool, convert_hf.main, "verify", "--hf", hf, "--checkpoint", run, "--tokens", 32)
+    must(pool, convert_hf.main, "export", "--checkpoint", run, "--out", back)
+    before, after = (load_file(folder / "model.safetensors") for folder in (hf, back))
     assert before.keys() == after.keys() and len(before) == 272
     assert all(torch.equal(before[name], after[name]) for name in before)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(back), AutoTokenizer.from_pretrained(back)
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     assert tokenizer.decode(model.generate(ids, max_new_tokens=1, do_sample=False)[0]).endswith("Paris")
+
+
+@pytest.mark.slow
+def test_the_megatron_model_answers_a_chat_prompt(pool: WorkerPool, imported: Path) -> None:
+    run, prompts = imported / "runs/smollm2", imported / "chat.jsonl"
+    question = "What is the capital of France? Answer in one sentence."
+    prompts.write_text(json.dumps({"messages": [{"role": "user", "content": question}]}) + "\n")
+    words = ["--checkpoint", run, "--tokenizer", run / "huggingface", "--prompts", prompts, "--max-new-tokens", 8]
+    assert "Paris" in json.loads(must(pool, generate.main, *words, "--device", "cpu").splitlines()[-1])["text"]
+
+
+def compared(folder: str, off: float) -> int:
+    """Runs in a worker: the example's comparison, with a perplexity of ours that is off by a factor."""
+    os.chdir(folder)
+    file = Path("runs/evaluate/evaluation.json")
+    sound = file.read_text()
+    result = json.loads(sound)
+    file.write_text(json.dumps({**result, "valid_perplexity": off * result["valid_perplexity"]}))
+    module = example("compare")
+    sys.argv = ["compare.py", "evaluate.yaml", "hf", "hf"]
+    try:
+        return module.main()
+    finally:
+        file.write_text(sound)
+
+
+@pytest.mark.slow
+def test_perplexity_is_transformers_s(pool: WorkerPool, imported: Path) -> None:
+    """A thousand tokens of real text, this project's README."""
+    text = write_jsonl(imported / "readme.jsonl", [(ROOT / "README.md").read_text()[:4500]])
+    words = ["--input", text, "--tokenizer", imported / "runs/smollm2/huggingface", "--out", imported / "reviews"]
+    must(pool, prepare_data.main, *words, "--workers", 1)
+    shutil.copyfile(ROOT / "examples/smollm2/evaluate.yaml", imported / "evaluate.yaml")
+    must(pool, evaluated, imported)
+    for off, code in ((1.0, 0), (1.002, 1)):
+        (rank,) = pool.run(compared, str(imported), off, world=1, initialise=False, capture=True)
+        assert rank.value == code, rank.stdout
+        assert "perplexity on 1,024 tokens" in rank.stdout
+
+
+def evaluated(words: list[str]) -> int:
+    """Runs in a worker, in the folder that the paths in the example's configuration are relative to."""
+    os.chdir(words[0])
+    return main(["evaluate", "--config", "evaluate.yaml"])
