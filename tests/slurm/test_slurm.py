@@ -181,8 +181,9 @@ def test_the_end_of_the_time_is_no_end_of_the_run(
     (stopped,) = map(int, re.findall(r"stopped by SIGUSR1 after step (\d+) of", job.output()))
     wait_for(lambda: "resumed from" in job.output(), LIMIT, "the next start", job.output)
     job.wait_for_step(stopped + 2)
-    cluster.run("scancel", "--full", job.number)
+    cluster.run("scancel", job.number)  # a user's: the ranks save, and the job does not come back
     wait_for(lambda: job.state() == "CANCELLED", LIMIT, "its end", job.output)
+    assert job.restarts() == 1
     found, common = runs.steps_of(job.run_dir), min(STEPS, stopped)
     assert found[:common] == undisturbed[:common]
     # From the checkpoint that it had left, what another start does without SLURM.
