@@ -54,6 +54,7 @@ if [ ! runs/evaluate_random/evaluation.json -nt reviews_valid.idx ]; then
 fi
 
 echo "== 7. export the student to Hugging Face, load it there and let it write"
+mkdir -p hf
 if [ ! hf/verified -nt runs/student/latest ]; then
     "$python" ../../../tools/convert_hf.py export --checkpoint runs/student --out hf/student --force
     "$python" ../../../tools/convert_hf.py verify --hf hf/student --checkpoint runs/student
