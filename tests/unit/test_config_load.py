@@ -138,7 +138,7 @@ def test_whole_numbers_are_integers(read, value, expected):
         ("--student.layout.sequence=yes", 'student.layout.sequence: "yes" given; true or false would do'),
         ("--student.layout.sequence=1", "student.layout.sequence: 1 given; true or false would do"),
         ("--student.layout=2", "student.layout: 2 given; keys tensor, pipeline, "),
-        ("--checkpoint=", "checkpoint: null given; keys every, keep; a section would do"),
+        ("--checkpoint=", "checkpoint: null given; keys every, keep, async_save; a section would do"),
         ("--data.tokenizer=5", "data.tokenizer: 5 given; quote it; a string would do"),
         ("--data.train=data/train", 'data.train: "data/train" given; a list, each entry a string would do'),
         ("--data.train=[a, 7]", "data.train: 7 given; a list, each entry a string would do"),
