@@ -20,7 +20,7 @@ from tools import make_sweep
 
 PYTHON = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
 # CI itself, and what takes minutes; their configurations have tests of their own.
-EXAMPLES = {f"bash examples/{name}/run.sh" for name in ("quickstart", "smollm2", "evaluation")}
+EXAMPLES = {f"bash examples/{name}/run.sh" for name in ("quickstart", "smollm2", "evaluation", "law_sweep")}
 SCRIPTS = {"bash tests/run.sh", *EXAMPLES}
 # Nothing later needs what these leave, so that they run beside the others, one after the other.
 ENDS = re.compile(r" --check\b| evaluate | verify |generate\.py|fit_law\.py|runs/adapt_zh|runs/taught")
@@ -49,6 +49,7 @@ def run(line: str, folder: Path) -> None:
 @pytest.mark.slow
 def test_the_commands_run(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "examples" / "tutorial", tmp_path / "examples" / "tutorial")
+    (tmp_path / "examples" / "law_sweep").symlink_to(ROOT / "examples" / "law_sweep")
     (tmp_path / "tools").symlink_to(ROOT / "tools")
     (tmp_path / "data").mkdir()
     write_jsonl(tmp_path / "corpus.jsonl", texts(4000, seed=11))
