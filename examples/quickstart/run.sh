@@ -45,7 +45,7 @@ stage 4 adapt --config ../alone.yaml
 
 echo "== 6. evaluate all on the whole held-out set, the students before training too"
 for model in teacher pruned student pruned_alone alone; do
-    if [ ! "runs/evaluate_$model/evaluation.json" -nt "runs/$model/latest" ]; then
+    if [ ! "runs/evaluate_$model/evaluation.json" -nt "runs/$model/checkpoints" ]; then
         stage 1 evaluate --config ../evaluate.yaml --student.checkpoint="runs/$model" --run_dir="runs/evaluate_$model"
     fi
 done
@@ -55,7 +55,7 @@ fi
 
 echo "== 7. export the student to Hugging Face, load it there and let it write"
 mkdir -p hf
-if [ ! hf/verified -nt runs/student/latest ]; then
+if [ ! hf/verified -nt runs/student/checkpoints ]; then
     "$python" ../../../tools/convert_hf.py export --checkpoint runs/student --out hf/student --force
     "$python" ../../../tools/convert_hf.py verify --hf hf/student --checkpoint runs/student
     touch hf/verified
