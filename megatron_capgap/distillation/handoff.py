@@ -47,6 +47,8 @@ class Transfer:
     """What this rank needs; whole once `finish` has returned."""
     under_way: list[tuple[Work, Tensor, str]]
     """Work, the memory that it reads or writes (gloo would go on reading it after it was freed), and what it is."""
+    say: Callable[[str], None]
+    """Is told what this rank waits for: ranks that wait for this one have no other way to know."""
 
     def finish(self) -> States:
         """Waits for all of it.
@@ -55,10 +57,12 @@ class Transfer:
             HandOffError: with the transfer that waited.
         """
         for work, _, what in self.under_way:
+            self.say(what)
             try:
                 work.wait()
             except RuntimeError as error:
                 raise HandOffError(f"{what} waited in vain: {_first_line(error)}") from error
+        self.say("")
         self.under_way.clear()
         return self.states
 
@@ -73,6 +77,7 @@ class HandOff:
         dtype: their type.
         device: where they live.
         transport: how they travel.
+        say: is told which transfer this rank waits for, and "" when it waits no more.
     """
 
     def __init__(
@@ -84,10 +89,11 @@ class HandOff:
         dtype: torch.dtype,
         device: torch.device,
         transport: Transport,
+        say: Callable[[str], None] = lambda what: None,
     ) -> None:
         self.streams, self.rank = streams, rank
         self._width, self._dtype, self._device = width, dtype, device
-        self._transport = transport
+        self._transport, self._say = transport, say
 
     def begin(self, held: Mapping[int, Mapping[int, Tensor]], first_sample: int) -> Transfer:
         """Begins to give and to take the states of one global batch. All ranks of the plan do so.
@@ -118,7 +124,7 @@ class HandOff:
                     taken.copy_(given)
         works = self._transport(sends, receives)
         tensors = [tensor for tensor, _ in (*sends, *receives)]
-        return Transfer(states, list(zip(works, tensors, [*names[0], *names[1]], strict=True)))
+        return Transfer(states, list(zip(works, tensors, [*names[0], *names[1]], strict=True)), self._say)
 
     def _room(self, stream: Stream, held: Mapping[int, Tensor], first_sample: int) -> dict[int, Tensor]:
         """Memory for what this rank needs of a stream: new, or the teacher's own where that is all of it."""

@@ -6,7 +6,6 @@ gets a default group of its own, and what passes between the two goes over a bri
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.runtime.devices import Device
 from megatron_capgap.runtime.launch import Environment
+from megatron_capgap.runtime.watch import Watch
 
 Answer = TypeVar("Answer")
 
@@ -28,8 +28,8 @@ Answer = TypeVar("Answer")
 _PATIENCE = timedelta(days=365)
 FAILED = 2**31 - 1
 """What a world says that has given up; above every signal's number and every step's."""
-_GLANCE, _LINGER = timedelta(seconds=1), timedelta(seconds=4)
-_REASON, _BLAME = "reason", "blame"
+_GLANCE = timedelta(seconds=1)
+_REASON = "reason"
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,17 @@ class Agreement:
 
     _work: Any
     _number: Tensor
-    _store: dist.Store
+    _watch: Watch
 
     def wait(self) -> int:
         """The largest number that any rank has said, once all have; `FAILED` where a world has given up.
 
         Raises:
-            RuntimeError: a rank is gone, or has left word that it must go.
+            RuntimeError: a rank is gone, or has noticed that another is.
         """
         while not self._done():
-            if reason := _word(self._store, _BLAME):
-                raise RuntimeError(reason)
+            if self._watch.verdict:
+                raise RuntimeError(self._watch.verdict)
         return int(self._number)
 
     def _done(self) -> bool:
@@ -91,6 +91,8 @@ class Bridge:
         url = f"tcp://{environment.master_addr}:{environment.master_port}"
         self.store, _, _ = next(rendezvous(url, self.rank, world, timeout=self._limit))
         """Of all ranks of the job."""
+        self.watch = Watch(self.store, self.rank, world, timeout_seconds)
+        """Over all of them."""
         self.store.set_timeout(self._limit)
         name, first, size = ("teacher", teachers.start, len(teachers)) if self.teaches else ("student", 0, teachers[0])
         dist.init_process_group(
@@ -121,7 +123,7 @@ class Bridge:
         value = torch.tensor(number, dtype=torch.int32)
         options = dist.AllreduceOptions()
         options.reduceOp, options.timeout = dist.ReduceOp.MAX, _PATIENCE
-        return Agreement(self._control.allreduce([value], options), value, self.store)
+        return Agreement(self._control.allreduce([value], options), value, self.watch)
 
     def give_up(self, error: UserError) -> None:
         """Tells all ranks why this world stops, in place of its next `agree`. Collective over this world."""
@@ -146,29 +148,7 @@ class Bridge:
 
     def reason(self) -> UserError:
         """Why the other world has given up."""
-        return UserError(_word(self.store, _REASON) or "the ranks of the other model have given up")
-
-    def blame(self, reason: str) -> None:
-        """Leaves word of why this rank must go, for those that only see their peers vanish."""
-        self.store.set(_BLAME, reason)
-        self._linger()
-
-    def blamed(self) -> str | None:
-        """The word that another rank has left or leaves within a moment, if it can still be had."""
-        with suppress(RuntimeError):
-            self.store.wait([_BLAME], _LINGER)
-        word = _word(self.store, _BLAME)
-        self._linger()
-        return word
-
-    def _linger(self) -> None:
-        """The store may live in the first rank's process: it stays for those who ask."""
-        if self.rank == 0:
-            time.sleep(_LINGER.total_seconds())
-
-
-def _word(store: dist.Store, key: str) -> str | None:
-    """What a rank has left under a key; None where there is nothing, or the store went with the rank that had it."""
-    with suppress(RuntimeError):
-        return store.get(key).decode() if store.check([key]) else None
-    return None
+        reason = ""
+        with suppress(RuntimeError):  # the store may have gone with the first rank
+            reason = self.store.get(_REASON).decode() if self.store.check([_REASON]) else ""
+        return UserError(reason or "the ranks of the other model have given up")

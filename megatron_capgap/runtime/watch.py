@@ -25,6 +25,7 @@ SILENT_SECONDS = 60.0
 """After so long without a word of a rank the first one says so, though all may still wait for it."""
 _NAMED = 4
 _VERDICT = "lost"
+_UNDERNEATH = ("/torch/", "/typing_extensions.py")  # the latter wraps what torch calls deprecated
 _TRANSPORT = re.compile("gloo|nccl|c10d|tcpstore|connection", re.IGNORECASE)
 
 
@@ -38,6 +39,8 @@ class Beat:
     """How often it has spoken."""
     place: str
     """What it was doing."""
+    awaits: str = ""
+    """What it waited for that no collective has in its name; empty for nothing."""
 
     def __str__(self) -> str:
         where = f" on {self.host}" if self.host else ""
@@ -67,6 +70,7 @@ class Watch:
         self._end = threading.Event()
         self.place = "start-up"
         """What this rank is doing, in words that follow "in"."""
+        self._awaits = ""
         if world > 1:
             threading.Thread(target=self._speak, daemon=True, name="watch").start()
 
@@ -74,19 +78,34 @@ class Watch:
         """Nothing is said any more."""
         self._end.set()
 
+    def waits_for(self, what: str) -> None:
+        """Notes what this rank waits for from now on, where a collective's name does not say it; "" for nothing."""
+        self._awaits = what
+
+    @property
+    def verdict(self) -> str | None:
+        """Which rank was lost, and what was waited for, in the words of the rank that noticed first; else None."""
+        return self._verdict
+
     def explain(self, error: BaseException) -> None:
         """Says on stderr which rank was lost, where an error is that of waiting for one; takes a few seconds.
 
         Ranks that are killed or stand still do not speak any more. Where all speak, the one that is elsewhere is named.
+        All ranks hear what the first one found: some may see nothing but that it leaves, some nothing at all.
         """
-        waited = waiting_in(error)
-        if waited is None or self._world == 1:
+        waited = self._awaits if isinstance(error, RuntimeError) and self._awaits else waiting_in(error)
+        if self._world == 1 or not (waited or self._verdict):
             return
-        who = f"rank {self._rank} on {socket.gethostname()} waited in {waited} ({self.place})"
-        what = re.sub(r"^\[[^]]*\] *", "", in_one_line(error))[:120]  # without the line of a library's source
-        _say(f"error: {who}: {what}; {self._verdict or self.lost()}")
+        if waited:
+            self._say_so(waited, error)
         if self._rank == 0:  # the store goes with this process: the others can still ask, and hear the verdict
             self._end.wait(2.5 * self._beat)
+
+    def _say_so(self, waited: str, error: BaseException) -> None:
+        who = f"rank {self._rank} on {socket.gethostname()} waited in {waited} ({self.place})"
+        root = error.__cause__ or error
+        what = re.sub(r"^\[[^]]*\] *", "", in_one_line(root))[:120]  # without the line of a library's source
+        _say(f"error: {who}: {what}; {self._verdict or self.lost()}")
 
     def lost(self) -> str:
         """The ranks that do not speak any more, in words; looks for two and a half times as long as one is silent."""
@@ -99,15 +118,18 @@ class Watch:
             return "rank 0, in whose process the job's store lives, does not answer: it is gone or stands still"
         silent = [new for old, new in zip(before, after, strict=True) if new.count == old.count]
         silent = [beat for beat in silent if beat.rank != self._rank]
+        elsewhere = [beat for beat in after if beat.place != self.place]
         if silent:
             verdict = f"{_listed(silent)}: gone or standing still"
-            with suppress(RuntimeError):
-                self._store.set(_VERDICT, verdict)
-            return verdict
-        elsewhere = [beat for beat in after if beat.place != self.place]
-        if elsewhere:
-            return f"all ranks are alive; elsewhere: {_listed(elsewhere)}"
-        return f"all ranks are alive and in {self.place}"
+        elif elsewhere:
+            verdict = f"all ranks are alive; elsewhere: {_listed(elsewhere)}"
+        else:
+            verdict = f"all ranks are alive and in {self.place}"
+        waits = [f"rank {beat.rank} waits for {beat.awaits}" for beat in after if beat.awaits and beat not in silent]
+        verdict = "; ".join([verdict, *waits[:_NAMED]])
+        with suppress(RuntimeError):
+            self._store.set(_VERDICT, verdict)
+        return verdict
 
     def _answer(self) -> list[Beat] | None:
         """As `_heard`, for a store in a process that stands still never answers."""
@@ -123,7 +145,8 @@ class Watch:
         while not self._end.wait(self._beat if self._count else 0):
             self._count += 1
             try:
-                self._store.set(str(self._rank), json.dumps([socket.gethostname(), self._count, self.place]))
+                word = [socket.gethostname(), self._count, self.place, self._awaits]
+                self._store.set(str(self._rank), json.dumps(word))
                 if not self._verdict and self._store.check([_VERDICT]):
                     self._verdict = self._store.get(_VERDICT).decode()
             except RuntimeError:  # the store went with the first rank
@@ -168,7 +191,7 @@ def waiting_in(error: BaseException) -> str | None:
         return None
     frames = traceback.extract_tb(error.__traceback__)
     inside = [frame.name for frame in frames if "/torch/distributed/" in frame.filename]
-    callers = [frame for frame in frames if "/torch/" not in frame.filename]
+    callers = [frame for frame in frames if not any(part in frame.filename for part in _UNDERNEATH)]
     if not callers:
         return inside[-1] if inside else "a collective"
     # What is called in C++ has no frame of its own.

@@ -90,10 +90,9 @@ def ground(loaded: Loaded, stage: str, environment: Environment, device: Device)
     timeout, cut, bridge = config.runtime.timeout_seconds, config.student.layout, None
     if resolved.student_world < resolved.world:
         bridge = Bridge(environment, device, derive.teacher_ranks(config, resolved.world), timeout)
-        words = bridge.store
+        watch = bridge.watch
     else:
-        words = launch.join(environment, device, timeout)
-    watch = Watch(words, environment.rank, environment.world, timeout)
+        watch = Watch(launch.join(environment, device, timeout), environment.rank, environment.world, timeout)
     log, lock = None, RunLock(Path(config.run_dir))
     new = _missing_folders(Path(config.run_dir)) if environment.rank == 0 else []
 

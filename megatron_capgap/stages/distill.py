@@ -17,7 +17,6 @@ from megatron_capgap.distillation import plan
 from megatron_capgap.distillation.ahead import work_ahead
 from megatron_capgap.distillation.handoff import (
     HandOff,
-    HandOffError,
     States,
     Taught,
     Transfer,
@@ -48,10 +47,10 @@ def run(loaded: Loaded, environment: Environment, device: Device) -> int:
             train(taught_in_turns(ground))
             _record(ground)
         elif bridge.teaches:
-            with _all_or_none(bridge):
+            with _all_or_none(ground):
                 _work_ahead(ground, bridge)
         else:
-            with _all_or_none(bridge):
+            with _all_or_none(ground):
                 _learn(ground, bridge)
     return 0
 
@@ -162,7 +161,10 @@ def _hand_off(ground: common.Ground, transport: Transport) -> HandOff:
     resolved, config = ground.resolved, ground.config
     streams = plan.streams(*plan.sides(config, resolved.world), _routes(ground), ground.rank)
     dtype, device = DTYPES[derive.teacher_precision(config).compute], ground.device.torch_device
-    return HandOff(streams, ground.rank, width=resolved.teacher.hidden, dtype=dtype, device=device, transport=transport)
+    say = ground.watch.waits_for
+    return HandOff(
+        streams, ground.rank, width=resolved.teacher.hidden, dtype=dtype, device=device, transport=transport, say=say
+    )
 
 
 def _routes(ground: common.Ground) -> list[plan.Route]:
@@ -241,8 +243,8 @@ def _work_ahead(ground: common.Ground, bridge: Bridge) -> None:
 
 
 @contextmanager
-def _all_or_none(bridge: Bridge) -> Iterator[None]:
-    """Where a rank fails, all stop, and those that can still be told say which transfer waited.
+def _all_or_none(ground: common.Ground) -> Iterator[None]:
+    """Where a rank fails, all stop, and say which rank was lost and which transfer waited for it.
 
     The process ends here: groups that wait for a lost rank, as an agreement does, would not let it end.
     """
@@ -250,9 +252,6 @@ def _all_or_none(bridge: Bridge) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except HandOffError as error:
-        bridge.blame(str(error))
-        launch.abandon(error)
     except Exception as error:
-        reason = bridge.blamed()
-        launch.abandon(HandOffError(reason).with_traceback(error.__traceback__) if reason else error)
+        ground.watch.explain(error)
+        launch.abandon(error)
