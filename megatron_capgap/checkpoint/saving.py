@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +11,7 @@ from threading import Thread
 
 import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 
 from megatron_capgap.checkpoint import manifest as manifests
 from megatron_capgap.checkpoint import shards, store
@@ -18,6 +19,9 @@ from megatron_capgap.checkpoint.manifest import Manifest
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.runtime.launch import on_first_rank
 from megatron_capgap.runtime.layout import Grid
+
+State = Callable[[], ShardedStateDict]
+"""Describes what is written; collective."""
 
 
 class NotSaved(UserError):
@@ -27,9 +31,9 @@ class NotSaved(UserError):
 class Saver:
     """Writes the checkpoints of one run. Collective.
 
-    Beside the training means: `begin` copies this rank's part into host memory, and a thread writes it. All the words
-    that the ranks exchange while they write go over a process group of their own, so that they cannot be mistaken for
-    those of the training.
+    Beside the training means: `begin` copies this rank's part into host memory, and a thread gathers the optimizer's
+    state and writes. All that the ranks exchange meanwhile goes over process groups that training does not use, so that
+    it cannot be mistaken for theirs.
 
     Args:
         run_dir: the run's directory.
@@ -67,14 +71,13 @@ class Saver:
             on_first_rank(lambda: _fresh_folder(staged))
         except UserError as error:
             raise _not_saved(manifest, staged, error) from error
-        state = store.training_state(chunks, grid, optimization, loading=False, scales=manifest.holds_scales)
-        part = shards.part_of(state, copied=self._beside)
+        state = store.training_state(chunks, grid, optimization, copied=self._beside, scales=manifest.holds_scales)
         if not self._beside:
-            self._write(manifest, staged, part)
+            self._write(manifest, staged, state)
             return
         self._begun = Future()
         # A daemon, for a process that must go at once does not wait for a rank that is lost.
-        Thread(target=self._write_beside, args=(self._begun, manifest, staged, part), daemon=True).start()
+        Thread(target=self._write_beside, args=(self._begun, manifest, staged, state), daemon=True).start()
 
     def end(self) -> None:
         """Waits until what was begun is on disk.
@@ -91,21 +94,21 @@ class Saver:
         if self._begun is not None and self._begun.done():
             self.end()
 
-    def _write_beside(self, begun: Future[None], manifest: Manifest, staged: Path, part: shards.Part) -> None:
+    def _write_beside(self, begun: Future[None], manifest: Manifest, staged: Path, state: State) -> None:
         try:
-            self._write(manifest, staged, part)
+            self._write(manifest, staged, state)
         except BaseException as error:  # for the thread that trains, whatever it is
             begun.set_exception(error)
         else:
             begun.set_result(None)
 
-    def _write(self, manifest: Manifest, staged: Path, part: shards.Part) -> None:
+    def _write(self, manifest: Manifest, staged: Path, state: State) -> None:
         def finish() -> None:
             manifests.write(manifest, staged)
             manifests.publish(staged, self._run_dir, manifest.step, self._keep)
 
         try:
-            shards.write(staged, part, self._group)
+            shards.write(staged, shards.part_of(state(), self._group), self._group)
             on_first_rank(finish, self._group)
         except UserError as error:
             raise _not_saved(manifest, staged, error) from error

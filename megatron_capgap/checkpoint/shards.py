@@ -6,7 +6,6 @@ Megatron-Core's own `save` writes `common.pt` on rank 0 outside of that, and for
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,9 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as strategy
+from megatron.core.dist_checkpointing.validation import validate_sharding_integrity
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint import FileSystemWriter, SavePlanner
 from torch.distributed.checkpoint.api import CheckpointException
@@ -41,20 +42,20 @@ class Part:
     """What is no tensor, the same on all ranks; numbers and words."""
 
 
-def part_of(state: ShardedStateDict, *, copied: bool) -> Part:
+def part_of(state: ShardedStateDict, group: dist.ProcessGroup | None = None) -> Part:
     """This rank's part of a sharded state dict. Collective.
 
     Args:
         state: is taken apart.
-        copied: whether the part is to be a copy in host memory, which later training does not change.
+        group: of all ranks, where the default one is busy with something else.
     """
-    sharded, common = save_preprocess(state)
+    # Megatron's own check of the shards would take the default group.
+    sharded, common = save_preprocess(state, validate_access_integrity=False)
+    shapes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shapes, [shard.without_data() for shard in nested_values(sharded)], group)
+    validate_sharding_integrity(shapes)
     # What Megatron-Core's own strategy for PyTorch's format does, up to its writer.
     by_key, _, _ = strategy._replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
-    if copied:
-        common = copy.deepcopy(common)
-        for shard in (shard for shards in by_key.values() for shard in shards if isinstance(shard, ShardedTensor)):
-            shard.data = shard.data.detach().to("cpu", copy=True)
     entries = strategy.mcore_to_pyt_state_dict(by_key)
     planner = strategy.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
     return Part(entries, planner, common)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedBase,
+    ShardedStateDict,
+    ShardedTensor,
+    ShardedTensorFactory,
+    is_main_replica,
+)
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
@@ -31,7 +40,10 @@ class Optimization(Protocol):
     """What a checkpoint needs of the training room's optimizer and schedule."""
 
     def sharded_state(self, model: ShardedStateDict, *, loading: bool) -> ShardedStateDict:
-        """Its state by layout-free names."""
+        """Its state by layout-free names. Collective; over groups of its own unless it is loaded."""
+
+    def copied(self) -> Optimization:
+        """What `sharded_state` reads, in host memory, as it is now."""
 
     def load(self, state: dict[str, Any], steps: int, updates: int) -> None:
         """Takes over a loaded state that stands for `steps` steps, of which `updates` changed the weights."""
@@ -102,7 +114,10 @@ def load_training(folder: Path, chunks: Sequence[torch.nn.Module], grid: Grid, o
     # Without its own scales, delayed scaling starts as a new run would; other recipes keep none.
     config = unwrap(chunks[0]).config
     scales = manifest.holds_scales and config.fp8 is not None and config.fp8_recipe == manifest.fp8_recipe
-    state = training_state(chunks, grid, optimization, loading=True, random_state=same_ranks, scales=scales)
+    state = sharded_state(list(chunks), grid, with_scales=scales)
+    state = {**state, "optimizer": optimization.sharded_state(state, loading=True)}
+    if same_ranks:
+        state["random"] = _random_state()
     loaded = _load(state, folder)
     _fill(chunks, loaded)
     optimization.load(loaded["optimizer"], manifest.step, manifest.step - manifest.skipped)
@@ -123,29 +138,36 @@ def ranks(grid: Grid) -> tuple[int, int, int, int]:
 
 
 def training_state(
-    chunks: Sequence[torch.nn.Module],
-    grid: Grid,
-    optimization: Optimization,
-    *,
-    loading: bool,
-    random_state: bool = True,
-    scales: bool = False,
-) -> ShardedStateDict:
-    """All that a run needs to go on, by layout-free names. Collective.
+    chunks: Sequence[torch.nn.Module], grid: Grid, optimization: Optimization, *, copied: bool, scales: bool
+) -> Callable[[], ShardedStateDict]:
+    """All that a run needs to go on, by layout-free names, as it is now.
 
     Args:
         chunks: this rank's model chunks.
         grid: their layout.
         optimization: optimizer and schedule.
-        loading: whether it is about to be filled.
-        random_state: with this rank's random generators.
+        copied: whether this rank's part is to be a copy in host memory, which later training does not change.
         scales: with the scales of delayed FP8 scaling.
+
+    Returns:
+        Gathers the optimizer's state on the data-parallel ranks that write it. Collective, over groups that training
+        does not use: it may run beside it.
     """
-    state = sharded_state(list(chunks), grid, with_scales=scales)
-    state = {**state, "optimizer": optimization.sharded_state(state, loading=loading)}
-    if random_state:
-        state["random"] = _random_state()
-    return state
+    model = sharded_state(list(chunks), grid, with_scales=scales)
+    written = {**model, "random": _random_state()}
+    if copied:
+        written, optimization = dict_list_map_outplace(_in_host_memory, written), optimization.copied()
+    # The optimizer finds its names by the parameters themselves.
+    return lambda: {**written, "optimizer": optimization.sharded_state(model, loading=False)}
+
+
+def _in_host_memory(shard: ShardedBase) -> ShardedBase:
+    """The shard with a copy of its data, where this rank writes it."""
+    if not is_main_replica(shard.replica_id):
+        return shard
+    if isinstance(shard, ShardedTensor | ShardedTensorFactory):
+        return replace(shard, data=shard.data.detach().to("cpu", copy=True))
+    return replace(shard, data=copy.deepcopy(shard.data))
 
 
 def _load(state: ShardedStateDict, folder: Path) -> dict[str, Any]:

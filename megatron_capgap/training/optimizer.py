@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,8 +41,12 @@ def wrap(chunks: list[torch.nn.Module], grid: Grid) -> list[DistributedDataParal
     return wrapped
 
 
-# The one optimizer format of Megatron-Core that a run of any other data-parallel size can load.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+# The one optimizer format of Megatron-Core that a run of any other data-parallel size can load; gathered where it is
+# written, not on every data-parallel rank.
+_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": True,
+}
 
 
 _FROM_CONFIG = ("max_lr", "min_lr", "betas", "eps", "fused", "foreach")
@@ -55,13 +60,20 @@ class Optimization:
     schedule: OptimizerParamScheduler
 
     def sharded_state(self, model: ShardedStateDict, *, loading: bool) -> ShardedStateDict:
-        """The optimizer's state by layout-free names.
+        """The optimizer's state by layout-free names. Collective; what is saved goes over Megatron's gloo groups, which
+        nothing else uses, to the first data-parallel rank.
 
         Args:
             model: the model's own sharded state, which names and cuts the parameters.
             loading: whether it is about to be filled.
         """
         return self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_METADATA)
+
+    def copied(self) -> Optimization:
+        """What `sharded_state` reads, in host memory, as it is now; good for nothing else."""
+        optimizer = copy.copy(self.optimizer)
+        optimizer.chained_optimizers = [_copied(part) for part in self.optimizer.chained_optimizers]
+        return replace(self, optimizer=optimizer)
 
     def load(self, state: dict[str, Any], steps: int, updates: int) -> None:
         """Takes over a loaded state.
@@ -82,6 +94,24 @@ class Optimization:
             group.update(values)
         self.schedule.num_steps = 0
         self.schedule.step(steps)
+
+
+def _copied(part: MegatronOptimizer) -> MegatronOptimizer:
+    """A distributed optimizer that has its ranges and groups from the original, and its numbers from now."""
+    inner, found = part.optimizer, copy.copy(part)
+    # Not copy.copy: what else Transformer Engine's optimizer holds is no part of what it would copy.
+    found.optimizer = object.__new__(type(inner))
+    vars(found.optimizer).update(vars(inner))
+    shadows = {p: _in_host_memory(p) for group in inner.param_groups for p in group["params"]}
+    found.optimizer.state = {shadows[p]: {k: _in_host_memory(v) for k, v in s.items()} for p, s in inner.state.items()}
+    found.optimizer.param_groups = [
+        {**group, "params": [shadows[p] for p in group["params"]]} for group in inner.param_groups
+    ]
+    return found
+
+
+def _in_host_memory(value: Any) -> Any:
+    return value.detach().to("cpu", copy=True) if isinstance(value, torch.Tensor) else copy.deepcopy(value)
 
 
 def _torch_optimizers(optimizer: MegatronOptimizer) -> Iterator[torch.optim.AdamW]:
