@@ -105,7 +105,10 @@ class Watch:
         who = f"rank {self._rank} on {socket.gethostname()} waited in {waited} ({self.place})"
         root = error.__cause__ or error
         what = re.sub(r"^\[[^]]*\] *", "", in_one_line(root))[:120]  # without the line of a library's source
-        _say(f"error: {who}: {what}; {self._verdict or self.lost()}")
+        verdict = self._verdict or self.lost()
+        if not self._verdict:  # whoever may still be waiting must end too, also where no rank is silent
+            self._tell(verdict)
+        _say(f"error: {who}: {what}; {verdict}")
 
     def lost(self) -> str:
         """The ranks that do not speak any more, in words; looks for two and a half times as long as one is silent."""
@@ -127,9 +130,13 @@ class Watch:
             verdict = f"all ranks are alive and in {self.place}"
         waits = [f"rank {beat.rank} waits for {beat.awaits}" for beat in after if beat.awaits and beat not in silent]
         verdict = "; ".join([verdict, *waits[:_NAMED]])
-        with suppress(RuntimeError):
-            self._store.set(_VERDICT, verdict)
+        if silent:
+            self._tell(verdict)
         return verdict
+
+    def _tell(self, verdict: str) -> None:
+        with suppress(RuntimeError):  # the store may have gone with the first rank
+            self._store.set(_VERDICT, verdict)
 
     def _answer(self) -> list[Beat] | None:
         """As `_heard`, for a store in a process that stands still never answers."""
