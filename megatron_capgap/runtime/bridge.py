@@ -58,9 +58,11 @@ class Agreement:
         Raises:
             RuntimeError: a rank is gone, or has noticed that another is.
         """
+        self._watch.waits_for("the word of all ranks on the end of a step")
         while not self._done():
             if self._watch.verdict:
                 raise RuntimeError(self._watch.verdict)
+        self._watch.waits_for("")
         return int(self._number)
 
     def _done(self) -> bool:
