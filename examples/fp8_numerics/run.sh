@@ -5,14 +5,15 @@
 #   bash examples/quickstart/run.sh      # first: it makes the data, the teacher and the pruned student
 #   bash examples/fp8_numerics/run.sh
 #
-# The runs go below examples/quickstart/work/runs/fp8, what was found to examples/fp8_numerics/results.
+# The runs go below runs/fp8 of the quickstart's work folder, what was found to examples/fp8_numerics/results.
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 source "$here/../../tools/install.sh" plot
 "$python" "$here/../../tools/install_transformer_engine_cpu.py"
-if [ ! -e "$here/../quickstart/work/runs/pruned/latest" ]; then
-    echo "fp8_numerics: $here/../quickstart/work/runs/pruned is not there; bash examples/quickstart/run.sh makes it" >&2
+work="$here/../quickstart/work"
+if [ ! -e "$work/runs/pruned/latest" ]; then
+    echo "fp8_numerics: $work/runs/pruned is not there; bash examples/quickstart/run.sh makes it" >&2
     exit 2
 fi
-cd "$here/../quickstart/work"
+cd "$work"
 "$python" "$here/study.py" --config "$here/study.yaml" --runs runs/fp8 --out "$here/results"

@@ -16,7 +16,7 @@ from megatron_capgap.config.schema import TAUGHT, Config, Layout, ModelShape, Pr
 from megatron_capgap.models import size
 
 _BYTES = {"fp32": 4, "bf16": 2}
-# While a checkpoint is written, bytes a parameter and in all, measured: weights and both moments whole on every
+# While a checkpoint is written, bytes a parameter and in all, measured: weights and both moments whole on the first
 # data-parallel rank, then copies of them on their way to the file.
 _SAVED_BYTES, _SAVING_BUFFERS = 36, 16 << 20
 # Weights and both moments in fp32.
