@@ -100,6 +100,8 @@ def beside(first: Grid, layout: Layout, timeout_seconds: int = 600) -> Grid:
     if all(getattr(layout, name) == getattr(first.layout, name) for name in ("tensor", "pipeline", "context")):
         return replace(first, layout=layout)
     before, buffers = _state(), parallel_state._GLOBAL_MEMORY_BUFFER
+    # Megatron forgets other groups but destroys those over gloo, which `first` still saves its optimizer through.
+    vars(parallel_state).update({name: None for name in before if name.endswith("_GLOO")})
     release()
     try:
         return _initialise(layout, timeout_seconds)
