@@ -30,6 +30,7 @@ from megatron_capgap.checkpoint.manifest import Manifest
 from megatron_capgap.config.errors import UserError, in_one_line
 from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.models import size
+from megatron_capgap.models.fp8_weights import in_compute_type
 from megatron_capgap.models.gpt import unwrap
 from megatron_capgap.models.projections import PREFIX
 from megatron_capgap.models.state import sharded_state
@@ -59,8 +60,7 @@ def load_weights(folder: Path, chunks: Sequence[torch.nn.Module], grid: Grid) ->
     """
     contents.verify(folder)
     state = sharded_state(list(chunks), grid, with_projections=False)
-    loaded = _load(state, folder)
-    _fill(chunks, loaded)
+    _fill(chunks, _load(in_compute_type(state), folder))
 
 
 def load_head(
@@ -114,8 +114,8 @@ def load_training(folder: Path, chunks: Sequence[torch.nn.Module], grid: Grid, o
     # Without its own scales, delayed scaling starts as a new run would; other recipes keep none.
     config = unwrap(chunks[0]).config
     scales = manifest.holds_scales and config.fp8 is not None and config.fp8_recipe == manifest.fp8_recipe
-    state = sharded_state(list(chunks), grid, with_scales=scales)
-    state = {**state, "optimizer": optimization.sharded_state(state, loading=True)}
+    model = sharded_state(list(chunks), grid, with_scales=scales)
+    state = {**in_compute_type(model), "optimizer": optimization.sharded_state(model, loading=True)}
     if same_ranks:
         state["random"] = _random_state()
     loaded = _load(state, folder)
@@ -154,7 +154,7 @@ def training_state(
         does not use: it may run beside it.
     """
     model = sharded_state(list(chunks), grid, with_scales=scales)
-    written = {**model, "random": _random_state()}
+    written = {**in_compute_type(model), "random": _random_state()}
     if copied:
         written, optimization = dict_list_map_outplace(_in_host_memory, written), optimization.copied()
     # The optimizer finds its names by the parameters themselves.

@@ -114,12 +114,21 @@ def first_and_last_layers(case: Case) -> Iterator[str]:
             yield case.problem(where, f"{text}; at most {layers // pipeline} would do")
 
 
-def weights_in_fp8_are_not_there_yet(case: Case) -> Iterator[str]:
-    """Master weights would start from what construction left in Transformer Engine's copies, not from the model's."""
-    for _, key, fp8 in _models(case):
-        if fp8.param_gather:
-            text = "true: weights kept in FP8 are not wired up yet; false would do"
-            yield case.problem(f"{key}.fp8.param_gather", text)
+def weights_in_fp8(case: Case) -> Iterator[str]:
+    """What Megatron and Transformer Engine do not do with weights that live in FP8."""
+    for model, key, fp8 in _models(case):
+        if not fp8.param_gather:
+            continue
+        where = f"{key}.fp8.param_gather"
+        if fp8.recipe == "mxfp8":
+            text = "true: weights in MXFP8 cannot lie in Megatron's buffers, which it gathers them from"
+            yield case.problem(where, f"{text}; false would do, or recipe blockwise")
+        if model.precision.compute != "bf16":
+            text = f"true: Megatron's optimizer takes FP8 weights for bf16 ones, and {key}.compute is"
+            yield case.problem(where, f"{text} {model.precision.compute}; false would do, or compute bf16")
+        if model.role == "teacher" and case.config.teacher.offload:
+            text = "true: teacher.offload moves weights in bf16 or fp32"
+            yield case.problem(where, f"{text}; false would do, or teacher.offload false")
 
 
 def sizes_are_aligned(case: Case) -> Iterator[str]:
@@ -185,7 +194,7 @@ CHECKS = (
     options_are_read,
     delayed_scales_are_learned,
     first_and_last_layers,
-    weights_in_fp8_are_not_there_yet,
+    weights_in_fp8,
     sizes_are_aligned,
     tokens_are_aligned,
     gpus_have_the_kernels,

@@ -135,7 +135,8 @@ class FP8:
     amax_algorithm: Literal["max", "most_recent"] = "max"
     """What recipe delayed takes from its history."""
     param_gather: bool = False
-    """Keep the weights themselves in FP8 and gather those after each step; not there yet, only false is taken."""
+    """Keep the weights themselves in FP8, and gather those over data-parallel ranks after each step; the optimizer's
+    masters stay in fp32. Needs compute bf16; not with recipe mxfp8."""
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,10 @@ def transformer_config(
 
 
 def _fp8(wanted: FP8 | None) -> dict[str, object]:
-    """FP8 in Megatron's words; it enters Transformer Engine's context around each block or layer by itself."""
+    """FP8 in Megatron's words; it enters Transformer Engine's context around each block or layer by itself.
+
+    Weights that live in FP8 are made of the finished model: see `fp8_weights`.
+    """
     if wanted is None:
         return {}
     return {
@@ -120,7 +123,6 @@ def _fp8(wanted: FP8 | None) -> dict[str, object]:
         "fp8_recipe": wanted.recipe,
         "fp8_amax_history_len": wanted.amax_history,
         "fp8_amax_compute_algo": wanted.amax_algorithm,
-        "fp8_param": wanted.param_gather,
         "first_last_layers_bf16": wanted.first_last_layers_bf16 > 0,
         "num_layers_at_start_in_bf16": wanted.first_last_layers_bf16,
         "num_layers_at_end_in_bf16": wanted.first_last_layers_bf16,

@@ -23,6 +23,7 @@ from megatron_capgap.config.schema import TAUGHT, Config, Layout
 from megatron_capgap.data.batch import MicroBatch
 from megatron_capgap.losses import Loss, language_model_loss
 from megatron_capgap.models import gpt, memory, projections, size
+from megatron_capgap.models.fp8_weights import hold_in_fp8
 from megatron_capgap.models.state import initialise
 from megatron_capgap.runtime import launch, layout
 from megatron_capgap.runtime.bridge import Bridge
@@ -139,14 +140,15 @@ def _close(log: Log | None) -> None:
     launch.leave()
 
 
-def student_chunks(ground: Ground) -> list[torch.nn.Module]:
+def student_chunks(ground: Ground, *, trains: bool = True) -> list[torch.nn.Module]:
     """The student's chunks on this rank, from its checkpoint or from random weights, with projections where layers of
     another width are matched. Collective."""
     resolved, config = ground.resolved, ground.config
+    precision = derive.student_precision(config)
     chunks = gpt.build(
         resolved.student,
         ground.grid,
-        derive.student_precision(config),
+        precision,
         ground.device,
         sequence_length=config.data.sequence_length,
         dropout=config.train.dropout,
@@ -158,6 +160,7 @@ def student_chunks(ground: Ground) -> list[torch.nn.Module]:
     if resolved.student_source is not None:
         store.load_weights(resolved.student_source.folder, chunks, ground.grid)
     initialise(chunks, resolved.student, ground.grid, config.seed, only_projections=resolved.student_source is not None)
+    hold_in_fp8(chunks, precision, backward=trains, masters=trains)
     return chunks
 
 
@@ -194,7 +197,7 @@ def training_run(
     """
     config, resolved = ground.config, ground.resolved
     peak = config.runtime.peak_tflops
-    chunks = optimizer.wrap(student, ground.grid)
+    chunks = optimizer.wrap(student, ground.grid, derive.student_precision(config))
     run = Run(
         config=config,
         run_dir=ground.run_dir,

@@ -28,6 +28,7 @@ from megatron_capgap.distillation.offload import InHostMemory
 from megatron_capgap.distillation.teacher import Teacher, freeze
 from megatron_capgap.losses import DistillationObjective, Loss, TeacherHidden, distillation_loss
 from megatron_capgap.models import gpt, size
+from megatron_capgap.models.fp8_weights import hold_in_fp8
 from megatron_capgap.models.gpt import DTYPES, unwrap
 from megatron_capgap.runtime import launch, layout
 from megatron_capgap.runtime.bridge import FAILED, Bridge
@@ -109,12 +110,13 @@ def open_teacher(ground: common.Ground) -> Teacher:
     resolved, config = ground.resolved, ground.config
     source, shape = resolved.teacher_source, resolved.teacher
     assert source is not None and shape is not None, "resolve finds the teacher"
+    precision = derive.teacher_precision(config)
     grid = layout.beside(ground.grid, derive.teacher_layout(config), config.runtime.timeout_seconds)
     with grid.active():
         chunks = gpt.build(
             shape,
             grid,
-            derive.teacher_precision(config),
+            precision,
             ground.device,
             sequence_length=config.data.sequence_length,
             virtual=False,
@@ -122,6 +124,7 @@ def open_teacher(ground: common.Ground) -> Teacher:
             masked=resolved.template is not None,
         )
         store.load_weights(source.folder, chunks, grid)
+        hold_in_fp8(chunks, precision)
     freeze(chunks)
     weights = nullcontext()
     if config.teacher.offload:

@@ -16,7 +16,7 @@ def run(loaded: Loaded, environment: Environment, device: Device) -> int:
     """Measures, writes RUN/evaluation.json; returns the exit code."""
     with common.ground(loaded, "evaluate", environment, device) as ground:
         config, resolved = ground.config, ground.resolved
-        chunks = common.student_chunks(ground)
+        chunks = common.student_chunks(ground, trains=False)
         samples = material.open_validation(resolved)
         assert samples is not None, "load refuses an evaluation without held-out data"
         common.begin(ground)

@@ -18,6 +18,7 @@ from megatron_capgap.config.schema import Prune
 from megatron_capgap.data.batch import MicroBatch, Samples, global_batch_samples, micro_batches
 from megatron_capgap.losses import language_model_loss
 from megatron_capgap.models import gpt, memory, size
+from megatron_capgap.models.fp8_weights import hold_in_fp8
 from megatron_capgap.pruning import plan as plans
 from megatron_capgap.pruning import scores as files
 from megatron_capgap.pruning.apply import apply
@@ -119,19 +120,21 @@ def _added(one: Scores, other: Scores) -> Scores:
 def _open(ground: Ground) -> Importance:
     """Builds the teacher and loads its weights. Collective."""
     resolved, config, source = ground.resolved, ground.config, _teacher(ground.resolved)
-    shape = source.manifest.model
+    shape, precision = source.manifest.model, derive.teacher_precision(config)
+    gradient = _wanted(resolved).importance == "gradient"
     chunks = gpt.build(
         shape,
         ground.grid,
-        derive.teacher_precision(config),
+        precision,
         ground.device,
         sequence_length=config.data.sequence_length,
         virtual=False,
     )
     store.load_weights(source.folder, chunks, ground.grid)
+    hold_in_fp8(chunks, precision, backward=gradient)
     for chunk in chunks:
         chunk.register_forward_pre_hook(lambda *_: ground.device.between_micro_batches())
-    return Importance(chunks, ground.grid, shape, gradient=_wanted(resolved).importance == "gradient")
+    return Importance(chunks, ground.grid, shape, gradient=gradient)
 
 
 def _batches(ground: Ground, samples: Samples, done: int) -> list[MicroBatch]:

@@ -15,12 +15,12 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
 
 from megatron_capgap.config import derive
-from megatron_capgap.config.schema import Config
+from megatron_capgap.config.schema import Config, Precision
 from megatron_capgap.runtime.devices import Device
 from megatron_capgap.runtime.layout import Grid
 
 
-def wrap(chunks: list[torch.nn.Module], grid: Grid) -> list[DistributedDataParallel]:
+def wrap(chunks: list[torch.nn.Module], grid: Grid, precision: Precision) -> list[DistributedDataParallel]:
     """Puts model chunks into Megatron's DistributedDataParallel, with optimizer state cut over data-parallel ranks."""
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -28,6 +28,7 @@ def wrap(chunks: list[torch.nn.Module], grid: Grid) -> list[DistributedDataParal
         overlap_grad_reduce=False,
         overlap_param_gather=False,
         average_in_collective=False,
+        fp8_param_gather=precision.fp8 is not None and precision.fp8.param_gather,
     )
     wrapped = []
     for index, chunk in enumerate(chunks):
@@ -171,6 +172,7 @@ def build(chunks: list[DistributedDataParallel], config: Config, device: Device)
         clip_grad=wanted.clip_norm,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        fp8_recipe=precision.fp8.recipe if precision.fp8 else None,
         use_distributed_optimizer=True,
     )
     optimizer = get_megatron_optimizer(settings, chunks)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from megatron_capgap.__main__ import main
+from megatron_capgap.models.gpt import unwrap
 from tests.support.engine import start
 
 
@@ -37,9 +38,20 @@ def scales_of(run: Any) -> list[bytes]:
     return [tensor.numpy().tobytes() for state in delayed for tensor in (state.scale, state.amax_history)]
 
 
+def kinds_of(run: Any) -> dict[str, tuple[str, float]]:
+    """Of every parameter that has a master: its class, and how far it is from it at most, relative to its largest."""
+    found = {}
+    for chunk in run.chunks:
+        for name, parameter in unwrap(chunk).named_parameters():
+            master = parameter.main_param.detach().float().flatten()
+            off = (parameter.detach().float().flatten() - master).abs().max() / master.abs().max()
+            found[name] = type(parameter).__name__, off.item()
+    return found
+
+
 def run_poisoned(
-    part: str, steps: list[int], words: list[str], look: Callable[[Any], list[bytes]] = state_of
-) -> tuple[int, dict[int, list[bytes]]]:
+    part: str, steps: list[int], words: list[str], look: Callable[[Any], Any] = state_of
+) -> tuple[int, dict[int, Any]]:
     """Runs adapt while the loss of one micro-batch of some steps, or its gradient, is NaN.
 
     Returns:
@@ -49,7 +61,7 @@ def run_poisoned(
     from megatron_capgap.training import loop
 
     one_step, loss = loop.one_step, common.language_model_loss
-    states: dict[int, list[bytes]] = {}
+    states: dict[int, Any] = {}
     poisoned = []
 
     def step_and_look(run: loop.Run, done: int, *rest: Any) -> Any:
@@ -74,7 +86,7 @@ def run_poisoned(
         loop.one_step, common.language_model_loss = one_step, loss
 
 
-def run_engine(poisoned: list[int], look: Callable[[Any], list[bytes]], words: list[str]) -> Any:
+def run_engine(poisoned: list[int], look: Callable[[Any], Any], words: list[str]) -> Any:
     """As `run_poisoned` with a gradient, of Transformer Engine's layers in a worker that may be fresh."""
     start()
     return run_poisoned("gradient", poisoned, words, look)

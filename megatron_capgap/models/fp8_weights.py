@@ -1,0 +1,82 @@
+"""Weights that live in FP8: Transformer Engine's quantised tensors in the place of bf16 parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict
+from megatron.core.fp8_utils import dequantize_fp8_tensor, get_fp8_context, is_float8tensor
+from torch import Tensor
+
+from megatron_capgap.config.schema import Precision
+from megatron_capgap.models.gpt import unwrap
+
+
+def hold_in_fp8(
+    chunks: Sequence[torch.nn.Module], precision: Precision, *, backward: bool = False, masters: bool = False
+) -> None:
+    """Where `precision` asks for it, casts the weights of all linears that multiply in FP8; from then on those bytes
+    are the parameters.
+
+    To be called once the weights are there and before anything knows the parameters: Transformer Engine could make them
+    so at once, of numbers that nobody wants yet and with kernels that a model built in host memory has not.
+
+    Args:
+        chunks: this rank's model chunks, in bf16.
+        precision: the model's.
+        backward: whether gradients of inputs will be taken, for which a transposed copy is kept.
+        masters: keeps the exact weights in host memory until Megatron's optimizer has made its fp32 masters of them.
+    """
+    if precision.fp8 is None or not precision.fp8.param_gather:
+        return
+    for chunk in map(unwrap, chunks):
+        config = chunk.config
+        config.fp8_param = True  # from here on: told so earlier, Megatron would have built them so
+        for layer in chunk.decoder.layers:
+            with get_fp8_context(config, layer.layer_number - 1, is_init=True):
+                for module in layer.modules():
+                    if hasattr(module, "primary_weights_in_fp8"):
+                        _cast(module, backward=backward, masters=masters)
+
+
+@torch.no_grad()
+def _cast(module: torch.nn.Module, *, backward: bool, masters: bool) -> None:
+    """What one of Transformer Engine's modules does at its construction, without drawing the weights anew."""
+    module.init_fp8_metadata()
+    if not module.fp8_parameters:
+        return  # one of the layers that stay in bf16
+    module.primary_weights_in_fp8 = True
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        index = module.param_init_meta[name].fp8_meta_index
+        if index is None:
+            continue
+        quantizer = module.quantizers["scaling_fwd"][index]
+        quantizer.set_usage(rowwise=True, columnwise=backward)
+        quantizer.internal = False
+        held = torch.nn.Parameter(quantizer(parameter.detach()), requires_grad=parameter.requires_grad)
+        for mark, value in vars(parameter).items():
+            setattr(held, mark, value)
+        if masters:
+            _keep_exact(held, parameter.detach().cpu())
+        setattr(module, name, held)
+
+
+def _keep_exact(held: torch.nn.Parameter, exact: Tensor) -> None:
+    """Gives a parameter the two methods that Megatron's optimizer asks such weights for."""
+    kept = [exact]
+    held.get_high_precision_init_val = lambda: kept[0]
+    held.clear_high_precision_init_val = kept.clear
+
+
+def in_compute_type(state: ShardedStateDict) -> ShardedStateDict:
+    """A sharded state whose FP8 weights are copies in the type they stand for: what any run and any tool can load."""
+
+    def plain(shard: ShardedBase) -> ShardedBase:
+        if not is_float8tensor(shard.data):
+            return shard
+        return replace(shard, data=dequantize_fp8_tensor(shard.data.detach()))
+
+    return dict_list_map_outplace(plain, state)
