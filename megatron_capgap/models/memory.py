@@ -39,7 +39,8 @@ class Memory:
     backward_pass: int = 0
     loss: int = 0
     fp8_copies: int = 0
-    """Weights of the layers cast to FP8, kept for a step: the student's for forward and backward pass."""
+    """Weights of the layers cast to FP8, for forward and backward pass: kept for a step beside those in bf16, or with
+    param_gather the weights themselves."""
     teacher_weights: int = 0
     """With its LM head where the student's is."""
     teacher_hidden: int = 0
@@ -119,27 +120,29 @@ def _of_stage(
     if stage == "evaluate":
         passing = backward * tokens * width
         return Memory(
-            weights=held * width,
+            weights=held * width - _not_in_bf16(precision, student, layout),
             activations=passing,
             loss=_logits(student, layout, min(chunk, tokens)) if last else 0,
             fp8_copies=_fp8_copies(precision, student, layout, trains=False),
         )
     micro_batches = derive.micro_batches(config, layout, world)
     layers = _layers_in_flight(layout, micro_batches, pipeline_rank, student.layers)
-    kept = _kept(student, layout) * layers
-    kept += [_cut(student.hidden, layout)] * 2 if last else []
+    in_fp8 = layers * _fp8_layers(precision, student, layout) * layout.pipeline // student.layers
+    kept = _kept(student, layout, width) * (layers - in_fp8)
+    kept += _kept(student, layout, width, precision.fp8.recipe) * in_fp8 if precision.fp8 else []
+    kept += [_cut(student.hidden, layout) * width] * 2 if last else []
     # Where conversations share rows, each layer keeps what is added to its scores.
     masks = layers * tokens * config.data.sequence_length * width if stage == "finetune" else 0
     return Memory(
-        weights=held * width,
+        weights=held * width - _not_in_bf16(precision, student, layout),
         gradients=held * 4,
         # Adam's two moments in fp32, and with bf16 weights the fp32 ones, cut over data-parallel ranks.
         optimizer=held * (8 if width == 4 else 12) // derive.data_parallel(layout, world),
-        activations=sum(kept) * tokens * width + masks,
+        activations=sum(kept) * tokens + masks,
         backward_pass=backward * tokens * width,
         loss=_loss(config, student, teacher, tokens, chunk) if last else 0,
         fp8_copies=_fp8_copies(precision, student, layout, trains=True),
-        heap=_heap([*kept, *[student.ffn // layout.tensor] * 6], tokens * width, layout),
+        heap=_heap([*kept, *[student.ffn // layout.tensor * width] * 6], tokens, layout),
         workspace=_WORKSPACE,
         saving=_SAVED_BYTES * held + _SAVING_BUFFERS,
         saved_beside=_COPIED_BYTES * held if config.checkpoint.async_save else 0,
@@ -159,14 +162,14 @@ def _of_scoring(config: Config, teacher: ModelShape, world: int, pipeline_rank: 
         # Frozen linears keep no inputs, so the norms' outputs go; in their place stays what attention and feed-forward
         # add to the residual stream, for the scores.
         micro_batches = derive.micro_batches(config, config.student.layout, world)
-        kept = _kept(teacher, layout) * _layers_in_flight(layout, micro_batches, pipeline_rank, teacher.layers)
+        kept = _kept(teacher, layout, width) * _layers_in_flight(layout, micro_batches, pipeline_rank, teacher.layers)
     return Memory(
-        weights=size.rank_parameters(teacher, layout, pipeline_rank) * width,
-        activations=sum(kept) * tokens * width,
+        weights=size.rank_parameters(teacher, layout, pipeline_rank) * width - _not_in_bf16(precision, teacher, layout),
+        activations=sum(kept) * tokens,
         backward_pass=backward * tokens * width,
         loss=_logits(teacher, layout, min(chunk, tokens)) + tokens * teacher.hidden * width if last else 0,
         fp8_copies=_fp8_copies(precision, teacher, layout, trains=bool(kept)),
-        heap=_heap([*kept, *[teacher.ffn // layout.tensor] * 6], tokens * width, layout),
+        heap=_heap([*kept, *[teacher.ffn // layout.tensor * width] * 6], tokens, layout),
         workspace=_WORKSPACE,
     )
 
@@ -207,7 +210,7 @@ def teaching(
     weights = head = held = needed = forward = 0
     if of_teacher is not None:
         weights = size.rank_parameters(teacher, cut, of_teacher, head=False) * width
-        weights += _fp8_copies(precision, teacher, cut, trains=False)
+        weights += _fp8_copies(precision, teacher, cut, trains=False) - _not_in_bf16(precision, teacher, cut)
         outputs = len(_matched_layers(config, teacher, cut, of_teacher, "teacher")) + (of_teacher == cut.pipeline - 1)
         copies = derive.data_parallel(cut, len(derive.teacher_ranks(config, world)))
         held = outputs * batch // copies * _cut(teacher.hidden, cut) * width
@@ -253,9 +256,24 @@ def _hidden_states_stay(config: Config) -> bool:
 
 def _fp8_copies(precision: Precision, shape: ModelShape, layout: Layout, *, trains: bool) -> int:
     """A byte a weight, and another for the transposed copy that the backward pass multiplies with."""
-    weights = sum(outputs * inputs for outputs, inputs in fp8.linears(shape, layout).values())
-    layers = min(fp8.layers_in_fp8(precision, shape), shape.layers // layout.pipeline)
-    return (2 if trains else 1) * weights * layers
+    return (2 if trains else 1) * _fp8_weights(precision, shape, layout)
+
+
+def _not_in_bf16(precision: Precision, shape: ModelShape, layout: Layout) -> int:
+    """What the weights of the layers in FP8 would take in bf16, where they live in FP8."""
+    held = precision.fp8 is not None and precision.fp8.param_gather
+    return _BYTES[precision.compute] * _fp8_weights(precision, shape, layout) if held else 0
+
+
+def _fp8_weights(precision: Precision, shape: ModelShape, layout: Layout) -> int:
+    """Weights that multiply in FP8 on one rank, of the stage that has most of them."""
+    of_layer = sum(outputs * inputs for outputs, inputs in fp8.linears(shape, layout).values())
+    return of_layer * _fp8_layers(precision, shape, layout)
+
+
+def _fp8_layers(precision: Precision, shape: ModelShape, layout: Layout) -> int:
+    """Layers in FP8 of the stage that has most of them."""
+    return min(fp8.layers_in_fp8(precision, shape), shape.layers // layout.pipeline)
 
 
 def _matched_layers(config: Config, shape: ModelShape, layout: Layout, stage: int, role: str) -> set[int]:
@@ -279,18 +297,28 @@ def _cut(hidden: int, layout: Layout) -> int:
     return hidden // layout.tensor if layout.sequence else hidden
 
 
-def _kept(shape: ModelShape, layout: Layout) -> list[int]:
-    """Widths of the tensors that one layer keeps for the backward pass.
+def _kept(shape: ModelShape, layout: Layout, width: int, recipe: str | None = None) -> list[int]:
+    """Bytes a token of the tensors that one layer keeps for the backward pass.
 
     Twice the norm's input and its output; the packed queries, keys and values; queries and keys after rotation; the
     attention's output; gate and up, or up alone; what the activation makes of them. Where queries and keys have norms,
-    what goes into those.
+    what goes into those. In FP8 a linear keeps its cast input: of norms and activation there is nothing else. The
+    attention's output is kept for the attention's sake, from which other recipes than delayed cast it once more.
+
+    Args:
+        shape, layout: say how wide.
+        width: bytes of the type of compute.
+        recipe: of a layer in FP8.
     """
     traits = FAMILIES[shape.family]
     query, key_value = shape.heads * derive.head_dim(shape), derive.kv_heads(shape) * derive.head_dim(shape)
-    inner = [query + 2 * key_value, query, key_value, query, (2 if traits.gated else 1) * shape.ffn, shape.ffn]
+    inner = [query + 2 * key_value, query, key_value, query, (2 if traits.gated else 1) * shape.ffn]
     inner += [query, key_value] if traits.qk_norm else []
-    return [_cut(shape.hidden, layout)] * 4 + [width // layout.tensor for width in inner]
+    hidden, tensor = _cut(shape.hidden, layout), layout.tensor
+    cast = [hidden, hidden, shape.ffn // tensor]
+    kept = [number * width for number in (hidden, hidden, *(number // tensor for number in inner))]
+    kept += [number * (width if recipe is None else 1) for number in cast]
+    return kept + ([query // tensor] if recipe == "delayed" else [])
 
 
 def _layers_in_flight(layout: Layout, micro_batches: int, pipeline_rank: int, layers: int) -> int:
@@ -307,9 +335,9 @@ def _layers_in_flight(layout: Layout, micro_batches: int, pipeline_rank: int, la
     return min(chunks, micro_batches * layout.virtual_pipeline) * on_stage // layout.virtual_pipeline
 
 
-def _heap(widths: list[int], bytes_a_column: int, layout: Layout) -> int:
-    """What glibc's heap holds beyond the tensors that live in it."""
-    sizes = [width * bytes_a_column for width in widths]
+def _heap(kept: list[int], tokens: int, layout: Layout) -> int:
+    """What glibc's heap holds beyond the tensors that live in it, of so many bytes a token."""
+    sizes = [nbytes * tokens for nbytes in kept]
     waste = _HEAP_WASTE_OF_SEQUENCE if layout.sequence else _HEAP_WASTE
     return int(waste * sum(nbytes for nbytes in sizes if nbytes < _HEAP_BLOCK))
 
