@@ -97,12 +97,33 @@ def test_an_fp8_run_goes_on_to_the_last_digit(name: str, material: Material, tmp
 
 
 @with_engine
+@pytest.mark.parametrize("name", [recipe("delayed"), recipe("tensorwise"), recipe("blockwise")])
+def test_weights_in_fp8_learn_as_weights_in_bf16_do(name: str, material: Material, tmp_path: Path) -> None:
+    # As on the CPU (tests/end_to_end/test_fp8_weights.py).
+    changes = {"optimizer__clip_norm": 0.0, "train__steps": 6, "checkpoint__every": 3, "checkpoint__keep": 3}
+    settings = {
+        held: config(
+            material,
+            tmp_path / str(held),
+            precision={"compute": "bf16", "fp8": {"recipe": name, "param_gather": held}},
+            **changes,
+        )
+        for held in (False, True)
+    }
+    plain, held = (run("adapt", settings[held]) for held in (False, True))
+    assert [step["loss"] for step in held] == pytest.approx([step["loss"] for step in plain], rel=1e-4)
+    runs.rewind(tmp_path / "True", tmp_path / "resumed", 3)
+    assert run("adapt", {**settings[True], "run_dir": str(tmp_path / "resumed")}) == held
+
+
+@with_engine
 def test_a_teacher_in_fp8_teaches_a_student_in_bf16(material: Material, tmp_path: Path) -> None:
     run("adapt", config(material, tmp_path / "teacher", precision={"compute": "bf16"}))
     changes = {"student__model": SHAPE, "data__sequence_length": 128, "device": "cuda", "optimizer__lr": 1.0e-3}
     precisions = {
         "bf16": {"compute": "bf16"},
         "fp8": {"compute": "bf16", "fp8": {"recipe": "tensorwise"}},
+        "held": {"compute": "bf16", "fp8": {"recipe": "tensorwise", "param_gather": True}},
     }
     steps = {}
     for name, precision in precisions.items():
@@ -111,6 +132,7 @@ def test_a_teacher_in_fp8_teaches_a_student_in_bf16(material: Material, tmp_path
         settings["teacher"]["precision"] = precision
         steps[name] = run("distill", settings)
     assert [s["loss"] for s in steps["fp8"]] == pytest.approx([s["loss"] for s in steps["bf16"]], rel=2e-2)
+    assert steps["held"] == steps["fp8"]
     assert steps["fp8"][0]["divergence"] != steps["bf16"][0]["divergence"]
     assert steps["fp8"][0]["cross_entropy"] == steps["bf16"][0]["cross_entropy"]
 

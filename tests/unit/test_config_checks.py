@@ -402,8 +402,8 @@ ONE_PROBLEM = [
     (
         ["--student.precision.fp8.recipe=tensorwise", "--student.precision.fp8.param_gather=true"],
         {},
-        "--student.precision.fp8.param_gather: true: Megatron's optimizer takes FP8 weights for bf16 ones, and student.",
-        ["precision.compute is fp32; false would do, or compute bf16"],
+        "--student.precision.fp8.param_gather: true: Megatron's optimizer takes FP8 weights for bf16 ones, and",
+        ["student.precision.compute is fp32; false would do, or compute bf16"],
     ),
     (
         ["--student.precision.fp8.recipe=tensorwise", "--student.model.ffn=176"],
