@@ -93,7 +93,8 @@ def estimate(
             )
         needs.append(need)
     if not on_cpu:
-        needs = [replace(need, heap=0, workspace=0, saved_beside=0) for need in needs]  # copies are on the host
+        # Copies of what is saved are in host memory.
+        needs = [replace(need, heap=0, workspace=0, saving=0, saved_beside=0) for need in needs]
     return max(needs, key=lambda need: need.total)
 
 
