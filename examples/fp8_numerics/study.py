@@ -1,6 +1,7 @@
 """The same distillation in several arithmetics: runs what is missing, then a table and a picture.
 
 python study.py --config study.yaml --runs runs/fp8 --out results
+python study.py --config study.yaml --runs runs/fp8_h100 --out results/h100 --device cuda --without mxfp8
 """
 
 from __future__ import annotations
@@ -57,11 +58,14 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--runs", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    parser.add_argument("--without", nargs="*", choices=STUDY, default=[], help="what the GPU has no kernels for")
     args = parser.parse_args()
-    for name, arithmetic in STUDY.items():
-        print(f"== {arithmetic.words}", flush=True)
-        run(args.config, args.runs / name, arithmetic)
-    found = {name: read(args.runs / name) for name in STUDY}
+    names = [name for name in STUDY if name not in args.without]
+    for name in names:
+        print(f"== {STUDY[name].words}", flush=True)
+        run(args.config, args.runs / name, STUDY[name], args.device)
+    found = {name: read(args.runs / name) for name in names}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "losses.json").write_text(json.dumps(found, indent=1) + "\n")
     text = table(found)
@@ -70,9 +74,9 @@ def main() -> None:
     print(text)
 
 
-def run(config: Path, run_dir: Path, arithmetic: Arithmetic) -> None:
+def run(config: Path, run_dir: Path, arithmetic: Arithmetic, device: str) -> None:
     """One distillation; does nothing where it is finished."""
-    words = ["distill", "--config", str(config), f"--run_dir={run_dir}"]
+    words = ["distill", "--config", str(config), f"--run_dir={run_dir}", f"--device={device}"]
     words += [f"--precision={arithmetic.student}", f"--teacher.precision={arithmetic.teacher}"]
     done = subprocess.run([sys.executable, "-m", "megatron_capgap", *words])
     if done.returncode:
