@@ -31,6 +31,7 @@ def test_the_estimate_is_within_15_percent(pool: WorkerPool, material: Material,
         "data__sequence_length": 128,
         "train__global_batch": 16,
         "train__micro_batch": 16,
+        "train__steps": 16,  # gaps in the heap grow over the first ones
         **changes,
     }
     config = runs.adapt_config(material, tmp_path / "run", **common)
