@@ -72,12 +72,6 @@ def test_gains_make_up_for_the_channels_that_go() -> None:
     assert fewer.gains[1] == pytest.approx(((5 / 3) / 1) ** 0.5)  # layer 1, before feed-forward: norm 3
 
 
-def test_global_ranks_compare_normalised_layers() -> None:
-    neurons = [[1000, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]
-    found = plans.make(TEACHER, replace(TEACHER, ffn=3), scores := scores_of(neurons=neurons), "position")
-    assert plans.globally_ranked(found, scores)["neurons"] == [1, 4, 4, 4, 2]
-
-
 def test_the_file_is_json_with_a_line_a_row() -> None:
     student = replace(TEACHER, layers=2, ffn=2)
     scores = scores_of(neurons=[[1 / 3, 2, 3, 4]] * 5)
@@ -110,12 +104,10 @@ def test_scores_are_kept_and_refused(tmp_path: Path) -> None:
 def test_kept_rows_of_packed_matrices_are_the_student_s_own_packing() -> None:
     """What stays of packed rows, taken apart as the student's shape says, is what stays of each part."""
     heads, groups, width = (0, 2, 3, 5), (0, 1), 2
-    rows = packing.kept_rows(
-        packing.qkv(TEACHER), [[h * width + i for h in part for i in range(width)] for part in (heads, groups, groups)]
-    )
+    small, kept = replace(TEACHER, heads=4), [heads, groups, groups]
+    wide = [[part[row // width] * width + row % width for row in range(len(part) * width)] for part in kept]
+    rows = packing.arranged(packing.qkv(TEACHER), packing.qkv(small), wide)
     whole = {run.packed + i: (run.part, run.start + i) for run in packing.qkv(TEACHER) for i in range(run.count)}
-    small = replace(TEACHER, heads=4)
-    kept = [heads, groups, groups]
     expected = [
         (run.part, kept[run.part][(run.start + i) // width] * width + (run.start + i) % width)
         for run in packing.qkv(small)

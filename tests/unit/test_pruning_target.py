@@ -11,7 +11,7 @@ from megatron_capgap.config.errors import ConfigError
 from megatron_capgap.config.load import Loaded, load
 from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.models import size
-from megatron_capgap.pruning.target import student_shape
+from megatron_capgap.pruning.target import target
 
 LLAMA2 = ModelShape(layers=32, hidden=4096, heads=32, ffn=11008, vocab=49216)
 GROUPED = ModelShape(layers=8, hidden=96, heads=12, kv_heads=4, ffn=256, vocab=1000)
@@ -31,6 +31,10 @@ def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         return load("prune.yaml", [], "prune")
 
     return loaded
+
+
+def student_shape(loaded: Loaded, teacher: ModelShape) -> ModelShape:
+    return target(loaded, teacher).shape
 
 
 def numbers(shape: ModelShape) -> tuple[int, ...]:
