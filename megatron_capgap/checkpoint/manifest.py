@@ -38,7 +38,7 @@ class Origin:
     parameters: int
     """All its parameters."""
     non_embedding: int
-    """Those without embeddings and LM head."""
+    """Those without embeddings and LM head, less the padding."""
 
     @classmethod
     def of(cls, checkpoint: Path, manifest: Manifest) -> Origin:
@@ -54,7 +54,7 @@ class Origin:
             tokens=manifest.tokens,
             model=manifest.model,
             parameters=size.parameters(manifest.model),
-            non_embedding=size.non_embedding_parameters(manifest.model),
+            non_embedding=manifest.kept,
         )
 
 
@@ -90,6 +90,9 @@ class Manifest:
     """Matched pairs of layers whose projections are in it, by name, ascending."""
     pruned_from: Origin | None = None
     """What the run's first weights were cut out of; stays with the model while it is trained."""
+    padding: int = 0
+    """Parameters that are zero, for pruning has left layers different numbers of parts; training leaves them zero, and
+    this stays with the model."""
     chat_template: str | None = None
     """How conversations were written down for it, as a Jinja template; stays with the model while it is trained."""
     expanded_from: Origin | None = None
@@ -98,6 +101,11 @@ class Manifest:
     """Bad batches among the steps, which changed no weights."""
     format: int = FORMAT
     """Version of this file."""
+
+    @property
+    def kept(self) -> int:
+        """Parameters without embeddings and LM head, less the padding."""
+        return size.non_embedding_parameters(self.model) - self.padding
 
     @property
     def holds_scales(self) -> bool:

@@ -32,6 +32,12 @@ class Prune:
     are cut by one share."""
     multiple: Positive = 8
     """sparsity and parameters choose a hidden and an ffn that are multiples of this."""
+    per_layer: bool = False
+    """Whether layers may keep different numbers of key/value heads and of neurons: these are ranked over all layers at
+    once, by scores that each layer's L2 norm divides. heads, kv_heads and ffn are then means over layers, sparsity and
+    parameters speak of all layers together; one head and one unit of neurons stay everywhere. All layers store what the
+    largest one keeps, rounded up to what student.layout divides and the family holds: zeros, which stay zero in
+    training. They change no result, but are stored and multiplied with."""
     importance: Literal["gradient", "activation"] = "gradient"
     """What a part is worth. gradient: |d loss / d mask|, the mean over micro-batches of the loss of each; activation,
     forward only: what heads and neurons send into the residual stream (size times outgoing weights), and the size of

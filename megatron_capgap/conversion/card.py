@@ -35,6 +35,8 @@ def text(folder: Path, manifest: Manifest, family: Family, caution: str | None =
     lines += [*(f"- {tag}" for tag in tags), "---", "", f"# {folder.parents[1].resolve().name}", ""]
     lines += [f"A {family.name} model with {total:,} parameters, {inner:,} without embeddings:"]
     lines += [f"{shape.layers} layers, hidden size {shape.hidden}, vocabulary {shape.vocab}.", ""]
+    if manifest.padding:
+        lines += [f"{manifest.padding:,} of them are zero: pruning has left its layers different numbers of parts.", ""]
     lines += [f"{caution}.", ""] if caution else []
     if manifest.stage == STAGE:
         lines += [f"{EXPORTED}; its weights were imported before, and not trained.", ""]
@@ -76,11 +78,10 @@ def _teacher(checkpoint: str, manifest: Manifest) -> dict[str, str]:
     """The teacher's name and, where it is still there, its size."""
     facts = {"teacher": f"`{Path(checkpoint).name}`"}
     try:
-        shape = manifests.read(manifests.locate(checkpoint)).model
+        inner = manifests.read(manifests.locate(checkpoint)).kept
     except UserError:  # the run is over; its teacher may be gone
         return facts
-    inner = size.non_embedding_parameters(shape)
-    ratio = inner / size.non_embedding_parameters(manifest.model)
+    ratio = inner / manifest.kept
     return facts | {"teacher's parameters": f"{inner:,} without embeddings, {ratio:.2f} times the student's"}
 
 

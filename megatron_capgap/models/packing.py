@@ -6,7 +6,7 @@ keys and values lie group by group, each group's queries before its key and its 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_capgap.config import derive
@@ -65,15 +65,20 @@ def parts_of_rows(runs: Sequence[Run], start: int, count: int) -> Iterator[Run]:
             yield Run(run.part, run.start + first - run.packed, first, last - first)
 
 
-def kept_rows(runs: Sequence[Run], kept: Sequence[Collection[int]]) -> list[int]:
-    """The packed rows, in order, of which some rows of each part consist.
+def arranged(source: Sequence[Run], target: Sequence[Run], parts: Sequence[Sequence[int]]) -> list[int]:
+    """For each row of a packed matrix that is made out of another one, the row of that one; -1 where zeros stand.
 
     Args:
-        runs: of the packed matrix.
-        kept: of each part, the rows that are wanted.
+        source: runs of the matrix that rows are taken from.
+        target: runs of the matrix that is made.
+        parts: for each row of each part of `target`, the row of the same part of `source`, or -1.
     """
-    wanted = [set(rows) for rows in kept]
-    return [run.packed + i for run in runs for i in range(run.count) if run.start + i in wanted[run.part]]
+    packed = [[0] * rows for rows in part_rows(source)]
+    for run in source:
+        packed[run.part][run.start : run.start + run.count] = range(run.packed, run.packed + run.count)
+    taken = [parts[run.part][run.start + i] for run in target for i in range(run.count)]
+    owners = [run.part for run in target for _ in range(run.count)]
+    return [packed[part][row] if row >= 0 else -1 for part, row in zip(owners, taken, strict=True)]
 
 
 def part_rows(runs: Sequence[Run]) -> list[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from megatron_capgap.config import derive
 from megatron_capgap.config.families import FAMILIES
 from megatron_capgap.config.schema import Layout, ModelShape
@@ -58,6 +60,23 @@ def embedding_parameters(shape: ModelShape) -> int:
 def non_embedding_parameters(shape: ModelShape) -> int:
     """Parameters without embeddings and LM head: the size that the law of capacity gap speaks of."""
     return shape.layers * layer_parameters(shape) + _norm_parameters(shape)
+
+
+def kept_parameters(shape: ModelShape, groups: int, neurons: int) -> int:
+    """Parameters without embeddings and LM head of a model whose layers keep fewer parts than they store; the rest is
+    zero.
+
+    Args:
+        shape: what is stored, the same for all layers.
+        groups: key/value heads, with their queries, that all layers together keep.
+        neurons: neurons that all layers together keep.
+    """
+    stored, width = derive.kv_heads(shape), derive.head_dim(shape)
+    more = replace(shape, heads=shape.heads + shape.heads // stored, kv_heads=stored + 1, head_dim=width)
+    a_group = layer_parameters(more) - layer_parameters(shape)
+    a_neuron = layer_parameters(replace(shape, ffn=shape.ffn + 1)) - layer_parameters(shape)
+    padding = (shape.layers * stored - groups) * a_group + (shape.layers * shape.ffn - neurons) * a_neuron
+    return non_embedding_parameters(shape) - padding
 
 
 def parameters(shape: ModelShape) -> int:

@@ -16,7 +16,7 @@ from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.families import FAMILIES
 from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.models import packing
-from megatron_capgap.pruning.plan import Plan
+from megatron_capgap.pruning.plan import Plan, spread
 
 _LAYERS = "decoder.layers."
 # The norms in the order of a plan's gains.
@@ -101,11 +101,14 @@ class _Cutting:
         key, source = piece.entry.key, self._sources[piece.entry.key]
         rows = self._rows(self._axes[key][0], piece.layer)[piece.start : piece.start + piece.count]
         layer = self._plan.layers[piece.layer] if source.layered else 0
-        first, count = rows[0], rows[-1] - rows[0] + 1
+        kept = [row for row in rows if row >= 0]
+        if not kept:
+            return torch.zeros((piece.count, *piece.entry.inner), dtype=source.dtype)
+        first, count = kept[0], kept[-1] - kept[0] + 1
         block = self._reader.read(Piece(source, layer, first, count))
-        block = block[torch.tensor(rows) - first]
+        block = _taken(block, 0, [row - first if row >= 0 else -1 for row in rows])
         if len(self._axes[key]) > 1:
-            block = block.index_select(1, torch.tensor(self._rows(self._axes[key][1], piece.layer)))
+            block = _taken(block, 1, self._rows(self._axes[key][1], piece.layer))
         gain = self._gain(key, piece.layer)
         return block if gain == 1.0 else (block.double() * gain).to(block.dtype)
 
@@ -155,7 +158,7 @@ class _Cutting:
         }[axis]
 
     def _rows(self, axis: str, layer: int) -> list[int]:
-        """What stays along an axis.
+        """What stays along an axis: rows of the teacher, ascending, and -1 where the student has zeros.
 
         Args:
             axis: its name.
@@ -166,19 +169,36 @@ class _Cutting:
         return self._kept[axis, layer]
 
     def _find_rows(self, axis: str, layer: int) -> list[int]:
-        plan, shape = self._plan, self._plan.teacher
+        plan, (before, after) = self._plan, (self._plan.teacher, self._plan.student)
         if axis == "channels":
             return list(plan.channels)
-        if axis == "neurons" or (axis == "fc1" and not FAMILIES[shape.family].gated):
-            return list(plan.neurons[layer])
-        if axis == "fc1":
-            return packing.kept_rows(packing.gate_up(shape), [plan.neurons[layer]] * 2)
+        if axis in ("neurons", "fc1"):
+            neurons = spread(plan.neurons[layer], after.ffn, plan.tensor)
+            if axis == "neurons" or not FAMILIES[before.family].gated:
+                return neurons
+            return packing.arranged(packing.gate_up(before), packing.gate_up(after), [neurons] * 2)
         if axis in ("qkv", "context"):
-            heads, groups = (self._wide(rows[layer]) for rows in (plan.heads, plan.groups))
-            return heads if axis == "context" else packing.kept_rows(packing.qkv(shape), (heads, groups, groups))
+            groups = spread(plan.groups[layer], derive.kv_heads(after), plan.tensor)
+            heads = self._wide(self._queries(groups, layer))
+            if axis == "context":
+                return heads
+            key_values = self._wide(groups)
+            return packing.arranged(packing.qkv(before), packing.qkv(after), (heads, key_values, key_values))
         return list(range(self._length(axis)))
+
+    def _queries(self, groups: Sequence[int], layer: int) -> list[int]:
+        """The query heads that stay of each group, as many of each; -1 for those of a group that is zero."""
+        heads, count = self._plan.heads[layer], self._plan.student.heads // derive.kv_heads(self._plan.student)
+        of_group = {group: heads[i * count : (i + 1) * count] for i, group in enumerate(self._plan.groups[layer])}
+        return [head for group in groups for head in of_group.get(group, (-1,) * count)]
 
     def _wide(self, heads: Sequence[int]) -> list[int]:
         """The rows of heads of the teacher's width."""
         width = derive.head_dim(self._plan.teacher)
-        return [head * width + i for head in heads for i in range(width)]
+        return [head * width + i if head >= 0 else -1 for head in heads for i in range(width)]
+
+
+def _taken(block: Tensor, dim: int, rows: Sequence[int]) -> Tensor:
+    """Rows of a tensor along a dimension, zeros for -1."""
+    index = torch.tensor(rows)
+    return block.index_select(dim, index.clamp(min=0)).index_fill_(dim, (index < 0).nonzero().flatten(), 0)

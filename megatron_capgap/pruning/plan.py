@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_capgap.config import derive
 from megatron_capgap.config.schema import ModelShape
+from megatron_capgap.models import size
 from megatron_capgap.pruning.scores import Facts, Scores
+from megatron_capgap.pruning.target import Budget
 
 FILE = "plan.json"
 
@@ -34,15 +38,33 @@ class Plan:
     gains: tuple[float, ...]
     """Factors of the norms' gains: attention and feed-forward of each layer in turn, then the last norm. A norm divides
     by the root mean square of the channels it is given; those that stay may be larger or smaller than all were."""
+    tensor: int = 1
+    """Tensor-parallel size that a layer's parts are spread over where it keeps fewer than the student stores."""
+
+    @property
+    def kept_parts(self) -> dict[str, list[int]]:
+        """How many parts each layer keeps, by their name in a shape."""
+        rows = {"kv_heads": self.groups, "heads": self.heads, "ffn": self.neurons}
+        return {name: [len(row) for row in parts] for name, parts in rows.items()}
+
+    @property
+    def padding(self) -> int:
+        """Parameters that are zero, since a layer keeps fewer parts than the student stores."""
+        kept = [sum(map(len, rows)) for rows in (self.groups, self.neurons)]
+        return size.non_embedding_parameters(self.student) - size.kept_parameters(self.student, *kept)
 
 
-def make(teacher: ModelShape, student: ModelShape, scores: Scores, layers_by: str) -> Plan:
+def make(
+    teacher: ModelShape, student: ModelShape, scores: Scores, layers_by: str, budget: Budget | None = None
+) -> Plan:
     """Takes the best of everything.
 
     Args:
-        teacher, student: the shapes before and after.
+        teacher, student: the shapes before and after; with a budget the plan's student stores what its largest layer
+            keeps.
         scores: of the teacher.
         layers_by: `position` keeps the middle layers, `importance` those of the highest scores.
+        budget: what layers keep together, ranked over all of them; None leaves each as many as the student has.
     """
     if layers_by == "importance":
         layers = _best(scores.layers, student.layers)
@@ -50,7 +72,15 @@ def make(teacher: ModelShape, student: ModelShape, scores: Scores, layers_by: st
         first = (teacher.layers - student.layers) // 2
         layers = tuple(range(first, first + student.layers))
     channels = _best(scores.channels, student.hidden)
-    groups = tuple(_best(scores.groups[layer], derive.kv_heads(student)) for layer in layers)
+    tensor = 1
+    if budget is None:
+        groups = tuple(_best(scores.groups[layer], derive.kv_heads(student)) for layer in layers)
+        neurons = tuple(_best(scores.neurons[layer], student.ffn) for layer in layers)
+    else:
+        scaled, tensor = scores.normalised(), budget.tensor
+        groups = _best_over_layers(scaled.groups[list(layers)], 1, budget.groups, budget.widths[-1])
+        neurons = _best_over_layers(scaled.neurons[list(layers)], budget.unit, budget.neurons, budget.most)
+        student = _storing(student, budget.stored_groups(max(map(len, groups))), max(map(len, neurons)))
     norms = [norm for layer in layers for norm in (2 * layer, 2 * layer + 1)]
     return Plan(
         teacher=teacher,
@@ -59,8 +89,9 @@ def make(teacher: ModelShape, student: ModelShape, scores: Scores, layers_by: st
         channels=channels,
         groups=groups,
         heads=tuple(_heads(teacher, student, scores.heads[i], kept) for i, kept in zip(layers, groups, strict=True)),
-        neurons=tuple(_best(scores.neurons[layer], student.ffn) for layer in layers),
+        neurons=neurons,
         gains=tuple(_gain(scores.squares[norm], channels) for norm in [*norms, 2 * teacher.layers]),
+        tensor=tensor,
     )
 
 
@@ -68,6 +99,50 @@ def _best(scores: Tensor, count: int) -> tuple[int, ...]:
     """Where the `count` highest scores stand, ascending; of equal ones the first."""
     order = scores.sort(descending=True, stable=True).indices
     return tuple(sorted(order[:count].tolist()))
+
+
+def _best_over_layers(scores: Tensor, unit: int, total: int, most: int) -> Rows:
+    """The best parts of all layers together.
+
+    Args:
+        scores: `[layers, parts]`, comparable between layers.
+        unit: each layer keeps a multiple of so many parts, and one unit at least.
+        total: parts of all layers, a multiple of unit.
+        most: parts that a layer keeps at most, a multiple of unit.
+    """
+    ranked = scores.sort(dim=1, descending=True, stable=True)
+    # A layer's units hold its parts from the best on, so that the best units of all are the first ones of each.
+    units = ranked.values[:, :most].unflatten(1, (-1, unit)).sum(-1)
+    units[:, 0] = torch.inf
+    chosen = Counter(i // units.shape[1] for i in _best(units.flatten(), total // unit))
+    return tuple(tuple(sorted(row[: chosen[i] * unit].tolist())) for i, row in enumerate(ranked.indices))
+
+
+def _storing(student: ModelShape, groups: int, neurons: int) -> ModelShape:
+    """The student with so many key/value heads, of its width and queries, and neurons in every layer."""
+    stored, width = derive.kv_heads(student), derive.head_dim(student)
+    if groups != stored:
+        heads = groups * student.heads // stored
+        student = replace(student, heads=heads, kv_heads=groups, head_dim=width)
+    return replace(student, ffn=neurons)
+
+
+def spread(kept: Sequence[int], stored: int, shards: int) -> list[int]:
+    """Where the parts that a layer keeps stand in the width that is stored; -1 stands for zeros.
+
+    Padding costs the same wherever it stands, and every layout loads it. In the one that was asked for each shard gets
+    as many kept parts, give or take one, so that whoever cuts the zeros off finds the work balanced over ranks.
+
+    Args:
+        kept: parts, ascending, at most `stored`.
+        stored: a multiple of `shards`.
+        shards: tensor-parallel size.
+    """
+    rows: list[int] = []
+    for shard in range(shards):
+        mine = kept[len(kept) * shard // shards : len(kept) * (shard + 1) // shards]
+        rows += [*mine, *[-1] * (stored // shards - len(mine))]
+    return rows
 
 
 def _heads(teacher: ModelShape, student: ModelShape, scores: Tensor, groups: tuple[int, ...]) -> tuple[int, ...]:
@@ -83,17 +158,6 @@ def _gain(squares: Tensor, channels: tuple[int, ...]) -> float:
     if len(channels) == len(squares) or not squares.sum() > 0:
         return 1.0
     return float((squares[list(channels)].mean() / squares.mean()).sqrt())
-
-
-def globally_ranked(plan: Plan, scores: Scores) -> dict[str, list[int]]:
-    """How many heads and neurons each of the teacher's layers would keep, were they ranked over all layers at once by
-    normalised scores, as in the paper's pilot; the plan keeps as many in each layer."""
-    found, scaled = {}, scores.normalised()
-    for name, a_layer in (("heads", plan.student.heads), ("neurons", plan.student.ffn)):
-        rows = getattr(scaled, name)
-        kept = _best(rows.flatten(), a_layer * len(rows))
-        found[name] = [sum(i // rows.shape[1] == layer for i in kept) for layer in range(len(rows))]
-    return found
 
 
 def text(plan: Plan, scores: Scores, facts: Facts) -> str:
@@ -112,7 +176,13 @@ def text(plan: Plan, scores: Scores, facts: Facts) -> str:
         "after": asdict(plan.student),
         "stays": kept,
         "norm_gains": plan.gains,
-        "globally_ranked": globally_ranked(plan, scores),
+        "kept_by_layer": plan.kept_parts,
+        "parameters": {
+            "kept": size.parameters(plan.student) - plan.padding,
+            "stored": size.parameters(plan.student),
+            "kept_non_embedding": size.non_embedding_parameters(plan.student) - plan.padding,
+            "stored_non_embedding": size.non_embedding_parameters(plan.student),
+        },
         "scores": {
             field.name: _short(getattr(scaled, field.name)) for field in fields(scaled) if field.name != "squares"
         },

@@ -1,7 +1,8 @@
 """The shape of the student that the section `prune` asks for, from the teacher's shape alone. No torch.
 
 A Megatron model has one width for all its layers, so counts are uniform over layers, as in the paper's conversion of
-LLaMA2-7B; its pilot's counts, which differ from layer to layer, no single shape could hold.
+LLaMA2-7B. With `prune.per_layer` they differ, as in its pilot: what all layers keep together is known here, and what
+each of them keeps, and with it the width that all of them store, when the scores are.
 """
 
 from __future__ import annotations
@@ -24,6 +25,54 @@ _FARTHEST = 0.25
 _SHARES = 2000  # steps of the share by which the widths are cut
 
 
+UNDECIDED = ("heads", "kv_heads", "head_dim", "ffn")
+"""Numbers of the student's shape that wait for the scores where it has a budget."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What layers keep together where each may keep a number of its own.
+
+    What a layout must divide is the width that they store, and that is rounded. What a layer keeps of it is rounded
+    where that costs nothing: neurons, which are many, to units. Key/value heads are few: were they rounded too, of 8
+    under tensor 8 every layer would keep all.
+    """
+
+    groups: int
+    """Key/value heads, each with its queries, of all layers; a layer keeps one at least."""
+    widths: tuple[int, ...]
+    """Numbers of key/value heads that layers can store, for the layout divides and the family holds them; ascending."""
+    neurons: int
+    """Neurons of all layers, a multiple of `unit`."""
+    unit: int
+    """A layer keeps a multiple of so many neurons, and one at least; the layout divides it."""
+    most: int
+    """Neurons that a layer keeps at most."""
+    tensor: int
+    """Tensor-parallel size of the layout."""
+
+    def stored_groups(self, count: int) -> int:
+        """The least number of key/value heads that a layer can store which keeps so many."""
+        return next(width for width in self.widths if width >= count)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The student as far as it is known before the scores."""
+
+    shape: ModelShape
+    """The student's; with a budget the least that it can come to, were all layers to keep as many heads and neurons."""
+    budget: Budget | None = None
+    """None where all layers keep as many."""
+
+    @property
+    def kept(self) -> int:
+        """Parameters without embeddings that stay; what is stored beyond them is zero."""
+        if self.budget is None:
+            return size.non_embedding_parameters(self.shape)
+        return size.kept_parameters(self.shape, self.budget.groups, self.budget.neurons)
+
+
 @dataclass(frozen=True)
 class Order:
     """What is to be cut out of what."""
@@ -40,6 +89,11 @@ class Order:
         return self.loaded.config.prune
 
     @property
+    def tensor(self) -> int:
+        """Tensor-parallel size of the student's layout."""
+        return self.loaded.config.student.layout.tensor
+
+    @property
     def queries(self) -> int:
         """The teacher's queries to a group."""
         return self.teacher.heads // derive.kv_heads(self.teacher)
@@ -49,8 +103,8 @@ class Order:
         return f"{self.loaded.place(f'prune.{key}' if key else 'prune')}: {text}"
 
 
-def student_shape(loaded: Loaded, teacher: ModelShape) -> ModelShape:
-    """The student's shape.
+def target(loaded: Loaded, teacher: ModelShape) -> Target:
+    """What the student is to be.
 
     Args:
         loaded: of the stage prune.
@@ -66,20 +120,34 @@ def student_shape(loaded: Loaded, teacher: ModelShape) -> ModelShape:
         if problems := list(row(order)):
             raise ConfigError(problems)
     found = _chosen(order)
-    if _numbers(found) == _numbers(teacher):
-        text = f"leaves {order.path} as it is; a smaller layers, hidden, heads or ffn would do, or a larger sparsity"
-        raise ConfigError([order.problem("", text)])
+    if problems := list(_something_goes(order, found)):
+        raise ConfigError(problems)
     return found
 
 
-def _chosen(order: Order) -> ModelShape:
+def _something_goes(order: Order, found: Target) -> Iterator[str]:
+    """The student is not the teacher, and where layers may differ they can."""
+    budget, layers = found.budget, found.shape.layers
+    if budget is not None:
+        if (budget.groups, budget.neurons) == (layers * budget.widths[-1], layers * budget.most):
+            text = "true, but every layer keeps all heads and neurons that it can store, so that none can differ"
+            yield order.problem("per_layer", f"{text}; give fewer heads or ffn or a larger sparsity, or remove the key")
+    elif _numbers(found.shape) == _numbers(order.teacher):
+        text = f"leaves {order.path} as it is; a smaller layers, hidden, heads or ffn would do, or a larger sparsity"
+        yield order.problem("", text)
+
+
+def _chosen(order: Order) -> Target:
     wanted, teacher = order.wanted, order.teacher
     if wanted.sparsity is not None:
         # A weight lies between two of hidden, heads and ffn: it stays where both of its ends stay.
         return _cut(order, math.sqrt(1.0 - wanted.sparsity))
     if wanted.parameters is not None:
         return _of_parameters(order, wanted.parameters)
-    return _shape(order, wanted.hidden or teacher.hidden, *_attention(order), wanted.ffn or teacher.ffn)
+    hidden, (heads, groups), ffn = wanted.hidden or teacher.hidden, _attention(order), wanted.ffn or teacher.ffn
+    if not wanted.per_layer:
+        return Target(_shape(order, hidden, heads, groups, ffn))
+    return _over_layers(order, hidden, heads // groups, groups, ffn, order.tensor)
 
 
 def _numbers(shape: ModelShape) -> tuple[int, ...]:
@@ -110,16 +178,86 @@ def _shape(order: Order, hidden: int, heads: int, kv_heads: int, ffn: int) -> Mo
     )
 
 
-def _cut(order: Order, share: float) -> ModelShape:
+def _cut(order: Order, share: float) -> Target:
     """Hidden, heads and ffn cut to a share of the teacher's, in units that the layout divides."""
-    wanted, teacher, tensor = order.wanted, order.teacher, order.loaded.config.student.layout.tensor
+    wanted, teacher, tensor = order.wanted, order.teacher, order.tensor
     traits, width = FAMILIES[teacher.family], derive.head_dim(teacher)
+    if wanted.per_layer:
+        return _cut_over_layers(order, share)
     groups = _nearest(share * derive.kv_heads(teacher), tensor, derive.kv_heads(teacher))
     heads = groups * order.queries
     unit = math.lcm(wanted.multiple, heads) if traits.heads_divide_hidden else wanted.multiple
     hidden = _nearest(share * teacher.hidden, unit, teacher.hidden) if traits.free_head_dim else heads * width
     ffn = _nearest(share * teacher.ffn, math.lcm(wanted.multiple, tensor), teacher.ffn)
-    return _shape(order, hidden, heads, groups, ffn)
+    return Target(_shape(order, hidden, heads, groups, ffn))
+
+
+def _cut_over_layers(order: Order, share: float) -> Target:
+    """Hidden cut to a share of the teacher's; heads and neurons to what leaves share * share of the weights, whatever
+    hidden was rounded to."""
+    wanted, teacher, tensor, queries = order.wanted, order.teacher, order.tensor, order.queries
+    traits, groups = FAMILIES[teacher.family], derive.kv_heads(teacher)
+    if traits.free_head_dim:
+        # A layer may keep all of its heads, and transformers wants them to divide hidden.
+        unit = math.lcm(wanted.multiple, teacher.heads) if traits.heads_divide_hidden else wanted.multiple
+        hidden = _nearest(share * teacher.hidden, unit, teacher.hidden)
+    else:
+        # Hidden is as wide as the heads that are stored, so rounding it up lets some layers keep more than others.
+        hidden = math.ceil(share * groups / tensor) * tensor * queries * derive.head_dim(teacher)
+    kept = min(1.0, share * share * teacher.hidden / hidden)
+    unit = math.lcm(wanted.multiple, tensor)
+    return _over_layers(order, hidden, queries, kept * groups, kept * teacher.ffn, min(unit, teacher.ffn))
+
+
+def _over_layers(order: Order, hidden: int, queries: int, groups: float, neurons: float, unit: int) -> Target:
+    """Layers that keep numbers of their own.
+
+    Args:
+        order: what is to be cut out of what.
+        hidden: channels that stay.
+        queries: that stay of each key/value head.
+        groups, neurons: that a layer keeps in the mean; all layers together keep the nearest whole numbers of units.
+        unit: of neurons.
+    """
+    teacher, layers = order.teacher, order.wanted.layers or order.teacher.layers
+    widths = tuple(_widths(order, hidden, queries))
+    if not widths or widths[-1] < groups:
+        raise ConfigError([_no_width(order, hidden, queries, math.ceil(groups))])
+    most = teacher.ffn // unit * unit
+    units = max(layers, round(layers * neurons / unit))
+    budget = Budget(
+        groups=min(max(layers, round(layers * groups)), layers * widths[-1]),
+        widths=widths,
+        neurons=min(units * unit, layers * most),
+        unit=unit,
+        most=most,
+        tensor=order.tensor,
+    )
+    least = budget.stored_groups(-(-budget.groups // layers))
+    ffn = -(-budget.neurons // (layers * unit)) * unit
+    return Target(_shape(order, hidden, least * queries, least, ffn), budget)
+
+
+def _widths(order: Order, hidden: int, queries: int) -> Iterator[int]:
+    """Numbers of key/value heads that the layout divides and the family holds beside this hidden, ascending."""
+    traits, width = FAMILIES[order.teacher.family], derive.head_dim(order.teacher)
+    for groups in range(order.tensor, derive.kv_heads(order.teacher) + 1, order.tensor):
+        heads = groups * queries
+        if (traits.free_head_dim or heads * width == hidden) and not (traits.heads_divide_hidden and hidden % heads):
+            yield groups
+
+
+def _no_width(order: Order, hidden: int, queries: int, groups: int) -> str:
+    """A problem: no layer can store `groups` key/value heads, which is what they keep in the mean."""
+    family, width = order.teacher.family, derive.head_dim(order.teacher)
+    stored = -(-groups // order.tensor) * order.tensor * queries
+    if FAMILIES[family].free_head_dim:
+        would = multiples(hidden, derive.kv_heads(order.teacher) * queries)
+        text = f"{hidden} is divided by no number of heads, {groups * queries} or more, that layers could store"
+    else:
+        would = str(stored * width)
+        text = f"{hidden} is no whole number of heads {width} wide, {groups * queries} or more, that layers could store"
+    return order.problem("hidden", f"{text}, as {family} needs it; {would} would do")
 
 
 def _nearest(number: float, unit: int, most: int) -> int:
@@ -127,17 +265,16 @@ def _nearest(number: float, unit: int, most: int) -> int:
     return min(max(1, round(number / unit)) * unit, most // unit * unit or most)
 
 
-def _of_parameters(order: Order, parameters: int) -> ModelShape:
+def _of_parameters(order: Order, parameters: int) -> Target:
     """The shape whose parameters without embeddings come nearest, of all that cut the widths by one share."""
-    shapes = {_cut(order, share / _SHARES): None for share in range(1, _SHARES + 1)}
+    targets = {_cut(order, share / _SHARES): None for share in range(1, _SHARES + 1)}
 
-    def distance(shape: ModelShape) -> int:
-        return abs(size.non_embedding_parameters(shape) - parameters)
+    def distance(found: Target) -> int:
+        return abs(found.kept - parameters)
 
-    best = min(shapes, key=distance)
+    best = min(targets, key=distance)
     if distance(best) > _FARTHEST * parameters:
-        found = size.non_embedding_parameters(best)
-        text = f"{parameters} is not near any shape; {found} would do, or a smaller prune.multiple, or fewer layers"
+        text = f"{parameters} is not near any shape; {best.kept} would do, or a smaller prune.multiple, or fewer layers"
         raise ConfigError([order.problem("parameters", text)])
     return best
 
@@ -194,8 +331,8 @@ def _groups_hold_as_many_queries(order: Order) -> Iterator[str]:
 def _the_family_holds_the_width(order: Order) -> Iterator[str]:
     """Some families have heads of hidden / heads alone; transformers loads others only where heads divide hidden."""
     wanted, teacher, (heads, _) = order.wanted, order.teacher, _attention(order)
-    if wanted.sparsity is not None or wanted.parameters is not None:
-        return
+    if wanted.sparsity is not None or wanted.parameters is not None or wanted.per_layer:
+        return  # with per_layer heads are a mean; `_over_layers` looks for a number that layers could store
     hidden, width, traits = wanted.hidden or teacher.hidden, derive.head_dim(teacher), FAMILIES[teacher.family]
     if not traits.free_head_dim and hidden != heads * width:
         text = f"{hidden} is not heads {heads} times their width {width}, as it is in {teacher.family}"
@@ -205,9 +342,18 @@ def _the_family_holds_the_width(order: Order) -> Iterator[str]:
         yield order.problem("hidden", f"{text}; {multiples(hidden, heads)} would do")
 
 
+def _layout_divides_the_heads(order: Order) -> Iterator[str]:
+    """Without per_layer the student's heads are looked at, with everything else that a layout must divide."""
+    groups = derive.kv_heads(order.teacher)
+    if order.wanted.per_layer and groups % order.tensor:
+        text = f"{order.tensor} does not divide kv_heads {groups} of {order.path}; {divisors(groups)} would do"
+        yield f"{order.loaded.place('student.layout.tensor')}: {text}"
+
+
 _CHECKS: tuple[Callable[[Order], Iterator[str]], ...] = (
     _one_way_of_saying_it,
     _the_student_lies_within_the_teacher,
     _groups_hold_as_many_queries,
     _the_family_holds_the_width,
+    _layout_divides_the_heads,
 )

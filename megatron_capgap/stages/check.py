@@ -45,11 +45,24 @@ def _models(resolved: Resolved) -> list[str]:
             lines.append(
                 f"{name:<9}{size.parameters(shape):>16,}{size.non_embedding_parameters(shape):>16,}  {_shape(shape)}"
             )
+    lines += kept(resolved)
     if resolved.teacher is not None:
-        ratio = size.non_embedding_parameters(resolved.teacher) / size.non_embedding_parameters(resolved.student)
+        assert resolved.teacher_source is not None
+        ratio = resolved.teacher_source.manifest.kept / resolved.student_kept
         lines.append(
             f"the teacher is {ratio:.2f} times the student (non-embedding); the law of capacity gap advises about 2.5"
         )
+    return lines
+
+
+def kept(resolved: Resolved) -> list[str]:
+    """What the student's layers keep of what they store, where that is less."""
+    lines, stored = [], size.non_embedding_parameters(resolved.student)
+    if resolved.student_kept < stored:
+        lines.append(f"the student keeps {resolved.student_kept:,} of {stored:,} parameters (non-embedding)")
+    if (budget := resolved.budget) is not None:
+        parts = f"{budget.groups:,} key/value heads and {budget.neurons:,} neurons"
+        lines.append(f"its layers keep {parts} together and store as many each as the largest, which the scores decide")
     return lines
 
 

@@ -325,7 +325,7 @@ def _introduce(log: Log, resolved: Resolved, device: Device) -> None:
         if shape is not None:
             total, inner = size.parameters(shape), size.non_embedding_parameters(shape)
             log.say(f"{name}: {count(total)} parameters, {count(inner)} without embeddings")
-    for line in check.arithmetic(resolved):
+    for line in [*check.kept(resolved), *check.arithmetic(resolved)]:
         log.say(line)
     config = resolved.config
     tokens = resolved.global_batch * config.data.sequence_length
@@ -364,6 +364,7 @@ def describe(ground: Ground, done: int) -> Manifest:
         sequence_length=config.data.sequence_length,
         fp8_recipe=fp8.recipe if fp8 else None,
         pruned_from=begun_from.pruned_from if begun_from else None,
+        padding=begun_from.padding if begun_from else 0,
         chat_template=resolved.template.jinja if resolved.template else begun_from and begun_from.chat_template,
         expanded_from=begun_from.expanded_from if begun_from else None,
     )

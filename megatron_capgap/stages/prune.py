@@ -161,7 +161,7 @@ def _loss(ground: Ground, hidden: Tensor, head: Tensor, batch: MicroBatch) -> Te
 def _cut(ground: Ground, scores: Scores) -> None:
     """Writes the plan and the student's checkpoint. Collective."""
     resolved, run_dir, source = ground.resolved, ground.run_dir, _teacher(ground.resolved)
-    plan = plans.make(source.manifest.model, resolved.student, scores, _wanted(resolved).layers_by)
+    plan = plans.make(source.manifest.model, resolved.student, scores, _wanted(resolved).layers_by, resolved.budget)
     staged = run_dir / "checkpoints" / ".step_0.incomplete"
 
     def begin() -> None:
@@ -171,7 +171,8 @@ def _cut(ground: Ground, scores: Scores) -> None:
 
     def finish() -> None:
         origin = Origin.of(source.folder, source.manifest)
-        manifests.write(replace(common.describe(ground, 0), steps=0, pruned_from=origin), staged)
+        words = common.describe(ground, 0)
+        manifests.write(replace(words, steps=0, model=plan.student, pruned_from=origin, padding=plan.padding), staged)
         manifests.publish(staged, run_dir, step=0, keep=1)
 
     launch.on_first_rank(begin)
@@ -190,6 +191,11 @@ def _report(ground: Ground, plan: Plan) -> None:
     for name, count in (("parameters", size.parameters), ("non-embedding", size.non_embedding_parameters)):
         rows.append((name, f"{count(before):,}", f"{count(after):,}"))
     ground.log.table(f"pruned: {ground.run_dir}/checkpoints/step_0", ("", "teacher", "student"), rows)
+    if ground.resolved.budget is not None:
+        for name, counts in plan.kept_parts.items():
+            ground.log.say(f"{name} kept, layer by layer: {' '.join(map(str, counts))}")
+        stored, share = size.parameters(after), plan.padding / size.parameters(after)
+        ground.log.say(f"parameters: {stored - plan.padding:,} kept, {stored:,} stored ({share:.1%} are zeros)")
     on_cpu = ground.device.name == "cpu"
     need = memory.estimate(ground.config, "prune", after, before, ground.resolved.world, on_cpu=on_cpu)
     ground.log.say(f"{peak_memory(ground.device, ground.memory_at_start, need.total)} for the scores")

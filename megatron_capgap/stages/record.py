@@ -42,10 +42,10 @@ def describe(resolved: Resolved, valid_loss: float, valid_tokens: int | None) ->
     assert teacher is not None and source is not None and config.train.steps is not None
     tokens = config.train.steps * resolved.global_batch * config.data.sequence_length
     return Record(
-        student_params=size.non_embedding_parameters(student),
-        teacher_params=size.non_embedding_parameters(teacher),
-        student_params_total=size.parameters(student),
-        teacher_params_total=size.parameters(teacher),
+        student_params=resolved.student_kept,
+        teacher_params=source.manifest.kept,
+        student_params_total=size.embedding_parameters(student) + resolved.student_kept,
+        teacher_params_total=size.embedding_parameters(teacher) + source.manifest.kept,
         family=student.family,
         tokens=tokens,
         seed=config.seed,

@@ -14,7 +14,7 @@ from megatron_capgap.config.load import Loaded
 from megatron_capgap.config.schema import Config, ModelShape
 from megatron_capgap.data.chat import Template, open_template
 from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
-from megatron_capgap.pruning.target import student_shape
+from megatron_capgap.pruning.target import UNDECIDED, Budget, Target, target
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,18 @@ class Resolved:
     tokenizer: Tokenizer
     template: Template | None
     """How conversations are written down, where the data are conversations."""
+    budget: Budget | None = None
+    """What layers keep together where prune may leave each a number of its own; `student` is then the least shape."""
 
     @property
     def config(self) -> Config:
         """The configuration."""
         return self.loaded.config
+
+    @property
+    def student_kept(self) -> int:
+        """The student's parameters without embeddings, less those of layers that store more parts than they keep."""
+        return self.student_source.manifest.kept if self.student_source else Target(self.student, self.budget).kept
 
     @property
     def finetune(self) -> Finetune:
@@ -74,14 +81,12 @@ def resolve(loaded: Loaded, stage: str, world: int, capability: tuple[int, int] 
     student_source = _source(loaded, "student.checkpoint", config.student.checkpoint)
     teacher_source = _source(loaded, "teacher.checkpoint", config.teacher.checkpoint if config.teacher else None)
     teacher = teacher_source.manifest.model if teacher_source else None
-    student = config.student.model or (student_source.manifest.model if student_source else None)
-    if stage == "prune" and teacher is not None:
-        student = student_shape(loaded, teacher)
-    assert student is not None, "load refuses a student that has neither"
+    wanted = _wanted(loaded, stage, student_source, teacher)
+    student = wanted.shape
     checks.check(loaded, stage, world, student, teacher, capability)
     tokenizer = open_tokenizer(config.data.tokenizer)
     template = _template(loaded, stage, tokenizer)
-    resumed = _begun(loaded, stage, world, student, teacher, tokenizer, template)
+    resumed = _begun(loaded, stage, world, wanted, teacher, tokenizer, template)
     problems = [
         *_vocabulary_problems(loaded, student, student_source, tokenizer),
         *_fingerprint_problems(loaded, "student.checkpoint", student_source, tokenizer),
@@ -91,7 +96,16 @@ def resolve(loaded: Loaded, stage: str, world: int, capability: tuple[int, int] 
     if problems:
         raise ConfigError(problems)
     sources = (student_source, teacher_source)
-    return Resolved(loaded, stage, world, student, teacher, *sources, resumed, tokenizer, template)
+    return Resolved(loaded, stage, world, student, teacher, *sources, resumed, tokenizer, template, wanted.budget)
+
+
+def _wanted(loaded: Loaded, stage: str, source: Source | None, teacher: ModelShape | None) -> Target:
+    """The student in numbers: as given, as its checkpoint says, or as prune is to make it."""
+    if stage == "prune" and teacher is not None:
+        return target(loaded, teacher)
+    student = loaded.config.student.model or (source.manifest.model if source else None)
+    assert student is not None, "load refuses a student that has neither"
+    return Target(student)
 
 
 def _source(loaded: Loaded, key: str, checkpoint: str | None) -> Source | None:
@@ -118,7 +132,7 @@ def _begun(
     loaded: Loaded,
     stage: str,
     world: int,
-    student: ModelShape,
+    wanted: Target,
     teacher: ModelShape | None,
     tokenizer: Tokenizer,
     template: Template | None,
@@ -132,7 +146,7 @@ def _begun(
     if found is None:
         return None
     problems = [
-        *_other_model(loaded, stage, found, student, teacher),
+        *_other_model(loaded, stage, found, wanted, teacher),
         *_other_data(loaded, world, found, tokenizer, template),
     ]
     if config.train.steps is not None and found.step > config.train.steps:
@@ -145,21 +159,24 @@ def _begun(
     return found
 
 
-def _other_model(
-    loaded: Loaded, stage: str, found: Manifest, student: ModelShape, teacher: ModelShape | None
-) -> list[str]:
+def _other_model(loaded: Loaded, stage: str, found: Manifest, wanted: Target, teacher: ModelShape | None) -> list[str]:
     """What keeps this start from going on with the weights that a run has."""
     config, problems = loaded.config, []
     where = f"{loaded.place('run_dir')}: {config.run_dir}"
     if found.stage != stage:
         problems.append(f"{where} holds a run of stage {found.stage}; choose another run_dir for {stage}")
-    for name, value in vars(student).items():
-        if getattr(found.model, name) != value:
+    for name, value in vars(wanted.shape).items():
+        if getattr(found.model, name) != value and not (wanted.budget and name in UNDECIDED):
             was = getattr(found.model, name)
             problems.append(
                 f"{where} holds a checkpoint with {name} {was}, this student has {name} {value}; choose another run_dir"
             )
-    projections = derive.projection_names(config, student, teacher)
+    if wanted.budget and found.kept != wanted.kept:
+        problems.append(
+            f"{where} holds a student that keeps {found.kept} parameters without embeddings, this one is to keep "
+            f"{wanted.kept}; choose another run_dir"
+        )
+    projections = derive.projection_names(config, wanted.shape, teacher)
     if found.projections != projections:
         was, now = (" ".join(names) or "none" for names in (found.projections, projections))
         problems.append(

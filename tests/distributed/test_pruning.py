@@ -1,5 +1,6 @@
 """Pruning what is dead changes no logit; pruned checkpoints load in any layout and go out to Hugging Face."""
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,35 +104,58 @@ def stays(dead: list[int], count: int) -> list[int]:
     return [i for i in range(count) if i not in dead]
 
 
-@pytest.mark.parametrize("layout, kind", [("one", "activation"), ("tp2_pp2_sp", "gradient")])
+@pytest.fixture(scope="module")
+def planted_teacher(pool: WorkerPool, material: Material, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A case to (model, teacher's run directory); made once each."""
+    made: dict[str, tuple[PreTrainedModel, Path]] = {}
+
+    def planted_teacher(name: str, planted: Planted) -> tuple[PreTrainedModel, Path]:
+        if name not in made:
+            model = plant(hf_models.build(name), planted)
+            made[name] = model, pruning.imported(pool, material, model, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return planted_teacher
+
+
+def assert_what_stays(plan: dict[str, Any], planted: Planted, n: dict[str, int]) -> None:
+    """Of plan.json: everything that is not dead."""
+    stay = plan["stays"]
+    assert stay["layers"] == [0, 1, 2, 3]
+    assert stay["channels"] == stays(planted.channels, n["channels"])
+    for i in range(4):
+        assert stay["groups"][i] == stays(planted.groups.get(i, []), n["groups"])
+        if planted.heads:
+            assert stay["heads"][i] == stays(planted.heads[i], n["heads"])
+        assert stay["neurons"][i] == stays(planted.neurons.get(i, []), n["neurons"])
+
+
+def assert_the_same_logits(folder: Path, model: PreTrainedModel) -> None:
+    """Of a Hugging Face folder and of a model in memory, to 1e-5."""
+    pruned = AutoModelForCausalLM.from_pretrained(folder).double()
+    tokens = torch.randint(hf_models.VOCAB, (3, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found, expected = pruned(tokens).logits, copy.deepcopy(model).double()(tokens).logits
+    assert (found - expected).abs().max() <= 1e-5
+    assert expected.std() > 0.1, "logits of nothing would agree as well"
+
+
+@pytest.mark.parametrize("kind", ["gradient", "activation"])
+@pytest.mark.parametrize("layout", ["one", "tp2_pp2_sp"])
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_dead_goes_and_no_logit_changes(
-    pool: WorkerPool, material: Material, tmp_path: Path, name: str, layout: str, kind: str
+    pool: WorkerPool, material: Material, planted_teacher: Any, tmp_path: Path, name: str, layout: str, kind: str
 ) -> None:
     planted = CASES[name]
     world, cut = pruning.LAYOUTS[layout]
     if planted.numbers["heads"] % cut.get("tensor", 1):
         cut = {"pipeline": 4}  # as many ranks
-    model = plant(hf_models.build(name), planted)
-    n = masked.sizes(model)
-    teacher = pruning.imported(pool, material, model, tmp_path)
+    model, teacher = planted_teacher(name, planted)
     raw = pruning.prune_config(material, teacher, tmp_path / "run", {**planted.numbers, "importance": kind}, cut)
     run_dir = runs.train(pool, "prune", raw, world)
-    plan = json.loads((run_dir / "plan.json").read_text())["stays"]
-    assert plan["layers"] == [0, 1, 2, 3]
-    assert plan["channels"] == stays(planted.channels, n["channels"])
-    for i in range(4):
-        assert plan["groups"][i] == stays(planted.groups.get(i, []), n["groups"])
-        if planted.heads:
-            assert plan["heads"][i] == stays(planted.heads[i], n["heads"])
-        assert plan["neurons"][i] == stays(planted.neurons[i], n["neurons"])
+    assert_what_stays(json.loads((run_dir / "plan.json").read_text()), planted, masked.sizes(model))
     pruning.convert(pool, "export", "--checkpoint", str(run_dir), "--out", str(tmp_path / "small"))
-    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "small").double()
-    tokens = torch.randint(hf_models.VOCAB, (3, 40), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        found, expected = pruned(tokens).logits, model.double()(tokens).logits
-    assert (found - expected).abs().max() <= 1e-5
-    assert expected.std() > 0.1, "logits of nothing would agree as well"
+    assert_the_same_logits(tmp_path / "small", model)
 
 
 def test_a_dead_layer_goes_by_importance(pool: WorkerPool, material: Material, tmp_path: Path) -> None:
@@ -145,10 +169,7 @@ def test_a_dead_layer_goes_by_importance(pool: WorkerPool, material: Material, t
         run_dir = runs.train(pool, "prune", pruning.prune_config(material, teacher, tmp_path / kind, prune, {}))
         assert json.loads((run_dir / "plan.json").read_text())["stays"]["layers"] == [0, 2, 3]
     pruning.convert(pool, "export", "--checkpoint", str(run_dir), "--out", str(tmp_path / "small"))
-    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "small").double()
-    tokens = torch.randint(hf_models.VOCAB, (3, 40), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        assert (pruned(tokens).logits - model.double()(tokens).logits).abs().max() <= 1e-5
+    assert_the_same_logits(tmp_path / "small", model)
 
 
 # Queries go from within groups; every bias and norm; heads of a width that hidden / heads is not.

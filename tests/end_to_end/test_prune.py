@@ -42,6 +42,22 @@ def test_check_tells_the_shape_before_and_after(
     assert not (tmp_path / "run").exists()
 
 
+def test_check_tells_what_layers_keep_together(
+    material: Material, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What they store is known by the scores; the teacher is compared with what is kept."""
+    prune = {"hidden": 42, "ffn": 64, "heads": 3, "per_layer": True}
+    raw = pruning.prune_config(material, teacher, tmp_path / "run", prune, {"tensor": 2})
+    assert main(["prune", "--config", runs.write_config(raw), "--check-world", "2"]) == 0
+    out = capsys.readouterr().out
+    wide = {**runs.TEACHER, "hidden": 42, "ffn": 64, "head_dim": 8}
+    shapes = ModelShape(**{**wide, "heads": 3, "kv_heads": 1}), ModelShape(**wide)
+    kept, stored = map(size.non_embedding_parameters, shapes)
+    assert f"the student keeps {kept:,} of {stored:,} parameters (non-embedding)" in out
+    assert "its layers keep 4 key/value heads and 256 neurons together" in out
+    assert f"the teacher is {size.non_embedding_parameters(ModelShape(**runs.TEACHER)) / kept:.2f} times" in out
+
+
 MISTAKES: dict[str, tuple[dict[str, Any], int, tuple[str, ...]]] = {
     "larger": ({"prune__hidden": 96}, 1, ("prune.hidden: 96 is larger than hidden 48 of", "1 to 48 would do")),
     "not divisible": (
@@ -51,6 +67,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], int, tuple[str, ...]]] = {
     ),
     "no data": ({"data__train": ["FOLDER/nothing"]}, 2, ("FOLDER/nothing.bin does not exist",)),
     "no checkpoint": ({"teacher__checkpoint": "FOLDER/nobody"}, 1, ("teacher.checkpoint: FOLDER/nobody: no such",)),
+    "none can differ": (
+        {"prune": {"layers": 2, "per_layer": True}},
+        1,
+        ("prune.per_layer: true, but every layer keeps all heads and neurons that it can store", "or remove the key"),
+    ),
     "a student": ({"student__checkpoint": "FOLDER/x"}, 1, ("student.checkpoint: prune makes the student",)),
 }
 

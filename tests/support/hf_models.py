@@ -43,10 +43,17 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("GPTNeoXConfig", _NEOX),
 }
 
+# More key/value heads than two, so that layers can keep different numbers of them.
+_GROUPED = {**_LLAMA, "num_attention_heads": 8, "num_key_value_heads": 4}
+GROUPED: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama_grouped": ("LlamaConfig", _GROUPED),
+    "qwen3_grouped": ("Qwen3Config", {**_GROUPED, "head_dim": 12}),
+}
+
 
 def build(name: str, seed: int = 0) -> transformers.PreTrainedModel:
     """A model of a case in fp32 whose gains and biases are no ones and zeros, so that dropping one is seen."""
-    kind, settings = CASES[name]
+    kind, settings = {**CASES, **GROUPED}[name]
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**settings))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

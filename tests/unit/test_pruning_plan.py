@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_capgap.config import derive
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.schema import ModelShape
-from megatron_capgap.models import packing
+from megatron_capgap.models import packing, size
 from megatron_capgap.pruning import plan as plans
 from megatron_capgap.pruning import scores as files
 from megatron_capgap.pruning.scores import Scores
+from megatron_capgap.pruning.target import Budget
 
 TEACHER = ModelShape(layers=5, hidden=6, heads=6, kv_heads=2, head_dim=2, ffn=4, vocab=7)
 CPU = torch.device("cpu")
@@ -72,10 +74,36 @@ def test_gains_make_up_for_the_channels_that_go() -> None:
     assert fewer.gains[1] == pytest.approx(((5 / 3) / 1) ** 0.5)  # layer 1, before feed-forward: norm 3
 
 
-def test_global_ranks_compare_normalised_layers() -> None:
-    neurons = [[1000, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]
-    found = plans.make(TEACHER, replace(TEACHER, ffn=3), scores := scores_of(neurons=neurons), "position")
-    assert plans.globally_ranked(found, scores)["neurons"] == [1, 4, 4, 4, 2]
+def test_parts_are_ranked_over_all_layers() -> None:
+    """By scores that each layer's norm divides, in units of two, of which a layer keeps one at least."""
+    neurons = [[1000, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0], [3, 4, 3, 4], [0, 9, 0, 0]]
+    groups = [[5, 1], [1, 0], [0, 0], [1, 1], [0, 3]]
+    budget = Budget(groups=6, widths=(1, 2), neurons=14, unit=2, most=4, tensor=1)
+    scores = scores_of(neurons=neurons, groups=groups)
+    found = plans.make(TEACHER, replace(TEACHER, heads=3, kv_heads=1, ffn=2), scores, "position", budget)
+    assert found.neurons == ((0, 1), (0, 1, 2, 3), (0, 1), (0, 1, 2, 3), (0, 1))
+    assert found.groups == ((0,), (0,), (0,), (0, 1), (1,)) and found.heads[3] == (0, 1, 2, 3, 4, 5)
+    assert (found.student.heads, found.student.kv_heads, found.student.ffn) == (6, 2, 4)
+    assert derive.head_dim(found.student) == 2
+    assert found.kept_parts == {"kv_heads": [1, 1, 1, 2, 1], "heads": [3, 3, 3, 6, 3], "ffn": [2, 4, 2, 4, 2]}
+    # Four groups: 3 queries, a key, a value and 3 outputs, 2 wide each; six neurons: gate, up and down. 6 channels.
+    assert found.padding == 4 * (3 + 1 + 1 + 3) * 2 * 6 + 6 * 3 * 6
+    fewer = plans.make(TEACHER, replace(TEACHER, ffn=2), scores, "position", replace(budget, most=2, neurons=10))
+    assert found.neurons[1] != fewer.neurons[1] and {len(row) for row in fewer.neurons} == {2}
+
+
+@pytest.mark.parametrize(
+    ("kept", "stored", "shards", "expected"),
+    [
+        ((4, 5, 6), 3, 1, [4, 5, 6]),
+        ((4, 5, 6), 5, 1, [4, 5, 6, -1, -1]),
+        ((4, 5, 6), 4, 2, [4, -1, 5, 6]),
+        ((4, 5, 6, 7, 8), 12, 3, [4, -1, -1, -1, 5, 6, -1, -1, 7, 8, -1, -1]),
+        ((4,), 4, 4, [-1, -1, -1, 4]),
+    ],
+)
+def test_kept_parts_are_spread_over_shards(kept: tuple[int, ...], stored: int, shards: int, expected: list) -> None:
+    assert plans.spread(kept, stored, shards) == expected
 
 
 def test_the_file_is_json_with_a_line_a_row() -> None:
@@ -87,6 +115,10 @@ def test_the_file_is_json_with_a_line_a_row() -> None:
     assert content["stays"]["neurons"] == [[2, 3], [2, 3]] and content["stays"]["layers"] == [1, 2]
     assert content["made_from"] == {"prune.batches": 2, "data.train": ["a"]}
     assert content["after"]["ffn"] == 2 and content["before"]["ffn"] == 4
+    assert content["kept_by_layer"] == {"kv_heads": [2, 2], "heads": [6, 6], "ffn": [2, 2]}
+    counts = content["parameters"]
+    assert counts["kept"] == counts["stored"] == size.parameters(student)
+    assert counts["kept_non_embedding"] == counts["stored_non_embedding"] == size.non_embedding_parameters(student)
     assert content["scores"]["neurons"][0] == pytest.approx([x / 29.1111111**0.5 for x in (1 / 3, 2, 3, 4)], rel=1e-5)
     assert "   [2, 3],\n" in text
 
@@ -110,12 +142,10 @@ def test_scores_are_kept_and_refused(tmp_path: Path) -> None:
 def test_kept_rows_of_packed_matrices_are_the_student_s_own_packing() -> None:
     """What stays of packed rows, taken apart as the student's shape says, is what stays of each part."""
     heads, groups, width = (0, 2, 3, 5), (0, 1), 2
-    rows = packing.kept_rows(
-        packing.qkv(TEACHER), [[h * width + i for h in part for i in range(width)] for part in (heads, groups, groups)]
-    )
+    small, kept = replace(TEACHER, heads=4), [heads, groups, groups]
+    wide = [[part[row // width] * width + row % width for row in range(len(part) * width)] for part in kept]
+    rows = packing.arranged(packing.qkv(TEACHER), packing.qkv(small), wide)
     whole = {run.packed + i: (run.part, run.start + i) for run in packing.qkv(TEACHER) for i in range(run.count)}
-    small = replace(TEACHER, heads=4)
-    kept = [heads, groups, groups]
     expected = [
         (run.part, kept[run.part][(run.start + i) // width] * width + (run.start + i) % width)
         for run in packing.qkv(small)

@@ -1,5 +1,6 @@
 """The student's shape: from numbers, a sparsity or a count of parameters; and every way of asking for none."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from megatron_capgap.config.errors import ConfigError
 from megatron_capgap.config.load import Loaded, load
 from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.models import size
-from megatron_capgap.pruning.target import student_shape
+from megatron_capgap.pruning.target import target
 
 LLAMA2 = ModelShape(layers=32, hidden=4096, heads=32, ffn=11008, vocab=49216)
 GROUPED = ModelShape(layers=8, hidden=96, heads=12, kv_heads=4, ffn=256, vocab=1000)
@@ -31,6 +32,10 @@ def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         return load("prune.yaml", [], "prune")
 
     return loaded
+
+
+def student_shape(loaded: Loaded, teacher: ModelShape) -> ModelShape:
+    return target(loaded, teacher).shape
 
 
 def numbers(shape: ModelShape) -> tuple[int, ...]:
@@ -89,6 +94,47 @@ def test_a_sparsity_makes_what_the_layout_divides(
         assert layers[0] / layers[1] == pytest.approx(1 - sparsity, abs=0.05)
 
 
+@pytest.mark.parametrize("teacher", [LLAMA2, GROUPED, GPT2, WIDE], ids=["llama", "grouped", "gpt2", "wide"])
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.58, 0.9])
+def test_layers_with_numbers_of_their_own_keep_what_the_sparsity_leaves(
+    loaded: Any, teacher: ModelShape, tensor: int, sparsity: float
+) -> None:
+    """Of all layers together, for hidden alone is rounded by much."""
+    if derive.kv_heads(teacher) % tensor:
+        tensor = 1
+    said = loaded({"sparsity": sparsity, "per_layer": True}, {"tensor": tensor})
+    found = target(said, teacher)
+    checks.check(said, "prune", tensor, found.shape, teacher)
+    budget = found.budget
+    assert budget is not None and budget.unit == 8 and budget.neurons % 8 == 0
+    assert all(width % tensor == 0 for width in budget.widths)
+    least = sparsity == 0.9 and teacher in (GROUPED, WIDE)  # a key/value head in each layer is more than a tenth
+    if not least:
+        layers = found.kept - size.non_embedding_parameters(found.shape) + layers_of(found.shape)
+        assert layers / layers_of(teacher) == pytest.approx(1 - sparsity, abs=0.01)
+
+
+def layers_of(shape: ModelShape) -> int:
+    return shape.layers * size.layer_parameters(shape)
+
+
+def test_numbers_are_means_where_layers_differ(loaded: Any) -> None:
+    found = target(loaded({"kv_heads": 3, "ffn": 57, "layers": 6, "per_layer": True}, {"tensor": 2}), GROUPED)
+    budget = found.budget
+    assert budget is not None
+    assert (budget.groups, budget.widths, budget.neurons, budget.unit, budget.most) == (18, (2, 4), 342, 2, 256)
+    assert numbers(found.shape) == (6, 96, 12, 4, 58)
+    naive = replace(GROUPED, layers=6, heads=9, kv_heads=3, ffn=57, head_dim=8)
+    assert found.kept == size.non_embedding_parameters(naive)
+
+
+def test_a_count_of_parameters_where_layers_differ(loaded: Any) -> None:
+    for teacher, wanted in ((LLAMA2, 2_700_000_000), (GROUPED, 300_000), (GPT2, 40_000_000)):
+        found = target(loaded({"parameters": wanted, "per_layer": True}), teacher)
+        assert found.kept == pytest.approx(wanted, rel=0.003)
+
+
 def test_a_count_of_parameters(loaded: Any) -> None:
     for wanted in (500_000_000, 2_700_000_000, 6_000_000_000):
         found = student_shape(loaded({"parameters": wanted}, {"tensor": 2}), LLAMA2)
@@ -116,6 +162,12 @@ def test_a_count_of_parameters(loaded: Any) -> None:
         (LLAMA2, {"sparsity": 0.5, "ffn": 8}, "prune.ffn: 8 given beside prune.sparsity", "give one of them"),
         (LLAMA2, {"sparsity": 0.5, "parameters": 9}, "prune.parameters: 9 given beside prune.sparsity 0.5", "give one"),
         (LLAMA2, {"parameters": 10**10}, "prune.parameters: 10000000000 is not below the 6476271616", "would do"),
+        (LLAMA2, {"layers": 8, "per_layer": True}, "prune.per_layer: true, but every layer", "remove the key"),
+        (GPT2, {"per_layer": True, "hidden": 640, "heads": 10}, "prune.per_layer: true, but", "fewer heads"),
+        (GPT2, {"per_layer": True, "hidden": 500, "heads": 6}, "prune.hidden: 500 is no whole number", "; 384 would"),
+        (GPT2, {"per_layer": True, "hidden": 256, "heads": 6}, "prune.hidden: 256 is no whole number", "; 384 would"),
+        (GROUPED, {"per_layer": True, "hidden": 94, "kv_heads": 3}, "prune.hidden: 94 is divided by no", "84 or 96 wo"),
+        (GROUPED, {"per_layer": True}, "prune: says nothing of the student's size;", "give layers, hidden, heads"),
         (LLAMA2, {"parameters": 9}, "prune.parameters: 9 is not near any shape;", "or a smaller prune.multiple"),
     ],
 )  # fmt: skip
@@ -125,6 +177,12 @@ def test_what_cannot_be(loaded: Any, teacher: ModelShape, prune: dict[str, Any],
     (problem,) = error.value.problems
     place, _, text = problem.partition(": ")
     assert place.startswith("prune.yaml:") and text.startswith(begins) and holds in text, problem
+
+
+def test_heads_that_the_layout_does_not_divide(loaded: Any) -> None:
+    said = loaded({"sparsity": 0.5, "per_layer": True}, {"tensor": 8})
+    with pytest.raises(ConfigError, match=r"layout.tensor: 8 does not divide kv_heads 4 of runs/large; 1, 2 or 4"):
+        student_shape(said, GROUPED)
 
 
 def test_a_layout_of_the_teacher_is_not_read(loaded: Any) -> None:
@@ -154,6 +212,7 @@ def test_the_layout_must_divide_the_student(loaded: Any, layout: dict[str, int],
         ({"teacher": None}, "teacher: prune needs it; give a section: The model"),
         ({"student": {"checkpoint": "a"}}, "student.checkpoint: prune makes the student, out of teacher.checkpoint;"),
         ({"prune": {"sparsity": 1.0}}, "prune.sparsity: 1 given; a number > 0 and < 1 or null would do"),
+        ({"prune": {"per_layer": "each"}}, 'prune.per_layer: "each" given; true or false would do'),
         ({"prune": {"importance": "grad"}}, 'prune.importance: "grad" given; did you mean gradient?'),
     ],
 )
