@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from megatron_capgap.config import fp8
 from megatron_capgap.config.families import FAMILIES
 from tests.support import runs
+from tests.support.processes import job
 from tests.support.runs import Material
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -114,6 +116,29 @@ def test_weights_in_fp8_learn_as_weights_in_bf16_do(name: str, material: Materia
     assert [step["loss"] for step in held] == pytest.approx([step["loss"] for step in plain], rel=1e-4)
     runs.rewind(tmp_path / "True", tmp_path / "resumed", 3)
     assert run("adapt", {**settings[True], "run_dir": str(tmp_path / "resumed")}) == held
+
+
+WIDE = {"layers": 4, "hidden": 2048, "heads": 16, "kv_heads": 8, "ffn": 5632, "vocab": runs.VOCAB}
+
+
+@with_engine
+@pytest.mark.parametrize(
+    "fp8",
+    [
+        pytest.param(None, id="bf16"),
+        pytest.param({"recipe": "tensorwise"}, id="tensorwise"),
+        pytest.param({"recipe": "delayed", "param_gather": True}, id="delayed, weights too"),
+    ],
+)
+def test_the_memory_estimate_is_within_15_percent(fp8: Any, material: Material, tmp_path: Path) -> None:
+    changes = {"student__model": WIDE, "data__sequence_length": 1024, "data__valid": None}
+    changes |= {"train__steps": 3, "train__global_batch": 8, "train__micro_batch": 8}
+    settings = config(material, tmp_path / "run", precision={"compute": "bf16", "fp8": fp8}, **changes)
+    with job(["adapt", "--config", runs.write_config(settings)], 1, tmp_path / "output") as ranks:
+        assert ranks.wait(300) == [0], ranks.stderr()
+        numbers = re.findall(r"fullest rank (\d+) MiB above start-up, estimated (\d+) MiB", ranks.stdout())
+    ((measured, estimated),) = ((int(one), int(other)) for one, other in numbers)
+    assert 0.85 < estimated / measured < 1.15, (estimated, measured)
 
 
 @with_engine

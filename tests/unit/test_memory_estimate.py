@@ -1,10 +1,12 @@
 """What the memory estimate adds for matched layers, for logits, and for saving while training goes on."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from megatron_capgap.config.schema import (
+    FP8,
     Checkpoint,
     Config,
     Data,
@@ -12,6 +14,7 @@ from megatron_capgap.config.schema import (
     Layout,
     ModelShape,
     Objective,
+    Precision,
     Student,
     Teacher,
     Train,
@@ -92,6 +95,27 @@ def test_logits_are_counted(
     )
     columns = padded_vocab(1000, tensor) // tensor
     assert found.loss == 4 * (matrices * tokens * columns + 64 * columns + 2 * 512 * 64)
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
+def test_layers_in_fp8_keep_their_inputs_and_weights_in_bytes(recipe: Any) -> None:
+    """Of each layer: two norms' outputs, the activation's, and under delayed scaling the attention's once more."""
+    shape, tokens, layers = replace(STUDENT, layers=4, ffn=160), 2 * 32, 2
+    weights = layers * (3 * 64 + 64 + 3 * 160) * 64
+    found = {}
+    for name, fp8 in {
+        "bf16": None,
+        "cast": FP8(recipe, first_last_layers_bf16=1),
+        "held": FP8(recipe, first_last_layers_bf16=1, param_gather=True),
+    }.items():
+        student = Student(model=shape, precision=Precision(compute="bf16", fp8=fp8))
+        found[name] = estimate(replace(CONFIG, student=student), "adapt", shape, None, 1, on_cpu=False)
+    saved = tokens * layers * ((64 + 64 + 160) * (2 - 1) - (64 if recipe == "delayed" else 0))
+    assert found["bf16"].activations - found["cast"].activations == saved
+    assert found["cast"].weights == found["bf16"].weights
+    assert found["cast"].weights - found["held"].weights == 2 * weights
+    assert found["cast"].fp8_copies == found["held"].fp8_copies == 2 * weights
+    assert found["held"].activations == found["cast"].activations
 
 
 def test_saving_beside_the_training_takes_a_copy_in_host_memory() -> None:
