@@ -92,6 +92,7 @@ def _manifest(checkpoint: Path, old: Manifest, new: NewTokens) -> Manifest:
         ranks=(1, 1, 1, dist.get_world_size()),
         sequence_length=old.sequence_length,
         pruned_from=old.pruned_from,
+        padding=old.padding,
         expanded_from=Origin.of(checkpoint, old),
     )
 

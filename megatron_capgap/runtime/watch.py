@@ -135,8 +135,15 @@ class Watch:
         return verdict
 
     def _tell(self, verdict: str) -> None:
-        with suppress(RuntimeError):  # the store may have gone with the first rank
-            self._store.set(_VERDICT, verdict)
+        """As in `_answer`: a store that stands still would keep this rank for good."""
+
+        def tell() -> None:
+            with suppress(RuntimeError):  # the store may have gone with the first rank
+                self._store.set(_VERDICT, verdict)
+
+        telling = threading.Thread(target=tell, daemon=True)
+        telling.start()
+        telling.join(self._beat)
 
     def _answer(self) -> list[Beat] | None:
         """As `_heard`, for a store in a process that stands still never answers."""

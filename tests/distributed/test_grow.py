@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from megatron_capgap.checkpoint import grow
 from megatron_capgap.checkpoint import manifest as manifests
 from megatron_capgap.config.schema import Layout, ModelShape
 from megatron_capgap.data import sentencepiece_file
@@ -250,3 +251,10 @@ def test_force_replaces_an_earlier_call(pool: WorkerPool, material: Material, ch
     first = runs.files_of(tmp_path / "out")
     must(pool, *words, "--force")
     assert runs.files_of(tmp_path / "out") == first
+
+
+def test_what_is_zero_in_a_pruned_model_stays_counted(teacher: Path) -> None:
+    folder = manifests.locate(str(teacher))
+    old = replace(manifests.read(folder), padding=960)
+    grown = grow._manifest(folder, old, grow.NewTokens(old.model.vocab, ((1, 2),), "larger.model", "print"))
+    assert grown.kept == old.kept == manifests.read(folder).kept - 960

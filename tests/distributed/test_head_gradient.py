@@ -25,7 +25,7 @@ def accumulated(tied: bool) -> tuple[Tensor, Tensor]:
     initialise(chunks, shape, grid, 0)
     with torch.no_grad():  # what all hidden states share makes the chunks' gradients alike, and their rounding small
         gpt.unwrap(chunks[0]).decoder.final_layernorm.bias.normal_()
-    (model,) = optimizer.wrap(chunks, grid)
+    (model,) = optimizer.wrap(chunks, grid, Precision())
     embedded: list[Tensor] = []  # the gradients of what the embedding gives
     gpt.unwrap(model).embedding.word_embeddings.register_forward_hook(
         lambda module, inputs, output: output.register_hook(embedded.append) and None  # the output stays as it is

@@ -104,7 +104,7 @@ def _as_it_is(function: Callable[..., Any] | None = None, **options: Any) -> Cal
 
 
 # glibc's names for its settings (malloc.h).
-_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
 # Pages that are given back cost a fault each when they come again: a tenth of a step if it were every step.
@@ -120,11 +120,13 @@ def _tune_allocator() -> None:
     """Keeps glibc from scattering activations: one arena, and blocks from 4 MiB up in mappings of their own.
 
     By default the threshold grows with the first large block that is freed, and the resident set comes to twice what is
-    alive. A lower threshold would halve it again, at the price of a page fault for every page of every activation.
+    alive. A lower threshold would halve it again, at the price of a page fault for every page of every activation. What
+    is free at the end of the heap stays, or its pages would fault anew several times a step: `_tidy` gives it back.
     """
     if (library := _glibc()) is not None:
         library.mallopt(_M_ARENA_MAX, 1)
         library.mallopt(_M_MMAP_THRESHOLD, 4 << 20)
+        library.mallopt(_M_TRIM_THRESHOLD, 512 << 20)
 
 
 def _return_free_memory() -> None:
