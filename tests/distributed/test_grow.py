@@ -253,8 +253,12 @@ def test_force_replaces_an_earlier_call(pool: WorkerPool, material: Material, ch
     assert runs.files_of(tmp_path / "out") == first
 
 
-def test_what_is_zero_in_a_pruned_model_stays_counted(teacher: Path) -> None:
-    folder = manifests.locate(str(teacher))
+def kept_when_grown(folder: Path) -> tuple[int, int]:
+    """Runs in a worker: what a model with zeros keeps, before and after."""
     old = replace(manifests.read(folder), padding=960)
-    grown = grow._manifest(folder, old, grow.NewTokens(old.model.vocab, ((1, 2),), "larger.model", "print"))
-    assert grown.kept == old.kept == manifests.read(folder).kept - 960
+    return old.kept, grow._manifest(folder, old, grow.NewTokens(old.model.vocab, ((1, 2),), "larger.model", "it")).kept
+
+
+def test_what_is_zero_in_a_pruned_model_stays_counted(pool: WorkerPool, teacher: Path) -> None:
+    folder = manifests.locate(str(teacher))
+    assert pool.run(kept_when_grown, folder, world=1) == [(manifests.read(folder).kept - 960,) * 2]
