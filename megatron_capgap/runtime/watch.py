@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,16 +141,12 @@ class Watch:
             with suppress(RuntimeError):  # the store may have gone with the first rank
                 self._store.set(_VERDICT, verdict)
 
-        telling = threading.Thread(target=tell, daemon=True)
-        telling.start()
-        telling.join(self._beat)
+        _for_at_most(self._beat, tell)
 
     def _answer(self) -> list[Beat] | None:
         """As `_heard`, for a store in a process that stands still never answers."""
         heard: list[list[Beat] | None] = []
-        asking = threading.Thread(target=lambda: heard.append(self._heard()), daemon=True)
-        asking.start()
-        asking.join(2.5 * self._beat)
+        _for_at_most(2.5 * self._beat, lambda: heard.append(self._heard()))
         return heard[0] if heard else None
 
     def _speak(self) -> None:
@@ -220,6 +216,13 @@ def _place(frame: traceback.FrameSummary) -> str:
 def _listed(beats: Iterable[Beat]) -> str:
     words = [str(beat) for beat in beats]
     return "; ".join(words[:_NAMED]) + (f"; and {len(words) - _NAMED} more" if len(words) > _NAMED else "")
+
+
+def _for_at_most(seconds: float, work: Callable[[], None]) -> None:
+    """Waits no longer for what may never come back."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
 def _say(line: str) -> None:

@@ -76,9 +76,19 @@ def test_epsilon_grows_as_the_mean_square_of_dead_channels_going(loaded: Any) ->
     assert student_shape(loaded({"ffn": 8192}), LLAMA2).norm_epsilon == LLAMA2.norm_epsilon
 
 
-@pytest.mark.parametrize("teacher", [LLAMA2, GROUPED, GPT2, WIDE], ids=["llama", "grouped", "gpt2", "wide"])
-@pytest.mark.parametrize("tensor", [1, 2, 4])
-@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.58, 0.9])
+def every_sparsity(test: Any) -> Any:
+    """Of every teacher, under every tensor-parallel size."""
+    teachers = {"llama": LLAMA2, "grouped": GROUPED, "gpt2": GPT2, "wide": WIDE}
+    test = pytest.mark.parametrize("teacher", teachers.values(), ids=teachers)(test)
+    test = pytest.mark.parametrize("tensor", [1, 2, 4])(test)
+    return pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.58, 0.9])(test)
+
+
+def layers_of(shape: ModelShape) -> int:
+    return shape.layers * size.layer_parameters(shape)
+
+
+@every_sparsity
 def test_a_sparsity_makes_what_the_layout_divides(
     loaded: Any, teacher: ModelShape, tensor: int, sparsity: float
 ) -> None:
@@ -90,13 +100,10 @@ def test_a_sparsity_makes_what_the_layout_divides(
     assert found.ffn % 8 == 0 and found.layers == teacher.layers
     assert all(mine <= theirs for mine, theirs in zip(numbers(found), numbers(teacher), strict=True))
     if teacher is LLAMA2:
-        layers = [shape.layers * size.layer_parameters(shape) for shape in (found, teacher)]
-        assert layers[0] / layers[1] == pytest.approx(1 - sparsity, abs=0.05)
+        assert layers_of(found) / layers_of(teacher) == pytest.approx(1 - sparsity, abs=0.05)
 
 
-@pytest.mark.parametrize("teacher", [LLAMA2, GROUPED, GPT2, WIDE], ids=["llama", "grouped", "gpt2", "wide"])
-@pytest.mark.parametrize("tensor", [1, 2, 4])
-@pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.58, 0.9])
+@every_sparsity
 def test_layers_with_numbers_of_their_own_keep_what_the_sparsity_leaves(
     loaded: Any, teacher: ModelShape, tensor: int, sparsity: float
 ) -> None:
@@ -113,10 +120,6 @@ def test_layers_with_numbers_of_their_own_keep_what_the_sparsity_leaves(
     if not least:
         layers = found.kept - size.non_embedding_parameters(found.shape) + layers_of(found.shape)
         assert layers / layers_of(teacher) == pytest.approx(1 - sparsity, abs=0.01)
-
-
-def layers_of(shape: ModelShape) -> int:
-    return shape.layers * size.layer_parameters(shape)
 
 
 def test_numbers_are_means_where_layers_differ(loaded: Any) -> None:
