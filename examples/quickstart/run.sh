@@ -35,7 +35,7 @@ fi
 echo "== 3. adapt: a teacher learns to write reviews (1 rank)"
 stage 1 adapt --config ../teacher.yaml
 
-echo "== 4. prune, distill: a student 2.5 times smaller is cut out of it and learns from it (4 ranks: tensor 2 x pipeline 2)"
+echo "== 4. prune, distill: a student 2.5 times smaller (without embeddings) is cut out of it and learns from it (4 ranks: tensor 2 x pipeline 2)"
 stage 4 prune --config ../prune.yaml
 stage 4 distill --config ../student.yaml
 

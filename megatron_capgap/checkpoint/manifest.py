@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from megatron_capgap.checkpoint import sealed
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.files import put_in_place, write_atomically
-from megatron_capgap.config.schema import ModelShape
+from megatron_capgap.config.schema import ModelShape, Objective
 from megatron_capgap.models import size
 
 FORMAT = 2
@@ -59,6 +60,22 @@ class Origin:
 
 
 @dataclass(frozen=True)
+class Lessons:
+    """What a run learns from: a start that goes on from one of its checkpoints has the same."""
+
+    data: tuple[str, ...] | None
+    """Names and sizes of the datasets, wherever they lie; None where one is not there."""
+    weights: tuple[float, ...] | None
+    """Their shares; None is in proportion to their tokens."""
+    student: Origin | None
+    """The model it began with; None where that was random."""
+    teacher: Origin | None
+    """Whom it learns from, if from anyone."""
+    objective: Objective | None
+    """What is minimised, if there is a teacher."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """A checkpoint in words; stands beside the shards as capgap.json."""
 
@@ -99,6 +116,8 @@ class Manifest:
     """The model without the tokens that its vocabulary has taken in; stays with the model while it is trained."""
     skipped: int = 0
     """Bad batches among the steps, which changed no weights."""
+    lessons: Lessons | None = None
+    """What the run that wrote it learns from; None where nothing was trained."""
     format: int = FORMAT
     """Version of this file."""
 
@@ -138,7 +157,8 @@ def read(folder: Path) -> Manifest:
         found = content.get("format")
         raise UserError(f"{path}: format {found!r}, this version reads format {FORMAT}; use the version that wrote it")
     try:
-        return TypeAdapter(Manifest).validate_python(content)
+        # As JSON, where pydantic's strict mode takes lists for tuples.
+        return TypeAdapter(Manifest).validate_json(json.dumps(content))
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))

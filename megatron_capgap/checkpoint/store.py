@@ -30,7 +30,7 @@ from megatron_capgap.checkpoint.manifest import Manifest
 from megatron_capgap.config.errors import UserError, in_one_line
 from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.models import size
-from megatron_capgap.models.fp8_weights import in_compute_type
+from megatron_capgap.models.fp8_weights import in_compute_type, written_in_compute_type
 from megatron_capgap.models.gpt import unwrap
 from megatron_capgap.models.projections import PREFIX
 from megatron_capgap.models.state import sharded_state
@@ -154,7 +154,7 @@ def training_state(
         does not use: it may run beside it.
     """
     model = sharded_state(list(chunks), grid, with_scales=scales)
-    written = {**in_compute_type(model), "random": _random_state()}
+    written = {**written_in_compute_type(model), "random": _random_state()}
     if copied:
         written, optimization = dict_list_map_outplace(_in_host_memory, written), optimization.copied()
     # The optimizer finds its names by the parameters themselves.

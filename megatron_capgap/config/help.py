@@ -17,7 +17,7 @@ STAGES = {
 OPTIONS = {
     "--config FILE": "the YAML file with the keys of the run",
     "--section.key=value": "one key from the command line, the value in YAML; wins over the file",
-    "--check": "resolve and check everything, print parameters, ranks and memory, and exit",
+    "--check": "check all but what the data hold, print parameters, ranks and memory, and exit",
     "--check-world N": "the same for a world of N ranks, on this one process",
     "--check-capability X.Y": "the same for GPUs of this compute capability (9.0: H100), which FP8 recipes need",
     "--help, -h": "this text; after a STAGE every configuration key",

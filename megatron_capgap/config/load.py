@@ -102,6 +102,24 @@ def dump(config: Config, path: str) -> None:
     write_atomically(Path(path), text)
 
 
+def changes(config: Config, path: Path) -> list[str]:
+    """What differs from a configuration that `dump` has written to `path`, `train.steps 20 -> 40` each; nothing where
+    it is not there or no YAML."""
+    try:
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return []
+    return list(_differences(before, json.loads(json.dumps(asdict(config))), ""))
+
+
+def _differences(before: Any, now: Any, key: str) -> Iterator[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in {**before, **now}:
+            yield from _differences(before.get(name), now.get(name), join(key, name))
+    elif before != now:
+        yield f"{key} {json.dumps(before)} -> {json.dumps(now)}"
+
+
 def nearest(word: str, candidates: Sequence[str], cutoff: float = _PERHAPS_A_TYPO) -> str | None:
     """The candidate that `word` was most likely meant to be; None where nothing is close."""
     return next(iter(get_close_matches(word, candidates, n=1, cutoff=cutoff)), None)

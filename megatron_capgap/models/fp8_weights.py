@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedStateDict, is_main_replica
 from megatron.core.fp8_utils import dequantize_fp8_tensor, get_fp8_context, is_float8tensor
 from torch import Tensor
 
@@ -72,11 +72,28 @@ def _keep_exact(held: torch.nn.Parameter, exact: Tensor) -> None:
 
 
 def in_compute_type(state: ShardedStateDict) -> ShardedStateDict:
-    """A sharded state whose FP8 weights are copies in the type they stand for: what any run and any tool can load."""
+    """A sharded state to be loaded into, whose FP8 weights are tensors of the type they stand for."""
+    return _in_compute_type(state, lambda shard: dequantize_fp8_tensor(shard.data.detach()))
 
+
+def written_in_compute_type(state: ShardedStateDict) -> ShardedStateDict:
+    """A sharded state to be saved, whose FP8 weights are copies in the type they stand for: what any run and any tool
+    can load.
+
+    The copies are in host memory, made one at a time, and empty where another rank writes them: on a GPU they would
+    take what the weights save.
+    """
+
+    def copied(shard: ShardedBase) -> Tensor:
+        if not is_main_replica(shard.replica_id):
+            return torch.empty(shard.data.shape, dtype=shard.data.dtype, device="meta")
+        return dequantize_fp8_tensor(shard.data.detach()).cpu()
+
+    return _in_compute_type(state, copied)
+
+
+def _in_compute_type(state: ShardedStateDict, made: Callable[[ShardedBase], Tensor]) -> ShardedStateDict:
     def plain(shard: ShardedBase) -> ShardedBase:
-        if not is_float8tensor(shard.data):
-            return shard
-        return replace(shard, data=dequantize_fp8_tensor(shard.data.detach()))
+        return replace(shard, data=made(shard)) if is_float8tensor(shard.data) else shard
 
     return dict_list_map_outplace(plain, state)

@@ -56,13 +56,17 @@ class Memory:
     """Copies while a checkpoint is written; not at the same time as activations, backward pass and loss."""
     saved_beside: int = 0
     """The copy that a checkpoint is written from while training goes on; gone sooner where the disk is quick."""
+    until_cast: int = 0
+    """What weights that live in FP8 take beyond that while they are loaded, in bf16: nothing where the transposed
+    copies take as much. Gradients and optimizer are made later."""
 
     @property
     def total(self) -> int:
         """At the worst moment."""
         passing = self.activations + self.backward_pass + self.loss + self.heap
         moments = (passing, self.saving, self.teaching)
-        return sum(vars(self).values()) - sum(moments) + max(moments)
+        loaded = self.weights + self.fp8_copies + self.teacher_weights + self.until_cast
+        return max(loaded, sum(vars(self).values()) - self.until_cast - sum(moments) + max(moments))
 
 
 def estimate(
@@ -90,6 +94,7 @@ def estimate(
                 teacher_weights=share.weights - away + share.head,
                 teacher_hidden=share.needed,
                 teaching=share.forward + away + (0 if _hidden_states_stay(config) else share.held),
+                until_cast=share.until_cast,
             )
         needs.append(need)
     if not on_cpu:
@@ -118,31 +123,32 @@ def _of_stage(
     last = pipeline_rank == layout.pipeline - 1
     gated = FAMILIES[student.family].gated
     backward = (6 if gated else 4) * student.ffn // layout.tensor  # of one feed-forward layer, the largest
+    in_fp8 = _weights_in_fp8(precision, student, layout, pipeline_rank, backward=stage != "evaluate")
     if stage == "evaluate":
-        passing = backward * tokens * width
         return Memory(
-            weights=held * width - _not_in_bf16(precision, student, layout),
-            activations=passing,
+            weights=held * width - in_fp8.not_in_bf16,
+            activations=backward * tokens * width,
             loss=_logits(student, layout, min(chunk, tokens)) if last else 0,
-            fp8_copies=_fp8_copies(precision, student, layout, trains=False),
+            fp8_copies=in_fp8.copies,
+            until_cast=in_fp8.until_cast,
         )
     micro_batches = derive.micro_batches(config, layout, world)
     layers = _layers_in_flight(layout, micro_batches, pipeline_rank, student.layers)
-    in_fp8 = layers * _fp8_layers(precision, student, layout) * layout.pipeline // student.layers
-    kept = _kept(student, layout, width) * (layers - in_fp8)
-    kept += _kept(student, layout, width, precision.fp8.recipe) * in_fp8 if precision.fp8 else []
+    cast = layers * _fp8_layers(precision, student, layout, pipeline_rank) * layout.pipeline // student.layers
+    kept = _kept(student, layout, width) * (layers - cast)
+    kept += _kept(student, layout, width, precision.fp8.recipe) * cast if precision.fp8 else []
     kept += [_cut(student.hidden, layout) * width] * 2 if last else []
     # Where conversations share rows, each layer keeps what is added to its scores.
     masks = layers * tokens * config.data.sequence_length * width if stage == "finetune" else 0
     return Memory(
-        weights=held * width - _not_in_bf16(precision, student, layout),
+        weights=held * width - in_fp8.not_in_bf16,
         gradients=held * 4,
         # Adam's two moments in fp32, and with bf16 weights the fp32 ones, cut over data-parallel ranks.
         optimizer=held * (8 if width == 4 else 12) // derive.data_parallel(layout, world),
         activations=sum(kept) * tokens + masks,
         backward_pass=backward * tokens * width,
         loss=_loss(config, student, teacher, tokens, chunk) if last else 0,
-        fp8_copies=_fp8_copies(precision, student, layout, trains=True),
+        fp8_copies=in_fp8.copies,
         heap=_heap([*kept, *[student.ffn // layout.tensor * width] * 6], tokens, layout),
         workspace=_WORKSPACE,
         saving=_SAVED_BYTES * held + _SAVING_BUFFERS,
@@ -164,14 +170,16 @@ def _of_scoring(config: Config, teacher: ModelShape, world: int, pipeline_rank: 
         # add to the residual stream, for the scores.
         micro_batches = derive.micro_batches(config, config.student.layout, world)
         kept = _kept(teacher, layout, width) * _layers_in_flight(layout, micro_batches, pipeline_rank, teacher.layers)
+    in_fp8 = _weights_in_fp8(precision, teacher, layout, pipeline_rank, backward=bool(kept))
     return Memory(
-        weights=size.rank_parameters(teacher, layout, pipeline_rank) * width - _not_in_bf16(precision, teacher, layout),
+        weights=size.rank_parameters(teacher, layout, pipeline_rank) * width - in_fp8.not_in_bf16,
         activations=sum(kept) * tokens,
         backward_pass=backward * tokens * width,
         loss=_logits(teacher, layout, min(chunk, tokens)) + tokens * teacher.hidden * width if last else 0,
-        fp8_copies=_fp8_copies(precision, teacher, layout, trains=bool(kept)),
+        fp8_copies=in_fp8.copies,
         heap=_heap([*kept, *[teacher.ffn // layout.tensor * width] * 6], tokens, layout),
         workspace=_WORKSPACE,
+        until_cast=in_fp8.until_cast,
     )
 
 
@@ -189,6 +197,8 @@ class Teaching:
     """Those that the student needs here."""
     forward: int
     """What its forward pass has alive at a time."""
+    until_cast: int
+    """What its weights take beyond that while they are loaded."""
 
 
 def teaching(
@@ -208,10 +218,11 @@ def teaching(
     layout, cut = config.student.layout, derive.teacher_layout(config)
     ranks = derive.student_world(config, world)
     batch = derive.global_batch(config, layout, ranks) * length
-    weights = head = held = needed = forward = 0
+    weights = head = held = needed = forward = until_cast = 0
     if of_teacher is not None:
+        in_fp8 = _weights_in_fp8(precision, teacher, cut, of_teacher, backward=False)
         weights = size.rank_parameters(teacher, cut, of_teacher, head=False) * width
-        weights += _fp8_copies(precision, teacher, cut, trains=False) - _not_in_bf16(precision, teacher, cut)
+        weights, until_cast = weights + in_fp8.copies - in_fp8.not_in_bf16, in_fp8.until_cast
         outputs = len(_matched_layers(config, teacher, cut, of_teacher, "teacher")) + (of_teacher == cut.pipeline - 1)
         copies = derive.data_parallel(cut, len(derive.teacher_ranks(config, world)))
         held = outputs * batch // copies * _cut(teacher.hidden, cut) * width
@@ -226,7 +237,7 @@ def teaching(
         alike = cut.pipeline == 1 and cut.tensor == layout.tensor and of_teacher == 0 and wanted == teacher
         shared = teacher.tied_embeddings and alike and not config.teacher.offload
         head = size.head_parameters(wanted, layout) * width if last and not shared else 0
-    return Teaching(weights, head, held, needed, forward)
+    return Teaching(weights, head, held, needed, forward, until_cast)
 
 
 def estimate_teacher(config: Config, student: ModelShape, teacher: ModelShape, world: int) -> Memory:
@@ -235,7 +246,14 @@ def estimate_teacher(config: Config, student: ModelShape, teacher: ModelShape, w
     for stage in range(derive.teacher_layout(config).pipeline):
         share = teaching(config, student, teacher, world, None, stage)
         waiting = (config.teacher.ahead - 1) * share.held
-        needs.append(Memory(teacher_weights=share.weights, teacher_hidden=waiting, teaching=share.held + share.forward))
+        needs.append(
+            Memory(
+                teacher_weights=share.weights,
+                teacher_hidden=waiting,
+                teaching=share.held + share.forward,
+                until_cast=share.until_cast,
+            )
+        )
     return max(needs, key=lambda need: need.total)
 
 
@@ -255,26 +273,34 @@ def _hidden_states_stay(config: Config) -> bool:
     return config.teacher.placement == "colocated" and alike and not config.objective.matching
 
 
-def _fp8_copies(precision: Precision, shape: ModelShape, layout: Layout, *, trains: bool) -> int:
+@dataclass(frozen=True)
+class _InFP8:
+    """Bytes of the weights that multiply in FP8 on one rank."""
+
+    copies: int
     """A byte a weight, and another for the transposed copy that the backward pass multiplies with."""
-    return (2 if trains else 1) * _fp8_weights(precision, shape, layout)
+    not_in_bf16: int
+    """What they would take in bf16, where they live in FP8."""
+
+    @property
+    def until_cast(self) -> int:
+        """What they take beyond the copies before they are made."""
+        return max(0, self.not_in_bf16 - self.copies)
 
 
-def _not_in_bf16(precision: Precision, shape: ModelShape, layout: Layout) -> int:
-    """What the weights of the layers in FP8 would take in bf16, where they live in FP8."""
-    held = precision.fp8 is not None and precision.fp8.param_gather
-    return _BYTES[precision.compute] * _fp8_weights(precision, shape, layout) if held else 0
-
-
-def _fp8_weights(precision: Precision, shape: ModelShape, layout: Layout) -> int:
-    """Weights that multiply in FP8 on one rank, of the stage that has most of them."""
+def _weights_in_fp8(precision: Precision, shape: ModelShape, layout: Layout, stage: int, *, backward: bool) -> _InFP8:
     of_layer = sum(outputs * inputs for outputs, inputs in fp8.linears(shape, layout).values())
-    return of_layer * _fp8_layers(precision, shape, layout)
+    weights = of_layer * _fp8_layers(precision, shape, layout, stage)
+    held = precision.fp8 is not None and precision.fp8.param_gather
+    return _InFP8((2 if backward else 1) * weights, _BYTES[precision.compute] * weights if held else 0)
 
 
-def _fp8_layers(precision: Precision, shape: ModelShape, layout: Layout) -> int:
-    """Layers in FP8 of the stage that has most of them."""
-    return min(fp8.layers_in_fp8(precision, shape), shape.layers // layout.pipeline)
+def _fp8_layers(precision: Precision, shape: ModelShape, layout: Layout, stage: int) -> int:
+    """Layers in FP8 on one pipeline stage."""
+    if precision.fp8 is None:
+        return 0
+    aside = precision.fp8.first_last_layers_bf16
+    return derive.stages_of_layers(shape.layers, layout)[aside : shape.layers - aside].count(stage)
 
 
 def _matched_layers(config: Config, shape: ModelShape, layout: Layout, stage: int, role: str) -> set[int]:

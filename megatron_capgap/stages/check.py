@@ -8,7 +8,7 @@ from megatron_capgap.config import derive, fp8
 from megatron_capgap.config.load import Loaded
 from megatron_capgap.config.schema import TAUGHT, Layout, ModelShape
 from megatron_capgap.models import memory, size
-from megatron_capgap.stages.resolve import Resolved, resolve
+from megatron_capgap.stages.resolve import Resolved, data_file, resolve
 
 _MIB = 1 << 20
 
@@ -27,7 +27,7 @@ def report(loaded: Loaded, stage: str, world: int, capability: tuple[int, int] |
     """
     resolved = resolve(loaded, stage, world, capability)
     config = resolved.config
-    lines = [f"{stage}: the configuration is sound", ""]
+    lines = [f"{stage}: the configuration is sound", *_missing_data(resolved), ""]
     lines += _models(resolved)
     ranks = range(resolved.student_world)
     lines += ["", *_grid("rank grid", config.student.layout, ranks)]
@@ -36,6 +36,20 @@ def report(loaded: Loaded, stage: str, world: int, capability: tuple[int, int] |
     lines += ["", *arithmetic(resolved), *_work(resolved)]
     lines += ["", *_memory(resolved)]
     return "\n".join(lines) + "\n"
+
+
+def _missing_data(resolved: Resolved) -> list[str]:
+    """The data may lie where the run will be, or be yet to be made."""
+    loaded, data = resolved.loaded, resolved.config.data
+    read = {"data.valid": data.valid} if resolved.stage == "evaluate" else {"data.train": data.train}
+    if resolved.stage not in ("evaluate", "prune"):
+        read["data.valid"] = data.valid
+    return [
+        f"{loaded.place(key)}: {name} is not here; the run needs it"
+        for key, names in read.items()
+        for name in names
+        if data_file(name) is None
+    ]
 
 
 def _models(resolved: Resolved) -> list[str]:
@@ -125,7 +139,7 @@ def _work(resolved: Resolved) -> list[str]:
     micro = derive.micro_batches(config, config.student.layout, resolved.student_world)
     flops = size.training_flops(resolved.student, resolved.teacher, length)
     lines = [
-        f"tokens a step: {batch * length:,} = {batch} sequences x {length}; {micro} micro-batches of "
+        f"tokens a step: {batch * length:,} = {batch} sequences x {length}; {micro} micro-batch{'es' * (micro > 1)} of "
         f"{config.train.micro_batch} on each data-parallel rank"
     ]
     if config.prune is not None and resolved.teacher is not None:
@@ -142,7 +156,10 @@ def _work(resolved: Resolved) -> list[str]:
     elif resolved.stage == "finetune":
         lines.append(f"the run: {resolved.finetune.epochs} epochs of data.train; its length decides the steps")
     if resolved.resumed is not None:
-        lines.append(f"it goes on from step {resolved.resumed.step}")
+        step, done = resolved.resumed.step, resolved.stage == "prune" or resolved.resumed.step == config.train.steps
+        lines.append(
+            f"it is done: {config.run_dir}/checkpoints/step_{step}" if done else f"it goes on from step {step}"
+        )
     return lines
 
 
@@ -152,6 +169,8 @@ def _memory(resolved: Resolved) -> list[str]:
     on_cpu = config.device == "cpu" or (config.device == "auto" and not Path("/dev/nvidiactl").exists())
     facts = (config, resolved.stage, resolved.student, resolved.teacher, resolved.world)
     ground = "CPU" if on_cpu else "GPU"
+    if on_cpu and config.device == "auto":
+        ground += " (no GPU is here; --device=cuda would count for one)"
     lines = _table(f"memory of the fullest rank on a {ground}, MiB", memory.estimate(*facts, on_cpu=on_cpu))
     if resolved.teacher is None or resolved.stage not in TAUGHT:
         return lines

@@ -18,7 +18,7 @@ from megatron_capgap.checkpoint.manifest import Manifest, begin_training_run
 from megatron_capgap.checkpoint.saving import Saver
 from megatron_capgap.config import derive
 from megatron_capgap.config.errors import UserError
-from megatron_capgap.config.load import Loaded, dump
+from megatron_capgap.config.load import Loaded, changes, dump
 from megatron_capgap.config.schema import TAUGHT, Config, Layout
 from megatron_capgap.data.batch import MicroBatch
 from megatron_capgap.losses import Loss, language_model_loss
@@ -271,15 +271,19 @@ def begin(ground: Ground, done: int = 0) -> None:
         ground: what the stage stands on.
         done: steps that a training run has done before.
     """
-    resolved = ground.resolved
+    resolved, path = ground.resolved, ground.run_dir / _RESOLVED
 
-    def write() -> None:
+    def write() -> list[str]:
         if resolved.stage != "evaluate":
             drop_metrics_after(ground.run_dir, done)
             begin_training_run(ground.run_dir)
-        dump(ground.config, str(ground.run_dir / _RESOLVED))
+        changed = changes(ground.config, path) if done else []
+        if not (done and done == ground.config.train.steps and path.exists()):  # where nothing is left to be done
+            dump(ground.config, str(path))
+        return changed
 
-    launch.on_first_rank(write)
+    if changed := launch.on_first_rank(write):
+        ground.log.say(f"not as at the last start: {'; '.join(changed)}")
 
 
 def _open_run_dir(resolved: Resolved, lock: RunLock) -> tuple[list[str], int | None]:
@@ -367,4 +371,5 @@ def describe(ground: Ground, done: int) -> Manifest:
         padding=begun_from.padding if begun_from else 0,
         chat_template=resolved.template.jinja if resolved.template else begun_from and begun_from.chat_template,
         expanded_from=begun_from.expanded_from if begun_from else None,
+        lessons=resolved.lessons,
     )

@@ -25,6 +25,8 @@ def write(resolved: Resolved) -> str:
         What to tell the reader.
     """
     run_dir, steps = Path(resolved.config.run_dir), resolved.config.train.steps
+    if resolved.resumed is not None and resolved.resumed.step == steps and (run_dir / RECORD).exists():
+        return f"record for the law: {run_dir / RECORD}, as it was"
     if not resolved.config.data.valid:
         return "no record for the law: data.valid names no held-out text"
     # Read from disk, for the run may have been stopped between its last evaluation and the record.

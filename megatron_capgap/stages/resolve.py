@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_capgap.checkpoint import manifest as manifests
-from megatron_capgap.checkpoint.manifest import Manifest
+from megatron_capgap.checkpoint.manifest import Lessons, Manifest, Origin
 from megatron_capgap.config import checks, derive
 from megatron_capgap.config.errors import ConfigError, UserError
 from megatron_capgap.config.finetune import Finetune
@@ -14,7 +14,8 @@ from megatron_capgap.config.load import Loaded
 from megatron_capgap.config.schema import Config, ModelShape
 from megatron_capgap.data.chat import Template, open_template
 from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
-from megatron_capgap.pruning.target import UNDECIDED, Budget, Target, target
+from megatron_capgap.pruning.target import Budget, Target, target
+from megatron_capgap.stages.begun import begun
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Resolved:
     teacher: ModelShape | None
     student_source: Source | None
     teacher_source: Source | None
+    lessons: Lessons | None
+    """What is learned from, where something is trained."""
     resumed: Manifest | None
     """The newest checkpoint in run_dir, if this run has begun before; its files are not checked yet."""
     tokenizer: Tokenizer
@@ -84,9 +87,10 @@ def resolve(loaded: Loaded, stage: str, world: int, capability: tuple[int, int] 
     wanted = _wanted(loaded, stage, student_source, teacher)
     student = wanted.shape
     checks.check(loaded, stage, world, student, teacher, capability)
-    tokenizer = open_tokenizer(config.data.tokenizer)
+    tokenizer = _tokenizer(loaded)
     template = _template(loaded, stage, tokenizer)
-    resumed = _begun(loaded, stage, world, wanted, teacher, tokenizer, template)
+    lessons = _lessons(loaded.config, stage, student_source, teacher_source)
+    resumed = begun(loaded, stage, world, wanted, teacher, tokenizer, template, lessons)
     problems = [
         *_vocabulary_problems(loaded, student, student_source, tokenizer),
         *_fingerprint_problems(loaded, "student.checkpoint", student_source, tokenizer),
@@ -95,8 +99,8 @@ def resolve(loaded: Loaded, stage: str, world: int, capability: tuple[int, int] 
     ]
     if problems:
         raise ConfigError(problems)
-    sources = (student_source, teacher_source)
-    return Resolved(loaded, stage, world, student, teacher, *sources, resumed, tokenizer, template, wanted.budget)
+    found = (student_source, teacher_source, lessons, resumed)
+    return Resolved(loaded, stage, world, student, teacher, *found, tokenizer, template, wanted.budget)
 
 
 def _wanted(loaded: Loaded, stage: str, source: Source | None, teacher: ModelShape | None) -> Target:
@@ -118,6 +122,13 @@ def _source(loaded: Loaded, key: str, checkpoint: str | None) -> Source | None:
         raise ConfigError([f"{loaded.place(key)}: {error}"]) from error
 
 
+def _tokenizer(loaded: Loaded) -> Tokenizer:
+    try:
+        return open_tokenizer(loaded.config.data.tokenizer)
+    except UserError as error:
+        raise ConfigError([f"{loaded.place('data.tokenizer')}: {error}"]) from error
+
+
 def _template(loaded: Loaded, stage: str, tokenizer: Tokenizer) -> Template | None:
     wanted = loaded.config.finetune
     if stage != "finetune" and wanted is None:
@@ -128,94 +139,29 @@ def _template(loaded: Loaded, stage: str, tokenizer: Tokenizer) -> Template | No
         raise ConfigError([f"{loaded.place('finetune.template')}: {error}"]) from error
 
 
-def _begun(
-    loaded: Loaded,
-    stage: str,
-    world: int,
-    wanted: Target,
-    teacher: ModelShape | None,
-    tokenizer: Tokenizer,
-    template: Template | None,
-) -> Manifest | None:
-    """The run's own newest checkpoint; it must be of this stage, model, seed and data order."""
-    config = loaded.config
-    where = f"{loaded.place('run_dir')}: {config.run_dir}"
-    if stage == "evaluate" and manifests.is_training_run(Path(config.run_dir)):
-        raise ConfigError([f"{where} is a training run; give the evaluation a run_dir of its own"])
-    found = manifests.newest_readable(Path(config.run_dir))
-    if found is None:
+def _lessons(config: Config, stage: str, student: Source | None, teacher: Source | None) -> Lessons | None:
+    """What a stage that trains learns from."""
+    if stage in ("prune", "evaluate"):
         return None
-    problems = [
-        *_other_model(loaded, stage, found, wanted, teacher),
-        *_other_data(loaded, world, found, tokenizer, template),
-    ]
-    if config.train.steps is not None and found.step > config.train.steps:
-        problems.append(
-            f"{where} is at step {found.step}, beyond train.steps {config.train.steps}; "
-            "raise train.steps or choose another run_dir"
-        )
-    if problems:
-        raise ConfigError(problems)
-    return found
+    return Lessons(
+        data=_names_and_sizes(config.data.train),
+        weights=config.data.train_weights,
+        student=Origin.of(student.folder, student.manifest) if student else None,
+        teacher=Origin.of(teacher.folder, teacher.manifest) if teacher else None,
+        objective=config.objective if teacher else None,
+    )
 
 
-def _other_model(loaded: Loaded, stage: str, found: Manifest, wanted: Target, teacher: ModelShape | None) -> list[str]:
-    """What keeps this start from going on with the weights that a run has."""
-    config, problems = loaded.config, []
-    where = f"{loaded.place('run_dir')}: {config.run_dir}"
-    if found.stage != stage:
-        problems.append(f"{where} holds a run of stage {found.stage}; choose another run_dir for {stage}")
-    for name, value in vars(wanted.shape).items():
-        if getattr(found.model, name) != value and not (wanted.budget and name in UNDECIDED):
-            was = getattr(found.model, name)
-            problems.append(
-                f"{where} holds a checkpoint with {name} {was}, this student has {name} {value}; choose another run_dir"
-            )
-    if wanted.budget and found.kept != wanted.kept:
-        problems.append(
-            f"{where} holds a student that keeps {found.kept} parameters without embeddings, this one is to keep "
-            f"{wanted.kept}; choose another run_dir"
-        )
-    projections = derive.projection_names(config, wanted.shape, teacher)
-    if found.projections != projections:
-        was, now = (" ".join(names) or "none" for names in (found.projections, projections))
-        problems.append(
-            f"{loaded.place('objective.matching')}: {config.run_dir} was begun with projections of layers {was}, "
-            f"this start has {now}; keep objective.matching or choose another run_dir"
-        )
-    return problems
+def data_file(name: str) -> Path | None:
+    """PREFIX.bin, or a file of conversations; None where it is not there."""
+    return next((file for file in (Path(f"{name}.bin"), Path(name)) if file.is_file()), None)
 
 
-def _other_data(
-    loaded: Loaded, world: int, found: Manifest, tokenizer: Tokenizer, template: Template | None
-) -> list[str]:
-    """What keeps this start from reading on where a run has come to."""
-    config, problems = loaded.config, []
-    where = f"{loaded.place('run_dir')}: {config.run_dir}"
-    if found.seed != config.seed:
-        problems.append(
-            f"{where} was begun with seed {found.seed}, not {config.seed}; keep the seed or choose another run_dir"
-        )
-    if found.sequence_length != config.data.sequence_length:
-        problems.append(
-            f"{where} was begun with data.sequence_length {found.sequence_length}, not {config.data.sequence_length}; "
-            "keep it or choose another run_dir"
-        )
-    batch = derive.global_batch(config, config.student.layout, derive.student_world(config, world))
-    begun_with = found.tokens // (found.step * found.sequence_length) if found.step else batch
-    if begun_with != batch:
-        problems.append(
-            f"{where} was begun with global batches of {begun_with}, this start has {batch}; "
-            f"set train.global_batch to {begun_with} or choose another run_dir"
-        )
-    if found.tokenizer_fingerprint != tokenizer.fingerprint:
-        problems.append(
-            f"{where} was begun with another tokenizer ({found.tokenizer}); use it or choose another run_dir"
-        )
-    if template is not None and found.chat_template != template.jinja:
-        place = loaded.place("finetune.template")
-        problems.append(f"{place}: {config.run_dir} was begun with another template; use it or choose another run_dir")
-    return problems
+def _names_and_sizes(datasets: tuple[str, ...]) -> tuple[str, ...] | None:
+    files = [data_file(name) for name in datasets]
+    if None in files:
+        return None  # which is said when they are opened
+    return tuple(f"{file.name} of {file.stat().st_size} bytes" for file in files if file)
 
 
 def _vocabulary_problems(loaded: Loaded, student: ModelShape, source: Source | None, tokenizer: Tokenizer) -> list[str]:

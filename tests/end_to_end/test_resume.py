@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -175,3 +176,78 @@ def test_a_save_that_is_killed_leaves_the_older_checkpoint(
     runs.train(pool, "adapt", broken)
     assert runs.checkpoints(tmp_path / "broken") == ["step_4", "step_6"]
     assert runs.metrics(tmp_path / "broken") == runs.metrics(six_steps)
+
+
+@pytest.fixture(scope="module")
+def taught(pool: WorkerPool, material: Material, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished distillation."""
+    run_dir = tmp_path_factory.mktemp("taught") / "run"
+    return runs.train(pool, "distill", runs.distill_config(material, run_dir, teacher, train__steps=2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "was", "now"),
+    [
+        ({"objective__divergence": "reverse_kl"}, "objective.divergence", "forward_kl", "reverse_kl"),
+        ({"objective__temperature": 4.0}, "objective.temperature", "2.0", "4.0"),
+        ({"data__train_weights": [1.0]}, "data.train_weights", "none", "1.0"),
+        (
+            {"objective__matching": [{"student_layer": 1, "teacher_layer": 2}]},
+            "objective.matching",
+            "none",
+            "1_2_mse x 1",
+        ),
+    ],
+)
+def test_a_run_goes_on_with_what_it_learns_from(
+    material: Material, teacher: Path, taught: Path, capsys: Any, changes: dict[str, Any], key: str, was: str, now: str
+) -> None:
+    before = runs.files_of(taught)
+    config = runs.distill_config(material, taught, teacher, train__steps=4, **changes)
+    assert main(["distill", "--config", runs.write_config(config)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{key}: {taught} was begun with {was}, this start has {now}; keep what it was or" in line
+    assert runs.files_of(taught) == before
+
+
+def test_a_run_goes_on_with_its_teacher_and_its_data(
+    material: Material, teacher: Path, student: Path, taught: Path, tmp_path: Path, capsys: Any
+) -> None:
+    held_out = material.data["valid"]
+    for changes, said in (
+        ({"teacher__checkpoint": str(taught)}, f"teacher.checkpoint: {taught} was begun with {teacher}/"),
+        ({"data__train": held_out}, "data.train: "),
+        ({"student__model": None, "student__checkpoint": str(student)}, "student.checkpoint: "),
+    ):
+        config = runs.distill_config(material, taught, teacher, **changes)
+        assert main(["distill", "--config", runs.write_config(config), "--check-world=1"]) == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if said in line]
+        assert len(lines) == 1 and "was begun with" in lines[0], changes
+
+
+def test_what_has_moved_is_the_same(
+    pool: WorkerPool, material: Material, teacher: Path, taught: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """The teacher and the data, and the run itself, may lie elsewhere at the next start; it says what has changed."""
+    moved = {name: tmp_path / name for name in ("teacher", "run", "data")}
+    shutil.copytree(teacher, moved["teacher"])
+    shutil.copytree(taught, moved["run"])
+    moved["data"].mkdir()
+    (prefix,) = material.data["train"]
+    for suffix in (".bin", ".idx"):
+        shutil.copy(f"{prefix}{suffix}", moved["data"])
+    changes = {"data__train": [str(moved["data"] / Path(prefix).name)], "optimizer__lr": 0.5, "train__steps": 3}
+    config = runs.distill_config(material, moved["run"], moved["teacher"], **changes)
+    (rank,) = runs.run_stage(pool, "distill", config)
+    assert rank.value == 0, rank
+    assert "optimizer.lr 0.003 -> 0.5" in rank.stdout and "run_dir" in rank.stdout
+    assert [step["step"] for step in runs.steps_of(moved["run"])] == [1, 2, 3]
+
+
+def test_a_finished_run_is_left_as_it_is(pool: WorkerPool, material: Material, teacher: Path, taught: Path) -> None:
+    before = runs.files_of(taught)
+    runs.train(pool, "distill", runs.distill_config(material, taught, teacher, train__steps=2, optimizer__lr=0.5))
+    after = runs.files_of(taught)
+    kept = {name for name in before if "tensorboard" not in name and "data_cache" not in name}
+    assert {"resolved.yaml", "record.json", "metrics.jsonl"} <= kept
+    assert {name for name in kept if after[name] != before[name]} == set()

@@ -19,7 +19,7 @@ from megatron_capgap.config.schema import (
     Teacher,
     Train,
 )
-from megatron_capgap.models.memory import Memory, estimate
+from megatron_capgap.models.memory import Memory, estimate, estimate_teacher
 from megatron_capgap.models.size import padded_vocab, parameters
 
 STUDENT = ModelShape(layers=4, hidden=64, heads=8, ffn=160, vocab=1000)
@@ -116,6 +116,40 @@ def test_layers_in_fp8_keep_their_inputs_and_weights_in_bytes(recipe: Any) -> No
     assert found["cast"].weights - found["held"].weights == 2 * weights
     assert found["cast"].fp8_copies == found["held"].fp8_copies == 2 * weights
     assert found["held"].activations == found["cast"].activations
+
+
+def test_weights_in_fp8_are_counted_where_they_are() -> None:
+    """Of eight layers on four stages the first two and the last two stay in bf16: the stages in between have FP8."""
+    shape, held = replace(STUDENT, layers=8, ffn=160), FP8("tensorwise", first_last_layers_bf16=2, param_gather=True)
+    a_layer, ends, width = (3 * 64 + 64 + 3 * 160) * 64, parameters(shape), 2
+    precision, layout = Precision(compute="bf16", fp8=held), Layout(pipeline=4)
+    config = replace(CONFIG, student=Student(model=shape, precision=precision, layout=layout))
+    found = estimate(config, "evaluate", shape, None, 4, on_cpu=False)
+    # The fullest stage is one of the ends, with the embedding or the LM head.
+    assert found.weights >= width * 2 * a_layer and found.fp8_copies == found.until_cast == 0
+    one = estimate(
+        replace(config, student=replace(config.student, layout=Layout())), "evaluate", shape, None, 1, on_cpu=False
+    )
+    assert (one.weights, one.fp8_copies) == (width * (ends - 4 * a_layer), 4 * a_layer)
+
+
+def test_weights_in_fp8_are_loaded_in_bf16() -> None:
+    """A model that is only run takes more while it is loaded than ever after."""
+    shape, held = replace(STUDENT, layers=4, ffn=160), FP8("tensorwise", param_gather=True)
+    weights = 4 * (3 * 64 + 64 + 3 * 160) * 64
+    student = Student(model=shape, precision=Precision(compute="bf16", fp8=held))
+    found = estimate(replace(CONFIG, student=student), "evaluate", shape, None, 1, on_cpu=False)
+    assert found.until_cast == weights
+    small = replace(found, activations=0, loss=0)
+    assert small.total == 2 * parameters(shape) == small.weights + small.fp8_copies + weights
+    large = replace(found, activations=10 * weights)
+    assert large.total == found.weights + found.fp8_copies + 10 * weights + found.loss
+    trained = estimate(replace(CONFIG, student=student), "adapt", shape, None, 1, on_cpu=False)
+    assert trained.until_cast == 0
+    teacher = replace(CONFIG.teacher, precision=student.precision, layout=Layout(), placement="disjoint", ranks=1)
+    config = replace(CONFIG, student=Student(model=STUDENT), teacher=teacher)
+    alone = estimate_teacher(config, STUDENT, shape, 2)
+    assert alone.until_cast == weights and alone.total >= alone.teacher_weights + weights
 
 
 def test_saving_beside_the_training_takes_a_copy_in_host_memory() -> None:
