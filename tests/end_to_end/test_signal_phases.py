@@ -130,8 +130,14 @@ def torchrun(words: list[str], config: dict[str, Any], output: Path) -> Iterator
         agent.wait()
 
 
+def both_are_started(agent: psutil.Process) -> bool:
+    """For half a second: torchrun knows nothing of a process that it is about to start when a signal comes."""
+    children = agent.children()
+    return len(children) == 2 and all(time.time() - child.create_time() > 0.5 for child in children)
+
+
 PHASES: dict[str, tuple[dict[str, Any], Callable[[Path, psutil.Process], bool]]] = {
-    "warm-up": ({}, lambda run, agent: len(agent.children()) == 2),
+    "warm-up": ({}, lambda run, agent: both_are_started(agent)),
     "a step": ({}, lambda run, agent: len(runs.steps_of(run)) >= 3),
     "an evaluation": ({"train__eval_every": 3}, lambda run, agent: len(runs.steps_of(run)) == 3),
     "a save": ({"checkpoint__every": 1}, lambda run, agent: any((run / "checkpoints").glob(".step_*"))),
