@@ -274,6 +274,19 @@ def test_what_runs_read_is_there_before_they_begin(
     assert refused.returncode == 2 and f"error: {tmp_path}/work/" in refused.stderr, refused.stderr
 
 
+def test_what_is_there_is_submitted(material: Material, tmp_path: Path) -> None:
+    """With an sbatch that takes everything: an array a phase."""
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid(material, tmp_path / "sweep")))
+    assert make_sweep.main([str(tmp_path / "grid.yaml")]) == 0
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho 7\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    variables = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    words = ["bash", str(tmp_path / "sweep" / "slurm" / "submit.sh")]
+    done = subprocess.run(words, env=variables, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "phase_0: job 7, 3 runs\nphase_1: job 7, 7 runs\nphase_2: job 7, 1 runs\n"
+
+
 def test_the_help_lists_every_key_of_a_grid(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         make_sweep.main(["--help"])
