@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_capgap import __version__
@@ -91,6 +92,8 @@ def parse(argv: Sequence[str]) -> Command:
                 raise UserError(f"{word}: {name} takes no value; write {name} alone")
             flags.add(_FLAGS[name])
         elif not name.startswith("-"):
+            if stage is not None and (name.endswith((".yaml", ".yml")) or Path(word).is_file()):
+                raise UserError(f"{word}: {stage} is the stage already; did you mean --config {word}?")
             if stage is not None:
                 raise UserError(
                     f"{word}: {stage} is the stage already; write --KEY=VALUE for a key of the configuration"
@@ -152,7 +155,8 @@ def _obey(command: Command) -> int:
 def _choose_device(loaded: Loaded, environment: launch.Environment) -> "Device":
     """The device comes before the stages, which import Megatron-Core."""
     devices = importlib.import_module("megatron_capgap.runtime.devices")
-    return devices.choose(loaded.config.device, environment.local_rank, derive.precisions(loaded.config))
+    precisions, place = derive.precisions(loaded.config), loaded.place("device")
+    return devices.choose(loaded.config.device, environment.local_rank, precisions, place)
 
 
 def _world(options: dict[str, str]) -> int | None:

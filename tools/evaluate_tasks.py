@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.errors import UserError, not_installed
 from megatron_capgap.config.files import write_atomically
 from megatron_capgap.runtime import launch, libraries
 
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace, environment: launch.Environment) -> int:
 def check(args: argparse.Namespace) -> None:
     """Raises UserError for what is wrong before anything is loaded."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError("lm-eval is not installed; pip install 'megatron_capgap[eval]'")
+        raise UserError(not_installed("lm-eval", "eval"))
     for name, least in (("limit", 1), ("shots", 0), ("tensor", 1), ("pipeline", 1), ("micro_batch", 1)):
         value = getattr(args, name)
         if value is not None and value < least:

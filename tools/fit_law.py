@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.errors import UserError, not_installed
 from megatron_capgap.config.files import write_atomically
 from megatron_capgap.law.records import LawError
 
@@ -23,7 +23,8 @@ try:
     from megatron_capgap.law import cost, plot, records, report, study
     from megatron_capgap.law.words import formula, short
 except ImportError as missing:
-    sys.exit(f"fit_law: error: {missing.name} is not installed; pip install -e '.[plot]' brings it")
+    print(f"fit_law: error: {not_installed(str(missing.name).partition('.')[0], 'plot')}", file=sys.stderr)
+    sys.exit(2)
 
 CATALOGUE = Path(__file__).resolve().with_name("catalogue.yaml")
 SUFFIXES = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}

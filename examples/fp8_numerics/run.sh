@@ -8,12 +8,12 @@
 # The runs go below runs/fp8 of the quickstart's work folder, what was found to examples/fp8_numerics/results.
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
-source "$here/../../tools/install.sh" plot
-"$python" "$here/../../tools/install_transformer_engine_cpu.py"
 work="$here/../quickstart/work"
 if [ ! -e "$work/runs/pruned/latest" ]; then
-    echo "fp8_numerics: $work/runs/pruned is not there; bash examples/quickstart/run.sh makes it" >&2
+    echo "fp8_numerics: $work/runs/pruned is not there; bash examples/quickstart/run.sh makes it, run that first" >&2
     exit 2
 fi
+source "$here/../../tools/install.sh" plot
+"$python" "$here/../../tools/install_transformer_engine_cpu.py"
 cd "$work"
 "$python" "$here/study.py" --config "$here/study.yaml" --runs runs/fp8 --out "$here/results"

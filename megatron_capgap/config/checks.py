@@ -57,7 +57,7 @@ def check_flags(shape: ModelShape, layout: Layout, world: int) -> None:
             f"--tensor {layout.tensor} times --pipeline {layout.pipeline} does not divide the world of {world} ranks; "
             f"start with torchrun --nproc-per-node {ranks}"
         )
-    for name, number in {"heads": shape.heads, "kv_heads": derive.kv_heads(shape), "ffn": shape.ffn}.items():
+    for name, number in _cut_by_tensor(shape).items():
         if number % layout.tensor:
             raise UserError(f"--tensor: {layout.tensor} does not divide {name} {number}")
     if shape.layers % layout.pipeline:
@@ -86,11 +86,17 @@ def tensor_divides_shape(case: Case) -> Iterator[str]:
     """Attention is cut by heads and groups of heads, the feed-forward layer by columns."""
     for model in case.models:
         shape, size = model.shape, model.layout.tensor
-        numbers = {"heads": shape.heads, "kv_heads": derive.kv_heads(shape), "ffn": shape.ffn}
-        wrong = [model.number(name) for name in numbers if (getattr(shape, name) or size) % size]
+        wrong = [model.number(name) for name in _cut_by_tensor(shape) if (getattr(shape, name) or size) % size]
         if wrong:
-            text = f"{size} does not divide {' and '.join(wrong)}; {divisors(*numbers.values())} would do"
+            # What suits every model that is cut so, lest the next line, or the next start, refuses it for another one.
+            alike = [other.shape for other in case.models if other.layout_key == model.layout_key]
+            numbers = [number for other in alike for number in _cut_by_tensor(other).values()]
+            text = f"{size} does not divide {' and '.join(wrong)}; {divisors(*numbers)} would do"
             yield case.problem(f"{model.layout_key}.tensor", text)
+
+
+def _cut_by_tensor(shape: ModelShape) -> dict[str, int]:
+    return {"heads": shape.heads, "kv_heads": derive.kv_heads(shape), "ffn": shape.ffn}
 
 
 def key_value_heads_divide_heads(case: Case) -> Iterator[str]:

@@ -28,6 +28,11 @@ class ConfigError(UserError):
         return ConfigError, (self.problems,)
 
 
+def not_installed(package: str, extra: str) -> str:
+    """What to say of an optional package, and of the extra of this project that brings it to a clone."""
+    return f"{package} is not installed; pip install -e '.[{extra}]' brings it"
+
+
 def in_one_line(reason: object, most: int | None = None) -> str:
     """What a library says of an error, in one line of at most so many characters; the kind of error where it says
     nothing."""

@@ -54,8 +54,14 @@ def join(section: str, key: str) -> str:
     return f"{section}.{key}" if section else key
 
 
+DEFAULT = "default"
+"""The source of a key that nobody gave."""
+
+
 def place(source: str, key: str) -> str:
-    """How a message begins: `distill.yaml:7: train.steps`, or `--train.steps` alone."""
+    """How a message begins: `distill.yaml:7: train.steps`, `--train.steps` alone, or `train.steps (the default)`."""
+    if source == DEFAULT:
+        return f"{key} (the default)"
     return source if not key or source == f"--{key}" else f"{source}: {key}"
 
 

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from megatron_capgap.config.errors import ConfigError
 from megatron_capgap.config.files import write_atomically
-from megatron_capgap.config.keys import adapter, join, place, section_name, table
+from megatron_capgap.config.keys import DEFAULT, adapter, join, place, section_name, table
 from megatron_capgap.config.schema import Config
 from megatron_capgap.config.tree import Dumper, Tree, override, read_file
 
@@ -61,10 +61,11 @@ class Loaded:
         """Where `key`, or the nearest section around it, was said; `default` where neither was."""
         while key and key not in self.sources:
             key = key.rpartition(".")[0]
-        return self.sources.get(key, "default")
+        return self.sources.get(key, DEFAULT)
 
     def place(self, key: str) -> str:
-        """How a message about `key` begins: `distill.yaml:7: train.steps`, or `--train.steps` alone."""
+        """How a message about `key` begins: `distill.yaml:7: train.steps`, `--train.steps` alone, or `train.steps (the
+        default)`."""
         return place(self.source(key), key)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_capgap.checkpoint import manifest as manifests
 from megatron_capgap.checkpoint import store
 from megatron_capgap.config.checks import check_flags
-from megatron_capgap.config.errors import UserError, in_one_line
+from megatron_capgap.config.errors import UserError, in_one_line, not_installed
 from megatron_capgap.config.schema import Layout, ModelShape, Precision
 from megatron_capgap.conversion.family import Family
 from megatron_capgap.conversion.source import open_source
@@ -130,7 +130,7 @@ def _transformers(hf: Path, family: Family, ids: Tensor) -> _Trace:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
     except ImportError:
-        raise UserError("transformers is not installed; pip install 'megatron_capgap[hf]'") from None
+        raise UserError(not_installed("transformers", "hf")) from None
     logging.disable_progress_bar()
     how = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
     try:  # the files' own numbers, whatever type config.json speaks of

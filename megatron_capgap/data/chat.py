@@ -47,17 +47,26 @@ def read_conversations(path: str) -> list[Conversation]:
     Raises:
         UserError: the file is missing or empty, or a line is no conversation; with its number.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"{path}: no such file; give a jsonl file of conversations")
     found = []
-    with open(file, encoding="utf-8") as lines:
+    with open(conversations_file(path), encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 found.append(_conversation(f"{path}:{number}", line))
     if not found:
         raise UserError(f'{path}: holds no conversation; a line is {{"messages": [{{"role": ..., "content": ...}}]}}')
     return found
+
+
+def conversations_file(path: str) -> Path:
+    """Where the conversations are.
+
+    Raises:
+        UserError: the file is missing.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"{path}: no such file; give a jsonl file of conversations")
+    return file
 
 
 def _conversation(place: str, line: str) -> Conversation:
@@ -250,7 +259,7 @@ def open_template(name: str, tokenizer: Tokenizer, path: str) -> Template:
     if isinstance(source, list):  # several, by name
         source = next((one["template"] for one in source if one.get("name") == "default"), None)
     if not source:
-        raise UserError(f"{path}: brings no chat template; use the default one, or another tokenizer")
+        raise UserError(f"{name}: {path} brings no chat template; template default would do, or another tokenizer")
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{path}: its chat template needs a tokenizer.json; save the tokenizer with it")
     special = {key: _content(value) for key, value in config.items() if key.endswith("_token") and _content(value)}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,7 +69,7 @@ class Optimum:
     """Parameters of the teacher with the lowest mean loss."""
     status: str
     """optimum: a minimum inside the grid; edge: the smallest teacher is the best; no curse seen: the loss does not
-    rise towards the largest teacher; too few teachers: fewer than three."""
+    rise towards the largest teacher, or by no more than chance; too few teachers: fewer than three."""
     censored: str | None
     """below or above: the best teacher lies beyond that end of the grid."""
     teacher: float | None = None
@@ -83,6 +84,10 @@ class Optimum:
     """Residual degrees of freedom that noise comes from."""
     curvature: float | None = None
     """Loss at a distance of 1 in x from the vertex, above that at the vertex."""
+    rise: float | None = None
+    """Mean loss with the largest teacher above that with the best; None for too few teachers."""
+    chance: float | None = None
+    """The rise that seeds alone exceed in 1 - LEVEL of all curves at most; None where one seed tells nothing of it."""
 
 
 def curves(records: Sequence[Record], count: str) -> tuple[list[Curve], list[str]]:
@@ -160,8 +165,10 @@ def teachers(records: Sequence[Record], count: str) -> list[Teacher]:
 def optimum(curve: Curve, random: np.random.Generator) -> Optimum:
     """The best teacher of a student, with what its seeds say about how sure that is.
 
-    The parabola is fitted with a level for each seed, for a seed's data order and initial weights shift its whole
-    curve. Its interval is a bootstrap of the residuals, in which the noise's own size is drawn as well.
+    A curve that falls steeply at first and then stays flat has a parabola with a vertex inside the grid, too, so the
+    rise behind it must itself be more than chance. The parabola is fitted with a level for each seed, for a seed's data
+    order and initial weights shift its whole curve. Its interval is a bootstrap of the residuals, in which the noise's
+    own size is drawn as well.
     """
     x, mean = np.log(curve.teachers), curve.mean
     at = int(mean.argmin())
@@ -169,23 +176,45 @@ def optimum(curve: Curve, random: np.random.Generator) -> Optimum:
     ends = {0: "below", len(x) - 1: "above"}
     if len(x) < 3:
         return Optimum(best, TOO_FEW, None)
+    rise: dict[str, Any] = {"rise": float(mean[-1] - mean[at]), "chance": chance_rise(curve)}
+    if ends.get(at) == "above":
+        return Optimum(best, NO_CURSE, "above", **rise)
+    if rise["chance"] is not None and rise["rise"] <= rise["chance"]:
+        return Optimum(best, NO_CURSE, None, **rise)
     if at in ends:
-        return Optimum(best, NO_CURSE if ends[at] == "above" else EDGE, ends[at])
+        return Optimum(best, EDGE, ends[at], **rise)
     fitted = _parabola(curve, at)
     vertex = float(_vertex(fitted.coefficients[None], x - fitted.centre)[0])
     if fitted.coefficients[2] <= 0 or not x[0] - fitted.centre < vertex < x[-1] - fitted.centre:
-        return Optimum(best, NO_CURSE, None)
-    found = {"teacher": float(np.exp(vertex + fitted.centre)), "curvature": float(fitted.coefficients[2])}
+        return Optimum(best, NO_CURSE, None, **rise)
+    found = rise | {"teacher": float(np.exp(vertex + fitted.centre)), "curvature": float(fitted.coefficients[2])}
     if fitted.freedom <= 0:
         return Optimum(best, OPTIMUM, None, **found)
     vertices = _vertex(fitted.draws(random), x - fitted.centre)
     if np.mean(vertices < x[-1] - fitted.centre) < LEVEL:
-        return Optimum(best, NO_CURSE, None)
+        return Optimum(best, NO_CURSE, None, **rise)
     low, high = np.exp(np.quantile(vertices, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) + fitted.centre)
     # From the middle half, for a few draws at the ends of the grid would make most of a variance.
     spread = np.subtract(*np.quantile(vertices, [0.75, 0.25])) / 1.349
     found |= {"variance": float(spread**2), "noise": fitted.noise, "freedom": fitted.freedom}
     return Optimum(best, OPTIMUM, None, interval=(float(low), float(high)), **found)
+
+
+def chance_rise(curve: Curve) -> float | None:
+    """The rise from the best teacher to the largest that seeds alone exceed in 1 - LEVEL of all curves at most, where
+    all teachers are alike; None for one seed.
+
+    A one-sided t test between two teachers, each the mean of its seeds, with the noise of all runs about the levels of
+    their seed and teacher. The best was chosen among all but the largest, which therefore share the test's level
+    (Bonferroni).
+    """
+    seeds, teachers = curve.losses.shape
+    freedom = (seeds - 1) * (teachers - 1)
+    if not freedom:
+        return None
+    levelled = curve.losses - curve.losses.mean(axis=1, keepdims=True)
+    noise = float(np.sum((levelled - levelled.mean(axis=0)) ** 2)) / freedom
+    return float(stats.t.isf((1 - LEVEL) / (teachers - 1), freedom)) * (2 * noise / seeds) ** 0.5
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,8 @@ def _point(axes: Axes, curve: Curve, found: Optimum) -> None:
 
 def _explain_points(axes: Axes, study: Study) -> None:
     """The legend's rows for what `_point` draws."""
-    axes.plot([], [], "ko", markersize=5, label=f"optimum, {_percent()} interval")
+    if any(found.teacher is not None for _, found in study.optima):
+        axes.plot([], [], "ko", markersize=5, label=f"optimum, {_percent()} interval")
     axes.plot([], [], "o", markerfacecolor="none", markeredgecolor=COLOURS[1], markersize=9, label="best on the grid")
     beyond = {found.censored for _, found in study.optima} - {None}
     if beyond:

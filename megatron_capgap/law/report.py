@@ -54,8 +54,8 @@ def _summary(study: Study) -> str:
     )
     if study.chosen is None:
         return (
-            f"{seen} No student has shown a best teacher inside the grid, so these runs give no law: neither for the "
-            "paper's T = 2.5 S nor against it."
+            f"{seen} No student has surely shown a best teacher inside the grid, so these runs give no law: neither "
+            "for the paper's T = 2.5 S nor against it."
         )
     return f"{seen} The best teacher follows **{formula(study.chosen)}**{_spread(study.chosen)}."
 
@@ -73,15 +73,21 @@ def _pictures(study: Study) -> list[str]:
 
 
 def _students(study: Study) -> str:
-    lines = ["## Students", "", "| student | best on the grid | times S | optimum | interval | what was seen |"]
-    lines.append("|---|---|---|---|---|---|")
+    names = ["student", "best on the grid", "times S", "rise", "by chance", "optimum", "interval", "what was seen"]
+    lines = ["## Students", "", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for curve, found in study.optima:
         optimum = short(found.teacher) if found.teacher else "-"
         interval = " to ".join(map(short, found.interval)) if found.interval else "-"
         said = found.status + (f", censored ({found.censored})" if found.censored else "")
         ratio = f"{found.best / curve.student:.2f}"
-        lines.append(f"| {short(curve.student)} | {short(found.best)} | {ratio} | {optimum} | {interval} | {said} |")
+        rises = ["-" if number is None else f"{number:.4f}" for number in (found.rise, found.chance)]
+        cells = [short(curve.student), short(found.best), ratio, *rises, optimum, interval, said]
+        lines.append(f"| {' | '.join(cells)} |")
     lines += [
+        "",
+        "Rise: the loss with the largest teacher above that with the best, nats a token. By chance: the rise that "
+        f"seeds with the spread seen here exceed in at most {100 * (1 - curves.LEVEL):.0f}% of the curves of a student "
+        "to whom all teachers are alike. A smaller one is no curse; one seed tells nothing of chance.",
         "",
         "The optimum is the lowest point of a parabola in the logarithm of the teacher's size, laid through at most "
         f"{curves.WINDOW} teachers around the best one, fewer where the curve leans by more than its noise. Where a "

@@ -167,6 +167,8 @@ def _student(curve: Curve, found: Optimum) -> dict[str, Any]:
         "optimum": found.teacher,
         "optimum_interval": found.interval,
         "curvature": found.curvature,
+        "rise": found.rise,
+        "rise_by_chance": found.chance,
     }
 
 
@@ -215,11 +217,20 @@ def _doubts(optima: Sequence[tuple[Curve, Optimum]], chosen: Law | None) -> list
                 f"{name}: no curse seen; the largest teacher, of {largest}, is the best, so its optimum, if it has "
                 "one, is censored: it lies there or above"
             )
+        elif best.status == curves.NO_CURSE and best.chance is not None and best.rise <= best.chance:
+            found.append(
+                f"{name}: no curse seen; its loss with the largest teacher is {best.rise:.4f} nats above that with the "
+                f"best, and seeds alone may bring about {best.chance:.4f}"
+            )
         elif best.status == curves.NO_CURSE:
             found.append(
                 f"{name}: no curse seen; its losses do not rise towards the largest teacher by more than their noise"
             )
-        elif best.interval is None:
+        elif best.chance is None:
+            found.append(
+                f"{name}: with one seed nothing tells whether its rise towards the largest teacher is more than chance"
+            )
+        if best.status == curves.OPTIMUM and best.interval is None:
             found.append(f"{name}: three teachers and one seed do not tell how sure its optimum is")
     used = len(chosen.students) if chosen else 0
     if not used:

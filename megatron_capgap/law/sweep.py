@@ -12,6 +12,11 @@
       - {init: random, seeds: [1, 2]}
       - {init: fixed, students: [s1], seeds: [1, 2]}
       - {init: pruned, seeds: [1, 2]}                 # out of each teacher, to the shape of the student's model
+    ranks: 1                                          # processes of one run on this machine; 1 where not given
+    slurm: ["--time=02:00:00", "--gres=gpu:1"]        # options for sbatch
+
+out, common, distill, teachers, students and rows are needed. A row without students or teachers takes all of them.
+Paths begin in the folder that make_sweep is called in, as those of every configuration do.
 
 A teacher or student may bring sections of its own (`train: {...}`), which win over those of its kind of run.
 """
@@ -24,7 +29,7 @@ from typing import Any
 
 from megatron_capgap.law.records import LawError
 
-_SECTIONS = {
+SECTIONS = {
     "out": str,
     "common": dict,
     "teach": dict,
@@ -37,6 +42,7 @@ _SECTIONS = {
     "ranks": int,
     "slurm": list,
 }
+"""The keys of a grid and their kinds; what they mean stands above, where tools/make_sweep.py --help takes it from."""
 _NEEDED = ("out", "common", "distill", "teachers", "students", "rows")
 _ROW = {"init", "students", "teachers", "seeds"}
 
@@ -195,10 +201,10 @@ def _check(grid: Any) -> None:
     if not isinstance(grid, dict):
         raise LawError(f"a grid has {', '.join(_NEEDED)}; {str(grid)[:40]!r} has none of them")
     for key, value in grid.items():
-        if key not in _SECTIONS:
-            raise LawError(f"{key}: unknown key of a grid; it has {', '.join(_SECTIONS)}")
-        if not isinstance(value, _SECTIONS[key]) or isinstance(value, bool):
-            raise LawError(f"{key}: {str(value)[:40]!r} given; {_SECTIONS[key].__name__} would do")
+        if key not in SECTIONS:
+            raise LawError(f"{key}: unknown key of a grid; it has {', '.join(SECTIONS)}")
+        if not isinstance(value, SECTIONS[key]) or isinstance(value, bool):
+            raise LawError(f"{key}: {str(value)[:40]!r} given; {SECTIONS[key].__name__} would do")
     for key in _NEEDED:
         if not grid.get(key):
             raise LawError(f"{key}: missing or empty; a grid has {', '.join(_NEEDED)}")

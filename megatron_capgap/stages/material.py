@@ -6,9 +6,11 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+from megatron_capgap.config.errors import ConfigError, UserError
 from megatron_capgap.config.schema import Config
-from megatron_capgap.data import pretrain
+from megatron_capgap.data import indexed, pretrain
 from megatron_capgap.data.batch import Samples
+from megatron_capgap.data.chat import conversations_file
 from megatron_capgap.data.conversations import Conversations
 from megatron_capgap.stages.resolve import Resolved
 
@@ -28,6 +30,7 @@ def build(resolved: Resolved) -> list[str]:
         UserError: the data are not there, damaged, or not what the stage reads.
     """
     config = resolved.config
+    _refuse_missing(resolved)
     if (conversations := _conversations(resolved)) is not None:
         return conversations.build()
     pretrain.build_indices(config.data, resolved.student.vocab, config.seed, cache_dir(config))
@@ -65,6 +68,21 @@ def with_steps(resolved: Resolved, count: int | None) -> Resolved:
     """The same run, with so many steps."""
     config = replace(resolved.config, train=replace(resolved.config.train, steps=count))
     return replace(resolved, loaded=replace(resolved.loaded, config=config))
+
+
+def _refuse_missing(resolved: Resolved) -> None:
+    """Names the key of a file that is not there; what is wrong within a file is told by its own name."""
+    data, look = resolved.config.data, indexed.paths if resolved.template is None else conversations_file
+    unread = resolved.stage == "evaluate" and resolved.template is not None
+    problems = []
+    for key, paths in {"data.train": () if unread else data.train, "data.valid": data.valid}.items():
+        for path in paths:
+            try:
+                look(path)
+            except UserError as error:
+                problems.append(f"{resolved.loaded.place(key)}: {error}")
+    if problems:
+        raise ConfigError(problems)
 
 
 def _conversations(resolved: Resolved) -> Conversations | None:

@@ -83,7 +83,10 @@ MISTAKES = {
         worlds=(2,),
     ),
     "missing data file": Mistake(
-        ("FOLDER/corpus_trian.bin does not exist", "did you mean FOLDER/corpus_train"),
+        (
+            ": data.train: dataset FOLDER/corpus_trian: FOLDER/corpus_trian.bin does not exist",
+            "did you mean FOLDER/corpus_train",
+        ),
         {"data__train": ["FOLDER/corpus_trian"]},
         worlds=(1, 2),
     ),

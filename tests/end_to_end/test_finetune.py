@@ -176,7 +176,8 @@ MISTAKES = {
         ("FOLDER/chat_train.jsonl:1: does not end with an assistant message",), lines=[talk(("user", "ka"))]
     ),
     "missing file": Mistake(
-        ("FOLDER/chat_trian.jsonl: no such file; give a jsonl file",), {"data__train": ["FOLDER/chat_trian.jsonl"]}
+        (": data.train: FOLDER/chat_trian.jsonl: no such file; give a jsonl file",),
+        {"data__train": ["FOLDER/chat_trian.jsonl"]},
     ),
     "a dataset's prefix": Mistake(
         ("FOLDER/corpus_train: no such file; give a jsonl file of conversations",),
@@ -186,7 +187,7 @@ MISTAKES = {
         ('finetune.template: "chatml" given;', "one of tokenizer, default would do"), {"finetune__template": "chatml"}
     ),
     "tokenizer without a template": Mistake(
-        ("finetune.template: ", "FOLDER/tokenizer.model: brings no chat template; use the default one"),
+        ("finetune.template: tokenizer: FOLDER/tokenizer.model brings no chat template; template default would do",),
         {"finetune__template": "tokenizer"},
     ),
     "no word of the assistant's": Mistake(

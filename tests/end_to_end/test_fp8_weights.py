@@ -1,5 +1,6 @@
 """Runs whose weights live in FP8, on the CPU over emulated kernels, beside the same runs with weights in bf16."""
 
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -8,11 +9,11 @@ from typing import Any
 import pytest
 
 from tests.end_to_end.test_fp8 import BATCH, LAYOUTS, SHAPE, adapt, config_of, run
-from tests.support import runs
+from tests.support import pruning, runs
 from tests.support.engine import needs_files
 from tests.support.pool import WorkerPool
 from tests.support.runs import Material, assert_close
-from tests.support.state import kinds_of, run_engine
+from tests.support.state import kinds_of, run_engine, run_scoring
 from tools import convert_hf
 
 RECIPES = ("delayed", "tensorwise", "blockwise")
@@ -66,6 +67,11 @@ def test_they_are_there_and_masters_begin_exact(fresh_pool: WorkerPool, material
         assert all(off < 2**-8 for name, (_, off) in kinds.items() if name not in rounded), step
 
 
+# Seen: 6e-4 under tensor 2, 1e-7 under pipeline 2, 0 with weights in bf16; and in step 3, where the masters were 1% too
+# large or a moment zero, 5e-3 or more. Delayed scaling may carry the last digits further.
+RESUMED = {"tensor": 2e-3, "pipeline": 1e-5, "without": 1e-6}
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_resume(fresh_pool: WorkerPool, material: Material, tmp_path: Path, trained: Any, recipe: str) -> None:
     def resumed(name: str, saved: Path, world: int = 1, held: bool = True, **changes: Any) -> list[dict[str, Any]]:
@@ -75,13 +81,44 @@ def test_resume(fresh_pool: WorkerPool, material: Material, tmp_path: Path, trai
     saved = trained(recipe, True)
     unbroken = runs.steps_of(saved)
     assert resumed("same", saved) == unbroken
-    for name, layout in LAYOUTS.items():
-        assert_close(resumed(name, saved, 2, student__layout=layout)[2], unbroken[2], 2e-2, name)
-    without = resumed("without", saved, held=False)
-    assert_close(without[2], unbroken[2], 2e-2)
+    found = {name: resumed(name, saved, 2, student__layout=layout) for name, layout in LAYOUTS.items()}
+    found["without"] = resumed("without", saved, held=False)
+    for name, steps in found.items():
+        # Loss and gradient norm of step 2 come before the first update, those of step 3 tell of masters and moments.
+        for index in (2, 3):
+            assert_close(steps[index], unbroken[index], 2e-3 if recipe == "delayed" else RESUMED[name], name)
     back = resumed("back", trained(recipe, False))
     for found, wanted in zip(back, unbroken, strict=True):  # which the run with weights in bf16 equals
         assert_close(found, wanted, 1e-3 if recipe == "delayed" else 1e-6)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_saved_beside_the_training(
+    fresh_pool: WorkerPool, material: Material, tmp_path: Path, trained: Any, recipe: str
+) -> None:
+    """On two data-parallel ranks, each of which has masters and moments of its own."""
+    changes = {"precision": precision(recipe, True), "checkpoint__async_save": True, **UNCLIPPED}
+    saved, unbroken = tmp_path / "saved", runs.steps_of(trained(recipe, True, 2))
+    often = {"checkpoint__every": 2, "checkpoint__keep": 3}
+    assert adapt(fresh_pool, material, saved, 2, **changes, **often) == unbroken
+    assert adapt(fresh_pool, material, runs.rewind(saved, tmp_path / "resumed", 2), 2, **changes) == unbroken
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
+def test_scores_by_gradient(
+    fresh_pool: WorkerPool, material: Material, tmp_path: Path, trained: Any, recipe: str
+) -> None:
+    """A backward pass reads weights that were cast once as it reads those that every pass casts anew."""
+    scores = []
+    for held in (False, True):
+        wanted = {"hidden": 128, "heads": 4, "kv_heads": 2, "importance": "gradient", "batches": 1}
+        config = pruning.prune_config(material, trained(recipe, False), tmp_path / str(held), wanted, {})
+        config["teacher"]["precision"] = precision(recipe, held)
+        words = ["prune", "--config", runs.write_config(config)]
+        ((code, kinds),) = fresh_pool.run(run_scoring, words, world=1, initialise=False)
+        assert code == 0 and any(kind.startswith("Float8") for kind in kinds) == held, kinds
+        scores.append(json.loads((tmp_path / str(held) / "scores.json").read_text())["sums"])
+    assert scores[0] == scores[1]
 
 
 def test_a_teacher_and_an_evaluation(fresh_pool: WorkerPool, material: Material, tmp_path: Path, trained: Any) -> None:

@@ -17,8 +17,10 @@ import yaml
 
 from megatron_capgap.checkpoint import manifest
 from megatron_capgap.law import records
+from megatron_capgap.law.sweep import SECTIONS
 from tests.support.processes import ROOT, environment
 from tests.support.runs import STUDENT, TEACHER, Material, files_of, metrics, train_apart
+from tools import make_sweep
 
 SMALL = {**STUDENT, "layers": 2}
 
@@ -231,6 +233,65 @@ def test_keys_that_are_no_configuration_are_refused(material: Material, tmp_path
     code, _, complained = call(tmp_path / "grid.yaml")
     assert code == 2 and "train.step: unknown key; did you mean train.steps?" in complained
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "given", "key", "message"),
+    [
+        ("common", {"data": {"tokenizer": "work/t.model"}}, "data.tokenizer", "tokenizer work/t.model does not exist"),
+        ("common", {"data": {"train": ["work/a"]}}, "data.train", "dataset work/a: work/a.bin does not exist"),
+        ("teachers", {"t1": {"checkpoint": "work/t"}}, "t1.checkpoint", "work/t: no such checkpoint"),
+    ],
+    ids=["tokenizer", "dataset", "teacher"],
+)
+def test_what_runs_read_is_there_before_they_begin(
+    material: Material,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    section: str,
+    given: dict[str, Any],
+    key: str,
+    message: str,
+) -> None:
+    """A grid's paths begin in the current folder: called in another one, no run of it could begin."""
+    monkeypatch.chdir(tmp_path)
+    wrong = grid(material, Path("sweep"), rows=[{"init": "random", "students": ["s1"], "seeds": [1]}])
+    for name, value in given.items():
+        wrong[section][name] = {**wrong[section][name], **value}
+    Path("grid.yaml").write_text(text := yaml.safe_dump(wrong))
+    assert make_sweep.main(["grid.yaml", "--run"]) == 2
+    said = capsys.readouterr().err
+    line = int(said.split(":")[3])
+    assert f"{key.rpartition('.')[2]}:" in text.splitlines()[line - 1]
+    assert said.startswith(f"make_sweep: error: grid.yaml:{line}: {section}.{key}: {message}") and said.count("\n") == 1
+    assert f"; the grid's paths begin in the current folder, {tmp_path}" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.yaml"]
+    # A plan may be made before the data are, and says what is missing; so does the script that submits it.
+    assert make_sweep.main(["grid.yaml"]) == 0
+    assert f"note: before these runs can start: grid.yaml:{line}: " in capsys.readouterr().out
+    refused = subprocess.run(["bash", "sweep/slurm/submit.sh"], capture_output=True, text=True)
+    assert refused.returncode == 2 and f"error: {tmp_path}/work/" in refused.stderr, refused.stderr
+
+
+def test_what_is_there_is_submitted(material: Material, tmp_path: Path) -> None:
+    """With an sbatch that takes everything: an array a phase."""
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid(material, tmp_path / "sweep")))
+    assert make_sweep.main([str(tmp_path / "grid.yaml")]) == 0
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho 7\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    variables = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    words = ["bash", str(tmp_path / "sweep" / "slurm" / "submit.sh")]
+    done = subprocess.run(words, env=variables, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "phase_0: job 7, 3 runs\nphase_1: job 7, 7 runs\nphase_2: job 7, 1 runs\n"
+
+
+def test_the_help_lists_every_key_of_a_grid(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        make_sweep.main(["--help"])
+    said = capsys.readouterr().out
+    assert all(f"\n    {key}: " in said for key in SECTIONS)
 
 
 @pytest.mark.slow

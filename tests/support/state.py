@@ -90,3 +90,22 @@ def run_engine(poisoned: list[int], look: Callable[[Any], Any], words: list[str]
     """As `run_poisoned` with a gradient, of Transformer Engine's layers in a worker that may be fresh."""
     start()
     return run_poisoned("gradient", poisoned, words, look)
+
+
+def run_scoring(words: list[str]) -> tuple[int, set[str]]:
+    """Runs prune in Transformer Engine's layers, in a worker that may be fresh; its exit code, and the classes of the
+    teacher's parameters when they are scored."""
+    start()
+    from megatron_capgap.stages import prune
+
+    importance, seen = prune.Importance, set()
+
+    def look(chunks: Any, *rest: Any, **options: Any) -> Any:
+        seen.update(type(parameter).__name__ for chunk in chunks for parameter in chunk.parameters())
+        return importance(chunks, *rest, **options)
+
+    prune.Importance = look
+    try:
+        return main(words), seen
+    finally:
+        prune.Importance = importance

@@ -146,5 +146,5 @@ def test_templates_that_cannot_be_used(folder: Path, tmp_path: Path, source: str
 
 def test_a_tokenizer_without_a_template(spaced: Tokenizer, tmp_path: Path) -> None:
     path = corpus.save_byte_level(tmp_path)
-    with pytest.raises(UserError, match="brings no chat template; use the default one"):
+    with pytest.raises(UserError, match="brings no chat template; template default would do"):
         open_template("tokenizer", open_tokenizer(path), path)

@@ -406,6 +406,24 @@ ONE_PROBLEM = [
         ["student.precision.compute is fp32; false would do, or compute bf16"],
     ),
     (
+        [
+            "--student.precision={compute: bf16, fp8: {recipe: mxfp8, param_gather: true}}",
+            "--student.model.ffn=128",
+        ],
+        {},
+        "--student.precision: student.precision.fp8.param_gather: true: weights in MXFP8 cannot lie in Megatron's",
+        ["false would do, or recipe blockwise"],
+    ),
+    (
+        [
+            "--teacher.precision={compute: bf16, fp8: {recipe: tensorwise, param_gather: true}}",
+            "--teacher.offload=true",
+        ],
+        {},
+        "--teacher.precision: teacher.precision.fp8.param_gather: true: teacher.offload moves weights in bf16 or fp32;",
+        ["false would do, or teacher.offload false"],
+    ),
+    (
         ["--student.precision.fp8.recipe=tensorwise", "--student.model.ffn=176"],
         {},
         "--student.precision.fp8.recipe: tensorwise needs multiples of 16, and the student's fc2 has 88 inputs a rank",
@@ -552,7 +570,7 @@ def test_a_default_that_clashes_is_named_as_default():
     config = Config(
         "r", Student(model=STUDENT, layout=Layout()), Data("t", ("a",)), train=Train(steps=1, global_batch=1)
     )
-    with pytest.raises(ConfigError, match=r"^default: train.global_batch: 1 is not a multiple"):
+    with pytest.raises(ConfigError, match=r"^train.global_batch \(the default\): 1 is not a multiple"):
         checks.check(Loaded(config, {}), "adapt", 2, STUDENT, None)
 
 
@@ -568,3 +586,13 @@ def test_derived_numbers():
     assert derive.micro_batches(config, layout, 16) == 1
     assert derive.teacher_layout(config) == Layout(tensor=2, pipeline=2, sequence=True)
     assert derive.teacher_micro_batch(config) == 3
+
+
+def test_a_tensor_size_that_is_offered_suits_every_model_that_is_cut_so(problems_of):
+    """Of the student's own 1, 2 or 4 the teacher would refuse 4."""
+    teacher = ModelShape(8, 80, 10, 250, 1000)
+    words = ["--student.layout.tensor=3", "--student.layout.sequence=false"]
+    both = problems_of(*words, world=6, teacher=teacher)
+    assert len(both) == 2 and all("; 1 or 2 would do" in text for text in both), both
+    alone = problems_of(*words, "--teacher.layout.tensor=1", "--teacher.layout.pipeline=2", world=6, teacher=teacher)
+    assert "; 1, 2 or 4 would do" in alone[0]

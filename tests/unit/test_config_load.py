@@ -70,6 +70,8 @@ def test_values_types_and_sources(read):
     assert "optimizer.min_lr" not in loaded.sources and "seed" not in loaded.sources
     assert loaded.source("optimizer.min_lr") == "distill.yaml:16"
     assert loaded.source("seed") == "default"
+    assert loaded.place("optimizer.min_lr") == "distill.yaml:16: optimizer.min_lr"
+    assert loaded.place("train.micro_batch") == "--train.micro_batch" and loaded.place("seed") == "seed (the default)"
 
 
 def test_overrides_win_and_the_last_one_most(read):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.schema import Layout, ModelShape, Precision
-from megatron_capgap.runtime.devices import cuda
+from megatron_capgap.runtime.devices import choose, cuda
 from megatron_capgap.runtime.devices.device import check_megatron
 from tests.support import runs
 from tests.support.pool import WorkerPool
@@ -38,6 +38,32 @@ def test_the_tested_range_passes(release: str) -> None:
 def test_no_megatron_is_one_line() -> None:
     with pytest.raises(UserError, match=r"megatron-core is not installed; pip install 'megatron-core>=0\.16,<0\.17'"):
         check_megatron(None)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "rank", "message"),
+    [
+        (0, 0, "--device: cuda, but there is no GPU that torch could use here; cpu would do"),
+        (2, 2, "--device: cuda, but rank 2 of this node sees 2 GPUs; cpu would do, or at most 2 ranks a node"),
+    ],
+)
+def test_a_gpu_that_is_not_there_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, rank: int, message: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(UserError) as caught:
+        choose("cuda", rank)
+    assert str(caught.value) == message
+    with pytest.raises(UserError, match=r"^run\.yaml:3: device: cuda, but "):
+        choose("cuda", rank, place="run.yaml:3: device")
+
+
+def test_no_transformer_engine_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    with pytest.raises(UserError, match=r"^precision\.engine: .* not installed; pip install -e '\.\[fp8\]' brings it,"):
+        cuda.prepare(0, [Precision(engine="transformer_engine")])
 
 
 APEX = {"Apex fused weight gradient": "fused_weight_gradient_mlp_cuda", "Apex fused Adam": "apex"}

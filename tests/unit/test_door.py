@@ -31,6 +31,7 @@ def stages(tmp_path, monkeypatch):
     """A folder with adapt.yaml, no launcher, and stand-ins for the stages that record their calls."""
     monkeypatch.chdir(tmp_path)
     Path("adapt.yaml").write_text(CONFIG)
+    Path("settings").write_text(CONFIG)
     for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_ID", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     calls = SimpleNamespace(run=[], report=[], answer=0, slept=[])
@@ -51,7 +52,7 @@ def stages(tmp_path, monkeypatch):
 
     for stage in STAGES:
         monkeypatch.setitem(sys.modules, f"megatron_capgap.stages.{stage}", SimpleNamespace(run=run))
-    devices = SimpleNamespace(choose=lambda name, local_rank, precisions: f"cpu of {local_rank}")
+    devices = SimpleNamespace(choose=lambda name, local_rank, precisions, place: f"cpu of {local_rank}")
     monkeypatch.setitem(sys.modules, "megatron_capgap.runtime.devices", devices)
     monkeypatch.setitem(sys.modules, "megatron_capgap.stages.check", SimpleNamespace(report=report))
     monkeypatch.setattr(door.time, "sleep", calls.slept.append)
@@ -129,6 +130,9 @@ def test_check_takes_the_world_of_the_launcher_and_only_the_first_rank_prints(st
             ["adapt", "--config", "adapt.yaml", "--check=8"],
             "--check=8: --check takes no value; write --check alone",
         ),
+        (["adapt", "adapt.yaml"], "adapt.yaml: adapt is the stage already; did you mean --config adapt.yaml?"),
+        (["adapt", "nowhere.yml"], "nowhere.yml: adapt is the stage already; did you mean --config nowhere.yml?"),
+        (["adapt", "settings"], "settings: adapt is the stage already; did you mean --config settings?"),
         (["adapt", "train.steps=3"], "train.steps=3: adapt is the stage already; write --KEY=VALUE"),
         (
             ["adapt", "--config", "adapt.yaml", "--check-world", "0"],

@@ -1,6 +1,8 @@
 """tools/fit_law.py: what it writes, the same bytes for the same records, predictions, and what it refuses."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,10 @@ from matplotlib.image import imread
 
 from megatron_capgap.law import plot
 from tests.support import law as made
+from tests.support.processes import ROOT, environment
 from tools import fit_law
 
-RESULTS = Path(__file__).resolve().parents[2] / "examples" / "law_sweep" / "results"
+RESULTS = ROOT / "examples" / "law_sweep" / "results"
 WRITTEN = ["compute.png", "curse.png", "law.json", "law.png", "report.md"]
 
 
@@ -32,6 +35,14 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     said = capsys.readouterr().err
     assert said.startswith("fit_law: error: ") and said.count("\n") == 1
     return said
+
+
+@pytest.mark.parametrize("package", ["scipy", "matplotlib"])
+def test_without_the_libraries_one_line_says_what_brings_them(package: str) -> None:
+    program = f"import sys; sys.modules['{package}'] = None; from tools import fit_law"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    said = f"fit_law: error: {package} is not installed; pip install -e '.[plot]' brings it\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
 
 
 def test_everything_is_written_and_says_the_law(records: str, tmp_path: Path, capsys: Any) -> None:

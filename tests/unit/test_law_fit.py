@@ -145,3 +145,34 @@ def test_one_seed_and_three_teachers_leave_the_interval_open() -> None:
     found = study.study(some, "non-embedding")
     assert found.optima[0][1].interval is None and found.chosen.intervals() is None
     assert any("do not tell how sure its optimum is" in text for text in found.remarks)
+    assert found.optima[0][1].chance is None and found.optima[0][1].rise > 0
+    assert any("with one seed nothing tells whether its rise" in text for text in found.remarks)
+
+
+def test_a_rise_within_what_seeds_bring_about_is_no_curse() -> None:
+    """Losses of the law sweep's student with a fixed start: a parabola alone has an optimum in them."""
+    mean = np.array([4.83731, 4.82948, 4.82292, 4.82706, 4.82583, 4.82542])
+    apart = np.array([0.005, -0.008, 0.004, -0.002, 0.003, -0.002])
+    for scale, status in ((1.0, curves.NO_CURSE), (0.05, curves.OPTIMUM)):
+        losses = np.stack([mean + scale * apart, mean - scale * apart])
+        curve = curves.Curve(201_280, np.array([3e5, 6e5, 1.2e6, 2.4e6, 4.9e6, 9.7e6]), (1, 2), losses)
+        best = curves.optimum(curve, generator())
+        assert (best.status, best.best) == (status, 1.2e6), best
+        assert best.rise == pytest.approx(0.0025) and (best.rise > best.chance) == (status == curves.OPTIMUM)
+        # By hand: the mean square about both levels has 5 degrees of freedom, whose t of 0.1 / 5 is 2.757.
+        noise = 2 * np.sum((scale * (apart - apart.mean())) ** 2) / 5
+        assert best.chance == pytest.approx(2.757 * np.sqrt(noise), rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seeds", [(1, 2), (1, 2, 3)])
+def test_flat_curves_rise_by_chance_as_seldom_as_is_said(seeds: tuple[int, ...]) -> None:
+    """Flat altogether, or behind a steep fall up to a teacher of 5 S."""
+
+    def falling(student: float, teacher: float) -> float:
+        return 3.0 + 0.02 * max(0.0, np.log(5 * student / teacher)) ** 2
+
+    for loss in (lambda student, teacher: 3.0, falling):
+        drawn = studies(lambda random, loss=loss: made.draw(loss, random, 0.004, students=[2e6], seeds=seeds))
+        seen = [best.status for each in drawn for _, best in each.optima]
+        assert np.mean([status != curves.NO_CURSE for status in seen]) <= 1 - curves.LEVEL

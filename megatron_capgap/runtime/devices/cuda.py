@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_capgap.config import derive
-from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.errors import UserError, not_installed
 from megatron_capgap.config.schema import Precision
 from megatron_capgap.runtime.devices.device import Device, Part, library
 
@@ -24,10 +24,8 @@ def prepare(local_rank: int, precisions: Sequence[Precision]) -> Device:
     default = "transformer_engine" if installed else "local"
     engines = {derive.engine(precision, default) for precision in precisions}
     if "transformer_engine" in engines and not installed:
-        raise UserError(
-            "precision.engine: transformer_engine is not installed; pip install 'transformer-engine[pytorch]', or give "
-            "engine: local and no fp8"
-        )
+        reason = not_installed("transformer_engine", "fp8")
+        raise UserError(f"precision.engine: {reason}, or give engine: local and no fp8")
     used = "transformer_engine" in engines
     absent = "not asked for" if installed else "transformer_engine is not installed"
     return Device(

@@ -59,7 +59,7 @@ class Device:
     """Switches on what this device can fuse in the optimizer Megatron made."""
 
 
-def choose(name: str, local_rank: int, precisions: Sequence[Precision] = ()) -> Device:
+def choose(name: str, local_rank: int, precisions: Sequence[Precision] = (), place: str = "--device") -> Device:
     """Picks and prepares the device of this rank, and checks the Megatron-Core version first.
 
     To be called before anything imports Megatron-Core, which at its import decides what it compiles and whether
@@ -69,26 +69,29 @@ def choose(name: str, local_rank: int, precisions: Sequence[Precision] = ()) -> 
         name: auto, cpu or cuda; auto takes cuda where any GPU is visible.
         local_rank: this rank's number on its node.
         precisions: the arithmetic of each model.
+        place: where the name was said, for messages.
 
     Raises:
         UserError: cuda or Transformer Engine was asked for and is not there, or megatron-core is outside the tested
             range.
     """
     check_megatron(_installed("megatron-core"))
-    device = _prepare(name, local_rank, precisions)
+    device = _prepare(name, local_rank, precisions, place)
     _save_in_this_process()
     return device
 
 
-def _prepare(name: str, local_rank: int, precisions: Sequence[Precision]) -> Device:
+def _prepare(name: str, local_rank: int, precisions: Sequence[Precision], place: str) -> Device:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     # A launcher may show each rank its own GPU alone.
     index = 0 if gpus == 1 else local_rank
     if name == "cuda" or (name == "auto" and gpus > 0):
+        if gpus == 0:
+            raise UserError(f"{place}: {name}, but there is no GPU that torch could use here; cpu would do")
         if gpus <= index:
             raise UserError(
-                f"device: {name}, but rank {local_rank} of this node sees {gpus} GPUs; "
-                f"use device: cpu or start at most {gpus} ranks a node"
+                f"{place}: {name}, but rank {local_rank} of this node sees {gpus} GPUs; "
+                f"cpu would do, or at most {gpus} ranks a node"
             )
         from megatron_capgap.runtime.devices import cuda
 
