@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 
 from megatron_capgap.config.load import load
+from megatron_capgap.stages import check
 from tests.support.processes import ROOT
 from tools import convert_hf, expand_vocab, prepare_data
 
@@ -27,23 +28,47 @@ def example() -> ModuleType:
     return module
 
 
+# A line of a table in a comment: options, or "as it is", and what --check counts in GiB on 16 GPUs and on 128.
+ROW = re.compile(r"^ *#   (as it is|--\S.*?) +(\d+\.\d) +(\d+\.\d)$", re.MULTILINE)
+
+
+def need_mib(report: str) -> float:
+    (need,) = re.findall(r"memory of the fullest rank on a GPU, MiB\n(?:.*\n)*?  in all +([\d,.]+)", report)
+    return float(need.replace(",", ""))
+
+
 @pytest.mark.parametrize("gpus", [16, 128])
 def test_every_stage_fits(gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the comments say how well, and what other layouts would need."""
     monkeypatch.chdir(tmp_path)
     reports = dict(example().reports(gpus))
     assert {f"{stage}.yaml" for stage in reports} == {file.name for file in HERE.glob("*.yaml")}
     for stage, report in reports.items():
         assert report.startswith(f"{stage}: the configuration is sound\n")
         assert f"rank grid: {gpus} ranks = " in report
-        (need,) = re.findall(r"memory of the fullest rank on a GPU, MiB\n(?:.*\n)*?  in all +([\d,.]+)", report)
-        assert float(need.replace(",", "")) < ROOM_MIB, report
+        assert need_mib(report) < ROOM_MIB, report
         assert re.search(rf"^student +{TEACHER if stage == 'adapt' else STUDENT:,} ", report, re.MULTILINE)
+        file = HERE / f"{stage}.yaml"
+        rows = ROW.findall(file.read_text())
+        assert [options for options, *_ in rows].count("as it is") == 1
+        for options, *needs in rows:
+            words = [] if options == "as it is" else [word.removeprefix("--") for word in options.split()]
+            other = check.report(load(str(file), ["run_dir=runs/new", *words], stage), stage, gpus)
+            assert needs[gpus == 128] == f"{need_mib(other) / 1024:.1f}", f"{file.name}: {options} on {gpus} GPUs"
     for stage in ("prune", "distill"):
         assert re.search(rf"^teacher +{TEACHER:,} ", reports[stage], re.MULTILINE)
         assert "the teacher is 2.38 times the student" in reports[stage]
     for stage in ("adapt", "distill"):
         assert "tokens a step: 4,194,304 = 1024 sequences x 4096" in reports[stage]
     assert "30,041 steps, 126,001,086,464 tokens" in reports["distill"]
+    assert "the scores: 32 global batches, 8,388,608 tokens" in reports["prune"]
+
+
+def test_the_memory_is_told_in_tables_alone() -> None:
+    """Where the test above sees it."""
+    for file in HERE.iterdir():
+        for line in file.read_text().splitlines() if file.is_file() else []:
+            assert not re.search(r"\d *[GM]i?B", line) or "80 GB" in line, f"{file.name}: {line}"
 
 
 def test_the_numbers_of_the_paper() -> None:
