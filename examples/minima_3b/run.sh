@@ -5,7 +5,7 @@
 #   bash examples/minima_3b/run.sh adapt prune distill finetune evaluate [--section.key=value ...]
 #   bash examples/minima_3b/run.sh export
 #
-# The first three steps and the last run where they are called. The stages are jobs of examples/slurm/stage.sbatch, which
+# The first three steps and the last run where they are called. Stages are jobs of examples/slurm/stage.sbatch, which
 # come back after a time limit until the stage is done; each waits for the end of the one before it in the call, and is
 # cancelled where that fails. The same call goes on from there. Keys go to all stages of a call. sbatch takes its time
 # limit, partition and account from SBATCH_TIMELIMIT, SBATCH_PARTITION and SBATCH_ACCOUNT.
