@@ -55,6 +55,7 @@ MailProg=/bin/true
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
+GresTypes=gpu
 SchedulerParameters=batch_sched_delay=1,sched_interval=2,bf_interval=2
 SlurmdTimeout=10
 TCPTimeout=2
@@ -121,7 +122,7 @@ class Cluster:
     Args:
         folder: of its own, with a short name: unix sockets lie in it.
         nodes: how many.
-        tasks: CPUs that each node claims to have.
+        tasks: CPUs, and GPUs, that each node claims to have.
     """
 
     def __init__(self, folder: Path, nodes: int, tasks: int) -> None:
@@ -144,7 +145,7 @@ class Cluster:
         lines = []
         for node, port in zip(self.nodes, ports, strict=True):
             where = f"NodeHostname={node} NodeAddr={node}" if self._apart else f"NodeHostname={host} NodeAddr=127.0.0.1"
-            lines.append(f"NodeName={node} {where} Port={port} CPUs={tasks} State=UNKNOWN")
+            lines.append(f"NodeName={node} {where} Port={port} CPUs={tasks} Gres=gpu:{tasks} State=UNKNOWN")
         text = CONF.format(
             head=namespaces.HEAD if self._apart else "127.0.0.1",
             port=controller,
@@ -155,6 +156,10 @@ class Cluster:
             loopback="" if self._apart else _stay_on_loopback(),
         )
         (self.folder / "slurm.conf").write_text(text)
+        # What passes for a GPU is a file with a number.
+        for gpu in range(tasks):
+            (self.folder / f"gpu{gpu}").touch()
+        (self.folder / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={self.folder}/gpu[0-{tasks - 1}]\n")
 
     def start(self) -> None:
         """Starts the daemons and waits until all nodes are there."""

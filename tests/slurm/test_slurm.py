@@ -2,7 +2,9 @@
 
 import os
 import re
+import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -64,11 +66,12 @@ class Submitted:
         *options: str,
         words: Sequence[str] = (),
         starts: int = 10,
+        python: str = "python",
     ) -> None:
         self.cluster, self.run_dir, self.folder = cluster, Path(config["run_dir"]), folder
         command = ["sbatch", "--parsable", "--nodes=4", "--exclusive", *options, SCRIPT]
         command += ["distill", "--config", runs.write_config(config), *words]
-        variables = {"CAPGAP_MOST_STARTS": str(starts)}
+        variables = {"CAPGAP_MOST_STARTS": str(starts), "CAPGAP_PYTHON": python}
         self.number = cluster.run(*command, cwd=folder, variables=variables)
 
     def output(self) -> str:
@@ -125,6 +128,8 @@ def test_a_job_whose_own_time_is_up_and_that_lost_a_node_goes_on(
     checkpoint is done again."""
     config = config_of(material, tmp_path / "run", teacher)
     job = Submitted(cluster, tmp_path, runs.changed(config, train__exit_after_minutes=1e-6))
+    afterwards = ["sbatch", "--parsable", f"--dependency=afterok:{job.number}", "--kill-on-invalid-dep=yes"]
+    next_job = cluster.run(*afterwards, "--output=/dev/null", "--wrap=true")
     wait_for(lambda: job.says("start 1 stopped before the end of the run; requeued"), LIMIT, "its time", job.output)
     assert job.says("stopped by train.exit_after_minutes after step 1 of")
     runs.write_config(config)
@@ -132,7 +137,9 @@ def test_a_job_whose_own_time_is_up_and_that_lost_a_node_goes_on(
     cluster.kill_node(cluster.nodes[2])
     wait_for(lambda: job.restarts() == 2, LIMIT, "requeueing", job.output)
     cluster.start_node(cluster.nodes[2])
+    assert cluster.job(next_job, "JobState") == "PENDING"
     assert job.wait_for_end() == "COMPLETED", job.output()
+    wait_for(lambda: cluster.job(next_job, "JobState") == "COMPLETED", LIMIT, "what waited for its end", job.output)
     first, second = map(int, re.findall(r"resumed from \S+: step (\d+) of", job.output()))
     assert first == 1 and second in range(4, STEPS, 4)
     assert job.output().count("stopped by") == 1
@@ -199,27 +206,73 @@ def test_the_end_of_the_time_is_no_end_of_the_run(
 
 
 @pytest.mark.parametrize(
-    "options, words, message",
+    "options, how, message",
     [
-        ((), ["--train.stepz=3"], "train.stepz: unknown key"),
-        (
-            ("--nodes=2", "--ntasks=5", "--ntasks-per-node=4"),
-            [],
-            "every node must run as many ranks as the others",
-        ),
+        ((), {"words": ["--train.stepz=3"]}, "train.stepz: unknown key"),
+        (("--nodes=2", "--ntasks=5", "--ntasks-per-node=4"), {}, "every node must run as many ranks as the others"),
+        ((), {"python": "nopython"}, "stage.sbatch: error: no node can run nopython -m megatron_capgap (see above); "),
     ],
-    ids=["configuration", "unequal nodes"],
+    ids=["configuration", "unequal nodes", "environment"],
 )
 def test_what_would_be_refused_again_is_not_requeued(
-    cluster: Cluster, material: Material, teacher: Path, tmp_path: Path, options: Any, words: list[str], message: str
+    cluster: Cluster, material: Material, teacher: Path, tmp_path: Path, options: Any, how: Any, message: str
 ) -> None:
     config = config_of(material, tmp_path / "run", teacher)
-    job = Submitted(cluster, tmp_path, config, *options, words=words)
+    job = Submitted(cluster, tmp_path, config, *options, **how)
     assert job.wait_for_end() == "FAILED", job.output()
     assert cluster.job(job.number, "ExitCode") == "2:0"
     assert message in job.output()
     assert job.restarts() == 0
     assert not (tmp_path / "run").exists()
+
+
+def test_a_node_without_the_program_is_no_wrong_environment(
+    cluster: Cluster, material: Material, teacher: Path, tmp_path: Path
+) -> None:
+    """One of four: the ranks die, and the job comes back until it may no longer. The node takes a second to find out: a
+    task that ends while SLURM still starts the others may leave them to their own time-out."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$SLURM_NODEID" != 1 ] || {{ sleep 1; exit 127; }}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    config = config_of(material, tmp_path / "run", teacher, runtime__timeout_seconds=20)
+    job = Submitted(cluster, tmp_path, config, starts=2, python=str(python))
+    assert job.wait_for_end() == "FAILED", job.output()
+    assert job.says(r"start 1 died \(exit code \d+\); requeued") and job.says("not requeued, CAPGAP_MOST_STARTS is 2")
+    assert job.restarts() == 1
+
+
+def test_the_recipe_s_stages_follow_each_other(cluster: Cluster, material: Material, tmp_path: Path) -> None:
+    """Its script, with stages of its own: what comes next waits for a stage that comes back once, and is cancelled
+    where it fails."""
+    recipe = tmp_path / "examples" / "minima_3b"
+    recipe.mkdir(parents=True)
+    (tmp_path / "examples" / "slurm").mkdir()
+    shutil.copy(SCRIPT, tmp_path / "examples" / "slurm")
+    shutil.copy(ROOT / "examples" / "minima_3b" / "run.sh", recipe)
+    adapt = runs.adapt_config(material, tmp_path / "run", train__steps=2, train__exit_after_minutes=1e-6)
+    runs.write_config(adapt, recipe / "adapt.yaml")
+    evaluate = runs.changed(adapt, run_dir=str(tmp_path / "evaluate"), train=None, optimizer=None, checkpoint=None)
+    evaluate["student"] = {"checkpoint": adapt["run_dir"]}
+    runs.write_config(evaluate, recipe / "evaluate.yaml")
+
+    def submit(*words: str) -> tuple[str, str]:
+        variables = {"WORK": str(tmp_path), "NODES": "2", "GPUS": "1"}
+        one, other = re.findall(r"job (\d+)", cluster.run("bash", str(recipe / "run.sh"), *words, variables=variables))
+        return one, other
+
+    def states(*jobs: str) -> list[str]:
+        return [cluster.job(job, "JobState") for job in jobs]
+
+    def output() -> str:
+        return "\n".join(file.read_text() for file in sorted(tmp_path.glob("slurm-*.out")))
+
+    jobs = submit("adapt", "evaluate")
+    wait_for(lambda: cluster.job(jobs[0], "Restarts") == "1", LIMIT, "the second start", output)
+    assert states(jobs[1]) == ["PENDING"]
+    wait_for(lambda: states(*jobs) == ["COMPLETED", "COMPLETED"], LIMIT, "the evaluation", output)
+    assert len(runs.steps_of(tmp_path / "run")) == 2 and (tmp_path / "evaluate" / "evaluation.json").is_file()
+    jobs = submit("adapt", "evaluate", "--train.stepz=3")
+    wait_for(lambda: states(*jobs) == ["FAILED", "CANCELLED"], LIMIT, "the end of the call", output)
 
 
 def test_a_sweep_has_as_many_runs_at_a_time_as_it_may(
