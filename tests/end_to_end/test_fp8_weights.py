@@ -13,7 +13,7 @@ from tests.support import pruning, runs
 from tests.support.engine import needs_files
 from tests.support.pool import WorkerPool
 from tests.support.runs import Material, assert_close
-from tests.support.state import kinds_of, run_engine, run_scoring
+from tests.support.state import kinds_of, run_engine, run_scoring, written_of
 from tools import convert_hf
 
 RECIPES = ("delayed", "tensorwise", "blockwise")
@@ -70,6 +70,16 @@ def test_they_are_there_and_masters_begin_exact(fresh_pool: WorkerPool, material
 # Seen: 6e-4 under tensor 2, 1e-7 under pipeline 2, 0 with weights in bf16; and in step 3, where the masters were 1% too
 # large or a moment zero, 5e-3 or more. Delayed scaling may carry the last digits further.
 RESUMED = {"tensor": 2e-3, "pipeline": 1e-5, "without": 1e-6}
+
+
+def test_only_who_writes_them_makes_copies(fresh_pool: WorkerPool, material: Material, tmp_path: Path) -> None:
+    """The first of two data-parallel ranks, which hold the same weights: the other would fill its GPU for nothing."""
+    changes = {"precision": precision("tensorwise", True), "student__model": SHAPE, "train__steps": 1}
+    words = ["adapt", "--config", runs.write_config(config_of(material, tmp_path / "run", **changes))]
+    ranks = fresh_pool.run(run_engine, [], written_of, words, world=2, initialise=False)
+    for (code, seen), device in zip(ranks, ("cpu", "meta"), strict=True):
+        assert code == 0 and len(seen[1]) == len(LINEARS) * SHAPE["layers"]
+        assert set(seen[1].values()) == {(device, "torch.bfloat16")}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

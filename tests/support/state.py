@@ -6,7 +6,6 @@ from typing import Any
 import torch
 
 from megatron_capgap.__main__ import main
-from megatron_capgap.models.gpt import unwrap
 from tests.support.engine import start
 
 
@@ -40,6 +39,8 @@ def scales_of(run: Any) -> list[bytes]:
 
 def kinds_of(run: Any) -> dict[str, tuple[str, float]]:
     """Of every parameter that has a master: its class, and how far it is from it at most, relative to its largest."""
+    from megatron_capgap.models.gpt import unwrap  # Megatron, which a worker may have to prepare for first
+
     found = {}
     for chunk in run.chunks:
         for name, parameter in unwrap(chunk).named_parameters():
@@ -47,6 +48,16 @@ def kinds_of(run: Any) -> dict[str, tuple[str, float]]:
             off = (parameter.detach().float().flatten() - master).abs().max() / master.abs().max()
             found[name] = type(parameter).__name__, off.item()
     return found
+
+
+def written_of(run: Any) -> dict[str, tuple[str, str]]:
+    """Of every weight that lives in FP8: the device and type of what this rank gives to a checkpoint in its place."""
+    from megatron_capgap.checkpoint import store
+    from megatron_capgap.models.gpt import unwrap
+
+    state = store.training_state(run.chunks, run.grid, run.optimization, copied=False, scales=False)()
+    held = {name for name, one in unwrap(run.chunks[0]).named_parameters() if type(one).__name__ == "Float8Tensor"}
+    return {name: (state["model"][name].data.device.type, str(state["model"][name].data.dtype)) for name in held}
 
 
 def run_poisoned(
