@@ -324,7 +324,9 @@ def run_cell(sweep: Sweep, cell: Cell, workers: Any, label: str) -> int:
     if not code and not finished(sweep, cell):
         code = 1
     how = f"failed with exit code {code}, see {log}" if code else "done"
-    print(f"{label}: {how} ({time.monotonic() - began:.0f} s)", flush=True)
+    # In one piece: print would write the line's end by itself, and another thread's line could come between.
+    sys.stdout.write(f"{label}: {how} ({time.monotonic() - began:.0f} s)\n")
+    sys.stdout.flush()
     return code
 
 

@@ -17,11 +17,10 @@ import torch.distributed as dist
 
 from megatron_capgap.checkpoint import manifest as manifests
 from megatron_capgap.checkpoint import safe, sealed
-from megatron_capgap.checkpoint.manifest import Damaged
+from megatron_capgap.checkpoint.manifest import CONTENTS, Damaged
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.runtime.launch import on_every_rank, on_first_rank
 
-CONTENTS = "contents.json"
 _BLOCK = 1 << 20
 Answer = TypeVar("Answer")
 

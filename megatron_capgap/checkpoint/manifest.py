@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from dataclasses import asdict, dataclass
@@ -18,6 +19,7 @@ from megatron_capgap.models import size
 FORMAT = 2
 MANIFEST = "capgap.json"
 BEST = "best"
+CONTENTS = "contents.json"
 
 
 class Damaged(UserError):
@@ -40,6 +42,8 @@ class Origin:
     """All its parameters."""
     non_embedding: int
     """Those without embeddings and LM head, less the padding."""
+    content: str | None = None
+    """Equal for equal files, wherever they lie: a digest of the list of their checksums."""
 
     @classmethod
     def of(cls, checkpoint: Path, manifest: Manifest) -> Origin:
@@ -49,6 +53,7 @@ class Origin:
             checkpoint: its folder.
             manifest: what it says of itself.
         """
+        listed = checkpoint / CONTENTS
         return cls(
             checkpoint=str(checkpoint),
             step=manifest.step,
@@ -56,7 +61,14 @@ class Origin:
             model=manifest.model,
             parameters=size.parameters(manifest.model),
             non_embedding=manifest.kept,
+            content=hashlib.sha256(listed.read_bytes()).hexdigest()[:16] if listed.is_file() else None,
         )
+
+    def same(self, other: Origin | None) -> bool:
+        """Whether both are one model, as far as both know."""
+        if other is not None and self.content and other.content:
+            return self.content == other.content
+        return other is not None and (self.step, self.tokens, self.model) == (other.step, other.tokens, other.model)
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,8 @@ class Lessons:
     """Whom it learns from, if from anyone."""
     objective: Objective | None
     """What is minimised, if there is a teacher."""
+    packed: bool | None = None
+    """Whether conversations share rows, where the data are conversations."""
 
 
 @dataclass(frozen=True)

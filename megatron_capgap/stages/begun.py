@@ -124,6 +124,8 @@ def _other_lessons(loaded: Loaded, stage: str, found: Manifest, now: Lessons | N
     if was is None or now is None or found.stage != stage:
         return []
     rows = [(f"{role}.checkpoint", getattr(was, role), getattr(now, role)) for role in ("student", "teacher")]
+    if was.packed is not None:
+        rows.append(("finetune.packed", was.packed, now.packed))
     if was.data and now.data:
         rows.append(("data.train", was.data, now.data))
     rows.append(("data.train_weights", was.weights, now.weights))
@@ -134,12 +136,8 @@ def _other_lessons(loaded: Loaded, stage: str, found: Manifest, now: Lessons | N
         f"{loaded.place(key)}: {loaded.config.run_dir} was begun with {_shown(before)}, this start has "
         f"{_shown(after)}; keep what it was or choose another run_dir"
         for key, before, after in rows
-        if _identity(before) != _identity(after)
+        if not (before.same(after) if isinstance(before, Origin) else before == after)
     ]
-
-
-def _identity(value: object) -> object:
-    return (value.step, value.tokens, value.model) if isinstance(value, Origin) else value
 
 
 def _shown(value: object) -> str:

@@ -40,13 +40,9 @@ def report(loaded: Loaded, stage: str, world: int, capability: tuple[int, int] |
 
 def _missing_data(resolved: Resolved) -> list[str]:
     """The data may lie where the run will be, or be yet to be made."""
-    loaded, data = resolved.loaded, resolved.config.data
-    read = {"data.valid": data.valid} if resolved.stage == "evaluate" else {"data.train": data.train}
-    if resolved.stage not in ("evaluate", "prune"):
-        read["data.valid"] = data.valid
     return [
-        f"{loaded.place(key)}: {name} is not here; the run needs it"
-        for key, names in read.items()
+        f"{resolved.loaded.place(key)}: {name} is not here; the run needs it"
+        for key, names in resolved.reads.items()
         for name in names
         if data_file(name) is None
     ]

@@ -72,10 +72,8 @@ def with_steps(resolved: Resolved, count: int | None) -> Resolved:
 
 def _refuse_missing(resolved: Resolved) -> None:
     """Names the key of a file that is not there; what is wrong within a file is told by its own name."""
-    data, look = resolved.config.data, indexed.paths if resolved.template is None else conversations_file
-    unread = resolved.stage == "evaluate" and resolved.template is not None
-    problems = []
-    for key, paths in {"data.train": () if unread else data.train, "data.valid": data.valid}.items():
+    look, problems = indexed.paths if resolved.template is None else conversations_file, []
+    for key, paths in resolved.reads.items():
         for path in paths:
             try:
                 look(path)

@@ -25,7 +25,7 @@ def write(resolved: Resolved) -> str:
         What to tell the reader.
     """
     run_dir, steps = Path(resolved.config.run_dir), resolved.config.train.steps
-    if resolved.resumed is not None and resolved.resumed.step == steps and (run_dir / RECORD).exists():
+    if resolved.resumed is not None and resolved.resumed.step == steps and _tokens(run_dir / RECORD) == _all(resolved):
         return f"record for the law: {run_dir / RECORD}, as it was"
     if not resolved.config.data.valid:
         return "no record for the law: data.valid names no held-out text"
@@ -41,8 +41,8 @@ def write(resolved: Resolved) -> str:
 def describe(resolved: Resolved, valid_loss: float, valid_tokens: int | None) -> Record:
     """The record of a distillation that took all its steps."""
     config, student, teacher, source = resolved.config, resolved.student, resolved.teacher, resolved.teacher_source
-    assert teacher is not None and source is not None and config.train.steps is not None
-    tokens = config.train.steps * resolved.global_batch * config.data.sequence_length
+    assert teacher is not None and source is not None
+    tokens = _all(resolved)
     return Record(
         student_params=resolved.student_kept,
         teacher_params=source.manifest.kept,
@@ -61,6 +61,20 @@ def describe(resolved: Resolved, valid_loss: float, valid_tokens: int | None) ->
         valid_tokens=valid_tokens,
         tokenizer=resolved.tokenizer.fingerprint[:16],
     )
+
+
+def _all(resolved: Resolved) -> int:
+    """Tokens that the whole run is trained on."""
+    assert resolved.config.train.steps is not None
+    return resolved.config.train.steps * resolved.global_batch * resolved.config.data.sequence_length
+
+
+def _tokens(record: Path) -> int | None:
+    """What a record that is there speaks of: the run may have been shorter then."""
+    try:
+        return json.loads(record.read_text(encoding="utf-8"))["tokens"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _beginning(resolved: Resolved) -> str:

@@ -64,6 +64,13 @@ class Resolved:
         return self.config.finetune or Finetune()
 
     @property
+    def reads(self) -> dict[str, tuple[str, ...]]:
+        """The datasets or files of conversations that are opened, by key."""
+        data = self.config.data
+        unread = self.stage == "evaluate" and self.template is not None
+        return {"data.train": () if unread else data.train, "data.valid": data.valid}
+
+    @property
     def global_batch(self) -> int:
         """Sequences in one step over all ranks."""
         return derive.global_batch(self.config, self.config.student.layout, self.student_world)
@@ -89,7 +96,7 @@ def resolve(loaded: Loaded, stage: str, world: int, capability: tuple[int, int] 
     checks.check(loaded, stage, world, student, teacher, capability)
     tokenizer = _tokenizer(loaded)
     template = _template(loaded, stage, tokenizer)
-    lessons = _lessons(loaded.config, stage, student_source, teacher_source)
+    lessons = _lessons(config, stage, student_source, teacher_source)
     resumed = begun(loaded, stage, world, wanted, teacher, tokenizer, template, lessons)
     problems = [
         *_vocabulary_problems(loaded, student, student_source, tokenizer),
@@ -149,6 +156,7 @@ def _lessons(config: Config, stage: str, student: Source | None, teacher: Source
         student=Origin.of(student.folder, student.manifest) if student else None,
         teacher=Origin.of(teacher.folder, teacher.manifest) if teacher else None,
         objective=config.objective if teacher else None,
+        packed=(config.finetune or Finetune()).packed if stage == "finetune" else None,
     )
 
 

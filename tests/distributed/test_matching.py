@@ -213,5 +213,8 @@ def test_a_run_is_not_continued_with_other_projections(
     (rank,) = runs.run_stage(pool, "distill", runs.changed(raw, objective__matching=PAIRS[:1], train__steps=2))
     assert rank.value == 2
     (line,) = rank.stderr.splitlines()
-    assert "objective.matching: " in line and "projections of layers 1_2_mse 4_3_cosine 4_3_mse, this start has" in line
+    assert (
+        "objective.matching: " in line
+        and "was begun with 1_2_mse x 0.5, 4_3_cosine x 2, 4_3_mse x 1, this start has" in line
+    )
     assert runs.files_of(tmp_path / "run") == before

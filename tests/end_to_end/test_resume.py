@@ -214,7 +214,12 @@ def test_a_run_goes_on_with_its_teacher_and_its_data(
     material: Material, teacher: Path, student: Path, taught: Path, tmp_path: Path, capsys: Any
 ) -> None:
     held_out = material.data["valid"]
+    copied = tmp_path / "copied"
+    shutil.copytree(teacher, copied)
+    listed = copied / "checkpoints" / (copied / "latest").read_text().strip() / "contents.json"
+    listed.write_text(listed.read_text() + " ")  # as many steps, tokens and parameters, and not the same
     for changes, said in (
+        ({"teacher__checkpoint": str(copied)}, f"teacher.checkpoint: {taught} was begun with {teacher}/"),
         ({"teacher__checkpoint": str(taught)}, f"teacher.checkpoint: {taught} was begun with {teacher}/"),
         ({"data__train": held_out}, "data.train: "),
         ({"student__model": None, "student__checkpoint": str(student)}, "student.checkpoint: "),
@@ -251,3 +256,18 @@ def test_a_finished_run_is_left_as_it_is(pool: WorkerPool, material: Material, t
     kept = {name for name in before if "tensorboard" not in name and "data_cache" not in name}
     assert {"resolved.yaml", "record.json", "metrics.jsonl"} <= kept
     assert {name for name in kept if after[name] != before[name]} == set()
+
+
+def test_the_record_of_a_shorter_run_does_not_stay(
+    pool: WorkerPool, material: Material, teacher: Path, taught: Path, tmp_path: Path
+) -> None:
+    """The longer run is stopped after its last save, before it has left a record."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(taught, run_dir)
+    shorter = (run_dir / "record.json").read_bytes()
+    longer = runs.distill_config(material, run_dir, teacher, train__steps=3)
+    runs.train(pool, "distill", longer)
+    wanted = (run_dir / "record.json").read_bytes()
+    (run_dir / "record.json").write_bytes(shorter)
+    runs.train(pool, "distill", longer)
+    assert (run_dir / "record.json").read_bytes() == wanted != shorter
