@@ -92,12 +92,10 @@ def parse(argv: Sequence[str]) -> Command:
                 raise UserError(f"{word}: {name} takes no value; write {name} alone")
             flags.add(_FLAGS[name])
         elif not name.startswith("-"):
-            if stage is not None and (name.endswith((".yaml", ".yml")) or Path(word).is_file()):
-                raise UserError(f"{word}: {stage} is the stage already; did you mean --config {word}?")
             if stage is not None:
-                raise UserError(
-                    f"{word}: {stage} is the stage already; write --KEY=VALUE for a key of the configuration"
-                )
+                file = name.endswith((".yaml", ".yml")) or Path(word).is_file()
+                way = f"did you mean --config {word}?" if file else "write --KEY=VALUE for a key of the configuration"
+                raise UserError(f"{word}: {stage} is the stage already; {way}")
             stage = word
         else:
             _known(name)

@@ -99,7 +99,7 @@ def load(path: str, overrides: Sequence[str], stage: str) -> Loaded:
 
 def dump(config: Config, path: str) -> None:
     """Writes what `load` reads back to an equal object, keys in schema order; replaces `path` atomically."""
-    text = yaml.dump(json.loads(json.dumps(asdict(config))), Dumper=Dumper, sort_keys=False, width=110)
+    text = yaml.dump(_plain(config), Dumper=Dumper, sort_keys=False, width=110)
     write_atomically(Path(path), text)
 
 
@@ -110,7 +110,12 @@ def changes(config: Config, path: Path) -> list[str]:
         before = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return []
-    return list(_differences(before, json.loads(json.dumps(asdict(config))), ""))
+    return list(_differences(before, _plain(config), ""))
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    """The configuration as YAML has it: mappings and lists."""
+    return json.loads(json.dumps(asdict(config)))
 
 
 def _differences(before: Any, now: Any, key: str) -> Iterator[str]:

@@ -271,7 +271,7 @@ def test_what_runs_read_is_there_before_they_begin(
     assert make_sweep.main(["grid.yaml"]) == 0
     assert f"note: before these runs can start: grid.yaml:{line}: " in capsys.readouterr().out
     refused = subprocess.run(["bash", "sweep/slurm/submit.sh"], capture_output=True, text=True)
-    assert refused.returncode == 2 and f"error: {tmp_path}/work/" in refused.stderr, refused.stderr
+    assert refused.returncode == 2 and f"error: {tmp_path / 'work'}/" in refused.stderr, refused.stderr
 
 
 def test_what_is_there_is_submitted(material: Material, tmp_path: Path) -> None:
