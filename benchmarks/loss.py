@@ -25,19 +25,22 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from megatron_capgap.losses import DistillationObjective, TeacherHidden, distillation_loss
 
 MB = 1e6
 CHECKED_TOKENS = 256
 LOOKS = 6
+MOMENT = 0.02  # seconds
+RUN = "a run under the profiler"
 
 
 @dataclass(frozen=True)
@@ -222,30 +225,48 @@ def timed(run: Callable[[], None], problem: Problem) -> tuple[float, float]:
 def memory(problem: Problem, contender: Contender) -> tuple[float, float]:
     """MB on this rank above the inputs: held between forward and backward, and at the peak, gradients included.
 
-    The least of several looks: what gloo's own thread is the last to let go of is released where the profiler does not
-    see it, on a busy machine in every third look, and so counts as if it were held.
+    Gloo's own thread lets go of a buffer a moment late, unseen by the profiler, to which the buffer then stays for
+    good. So held is what goes with the loss, a moment after the forward, not what the forward left; and of several
+    looks the most that went and the lowest peak count.
     """
-    held, peak = zip(*(_memory_once(problem, contender) for _ in range(LOOKS)), strict=True)
-    return min(held) / MB, min(peak) / MB
+    held, peaks = zip(*(_memory_once(problem, contender) for _ in range(LOOKS)), strict=True)
+    return max(held) / MB, min(peaks) / MB
 
 
-def _memory_once(problem: Problem, contender: Contender) -> tuple[float, float]:
+def _memory_once(problem: Problem, contender: Contender) -> tuple[int, int]:
     problem.hidden.grad = problem.head.grad = None
-    out, held, peak = allocations(lambda: contender.loss(problem))
-    _, _, peak_backward = allocations(out.backward)
-    return held, max(peak, held + peak_backward)
+    losses = []
+    forward, _, let_go = changes(
+        lambda: losses.append(contender.loss(problem)), lambda: time.sleep(MOMENT), losses.clear
+    )
+    losses.append(contender.loss(problem))
+    (backward,) = changes(losses[0].backward)
+    held = -sum(let_go)
+    return held, max(most(forward), held + most(backward))
 
 
-def allocations(run: Callable[[], Tensor]) -> tuple[Tensor, float, float]:
-    """What `run` returns, and by how many bytes the allocated memory grew at the end and at the most."""
+def changes(*runs: Callable[[], None]) -> list[list[int]]:
+    """By how many bytes each run grew (or, below zero, shrank) this thread's allocated memory, event by event.
+
+    In one profile: the profiler does not speak of the end of what was there before it.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        out = run()
-    now = most = 0
-    for event in recorded.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return out, now, most
+        for run in runs:
+            with record_function(RUN):
+                run()
+    events = sorted(recorded.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    of_runs = []
+    for event in events:
+        if event.name() == RUN:
+            of_runs.append([])
+        elif event.name() == "[memory]" and of_runs:
+            of_runs[-1].append(event.nbytes())
+    return of_runs
+
+
+def most(changes: list[int]) -> int:
+    """The highest that their sum comes to on the way."""
+    return max(accumulate(changes, initial=0))
 
 
 def gradient_error(problem: Problem, contender: Contender) -> float:
