@@ -61,7 +61,7 @@ class Transfer:
             try:
                 work.wait()
             except RuntimeError as error:
-                raise HandOffError(f"{what} waited in vain: {_first_line(error)}") from error
+                raise _in_vain(what, error) from error
         self.say("")
         self.under_way.clear()
         return self.states
@@ -102,6 +102,9 @@ class HandOff:
             held: what the teacher has left on this rank, whole `[rows, h_teacher]`, contiguous; nothing where it left
                 nothing.
             first_sample: number of the global batch's first sample.
+
+        Raises:
+            HandOffError: a rank at another end has gone before.
         """
         states: States = {}
         sends, receives, names = [], [], ([], [])
@@ -122,7 +125,13 @@ class HandOff:
                     names[0].append(_name(stream, piece, sample))
                 elif taken.data_ptr() != given.data_ptr():
                     taken.copy_(given)
-        works = self._transport(sends, receives)
+        try:
+            works = self._transport(sends, receives)
+        except RuntimeError as error:
+            first, *rest = [*names[0], *names[1]]
+            what = f"{first} or one of {len(rest)} more" if rest else first
+            self._say(what)
+            raise _in_vain(what, error) from error
         tensors = [tensor for tensor, _ in (*sends, *receives)]
         return Transfer(states, list(zip(works, tensors, [*names[0], *names[1]], strict=True)), self._say)
 
@@ -179,5 +188,6 @@ def _name(stream: Stream, piece: Piece, sample: int) -> str:
     )
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _in_vain(what: str, error: RuntimeError) -> HandOffError:
+    said = str(error).strip()
+    return HandOffError(f"{what} waited in vain: {said.splitlines()[0] if said else type(error).__name__}")

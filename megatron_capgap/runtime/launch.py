@@ -6,10 +6,12 @@ Nothing here imports torch before `join` is called, so that `--help` and `--chec
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -274,7 +276,12 @@ def largest_in_world(number: int, device: torch.device) -> int:
 
 
 def free_port() -> int:
-    """A port of this host that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port of this host that nobody listens on.
+
+    Below those that Linux hands out by itself (from 32768 on): it is still free when the job listens, seconds later.
+    """
+    for port in random.SystemRandom().sample(range(20000, 32000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise UserError("the loopback address 127.0.0.1: none of 100 ports can be bound; is the interface lo up?")

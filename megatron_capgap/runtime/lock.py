@@ -96,21 +96,23 @@ class RunLock:
                 f"run_dir: {self._path.parent} is in use by {_who(found)}; wait for it, stop it, or choose another "
                 f"run_dir (if it is gone for certain, remove {self._path})"
             )
-        # Renamed first: of two jobs that find a dead one's file, one gets it, and the other sees that it did not.
-        aside = self._path.with_name(f".{NAME}.{socket.gethostname()}.{os.getpid()}")
+        # One job at a time removes a dead one's file, having looked again: another may have had its turn in between.
+        turn = self._path.with_name(f".{NAME}.turn")
         with suppress(FileNotFoundError):
-            self._path.rename(aside)
-            taken = _read(aside)
-            if taken != found:
-                with suppress(FileExistsError):
-                    os.link(aside, self._path)
-            aside.unlink()
+            if self._age(turn) > STALE_SECONDS:  # died in these few lines
+                turn.unlink()
         try:
-            self._create()
+            turn.open("x").close()
+            try:
+                if self._why_stale(_read(self._path)) is not None:
+                    self._path.unlink(missing_ok=True)
+                self._create()
+            finally:
+                turn.unlink()
         except FileExistsError:
             raise UserError(
-                f"run_dir: {self._path.parent} is in use by {_who(_read(self._path))}, which began at the same time; "
-                "choose another run_dir"
+                f"run_dir: another job, which began at the same time, has taken {self._path.parent} over from "
+                f"{_who(found)}; choose another run_dir"
             ) from None
         return f"{self._path.parent} was in use by {_who(found)}, {why}; this job goes on in its place"
 
@@ -122,16 +124,16 @@ class RunLock:
         if (found.get("host"), found.get("pids")) == (me["host"], me["pids"]):
             return None if _lives(found) else "which has died"
         with suppress(FileNotFoundError):
-            age = self._now() - self._path.stat().st_mtime
+            age = self._age(self._path)
             return f"which was last seen {age:.0f} s ago" if age > STALE_SECONDS else None
         return "which has just ended"
 
-    def _now(self) -> float:
-        """The file system's time, which need not be this machine's."""
+    def _age(self, path: Path) -> float:
+        """Seconds since a file was touched, by the file system's time, which need not be this machine's."""
         probe = self._path.with_name(f".{NAME}.{socket.gethostname()}.{os.getpid()}.time")
         probe.touch()
         try:
-            return probe.stat().st_mtime
+            return probe.stat().st_mtime - path.stat().st_mtime
         finally:
             probe.unlink()
 

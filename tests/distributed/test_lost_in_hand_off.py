@@ -11,7 +11,7 @@ import torch
 from megatron_capgap.config.schema import Config, Data, Layout, Student, Teacher, Train
 from tests.support.pool import WorkerError, WorkerPool
 
-LIMIT = 4.0  # seconds that a transfer waits
+LIMIT = 5.0  # seconds that a transfer waits, and a rank for the others to begin
 
 
 def hand_over_without(lost: int, how: str) -> tuple[str, float] | None:
@@ -38,11 +38,13 @@ def hand_over_without(lost: int, how: str) -> tuple[str, float] | None:
     hand_off.begin({FINAL: held}, 0).finish()  # every connection has been used
     dist.barrier()
     began = time.monotonic()
-    if rank == lost and how == "dead":
+    if rank == lost and "dead" in how:
         os.kill(os.getpid(), signal.SIGKILL)
     elif rank == lost:
         time.sleep(2 * LIMIT)
         return None
+    elif how == "long dead":  # its connections are closed when the transfer begins
+        time.sleep(1)
     try:
         hand_off.begin({FINAL: held}, 0).finish()
     except HandOffError as error:
@@ -68,10 +70,11 @@ def test_a_rank_that_stalls_in_a_colocated_hand_off(pool: WorkerPool) -> None:
             assert seconds < LIMIT + 15, "and the time that a loaded machine takes to say so"
 
 
-def test_a_rank_that_dies_in_a_colocated_hand_off(pool: WorkerPool) -> None:
+@pytest.mark.parametrize("how", ["dead", "long dead"])
+def test_a_rank_that_dies_in_a_colocated_hand_off(pool: WorkerPool, how: str) -> None:
     began = time.monotonic()
     with pytest.raises(WorkerError) as failed:
-        pool.run(stop_where_it_waits, 3, world=4, initialise=False)
+        pool.run(stop_where_it_waits, 3, how, world=4, initialise=False)
     assert time.monotonic() - began < 120
     failures = failed.value.failures
     assert sorted(failures) == [0, 1, 2, 3] and "exit code -9" in failures[3].reason
@@ -79,7 +82,7 @@ def test_a_rank_that_dies_in_a_colocated_hand_off(pool: WorkerPool) -> None:
         assert_named(failures[rank].reason, 3, rank)
 
 
-def stop_where_it_waits(lost: int) -> None:
+def stop_where_it_waits(lost: int, how: str) -> None:
     """Runs in a worker: as `hand_over_without` a rank that dies, with an error where that is told."""
-    if found := hand_over_without(lost, "dead"):
+    if found := hand_over_without(lost, how):
         raise RuntimeError(found[0])

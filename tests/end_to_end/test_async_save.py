@@ -60,7 +60,10 @@ def test_training_goes_on_and_the_files_are_those_of_a_run_that_waits(
         code, begun = rank.value
         assert code == 0, rank.stderr
         # A save waits for the one before: that of step 6 begins when that of step 3 is on disk.
-        assert begun == {".step_3.incomplete": 5, ".step_6.incomplete": 8, ".step_9.incomplete": 9}
+        # A step more may have been taken by the time the writer looks, but no save is later than that.
+        assert begun.keys() == {f".step_{step}.incomplete" for step in (3, 6, 9)}
+        assert begun[".step_3.incomplete"] in (5, 6) and begun[".step_6.incomplete"] in (8, 9)
+        assert begun[".step_9.incomplete"] == 9
     assert runs.metrics(tmp_path / "beside") == runs.metrics(tmp_path / "waits")
     one, other = (runs.files_of(tmp_path / name / "checkpoints") for name in ("waits", "beside"))
     assert one.keys() == other.keys() and len(one) > 15

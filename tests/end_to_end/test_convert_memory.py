@@ -12,11 +12,12 @@ from tests.support.processes import ROOT, environment
 
 # Three quarters of every width, by random scores; prints what `apply` by itself adds to the peak.
 CUT = """
-import resource, sys
+import sys
 from dataclasses import replace
 from pathlib import Path
 from megatron_capgap.runtime import launch
 from megatron_capgap.runtime.devices import choose
+from megatron_capgap.runtime.devices.cpu import peak_resident_bytes
 device = choose("cpu", 0)
 launch.join(launch.read_environment({}), device, 60)
 import torch
@@ -32,9 +33,9 @@ sizes = vars(Scores.zeros(shape, torch.device("cpu")))
 scores = Scores(**{name: torch.rand_like(value) for name, value in sizes.items()})
 wanted = plan.make(shape, student, scores, "position")
 Path(sys.argv[2]).mkdir()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak_resident_bytes()
 apply(teacher, wanted, Path(sys.argv[2]))
-print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+print(peak_resident_bytes() - before)
 launch.leave()
 """
 

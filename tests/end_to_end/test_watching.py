@@ -30,6 +30,8 @@ def slow(part: str, rank: int, words: list[str]) -> int:
     def slowly(*arguments: Any, **options: Any) -> Any:
         if dist.get_rank() == rank:
             time.sleep(SECONDS)
+        elif part == "forward":  # else the moment that a busy machine takes from its reading would be half of its way
+            time.sleep(SECONDS / 2)
         return work(*arguments, **options)
 
     setattr(module, name, slowly)
@@ -92,7 +94,7 @@ def test_a_lost_rank_is_named_with_what_the_others_waited_in(name: str, material
         codes = [ranks.ranks[rank].wait(3 * limit) for rank in others]
         # A dead rank's connections close; one that stands still is missed after the time-out. Then it is looked for.
         wait = 0 if number == signal.SIGKILL else limit
-        assert time.monotonic() - began < wait + limit / 2 + 2
+        assert time.monotonic() - began < wait + limit / 2 + 8, "and the time to leave"
         assert all(code not in (0, None) for code in codes), codes
         lines = [
             line for rank in others for line in ranks.stderr(rank).splitlines() if line.startswith("capgap: error")

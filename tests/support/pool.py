@@ -32,7 +32,7 @@ PRELOADED = [
     "pytest",
 ]
 STREAMS = ("stdout", "stderr")
-SECONDS_AFTER_A_FAILURE = 15.0  # what the other ranks get to notice that one of them is gone
+SECONDS_AFTER_A_FAILURE = 30.0  # what the other ranks get to notice that one of them is gone
 GRACE_SECONDS = 0.05  # of a refusal: no launcher is here that would end a rank while the first one speaks
 
 

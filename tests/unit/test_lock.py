@@ -145,3 +145,41 @@ def test_of_many_that_find_a_dead_job_one_gets_its_place(tmp_path: Path) -> None
     for job in jobs:
         job.communicate("end\n")
     assert answers == ["refused"] * 5 + ["taken"]
+
+
+def test_who_is_late_to_a_dead_job_s_place_leaves_the_new_one_s_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between reading the dead one's file and removing it, another job has taken the place."""
+    file, unlink, rename = left_by(tmp_path, pid=ended_process()), Path.unlink, Path.rename
+    late, early = RunLock(tmp_path), RunLock(tmp_path)
+    why = late._why_stale
+
+    def meanwhile(found: dict[str, Any]) -> str | None:
+        monkeypatch.setattr(late, "_why_stale", why)
+        said = why(found)
+        early.take()
+        for name, act in (("unlink", unlink), ("rename", rename)):
+            monkeypatch.setattr(Path, name, lambda self, *rest, act=act, **more: taken.append(self) or act(self, *rest))
+        return said
+
+    taken: list[Path] = []
+    monkeypatch.setattr(late, "_why_stale", meanwhile)
+    with pytest.raises(UserError, match=r"another job, which began at the same time, has taken .* over from process"):
+        late.take()
+    assert taken and file not in taken
+    early.claim()
+    early.release()
+
+
+def test_a_turn_of_one_that_died_in_it_passes(tmp_path: Path) -> None:
+    left_by(tmp_path, pid=ended_process())
+    turn = tmp_path / f".{lock.NAME}.turn"
+    turn.touch()
+    with pytest.raises(UserError, match="began at the same time"):
+        RunLock(tmp_path).take()
+    os.utime(turn, (1.0, 1.0))
+    mine = RunLock(tmp_path)
+    assert "has died" in str(mine.take())
+    mine.release()
+    assert list(tmp_path.iterdir()) == []

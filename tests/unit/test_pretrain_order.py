@@ -99,9 +99,9 @@ def test_order_depends_on_the_seed_and_the_epoch() -> None:
 
 def test_a_late_sample_is_found_at_once() -> None:
     order = training_order([10**8, 3 * 10**7, 17], [0.7, 0.29, 0.01], 0)
-    began = time.perf_counter()
+    began = time.process_time()
     late = [order(10**9 + k) for k in range(1000)]
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
     assert len(set(late)) == 1000
 
 
