@@ -125,15 +125,16 @@ class HandOff:
                     names[0].append(_name(stream, piece, sample))
                 elif taken.data_ptr() != given.data_ptr():
                     taken.copy_(given)
+        whats = [*names[0], *names[1]]
         try:
             works = self._transport(sends, receives)
         except RuntimeError as error:
-            first, *rest = [*names[0], *names[1]]
+            first, *rest = whats
             what = f"{first} or one of {len(rest)} more" if rest else first
             self._say(what)
             raise _in_vain(what, error) from error
         tensors = [tensor for tensor, _ in (*sends, *receives)]
-        return Transfer(states, list(zip(works, tensors, [*names[0], *names[1]], strict=True)), self._say)
+        return Transfer(states, list(zip(works, tensors, whats, strict=True)), self._say)
 
     def _room(self, stream: Stream, held: Mapping[int, Tensor], first_sample: int) -> dict[int, Tensor]:
         """Memory for what this rank needs of a stream: new, or the teacher's own where that is all of it."""

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,7 +21,7 @@ import psutil
 
 from tests.slurm import namespaces
 from tests.slurm.namespaces import Network
-from tests.support.processes import environment
+from tests.support.processes import environment, wait_for
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol")
@@ -289,14 +289,6 @@ class Cluster:
     def _logs(self) -> str:
         files = sorted(self.folder.glob("*.log")) + sorted(self.folder.glob("*.out"))
         return "\n".join(f"== {file.name}\n{file.read_text(errors='replace')[-1500:]}" for file in files)
-
-
-def wait_for(condition: Callable[[], bool], limit: float, what: str, say: Callable[[], str] = str) -> None:
-    """Looks ten times a second; fails with what `say` says."""
-    deadline = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not after {limit:.0f} s\n{say()}"
-        time.sleep(0.1)
 
 
 def _free_ports(count: int) -> list[int]:

@@ -15,10 +15,10 @@ import yaml
 
 from tests.end_to_end.test_sweep import grid as small_grid
 from tests.slurm import cluster as slurm
-from tests.slurm.cluster import Cluster, wait_for
+from tests.slurm.cluster import Cluster
 from tests.support import runs
 from tests.support.pool import WorkerPool
-from tests.support.processes import ROOT
+from tests.support.processes import ROOT, wait_for
 from tests.support.runs import Material
 from tools import make_sweep
 

@@ -90,6 +90,14 @@ def _group_lives(group: int) -> bool:
     return True
 
 
+def wait_for(condition: Callable[[], bool], limit: float, what: str, say: Callable[[], str] = str) -> None:
+    """Looks ten times a second; fails with what `say` says."""
+    deadline = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not after {limit:.0f} s\n{say()}"
+        time.sleep(0.1)
+
+
 def cpu_seconds() -> float:
     """Of all processes that this one has waited for; what a busy machine does to a clock does not show in it."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,17 +12,10 @@ import torch.distributed as dist
 
 from megatron_capgap.runtime.launch import free_port
 from megatron_capgap.runtime.watch import Watch, waiting_in
-from tests.support.processes import environment
+from tests.support.processes import environment, wait_for
 
 WORLD = 3
 TIMEOUT = 12.0  # a beat each 0.6 s, which a busy machine does not take from a thread
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def places(watch: Watch) -> list[str]:
@@ -37,7 +30,7 @@ def watches() -> Iterator[list[Watch]]:
     all_of_them = [Watch(store, rank, WORLD, TIMEOUT) for rank in range(WORLD)]
     for rank, watch in enumerate(all_of_them):
         watch.place = f"step {7 if rank else 8}"
-    wait_until(lambda: places(all_of_them[0]) == ["step 8", "step 7", "step 7"])
+    wait_for(lambda: places(all_of_them[0]) == ["step 8", "step 7", "step 7"], 60, "the first words")
     yield all_of_them
     for watch in all_of_them:
         watch.end()
@@ -54,14 +47,14 @@ def test_where_all_speak_the_one_elsewhere_is_named(watches: list[Watch]) -> Non
     said = watches[1].lost()
     assert said.startswith("all ranks are alive; elsewhere: rank 0 on ") and said.endswith("in step 8")
     watches[0].place = "step 7"
-    wait_until(lambda: places(watches[1])[0] == "step 7")
+    wait_for(lambda: places(watches[1])[0] == "step 7", 60, "the next word")
     assert watches[1].lost() == "all ranks are alive and in step 7"
 
 
 def test_a_long_silence_is_said_once(watches: list[Watch], capfd: pytest.CaptureFixture[str]) -> None:
     watches[2].end()
     said: list[str] = []
-    wait_until(lambda: said.append(capfd.readouterr().err) or "\n" in said[-1])
+    wait_for(lambda: said.append(capfd.readouterr().err) or "\n" in said[-1], 60, "the warning")
     time.sleep(2 * TIMEOUT / 20)
     (line,) = "".join([*said, capfd.readouterr().err]).splitlines()
     assert line.startswith("capgap: warning: rank 2 on ") and line.endswith("in step 7: no word for 6 s")
@@ -108,7 +101,7 @@ def test_who_notices_later_hears_who_was_lost(watches: list[Watch], capfd: pytes
     watches[1].end()
     time.sleep(0.3)
     verdict = watches[2].lost()
-    wait_until(lambda: watches[0].verdict is not None)
+    wait_for(lambda: watches[0].verdict is not None, 60, "the verdict")
     watches[2].end()  # leaves, and is silent too from now on
     try:
         raise RuntimeError("Connection closed by peer")
