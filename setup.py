@@ -29,7 +29,7 @@ EVAL = [*HF, "lm-eval>=0.4.12", "accelerate"]
 FP8 = ["transformer-engine[pytorch]"]  # needs an NVIDIA GPU
 QUICKSTART = [*HF]
 SMOLLM2 = [*HF, "gguf"]
-DEV = [*EVAL, *PLOT, "gguf", "glassllm", "pytest", "pytest-timeout", "hypothesis", "ruff"]
+DEV = [*EVAL, *PLOT, "gguf", "glassllm", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff"]
 
 setup(
     name="megatron_capgap",

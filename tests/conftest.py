@@ -1,17 +1,47 @@
 """Fixtures and settings that all tests share."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
 
+from tests.support import failures
 from tests.support.pool import WorkerPool
 from tests.support.runs import Material, make_material, make_student, make_teacher
+
+pytest_plugins = ["pytester"]
+TESTS = Path(__file__).parent
 
 # The same examples in every run, and no time limit for one: the machine may be busy.
 settings.register_profile("capgap", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("capgap")
+
+
+# Those that wait come first, so that the short ones fill the gaps at the end.
+FOLDERS = ("slurm", "end_to_end", "distributed", "gpu", "unit")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order of the folders; a file's tests share a process of pytest-xdist, since they share fixtures, unless a mark
+    says otherwise."""
+    items.sort(key=lambda item: FOLDERS.index(item.path.relative_to(TESTS).parts[0]))
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(TESTS).with_suffix("").as_posix()))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    """A failed test prints what its ranks said."""
+    report = yield
+    if report.failed:
+        report.sections += failures.told()
+    if call.when == "teardown":
+        failures.forget()
+    return report
 
 
 @pytest.fixture(scope="session")

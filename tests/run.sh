@@ -1,10 +1,56 @@
 #!/usr/bin/env bash
-# Installs the development extra into .venv and passes the tests. Arguments go to pytest.
+# Installs the development extra into .venv and passes the tests.
+#
+#   bash tests/run.sh             # everything: tests beside each other, then those that measure time or memory
+#   bash tests/run.sh --quick     # a cross-section, to run before every commit
+#   bash tests/run.sh ARGS...     # what pytest selects by ARGS, for example -k resume or a file
+#
+# CAPGAP_TEST_PROCESSES sets how many processes of pytest run beside each other (by default 3, for 2 cores).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/install.sh dev
 echo "== ruff"
 "$python" -m ruff check .
 "$python" -m ruff format --check .
-echo "== pytest"
-exec "$python" -m pytest "$@"
+
+processes="${CAPGAP_TEST_PROCESSES:-3}"
+reports="$(mktemp -d)"
+trap 'rm -rf "$reports"' EXIT
+
+# run NAME MARKS ARGS...: one call of pytest; no test that the arguments select within the marks is no failure.
+codes=()
+run() {
+    local name="$1" marks="$2" code=0
+    shift 2
+    echo "== pytest: $name"
+    "$python" -m pytest -m "$marks" --junitxml="$reports/$name.xml" "$@" || code=$?
+    codes+=("$code")
+}
+
+quick=()
+if [ "${1:-}" = --quick ]; then
+    shift
+    mapfile -t quick < <(grep -v '^#' tests/quick.txt)
+fi
+together=(-n "$processes" --dist loadgroup --no-loadscope-reorder)
+case " $* " in
+    *" -m "*) run selected "" "${quick[@]}" "$@" ;;
+    *)
+        run together "not matrix and not alone" "${together[@]}" "${quick[@]}" "$@"
+        [ "${#quick[@]}" -gt 0 ] || run alone "not matrix and alone" "$@"
+        ;;
+esac
+"$python" tests/support/times.py "$reports"
+
+# pytest's 5 says that nothing was selected: a failure only where it is so for every call.
+worst=0
+for code in "${codes[@]}"; do
+    case "$code" in
+        0 | 5) ;;
+        *) worst="$code" ;;
+    esac
+done
+if [ "$worst" = 0 ] && [[ ! " ${codes[*]} " =~ " 0 " ]]; then
+    worst=5
+fi
+exit "$worst"

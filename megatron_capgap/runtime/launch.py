@@ -6,12 +6,11 @@ Nothing here imports torch before `join` is called, so that `--help` and `--chec
 from __future__ import annotations
 
 import os
-import random
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -175,14 +174,14 @@ def join(environment: Environment, device: Device, timeout_seconds: int) -> dist
     if dist.is_initialized():
         assert dist.get_world_size() == environment.world
         return dist.distributed_c10d._get_default_store()
-    port = environment.master_port if environment.world > 1 else free_port()
-    dist.init_process_group(
-        device.backend,
-        init_method=f"tcp://{environment.master_addr}:{port}",
-        rank=environment.rank,
-        world_size=environment.world,
-        timeout=timedelta(seconds=timeout_seconds),
-    )
+    with held_port() if environment.world == 1 else nullcontext(environment.master_port) as port:
+        dist.init_process_group(
+            device.backend,
+            init_method=f"tcp://{environment.master_addr}:{port}",
+            rank=environment.rank,
+            world_size=environment.world,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
     return dist.distributed_c10d._get_default_store()
 
 
@@ -275,13 +274,17 @@ def largest_in_world(number: int, device: torch.device) -> int:
     return int(value)
 
 
-def free_port() -> int:
-    """A port of this host that nobody listens on.
+@contextmanager
+def held_port() -> Iterator[int]:
+    """A port of this host for a job's store, from the kernel, held until the `with` block ends.
 
-    Below those that Linux hands out by itself (from 32768 on): it is still free when the job listens, seconds later.
+    The holding socket is bound and does not listen: the kernel gives the port to nobody else, and torch's store, which
+    sets SO_REUSEADDR, may listen on it.
+
+    Yields:
+        The port number.
     """
-    for port in random.SystemRandom().sample(range(20000, 32000), 100):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise UserError("the loopback address 127.0.0.1: none of 100 ports can be bound; is the interface lo up?")
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from megatron_capgap.runtime.launch import free_port
+from megatron_capgap.runtime.launch import held_port
 
 Command = Callable[[Sequence[str]], int]
 CRASHED = 70
@@ -50,18 +50,18 @@ class Workers:
         """
         while len(self._ranks) < self._world:
             self._start(len(self._ranks))
-        port = free_port()
-        for _, pipe, _ in self._ranks:
-            pipe.send((list(words), str(output), port))
         codes = []
-        for process, pipe, _ in self._ranks:
-            try:
-                codes.append(pipe.recv())
-            except EOFError:
-                process.join()
-                codes.append(CRASHED)
-            if codes[-1] == CRASHED:
-                break  # the others may wait for this one for ever
+        with held_port() as port:
+            for _, pipe, _ in self._ranks:
+                pipe.send((list(words), str(output), port))
+            for process, pipe, _ in self._ranks:
+                try:
+                    codes.append(pipe.recv())
+                except EOFError:
+                    process.join()
+                    codes.append(CRASHED)
+                if codes[-1] == CRASHED:
+                    break  # the others may wait for this one for ever
         if CRASHED in codes:
             self.close()
         return max(codes)

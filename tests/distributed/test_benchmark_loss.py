@@ -9,6 +9,8 @@ import pytest
 from benchmarks import loss as benchmark
 from tests.support.pool import WorkerPool
 
+pytestmark = pytest.mark.alone
+
 
 def run_rank(folder: str) -> None:
     benchmark.worker(int(os.environ["RANK"]), 2, ["tiny"], 1, folder)

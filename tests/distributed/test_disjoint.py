@@ -14,7 +14,7 @@ from megatron_capgap.__main__ import main
 from tests.end_to_end.test_signal_phases import signal_in
 from tests.support import dense, runs
 from tests.support.pool import WorkerError, WorkerPool
-from tests.support.processes import job
+from tests.support.processes import LEAVE, job
 from tests.support.runs import Material
 
 TOLERANCE = 1e-5
@@ -140,7 +140,7 @@ def test_a_signal_to_one_rank_stops_all_at_a_step(material: Material, teacher: P
     with job(["distill", "--config", runs.write_config(raw)], 4, tmp_path / "job") as ranks:
         ranks.wait_until(lambda: len(runs.steps_of(tmp_path / "run")) >= 3)
         ranks.signal(signal.SIGTERM, [rank])
-        assert ranks.wait(30) == [0] * 4, [ranks.stderr(r) for r in range(4)]
+        assert ranks.wait() == [0] * 4, [ranks.stderr(r) for r in range(4)]
         done = len(runs.steps_of(tmp_path / "run"))
         assert f"stopped by SIGTERM after step {done} of 2000" in ranks.stdout()
         assert all(ranks.stderr(r) == "" for r in range(4)) and ranks.left_behind() == []
@@ -183,8 +183,8 @@ def test_a_lost_teacher_rank_stops_all_in_time(
         ranks.wait_until(lambda: len(runs.steps_of(tmp_path / "run")) >= 3)
         began = time.monotonic()
         ranks.signal(number, [3])
-        codes = [process.wait(3 * limit) for process in ranks.ranks[:3]]
-        assert time.monotonic() - began < 2 * limit + 5, "within twice the time-out, and the time to leave"
+        codes = ranks.wait_for(range(3), 5 * limit)
+        assert time.monotonic() - began < 2 * limit + LEAVE, "within twice the time-out, and the time to leave"
         assert all(code not in (0, None) for code in codes), codes
         lost = r"rank 3 on \S+, last heard of in .+: gone or standing still"
         # A rank that stands still between two turns is missed in the agreement on the end of a step.

@@ -5,11 +5,13 @@ import signal
 import time
 from datetime import timedelta
 
+import psutil
 import pytest
 import torch
 
 from megatron_capgap.config.schema import Config, Data, Layout, Student, Teacher, Train
 from tests.support.pool import WorkerError, WorkerPool
+from tests.support.processes import LEAVE, wait_for
 
 LIMIT = 5.0  # seconds that a transfer waits, and a rank for the others to begin
 
@@ -36,7 +38,9 @@ def hand_over_without(lost: int, how: str) -> tuple[str, float] | None:
     hand_off = HandOff([stream], rank, width=5, transport=within_world, **kind)
     held = {k: torch.zeros(12, 5) for k in stream.held.samples} if stream.held else {}
     hand_off.begin({FINAL: held}, 0).finish()  # every connection has been used
-    dist.barrier()
+    pids: list[int] = [0] * 4
+    dist.all_gather_object(pids, os.getpid())
+    pid = pids[lost]
     began = time.monotonic()
     if rank == lost and "dead" in how:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -44,7 +48,7 @@ def hand_over_without(lost: int, how: str) -> tuple[str, float] | None:
         time.sleep(2 * LIMIT)
         return None
     elif how == "long dead":  # its connections are closed when the transfer begins
-        time.sleep(1)
+        wait_for(lambda: not psutil.pid_exists(pid), 60, "the end of the lost rank")
     try:
         hand_off.begin({FINAL: held}, 0).finish()
     except HandOffError as error:
@@ -67,7 +71,7 @@ def test_a_rank_that_stalls_in_a_colocated_hand_off(pool: WorkerPool) -> None:
         for rank in waiting:
             said, seconds = ranks[rank]
             assert_named(said, 3, rank if lost == 3 else 0)
-            assert seconds < LIMIT + 15, "and the time that a loaded machine takes to say so"
+            assert seconds < LIMIT + LEAVE, "and the time that a loaded machine takes to say so"
 
 
 @pytest.mark.parametrize("how", ["dead", "long dead"])

@@ -1,6 +1,5 @@
 """Checkpoints that are written while training goes on: the same files, of the step at which they were begun."""
 
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import pytest
 from megatron_capgap.__main__ import main
 from tests.support import runs
 from tests.support.pool import WorkerPool
+from tests.support.processes import wait_for
 from tests.support.runs import Material
 
 CHANGES = {"train__steps": 9, "train__dropout": 0.1, "checkpoint__every": 3, "checkpoint__keep": 9}
@@ -32,9 +32,7 @@ def write_late(run_dir: Path, last: int, words: list[str]) -> tuple[int, dict[st
 
     def wait_and_write(folder: Path, *rest: Any) -> None:
         step = int(folder.name.split("_")[1].split(".")[0])
-        end = time.monotonic() + 30
-        while steps_done(run_dir) < min(step + 2, last) and time.monotonic() < end:
-            time.sleep(0.01)
+        wait_for(lambda: steps_done(run_dir) >= min(step + 2, last), 120, f"two steps after step {step}")
         begun[folder.name] = steps_done(run_dir)
         write(folder, *rest)
 

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from megatron_capgap.checkpoint import contents
 from megatron_capgap.runtime.logging import Log
 from tests.support import runs
 from tests.support.pool import WorkerPool
-from tests.support.processes import job
+from tests.support.processes import job, wait_for
 from tests.support.runs import Material
 
 CHANGES = {"train__steps": 6, "checkpoint__every": 2, "data__valid": None}
@@ -68,17 +67,13 @@ def at_steps(work: dict[int, partial], words: list[str]) -> int:
 
 def fill_after(saved: Path, disk: Path) -> None:
     """Fills the disk as soon as a checkpoint is on it."""
-    end = time.monotonic() + 30
-    while not saved.exists() and time.monotonic() < end:
-        time.sleep(0.01)
+    wait_for(saved.exists, 120, f"{saved}")
     fill(disk)
 
 
 def empty_after(staged: Path, disk: Path) -> None:
     """Empties the disk as soon as a save has been given up."""
-    end = time.monotonic() + 30
-    while staged.exists() and time.monotonic() < end:
-        time.sleep(0.01)
+    wait_for(lambda: not staged.exists(), 120, f"the end of {staged}")
     empty(disk)
 
 

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -17,10 +16,10 @@ import pytest
 import torch.distributed as dist
 
 from megatron_capgap.__main__ import main
-from megatron_capgap.runtime.launch import free_port
+from megatron_capgap.runtime.launch import held_port
 from tests.support import runs
 from tests.support.pool import WorkerPool
-from tests.support.processes import environment, job
+from tests.support.processes import environment, has_torch, job, wait_for
 from tests.support.runs import Material
 
 CHANGES = {"train__steps": 6, "train__eval_every": 2, "checkpoint__every": 2, "train__dropout": 0.1}
@@ -99,9 +98,9 @@ def test_before_the_first_step_it_ends_at_once(
         if phase == "data building":
             ranks.wait_until((tmp_path / "run" / "data_cache").exists)
         else:
-            time.sleep(0.5)
+            ranks.wait_until(lambda: all(has_torch(process.pid) for process in ranks.ranks))
         ranks.signal(number)
-        assert ranks.wait(30) == [-number, -number]
+        assert ranks.wait() == [-number, -number]
         assert ranks.left_behind() == []
     assert runs.metrics(runs.train(pool, "adapt", config, world=2)) == runs.metrics(unbroken_pair)
 
@@ -131,9 +130,9 @@ def torchrun(words: list[str], config: dict[str, Any], output: Path) -> Iterator
 
 
 def both_are_started(agent: psutil.Process) -> bool:
-    """For half a second: torchrun knows nothing of a process that it is about to start when a signal comes."""
+    """And at their imports: torchrun knows nothing of a process that it is about to start when a signal comes."""
     children = agent.children()
-    return len(children) == 2 and all(time.time() - child.create_time() > 0.5 for child in children)
+    return len(children) == 2 and all(has_torch(child.pid) for child in children)
 
 
 PHASES: dict[str, tuple[dict[str, Any], Callable[[Path, psutil.Process], bool]]] = {
@@ -165,14 +164,15 @@ def test_torchrun_passes_a_signal_on_and_leaves_nobody(
     words = ["--standalone", "--nproc-per-node", "2", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
     output = tmp_path / "output"
     with torchrun(words, config, output) as agent:
-        process, deadline = psutil.Process(agent.pid), time.monotonic() + 120
-        while not reached(run_dir, process):
-            assert agent.poll() is None and time.monotonic() < deadline, output.read_text()
-            time.sleep(0.01)
+        process = psutil.Process(agent.pid)
+        wait_for(
+            lambda: reached(run_dir, process) or agent.poll() is not None, 120, phase, output.read_text, every=0.01
+        )
+        assert agent.poll() is None, output.read_text()
         family = process.children(recursive=True)
         agent.send_signal(number)
-        assert agent.wait(30) == 1
-        assert psutil.wait_procs(family, 5)[1] == []
+        assert agent.wait(120) == 1
+        assert psutil.wait_procs(family, 60)[1] == []
     if phase == "warm-up":
         assert not (run_dir / "latest").exists()
         return
@@ -186,11 +186,12 @@ def test_torchrun_passes_a_signal_on_and_leaves_nobody(
 @pytest.mark.slow
 def test_two_agents_of_torchrun_are_one_job(pool: WorkerPool, material: Material, tmp_path: Path) -> None:
     config = runs.adapt_config(material, tmp_path / "run", student__layout={"tensor": 2})
-    place = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "1"]
-    words = ["--nnodes", "2", "--nproc-per-node", "1", "--local-addr", "127.0.0.1", *place]
+    words = ["--nnodes", "2", "--nproc-per-node", "1", "--local-addr", "127.0.0.1"]
+    words += ["--rdzv-backend", "c10d", "--rdzv-id", "1", "--rdzv-endpoint"]
     with (
-        torchrun(words, config, tmp_path / "output_0") as one,
-        torchrun(words, config, tmp_path / "output_1") as other,
+        held_port() as port,
+        torchrun([*words, f"127.0.0.1:{port}"], config, tmp_path / "output_0") as one,
+        torchrun([*words, f"127.0.0.1:{port}"], config, tmp_path / "output_1") as other,
     ):
         codes = [agent.wait(120) for agent in (one, other)]
     said = [(tmp_path / f"output_{agent}").read_text() for agent in range(2)]

@@ -6,8 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import yaml
 from megatron_capgap.checkpoint import manifest
 from megatron_capgap.law import records
 from megatron_capgap.law.sweep import SECTIONS
-from tests.support.processes import ROOT, environment
+from tests.support.processes import ROOT, environment, group_lives, wait_for
 from tests.support.runs import STUDENT, TEACHER, Material, files_of, metrics, train_apart
 from tools import make_sweep
 
@@ -77,11 +76,10 @@ def call(file: Path, *words: str) -> tuple[int, str, str]:
         return process.returncode, out, err
 
 
-def wait_for(condition: Any, process: subprocess.Popen[str], limit: float = 120.0) -> None:
-    deadline = time.monotonic() + limit
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
+def wait_in(process: subprocess.Popen[str], condition: Callable[[], bool], what: str) -> None:
+    """Until something holds of a sweep that runs."""
+    wait_for(lambda: condition() or process.poll() is not None, 240, what, every=0.01)
+    assert process.poll() is None, f"the sweep ended before {what}: {process.communicate()}"
 
 
 def finished(out: Path) -> list[str]:
@@ -95,15 +93,13 @@ def killed(material: Material, tmp_path_factory: pytest.TempPathFactory) -> dict
     out, file = folder / "work", folder / "grid.yaml"
     file.write_text(yaml.safe_dump(grid(material, out)))
     with sweep(file, "--run") as process:
-        wait_for(lambda: len(finished(out)) == 2, process)
+        wait_in(process, lambda: len(finished(out)) == 2, "two records")
         third = out / "runs" / "random-s2-t1-seed1"
-        wait_for(lambda: (third / "metrics.jsonl").is_file(), process)
+        wait_in(process, (third / "metrics.jsonl").is_file, "the third student's first step")
         process.kill()
         process.wait()
-        time.sleep(1.0)  # what it started ends by itself
-        before, lines = {path.name: files_of(path) for path in (out / "runs").iterdir()}, len(metrics(third))
-        time.sleep(1.0)
-        assert len(metrics(third)) == lines, "a rank outlived the sweep that started it"
+        wait_for(lambda: not group_lives(process.pid), 60, "the end of the ranks that the sweep started")
+        before = {path.name: files_of(path) for path in (out / "runs").iterdir()}
     done = finished(out)
     code, said, complained = call(file, "--run", "--jobs", "2")
     assert code == 0, said + complained
@@ -215,9 +211,9 @@ def test_sigterm_saves_the_current_run_and_stops(material: Material, tmp_path: P
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(long))
     first = tmp_path / "work" / "runs" / "teacher-t1"
     with sweep(tmp_path / "grid.yaml", "--run") as process:
-        wait_for(lambda: len(metrics(first)) > 2, process)
+        wait_in(process, lambda: len(metrics(first)) > 2, "the teacher's third step")
         process.send_signal(signal.SIGTERM)
-        said, _ = process.communicate(timeout=60)
+        said, _ = process.communicate(timeout=120)
         assert process.returncode == 130 and "stopped; the same command goes on from here" in said
     assert 2 < json.loads((manifest.latest(first) / manifest.MANIFEST).read_text())["step"] < 2000
     assert [path.name for path in (tmp_path / "work" / "runs").iterdir()] == ["teacher-t1"]

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_capgap.__main__ import main
 from tests.support import runs
 from tests.support.pool import WorkerPool
-from tests.support.processes import job
+from tests.support.processes import LEAVE, job
 from tests.support.runs import Material
 
 SECONDS = 0.4
@@ -41,6 +41,7 @@ def slow(part: str, rank: int, words: list[str]) -> int:
         setattr(module, name, work)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("part", ["reading", "forward"])
 def test_the_slow_rank_is_named(pool: WorkerPool, material: Material, tmp_path: Path, part: str, rank: int) -> None:
@@ -87,14 +88,14 @@ def test_a_lost_rank_is_named_with_what_the_others_waited_in(name: str, material
     config = runs.adapt_config(material, tmp_path / "run", **changes, **layout)
     with job(["adapt", "--config", runs.write_config(config)], 4, tmp_path / "job") as ranks:
         ranks.wait_until(lambda: len(runs.steps_of(tmp_path / "run")) >= 3)
-        time.sleep(1.5)  # more than a beat, that of a twentieth of the limit
+        ranks.wait_until(lambda: all(place.startswith("step ") for place in ranks.places()), every=0.2)
         began = time.monotonic()
         ranks.signal(number, [lost])
         others = [rank for rank in range(4) if rank != lost]
-        codes = [ranks.ranks[rank].wait(3 * limit) for rank in others]
+        codes = ranks.wait_for(others, 5 * limit)
         # A dead rank's connections close; one that stands still is missed after the time-out. Then it is looked for.
         wait = 0 if number == signal.SIGKILL else limit
-        assert time.monotonic() - began < wait + limit / 2 + 8, "and the time to leave"
+        assert time.monotonic() - began < wait + limit / 2 + LEAVE, "and the time to leave"
         assert all(code not in (0, None) for code in codes), codes
         lines = [
             line for rank in others for line in ranks.stderr(rank).splitlines() if line.startswith("capgap: error")

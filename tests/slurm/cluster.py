@@ -12,13 +12,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import psutil
 
+from megatron_capgap.runtime.launch import held_port
 from tests.slurm import namespaces
 from tests.slurm.namespaces import Network
 from tests.support.processes import environment, wait_for
@@ -130,6 +130,7 @@ class Cluster:
         self._apart, self._network = namespaces.available(), None
         prefix = namespaces.PREFIX if self._apart else LOOPBACK
         self.nodes = [f"{prefix}{index + 1}" for index in range(nodes)]
+        self._held = ExitStack()
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._configure(tasks)
 
@@ -140,7 +141,7 @@ class Cluster:
         key = self.folder / "munge" / "key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
-        controller, *ports = _free_ports(len(self.nodes) + 1)
+        controller, *ports = self._ports()
         host = socket.gethostname().split(".")[0]
         lines = []
         for node, port in zip(self.nodes, ports, strict=True):
@@ -161,6 +162,13 @@ class Cluster:
             (self.folder / f"gpu{gpu}").touch()
         (self.folder / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={self.folder}/gpu[0-{tasks - 1}]\n")
 
+    def _ports(self) -> list[int]:
+        """Of the controller and of each node. In networks of their own they are SLURM's usual ones, else from the
+        kernel and held: SLURM's daemons set SO_REUSEADDR."""
+        if self._apart:
+            return [6817, *[6818] * len(self.nodes)]
+        return [self._held.enter_context(held_port()) for _ in range(len(self.nodes) + 1)]
+
     def start(self) -> None:
         """Starts the daemons and waits until all nodes are there."""
         if self._apart:
@@ -170,11 +178,11 @@ class Cluster:
         files |= {"socket": self.folder / "munge.sock", "pid-file": munge / "pid"}
         words = ["munged", "--foreground", "--force", *(f"--{name}={path}" for name, path in files.items())]
         self._daemon(*words, name="munged")
-        wait_for(lambda: (self.folder / "munge.sock").exists(), 10, "munged's socket")
+        wait_for(lambda: (self.folder / "munge.sock").exists(), 60, "munged's socket")
         self._daemon(*self._here("slurmctld", "-D", "-i", "-f", str(self.folder / "slurm.conf")), name="slurmctld")
         for node in self.nodes:
             self.start_node(node)
-        wait_for(lambda: all(self.state_of(node) == "IDLE" for node in self.nodes), 60, "the nodes", self._logs)
+        wait_for(lambda: all(self.state_of(node) == "IDLE" for node in self.nodes), 120, "the nodes", self.logs)
 
     def start_node(self, node: str) -> None:
         """Starts a node, or starts it again."""
@@ -204,9 +212,9 @@ class Cluster:
 
     def stop(self) -> None:
         """Ends all jobs and daemons; leaves no process behind."""
-        with suppress(subprocess.SubprocessError):
+        with suppress(subprocess.SubprocessError, AssertionError):
             self.run("scancel", "--full", "--user", psutil.Process().username())
-            time.sleep(0.5)
+            wait_for(lambda: not self.run("squeue", "-h", "-t", "running,completing"), 20, "the end of all jobs")
         for node in self.nodes:
             self._kill_all_of(node)
         for name in ("slurmctld", "munged"):
@@ -215,6 +223,7 @@ class Cluster:
                 self._daemons[name].wait(10)
         if self._network is not None:
             self._network.close()
+        self._held.close()
 
     def kill_node(self, node: str) -> None:
         """A node is gone, with everything that ran on it; the controller learns at once what it would in 30 s."""
@@ -262,7 +271,7 @@ class Cluster:
             env["GLOO_SOCKET_IFNAME"] = "lo"
         # The interpreter of the tests is the jobs' too.
         env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
-        done = subprocess.run(self._here(*words), env=env, cwd=cwd, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(self._here(*words), env=env, cwd=cwd, capture_output=True, text=True, timeout=120)
         if done.returncode:
             raise subprocess.SubprocessError(f"{' '.join(words)}: {done.stderr}")
         return done.stdout.strip()
@@ -286,21 +295,10 @@ class Cluster:
             return ""
         return next((word.partition("=")[2] for word in words if word.startswith(f"{field}=")), "")
 
-    def _logs(self) -> str:
+    def logs(self) -> str:
+        """The ends of all daemons' logs."""
         files = sorted(self.folder.glob("*.log")) + sorted(self.folder.glob("*.out"))
         return "\n".join(f"== {file.name}\n{file.read_text(errors='replace')[-1500:]}" for file in files)
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on now, all different: the probes stay open until the last is found."""
-    probes = [socket.socket() for _ in range(count)]
-    try:
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
-    finally:
-        for probe in probes:
-            probe.close()
 
 
 def _stay_on_loopback() -> str:

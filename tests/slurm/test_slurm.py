@@ -17,6 +17,7 @@ from tests.end_to_end.test_sweep import grid as small_grid
 from tests.slurm import cluster as slurm
 from tests.slurm.cluster import Cluster
 from tests.support import runs
+from tests.support.failures import on_failure
 from tests.support.pool import WorkerPool
 from tests.support.processes import ROOT, wait_for
 from tests.support.runs import Material
@@ -71,15 +72,23 @@ class Submitted:
         python: str = "python",
     ) -> None:
         self.cluster, self.run_dir, self.folder = cluster, Path(config["run_dir"]), folder
+        self.seed = config.get("seed")
         command = ["sbatch", "--parsable", "--nodes=4", "--exclusive", *options, SCRIPT]
         command += ["distill", "--config", runs.write_config(config), *words]
         variables = {"CAPGAP_MOST_STARTS": str(starts), "CAPGAP_PYTHON": python}
         self.number = cluster.run(*command, cwd=folder, variables=variables)
+        on_failure(f"SLURM job {self.number}", self.report)
 
     def output(self) -> str:
         """What the job has printed in all its starts."""
         path = self.folder / f"slurm-{self.number}.out"
         return path.read_text() if path.exists() else ""
+
+    def report(self) -> str:
+        """The last lines of the job, which are those of all its ranks, and of SLURM's daemons."""
+        lines = self.output().splitlines()[-60:]
+        seed = f"seed: {self.seed}" if self.seed else "seed: the default"
+        return "\n".join([seed, *lines, self.cluster.logs()])
 
     def says(self, pattern: str) -> bool:
         """Whether a regular expression is found in it."""
@@ -228,13 +237,26 @@ def test_what_would_be_refused_again_is_not_requeued(
     assert not (tmp_path / "run").exists()
 
 
+# In the place of python; ranks other than the second leave a file of their start and process before they begin.
+LACKING = """\
+#!/bin/sh
+start={begun}-$SLURM_RESTART_COUNT-$SLURM_STEP_ID
+if [ "$SLURM_NODEID" != 1 ]; then
+    touch "$start-$SLURM_NODEID"
+    exec {python} "$@"
+fi
+until [ -e "$start-0" ] && [ -e "$start-2" ] && [ -e "$start-3" ]; do sleep 0.05; done
+exit 127
+"""
+
+
 def test_a_node_without_the_program_is_no_wrong_environment(
     cluster: Cluster, material: Material, teacher: Path, tmp_path: Path
 ) -> None:
-    """One of four: the ranks die, and the job comes back until it may no longer. The node takes a second to find out: a
-    task that ends while SLURM still starts the others may leave them to their own time-out."""
+    """One of four: the ranks die, and the job comes back until it may no longer. The node finds out when the others
+    run: a task that ends while SLURM still starts them may leave them to their own time-out."""
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\n[ "$SLURM_NODEID" != 1 ] || {{ sleep 1; exit 127; }}\nexec {sys.executable} "$@"\n')
+    python.write_text(LACKING.format(begun=tmp_path / "begun", python=sys.executable))
     python.chmod(0o755)
     config = config_of(material, tmp_path / "run", teacher, runtime__timeout_seconds=20)
     job = Submitted(cluster, tmp_path, config, starts=2, python=str(python))

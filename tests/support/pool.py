@@ -5,10 +5,12 @@ imported them already (`forkserver`), and live until the tests end. Each call ma
 exactly the world size it asks for.
 """
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -21,7 +23,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from megatron_capgap.runtime.launch import free_port
+from megatron_capgap.runtime.launch import held_port
 
 PRELOADED = [
     "tests.support.on_the_cpu",
@@ -32,6 +34,8 @@ PRELOADED = [
     "pytest",
 ]
 STREAMS = ("stdout", "stderr")
+SEED = 0
+"""Torch's, at the start of every call."""
 SECONDS_AFTER_A_FAILURE = 30.0  # what the other ranks get to notice that one of them is gone
 GRACE_SECONDS = 0.05  # of a refusal: no launcher is here that would end a rank while the first one speaks
 
@@ -65,7 +69,7 @@ class WorkerError(RuntimeError):
 
     def __init__(self, failures: dict[int, RankFailure], world: int) -> None:
         self.failures = failures
-        parts = [f"{len(failures)} of {world} ranks failed: {sorted(failures)}"]
+        parts = [f"{len(failures)} of {world} ranks failed: {sorted(failures)}; torch's seed at the start: {SEED}"]
         for rank, failure in sorted(failures.items()):
             parts.append(f"---- rank {rank}\n{failure.reason.rstrip()}")
             for name, text in (("stdout", failure.stdout), ("stderr", failure.stderr)):
@@ -116,7 +120,7 @@ class WorkerPool:
     ) -> list[Any]:
         """Runs `function(*args)` on ranks 0 .. world-1 and returns what each rank returned.
 
-        Every rank starts with torch's seed at 0, and RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE,
+        Every rank starts with torch's seed at `SEED`, and RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE,
         MASTER_ADDR and MASTER_PORT in its environment.
 
         Args:
@@ -134,12 +138,16 @@ class WorkerPool:
         self._grow(world)
         folder = Path(tempfile.mkdtemp(prefix="capgap-pool-"))
         try:
-            work, port = pickle.dumps((function, args)), free_port()
-            for rank in range(world):
-                call = _Call(work, rank, world, initialise, limit, port, folder, tuple(sys.path))
-                self._workers[rank][1].send_bytes(pickle.dumps(call))
-            values, reasons = self._collect(world, limit)
+            work = pickle.dumps((function, args))
+            with held_port() as port:
+                for rank in range(world):
+                    call = _Call(work, rank, world, initialise, limit, port, folder, tuple(sys.path))
+                    self._workers[rank][1].send_bytes(pickle.dumps(call))
+                values, reasons = self._collect(world, limit)
             out = [[_read(folder / f"{rank}.{name}") for name in STREAMS] for rank in range(world)]
+        except BaseException:  # the test's own limit: the ranks are busy with a call whose answer nobody will read
+            self.close()
+            raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         if reasons:
@@ -181,11 +189,19 @@ class WorkerPool:
                     lost = True
             if reasons:
                 deadline = min(deadline, time.monotonic() + SECONDS_AFTER_A_FAILURE)
+        self._dump_stacks(list(waiting.values()))
         for rank in waiting.values():
             reasons[rank] = f"no answer after {time.monotonic() - started:.1f} s; the process was killed"
         if waiting or lost:
             self.close()
         return values, reasons
+
+    def _dump_stacks(self, ranks: list[int]) -> None:
+        """Has ranks that do not answer write the stacks of their threads to stderr; they end with that."""
+        for rank in ranks:
+            os.kill(self._workers[rank][0].pid, signal.SIGABRT)  # faulthandler's
+        for rank in ranks:
+            self._workers[rank][0].join(5)
 
 
 def _read(file: Path) -> str:
@@ -198,6 +214,7 @@ def _serve(pipe: connection.Connection) -> None:
 
     from megatron_capgap import __main__ as door
 
+    faulthandler.enable(file=2)  # SIGABRT writes all stacks to whatever descriptor 2 is then
     torch.set_num_threads(1)
     door._GRACE_SECONDS = GRACE_SECONDS
     # Daemonic, so that a worker never outlives the tests; but Megatron's checkpoint writer forks children of its own.
@@ -219,7 +236,7 @@ def _answer(call: _Call) -> bytes:
     """Runs the call; returns the pickled (True, value) or (False, traceback)."""
     import torch
 
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     try:
         if call.initialise:
             torch.distributed.init_process_group(

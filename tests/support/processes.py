@@ -1,19 +1,28 @@
 """Runs as a user starts them: one Python process a rank, to be killed, signalled and started again."""
 
+import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 
+import torch.distributed as dist
+import yaml
+
 import megatron_capgap
-from megatron_capgap.runtime.launch import free_port
+from megatron_capgap.runtime.launch import held_port
+from tests.support.failures import last_lines, on_failure
 
 ROOT = Path(megatron_capgap.__file__).parents[1]
+LEAVE = 30.0
+"""Seconds beyond what is promised that ranks of a busy machine may take to say their last words and to leave."""
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -22,15 +31,17 @@ class Job:
 
     def __init__(self, words: Sequence[str], world: int, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
-        port = str(free_port())
-        self.ranks = [self._start(words, rank, world, port) for rank in range(world)]
+        self._folder, self._words = folder, words
+        self._port = ExitStack()
+        self.port = self._port.enter_context(held_port())
+        self.ranks = [self._start(words, rank, world, str(self.port)) for rank in range(world)]
+        on_failure(f"{world} ranks of capgap {words[0]}", self.report)
 
     def _start(self, words: Sequence[str], rank: int, world: int, port: str) -> subprocess.Popen[bytes]:
         values = (str(rank), str(world), str(rank), str(world), "127.0.0.1", port)
         with open(self._folder / f"{rank}.out", "wb") as out, open(self._folder / f"{rank}.err", "wb") as err:
             return subprocess.Popen(
-                [sys.executable, "-m", "megatron_capgap", *words],
+                [sys.executable, "-X", "faulthandler", "-m", "megatron_capgap", *words],
                 env={**environment(), **dict(zip(LAUNCHER, values, strict=True)), "GLOO_SOCKET_IFNAME": "lo"},
                 stdout=out,
                 stderr=err,
@@ -52,37 +63,86 @@ class Job:
 
     def wait(self, limit: float = 120.0) -> list[int]:
         """Exit codes of all ranks; negative numbers are signals."""
+        return self.wait_for(range(len(self.ranks)), limit)
+
+    def wait_for(self, ranks: Iterable[int], limit: float = 120.0) -> list[int]:
+        """Exit codes of some ranks, as `wait`; fails where one has not ended after `limit` seconds."""
         deadline = time.monotonic() + limit
-        return [process.wait(max(0.1, deadline - time.monotonic())) for process in self.ranks]
+        ranks = list(ranks)
+        while any(self.ranks[rank].poll() is None for rank in ranks):
+            alive = [rank for rank in ranks if self.ranks[rank].poll() is None]
+            assert time.monotonic() < deadline, f"ranks {alive} have not ended after {limit} s"
+            time.sleep(0.01)
+        return [self.ranks[rank].returncode for rank in ranks]
+
+    def report(self) -> str:
+        """The command, its seed, and each rank's exit code and last lines."""
+        lines = [f"python -m megatron_capgap {shlex.join(self._words)}", f"seed: {_seed(self._words)}"]
+        for rank, process in enumerate(self.ranks):
+            lines.append(f"---- rank {rank}: exit code {process.poll()}")
+            for name in ("out", "err"):
+                if text := last_lines(self._folder / f"{rank}.{name}", 60 if name == "err" else 15):
+                    lines.append(f"---- rank {rank} std{name}\n{text}")
+        return "\n".join(lines)
+
+    def end(self, with_stacks: bool = False) -> None:
+        """Kills what is left of all ranks; `with_stacks` has each write the stacks of its threads to stderr before."""
+        alive = [process for process in self.ranks if process.poll() is None]
+        if with_stacks:
+            for process in alive:
+                process.send_signal(signal.SIGABRT)  # faulthandler's
+            deadline = time.monotonic() + 5
+            while any(process.poll() is None for process in alive) and time.monotonic() < deadline:
+                time.sleep(0.01)
+        for process in self.ranks:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        self._port.close()
 
     def left_behind(self) -> list[int]:
         """Ranks that have ended while processes which they started have not."""
-        return [rank for rank, process in enumerate(self.ranks) if _group_lives(process.pid)]
+        return [rank for rank, process in enumerate(self.ranks) if group_lives(process.pid)]
 
-    def wait_until(self, condition: Callable[[], bool], limit: float = 120.0) -> None:
-        """Looks often, for what is waited for may be over soon."""
+    def places(self) -> list[str]:
+        """What each rank last said that it was doing; "" where it has not spoken yet."""
+        store = dist.TCPStore("127.0.0.1", self.port, is_master=False, timeout=timedelta(seconds=60))
+        said = dist.PrefixStore("default_pg/0//where", store)  # torch's name for the store of a job's first start
+        keys = map(str, range(len(self.ranks)))
+        return [json.loads(said.get(key))[2] if said.check([key]) else "" for key in keys]
+
+    def wait_until(self, condition: Callable[[], bool], limit: float = 120.0, every: float = 0.005) -> None:
+        """Looks every `every` seconds until a condition holds; often, for what is waited for may be over soon."""
         deadline = time.monotonic() + limit
         while not condition():
             codes = [process.poll() for process in self.ranks]
             assert codes == [None] * len(codes), f"exit codes {codes}: {self.stderr()}"
             assert time.monotonic() < deadline, f"nothing after {limit} s: {self.stdout()}"
-            time.sleep(0.005)
+            time.sleep(every)
 
 
 @contextmanager
 def job(words: Sequence[str], world: int, folder: Path) -> Iterator[Job]:
-    """Starts the ranks of a command; none of them outlives the `with` block."""
+    """Starts the ranks of a command; none of them outlives the `with` block. Where the block fails while ranks still
+    run, the failure's report has their stacks."""
     started = Job(words, world, folder)
+    failed = True
     try:
         yield started
+        failed = False
     finally:
-        for process in started.ranks:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        started.end(with_stacks=failed)
 
 
-def _group_lives(group: int) -> bool:
+def _seed(words: Sequence[str]) -> str:
+    """Of a command's configuration; what is not set is the schema's."""
+    file = Path(words[words.index("--config") + 1]) if "--config" in words else None
+    config = yaml.safe_load(file.read_text()) if file and file.is_file() else {}
+    return str(config.get("seed", "the default"))
+
+
+def group_lives(group: int) -> bool:
+    """Whether a process of a process group still runs."""
     try:
         os.killpg(group, 0)
     except ProcessLookupError:
@@ -90,12 +150,22 @@ def _group_lives(group: int) -> bool:
     return True
 
 
-def wait_for(condition: Callable[[], bool], limit: float, what: str, say: Callable[[], str] = str) -> None:
-    """Looks ten times a second; fails with what `say` says."""
+def wait_for(
+    condition: Callable[[], bool], limit: float, what: str, say: Callable[[], str] = str, every: float = 0.1
+) -> None:
+    """Looks every `every` seconds until a condition holds; after `limit` seconds it fails with what `say` says."""
     deadline = time.monotonic() + limit
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not after {limit:.0f} s\n{say()}"
-        time.sleep(0.1)
+        time.sleep(every)
+
+
+def has_torch(pid: int) -> bool:
+    """Whether a process has begun to import torch: it is no longer what forked it, and not yet at its work."""
+    try:
+        return "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def cpu_seconds() -> float:

@@ -1,14 +1,17 @@
 """Who am I: what torchrun, SLURM and nobody leave in the environment, and what is wrong with it."""
 
 import os
+import socket
 import stat
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from megatron_capgap.__main__ import main
 from megatron_capgap.config.errors import UserError
-from megatron_capgap.runtime.launch import Environment, leave_word, read_environment
+from megatron_capgap.runtime.launch import Environment, held_port, leave_word, read_environment
 
 TORCHRUN = {
     "RANK": "5",
@@ -140,3 +143,13 @@ def test_what_contradicts_is_one_line(variables: dict[str, str], message: str) -
         read_environment(variables)
     text = str(caught.value)
     assert text.startswith(f"environment variable {message}") and "\n" not in text
+
+
+def test_a_port_is_held_for_the_store_that_will_listen_on_it() -> None:
+    with held_port() as one, held_port() as other:
+        assert one != other
+        with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
+            stranger.bind(("127.0.0.1", one))
+        store = dist.TCPStore("127.0.0.1", one, is_master=True, timeout=timedelta(seconds=60))
+        store.set("key", "value")
+        assert dist.TCPStore("127.0.0.1", one, is_master=False).get("key") == b"value"

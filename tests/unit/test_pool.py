@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,10 @@ def hang_on(rank: int) -> None:
 def die_on(rank: int) -> None:
     if int(os.environ["RANK"]) == rank:
         os._exit(7)
+
+
+def echo(value: int) -> int:
+    return value
 
 
 def make_own_group() -> int:
@@ -90,7 +95,22 @@ def test_a_hanging_rank_is_named_and_replaced(pool: WorkerPool) -> None:
         pool.run(hang_on, 1, limit=5.0, initialise=False)
     assert set(caught.value.failures) == {1}
     assert "about to sleep" in caught.value.failures[1].stdout
+    assert "in hang_on" in caught.value.failures[1].stderr, "the stacks of all its threads"
+    assert "torch's seed at the start: 0" in str(caught.value)
     assert pool.run(sum_of_ranks, 0)[0][2] == 1.0
+
+
+def test_a_test_that_gives_up_gets_no_old_answers(pool: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pytest-timeout raises comes while the pool waits."""
+
+    def give_up(*_: Any) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(pool, "_collect", give_up)
+    with pytest.raises(TimeoutError):
+        pool.run(echo, 1, initialise=False)
+    monkeypatch.undo()
+    assert pool.run(echo, 2, initialise=False) == [2, 2]
 
 
 def test_a_dying_rank_is_named_and_replaced(pool: WorkerPool) -> None:

@@ -139,7 +139,7 @@ def test_a_broken_node_is_no_wrong_environment(tmp_path: Path, variables: dict[s
 
 def test_told_to_end_before_the_ranks_were_started(tmp_path: Path) -> None:
     """What was told to the tasks that looked for the program is not lost on the ranks that come after them."""
-    ended = run(SCRIPT, tmp_path, NODES="kill -USR1 $PPID; sleep 0.2; exit 0")
+    ended = run(SCRIPT, tmp_path, NODES='kill -USR1 $PPID; until grep -q scancel "$SAID"; do sleep 0.01; done; exit 0')
     assert ended.code == 0
     assert RANKS[1:] not in ended.called("python")
     assert ended.called("scancel") == [["--signal=USR1", "7"]]

@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_capgap.runtime.launch import free_port
 from megatron_capgap.runtime.watch import Watch, waiting_in
 from tests.support.processes import environment, wait_for
 
@@ -26,7 +25,7 @@ def places(watch: Watch) -> list[str]:
 @pytest.fixture
 def watches() -> Iterator[list[Watch]]:
     """Of three ranks that live in this process."""
-    store = dist.TCPStore("127.0.0.1", free_port(), is_master=True, timeout=timedelta(seconds=10))
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60))
     all_of_them = [Watch(store, rank, WORLD, TIMEOUT) for rank in range(WORLD)]
     for rank, watch in enumerate(all_of_them):
         watch.place = f"step {7 if rank else 8}"
@@ -36,9 +35,19 @@ def watches() -> Iterator[list[Watch]]:
         watch.end()
 
 
+def silence(watch: Watch) -> None:
+    """Ends a watch and the word that it may be saying."""
+
+    def speaking() -> int:
+        return sum(thread.name == "watch" for thread in threading.enumerate())
+
+    before = speaking()
+    watch.end()
+    wait_for(lambda: speaking() == before - 1, 60, "the end of the last word")
+
+
 def test_the_rank_that_does_not_speak_is_named(watches: list[Watch]) -> None:
-    watches[1].end()
-    time.sleep(0.3)
+    silence(watches[1])
     assert watches[2].lost().startswith("rank 1 on ")
     assert watches[2].lost().endswith(", last heard of in step 7: gone or standing still")
 
@@ -55,27 +64,30 @@ def test_a_long_silence_is_said_once(watches: list[Watch], capfd: pytest.Capture
     watches[2].end()
     said: list[str] = []
     wait_for(lambda: said.append(capfd.readouterr().err) or "\n" in said[-1], 60, "the warning")
-    time.sleep(2 * TIMEOUT / 20)
+    heard = watches[0]._count
+    wait_for(lambda: watches[0]._count >= heard + 3, 60, "three more looks at who speaks")
     (line,) = "".join([*said, capfd.readouterr().err]).splitlines()
     assert line.startswith("capgap: warning: rank 2 on ") and line.endswith("in step 7: no word for 6 s")
 
 
 def test_a_rank_that_has_never_spoken_is_named() -> None:
-    store = dist.TCPStore("127.0.0.1", free_port(), is_master=True, timeout=timedelta(seconds=10))
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60))
     watch = Watch(store, 0, 2, TIMEOUT)
-    time.sleep(0.3)
     assert watch.lost() == "rank 1: gone or standing still"
     watch.end()
 
 
 def test_a_store_that_is_gone(tmp_path: Path) -> None:
-    port = free_port()
-    keep = f"import torch.distributed as d, time; s = d.TCPStore('127.0.0.1', {port}, is_master=True); time.sleep(60)"
-    server = subprocess.Popen([sys.executable, "-c", keep], env=environment())
+    keep = (
+        "import torch.distributed as d; s = d.TCPStore('127.0.0.1', 0, is_master=True); print(s.port, flush=1); input()"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    server = subprocess.Popen([sys.executable, "-c", keep], env=environment(), **pipes)
     try:
-        store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=30))
+        port = int(server.stdout.readline())
+        store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
         watch = Watch(store, 1, 2, TIMEOUT)
-        time.sleep(0.3)
+        wait_for(lambda: places(watch)[1:] == ["start-up"], 60, "the first word")
     finally:
         server.kill()
         server.wait()
@@ -98,8 +110,7 @@ def test_only_waiting_for_others_is_explained() -> None:
 
 
 def test_who_notices_later_hears_who_was_lost(watches: list[Watch], capfd: pytest.CaptureFixture[str]) -> None:
-    watches[1].end()
-    time.sleep(0.3)
+    silence(watches[1])
     verdict = watches[2].lost()
     wait_for(lambda: watches[0].verdict is not None, 60, "the verdict")
     watches[2].end()  # leaves, and is silent too from now on
