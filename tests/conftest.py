@@ -19,18 +19,14 @@ settings.register_profile("capgap", deadline=None, derandomize=True, max_example
 settings.load_profile("capgap")
 
 
-# Those that wait come first, so that the short ones fill the gaps at the end.
+# pytest-xdist hands out whole files in this order: those that take long come first, the short ones fill the gaps.
 FOLDERS = ("slurm", "end_to_end", "distributed", "gpu", "unit")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Order of the folders; a file's tests share a process of pytest-xdist, since they share fixtures, unless a mark
-    says otherwise."""
+    """The order of the folders."""
     items.sort(key=lambda item: FOLDERS.index(item.path.relative_to(TESTS).parts[0]))
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(TESTS).with_suffix("").as_posix()))
 
 
 @pytest.hookimpl(wrapper=True)

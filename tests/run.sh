@@ -32,7 +32,8 @@ if [ "${1:-}" = --quick ]; then
     shift
     mapfile -t quick < <(grep -v '^#' tests/quick.txt)
 fi
-together=(-n "$processes" --dist loadgroup --no-loadscope-reorder)
+# A file's tests share a process, since they share fixtures: a SLURM, a pool of gloo workers, a run.
+together=(-n "$processes" --dist loadfile --no-loadscope-reorder)
 case " $* " in
     *" -m "*) run selected "" "${quick[@]}" "$@" ;;
     *)
