@@ -108,10 +108,9 @@ def test_layouts_agree_as_far_as_the_recipe_promises(
         for name, layout in LAYOUTS.items()
     }
     for index, step in enumerate(one):
-        # A pipeline casts the same tensors; only the parts of the gradient norm are added up in another order. Under
-        # delayed scaling its later losses were seen to part by 1e-5, its gradient norms by 1e-4.
-        exact = recipe != "delayed" or index == 0
-        assert_close(found["pipeline"][index], step, 1e-5 if exact else 1e-3, "pipeline")
+        # A pipeline multiplies, casts and adds up the same tensors in the same order. Nothing less than equality holds
+        # for long: where one weight's last digit is another, a cast flips within a few steps.
+        assert found["pipeline"][index] == step, "pipeline"
         assert_close(found["tensor"][index], step, 2e-2, "tensor")
         assert 1e-6 < abs(step["loss"] / local[index]["loss"] - 1) < 1e-2, "it is FP8"
     first = abs(found["tensor"][0]["loss"] / one[0]["loss"] - 1)
