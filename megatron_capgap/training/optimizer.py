@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
+from torch import Tensor
 
 from megatron_capgap.config import derive
 from megatron_capgap.config.schema import Config, Precision
@@ -60,6 +62,18 @@ class Optimization:
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
 
+    def grad_norm(self) -> float:
+        """Global norm of the gradients that are ready. Collective.
+
+        Rounded to fp32 once, from a sum in fp64: equal gradients have the same norm to the last digit, on whichever
+        stages of a pipeline they are. Megatron's own is rounded on every stage; clipping multiplies all gradients by
+        it, so that another last digit is another last digit of many weights, and some 8-bit casts of them flip.
+        """
+        parts = self.optimizer.chained_optimizers
+        squares = sum_of_squares([grad for part in parts for grad in part.get_main_grads_for_grad_norm()])
+        dist.all_reduce(squares, group=self.optimizer.get_grad_stats_parallel_group())
+        return squares.sqrt().float().item()
+
     def sharded_state(self, model: ShardedStateDict, *, loading: bool) -> ShardedStateDict:
         """The optimizer's state by layout-free names. Collective; what is saved goes over Megatron's gloo groups, which
         nothing else uses, to the first data-parallel rank.
@@ -95,6 +109,24 @@ class Optimization:
             group.update(values)
         self.schedule.num_steps = 0
         self.schedule.step(steps)
+
+
+# Values whose squares are added up in fp32. The CPU's kernel adds up a whole tensor in fp32, in few sums: of 30 million
+# normal values it loses 0.2 % of the norm.
+_PIECE = 4096
+
+
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Of all their values, fp64 scalar: pieces of a tensor are summed in fp32, their sums in fp64."""
+    norms = []
+    for tensor in tensors:
+        values = tensor.detach().view(-1)
+        whole = values.numel() // _PIECE * _PIECE
+        norms += [torch.linalg.vector_norm(values[:whole].view(-1, _PIECE), dim=1)]
+        norms += [torch.linalg.vector_norm(values[whole:]).view(1)]
+    if not norms:
+        return torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
+    return torch.cat(norms).double().square().sum()
 
 
 def _copied(part: MegatronOptimizer) -> MegatronOptimizer:

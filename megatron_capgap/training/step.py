@@ -140,7 +140,7 @@ def _clip(
     """Computes the global gradient norm, refuses a bad one, scales the gradients down to `clip_norm`."""
     optimizer = optimization.optimizer
     optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
+    norm = optimization.grad_norm()
     if not norm - norm == 0.0:
         raise _bad_batch(f"gradient norm {norm} is not finite", step, batches)
     if max_norm is not None and norm > max_norm:
