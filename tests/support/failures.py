@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-LINES = 15
-"""Of each rank's output, the last ones."""
+LINES = 60
+"""Of each rank's output, the last ones: the stacks of its threads fit in."""
 _tellers: list[tuple[str, Callable[[], str]]] = []
 
 
@@ -29,7 +29,7 @@ def forget() -> None:
     _tellers.clear()
 
 
-def last_lines(file: Path, count: int = LINES) -> str:
+def last_lines(file: Path) -> str:
     """The end of a text file; empty where there is none."""
     text = file.read_text(errors="replace") if file.is_file() else ""
-    return "\n".join(text.splitlines()[-count:])
+    return "\n".join(text.splitlines()[-LINES:])

@@ -81,7 +81,7 @@ class Job:
         for rank, process in enumerate(self.ranks):
             lines.append(f"---- rank {rank}: exit code {process.poll()}")
             for name in ("out", "err"):
-                if text := last_lines(self._folder / f"{rank}.{name}", 60 if name == "err" else 15):
+                if text := last_lines(self._folder / f"{rank}.{name}"):
                     lines.append(f"---- rank {rank} std{name}\n{text}")
         return "\n".join(lines)
 
