@@ -22,7 +22,8 @@ def test_that_fails_too():
 """
 
 
-def test_it_prints_what_was_registered_once(pytester: pytest.Pytester) -> None:
+def test_it_prints_what_was_registered_once(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # the tests are no installed package
     (pytester.mkdir("unit") / "test_outer.py").write_text(OUTER)
     pytester.makeconftest((ROOT / "tests" / "conftest.py").read_text())
     done = pytester.runpytest_subprocess()
