@@ -21,7 +21,7 @@ from tools import make_sweep
 PYTHON = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
 # CI itself, and what takes minutes; their configurations have tests of their own.
 EXAMPLES = {f"bash examples/{name}/run.sh" for name in ("quickstart", "smollm2", "evaluation", "law_sweep")}
-SCRIPTS = {"bash tests/run.sh", *EXAMPLES}
+SCRIPTS = {"bash tests/run.sh", "bash tests/run.sh --quick", *EXAMPLES}
 # Nothing later needs what these leave, so that they run beside the others, one after the other.
 ENDS = re.compile(r" --check\b| evaluate | verify |generate\.py|fit_law\.py|runs/adapt_zh|runs/taught")
 
