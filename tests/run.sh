@@ -5,7 +5,7 @@
 #   bash tests/run.sh --quick     # a cross-section, to run before every commit
 #   bash tests/run.sh ARGS...     # what pytest selects by ARGS, for example -k resume or a file
 #
-# CAPGAP_TEST_PROCESSES sets how many processes of pytest run beside each other (by default 3, for 2 cores).
+# CAPGAP_TEST_PROCESSES sets how many processes of pytest run beside each other (by default two a core).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source tools/install.sh dev
@@ -13,7 +13,7 @@ echo "== ruff"
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 
-processes="${CAPGAP_TEST_PROCESSES:-3}"
+processes="${CAPGAP_TEST_PROCESSES:-$((2 * $(nproc)))}"
 reports="$(mktemp -d)"
 trap 'rm -rf "$reports"' EXIT
 

@@ -230,7 +230,7 @@ def test_real_processes_leave_with_code_2(material: Material, teacher: Path, tmp
     mistake.spoil(tmp_path)
     wrong["run_dir"] = str(tmp_path / "runs" / "of" / "mine")
     words = ["adapt", "--config", runs.write_config(wrong, tmp_path / "run.yaml")]
-    with job(words, 2, tmp_path / "job") as ranks:
+    with job(words, 2, tmp_path / "job", cold=True) as ranks:
         assert ranks.wait() == [2, 2]
         assert_one_line(ranks.stderr(), mistake, tmp_path)
         assert ranks.stdout() == ranks.stdout(1) == ranks.stderr(1) == ""

@@ -53,7 +53,7 @@ def test_the_estimate_is_within_15_percent(pool: WorkerPool, material: Material,
         del common["student__model"]
         config = runs.changed(config, **common)
     # Processes of their own: a resident set remembers the largest run of a worker.
-    with job([stage, "--config", runs.write_config(config)], world, tmp_path / "output") as run:
+    with job([stage, "--config", runs.write_config(config)], world, tmp_path / "output", cold=True) as run:
         assert run.wait(400) == [0] * world, run.stderr()
         ((measured, estimated),) = re.findall(
             r"peak memory of the fullest rank (\d+) MiB above start-up, estimated (\d+) MiB", run.stdout()

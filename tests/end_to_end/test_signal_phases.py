@@ -94,7 +94,7 @@ def test_before_the_first_step_it_ends_at_once(
     pool: WorkerPool, material: Material, unbroken_pair: Path, tmp_path: Path, phase: str, number: signal.Signals
 ) -> None:
     config = runs.adapt_config(material, tmp_path / "run", student__layout={"tensor": 2})
-    with job(["adapt", "--config", runs.write_config(config)], 2, tmp_path / "job") as ranks:
+    with job(["adapt", "--config", runs.write_config(config)], 2, tmp_path / "job", cold=phase == "start-up") as ranks:
         if phase == "data building":
             ranks.wait_until((tmp_path / "run" / "data_cache").exists)
         else:

@@ -134,7 +134,7 @@ def test_the_memory_estimate_is_within_15_percent(fp8: Any, material: Material, 
     changes = {"student__model": WIDE, "data__sequence_length": 1024, "data__valid": None}
     changes |= {"train__steps": 3, "train__global_batch": 8, "train__micro_batch": 8}
     settings = config(material, tmp_path / "run", precision={"compute": "bf16", "fp8": fp8}, **changes)
-    with job(["adapt", "--config", runs.write_config(settings)], 1, tmp_path / "output") as ranks:
+    with job(["adapt", "--config", runs.write_config(settings)], 1, tmp_path / "output", cold=True) as ranks:
         assert ranks.wait(300) == [0], ranks.stderr()
         numbers = re.findall(r"fullest rank (\d+) MiB above start-up, estimated (\d+) MiB", ranks.stdout())
     ((measured, estimated),) = ((int(one), int(other)) for one, other in numbers)

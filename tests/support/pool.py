@@ -1,8 +1,7 @@
 """A pool of gloo worker processes that all tests share.
 
-Importing torch and megatron.core costs seconds a process, so the workers are forked from one server that has
-imported them already (`forkserver`), and live until the tests end. Each call makes a fresh process group of
-exactly the world size it asks for.
+The workers are forked from a server that has imported torch and Megatron-Core already (`forks`), and live until the
+tests end. Each call makes a fresh process group of exactly the world size it asks for.
 """
 
 import faulthandler
@@ -24,15 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_capgap.runtime.launch import held_port
+from tests.support import forks
 
-PRELOADED = [
-    "tests.support.on_the_cpu",
-    "torch",
-    "torch.distributed",
-    "megatron.core",
-    "megatron_capgap.stages.distill",
-    "pytest",
-]
 STREAMS = ("stdout", "stderr")
 SEED = 0
 """Torch's, at the start of every call."""
@@ -104,9 +96,7 @@ class WorkerPool:
 
     def __init__(self, size: int = 8, fresh: bool = False) -> None:
         self.size = size
-        self._context = multiprocessing.get_context("spawn" if fresh else "forkserver")
-        if not fresh:
-            self._context.set_forkserver_preload(PRELOADED)
+        self._context = multiprocessing.get_context("spawn") if fresh else forks.context()
         self._workers: list[tuple[multiprocessing.Process, connection.Connection]] = []
 
     def run(

@@ -18,6 +18,7 @@ import yaml
 
 import megatron_capgap
 from megatron_capgap.runtime.launch import held_port
+from tests.support import forks
 from tests.support.failures import last_lines, on_failure
 
 ROOT = Path(megatron_capgap.__file__).parents[1]
@@ -27,22 +28,36 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 
 
 class Job:
-    """The ranks of one command; what rank r says goes to `stdout(r)` and `stderr(r)`."""
+    """The ranks of one command; what rank r says goes to `stdout(r)` and `stderr(r)`.
 
-    def __init__(self, words: Sequence[str], world: int, folder: Path) -> None:
+    Args:
+        words: of the command.
+        world: number of ranks.
+        folder: for what the ranks say.
+        cold: start an interpreter for each rank, where the test is about start-up or memory. Otherwise ranks are forked
+            from a process that has done the imports, which is all that it saves.
+    """
+
+    def __init__(self, words: Sequence[str], world: int, folder: Path, cold: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._words = folder, words
+        self._folder, self._words, self._cold = folder, words, cold
         self._port = ExitStack()
         self.port = self._port.enter_context(held_port())
         self.ranks = [self._start(words, rank, world, str(self.port)) for rank in range(world)]
         on_failure(f"{world} ranks of capgap {words[0]}", self.report)
 
-    def _start(self, words: Sequence[str], rank: int, world: int, port: str) -> subprocess.Popen[bytes]:
+    def _start(
+        self, words: Sequence[str], rank: int, world: int, port: str
+    ) -> "subprocess.Popen[bytes] | forks.ForkedModule":
         values = (str(rank), str(world), str(rank), str(world), "127.0.0.1", port)
-        with open(self._folder / f"{rank}.out", "wb") as out, open(self._folder / f"{rank}.err", "wb") as err:
+        env = {**environment(), **dict(zip(LAUNCHER, values, strict=True)), "GLOO_SOCKET_IFNAME": "lo"}
+        paths = self._folder / f"{rank}.out", self._folder / f"{rank}.err"
+        if not self._cold:
+            return forks.ForkedModule("megatron_capgap", words, env, *paths)
+        with open(paths[0], "wb") as out, open(paths[1], "wb") as err:
             return subprocess.Popen(
                 [sys.executable, "-X", "faulthandler", "-m", "megatron_capgap", *words],
-                env={**environment(), **dict(zip(LAUNCHER, values, strict=True)), "GLOO_SOCKET_IFNAME": "lo"},
+                env=env,
                 stdout=out,
                 stderr=err,
                 start_new_session=True,  # a process group for each rank and what it starts
@@ -97,6 +112,7 @@ class Job:
         for process in self.ranks:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            process.send_signal(signal.SIGKILL)  # it may not have come to make its group
             process.wait()
         self._port.close()
 
@@ -122,10 +138,10 @@ class Job:
 
 
 @contextmanager
-def job(words: Sequence[str], world: int, folder: Path) -> Iterator[Job]:
+def job(words: Sequence[str], world: int, folder: Path, cold: bool = False) -> Iterator[Job]:
     """Starts the ranks of a command; none of them outlives the `with` block. Where the block fails while ranks still
     run, the failure's report has their stacks."""
-    started = Job(words, world, folder)
+    started = Job(words, world, folder, cold)
     failed = True
     try:
         yield started

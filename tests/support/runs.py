@@ -144,7 +144,7 @@ def train_apart(stage: str, config: dict[str, Any], world: int = 1, limit: float
     """Runs a stage that must succeed in processes of its own, as a user starts it; returns its training steps."""
     run_dir = Path(config["run_dir"])
     output = run_dir.with_name(f"{run_dir.name}_output")
-    with job([stage, "--config", write_config(config)], world, output) as ranks:
+    with job([stage, "--config", write_config(config)], world, output, cold=True) as ranks:
         assert ranks.wait(limit) == [0] * world, ranks.stderr()
     return steps_of(run_dir)
 
