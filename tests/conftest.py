@@ -37,7 +37,11 @@ FOLDERS = ("slurm", "end_to_end", "distributed", "gpu", "unit")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The order of the folders."""
+    """The order of the folders. A slow test says why it is slow."""
+    for item in items:
+        for mark in item.iter_markers("slow"):
+            if len(mark.args) != 1:
+                raise pytest.UsageError(f'{item.nodeid}: write the reason, as in @pytest.mark.slow("why")')
     items.sort(key=lambda item: FOLDERS.index(item.path.relative_to(TESTS).parts[0]))
 
 

@@ -132,7 +132,7 @@ def test_what_is_not_finite_stops_both(pool: WorkerPool, material: Material, tea
     assert not any(rank.stderr for rank in ranks[1:])
 
 
-@pytest.mark.slow
+@pytest.mark.slow("four ranks are stopped, go on, and are compared with ranks that never were")
 @pytest.mark.parametrize("rank", [0, 3], ids=["student", "teacher"])
 def test_a_signal_to_one_rank_stops_all_at_a_step(material: Material, teacher: Path, tmp_path: Path, rank: int) -> None:
     changes = {"train__steps": 2000, "data__valid": None}
@@ -165,7 +165,7 @@ def test_a_signal_in_an_evaluation_stops_the_teacher_too(
     assert runs.metrics(runs.train(pool, "distill", raw, 2)) == expected
 
 
-@pytest.mark.slow
+@pytest.mark.slow("waits until the others give a lost rank up")
 @pytest.mark.parametrize(
     "number, place",
     [(signal.SIGKILL, "pp2_and_tp2"), (signal.SIGSTOP, "tp2_and_pp2")],

@@ -160,7 +160,7 @@ def test_vocabularies_padded_to_different_sizes(
             runs.assert_close(mine, theirs, 2e-5, name)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("eight ranks on few cores")
 @pytest.mark.parametrize("micro_batch", [1, 4])
 def test_eight_ranks(distil: Distil, micro_batch: int) -> None:
     student, teacher = {"tensor": 2, "pipeline": 2, "sequence": True}, {"tensor": 4}

@@ -221,7 +221,7 @@ def test_a_run_of_another_shape_is_not_continued(pool: WorkerPool, material: Mat
     assert runs.files_of(tmp_path / "run") == before
 
 
-@pytest.mark.slow
+@pytest.mark.slow("starts two interpreters")
 def test_real_processes_leave_with_code_2(material: Material, teacher: Path, tmp_path: Path) -> None:
     """What only shows outside the pool: warnings of imports, destructors, the launcher's view."""
     mistake = MISTAKES["truncated .bin"]

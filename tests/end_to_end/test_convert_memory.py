@@ -78,7 +78,7 @@ def assert_small(extra: int, imported: Imported, share: float) -> None:
     assert extra < share * nbytes, f"{extra / 1e6:.0f} MB beside {nbytes / 1e6:.0f} MB of weights"
 
 
-@pytest.mark.slow
+@pytest.mark.slow("a model large enough that its memory stands out from the interpreter's")
 def test_converting_stays_near_the_largest_tensors(imported: Imported, tmp_path: Path) -> None:
     assert_small(imported.peak - imported.base, imported, 0.25)
     peak = last_number(convert.CALL, "export", "--checkpoint", imported.run_dir, "--out", tmp_path / "back")
@@ -86,7 +86,7 @@ def test_converting_stays_near_the_largest_tensors(imported: Imported, tmp_path:
     assert (tmp_path / "back/model.safetensors").stat().st_size >= imported.nbytes - 100_000
 
 
-@pytest.mark.slow
+@pytest.mark.slow("a model large enough that its memory stands out from the interpreter's")
 def test_cutting_stays_near_the_largest_tensors(imported: Imported, tmp_path: Path) -> None:
     assert_small(last_number(CUT, imported.run_dir, tmp_path / "out"), imported, 0.3)
     written = sum(file.stat().st_size for file in (tmp_path / "out").iterdir())

@@ -92,7 +92,7 @@ def test_every_damage_to_every_file_is_seen_on_every_rank(pool: WorkerPool, soun
         assert "\n" not in said
 
 
-@pytest.mark.slow
+@pytest.mark.slow("each damage needs a run that meets it and one that never did")
 @pytest.mark.parametrize("what", DAMAGES)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_previous_checkpoint_is_used(

@@ -11,7 +11,7 @@ from tests.support.runs import Material
 SEED, COUNT = 8, 4
 
 
-@pytest.mark.slow
+@pytest.mark.slow("a run is killed and damaged several times")
 def test_a_run_under_faults_ends_as_if_nothing_had_been(pool: WorkerPool, material: Material, tmp_path: Path) -> None:
     """A seed that draws a signal, a kill and damage, three of them in saves; benchmarks/faults.py goes on to fifty."""
     wanted = faults.schedule(SEED, COUNT)

@@ -37,7 +37,9 @@ def test_epochs_read_every_conversation_as_often(
 
 
 @pytest.mark.parametrize(
-    "layout, world", [({}, 1), pytest.param(TP2_PP2, 4, marks=pytest.mark.slow)], ids=["one", "tp2_pp2"]
+    "layout, world",
+    [({}, 1), pytest.param(TP2_PP2, 4, marks=pytest.mark.slow("four ranks train twice"))],
+    ids=["one", "tp2_pp2"],
 )
 def test_a_run_goes_on_to_the_last_digit(
     pool: WorkerPool, material: Material, student: Path, teacher: Path, tmp_path: Path, layout: Any, world: int
@@ -67,7 +69,9 @@ def overfitting(material: Material, run_dir: Path, student: Path, **changes: Any
 
 
 @pytest.mark.parametrize(
-    "layout, world", [({}, 1), pytest.param(TP2_PP2, 4, marks=pytest.mark.slow)], ids=["one", "tp2_pp2"]
+    "layout, world",
+    [({}, 1), pytest.param(TP2_PP2, 4, marks=pytest.mark.slow("four ranks train until they overfit"))],
+    ids=["one", "tp2_pp2"],
 )
 def test_early_stopping_keeps_the_best_checkpoint(
     pool: WorkerPool, material: Material, student: Path, tmp_path: Path, layout: Any, world: int

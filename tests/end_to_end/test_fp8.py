@@ -21,7 +21,7 @@ SHAPE = {"layers": 2, "hidden": 256, "heads": 8, "kv_heads": 4, "ffn": 256, "voc
 BATCH = {"train__global_batch": 16, "train__micro_batch": 8}
 MICRO_BATCHES, STEPS = 2, 4
 LAYOUTS = {"tensor": {"tensor": 2, "sequence": True}, "pipeline": {"pipeline": 2}}
-pytestmark = [pytest.mark.slow, needs_files]
+pytestmark = [pytest.mark.slow("8-bit casts are emulated on a CPU"), needs_files]
 
 
 def fp8(recipe: str, **options: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ RECIPES = ("delayed", "tensorwise", "blockwise")
 LINEARS = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
 # Buffers of their own add up the gradient norm in another order: clipping would carry that into the weights.
 UNCLIPPED = {"optimizer__clip_norm": 0.0}
-pytestmark = [pytest.mark.slow, needs_files]
+pytestmark = [pytest.mark.slow("8-bit casts are emulated on a CPU"), needs_files]
 
 
 def precision(recipe: str, held: bool) -> dict[str, Any]:

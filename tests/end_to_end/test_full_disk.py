@@ -202,7 +202,7 @@ def limit_size(rank: int, words: list[str]) -> int:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("four ranks train twice")
 @pytest.mark.parametrize("rank", range(4))
 def test_each_rank_that_finds_no_room_stops_the_save_on_all(
     pool: WorkerPool, material: Material, tmp_path: Path, rank: int
@@ -248,7 +248,7 @@ def test_a_file_that_got_lost_while_saving_is_seen(
     assert (tmp_path / "run" / "latest").read_text() == "step_2\n"
 
 
-@pytest.mark.slow
+@pytest.mark.slow("the first job has to be at work while the second one starts")
 def test_a_second_job_on_a_run_is_refused_and_the_first_goes_on(
     pool: WorkerPool, material: Material, tmp_path: Path
 ) -> None:

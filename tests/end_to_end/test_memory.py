@@ -23,7 +23,7 @@ CASES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.slow("models large enough that their memory stands out from the interpreter's")
 @pytest.mark.parametrize("name", CASES)
 def test_the_estimate_is_within_15_percent(pool: WorkerPool, material: Material, tmp_path: Path, name: str) -> None:
     world, changes = CASES[name]

@@ -113,7 +113,7 @@ def test_a_damaged_teacher_leaves_no_checkpoint(
     assert manifests.latest(run_dir) is not None
 
 
-@pytest.mark.slow
+@pytest.mark.slow("scores a teacher once for each kind of score and of layer")
 @engine.needs_files
 def test_transformer_engine_s_layers_have_the_scores_of_local_ones(
     pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path
@@ -137,7 +137,7 @@ def test_transformer_engine_s_layers_have_the_scores_of_local_ones(
             assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max(), part
 
 
-@pytest.mark.slow
+@pytest.mark.slow("a run long enough to be signalled in its middle, twice")
 def test_a_signal_keeps_the_scores_and_the_same_command_goes_on(
     pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path
 ) -> None:

@@ -52,7 +52,7 @@ def in_folder(folder: str, tool: str, words: list[str]) -> int:
     return TOOLS.get(tool, main)(words)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("runs every command of the quickstart, each in an interpreter of its own")
 def test_the_script_s_commands_run(pool: WorkerPool, tmp_path: Path) -> None:
     copy, table = small_copy(tmp_path), ""
     work = str(copy / "work")

@@ -46,7 +46,7 @@ def run(line: str, folder: Path) -> None:
     assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
 
 
-@pytest.mark.slow
+@pytest.mark.slow("starts an interpreter for each of some thirty commands")
 def test_the_commands_run(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "examples" / "tutorial", tmp_path / "examples" / "tutorial")
     (tmp_path / "examples" / "law_sweep").symlink_to(ROOT / "examples" / "law_sweep")

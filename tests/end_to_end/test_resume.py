@@ -60,7 +60,7 @@ def run_and_lose(pool: WorkerPool, work: partial[int], world: int) -> None:
         pool.run(work, world=world, initialise=False)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("sixty steps, so that a kill falls between two checkpoints")
 def test_a_killed_process_goes_on_to_the_last_digit(pool: WorkerPool, material: Material, tmp_path: Path) -> None:
     changes = {"train__steps": 60, "train__eval_every": 20, "train__dropout": 0.1, "checkpoint__every": 20}
     unbroken = runs.metrics(runs.train(pool, "adapt", runs.adapt_config(material, tmp_path / "unbroken", **changes)))
@@ -81,7 +81,7 @@ def test_a_killed_process_goes_on_to_the_last_digit(pool: WorkerPool, material: 
     assert [entry["step"] for entry in runs.steps_of(killed)] == list(range(1, 61))
 
 
-@pytest.mark.slow
+@pytest.mark.slow("four ranks train three times")
 def test_four_killed_ranks_go_on_to_the_last_digit(
     pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path
 ) -> None:
@@ -108,7 +108,7 @@ def test_dropout_was_on(pool: WorkerPool, material: Material, tmp_path: Path) ->
     assert abs(one["loss"] - other["loss"]) > 1e-4
 
 
-@pytest.mark.slow
+@pytest.mark.slow("one training for each layout")
 def test_a_checkpoint_goes_on_in_other_layouts(pool: WorkerPool, material: Material, tmp_path: Path) -> None:
     changes = {"train__steps": 6, "checkpoint__every": 3}
     config = runs.adapt_config(material, tmp_path / "tp2_pp2", student__layout=TP2_PP2, **changes)

@@ -64,7 +64,7 @@ def test_from_four_replicas_to_two_to_one_no_sample_is_lost_or_repeated(
         runs.assert_close(found, wanted, 1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("four ranks distill twice")
 def test_a_resumed_distillation_has_the_same_state_to_the_bit(
     pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path
 ) -> None:

@@ -87,7 +87,7 @@ def test_a_run_that_is_signalled_has_saved_one_step_later(
     assert runs.metrics(runs.train(pool, "adapt", config, world=2)) == unbroken
 
 
-@pytest.mark.slow
+@pytest.mark.slow("two ranks start twice")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("phase", ["start-up", "data building"])
 def test_before_the_first_step_it_ends_at_once(
@@ -143,7 +143,7 @@ PHASES: dict[str, tuple[dict[str, Any], Callable[[Path, psutil.Process], bool]]]
 }
 
 
-@pytest.mark.slow
+@pytest.mark.slow("starts an agent of torchrun and its ranks")
 @pytest.mark.parametrize(
     "phase, number",
     [
@@ -183,7 +183,7 @@ def test_torchrun_passes_a_signal_on_and_leaves_nobody(
     assert (run_dir / "latest").read_text() == f"step_{done}\n"
 
 
-@pytest.mark.slow
+@pytest.mark.slow("starts two agents of torchrun and their ranks")
 def test_two_agents_of_torchrun_are_one_job(pool: WorkerPool, material: Material, tmp_path: Path) -> None:
     config = runs.adapt_config(material, tmp_path / "run", student__layout={"tensor": 2})
     words = ["--nnodes", "2", "--nproc-per-node", "1", "--local-addr", "127.0.0.1"]

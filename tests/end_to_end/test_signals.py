@@ -20,7 +20,7 @@ from tests.support.state import Poison, state_of
 LAYOUTS = {"pp2": {"pipeline": 2}, "dp2": {}}
 
 
-@pytest.mark.slow
+@pytest.mark.slow("a run is stopped, goes on, and is compared with one that never was")
 @pytest.mark.parametrize("number, rank", [(signal.SIGTERM, 1), (signal.SIGUSR1, 0)], ids=["SIGTERM", "SIGUSR1"])
 def test_a_signal_to_one_rank_stops_all_at_a_step(
     pool: WorkerPool, material: Material, tmp_path: Path, number: signal.Signals, rank: int

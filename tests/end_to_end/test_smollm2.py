@@ -125,7 +125,7 @@ def must(pool: WorkerPool, tool: Callable[[list[str]], int], *words: object) -> 
     return rank.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.slow("converts 135 million parameters both ways")
 def test_real_weights_go_in_and_out(pool: WorkerPool, imported: Path) -> None:
     """Needs 1.5 GB of memory."""
     hf, run, back = imported / "hf", imported / "runs/smollm2", imported / "back"
@@ -139,7 +139,7 @@ def test_real_weights_go_in_and_out(pool: WorkerPool, imported: Path) -> None:
     assert tokenizer.decode(model.generate(ids, max_new_tokens=1, do_sample=False)[0]).endswith("Paris")
 
 
-@pytest.mark.slow
+@pytest.mark.slow("generates from 135 million parameters")
 def test_the_megatron_model_answers_a_chat_prompt(pool: WorkerPool, imported: Path) -> None:
     run, prompts = imported / "runs/smollm2", imported / "chat.jsonl"
     question = "What is the capital of France? Answer in one sentence."
@@ -163,7 +163,7 @@ def compared(folder: str, off: float) -> int:
         file.write_text(sound)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("evaluates 135 million parameters twice")
 def test_perplexity_is_transformers_s(pool: WorkerPool, imported: Path) -> None:
     """A thousand tokens of real text, this project's README."""
     text = write_jsonl(imported / "readme.jsonl", [(ROOT / "README.md").read_text()[:4500]])

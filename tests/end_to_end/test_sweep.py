@@ -106,7 +106,7 @@ def killed(material: Material, tmp_path_factory: pytest.TempPathFactory) -> dict
     return {"out": out, "file": file, "done": done, "before": before, "said": said}
 
 
-@pytest.mark.slow
+@pytest.mark.slow("its fixture trains a grid, killed half-way")
 def test_only_what_was_missing_ran(killed: dict[str, Any]) -> None:
     out = killed["out"]
     ran = re.findall(r"^\[\d+/11\] \w+ (\S+): done", killed["said"], flags=re.M)
@@ -118,7 +118,7 @@ def test_only_what_was_missing_ran(killed: dict[str, Any]) -> None:
         assert files_of(out / "runs" / name) == killed["before"][name], name
 
 
-@pytest.mark.slow
+@pytest.mark.slow("its fixture trains a grid, killed half-way")
 def test_records_are_complete(killed: dict[str, Any]) -> None:
     found = records.read([killed["out"] / "records.jsonl"])
     assert len(found) == 7 and "7 of 7 records" in killed["said"]
@@ -136,7 +136,7 @@ def test_records_are_complete(killed: dict[str, Any]) -> None:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.slow("its fixture trains a grid, killed half-way")
 def test_a_run_of_the_sweep_is_a_run_of_the_door(killed: dict[str, Any], tmp_path: Path) -> None:
     """The last run of its processes, after others, equals one in a process of its own to the last digit."""
     config = yaml.safe_load((killed["out"] / "configs" / "fixed-s1-t2-seed1.yaml").read_text())
@@ -145,7 +145,7 @@ def test_a_run_of_the_sweep_is_a_run_of_the_door(killed: dict[str, Any], tmp_pat
     assert inside == metrics(tmp_path / "alone")
 
 
-@pytest.mark.slow
+@pytest.mark.slow("its fixture trains a grid, killed half-way")
 def test_a_finished_sweep_runs_nothing(killed: dict[str, Any]) -> None:
     before = files_of(killed["out"] / "runs")
     code, said, _ = call(killed["file"], "--run")
@@ -153,7 +153,7 @@ def test_a_finished_sweep_runs_nothing(killed: dict[str, Any]) -> None:
     assert files_of(killed["out"] / "runs") == before
 
 
-@pytest.mark.slow
+@pytest.mark.slow("its fixture trains a grid, killed half-way")
 def test_a_changed_grid_is_refused(killed: dict[str, Any], material: Material, tmp_path: Path) -> None:
     changed = grid(material, killed["out"])
     changed["distill"]["train"]["steps"] = 7
@@ -179,7 +179,7 @@ def array_task(out: Path, task: int, folder: Path) -> subprocess.CompletedProces
     )
 
 
-@pytest.mark.slow
+@pytest.mark.slow("its fixture trains a grid, killed half-way")
 def test_an_array_task_runs_its_line(killed: dict[str, Any], tmp_path: Path) -> None:
     """The batch script with an srun that starts one rank here: each task finds its run, which is finished already."""
     (tmp_path / "srun").write_text('#!/bin/sh\nwhile case $1 in -*) ;; *) false ;; esac; do shift; done; exec "$@"\n')
@@ -194,7 +194,7 @@ def test_an_array_task_runs_its_line(killed: dict[str, Any], tmp_path: Path) -> 
     assert cut.returncode == 0 and Path(lines[6].split()[1]).stem == "prune-s1-t1", cut.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.slow("its fixture trains a grid, killed half-way")
 def test_a_lost_record_is_written_anew(killed: dict[str, Any]) -> None:
     """The run itself is over: it is opened, finds nothing to do, and leaves the same record."""
     path = killed["out"] / "runs" / "fixed-s1-t2-seed1" / "record.json"
@@ -204,7 +204,7 @@ def test_a_lost_record_is_written_anew(killed: dict[str, Any]) -> None:
     assert code == 0 and "10 of 11 runs are finished already" in said and path.read_text() == before
 
 
-@pytest.mark.slow
+@pytest.mark.slow("a sweep starts, is stopped and goes on")
 def test_sigterm_saves_the_current_run_and_stops(material: Material, tmp_path: Path) -> None:
     long = grid(material, tmp_path / "work", rows=[{"init": "random", "students": ["s1"], "seeds": [1]}])
     long["teach"]["train"]["steps"] = 2000
@@ -290,7 +290,7 @@ def test_the_help_lists_every_key_of_a_grid(capsys: pytest.CaptureFixture[str]) 
     assert all(f"\n    {key}: " in said for key in SECTIONS)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("a sweep of several runs")
 def test_a_failed_run_leaves_out_those_behind_it(material: Material, tmp_path: Path) -> None:
     wrong = grid(material, tmp_path / "work", rows=[{"init": "random", "students": ["s1"], "seeds": [1]}])
     wrong["teachers"]["t1"] = {"model": {**TEACHER, "heads": 7}}

@@ -78,7 +78,7 @@ LOST = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.slow("waits until the others give a silent rank up")
 @pytest.mark.parametrize("name", LOST)
 def test_a_lost_rank_is_named_with_what_the_others_waited_in(name: str, material: Material, tmp_path: Path) -> None:
     number, lost, words = LOST[name]

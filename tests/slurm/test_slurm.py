@@ -19,7 +19,7 @@ from tests.slurm.cluster import Cluster
 from tests.support import runs
 from tests.support.failures import on_failure
 from tests.support.pool import WorkerPool
-from tests.support.processes import ROOT, wait_for
+from tests.support.processes import ROOT, seed_of, wait_for
 from tests.support.runs import Material
 from tools import make_sweep
 
@@ -72,9 +72,8 @@ class Submitted:
         python: str = "python",
     ) -> None:
         self.cluster, self.run_dir, self.folder = cluster, Path(config["run_dir"]), folder
-        self.seed = config.get("seed")
-        command = ["sbatch", "--parsable", "--nodes=4", "--exclusive", *options, SCRIPT]
-        command += ["distill", "--config", runs.write_config(config), *words]
+        self.words = ["distill", "--config", runs.write_config(config), *words]
+        command = ["sbatch", "--parsable", "--nodes=4", "--exclusive", *options, SCRIPT, *self.words]
         variables = {"CAPGAP_MOST_STARTS": str(starts), "CAPGAP_PYTHON": python}
         self.number = cluster.run(*command, cwd=folder, variables=variables)
         on_failure(f"SLURM job {self.number}", self.report)
@@ -87,8 +86,7 @@ class Submitted:
     def report(self) -> str:
         """The last lines of the job, which are those of all its ranks, and of SLURM's daemons."""
         lines = self.output().splitlines()[-60:]
-        seed = f"seed: {self.seed}" if self.seed else "seed: the default"
-        return "\n".join([seed, *lines, self.cluster.logs()])
+        return "\n".join([f"seed: {seed_of(self.words)}", *lines, self.cluster.logs()])
 
     def says(self, pattern: str) -> bool:
         """Whether a regular expression is found in it."""

@@ -92,7 +92,7 @@ class Job:
 
     def report(self) -> str:
         """The command, its seed, and each rank's exit code and last lines."""
-        lines = [f"python -m megatron_capgap {shlex.join(self._words)}", f"seed: {_seed(self._words)}"]
+        lines = [f"python -m megatron_capgap {shlex.join(self._words)}", f"seed: {seed_of(self._words)}"]
         for rank, process in enumerate(self.ranks):
             lines.append(f"---- rank {rank}: exit code {process.poll()}")
             for name in ("out", "err"):
@@ -150,7 +150,7 @@ def job(words: Sequence[str], world: int, folder: Path, cold: bool = False) -> I
         started.end(with_stacks=failed)
 
 
-def _seed(words: Sequence[str]) -> str:
+def seed_of(words: Sequence[str]) -> str:
     """Of a command's configuration; what is not set is the schema's."""
     file = Path(words[words.index("--config") + 1]) if "--config" in words else None
     config = yaml.safe_load(file.read_text()) if file and file.is_file() else {}

@@ -58,7 +58,7 @@ def test_an_intercept_and_a_power_are_found() -> None:
     assert found.chosen is found.laws["power"]
 
 
-@pytest.mark.slow
+@pytest.mark.slow("a share is seen only in many draws")
 def test_coverage_of_an_exact_law() -> None:
     found = studies(lambda random: made.draw(made.exact, random, noise=0.004))
     assert 0.85 <= share_within(found, "proportional", "k", 2.5) <= 0.95
@@ -74,7 +74,7 @@ def test_coverage_of_an_exact_law() -> None:
     assert len(held) > 3 * DRAWS and 0.85 <= np.mean(held) <= 0.95
 
 
-@pytest.mark.slow
+@pytest.mark.slow("a share is seen only in many draws")
 def test_coverage_where_students_scatter_about_the_law() -> None:
     """Each student has an optimum of its own, 20% about the law: seeds alone could not tell how sure the law is."""
 
@@ -85,7 +85,7 @@ def test_coverage_where_students_scatter_about_the_law() -> None:
     assert 0.85 <= share_within(studies(draw), "proportional", "k", 2.5) <= 0.95
 
 
-@pytest.mark.slow
+@pytest.mark.slow("a share is seen only in many draws")
 def test_coverage_of_apples_law() -> None:
     """No parabolas: steep below the optimum, gentle above. The truth is the power law through the true optima of the
     same students. Its exponent is held; its level is read too high, by as much as README says."""
@@ -100,7 +100,7 @@ def test_coverage_of_apples_law() -> None:
     assert 1.0 < read / level < 1.1
 
 
-@pytest.mark.slow
+@pytest.mark.slow("a share is seen only in many draws")
 def test_no_optimum_is_said() -> None:
     found = studies(lambda random: made.draw(made.no_optimum, random, noise=0.004))
     seen = [best.status for each in found for _, best in each.optima]
@@ -164,7 +164,7 @@ def test_a_rise_within_what_seeds_bring_about_is_no_curse() -> None:
         assert best.chance == pytest.approx(2.757 * np.sqrt(noise), rel=1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.slow("a share is seen only in many draws")
 @pytest.mark.parametrize("seeds", [(1, 2), (1, 2, 3)])
 def test_flat_curves_rise_by_chance_as_seldom_as_is_said(seeds: tuple[int, ...]) -> None:
     """Flat altogether, or behind a steep fall up to a teacher of 5 S."""

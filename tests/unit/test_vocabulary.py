@@ -165,7 +165,7 @@ def test_pieces_are_not_normalised(tmp_path: Path) -> None:
     assert merged.after.encode("\uff0c  ") == merged.before.encode(",")
 
 
-@pytest.mark.slow
+@pytest.mark.slow("trains tokenizers on two novels")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_novel(kind: str, tmp_path: Path) -> None:
     """Real Chinese on top of real English, on chapters that no vocabulary has seen. Downloads 1.9 MB."""
