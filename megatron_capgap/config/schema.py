@@ -256,9 +256,9 @@ class Optimizer:
     lr: PositiveFloat = 3.0e-4
     """Peak learning rate."""
     min_lr: NonNegativeFloat = 0.0
-    """Learning rate at the end of the run."""
+    """Learning rate that the schedule comes to after the last update."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls from lr to min_lr."""
+    """How the learning rate falls from lr, at the first update after the warm-up, to min_lr."""
     warmup_fraction: Fraction = 0.01
     """Share of train.steps during which the learning rate rises linearly from 0."""
     weight_decay: NonNegativeFloat = 0.1

@@ -1,4 +1,5 @@
-"""Who am I among the ranks: torchrun's or SLURM's environment, or one rank alone; and the first collective words.
+"""Who am I among the ranks: what torchrun, SLURM or mpirun left in the environment, or one rank alone; and the first
+collective words.
 
 Nothing here imports torch before `join` is called, so that `--help` and `--check` answer at once.
 """
@@ -9,12 +10,13 @@ import os
 import socket
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
 from megatron_capgap.config.errors import UserError
 
@@ -28,6 +30,25 @@ Answer = TypeVar("Answer")
 
 # srun numbers real steps from 0; the batch script itself and a bare salloc shell carry huge or no step ids.
 _LARGEST_STEP_ID = 1 << 30
+# Below the ports that Linux hands out by itself, which begin at 32768.
+_FIRST_PORT, _PORTS = 20000, 12000
+
+
+class _Mpi(NamedTuple):
+    """How an mpirun calls what it tells its ranks."""
+
+    rank: str
+    world: str
+    local_rank: str
+    local_world: str
+
+
+_MPI = (
+    _Mpi("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    _Mpi("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    _Mpi("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH's and Intel's; SLURM's too, for MPI
+)
+_MPI_JOB = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID", "SLURM_JOB_ID")
 
 
 @dataclass(frozen=True)
@@ -41,7 +62,9 @@ class Environment:
     master_addr: str
     master_port: int
     launcher: str
-    """torchrun, slurm or alone."""
+    """torchrun (or whoever else sets RANK and WORLD_SIZE), slurm, mpirun or alone."""
+    joins_store: bool = False
+    """Whether the launcher keeps the job's store itself, at the master's address, and every rank is a client."""
 
 
 def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
@@ -54,11 +77,25 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
         UserError: the launcher's variables contradict each other or one is missing.
     """
     env = os.environ if variables is None else variables
-    if "RANK" in env or "WORLD_SIZE" in env:
+    if "TORCHELASTIC_RUN_ID" in env:  # torchrun's own ranks: what SLURM says is about its agents
         return _from_torchrun(env)
-    if 0 <= int(env.get("SLURM_STEP_ID", -1)) < _LARGEST_STEP_ID and "SLURM_PROCID" in env:
+    if mpi := next((names for names in _MPI if names.rank in env and names.world in env), None):
+        if mpi.rank != "PMI_RANK" or not _agree(env, mpi.rank, mpi.world, "SLURM_PROCID", "SLURM_NTASKS"):
+            return _from_mpirun(env, mpi)
+    in_step = 0 <= int(env.get("SLURM_STEP_ID", -1)) < _LARGEST_STEP_ID and "SLURM_PROCID" in env
+    if in_step and "RANK" not in env and env.get("WORLD_SIZE") == env.get("SLURM_NTASKS"):
+        return _from_slurm(env)  # a batch script that exports WORLD_SIZE and leaves RANK to each task
+    if "RANK" in env or "WORLD_SIZE" in env:
+        if in_step:
+            _check_against_slurm(env)
+        return _from_torchrun(env)
+    if in_step:
         return _from_slurm(env)
     return Environment(0, 1, 0, 1, "127.0.0.1", 0, "alone")
+
+
+def _agree(env: Mapping[str, str], rank: str, world: str, other_rank: str, other_world: str) -> bool:
+    return env.get(rank) == env.get(other_rank) and env.get(world) == env.get(other_world)
 
 
 def _number(env: Mapping[str, str], key: str, default: int | None = None) -> int:
@@ -97,6 +134,51 @@ def _from_torchrun(env: Mapping[str, str]) -> Environment:
         env.get("MASTER_ADDR", "127.0.0.1"),
         _number(env, "MASTER_PORT", 0),
         "torchrun",
+        env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+    )
+
+
+def _check_against_slurm(env: Mapping[str, str]) -> None:
+    """RANK and WORLD_SIZE inside of a step: each task may have set its own, or a launcher of each task's the ranks that
+    it has started; what a batch script exported for all tasks would give them one rank."""
+    rank, world = _rank_and_world(env, "RANK", "WORLD_SIZE")
+    task, tasks = _rank_and_world(env, "SLURM_PROCID", "SLURM_NTASKS")
+    each = _number(env, "LOCAL_WORLD_SIZE", 1)
+    own = (rank, world) == (task, tasks)
+    launched = "LOCAL_RANK" in env and world == tasks * each and rank // each == task
+    if not (own or launched):
+        raise UserError(
+            f"environment variables RANK is {rank} and WORLD_SIZE is {world}, but srun says task {task} of {tasks}; "
+            "unset RANK and WORLD_SIZE before srun, which sets what is needed"
+        )
+
+
+def _from_mpirun(env: Mapping[str, str], names: _Mpi) -> Environment:
+    rank, world = _rank_and_world(env, names.rank, names.world)
+    for key, value in (("RANK", rank), ("WORLD_SIZE", world)):
+        if key in env and _number(env, key) != value:
+            raise UserError(
+                f"environment variable {key} is {env[key]} but mpirun's {names.rank} and {names.world} are {rank} and "
+                f"{world}; unset RANK and WORLD_SIZE before mpirun"
+            )
+    local_world = _number(env, names.local_world, world)
+    address = env.get("MASTER_ADDR")
+    if address is None and local_world < world:
+        raise UserError(
+            f"environment variable MASTER_ADDR is not set, and mpirun started {world} ranks on several hosts; give the "
+            "first one, as in mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500"
+        )
+    # One port for all ranks of this job, and most likely another one for a second job on this host.
+    job = next((env[name] for name in _MPI_JOB if name in env), "")
+    port = _FIRST_PORT + zlib.crc32(job.encode()) % _PORTS
+    return Environment(
+        rank,
+        world,
+        _number(env, names.local_rank, rank),
+        local_world,
+        address or "127.0.0.1",
+        _number(env, "MASTER_PORT", port),
+        "mpirun",
     )
 
 
@@ -105,7 +187,7 @@ def _from_slurm(env: Mapping[str, str]) -> Environment:
     local_world = _tasks_of_a_node(env) or world
     nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))
     # Every task derives the same port from the job and step, so that two jobs on one node do not meet.
-    port = 20000 + (_number(env, "SLURM_JOB_ID") * 7 + int(env["SLURM_STEP_ID"])) % 20000
+    port = _FIRST_PORT + (_number(env, "SLURM_JOB_ID") * 7 + int(env["SLURM_STEP_ID"])) % _PORTS
     return Environment(
         rank,
         world,
@@ -174,7 +256,8 @@ def join(environment: Environment, device: Device, timeout_seconds: int) -> dist
     if dist.is_initialized():
         assert dist.get_world_size() == environment.world
         return dist.distributed_c10d._get_default_store()
-    with held_port() if environment.world == 1 else nullcontext(environment.master_port) as port:
+    own_store = environment.world == 1 and not environment.joins_store
+    with held_port() if own_store else nullcontext(environment.master_port) as port:
         dist.init_process_group(
             device.backend,
             init_method=f"tcp://{environment.master_addr}:{port}",

@@ -103,9 +103,9 @@ def train_step(
         what = f"loss {loss_mean} is not finite"
         raise _bad_batch(what, step, suspect if all(map(_finite, of_layers)) else batches)
     grad_norm = _clip(optimization, clip_norm, max_norm, step, batches)
-    optimization.schedule.step(1)
-    optimization.optimizer.step_with_ready_grads()
     lr = next(group["lr"] for group in optimization.optimizer.param_groups if group.get("default_config", True))
+    optimization.optimizer.step_with_ready_grads()
+    optimization.schedule.step(1)  # after the update: the first one has the rate that the schedule begins with
     return StepResult(loss_mean, report, tokens, grad_norm, lr)
 
 

@@ -21,11 +21,12 @@ import psutil
 from megatron_capgap.runtime.launch import held_port
 from tests.slurm import namespaces
 from tests.slurm.namespaces import Network
+from tests.support import debian
+from tests.support.debian import PATH
 from tests.support.processes import environment, wait_for
 
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "srun", "sbatch", "scontrol")
-PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 LOOPBACK = "127.0.0."
 KILL_WAIT = 10
 """Seconds that a step which was told to go has, before SLURM kills it."""
@@ -72,48 +73,13 @@ PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=100 PreemptMode=OFF
 """
 
 
-class Unavailable(Exception):
-    """Why there can be no SLURM here."""
-
-
 def install() -> None:
     """Installs Debian's packages where they are missing.
 
     Raises:
-        Unavailable: they are missing and this user cannot install them.
+        debian.Unavailable: they are missing and this user cannot install them.
     """
-    if all(map(_program, PROGRAMS)):
-        return
-    if shutil.which("apt-get") is None:
-        raise Unavailable("SLURM is not installed and there is no apt-get to install it")
-    if os.geteuid() != 0:
-        raise Unavailable(f"SLURM is not installed and only root may: apt-get install {' '.join(PACKAGES)}")
-    # A container has no init; where there is one, the services must not start with a configuration of the host's.
-    policy = Path("/usr/sbin/policy-rc.d")
-    ours = not policy.exists()
-    if ours:
-        policy.write_text("#!/bin/sh\nexit 101\n")
-        policy.chmod(0o755)
-    try:
-        words = ["apt-get", "-q", "-y", "-o", "DPkg::Lock::Timeout=120", "--no-install-recommends"]
-        for attempt in (["install", *PACKAGES], ["update"], ["install", *PACKAGES]):
-            done = subprocess.run(
-                [*words, *attempt],
-                env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-            )
-            if all(map(_program, PROGRAMS)):
-                return
-    finally:
-        if ours:
-            policy.unlink()
-    raise Unavailable(f"apt-get could not install SLURM: {done.stderr.strip()[-300:]}")
-
-
-def _program(name: str) -> str | None:
-    return shutil.which(name, path=PATH)
+    debian.install(PACKAGES, PROGRAMS)
 
 
 class Cluster:

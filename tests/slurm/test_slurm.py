@@ -17,6 +17,7 @@ from tests.end_to_end.test_sweep import grid as small_grid
 from tests.slurm import cluster as slurm
 from tests.slurm.cluster import Cluster
 from tests.support import runs
+from tests.support.debian import Unavailable
 from tests.support.failures import on_failure
 from tests.support.pool import WorkerPool
 from tests.support.processes import ROOT, seed_of, wait_for
@@ -36,7 +37,7 @@ LAYOUT = {"tensor": 2, "pipeline": 2, "sequence": True}
 def cluster() -> Iterator[Cluster]:
     try:
         slurm.install()
-    except slurm.Unavailable as reason:
+    except Unavailable as reason:
         pytest.skip(str(reason))
     with slurm.running() as running:
         yield running

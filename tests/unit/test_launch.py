@@ -33,6 +33,16 @@ SLURM = {
 }
 
 
+OPENMPI = {
+    "OMPI_COMM_WORLD_RANK": "5",
+    "OMPI_COMM_WORLD_SIZE": "8",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+    "OMPI_MCA_ess_base_jobid": "647364609",
+}
+MPICH = {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "5", "MPI_LOCALNRANKS": "8"}
+
+
 def without(variables: dict[str, str], *names: str) -> dict[str, str]:
     return {name: value for name, value in variables.items() if name not in names}
 
@@ -50,7 +60,7 @@ def test_alone() -> None:
 
 
 def test_the_process_environment_is_read_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*SLURM, *TORCHRUN):
+    for name in (*SLURM, *TORCHRUN, *OPENMPI, *MPICH, "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
     assert read_environment().launcher == "alone"
     for name, value in TORCHRUN.items():
@@ -62,7 +72,7 @@ def test_slurm() -> None:
     found = read_environment(SLURM)
     assert (found.rank, found.world, found.local_rank, found.local_world) == (9, 16, 1, 8)
     assert (found.master_addr, found.launcher) == ("gpu07", "slurm")
-    assert 20000 <= found.master_port < 40000
+    assert 20000 <= found.master_port < 32768, "Linux hands out those above by itself"
 
 
 @pytest.mark.parametrize("given, each", [("8(x2)", 8), ("8", 8), ("1(x16)", 1)])
@@ -95,8 +105,56 @@ def test_the_address_and_port_of_the_user_win_under_slurm() -> None:
     assert (found.master_addr, found.master_port) == ("10.0.0.1", 555)
 
 
-def test_torchrun_inside_of_a_slurm_step_is_torchrun() -> None:
-    assert read_environment({**SLURM, **TORCHRUN}).launcher == "torchrun"
+@pytest.mark.parametrize("world", [1, 8])
+def test_torchrun_inside_of_a_slurm_step_is_torchrun(world: int) -> None:
+    """srun has started one agent on each node; under torchrun every rank is a client of the agent's store."""
+    agent = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": str(world)}
+    found = read_environment({**SLURM, **TORCHRUN, **agent, "RANK": str(world - 1)})
+    assert (found.rank, found.world, found.launcher, found.joins_store) == (world - 1, world, "torchrun", True)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        {"RANK": "9", "WORLD_SIZE": "16"},  # a task that tells itself who it is
+        {"WORLD_SIZE": "16"},  # a batch script that says the number alone
+        {"RANK": "19", "WORLD_SIZE": "32", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},  # a launcher in each task
+    ],
+)
+def test_what_agrees_with_slurm(task: dict[str, str]) -> None:
+    found = read_environment({**SLURM, **task, "MASTER_ADDR": "gpu05", "MASTER_PORT": "29500"})
+    assert (found.rank, found.world) == (int(task.get("RANK", 9)), int(task["WORLD_SIZE"]))
+
+
+@pytest.mark.parametrize("tasks", [1, 16])
+@pytest.mark.parametrize("rank, world", [(0, 4), (0, 16), (3, 4)])
+def test_what_a_batch_script_left_in_the_environment_of_all_tasks(tasks: int, rank: int, world: int) -> None:
+    task = {**SLURM, "SLURM_PROCID": str(tasks - 1), "SLURM_NTASKS": str(tasks)}
+    left = {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "gpu05", "MASTER_PORT": "29500"}
+    with pytest.raises(UserError) as caught:
+        read_environment({**task, **left})
+    text = str(caught.value)
+    assert f"RANK is {rank} and WORLD_SIZE is {world}, but srun says task {tasks - 1} of {tasks}" in text
+    assert "unset RANK and WORLD_SIZE" in text and "\n" not in text
+
+
+def test_mpirun() -> None:
+    address = {"MASTER_ADDR": "node07", "MASTER_PORT": "29400"}
+    assert read_environment({**OPENMPI, **address}) == Environment(5, 8, 1, 4, "node07", 29400, "mpirun")
+    assert read_environment({**SLURM, **OPENMPI, **address}).launcher == "mpirun", "it has SLURM start its daemons"
+    one_host = read_environment({**OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "8"})
+    assert one_host.master_addr == "127.0.0.1" and 20000 <= one_host.master_port < 32768
+    other = read_environment({**OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "8", "OMPI_MCA_ess_base_jobid": "1"})
+    assert other.master_port != one_host.master_port
+    found = read_environment(MPICH)
+    assert (found.rank, found.world, found.local_rank, found.local_world) == (5, 8, 5, 8)
+
+
+def test_the_pmi_of_srun_is_srun() -> None:
+    """srun --mpi=pmi2 sets what MPICH's mpirun sets."""
+    assert read_environment({**SLURM, "PMI_RANK": "9", "PMI_SIZE": "16"}).launcher == "slurm"
+    hydra = {**MPICH, "MASTER_ADDR": "gpu07", "MASTER_PORT": "29400"}
+    assert read_environment({**SLURM, **hydra}).launcher == "mpirun", "hydra's proxies are srun's tasks"
 
 
 @pytest.mark.parametrize("step", [None, "4294967291", "4294967290"])
@@ -136,6 +194,9 @@ def test_without_scontrol_the_list_of_nodes_is_one_error(tmp_path: Path, monkeyp
         (SLURM | {"SLURM_TASKS_PER_NODE": "9,7"}, "SLURM_TASKS_PER_NODE is '9,7': every node must run as many ranks "),
         (SLURM | {"SLURM_TASKS_PER_NODE": "2(x3),1"}, "SLURM_TASKS_PER_NODE is '2(x3),1': every node must "),
         (SLURM | {"SLURM_PROCID": "16"}, "SLURM_PROCID is 16 but SLURM_NTASKS is 16; "),
+        (OPENMPI, "MASTER_ADDR is not set, and mpirun started 8 ranks on several hosts; give the first one"),
+        (OPENMPI | {"RANK": "0"}, "RANK is 0 but mpirun's OMPI_COMM_WORLD_RANK and OMPI_COMM_WORLD_SIZE are 5 and 8; "),
+        (OPENMPI | {"WORLD_SIZE": "4"}, "WORLD_SIZE is 4 but mpirun's OMPI_COMM_WORLD_RANK and "),
     ],
 )
 def test_what_contradicts_is_one_line(variables: dict[str, str], message: str) -> None:

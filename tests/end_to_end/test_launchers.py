@@ -1,0 +1,69 @@
+"""One rank, and two, as each launcher starts them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.support import debian, runs
+from tests.support.processes import environment
+from tests.support.runs import Material
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
+PLAIN = [sys.executable]
+LEFT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+"""What a shell may still hold that once started one rank."""
+
+
+@pytest.mark.slow("starts a launcher and its ranks")
+@pytest.mark.parametrize(
+    "launcher, world, left",
+    [
+        (PLAIN, 1, {**LEFT, "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}),
+        ([*TORCHRUN, "--nproc-per-node", "1"], 1, LEFT),
+        ([*MPIRUN, "-n", "2", sys.executable], 2, {}),
+    ],
+    ids=["plain", "torchrun", "mpirun"],
+)
+def test_a_launcher_starts_a_run(
+    material: Material, tmp_path: Path, launcher: Sequence[str], world: int, left: dict[str, str]
+) -> None:
+    if launcher[0] == "mpirun":
+        try:
+            debian.install(["openmpi-bin"], ["mpirun"])
+        except debian.Unavailable as reason:
+            pytest.skip(str(reason))
+    changes = {"train__steps": 1, "data__valid": None, "student__layout": {"tensor": world}}
+    config = runs.write_config(runs.adapt_config(material, tmp_path / "run", **changes))
+    done = subprocess.run(
+        [*launcher, "-m", "megatron_capgap", "adapt", "--config", config],
+        env={**environment(), **left, "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"ranks: {world} = tensor {world} x" in done.stdout, done.stdout
+    assert len(runs.steps_of(tmp_path / "run")) == 1
+
+
+def test_ranks_that_a_batch_script_exports_for_all_tasks_are_refused_at_once(
+    material: Material, tmp_path: Path
+) -> None:
+    config = runs.write_config(runs.adapt_config(material, tmp_path / "run"))
+    task = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_LOCALID": "2"}
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_capgap", "adapt", "--config", config],
+        env={**environment(), **task, "RANK": "0", "WORLD_SIZE": "4"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "RANK is 0 and WORLD_SIZE is 4, but srun says task 2 of 4" in line
+    assert not os.path.exists(tmp_path / "run")
