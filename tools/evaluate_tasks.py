@@ -116,6 +116,7 @@ def gather_ranks(args: argparse.Namespace, device: Any, precision: Any) -> Ranks
     from megatron_capgap.checkpoint import store
     from megatron_capgap.config.checks import check_flags
     from megatron_capgap.config.schema import Layout
+    from megatron_capgap.data.chat import template_ends
     from megatron_capgap.data.tokenizer import open_tokenizer
     from megatron_capgap.evaluation.ranks import Ranks
     from megatron_capgap.evaluation.scoring import Scorer
@@ -137,7 +138,8 @@ def gather_ranks(args: argparse.Namespace, device: Any, precision: Any) -> Ranks
     store.load_weights(folder, chunks, grid)
     for chunk in chunks:
         chunk.eval()
-    return Ranks(Scorer(chunks, grid, shape.vocab, args.micro_batch, longest, device.torch_device), tokenizer)
+    ends = tokenizer.stops | template_ends(manifest.chat_template, tokenizer)
+    return Ranks(Scorer(chunks, grid, shape.vocab, args.micro_batch, longest, device.torch_device), tokenizer, ends)
 
 
 def lead(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:

@@ -23,9 +23,9 @@ from megatron_capgap.config.checks import check_flags
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.files import write_atomically
 from megatron_capgap.config.schema import Layout, ModelShape, Precision
-from megatron_capgap.data.chat import open_template
+from megatron_capgap.data.chat import open_template, template_ends
 from megatron_capgap.data.prompts import Prompt, encode_prompt, read_prompts
-from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
+from megatron_capgap.data.tokenizer import open_tokenizer
 from megatron_capgap.runtime import launch, libraries
 
 
@@ -92,7 +92,10 @@ def run(args: argparse.Namespace, environment: launch.Environment) -> int:
     template = functools.cache(lambda: open_template(args.template, tokenizer, args.tokenizer))
     ids = [encode_prompt(prompt, tokenizer, template, args.bos) for prompt in prompts]
     length = longest(ids, args.max_new_tokens, manifest.model)
-    found = continuations(args, environment, folder, manifest.model, layout, tokenizer, ids, length)
+    ends = tokenizer.stops | template_ends(manifest.chat_template, tokenizer)
+    if any(not isinstance(prompt, str) for prompt in prompts):
+        ends |= template().ends()
+    found = continuations(args, environment, folder, manifest.model, layout, tokenizer.vocab_size, ends, ids, length)
     if environment.rank == 0:
         lines = [line(prompt, tokenizer.decode(new)) for prompt, new in zip(prompts, found, strict=True)]
         if args.out:
@@ -120,7 +123,8 @@ def continuations(
     folder: Path,
     shape: ModelShape,
     layout: Layout,
-    tokenizer: Tokenizer,
+    known: int,
+    ends: frozenset[int],
     prompts: list[list[int]],
     length: int,
 ) -> list[list[int]]:
@@ -145,9 +149,9 @@ def continuations(
         chunks,
         grid,
         prompts,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=min(shape.vocab, known),
         max_new_tokens=args.max_new_tokens,
-        eos=tokenizer.eos,
+        ends=ends,
         sampling=sampling,
         batch=args.batch,
     )
@@ -160,7 +164,7 @@ def line(prompt: Prompt, text: str) -> str:
     if isinstance(prompt, str):
         said = {"prompt": prompt}
     else:
-        said = {"messages": [{"role": message.role, "content": message.text} for message in prompt]}
+        said = {"messages": [message.content() for message in prompt]}
     return json.dumps({**said, "text": text}, ensure_ascii=False) + "\n"
 
 

@@ -77,6 +77,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="VOCAB",
         help="first train a SentencePiece BPE model with byte fallback on the input, saved as --tokenizer",
     )
+    parser.add_argument("--bos", action="store_true", help="begin documents with the tokenizer's bos")
     parser.add_argument("--no-eos", action="store_true", help="do not end documents with the tokenizer's eos")
     parser.add_argument("--strict", action="store_true", help="stop at the first malformed line")
     parser.add_argument("--force", action="store_true", help="replace files that are there")
@@ -148,6 +149,8 @@ def prepare(args: argparse.Namespace, targets: list[str]) -> None:
         tokenizer = open_tokenizer(path)
         if tokenizer.eos is None and not args.no_eos:
             raise UserError(f"tokenizer {path} has no eos to end a document: give one that has, or --no-eos")
+        if tokenizer.bos is None and args.bos:
+            raise UserError(f"tokenizer {path} has no bos to begin a document: give one that has, or leave out --bos")
         for target in targets:
             writers.append(DatasetWriter(target, tokenizer.vocab_size))
         began = time.monotonic()
@@ -179,7 +182,7 @@ def tokenize(args: argparse.Namespace, tokenizer_path: str, writers: list["Datas
     malformed = Malformed()
     total = sum(Path(file).stat().st_size for file in args.input)
     workers = min(args.workers, 1 + (total >> 20))  # a process is not worth starting for less than a megabyte
-    blocks = encode_files(args.input, tokenizer_path, args.text_key, not args.no_eos, workers)
+    blocks = encode_files(args.input, tokenizer_path, args.text_key, args.bos, not args.no_eos, workers)
     with closing(blocks), progress_bar(total) as progress:
         for encoded in blocks:
             for kind, where in encoded.problems:

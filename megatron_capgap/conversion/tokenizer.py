@@ -11,9 +11,11 @@ from typing import Any, Protocol
 from megatron_capgap.checkpoint.manifest import Manifest
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.conversion.importing import TOKENIZER_FILES, copy_files
-from megatron_capgap.data.tokenizer import SentencePieceTokenizer, open_tokenizer
+from megatron_capgap.data import tokenizer_folder
+from megatron_capgap.data.chat import template_ends
+from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
 
-_SPACE = "\u2581"
+_JSON = "tokenizer.json"
 _PROBES = (
     "The quick brown fox, 1234 times; jumps!",
     "  two spaces,\ttab\nnew line  ",
@@ -28,6 +30,8 @@ class Words(Protocol):
 
     bos_token_id: int | None
     eos_token_id: int | None
+    ends: frozenset[int]
+    """Ids that end a text: what the tokenizer and the model that it came with say, and the chat template writes."""
 
     def write(self, folder: Path) -> None:
         """Writes its files."""
@@ -40,6 +44,7 @@ class Copied:
     folder: Path
     bos_token_id: int | None
     eos_token_id: int | None
+    ends: frozenset[int]
 
     def write(self, folder: Path) -> None:
         """Copies those that are there."""
@@ -55,6 +60,7 @@ class Translated:
     settings: dict[str, Any]
     bos_token_id: int | None
     eos_token_id: int | None
+    ends: frozenset[int]
 
     def write(self, folder: Path) -> None:
         """Both forms of the vocabulary, and the special tokens."""
@@ -78,11 +84,12 @@ def find(carried: Path | None, manifest: Manifest) -> Words:
     if opened.fingerprint != manifest.tokenizer_fingerprint:
         raise UserError(f"{place}: is not the tokenizer that the checkpoint was trained with; put that one there")
     # Files that transformers reads itself go out as they came in.
-    known = carried is not None and (carried / "tokenizer_config.json").is_file()
-    if isinstance(opened, SentencePieceTokenizer) and not known:
-        model = Path(place) / "tokenizer.model" if carried else Path(place)
-        return translate(model, opened)
-    return Copied(Path(place), opened.bos, opened.eos)
+    known = carried is not None and any((carried / name).is_file() for name in ("tokenizer_config.json", _JSON))
+    ends = opened.stops | template_ends(manifest.chat_template, opened)
+    if not known and not (Path(place) / _JSON).is_file():
+        model = Path(place) / "tokenizer.model" if Path(place).is_dir() else Path(place)
+        return translate(model, opened, ends)
+    return Copied(Path(place), opened.bos, opened.eos, ends)
 
 
 def caution(manifest: Manifest, words: Words) -> str | None:
@@ -114,59 +121,18 @@ def write_template(folder: Path, template: str, words: Words) -> None:
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
-def translate(model: Path, opened: SentencePieceTokenizer) -> Translated:
-    """A SentencePiece BPE model as a tokenizer.json that gives the same ids.
+def translate(model: Path, opened: Tokenizer, ends: frozenset[int] = frozenset()) -> Translated:
+    """A SentencePiece model as a tokenizer.json that gives the same ids.
 
     Raises:
         UserError: it is of another kind, seen by the ids it gives to a few texts.
     """
-    import sentencepiece
-    import tokenizers
-    from tokenizers import decoders, models, normalizers
-
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    ids = range(processor.get_piece_size())
-    pieces = [processor.id_to_piece(i) for i in ids]
-    plain = [i for i in ids if not (processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i))]
-    vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    bpe = models.BPE(
-        vocab=vocabulary,
-        merges=_merges([pieces[i] for i in plain], {pieces[i]: processor.get_score(i) for i in plain}),
-        unk_token=pieces[processor.unk_id()],
-        fuse_unk=True,
-        byte_fallback=any(processor.is_byte(i) for i in ids),
-    )
-    built = tokenizers.Tokenizer(bpe)
-    built.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
-    built.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    special = {"unk": processor.unk_id(), "bos": processor.bos_id(), "eos": processor.eos_id()}
-    special = {name: i for name, i in special.items() if i >= 0}
-    built.add_special_tokens(
-        [tokenizers.AddedToken(pieces[i], special=True, normalized=False) for i in special.values()]
-    )
+    reading = tokenizer_folder.read_model(model)
     for text in _PROBES:
-        if built.encode(text, add_special_tokens=False).ids != opened.encode(text):
+        if reading.tokenizer.encode(text, add_special_tokens=False).ids != opened.encode(text):
             raise UserError(
                 f"{model}: this kind of SentencePiece model has no equal in tokenizer.json (they differ on {text!r}); "
                 "train with a BPE model, as tools/prepare_data.py --train-tokenizer makes one"
             )
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    settings |= {f"{name}_token": pieces[i] for name, i in special.items()}
-    return Translated(model, built.to_str(), settings, opened.bos, opened.eos)
-
-
-def _merges(pieces: list[str], scores: dict[str, float]) -> list[tuple[str, str]]:
-    """The merges that make the pieces, first to last: SentencePiece merges towards the piece of the best score.
-
-    A piece can come from several pairs; each is listed, for whichever stands in a text is merged.
-    """
-    found = []
-    for piece in pieces:
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in scores and right in scores:
-                found.append((scores[piece], left, right))
-    found.sort(key=lambda merge: -merge[0])
-    return [(left, right) for _, left, right in found]
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **reading.special}
+    return Translated(model, reading.tokenizer.to_str(), settings, opened.bos, opened.eos, ends)

@@ -1,31 +1,31 @@
-"""Conversations from jsonl files, and the templates that turn them into text: which of it the assistant says."""
+"""Templates that turn a conversation into text and ids, and tell what of it the assistant says."""
 
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from jinja2 import nodes
 from jinja2.exceptions import TemplateError
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.errors import UserError, in_one_line
 from megatron_capgap.data.tokenizer import Tokenizer
+from megatron_capgap.data.turns import Message
 
-ROLES = ("system", "user", "assistant")
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn."""
-
-    role: str
-    """system, user or assistant."""
-    text: str
+Span = tuple[int, int]
+"""Characters of a text: from, to."""
+# Private characters, which no text holds: they mark what {% generation %} has written, and stand for a message.
+_FROM, _TO, _SOMETHING = "\ue0f0\ue0f1", "\ue0f1\ue0f0", "\ue0f2"
 
 
 @dataclass(frozen=True)
@@ -35,97 +35,6 @@ class Segment:
     tokens: tuple[int, ...]
     learned: bool
     """Whether the loss counts them: the assistant says them."""
-
-
-Conversation = tuple[Message, ...]
-
-
-def read_conversations(path: str) -> list[Conversation]:
-    """Every conversation of a jsonl file: a line is `{"messages": [{"role": ..., "content": ...}, ...]}`, or, as in the
-    original's files, `[{"User": ..., "Assistant": ...}, ...]`.
-
-    Raises:
-        UserError: the file is missing or empty, or a line is no conversation; with its number.
-    """
-    found = []
-    with open(conversations_file(path), encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                found.append(_conversation(f"{path}:{number}", line))
-    if not found:
-        raise UserError(f'{path}: holds no conversation; a line is {{"messages": [{{"role": ..., "content": ...}}]}}')
-    return found
-
-
-def conversations_file(path: str) -> Path:
-    """Where the conversations are.
-
-    Raises:
-        UserError: the file is missing.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"{path}: no such file; give a jsonl file of conversations")
-    return file
-
-
-def _conversation(place: str, line: str) -> Conversation:
-    try:
-        content = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{place}: not JSON ({error}); mend or remove the line") from None
-    messages = read_turns(place, content)
-    if not messages or messages[-1].role != "assistant":
-        raise UserError(f"{place}: does not end with an assistant message; add it or remove the line")
-    return messages
-
-
-def read_turns(place: str, content: Any) -> Conversation:
-    """The messages of a line that was read from JSON; the user and the assistant take turns, whoever is last.
-
-    Args:
-        place: what messages call it.
-        content: as in `read_conversations`.
-
-    Raises:
-        UserError: it is no conversation.
-    """
-    messages = tuple(_messages(place, content))
-    first = 1 if messages and messages[0].role == "system" else 0
-    for position, message in enumerate(messages[first:]):
-        wanted = ("user", "assistant")[position % 2]
-        if message.role != wanted:
-            turn = first + position + 1
-            raise UserError(
-                f"{place}: message {turn} is the {message.role}'s, the {wanted}'s is due; turns alternate, a system "
-                "message may only come first"
-            )
-    return messages
-
-
-def _messages(place: str, content: Any) -> Iterator[Message]:
-    if isinstance(content, list):  # the original's
-        for turn, pair in enumerate(content, start=1):
-            for role, name in (("user", "User"), ("assistant", "Assistant")):
-                if not isinstance(pair, dict) or name not in pair:
-                    raise UserError(f"{place}: turn {turn} has no {name}; each holds User and Assistant")
-                yield _message(place, f"turn {turn}", role, pair[name])
-        return
-    messages = content.get("messages") if isinstance(content, dict) else None
-    if not isinstance(messages, list):
-        raise UserError(f'{place}: neither {{"messages": [...]}} nor a list of User and Assistant turns; mend the line')
-    for turn, message in enumerate(messages, start=1):
-        role = message.get("role") if isinstance(message, dict) else None
-        if role not in ROLES:
-            shown = "is missing" if role is None else f"{role!r} is unknown"
-            raise UserError(f"{place}: message {turn}: its role {shown}; one of {', '.join(ROLES)} would do")
-        yield _message(place, f"message {turn}", role, message.get("content"))
-
-
-def _message(place: str, what: str, role: str, text: Any) -> Message:
-    if not isinstance(text, str) or not text.strip():
-        raise UserError(f"{place}: {what}: the {role} says nothing; remove the line, or give it words")
-    return Message(role, text)
 
 
 class Template(ABC):
@@ -141,8 +50,120 @@ class Template(ABC):
     def encode(self, messages: Sequence[Message]) -> list[Segment]:
         """Tokens from the beginning on; after a last message of the user's, up to where the assistant begins."""
 
+    @abstractmethod
+    def ends(self) -> frozenset[int]:
+        """Ids that the template writes where the assistant's turn ends; a text that is generated ends there too."""
 
-class DefaultTemplate(Template):
+
+class JinjaTemplate(Template):
+    """A template in Jinja, in the sandbox and with the helpers that transformers gives it.
+
+    The whole conversation becomes text and then ids, as in transformers' `apply_chat_template`: what a tokenizer makes
+    of a piece depends on what stands before it. The assistant's words are what `{% generation %}` marks, or, without
+    such marks, from where the template leaves the assistant to begin to the end of its turn.
+
+    Args:
+        source: the template.
+        tokenizer: gives bos_token, eos_token and the like as text.
+        place: what messages call it.
+
+    Raises:
+        UserError: it is no Jinja.
+    """
+
+    def __init__(self, source: str, tokenizer: Tokenizer, place: str) -> None:
+        self.jinja = source
+        self._tokenizer, self._place = tokenizer, place
+        self._marked = re.search(r"{%[-+]?\s*generation\s*[-+]?%}", source) is not None
+        sandbox = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+        )
+        sandbox.globals["raise_exception"] = self._refuse
+        sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        sandbox.filters["tojson"] = _to_json
+        try:
+            self._template = sandbox.from_string(source)
+        except (TemplateError, RecursionError) as error:
+            raise UserError(f"{place}: is no Jinja ({error}); mend it, or use the default template") from None
+
+    def encode(self, messages: Sequence[Message]) -> list[Segment]:
+        text, spans = self._written(messages)
+        ids, places = self._tokenizer.encode_with_places(text)
+        learned = [any(start < to and end > at for at, to in spans) for start, end in places]
+        found = groupby(zip(ids, learned, strict=True), key=lambda pair: pair[1])
+        return [Segment(tuple(token for token, _ in run), said) for said, run in found]
+
+    def ends(self) -> frozenset[int]:
+        try:
+            turn = self._end_of_turn([Message("user", "A"), Message("assistant", "B")], 1)
+        except UserError:  # it wants more than a question and an answer
+            return frozenset()
+        ids, _ = self._tokenizer.encode_with_places(turn)
+        first = next((token for token in ids if token in self._tokenizer.whole), None)
+        return frozenset() if first is None else frozenset({first})
+
+    def _written(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
+        """The text, and where the assistant speaks in it."""
+        answer = messages[-1].role != "assistant"
+        text = self._render(messages, answer)
+        if self._marked:
+            return _without_marks(text)
+        spans: list[Span] = []
+        for number, message in enumerate(messages):
+            if message.role == "assistant":
+                start, end = self._turn(messages, number, text, answer)
+                spans.append((max(start, spans[-1][1] if spans else 0), end))
+        return text, spans
+
+    def _turn(self, messages: Sequence[Message], number: int, text: str, answer: bool) -> Span:
+        """Where one turn of the assistant's stands in the text of all: from where it is left to begin, in a prompt that
+        ends before it, up to what the template writes at the end of a turn."""
+        last = number == len(messages) - 1
+        asked = self._render(messages[:number], answer=True)
+        if last and text.startswith(asked):
+            return len(asked), len(text)
+        # What changes with the words is where they stand; a template may write the same turn otherwise once more
+        # follows, such as without the thoughts before an answer.
+        start, end = _difference(text, self._render(_said_otherwise(messages, number), answer))
+        if text.startswith(asked) and len(asked) <= start:
+            start = len(asked)
+        closing = self._end_of_turn(messages[: number + 1], number)
+        end += _common(text[end:], closing)
+        if end <= start:
+            raise UserError(
+                f"{self._place}: leaves out what the assistant says in message {number + 1}, or writes it so that it "
+                "cannot be told apart; use the default template"
+            )
+        return start, end
+
+    def _end_of_turn(self, messages: Sequence[Message], number: int) -> str:
+        """What the template writes after the assistant's words, where they are the last."""
+        text = self._render(messages, answer=False)
+        if self._marked:
+            text, spans = _without_marks(text)
+            said = text[slice(*spans[-1])] if spans else ""
+            return said[_common(said, messages[number].text) :]
+        _, end = _difference(text, self._render(_said_otherwise(messages, number), answer=False))
+        return text[end:]
+
+    def _render(self, messages: Sequence[Message], answer: bool) -> str:
+        tools = list(getattr(messages, "tools", ())) or None
+        said = [message.content() for message in messages]
+        try:
+            return self._template.render(
+                messages=said, tools=tools, documents=None, add_generation_prompt=answer, **self._tokenizer.special
+            )
+        except Exception as error:  # a template is a program of somebody else's: it may raise anything
+            what = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
+            raise UserError(
+                f"{self._place}: {in_one_line(what)}; use other conversations or the default template"
+            ) from None
+
+    def _refuse(self, reason: str) -> None:
+        raise TemplateError(reason)
+
+
+class DefaultTemplate(JinjaTemplate):
     """`[|User|]words</s>[|Assistant|]words</s>`, as the original writes it, for any tokenizer with an end of text.
 
     Raises:
@@ -159,83 +180,65 @@ class DefaultTemplate(Template):
     def __init__(self, tokenizer: Tokenizer) -> None:
         if tokenizer.eos is None:
             raise UserError("the default chat template needs a tokenizer with an end of text; train or choose another")
-        self._encode, self._end = tokenizer.encode, tokenizer.eos
-        self._begin = () if tokenizer.bos is None else (tokenizer.bos,)
-
-    def encode(self, messages: Sequence[Message]) -> list[Segment]:
-        found, asked = [], [*self._begin]
-        answers = messages[-1].role == "assistant"
-        for message in messages:
-            if message.role == "assistant":
-                asked += self._encode("[|Assistant|]")
-                found.append(Segment(tuple(asked), False))
-                found.append(Segment((*self._encode(message.text), self._end), True))
-                asked = []
-            else:
-                asked += self._encode(("[|User|]" if message.role == "user" else "") + message.text)
-                asked.append(self._end)
-        return found if answers else [*found, Segment((*asked, *self._encode("[|Assistant|]")), False)]
+        super().__init__(self.JINJA, tokenizer, "the default chat template")
 
 
-class JinjaTemplate(Template):
-    """A tokenizer's own `chat_template`, in the sandbox and with the helpers that transformers gives it.
+class _Generation(Extension):
+    """transformers' `{% generation %}`: what the assistant writes."""
 
-    Args:
-        source: the template.
-        tokenizer: with tokenizer.json, for special tokens stand in the text.
-        special: bos_token, eos_token and the like as text.
-        place: what messages call it.
+    tags: ClassVar = {"generation"}
 
-    Raises:
-        UserError: it is no Jinja.
-    """
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
 
-    def __init__(self, source: str, tokenizer: Tokenizer, special: dict[str, str], place: str) -> None:
-        self.jinja = source
-        self._tokenizer, self._special, self._place = tokenizer, special, place
-        sandbox = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        sandbox.globals["raise_exception"] = self._refuse
-        sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        sandbox.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-        try:
-            self._template = sandbox.from_string(source)
-        except TemplateError as error:
-            raise UserError(f"{place}: is no Jinja ({error}); mend it, or use the default template") from None
+    def _mark(self, caller: Callable[[], str]) -> str:
+        return f"{_FROM}{caller()}{_TO}"
 
-    def encode(self, messages: Sequence[Message]) -> list[Segment]:
-        found, done = [], ""
-        for number, message in enumerate(messages):
-            last = number == len(messages) - 1
-            if message.role == "assistant":
-                asked = self._render(messages[:number], answer=True)
-                said = self._render(messages[: number + 1], answer=False)
-                for text, learned in ((asked, False), (said, True)):
-                    found.append(self._segment(text, done, learned))
-                    done = text
-            elif last:
-                found.append(self._segment(self._render(messages, answer=True), done, learned=False))
-        return found
 
-    def _segment(self, text: str, done: str, learned: bool) -> Segment:
-        """What `text` adds to `done`."""
-        if not text.startswith(done):
-            raise UserError(
-                f"{self._place}: writes the beginning of a conversation otherwise once more follows, so that the "
-                "assistant's words cannot be told apart; use the default template"
-            )
-        return Segment(tuple(self._tokenizer.encode(text[len(done) :])), learned)
+def _without_marks(text: str) -> tuple[str, list[Span]]:
+    """A text without the marks of `_Generation`, and where they were."""
+    found, spans = "", []
+    for number, part in enumerate(text.split(_FROM)):
+        said, mark, rest = part.partition(_TO)
+        if number and mark:
+            spans.append((len(found), len(found) + len(said)))
+        found += said + rest
+    return found, spans
 
-    def _render(self, messages: Sequence[Message], answer: bool) -> str:
-        said = [{"role": message.role, "content": message.text} for message in messages]
-        try:
-            return self._template.render(messages=said, add_generation_prompt=answer, **self._special)
-        except TemplateError as error:
-            raise UserError(f"{self._place}: {error}; use other conversations or the default template") from None
 
-    def _refuse(self, reason: str) -> None:
-        raise TemplateError(reason)
+def _said_otherwise(messages: Sequence[Message], number: int) -> Sequence[Message]:
+    """The conversation with one message in other words."""
+    other = Message(messages[number].role, _SOMETHING, messages[number].fields)
+    found = type(messages)((*messages[:number], other, *messages[number + 1 :]))  # type: ignore[call-arg]
+    if tools := getattr(messages, "tools", ()):
+        found.tools = tools  # type: ignore[attr-defined]
+    return found
+
+
+def _difference(text: str, other: str) -> Span:
+    """The characters of a text that are not those of another, whose beginning and end are the same."""
+    start = _common(text, other)
+    most = min(len(text), len(other)) - start
+    end = min(_common(text[::-1], other[::-1]), most)
+    return start, len(text) - end
+
+
+def _common(text: str, other: str) -> int:
+    """Characters at the beginning of both."""
+    pairs = enumerate(zip(text, other, strict=False))
+    return next((place for place, (one, two) in pairs if one != two), min(len(text), len(other)))
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def open_template(name: str, tokenizer: Tokenizer, path: str) -> Template:
@@ -251,20 +254,26 @@ def open_template(name: str, tokenizer: Tokenizer, path: str) -> Template:
     """
     if name == "default":
         return DefaultTemplate(tokenizer)
-    folder = Path(path)
-    words = folder / "tokenizer_config.json"
-    config = json.loads(words.read_text(encoding="utf-8")) if words.is_file() else {}
-    file = folder / "chat_template.jinja"
-    source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
+    found = next(_sources(Path(path)), None)
+    if found is None:
+        raise UserError(f"{name}: {path} brings no chat template; template default would do, or another tokenizer")
+    return JinjaTemplate(found[0], tokenizer, str(found[1]))
+
+
+def template_ends(jinja: str | None, tokenizer: Tokenizer) -> frozenset[int]:
+    """Ids that end the assistant's turn in the template that a model was finetuned with; none without one."""
+    return frozenset() if jinja is None else JinjaTemplate(jinja, tokenizer, "the checkpoint's chat template").ends()
+
+
+def _sources(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Text and file of the templates of a tokenizer folder; the first counts."""
+    file, words = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if file.is_file():
+        yield file.read_text(encoding="utf-8"), file
+    if not words.is_file():
+        return
+    source = json.loads(words.read_text(encoding="utf-8-sig")).get("chat_template")
     if isinstance(source, list):  # several, by name
         source = next((one["template"] for one in source if one.get("name") == "default"), None)
-    if not source:
-        raise UserError(f"{name}: {path} brings no chat template; template default would do, or another tokenizer")
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{path}: its chat template needs a tokenizer.json; save the tokenizer with it")
-    special = {key: _content(value) for key, value in config.items() if key.endswith("_token") and _content(value)}
-    return JinjaTemplate(source, tokenizer, special, str(file if file.is_file() else words))
-
-
-def _content(token: Any) -> Any:
-    return token.get("content") if isinstance(token, dict) else token if isinstance(token, str) else None
+    if source:
+        yield source, words

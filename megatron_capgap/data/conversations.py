@@ -17,9 +17,10 @@ import numpy as np
 from megatron_capgap.config.errors import UserError, in_one_line
 from megatron_capgap.config.schema import Data
 from megatron_capgap.data import instruct
-from megatron_capgap.data.chat import Template, read_conversations
+from megatron_capgap.data.chat import Template
 from megatron_capgap.data.instruct import Example, InstructSequence
 from megatron_capgap.data.tokenizer import Tokenizer
+from megatron_capgap.data.turns import read_conversations
 
 _CUT = "cut.json"  # in the folder of a list of files: what did not fit
 _ARRAYS = {"tokens": np.int32, "learned": np.bool_, "ends": np.int64}

@@ -1,11 +1,9 @@
 """Text corpora: jsonl files to documents and token ids, on several processes, and a vocabulary trained on
 them."""
 
-import gzip
 import io
 import json
 import signal
-import zlib
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -14,34 +12,16 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from multiprocessing import get_context
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from megatron_capgap.config.errors import UserError
+from megatron_capgap.data.jsonl import Block, read_blocks
 from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
 
-_BLOCK_BYTES = 1 << 20
 _VOCABULARY_BYTES = 256 << 20  # sentencepiece holds its corpus in memory several times over
 _PIECE_OF_LINE = 100_000  # characters; sentencepiece drops longer sentences in silence
-
-
-class Block(NamedTuple):
-    """Consecutive lines of one file.
-
-    Attributes:
-        file: the file they come from.
-        line: number of the first line, from 1.
-        number: number of the first line, over all files, from 0.
-        lines: the lines, undecoded.
-        consumed: bytes read so far, on disk and over all files.
-    """
-
-    file: str
-    line: int
-    number: int
-    lines: list[bytes]
-    consumed: int
 
 
 @dataclass
@@ -63,27 +43,6 @@ class Encoded:
     numbers: list[int] = field(default_factory=list)
     text_bytes: list[int] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)
-
-
-def read_blocks(files: list[str]) -> Iterator[Block]:
-    """The lines of all files in order, about a megabyte at a time; `.gz` files are unpacked.
-
-    Raises:
-        UserError: a `.gz` file is damaged.
-    """
-    number = consumed = 0
-    for file in files:
-        line = 1
-        with open(file, "rb") as raw:
-            try:
-                stream: IO[bytes] = gzip.GzipFile(fileobj=raw) if file.endswith(".gz") else raw
-                while lines := stream.readlines(_BLOCK_BYTES):
-                    yield Block(file, line, number, lines, consumed + raw.tell())
-                    line += len(lines)
-                    number += len(lines)
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise UserError(f"{file} is damaged after line {line - 1} ({error}): copy it again") from None
-        consumed += Path(file).stat().st_size
 
 
 def parse(line: bytes, text_key: str) -> str:
@@ -114,8 +73,8 @@ def parse(line: bytes, text_key: str) -> str:
     return text
 
 
-def encode_block(block: Block, tokenizer: Tokenizer, text_key: str, end: int | None) -> Encoded:
-    """Token ids of every document in a block, `end` after each unless it is None."""
+def encode_block(block: Block, tokenizer: Tokenizer, text_key: str, begin: int | None, end: int | None) -> Encoded:
+    """Token ids of every document in a block, `begin` before and `end` after each unless they are None."""
     tokens: list[int] = []
     encoded = Encoded(block.consumed, np.empty(0, dtype=np.int32))
     for offset, line in enumerate(block.lines):
@@ -126,6 +85,8 @@ def encode_block(block: Block, tokenizer: Tokenizer, text_key: str, end: int | N
             encoded.problems.append((kind, f"{block.file}:{block.line + offset}: {detail}"))
             continue
         before = len(tokens)
+        if begin is not None:
+            tokens.append(begin)
         tokens += tokenizer.encode(text)
         if end is not None:
             tokens.append(end)
@@ -137,7 +98,7 @@ def encode_block(block: Block, tokenizer: Tokenizer, text_key: str, end: int | N
 
 
 def encode_files(
-    files: list[str], tokenizer_path: str, text_key: str, append_eos: bool, workers: int
+    files: list[str], tokenizer_path: str, text_key: str, prepend_bos: bool, append_eos: bool, workers: int
 ) -> Iterator[Encoded]:
     """Token ids of all files, in their order whatever the number of processes.
 
@@ -145,7 +106,7 @@ def encode_files(
         UserError: a file is damaged, or a process was killed.
     """
     blocks = read_blocks(files)
-    setup = (tokenizer_path, text_key, append_eos)
+    setup = (tokenizer_path, text_key, prepend_bos, append_eos)
     if workers == 1:
         _start_worker(*setup)
         yield from map(_encode_in_worker, blocks)
@@ -169,13 +130,14 @@ def encode_files(
             pool.shutdown(cancel_futures=True)
 
 
-_worker: tuple[Tokenizer, str, int | None]
+_worker: tuple[Tokenizer, str, int | None, int | None]
 
 
-def _start_worker(tokenizer_path: str, text_key: str, append_eos: bool) -> None:
+def _start_worker(tokenizer_path: str, text_key: str, prepend_bos: bool, append_eos: bool) -> None:
     global _worker
     tokenizer = open_tokenizer(tokenizer_path)
-    _worker = (tokenizer, text_key, tokenizer.eos if append_eos else None)
+    begin, end = tokenizer.bos if prepend_bos else None, tokenizer.eos if append_eos else None
+    _worker = (tokenizer, text_key, begin, end)
 
 
 def _start_process(*setup: Any) -> None:

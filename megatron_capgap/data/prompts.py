@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from megatron_capgap.config.errors import UserError
-from megatron_capgap.data.chat import Conversation, Template, read_turns
+from megatron_capgap.data.chat import Template
+from megatron_capgap.data.jsonl import rows
 from megatron_capgap.data.tokenizer import Tokenizer
+from megatron_capgap.data.turns import Conversation, read_turns
 
 Prompt = str | Conversation
 
@@ -20,21 +21,15 @@ def read_prompts(path: str) -> list[Prompt]:
     Raises:
         UserError: the file is missing or empty, or a line is no prompt; with its number.
     """
-    file = Path(path)
-    if not file.is_file():
+    if not Path(path).is_file():
         raise UserError(f"{path}: no such file; give a jsonl file of prompts")
-    with open(file, encoding="utf-8") as lines:
-        found = [_prompt(f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
+    found = [_prompt(*row) for row in rows(path)]
     if not found:
         raise UserError(f'{path}: holds no prompt; a line is {{"prompt": "..."}} or {{"messages": [...]}}')
     return found
 
 
-def _prompt(place: str, line: str) -> Prompt:
-    try:
-        content: Any = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{place}: not JSON ({error}); mend or remove the line") from None
+def _prompt(place: str, content: Any) -> Prompt:
     if not isinstance(content, dict) or ("prompt" in content) == ("messages" in content):
         raise UserError(f'{place}: neither {{"prompt": ...}} nor {{"messages": [...]}}; mend the line')
     if "prompt" in content:

@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_capgap.data.tokenizer import SentencePieceTokenizer
+from megatron_capgap.config.errors import UserError
 
 if TYPE_CHECKING:
     import sentencepiece
 
+REMEDY = (
+    "give a SentencePiece .model file, a Hugging Face folder with tokenizer.json, "
+    "or train one with tools/prepare_data.py --train-tokenizer"
+)
 # Numbers of the fields in sentencepiece_model.proto.
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
 _TEXT, _SCORE, _KIND = 1, 2, 3
-_MODEL_KIND, _VOCAB_SIZE = 3, 4
-_RULE, _CHARACTER_MAP, _DUMMY_PREFIX, _REMOVE_SPACES = 1, 2, 3, 4
+_MODEL_KIND, _VOCAB_SIZE, _BYTE_FALLBACK = 3, 4, 35
+_SPECIAL = {"unk_token": (40, 0), "bos_token": (41, 1), "eos_token": (42, 2)}  # (number, id unless it is said)
+_RULE, _CHARACTER_MAP, _DUMMY_PREFIX, _REMOVE_SPACES, _ESCAPE_SPACES = 1, 2, 3, 4, 5
 # Values of its enumerations.
-NORMAL, BYTE = 1, 6
+NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6
 _MODEL_KINDS = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 
 Value = int | bytes | float
@@ -49,6 +54,18 @@ class Model:
     """unigram, bpe, word or char."""
     pieces: tuple[Piece, ...]
     """By id."""
+    special: dict[str, int] = field(default_factory=dict)
+    """Ids of unk_token, bos_token and eos_token, those that it has."""
+    byte_fallback: bool = False
+    """Whether a character without a piece is written in bytes."""
+    character_map: bytes = b""
+    """How text is normalised, as sentencepiece compiles it; empty where it is not."""
+    adds_prefix: bool = True
+    """Whether a space comes before a text."""
+    removes_spaces: bool = True
+    """Whether spaces at the ends and several in a row are lost."""
+    escapes_spaces: bool = True
+    """Whether a space is written as U+2581."""
 
     def with_pieces(self, new: Sequence[Piece]) -> Model:
         """The model with more pieces behind its own."""
@@ -57,7 +74,7 @@ class Model:
         for piece in new:
             inner = _field(_TEXT, piece.text.encode()) + _field(_SCORE, piece.score) + _field(_KIND, piece.kind)
             parts.append(_field(_PIECES, inner))
-        return Model(b"".join(parts), self.kind, pieces)
+        return replace(self, content=b"".join(parts), pieces=pieces)
 
     def processor_of_pieces(self) -> sentencepiece.SentencePieceProcessor:
         """Reads text as pieces are written: nothing is normalised, no space is put in front."""
@@ -68,21 +85,60 @@ class Model:
         return sentencepiece.SentencePieceProcessor(model_proto=self.content + _field(_NORMALIZER, rules))
 
 
+def load(path: Path) -> sentencepiece.SentencePieceProcessor:
+    """Opens a model file.
+
+    Raises:
+        UserError: it is none.
+    """
+    import sentencepiece
+
+    model, processor = path.read_bytes(), sentencepiece.SentencePieceProcessor()
+    try:
+        if not model:  # sentencepiece takes an empty model and fails at the first use
+            raise RuntimeError("empty file")
+        processor.load_from_serialized_proto(model)
+    except RuntimeError:
+        raise UserError(f"tokenizer {path} is not a SentencePiece model: {REMEDY}") from None
+    return processor
+
+
 def read(path: Path) -> Model:
     """Reads a model file.
 
     Raises:
         UserError: it is none.
     """
-    SentencePieceTokenizer(path)  # sentencepiece's own reader refuses what is damaged
+    load(path)  # sentencepiece's own reader refuses what is damaged
     content = path.read_bytes()
-    kind, pieces = 1, []
+    trainer: dict[int, int | bytes] = {}
+    normalizer: dict[int, int | bytes] = {}
+    pieces = []
     for number, value in _fields(content):
         if number == _PIECES:
             pieces.append(_piece(value))
         elif number == _TRAINER:
-            kind = dict(_fields(value)).get(_MODEL_KIND, kind)
-    return Model(content, _MODEL_KINDS[kind], tuple(pieces))
+            trainer.update(_fields(value))
+        elif number == _NORMALIZER:
+            normalizer.update(_fields(value))
+    special = {name: _signed(trainer.get(number, unless)) for name, (number, unless) in _SPECIAL.items()}
+    return Model(
+        content,
+        _MODEL_KINDS[trainer.get(_MODEL_KIND, 1)],
+        tuple(pieces),
+        {name: number for name, number in special.items() if 0 <= number < len(pieces)},
+        bool(trainer.get(_BYTE_FALLBACK, 0)),
+        bytes(normalizer.get(_CHARACTER_MAP, b"")),
+        bool(normalizer.get(_DUMMY_PREFIX, 1)),
+        bool(normalizer.get(_REMOVE_SPACES, 1)),
+        bool(normalizer.get(_ESCAPE_SPACES, 1)),
+    )
+
+
+def _signed(value: int | bytes) -> int:
+    """A number that is written in 64 bits where it is negative."""
+    assert isinstance(value, int)
+    return value - (1 << 64) if value >> 63 else value
 
 
 def _piece(message: bytes) -> Piece:

@@ -4,19 +4,19 @@ import functools
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_capgap.config.errors import UserError
+from megatron_capgap.data import sentencepiece_file, tokenizer_folder
+from megatron_capgap.data.sentencepiece_file import REMEDY
+from megatron_capgap.data.tokenizer_steps import SPACE
 
-_SPACE = "\u2581"  # SentencePiece writes a space as this character
-_REMEDY = (
-    "give a SentencePiece .model file, a Hugging Face folder with tokenizer.json, "
-    "or train one with tools/prepare_data.py --train-tokenizer"
-)
+if TYPE_CHECKING:
+    import tokenizers
 
 
 class Tokenizer(ABC):
@@ -31,10 +31,24 @@ class Tokenizer(ABC):
     vocab_size: int
     bos: int | None
     eos: int | None
+    stops: frozenset[int]
+    """Ids that end a text: `eos`, and what else generation_config.json beside the tokenizer names."""
+    special: dict[str, str]
+    """Text of bos_token, eos_token and the like, as chat templates call them."""
+    whole: frozenset[int]
+    """Ids of tokens that are never cut: control tokens and added ones."""
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    """Ids that the tokenizer itself puts around a text, as transformers does unless it is asked not to."""
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; no bos or eos is added."""
+        """Token ids of `text`; neither shortened nor padded, and nothing is added."""
+
+    @abstractmethod
+    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a text in which special tokens stand as words, as chat templates write them and transformers reads
+        them; with the characters of the text that each id stands for: from, to."""
 
     @abstractmethod
     def decode(self, ids: list[int]) -> str:
@@ -74,34 +88,37 @@ def open_tokenizer(path: str) -> Tokenizer:
             raise UserError(f"tokenizer {path} is one file of a Hugging Face tokenizer: give its folder")
         return SentencePieceTokenizer(place)
     if not place.is_dir():
-        raise UserError(f"tokenizer {path} does not exist: {_REMEDY}")
-    if (place / "tokenizer.json").is_file():
+        raise UserError(f"tokenizer {path} does not exist: {REMEDY}")
+    if (place / "tokenizer.json").is_file() or (place / "tokenizer.model").is_file():
         return HuggingFaceTokenizer(place)
-    if (place / "tokenizer.model").is_file():
-        return SentencePieceTokenizer(place / "tokenizer.model")
-    raise UserError(f"tokenizer folder {path} has neither tokenizer.json nor tokenizer.model: {_REMEDY}")
+    raise UserError(f"tokenizer folder {path} has neither tokenizer.json nor tokenizer.model: {REMEDY}")
 
 
 class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model; control tokens that stand in a text are read as text."""
 
     def __init__(self, path: Path) -> None:
-        import sentencepiece
-
-        model = path.read_bytes()
-        self._processor = sentencepiece.SentencePieceProcessor()
-        try:
-            if not model:  # sentencepiece takes an empty model and fails at the first use
-                raise RuntimeError("empty file")
-            self._processor.load_from_serialized_proto(model)
-        except RuntimeError:
-            raise UserError(f"tokenizer {path} is not a SentencePiece model: {_REMEDY}") from None
+        self._processor = sentencepiece_file.load(path)
         self.vocab_size = self._processor.get_piece_size()
         self.bos = _id_or_none(self._processor.bos_id())
         self.eos = _id_or_none(self._processor.eos_id())
+        self.stops = frozenset() if self.eos is None else frozenset({self.eos})
+        names = {"bos_token": self.bos, "eos_token": self.eos, "unk_token": _id_or_none(self._processor.unk_id())}
+        self.special = {name: self._processor.id_to_piece(i) for name, i in names.items() if i is not None}
+        self.whole = frozenset(i for i in range(self.vocab_size) if self._processor.is_control(i))
+        self._path = path
 
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
+
+    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        found = self._as_exported.encode(text, add_special_tokens=False)
+        return found.ids, found.offsets
+
+    @functools.cached_property
+    def _as_exported(self) -> "tokenizers.Tokenizer":
+        """As transformers reads the model."""
+        return tokenizer_folder.read_model(self._path).tokenizer
 
     def decode(self, ids: list[int]) -> str:
         return self._processor.decode([int(i) for i in ids])
@@ -120,25 +137,23 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A Hugging Face tokenizer.json; special tokens that stand in a text become their ids, as they do
-    there."""
+    """A Hugging Face folder; special tokens that stand in a text become their ids, as they do there."""
 
     def __init__(self, folder: Path) -> None:
-        import tokenizers
-
-        file = folder / "tokenizer.json"
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(f"tokenizer {file} cannot be read ({error}): {_REMEDY}") from None
-        self._file = file
+        found = tokenizer_folder.read(folder)
+        self._folder, self._tokenizer = folder, found.tokenizer
         self._ids: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self._ids.values()) + 1
-        self.bos = self._special(folder, "bos")
-        self.eos = self._special(folder, "eos")
+        self.bos, self.eos, self.stops = found.bos, found.eos, found.stops
+        self.before, self.after, self.special = found.before, found.after, found.special
+        self.whole = frozenset(self._tokenizer.get_added_tokens_decoder())
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        found = self._tokenizer.encode(text, add_special_tokens=False)
+        return found.ids, found.offsets
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
@@ -160,46 +175,20 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _piece_length(self) -> Callable[[str], int]:
         """How this kind of vocabulary writes bytes into pieces."""
-        recipe = json.loads(self._file.read_text(encoding="utf-8"))
-        steps = set(_types([recipe.get("pre_tokenizer"), recipe.get("decoder")]))
+        recipe = json.loads(self._tokenizer.to_str())
+        steps = set(tokenizer_folder.types_of([recipe.get("pre_tokenizer"), recipe.get("decoder")]))
         if "ByteLevel" in steps:
             return len  # each character of a piece stands for one byte
-        if _SPACE in json.dumps([recipe.get("decoder"), recipe.get("normalizer")], ensure_ascii=False):
+        if SPACE in json.dumps([recipe.get("decoder"), recipe.get("normalizer")], ensure_ascii=False):
             model = recipe["model"]
-            return functools.partial(
-                _spaced_length, byte_tokens=bool(model.get("byte_fallback")), unknown=model.get("unk_token")
-            )
+            unknown = model.get("unk_token")
+            if model.get("unk_id") is not None:  # a unigram model
+                unknown = model["vocab"][model["unk_id"]][0]
+            return functools.partial(_spaced_length, byte_tokens=bool(model.get("byte_fallback")), unknown=unknown)
         raise UserError(
-            f"tokenizer {self._file}: bytes per token are known for byte-level and SentencePiece "
+            f"tokenizer {self._folder}: bytes per token are known for byte-level and SentencePiece "
             "vocabularies only; use one of these kinds"
         )
-
-    def _special(self, folder: Path, name: str) -> int | None:
-        """Id of the bos or eos token, from the first file beside tokenizer.json that names it."""
-        for file in ("tokenizer_config.json", "special_tokens_map.json"):
-            token = _read_json(folder / file).get(f"{name}_token")
-            content = token.get("content") if isinstance(token, dict) else token
-            if content is None:
-                continue
-            if not isinstance(content, str):
-                raise UserError(
-                    f"tokenizer {folder / file}: {name}_token {content!r} is no text: save the tokenizer again"
-                )
-            if content not in self._ids:
-                raise UserError(
-                    f"tokenizer {folder / file}: {name}_token {content!r} is not in tokenizer.json: "
-                    "save both files from one tokenizer"
-                )
-            return self._ids[content]
-        for file in ("generation_config.json", "config.json"):
-            token = _read_json(folder / file).get(f"{name}_token_id")
-            if isinstance(token, list):
-                token = token[0] if token else None
-            if token is not None and type(token) is not int:
-                raise UserError(f"{folder / file}: {name}_token_id {token!r} is no number: save the model again")
-            if token is not None:
-                return token
-        return None
 
 
 def _id_or_none(token: int) -> int | None:
@@ -212,26 +201,4 @@ def _spaced_length(piece: str, byte_tokens: bool = False, unknown: str | None = 
         return 0
     if byte_tokens and len(piece) == 6 and piece.startswith("<0x"):
         return 1
-    return len(piece.replace(_SPACE, " ").encode())
-
-
-def _types(recipe: Any) -> Iterator[str]:
-    """Every `type` in the nested description of a tokenizer's steps."""
-    if isinstance(recipe, dict):
-        if isinstance(recipe.get("type"), str):
-            yield recipe["type"]
-        recipe = list(recipe.values())
-    if isinstance(recipe, list):
-        for part in recipe:
-            yield from _types(part)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """The object in `file`, or {} where there is none."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"tokenizer {file} is not valid JSON ({error}): save the tokenizer again") from None
-    return content if isinstance(content, dict) else {}
+    return len(piece.replace(SPACE, " ").encode())

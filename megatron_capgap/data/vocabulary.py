@@ -20,6 +20,7 @@ import numpy as np
 
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.data import corpus, sentencepiece_file
+from megatron_capgap.data.jsonl import read_blocks
 from megatron_capgap.data.sentencepiece_file import BYTE, NORMAL, Model, Piece
 from megatron_capgap.data.tokenizer import Tokenizer
 
@@ -124,7 +125,7 @@ def count(file: str, before: Tokenizer, after: Tokenizer) -> Count:
 
 def _documents(file: str) -> Iterator[str]:
     as_json = file.removesuffix(".gz").endswith(".jsonl")
-    for block in corpus.read_blocks([file]):
+    for block in read_blocks([file]):
         for offset, line in enumerate(block.lines):
             try:
                 yield corpus.parse(line, "text") if as_json else line.decode().rstrip("\r\n")

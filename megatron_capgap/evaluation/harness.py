@@ -7,6 +7,7 @@ task's code is run, once.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -33,7 +34,7 @@ class MegatronLM(TemplateLM):
 
     Args:
         ranks: the model.
-        bos: begin each text with the tokenizer's bos token, as LLaMA's own tokenizers do.
+        bos: begin each text with the tokenizer's bos token, whether or not the tokenizer itself does.
         truncate: cut contexts that are too long on the left, as `hf` does, instead of refusing them.
     """
 
@@ -58,9 +59,11 @@ class MegatronLM(TemplateLM):
         return self._words.fingerprint
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
-        ids = self._words.encode(string)
-        begin = self._bos and add_special_tokens is not False and ids[:1] != [self._words.bos]
-        return [self._words.bos, *ids] if begin else ids
+        ids, words = self._words.encode(string), self._words
+        if add_special_tokens is False or ids[:1] == [self.prefix_token_id]:  # the text itself begins with it
+            return ids
+        before = (words.bos,) if self._bos and words.bos not in words.before else words.before
+        return [*before, *ids, *words.after]
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **unused: Any) -> list[tuple[float, bool]]:
         return [tuple(score) for score in self._ranks.score([self._row(*request[1:]) for request in requests])]
@@ -138,7 +141,7 @@ def run_tasks(
     """
     if unsafe:
         os.environ[_MAY_RUN_CODE] = "1"
-    manager = _Manager(unsafe)
+    manager = _Manager(unsafe, registry=any(map(_asks_registry, tasks)))
     chosen = [task for name in tasks for task in _find(manager, name)]
     results = simple_evaluate(
         model,
@@ -152,11 +155,22 @@ def run_tasks(
     return {name: results[name] for name in _REPORTED if name in results}
 
 
-class _Manager(TaskManager):
-    """Loads tasks, or says in one line why not."""
+def _asks_registry(name: str) -> bool:
+    """Whether a task is one of the harness's own, or a group in a file, which may name some."""
+    file = Path(name)
+    return not file.is_file() or re.search(r"^group\s*:", file.read_text(errors="replace"), re.MULTILINE) is not None
 
-    def __init__(self, unsafe: bool) -> None:
-        super().__init__()
+
+class _Manager(TaskManager):
+    """Loads tasks, or says in one line why not.
+
+    Args:
+        unsafe: whether they may run code.
+        registry: whether the harness's own tasks can be asked for; to look through them takes some ten seconds.
+    """
+
+    def __init__(self, unsafe: bool, registry: bool) -> None:
+        super().__init__(include_defaults=registry)
         self._unsafe = unsafe
 
     def load(self, task_list: Any) -> Any:

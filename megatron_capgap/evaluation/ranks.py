@@ -33,10 +33,12 @@ class Ranks:
     Args:
         scorer: the model.
         tokenizer: what it reads.
+        ends: ids that end a text.
     """
 
     scorer: Scorer
     tokenizer: Tokenizer
+    ends: frozenset[int]
 
     def score(self, rows: Sequence[Row]) -> list[Score]:
         """Scores rows that are no longer than the model reads."""
@@ -81,7 +83,7 @@ class Ranks:
             prompts,
             vocab_size=self.scorer.vocab_size,
             max_new_tokens=decoding.most,
-            eos=self.tokenizer.eos,
+            ends=self.ends,
             sampling=Sampling(**dict(decoding.sampling)),
             stop=ended if decoding.until else None,
             batch=self.scorer.micro_batch,

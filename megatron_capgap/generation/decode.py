@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 
 import torch
@@ -26,7 +26,7 @@ def generate(
     *,
     vocab_size: int,
     max_new_tokens: int,
-    eos: int | None,
+    ends: Set[int],
     sampling: Sampling = GREEDY,
     stop: Callable[[list[int]], bool] | None = None,
     batch: int = 32,
@@ -42,14 +42,14 @@ def generate(
         prompts: token ids, of any lengths.
         vocab_size: columns of the LM head beyond it are padding.
         max_new_tokens: most new tokens of a prompt.
-        eos: the id that ends a text, or None.
+        ends: the ids that end a text.
         sampling: how tokens are chosen; draws are numbered by the prompt's place in `prompts`.
         stop: looks at a prompt's new ids after each and says whether they are enough. It must look at nothing else, for
             every rank asks its own.
         batch: prompts in one forward pass of a data-parallel rank.
 
     Returns:
-        For each prompt its new ids, without eos; the same on every rank.
+        For each prompt its new ids, without the one that ends it; the same on every rank.
 
     Raises:
         UserError: a prompt is empty, holds an id outside the vocabulary, or leaves no room for the new tokens in the
@@ -62,7 +62,7 @@ def generate(
     with _inference(chunks):
         for start in range(0, len(mine), batch):
             rows = [_Row(number, prompts[number]) for number in mine[start : start + batch]]
-            _decode(chunks, grid, rows, vocab_size, max_new_tokens, eos, sampling, stop)
+            _decode(chunks, grid, rows, vocab_size, max_new_tokens, ends, sampling, stop)
             found |= {row.number: row.new for row in rows}
     parts: list[dict[int, list[int] | None]] = [{} for _ in range(grid.data_size)]
     dist.all_gather_object(parts, found, group=grid.groups.dp)
@@ -81,15 +81,16 @@ class _Row:
         self.new: list[int] | None = []
         self.done = False
 
-    def take(self, token: int, most: int, eos: int | None, stop: Callable[[list[int]], bool] | None) -> None:
+    def take(self, token: int, most: int, ends: Set[int], stop: Callable[[list[int]], bool] | None) -> None:
         """A chosen token."""
         self.tokens.append(token if token != _FAILED else _FILLER)
         assert self.new is not None
         if token == _FAILED:
             self.new = None
-        elif token != eos:
+        elif token not in ends:
             self.new.append(token)
-        self.done = token in (_FAILED, eos) or len(self.new or ()) == most or bool(stop and stop(list(self.new or ())))
+        ended = token == _FAILED or token in ends or len(self.new or ()) == most
+        self.done = ended or bool(stop and stop(list(self.new or ())))
 
 
 def _decode(
@@ -98,7 +99,7 @@ def _decode(
     rows: list[_Row],
     vocab_size: int,
     most: int,
-    eos: int | None,
+    ends: Set[int],
     sampling: Sampling,
     stop: Callable[[list[int]], bool] | None,
 ) -> None:
@@ -118,7 +119,7 @@ def _decode(
             if row.done:
                 row.tokens.append(_FILLER)
             else:
-                row.take(token, most, eos, stop)
+                row.take(token, most, ends, stop)
 
 
 def _agree(

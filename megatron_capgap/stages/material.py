@@ -10,8 +10,8 @@ from megatron_capgap.config.errors import ConfigError, UserError
 from megatron_capgap.config.schema import Config
 from megatron_capgap.data import indexed, pretrain
 from megatron_capgap.data.batch import Samples
-from megatron_capgap.data.chat import conversations_file
 from megatron_capgap.data.conversations import Conversations
+from megatron_capgap.data.turns import conversations_file
 from megatron_capgap.stages.resolve import Resolved
 
 

@@ -99,10 +99,10 @@ def both_ways(run: Path, cut: dict[str, Any]) -> list[tuple[list[list[int]], lis
     found = []
     for sampling in (Sampling(), DRAWN):
         how: dict[str, Any] = {"vocab_size": VOCAB, "max_new_tokens": MOST, "sampling": sampling, "batch": 3}
-        free = generate(chunks, grid, PROMPTS, eos=None, **how)
+        free = generate(chunks, grid, PROMPTS, ends=frozenset(), **how)
         assert all(chunk.training for chunk in chunks)
         eos = free[0][4]  # ends the first prompt early, and others or not
-        ended = generate(chunks, grid, PROMPTS, eos=eos, **how)
+        ended = generate(chunks, grid, PROMPTS, ends={eos}, **how)
         expected = from_scratch(chunks, grid, sampling, PROMPTS)
         found.append((free, expected))
         found.append((ended, [new[: new.index(eos)] if eos in new else new for new in expected]))
@@ -227,7 +227,7 @@ def refused(run: Path) -> list[str]:
         if prompts == [[7]]:
             gpt.unwrap(chunks[0]).embedding.word_embeddings.weight.data[7] = float("nan")
         try:
-            generate(chunks, grid, prompts, vocab_size=VOCAB, max_new_tokens=most, eos=None)
+            generate(chunks, grid, prompts, vocab_size=VOCAB, max_new_tokens=most, ends=frozenset())
         except UserError as error:
             found.append(str(error))
     return found

@@ -11,8 +11,9 @@ from transformers import AutoTokenizer
 
 from megatron_capgap.__main__ import main
 from megatron_capgap.checkpoint import manifest as manifests
-from megatron_capgap.data.chat import DefaultTemplate, Message
+from megatron_capgap.data.chat import DefaultTemplate
 from megatron_capgap.data.tokenizer import open_tokenizer
+from megatron_capgap.data.turns import Message
 from tests.support import corpus, runs
 from tests.support.pool import WorkerPool
 from tests.support.runs import Material

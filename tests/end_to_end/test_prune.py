@@ -129,7 +129,9 @@ def test_transformer_engine_s_layers_have_the_scores_of_local_ones(
             if name == "local":
                 runs.train(pool, "prune", raw, 2)
             else:  # Megatron looks for the engine as it is imported
-                with job(["prune", "--config", runs.write_config(raw)], 2, tmp_path / f"{importance}_output") as ranks:
+                with job(
+                    ["prune", "--config", runs.write_config(raw)], 2, tmp_path / f"{importance}_output", cold=True
+                ) as ranks:
                     assert ranks.wait() == [0, 0], ranks.stderr()
             sums.append(json.loads((run_dir / "scores.json").read_text())["sums"])
         for part in sums[0]:

@@ -9,8 +9,9 @@ import tokenizers
 import transformers
 
 from megatron_capgap.config.errors import UserError
-from megatron_capgap.data.chat import DefaultTemplate, Message, open_template, read_conversations
+from megatron_capgap.data.chat import DefaultTemplate, open_template
 from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
+from megatron_capgap.data.turns import Message, read_conversations
 from tests.support import corpus
 
 TALK = (Message("user", "Is it raining?"), Message("assistant", "Not yet."))
@@ -40,8 +41,24 @@ def test_both_ways_of_writing_conversations(tmp_path: Path) -> None:
     ("line", "expected"),
     [
         ("{", "not JSON"),
-        ({"text": "a"}, 'neither {"messages": [...]} nor a list of User and Assistant turns'),
-        ({"messages": [{"content": "a"}]}, "message 1: its role is missing; one of system, user, assistant would do"),
+        ({"text": "a"}, 'neither {"messages": [...]}, {"conversations": [...]} nor a list of User and Assistant turns'),
+        ({"messages": [{"content": "a"}]}, "message 1: its role is missing; one of system, developer, user, assistant"),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, "message 1: its role ['user'] is unknown;"),
+        ({"messages": [{"role": "user", "content": None}]}, "message 1: the user says nothing;"),
+        (
+            {"messages": [{"role": "user", "content": {"text": "a"}}]},
+            "message 1: the user's content is no text but dict",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "a"}]}]},
+            "message 1: a part of its content is of type 'image_url'; only text can be read",
+        ),
+        ({"messages": [{"role": "assistant", "content": None}]}, "message 1: the assistant says nothing;"),
+        ({"conversations": [{"from": "narrator", "value": "a"}]}, "message 1: its from 'narrator' is unknown;"),
+        ({"conversations": [{"from": "human"}]}, "message 1: the user says nothing;"),
+        ({"messages": [*said(TALK[:1]), {"role": "tool", "content": "a"}]}, "message 2 is the tool's, the assistant's"),
+        ('{"messages": [{"role": "user", "content": "\\ud83d"}]}\n', "holds half of a surrogate pair"),
+        ("[" * 100_000 + "\n", "is nested too deep to be read"),
         ({"messages": [{"role": "human", "content": "a"}]}, "message 1: its role 'human' is unknown;"),
         ({"messages": [{"role": "user", "content": " "}]}, "message 1: the user says nothing;"),
         ({"messages": [{"role": "user"}]}, "message 1: the user says nothing;"),
@@ -77,15 +94,15 @@ def spaced(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 def test_the_default_template(spaced: Tokenizer) -> None:
     template = DefaultTemplate(spaced)
-    bos, eos = spaced.bos, spaced.eos
     asked, answered, more, done = template.encode(LONGER)
     assert [s.learned for s in (asked, answered, more, done)] == [False, True, False, True]
-    user = spaced.encode("[|User|]Is it raining?")
-    expected = [bos, *spaced.encode("Be brief."), eos, *user, eos, *spaced.encode("[|Assistant|]")]
-    assert list(asked.tokens) == expected
-    assert list(answered.tokens) == [*spaced.encode("Not yet."), eos]
-    assert list(more.tokens) == [*spaced.encode("[|User|]And now?"), eos, *spaced.encode("[|Assistant|]")]
-    assert template.encode(LONGER[:4]) == [asked, answered, more], "a question ends where the assistant begins"
+    assert asked.tokens[0] == spaced.bos and asked.tokens.count(spaced.eos) == 2
+    assert spaced.decode(answered.tokens) == "Not yet." and answered.tokens[-1] == spaced.eos
+    assert spaced.decode(more.tokens) == "[|User|]And now? [|Assistant|]" and more.tokens.count(spaced.eos) == 1
+    assert spaced.decode(done.tokens) == "A little." and done.tokens[-1] == spaced.eos
+    question = [token for segment in template.encode(LONGER[:4]) for token in segment.tokens]
+    assert question == [*asked.tokens, *answered.tokens, *more.tokens], "it ends where the assistant begins"
+    assert template.ends() == {spaced.eos}
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +148,10 @@ def test_the_default_template_in_jinja_says_the_same(folder: Path) -> None:
     ("source", "expected"),
     [
         ("{% for %}", "is no Jinja"),
+        ("{{ tools | tojson }}{{ 'a' + 1 }}", "TypeError: can only concatenate str"),
+        ("{{ messages | fromjson }}", "is no Jinja (No filter named 'fromjson'.)"),
         ("{{ raise_exception('no system here') }}", "no system here; use other conversations or the default template"),
-        ("{{ messages | length }}{{ messages[-1].content }}", "writes the beginning of a conversation otherwise once"),
+        ("{{ messages | length }}{{ messages[-1].content }}", "leaves out what the assistant says in message 3"),
     ],
 )
 def test_templates_that_cannot_be_used(folder: Path, tmp_path: Path, source: str, expected: str) -> None:

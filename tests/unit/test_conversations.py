@@ -10,10 +10,11 @@ import pytest
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.schema import Data
 from megatron_capgap.data import conversations as module
-from megatron_capgap.data.chat import DefaultTemplate, read_conversations
+from megatron_capgap.data.chat import DefaultTemplate
 from megatron_capgap.data.conversations import Conversations
 from megatron_capgap.data.instruct import encode
 from megatron_capgap.data.tokenizer import open_tokenizer
+from megatron_capgap.data.turns import read_conversations
 from tests.support import corpus
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from megatron_capgap.config.errors import UserError
-from megatron_capgap.data.chat import DefaultTemplate, Message
+from megatron_capgap.data.chat import DefaultTemplate
 from megatron_capgap.data.prompts import encode_prompt, read_prompts
 from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
+from megatron_capgap.data.turns import Message
 from tests.support import corpus
 
 USER = {"role": "user", "content": "Is it raining?"}

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_capgap.config.errors import UserError
-from megatron_capgap.data.chat import Message, Segment, Template
+from megatron_capgap.data.chat import Segment, Template
 from megatron_capgap.data.instruct import Example, InstructSequence, collate, encode, pack
+from megatron_capgap.data.turns import Message
 
 CPU = torch.device("cpu")
 
@@ -18,6 +19,9 @@ class Letters(Template):
 
     def encode(self, messages):
         return [Segment(tuple(map(ord, m.text)), m.role == "assistant") for m in messages]
+
+    def ends(self):
+        return frozenset()
 
 
 def talk(*texts: str) -> tuple[Message, ...]:

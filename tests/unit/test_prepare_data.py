@@ -12,6 +12,7 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_capgap.data import corpus as rooms_corpus
+from megatron_capgap.data import jsonl
 from megatron_capgap.data.indexed import inspect
 from megatron_capgap.data.tokenizer import open_tokenizer
 from tests.support import corpus
@@ -85,7 +86,7 @@ def test_a_large_vocabulary_is_stored_in_int32(here: Path) -> None:
 
 
 def test_processes_and_gzip_do_not_change_the_output(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rooms_corpus, "_BLOCK_BYTES", 50_000)  # more blocks than wait at a time
+    monkeypatch.setattr(jsonl, "_BLOCK_BYTES", 50_000)  # more blocks than wait at a time
     texts = corpus.texts(6000, words=120)
     corpus.write_jsonl(here / "a.jsonl", texts[:2500])
     with gzip.open(here / "b.jsonl.gz", "wt") as stream:
@@ -144,7 +145,7 @@ def test_malformed_lines_are_counted_and_placed(here: Path, capsys: pytest.Captu
 def test_places_are_right_beyond_the_first_block(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(rooms_corpus, "_BLOCK_BYTES", 100)
+    monkeypatch.setattr(jsonl, "_BLOCK_BYTES", 100)
     with (here / "a.jsonl").open("a") as file:
         file.write("{\n")
     assert run("--workers", "1", "--input", "a.jsonl", "a.jsonl") == 0
@@ -211,7 +212,7 @@ def test_training_reads_a_fixed_sample_of_a_large_corpus(here: Path, monkeypatch
         (["--input", "a.jsonl", "b.jsonl"], "--input b.jsonl does not exist"),
         (["--input", "damaged.jsonl.gz"], "damaged.jsonl.gz is damaged after line"),
         (["--input", "corrupt.jsonl.gz"], "corrupt.jsonl.gz is damaged after line"),
-        (["--input", "plain.jsonl.gz"], "plain.jsonl.gz is damaged after line 0"),
+        (["--input", "table.jsonl"], "table.jsonl: is a parquet file: write it as jsonl"),
         (["--input", "empty.jsonl"], "out/d would hold no document"),
         (["--split", "0.999999,0.000001"], "out/d_valid would hold no document"),
         (["--out", "old"], "old.bin is there already"),
@@ -225,7 +226,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     packed = gzip.compress((here / "a.jsonl").read_bytes())
     (here / "damaged.jsonl.gz").write_bytes(packed[: len(packed) // 2])
     (here / "corrupt.jsonl.gz").write_bytes(packed[:900] + bytes(9) + packed[909:])
-    (here / "plain.jsonl.gz").write_bytes(b'{"text": "x"}\n')
+    (here / "table.jsonl").write_bytes(b"PAR1\x15\x04")
     (here / "empty.jsonl").write_text("")
     corpus.write_dataset(here / "old", [[1, 2]])
     before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}

@@ -1,0 +1,303 @@
+"""A Hugging Face tokenizer folder, read as transformers' AutoTokenizer reads it.
+
+tokenizer.json alone does not say how a folder cuts text: tokens stand in other files too, a class can replace the
+steps before the model, and a folder may hold nothing but a SentencePiece model. What is here follows transformers 5
+(`PreTrainedTokenizerBase._from_pretrained`, `TokenizersBackend`); the tests compare ids with it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_capgap.config.errors import UserError, in_one_line
+from megatron_capgap.data import sentencepiece_file
+from megatron_capgap.data.sentencepiece_file import CONTROL, USER_DEFINED
+from megatron_capgap.data.tokenizer_steps import llama, of_sentencepiece
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a folder says."""
+
+    tokenizer: tokenizers.Tokenizer
+    """Cuts text; neither shortens nor pads it."""
+    bos: int | None
+    eos: int | None
+    """The ids that the folder names as the ends of a document."""
+    stops: frozenset[int]
+    """`eos`, and what else generation_config.json says ends a text."""
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    """Ids that transformers puts around a text unless it is asked not to."""
+    special: dict[str, str]
+    """Text of the tokens with a role, such as bos_token."""
+
+
+def read_model(file: Path) -> Reading:
+    """Reads a SentencePiece model as a folder that holds nothing else.
+
+    Raises:
+        UserError: it is none.
+    """
+    return _reading(file.parent, file, {}, legacy=True, beside=False)
+
+
+def read(folder: Path) -> Reading:
+    """Reads a folder with tokenizer.json or tokenizer.model.
+
+    Raises:
+        UserError: one of its files is damaged, or contradicts another.
+    """
+    settings = _read_json(folder / "tokenizer_config.json")
+    legacy = "added_tokens_decoder" not in settings  # written before transformers 4.34
+    if legacy:
+        settings = _with_special_tokens_map(settings, _read_json(folder / "special_tokens_map.json"))
+    file = folder / "tokenizer.json"
+    return _reading(folder, file if file.is_file() else folder / "tokenizer.model", settings, legacy)
+
+
+def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, beside: bool = True) -> Reading:
+    """
+    Args:
+        folder: with the other files, which count where `beside` says so.
+        file: tokenizer.json or a SentencePiece model.
+        settings: of tokenizer_config.json.
+        legacy: whether they list no added tokens.
+    """
+    has_json = file.suffix == ".json"
+    is_llama = beside and _is_llama(folder, settings)
+    defaults: dict[str, str] = {}
+    try:
+        if has_json:
+            built, listed = _from_json(file, settings, is_llama)
+        else:
+            model = sentencepiece_file.read(file)
+            built, listed = of_sentencepiece(model, file, settings, is_llama), []
+            defaults = {key: model.pieces[number].text for key, number in model.special.items()}
+            own = [p for p in model.pieces if p.kind == CONTROL or (p.kind == USER_DEFINED and is_llama)]
+            extra = [{"content": p.text, "normalized": False, "special": p.kind == CONTROL} for p in own]
+            settings = {**settings, "extra_special_tokens": [*_extra(settings), *extra]}
+        if is_llama:
+            defaults = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        settings = {**defaults, **settings}
+        built.encode_special_tokens = bool(settings.get("split_special_tokens", False))
+        added = _added_tokens(_read_json(folder / "added_tokens.json") if beside else {}, settings, legacy, listed)
+        if not has_json and not is_llama:
+            added = {number: _unnormalized(token) for number, token in added.items()}
+        _add(built, settings, added)
+        before, after = _around(built, settings, has_json)
+    except UserError:
+        raise
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(
+            f"tokenizer {file} cannot be read ({in_one_line(error)}): save the tokenizer again, give a "
+            "SentencePiece .model file, or train one with tools/prepare_data.py --train-tokenizer"
+        ) from None
+    of_model = {name: _of_model(folder, name) if beside else [] for name in ("bos", "eos")}
+    bos, eos = (_special(folder, built, settings, name, ids) for name, ids in of_model.items())
+    special = {key: _content(settings[key]) for key in settings if _is_role(key, settings[key])}
+    for name, token in (("bos_token", bos), ("eos_token", eos)):
+        if token is not None and name not in special:  # the model alone says so; chat templates write it as text
+            special[name] = built.id_to_token(token)
+            built.add_special_tokens([special[name]])
+    stops = {token for token in (eos, *of_model["eos"]) if token is not None}
+    return Reading(built, bos, eos, frozenset(stops), before, after, special)
+
+
+def _with_special_tokens_map(settings: dict[str, Any], special: dict[str, Any]) -> dict[str, Any]:
+    """special_tokens_map.json counts where tokenizer_config.json lists no added tokens."""
+    return {**settings, **{key: value for key, value in special.items() if value is not None}}
+
+
+def _is_llama(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether transformers' LlamaTokenizer opens the folder: it takes vocabulary and merges and puts steps of its own
+    around them."""
+    config = _read_json(folder / "config.json")
+    name = settings.get("tokenizer_class") or config.get("tokenizer_class")
+    if not isinstance(name, str) or name.removesuffix("Fast") != "LlamaTokenizer":
+        return False
+    if config.get("model_type") not in (None, "", "llama"):
+        return False  # another model's class counts, or the file as it stands
+    file = folder / "tokenizer.json"
+    return not (file.is_file() and "ByteLevel" in _types(_read_json(file)))
+
+
+def _types(recipe: dict[str, Any]) -> set[str]:
+    """Every `type` of the steps around the model."""
+    return set(types_of([recipe.get("normalizer"), recipe.get("pre_tokenizer"), recipe.get("decoder")]))
+
+
+def types_of(recipe: Any) -> Iterator[str]:
+    """Every `type` in the nested description of a tokenizer's steps."""
+    if isinstance(recipe, dict):
+        if isinstance(recipe.get("type"), str):
+            yield recipe["type"]
+        recipe = list(recipe.values())
+    if isinstance(recipe, list):
+        for part in recipe:
+            yield from types_of(part)
+
+
+def _from_json(
+    file: Path, settings: Mapping[str, Any], is_llama: bool
+) -> tuple[tokenizers.Tokenizer, list[dict[str, Any]]]:
+    """The tokenizer in a file, and the added tokens that it lists and the tokenizer lacks."""
+    import tokenizers
+
+    built = tokenizers.Tokenizer.from_file(str(file))
+    built.no_truncation()  # what was asked for in the last call before it was saved
+    built.no_padding()
+    if not is_llama:
+        return built, []
+    recipe = _read_json(file)
+    vocabulary = recipe["model"]["vocab"]
+    if isinstance(vocabulary, list):  # a unigram model; LlamaTokenizer would read it as a BPE model without merges
+        raise UserError(
+            f"tokenizer {file}: its model is no BPE, and tokenizer_class LlamaTokenizer makes one of it; set "
+            "tokenizer_class to PreTrainedTokenizerFast in tokenizer_config.json"
+        )
+    merges = [
+        tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in recipe["model"]["merges"]
+    ]
+    rebuilt = llama(vocabulary, merges, settings)
+    if built.post_processor is not None:
+        rebuilt.post_processor = built.post_processor
+    return rebuilt, recipe.get("added_tokens", [])
+
+
+def _added_tokens(
+    behind: dict[str, Any], settings: Mapping[str, Any], legacy: bool, listed: list[dict[str, Any]]
+) -> dict[int, tokenizers.AddedToken]:
+    """Added tokens by the id that a file gives them."""
+    import tokenizers
+
+    found: dict[int, tokenizers.AddedToken] = {}
+    if not legacy:
+        for number, token in settings["added_tokens_decoder"].items():
+            found[int(number)] = _token(token)
+        return found
+    special = {_content(settings[key]) for key in _NAMED if settings.get(key)}
+    special |= {_content(token) for token in _extra(settings)}
+    for text, number in behind.items():
+        is_special = text in special
+        found[number] = tokenizers.AddedToken(text, normalized=not is_special, special=is_special)
+    for token in listed:
+        found[token["id"]] = _token({key: value for key, value in token.items() if key != "id"})
+    return found
+
+
+def _extra(settings: Mapping[str, Any]) -> list[Any]:
+    """Special tokens without a role."""
+    found = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    return list(found.values()) if isinstance(found, dict) else list(found)
+
+
+def _add(built: tokenizers.Tokenizer, settings: Mapping[str, Any], added: dict[int, tokenizers.AddedToken]) -> None:
+    """Gives the tokenizer the tokens that other files than its own name."""
+    there = built.get_added_tokens_decoder().values()
+    known = {repr(token) for token in there}
+    new = [token for _, token in sorted(added.items()) if repr(token) not in known]
+    texts = {token.content for token in (*there, *new)}
+    by_text = {token.content: token for token in added.values()}
+    roles = [settings[key] for key in _NAMED if settings.get(key)]
+    roles += [value for key, value in settings.items() if key not in _NAMED and _is_role(key, value)]
+    named = {_content(token) for token in roles}
+    for token in (*roles, *_extra(settings)):
+        text = _content(token)
+        if text not in texts:
+            new.append(by_text.get(text) or _token(token))
+            texts.add(text)
+    for token in new:
+        if token.content in named:
+            token.special = True
+    if new:
+        built.add_tokens(new)
+
+
+def _token(token: Any) -> tokenizers.AddedToken:
+    import tokenizers
+
+    if isinstance(token, str):
+        return tokenizers.AddedToken(token, special=True)
+    if not isinstance(token, dict) or not isinstance(token.get("content"), str):
+        raise UserError(f"a token is written as {json.dumps(token)[:60]}, which is no text: save the tokenizer again")
+    known = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    return tokenizers.AddedToken(**{"special": True, **{key: token[key] for key in known if key in token}})
+
+
+def _unnormalized(token: tokenizers.AddedToken) -> tokenizers.AddedToken:
+    import tokenizers
+
+    return tokenizers.AddedToken(**{**token.__getstate__(), "normalized": False})
+
+
+def _is_role(key: str, value: Any) -> bool:
+    """Whether a key of tokenizer_config.json names a token."""
+    return key.endswith("_token") and bool(_content(value)) and isinstance(value, str if key not in _NAMED else object)
+
+
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _around(
+    built: tokenizers.Tokenizer, settings: Mapping[str, Any], has_json: bool
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids before and behind a text."""
+    if has_json:  # the flags of tokenizer_config.json count for a SentencePiece model only
+        plain = built.encode("a", add_special_tokens=False).ids
+        whole = built.encode("a", add_special_tokens=True).ids
+        extra = len(whole) - len(plain)
+        start = next((i for i in range(extra + 1) if whole[i : i + len(plain)] == plain), 0)
+        return tuple(whole[:start]), tuple(whole[start + len(plain) :])
+    sides = []
+    for name in ("bos", "eos"):
+        token = built.token_to_id(_content(settings.get(f"{name}_token")) or "")
+        sides.append((token,) if settings.get(f"add_{name}_token") and token is not None else ())
+    return sides[0], sides[1]
+
+
+def _special(
+    folder: Path, built: tokenizers.Tokenizer, settings: Mapping[str, Any], name: str, of_model: list[int]
+) -> int | None:
+    """Id of the bos or eos token; where the tokenizer names none, the model's."""
+    content = _content(settings.get(f"{name}_token"))
+    if content is not None and not isinstance(content, str):
+        raise UserError(
+            f"tokenizer {folder / 'tokenizer_config.json'}: {name}_token {content!r} is no text: save it again"
+        )
+    token = built.token_to_id(content) if content else None
+    return token if token is not None else next(iter(of_model), None)
+
+
+def _of_model(folder: Path, name: str) -> list[int]:
+    """The ids that the model beside the tokenizer begins or ends with, from the first file that says so."""
+    for file in ("generation_config.json", "config.json"):
+        token = _read_json(folder / file).get(f"{name}_token_id")
+        tokens = token if isinstance(token, list) else [] if token is None else [token]
+        for each in tokens:
+            if type(each) is not int:
+                raise UserError(f"{folder / file}: {name}_token_id {token!r} is no number: save the model again")
+        if tokens:
+            return tokens
+    return []
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """The object in `file`, or {} where there is none."""
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"tokenizer {file} is not valid JSON ({error}): save the tokenizer again") from None
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,227 @@
+"""Conversations under every kind of tokenizer and template: the ids are those of transformers, and so are the masks."""
+
+import gzip
+import json
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.data.chat import DefaultTemplate, JinjaTemplate, Template
+from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
+from megatron_capgap.data.turns import Conversation, Message, read_conversations
+from tests.support import tokenizer_zoo
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %} [INST] {{ message.content }} [/INST]"
+    "{% elif message.role == 'assistant' %} {{ message.content | trim }}{{ eos_token }}"
+    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+)
+MARKED = (
+    "{%- for message in messages %}\n{%- if message.role == 'assistant' %}\n<|im_start|>assistant\n"
+    "{%- generation %}\n{{- message.content + '<|im_end|>' }}\n{%- endgeneration %}\n"
+    "{%- else %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' }}\n{%- endif %}\n"
+    "{%- endfor %}"
+)
+# As Qwen3's: an earlier answer is written without its thoughts, the last one always with some, tools come first.
+THINKING = (
+    "{%- if tools %}{{- '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}{% endif %}"
+    "{%- set ns = namespace(last=0) %}{%- for message in messages %}{%- if message.role == 'user' %}"
+    "{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}"
+    "{%- for message in messages %}{%- if message.role == 'assistant' %}{%- set said = message.content %}"
+    "{%- set thought = '' %}{%- if '</think>' in said %}"
+    "{%- set thought = said.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{%- set said = said.split('</think>')[-1].lstrip('\n') %}{%- endif %}{{- '<|im_start|>assistant\n' }}"
+    "{%- if loop.index0 > ns.last and (loop.last or thought) %}{{- '<think>\n' + thought + '\n</think>\n\n' }}"
+    "{%- endif %}{{- said }}"
+    "{%- for call in message.tool_calls or [] %}{{- '<tool_call>' + (call | tojson) + '</tool_call>' }}"
+    "{%- endfor %}{{- '<|im_end|>\n' }}{%- elif message.role == 'tool' %}"
+    "{{- '<|im_start|>user\n<tool_response>' + message.content + '</tool_response><|im_end|>\n' }}"
+    "{%- else %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+TEMPLATES = {
+    "default": DefaultTemplate.JINJA,
+    "chatml": CHATML,
+    "mistral": MISTRAL,
+    "marked": MARKED,
+    "thinking": THINKING,
+}
+TALK = (
+    Message("user", "Is it raining?"),
+    Message("assistant", "The answer: not yet."),
+    Message("user", " And </s> now? <|im_end|>"),
+    Message("assistant", "A little.\nThe end"),
+)
+KINDS = [
+    "sentencepiece",
+    "sentencepiece_llama_legacy_True",
+    "sentencepiece_llama_listed",
+    "unigram",
+    "prepend",
+    "prepend_llama_legacy_False",
+    "metaspace_first",
+    "metaspace_always",
+    "metaspace_never",
+    "byte_level",
+    "added_tokens_json",
+    "added_tokens_decoder",
+    "bos",
+    "cut_and_padded",
+]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Ours and theirs, opened once."""
+    zoo = tokenizer_zoo.build(tmp_path_factory.mktemp("zoo"))
+
+    @cache
+    def opened(name: str) -> tuple[Tokenizer, Any]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return open_tokenizer(str(zoo[name])), AutoTokenizer.from_pretrained(zoo[name])
+
+    return opened
+
+
+def template_of(name: str, tokenizer: Tokenizer) -> Template:
+    return DefaultTemplate(tokenizer) if name == "default" else JinjaTemplate(TEMPLATES[name], tokenizer, name)
+
+
+def tokens(template: Template, messages: Any) -> list[int]:
+    return [token for segment in template.encode(messages) for token in segment.tokens]
+
+
+def mask(template: Template, messages: Any) -> list[int]:
+    return [int(segment.learned) for segment in template.encode(messages) for _ in segment.tokens]
+
+
+def theirs_of(theirs: Any, name: str, messages: Any, **how: Any) -> Any:
+    said = [message.content() for message in messages]
+    how = {"truncation": False, "padding": False, **how}
+    return theirs.apply_chat_template(said, chat_template=TEMPLATES[name], tokenize=True, return_dict=True, **how)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_are_those_of_apply_chat_template(pair: Any, kind: str, name: str) -> None:
+    ours, theirs = pair(kind)
+    template = template_of(name, ours)
+    for messages in (TALK[:2], TALK):
+        assert tokens(template, messages) == theirs_of(theirs, name, messages)["input_ids"]
+    for messages in (TALK[:1], TALK[:3]):
+        expected = theirs_of(theirs, name, messages, add_generation_prompt=True)["input_ids"]
+        assert tokens(template, messages) == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_marks_give_the_mask_of_transformers(pair: Any, kind: str) -> None:
+    ours, theirs = pair(kind)
+    expected = theirs_of(theirs, "marked", TALK, return_assistant_tokens_mask=True)
+    template = template_of("marked", ours)
+    assert mask(template, TALK) == expected["assistant_masks"] and any(expected["assistant_masks"])
+    assert tokens(template, TALK) == expected["input_ids"]
+
+
+@pytest.mark.parametrize("name, end", [("default", "</s>"), ("chatml", "<|im_end|>\n"), ("mistral", "</s>")])
+@pytest.mark.parametrize("kind", ["sentencepiece_llama_listed", "prepend", "metaspace_never", "byte_level"])
+def test_the_assistant_s_words_and_the_end_of_its_turn_are_learned(pair: Any, kind: str, name: str, end: str) -> None:
+    ours, theirs = pair(kind)
+    end = (ours.special["eos_token"] if name != "chatml" else end) or end
+    learned = [theirs.decode(s.tokens) for s in template_of(name, ours).encode(TALK) if s.learned]
+    assert [text.strip(" ") for text in learned] == [TALK[1].text + end, TALK[3].text + end]
+
+
+def test_a_template_that_drops_earlier_thoughts(pair: Any) -> None:
+    ours, theirs = pair("added_tokens_decoder")
+    thinking = (
+        TALK[0],
+        Message("assistant", "<think>\nclouds\n</think>\n\nNot yet."),
+        Message("user", "And now?"),
+        Message("assistant", "<think>\ndrops\n</think>\n\nA little."),
+    )
+    template = template_of("thinking", ours)
+    learned = [theirs.decode(s.tokens).replace("> ", ">") for s in template.encode(thinking) if s.learned]
+    assert learned == ["Not yet.<|im_end|>\n", "<think>\ndrops\n</think>\n\nA little.<|im_end|>\n"]
+
+
+def test_tools_are_context_and_their_calls_are_learned(pair: Any, tmp_path: Path) -> None:
+    ours, theirs = pair("added_tokens_decoder")
+    call = {"type": "function", "function": {"name": "look", "arguments": {"where": "out"}}}
+    line = {
+        "messages": [
+            {"role": "user", "content": "Is it raining?"},
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "content": "drops"},
+            {"role": "assistant", "content": [{"type": "text", "text": "A little."}]},
+        ],
+        "tools": [{"type": "function", "function": {"name": "look"}}],
+    }
+    file = tmp_path / "talk.jsonl"
+    file.write_text(json.dumps(line) + "\n")
+    (conversation,) = read_conversations(str(file))
+    template = template_of("thinking", ours)
+    expected = theirs_of(theirs, "thinking", conversation, tools=line["tools"])["input_ids"]
+    assert tokens(template, conversation) == expected
+    first, last = [theirs.decode(s.tokens).replace("> ", ">") for s in template.encode(conversation) if s.learned]
+    assert first == f"<tool_call>{json.dumps(call)}</tool_call><|im_end|>\n"
+    assert last.endswith("A little.<|im_end|>\n") and "drops" not in last
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_ways_of_writing_one_conversation(tmp_path: Path, packed: bool) -> None:
+    wanted = Conversation([Message("system", "Be brief."), *TALK[:2]])
+    lines: list[Any] = [
+        {"messages": [message.content() for message in wanted]},
+        {"messages": [{"role": m.role, "content": [{"type": "text", "text": m.text}]} for m in wanted]},
+        {
+            "conversations": [
+                {"from": speaker, "value": message.text}
+                for speaker, message in zip(("system", "human", "gpt"), wanted, strict=True)
+            ]
+        },
+        {"system": "Be brief.", "conversations": [{"from": m.role, "value": m.text} for m in TALK[:2]]},
+    ]
+    content = b"\xef\xbb\xbf" + "".join(json.dumps(line) + "\n" for line in lines).encode()
+    file = tmp_path / "talk.jsonl"
+    file.write_bytes(gzip.compress(content) if packed else content)
+    assert read_conversations(str(file)) == [wanted] * 4
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ("é".encode("latin-1"), ":1: not UTF-8 (byte 0xe9 at column 1); convert the file"),
+        (b"PAR1abcd", ": is a parquet file: write it as jsonl"),
+        (b"\x28\xb5\x2f\xfdabcd", ": is packed with zstd: unpack it"),
+        (gzip.compress(b"{}\n" * 1000)[:-9], " is damaged after line"),
+        ('{"messages": []}'.encode("utf-16"), ": is text in UTF-16"),
+        (b'[\n{"messages": []}\n]\n', ": is one JSON array; write one object a line"),
+        (b'[{"messages": []}, {"messages": []}]', ": is one JSON array; write one object a line"),
+    ],
+    ids=["latin-1", "parquet", "zstd", "damaged", "utf-16", "array", "array in a line"],
+)
+def test_what_a_file_is_when_it_is_no_jsonl(tmp_path: Path, content: bytes, expected: str) -> None:
+    file = tmp_path / "talk.jsonl"
+    file.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_conversations(str(file))
+    assert str(caught.value).startswith(f"{file}{expected}") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, end", [("default", "</s>"), ("chatml", "<|im_end|>"), ("marked", "<|im_end|>"), ("thinking", "<|im_end|>")]
+)
+def test_where_a_turn_ends(pair: Any, name: str, end: str) -> None:
+    """A model whose own end of text is another one stops at the end of a turn."""
+    ours, theirs = pair("added_tokens_json")
+    assert template_of(name, ours).ends() == {theirs.convert_tokens_to_ids(end)}
