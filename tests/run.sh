@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs the development extra into .venv and passes the tests.
 #
-#   bash tests/run.sh             # everything: tests beside each other, then those that measure time or memory
+#   bash tests/run.sh             # everything: tests beside each other, then those that measure memory, then time
 #   bash tests/run.sh --quick     # a cross-section, to run before every commit
 #   bash tests/run.sh ARGS...     # what pytest selects by ARGS, for example -k resume or a file
 #
@@ -37,8 +37,11 @@ together=(-n "$processes" --dist loadfile --no-loadscope-reorder)
 case " $* " in
     *" -m "*) run selected "" "${quick[@]}" "$@" ;;
     *)
-        run together "not matrix and not alone" "${together[@]}" "${quick[@]}" "$@"
-        [ "${#quick[@]}" -gt 0 ] || run alone "not matrix and alone" "$@"
+        run together "not matrix and not memory and not alone" "${together[@]}" "${quick[@]}" "$@"
+        if [ "${#quick[@]}" = 0 ]; then
+            run memory "not matrix and memory" -n "$(nproc)" --dist load "$@"
+            run alone "not matrix and alone" "$@"
+        fi
         ;;
 esac
 "$python" tests/support/times.py "$reports"

@@ -128,7 +128,7 @@ def gather_ranks(args: argparse.Namespace, device: Any, precision: Any) -> Ranks
     shape, cut = manifest.model, Layout(tensor=args.tensor, pipeline=args.pipeline, sequence=args.sequence)
     check_flags(shape, cut, launch.read_environment().world)
     tokenizer = open_tokenizer(args.tokenizer or manifest.tokenizer)
-    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+    if tokenizer.special_ids_of(manifest.tokenizer_fingerprint) is None:
         raise UserError(f"--tokenizer: is not the one that {args.checkpoint} was trained with; give that one")
     longest = min(filter(None, (shape.max_positions or manifest.sequence_length, shape.attention_window)))
     if cut.sequence:

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace, environment: launch.Environment) -> int:
     folder = manifests.locate(args.checkpoint)
     manifest = manifests.read(folder)
     tokenizer = open_tokenizer(args.tokenizer)
-    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+    if tokenizer.special_ids_of(manifest.tokenizer_fingerprint) is None:
         raise UserError(f"--tokenizer: {args.tokenizer} has another vocabulary than {args.checkpoint} was trained with")
     layout = Layout(tensor=args.tensor, pipeline=args.pipeline)
     check_flags(manifest.model, layout, environment.world)

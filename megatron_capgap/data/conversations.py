@@ -56,8 +56,11 @@ class Conversations:
     def __init__(self, data: Data, tokenizer: Tokenizer, template: Template, cache_dir: Path) -> None:
         self._data, self._tokenizer, self._template, self._cache_dir = data, tokenizer, template, cache_dir
 
-    def build(self) -> list[str]:
+    def build(self, vocab: int) -> list[str]:
         """Reads and encodes what is not in the cache yet. One process does this before any opens them.
+
+        Args:
+            vocab: ids must be smaller.
 
         Returns:
             What is to be said of conversations that did not fit, a line for each list of files.
@@ -71,6 +74,8 @@ class Conversations:
             if not self._folder(files).is_dir():
                 conversations = [conversation for file in files for conversation in read_conversations(file)]
                 missing[files] = instruct.encode(conversations, self._template, self._data.sequence_length)
+        for files, (examples, cut) in missing.items():
+            self._check_ids(files, max(int(example.tokens.max()) for example in examples), vocab)
         for files, (examples, cut) in missing.items():
             self._write(self._folder(files), examples, cut)
         return [line for files in self._lists() if (line := self._said(files))]
@@ -130,6 +135,13 @@ class Conversations:
             ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+    def _check_ids(self, files: tuple[str, ...], largest: int, vocab: int) -> None:
+        if largest >= vocab:
+            raise UserError(
+                f"{', '.join(files)}: hold the token {self._tokenizer.pieces()[largest]!r} ({largest}), which has no "
+                f"row in the model's vocab of {vocab}; use the model's own tokenizer and template, or other texts"
+            )
 
     def _said(self, files: tuple[str, ...]) -> str | None:
         cut = json.loads((self._folder(files) / _CUT).read_text())

@@ -72,8 +72,26 @@ class Tokenizer(ABC):
         It covers pieces, bos and eos. Merge ranks and scores are left out: they decide how a text is cut, not
         what an id means.
         """
-        vocabulary = json.dumps([self.pieces(), self.bos, self.eos], ensure_ascii=True)
-        return hashlib.sha256(vocabulary.encode()).hexdigest()
+        return self._digest(self.bos, self.eos)
+
+    def special_ids_of(self, fingerprint: str) -> tuple[int | None, int | None] | None:
+        """bos and eos of the tokenizer with a fingerprint, where its pieces are this one's; None where they are others.
+
+        A base model and its instruct model have the same pieces, and mostly another end of text.
+        """
+        if fingerprint == self.fingerprint:
+            return self.bos, self.eos
+        ids = [None, *sorted({*self.whole, *range(min(4, self.vocab_size))})]
+        return next(((bos, eos) for bos in ids for eos in ids if self._digest(bos, eos) == fingerprint), None)
+
+    def _digest(self, bos: int | None, eos: int | None) -> str:
+        digest = self._pieces_digest.copy()  # of [pieces, bos, eos] in JSON
+        digest.update(f", {json.dumps(bos)}, {json.dumps(eos)}]".encode())
+        return digest.hexdigest()
+
+    @functools.cached_property
+    def _pieces_digest(self) -> "hashlib._Hash":
+        return hashlib.sha256(f"[{json.dumps(self.pieces(), ensure_ascii=True)}".encode())
 
 
 def open_tokenizer(path: str) -> Tokenizer:

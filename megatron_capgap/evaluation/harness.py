@@ -112,6 +112,12 @@ class MegatronLM(TemplateLM):
 
     def _fitted(self, tokens: list[int], room: int) -> list[int]:
         """The last `room` tokens."""
+        vocab = self._ranks.scorer.vocab_size
+        if wrong := next((token for token in tokens if token >= vocab), None):
+            raise UserError(
+                f"a request holds the token {self._words.pieces()[wrong]!r} ({wrong}), which has no row in the model's "
+                f"vocab of {vocab}; use the model's own tokenizer"
+            )
         if len(tokens) > room and not self._truncate:
             raise UserError(
                 f"a request of {len(tokens)} tokens does not fit the {room} that the model of {self._longest} has for "

@@ -258,9 +258,11 @@ def _with_noise(
 
 
 def padded_byte_lengths(resolved: Resolved) -> torch.Tensor:
-    """UTF-8 bytes of each token, float64 `[vocab]`; ids that the model has and the tokenizer lacks have none."""
+    """UTF-8 bytes of each token, float64 `[vocab]`; ids that the model has and the tokenizer lacks have none, and those
+    that the tokenizer alone has are left out."""
     lengths = torch.zeros(resolved.student.vocab, dtype=torch.float64)
-    lengths[: resolved.tokenizer.vocab_size] = torch.as_tensor(resolved.tokenizer.byte_lengths(), dtype=torch.float64)
+    known = torch.as_tensor(resolved.tokenizer.byte_lengths(), dtype=torch.float64)[: len(lengths)]
+    lengths[: len(known)] = known
     return lengths
 
 
@@ -304,7 +306,7 @@ def _open_run_dir(resolved: Resolved, lock: RunLock) -> tuple[list[str], int | N
         raise UserError(f"{place}: {run_dir} cannot be written ({error.strerror}); choose another run_dir") from error
     warning = lock.take()
     said = material.build(resolved)
-    return [*([warning] if warning else []), *said], material.steps(resolved)
+    return [*([warning] if warning else []), *resolved.remarks, *said], material.steps(resolved)
 
 
 def _missing_folders(run_dir: Path) -> list[Path]:

@@ -32,7 +32,7 @@ def build(resolved: Resolved) -> list[str]:
     config = resolved.config
     _refuse_missing(resolved)
     if (conversations := _conversations(resolved)) is not None:
-        return conversations.build()
+        return conversations.build(resolved.student.vocab)
     pretrain.build_indices(config.data, resolved.student.vocab, config.seed, cache_dir(config))
     return []
 

@@ -54,6 +54,26 @@ class Resolved:
         return self.loaded.config
 
     @property
+    def remarks(self) -> list[str]:
+        """What the reader must know of the tokenizer."""
+        found, path = [], self.config.data.tokenizer
+        for key, source in (("student.checkpoint", self.student_source), ("teacher.checkpoint", self.teacher_source)):
+            theirs = source and self.tokenizer.special_ids_of(source.manifest.tokenizer_fingerprint)
+            if theirs and theirs != (self.tokenizer.bos, self.tokenizer.eos):
+                found.append(
+                    f"{key}: its tokenizer had bos {theirs[0]} and eos {theirs[1]}, data.tokenizer {path} has bos "
+                    f"{self.tokenizer.bos} and eos {self.tokenizer.eos}; their pieces are the same"
+                )
+        if self.tokenizer.vocab_size > self.student.vocab:
+            pieces = self.tokenizer.pieces()[self.student.vocab :]
+            shown = ", ".join(repr(piece) for piece in pieces[:5]) + (", ..." if len(pieces) > 5 else "")
+            found.append(
+                f"data.tokenizer: {len(pieces)} of the tokens of {path} have no row in the model's vocab of "
+                f"{self.student.vocab} ({shown}); data that hold one are refused"
+            )
+        return found
+
+    @property
     def student_kept(self) -> int:
         """The student's parameters without embeddings, less those of layers that store more parts than they keep."""
         return self.student_source.manifest.kept if self.student_source else Target(self.student, self.budget).kept
@@ -184,7 +204,7 @@ def _vocabulary_problems(loaded: Loaded, student: ModelShape, source: Source | N
 
 
 def _fingerprint_problems(loaded: Loaded, key: str, source: Source | None, tokenizer: Tokenizer) -> list[str]:
-    if source is None or source.manifest.tokenizer_fingerprint == tokenizer.fingerprint:
+    if source is None or tokenizer.special_ids_of(source.manifest.tokenizer_fingerprint) is not None:
         return []
     theirs, ours = source.manifest.tokenizer_fingerprint[:12], tokenizer.fingerprint[:12]
     return [

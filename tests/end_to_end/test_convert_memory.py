@@ -10,7 +10,7 @@ import pytest
 from benchmarks import convert
 from tests.support.processes import ROOT, environment
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.memory
 # Three quarters of every width, by random scores; prints what `apply` by itself adds to the peak.
 CUT = """
 import sys

@@ -11,7 +11,7 @@ from tests.support.pool import WorkerPool
 from tests.support.processes import job
 from tests.support.runs import Material
 
-pytestmark = pytest.mark.alone
+pytestmark = pytest.mark.memory
 SHAPE = {"layers": 6, "hidden": 256, "heads": 8, "ffn": 704, "vocab": 2000}
 CASES = {
     "adapt, one rank": (1, {}),

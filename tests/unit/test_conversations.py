@@ -32,7 +32,7 @@ def opened(data: Data, cache: Path) -> Conversations:
 
 def test_what_comes_back_is_what_was_encoded(data: Data, tmp_path: Path) -> None:
     found = opened(data, tmp_path / "cache")
-    found.build()
+    found.build(10**6)
     training = found.open_training(3, packed=False)
     files = [conversation for file in data.train for conversation in read_conversations(file)]
     expected, _ = encode(files, DefaultTemplate(open_tokenizer(data.tokenizer)), 80)
@@ -49,35 +49,35 @@ def test_what_comes_back_is_what_was_encoded(data: Data, tmp_path: Path) -> None
 
 def test_it_is_done_once(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "cache"
-    opened(data, cache).build()
+    opened(data, cache).build(10**6)
     folders = sorted(cache.iterdir())
     assert len(folders) == 2, "one for data.train, one for data.valid"
     monkeypatch.setattr(module, "read_conversations", lambda path: pytest.fail(f"{path} was read again"))
-    opened(data, cache).build()
+    opened(data, cache).build(10**6)
     monkeypatch.undo()
     assert sorted(cache.iterdir()) == folders
     # Another length, other files or other content are other arrays.
-    opened(replace(data, sequence_length=90), cache).build()
+    opened(replace(data, sequence_length=90), cache).build(10**6)
     assert len(list(cache.iterdir())) == 4
     with open(data.train[0], "a") as file:
         file.write("\n")
-    opened(data, cache).build()
+    opened(data, cache).build(10**6)
     assert len(list(cache.iterdir())) == 5
 
 
 def test_what_did_not_fit_is_said_every_time(data: Data, tmp_path: Path) -> None:
     short = opened(replace(data, sequence_length=45), tmp_path / "cache")
-    lines = short.build()
+    lines = short.build(10**6)
     assert len(lines) == 2 and lines[0].startswith(f"{data.train[0]}, {data.train[1]}: of 14 conversations ")
     assert "lost their end" in lines[0] and "within data.sequence_length 45" in lines[0]
-    assert short.build() == lines
-    assert opened(replace(data, sequence_length=400), tmp_path / "cache").build() == []
+    assert short.build(10**6) == lines
+    assert opened(replace(data, sequence_length=400), tmp_path / "cache").build(10**6) == []
 
 
 def test_a_bad_file_leaves_nothing(data: Data, tmp_path: Path) -> None:
     (tmp_path / "2.jsonl").write_text('{"messages": []}\n')
     with pytest.raises(UserError, match=r"2.jsonl:1: does not end with an assistant message"):
-        opened(data, tmp_path / "cache").build()
+        opened(data, tmp_path / "cache").build(10**6)
     assert not (tmp_path / "cache").exists()
 
 
@@ -85,7 +85,7 @@ def test_a_cache_that_is_not_there_or_is_damaged(data: Data, tmp_path: Path) -> 
     found = opened(data, tmp_path / "cache")
     with pytest.raises(UserError, match="is not there: put run_dir and the data on a file system that all hosts share"):
         found.open_training(3, packed=True)
-    found.build()
+    found.build(10**6)
     for file in (tmp_path / "cache").glob("*/tokens.npy"):
         os.truncate(file, 70)
     with pytest.raises(UserError, match=r"tokens.npy: is no array of numbers .*; remove .*, it is built anew"):
@@ -94,7 +94,7 @@ def test_a_cache_that_is_not_there_or_is_damaged(data: Data, tmp_path: Path) -> 
 
 def test_pickles_are_not_opened(data: Data, tmp_path: Path) -> None:
     found = opened(data, tmp_path / "cache")
-    found.build()
+    found.build(10**6)
     for file in (tmp_path / "cache").glob("*/ends.npy"):
         np.save(file, np.array([print], dtype=object), allow_pickle=True)
     with pytest.raises(UserError, match=r"ends.npy: is no array of numbers"):
