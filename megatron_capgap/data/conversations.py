@@ -74,7 +74,7 @@ class Conversations:
             if not self._folder(files).is_dir():
                 conversations = [conversation for file in files for conversation in read_conversations(file)]
                 missing[files] = instruct.encode(conversations, self._template, self._data.sequence_length)
-        for files, (examples, cut) in missing.items():
+        for files, (examples, _) in missing.items():
             self._check_ids(files, max(int(example.tokens.max()) for example in examples), vocab)
         for files, (examples, cut) in missing.items():
             self._write(self._folder(files), examples, cut)
