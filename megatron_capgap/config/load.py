@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from megatron_capgap.config.errors import ConfigError
+from megatron_capgap.config.errors import ConfigError, in_one_line
 from megatron_capgap.config.files import write_atomically
 from megatron_capgap.config.keys import DEFAULT, adapter, join, place, section_name, table
 from megatron_capgap.config.schema import Config
@@ -147,7 +147,7 @@ def _validate(tree: Tree) -> Config | None:
                 tree.report(tree.mark(where), where, _unknown(section, where.rpartition(".")[0], names[-1]))
             elif error["type"] == "missing" and not at_item:
                 row = table()[key]
-                tree.report(tree.mark(where), where, f"missing; give {row.type}: {row.doc}")
+                tree.report(tree.mark(where), where, f"missing; give {row.type}: {in_one_line(row.doc)}")
             else:
                 tree.report(tree.mark(where), where, _unfit(key, error["input"]))
         return None
@@ -188,7 +188,7 @@ def _unmet_needs(tree: Tree, stage: str) -> Iterator[tuple[str, str]]:
     for key in needs.required:
         if tree.get(key) in (None, [], {}):
             wanted = table()[key].type.removesuffix(" or null")
-            yield key, f"{stage} needs it; give {wanted}: {table()[key].doc}"
+            yield key, f"{stage} needs it; give {wanted}: {in_one_line(table()[key].doc)}"
     for section, lack in _LACKS.items():
         if section in needs.unread and tree.get(section) is not None:
             yield section, f"{stage} {lack}; remove the section"

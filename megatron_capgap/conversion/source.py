@@ -50,7 +50,7 @@ def open_source(folder: Path) -> Source:
         raise UserError(f"{folder}: no such folder; give a folder with config.json and safetensors files")
     config = read_json(folder / "config.json")
     family, shape = read_config(folder / "config.json", config)
-    tensors = _full_names(_tensors(folder), family)
+    tensors = _full_names(_tensors(folder, _tied(family, shape)), family)
     buffers = [name for name in tensors if any(re.fullmatch(pattern, name) for pattern in family.buffers)]
     kept = {name: stored for name, stored in tensors.items() if name not in buffers}
     refuse_other_types(kept)
@@ -124,11 +124,17 @@ def _check_size(settings: Settings, shape: ModelShape, tensors: dict[str, Stored
         raise settings.wrong("num_hidden_layers", f"this model would have {told:,} parameters, the files have {held:,}")
 
 
-def _tensors(folder: Path) -> dict[str, Stored]:
+def _tied(family: Family, shape: ModelShape) -> frozenset[str]:
+    """Names that an index may hold without a file having them: an LM head that is the embedding."""
+    names = {name for row in family.rows for name in row.hf if not name.startswith(family.prefix)}
+    return frozenset(names) if shape.tied_embeddings else frozenset()
+
+
+def _tensors(folder: Path, tied: frozenset[str]) -> dict[str, Stored]:
     """Every tensor of the folder's safetensors files, as one index or one file says."""
     index = folder / _INDEX
     if index.is_file():
-        found = _indexed(folder, index)
+        found = _indexed(folder, index, tied)
         if (folder / _SINGLE).is_file() and folder / _SINGLE not in {stored.file for stored in found.values()}:
             raise UserError(f"{folder}: has {_SINGLE}, and {_INDEX} without it; remove the one that is not the model")
         return found
@@ -143,7 +149,7 @@ def _tensors(folder: Path) -> dict[str, Stored]:
     raise UserError(f"{folder}: has neither {_INDEX} nor {_SINGLE}; give a folder that save_pretrained has written")
 
 
-def _indexed(folder: Path, index: Path) -> dict[str, Stored]:
+def _indexed(folder: Path, index: Path, tied: frozenset[str]) -> dict[str, Stored]:
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
         raise UserError(f"{index}: has no weight_map of names; copy or download it again")
@@ -160,7 +166,7 @@ def _indexed(folder: Path, index: Path) -> dict[str, Stored]:
                     f"{index}: says {shown(tensor)} is in {where.get(tensor)}, it is in {name}; mend the index"
                 )
             found[tensor] = stored
-    if missing := sorted(where.keys() - found.keys()):
+    if missing := sorted(where.keys() - found.keys() - tied):
         raise UserError(f"{index}: names {listed(missing)}, which no file has; copy or download the files again")
     return found
 

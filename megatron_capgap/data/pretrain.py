@@ -50,6 +50,12 @@ class SampleSequence:
         """Samples in one pass over every dataset."""
         return sum(len(dataset) for dataset in self._datasets)
 
+    @property
+    def left_out(self) -> int:
+        """Tokens at the ends of the datasets, less than a sample of each, that no sample predicts."""
+        predicted = sum(int(dataset.dataset.sequence_lengths.sum()) - 1 for dataset in self._datasets)
+        return predicted - len(self) * self.sequence_length
+
     def tokens(self, k: int) -> np.ndarray:
         """Sample k: int64 [sequence_length + 1]; in training for any k >= 0, held-out for k < len(self)."""
         place = self._order(k)

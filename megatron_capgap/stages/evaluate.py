@@ -34,10 +34,14 @@ def run(loaded: Loaded, environment: Environment, device: Device) -> int:
         step = resolved.student_source.manifest.step if resolved.student_source else 0
         entry = result.entry(step)
         ground.log.record(entry)
+        left_out = 0 if resolved.template or config.train.eval_batches else samples.left_out
+        if left_out:
+            ground.log.say(f"{left_out} tokens at the ends of the data fill no row and are left out")
         if ground.log.speaks:
             facts = {
                 **entry,
                 "tokens": result.tokens,
+                "tokens_left_out": left_out,
                 "samples": result.samples,
                 "checkpoint": config.student.checkpoint,
             }

@@ -6,13 +6,12 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_capgap.config.errors import ConfigError, UserError
+from megatron_capgap.config.errors import ConfigError
 from megatron_capgap.config.schema import Config
-from megatron_capgap.data import indexed, pretrain
+from megatron_capgap.data import pretrain
 from megatron_capgap.data.batch import Samples
 from megatron_capgap.data.conversations import Conversations
-from megatron_capgap.data.turns import conversations_file
-from megatron_capgap.stages.resolve import Resolved
+from megatron_capgap.stages.resolve import Resolved, missing_data
 
 
 def cache_dir(config: Config) -> Path:
@@ -30,7 +29,8 @@ def build(resolved: Resolved) -> list[str]:
         UserError: the data are not there, damaged, or not what the stage reads.
     """
     config = resolved.config
-    _refuse_missing(resolved)
+    if problems := missing_data(resolved.loaded, resolved.stage):
+        raise ConfigError(problems)
     if (conversations := _conversations(resolved)) is not None:
         return conversations.build(resolved.student.vocab)
     pretrain.build_indices(config.data, resolved.student.vocab, config.seed, cache_dir(config))
@@ -68,19 +68,6 @@ def with_steps(resolved: Resolved, count: int | None) -> Resolved:
     """The same run, with so many steps."""
     config = replace(resolved.config, train=replace(resolved.config.train, steps=count))
     return replace(resolved, loaded=replace(resolved.loaded, config=config))
-
-
-def _refuse_missing(resolved: Resolved) -> None:
-    """Names the key of a file that is not there; what is wrong within a file is told by its own name."""
-    look, problems = indexed.paths if resolved.template is None else conversations_file, []
-    for key, paths in resolved.reads.items():
-        for path in paths:
-            try:
-                look(path)
-            except UserError as error:
-                problems.append(f"{resolved.loaded.place(key)}: {error}")
-    if problems:
-        raise ConfigError(problems)
 
 
 def _conversations(resolved: Resolved) -> Conversations | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from megatron_capgap.checkpoint import manifest as manifests
 from megatron_capgap.checkpoint.manifest import Lessons, Manifest, Origin
@@ -12,10 +14,14 @@ from megatron_capgap.config.errors import ConfigError, UserError
 from megatron_capgap.config.finetune import Finetune
 from megatron_capgap.config.load import Loaded
 from megatron_capgap.config.schema import Config, ModelShape
+from megatron_capgap.data import indexed
 from megatron_capgap.data.chat import Template, open_template
 from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
+from megatron_capgap.data.turns import conversations_file
 from megatron_capgap.pruning.target import Budget, Target, target
 from megatron_capgap.stages.begun import begun
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -86,9 +92,7 @@ class Resolved:
     @property
     def reads(self) -> dict[str, tuple[str, ...]]:
         """The datasets or files of conversations that are opened, by key."""
-        data = self.config.data
-        unread = self.stage == "evaluate" and self.template is not None
-        return {"data.train": () if unread else data.train, "data.valid": data.valid}
+        return _reads(self.config, self.stage)
 
     @property
     def global_batch(self) -> int:
@@ -107,27 +111,61 @@ def resolve(loaded: Loaded, stage: str, world: int, capability: tuple[int, int] 
     Raises:
         UserError: with every problem that was found.
     """
-    config = loaded.config
-    student_source = _source(loaded, "student.checkpoint", config.student.checkpoint)
-    teacher_source = _source(loaded, "teacher.checkpoint", config.teacher.checkpoint if config.teacher else None)
+    config, problems = loaded.config, list[str]()
+
+    def attempt(work: Callable[[], Found]) -> Found | None:
+        try:
+            return work()
+        except ConfigError as error:
+            problems.extend(error.problems)
+            return None
+
+    student_source = attempt(lambda: _source(loaded, "student.checkpoint", config.student.checkpoint))
+    teacher_source = attempt(
+        lambda: _source(loaded, "teacher.checkpoint", config.teacher.checkpoint if config.teacher else None)
+    )
+    tokenizer = attempt(lambda: _tokenizer(loaded))
+    template = attempt(lambda: _template(loaded, stage, tokenizer)) if tokenizer else None
     teacher = teacher_source.manifest.model if teacher_source else None
-    wanted = _wanted(loaded, stage, student_source, teacher)
-    student = wanted.shape
-    checks.check(loaded, stage, world, student, teacher, capability)
-    tokenizer = _tokenizer(loaded)
-    template = _template(loaded, stage, tokenizer)
+    # A shape can be told where every checkpoint was found.
+    told = all(not problem.startswith((loaded.place("student"), loaded.place("teacher"))) for problem in problems)
+    wanted = attempt(lambda: _wanted(loaded, stage, student_source, teacher)) if told else None
+    if wanted:
+        attempt(lambda: checks.check(loaded, stage, world, wanted.shape, teacher, capability))
+    if wanted and tokenizer:
+        problems += _vocabulary_problems(loaded, wanted.shape, student_source, tokenizer)
+        problems += _fingerprint_problems(loaded, "student.checkpoint", student_source, tokenizer)
+        problems += _fingerprint_problems(loaded, "teacher.checkpoint", teacher_source, tokenizer)
+        problems += _length_problems(loaded, teacher_source)
+    if problems:  # what the first rank alone would find later
+        raise ConfigError([*problems, *missing_data(loaded, stage)])
+    assert wanted and tokenizer
     lessons = _lessons(config, stage, student_source, teacher_source)
     resumed = begun(loaded, stage, world, wanted, teacher, tokenizer, template, lessons)
-    problems = [
-        *_vocabulary_problems(loaded, student, student_source, tokenizer),
-        *_fingerprint_problems(loaded, "student.checkpoint", student_source, tokenizer),
-        *_fingerprint_problems(loaded, "teacher.checkpoint", teacher_source, tokenizer),
-        *_length_problems(loaded, teacher_source),
-    ]
-    if problems:
-        raise ConfigError(problems)
     found = (student_source, teacher_source, lessons, resumed)
-    return Resolved(loaded, stage, world, student, teacher, *found, tokenizer, template, wanted.budget)
+    return Resolved(loaded, stage, world, wanted.shape, teacher, *found, tokenizer, template, wanted.budget)
+
+
+def _chats(config: Config, stage: str) -> bool:
+    """Whether the data are conversations."""
+    return stage == "finetune" or config.finetune is not None
+
+
+def _reads(config: Config, stage: str) -> dict[str, tuple[str, ...]]:
+    unread = stage == "evaluate" and _chats(config, stage)
+    return {"data.train": () if unread else config.data.train, "data.valid": config.data.valid}
+
+
+def missing_data(loaded: Loaded, stage: str) -> list[str]:
+    """Names the key of each file that is not there; what is wrong within a file is told by its own name."""
+    look, problems = conversations_file if _chats(loaded.config, stage) else indexed.paths, []
+    for key, paths in _reads(loaded.config, stage).items():
+        for path in paths:
+            try:
+                look(path)
+            except UserError as error:
+                problems.append(f"{loaded.place(key)}: {error}")
+    return problems
 
 
 def _wanted(loaded: Loaded, stage: str, source: Source | None, teacher: ModelShape | None) -> Target:
@@ -158,7 +196,7 @@ def _tokenizer(loaded: Loaded) -> Tokenizer:
 
 def _template(loaded: Loaded, stage: str, tokenizer: Tokenizer) -> Template | None:
     wanted = loaded.config.finetune
-    if stage != "finetune" and wanted is None:
+    if not _chats(loaded.config, stage):
         return None
     try:
         return open_template((wanted or Finetune()).template, tokenizer, loaded.config.data.tokenizer)
