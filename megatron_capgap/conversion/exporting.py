@@ -96,7 +96,7 @@ def export_checkpoint(
     entries = on_ranks_alike(lambda: _entries(checkpoint, reader, targets, manifest.model.layers))
     files = _files(_tensors(targets, entries, dtype), max_shard_bytes)
     config = config_of(family, manifest, carried, words)
-    generation = _generation(carried, config, words)
+    generation = _generation(carried, config, manifest, words)
     config["torch_dtype"] = _NAMES[next(iter(files.values()))[0].dtype]
     with replacing(out, _exported, force=force) as staged:
         on_every_rank(lambda: _write_share(staged, files, reader, entries, progress))
@@ -234,7 +234,7 @@ def config_of(family: Family, manifest: Manifest, carried: Path | None, words: t
     return {
         **tokens,
         **_kept(family, shape, known),
-        "eos_token_id": _ends(tokens["eos_token_id"], words),
+        "eos_token_id": _ends(known, manifest, words),
         "architectures": [family.architecture],
         "model_type": family.name,
         **family.config(shape, shape.max_positions or manifest.sequence_length),
@@ -253,18 +253,32 @@ def _kept(family: Family, shape: ModelShape, known: dict[str, Any]) -> dict[str,
     return {key: value for key, value in known.items() if key not in ("auto_map", "rope_parameters", "dtype")}
 
 
-def _ends(known: int | list[int] | None, words: tokenizer.Words) -> int | list[int] | None:
-    """Every id that ends a text: one number, or a list as in LLaMA 3's files; what stood there comes first."""
-    before = known if isinstance(known, list) else [] if known is None else [known]
+def _ends(known: dict[str, Any], manifest: Manifest, words: tokenizer.Words) -> int | list[int] | None:
+    """Every id that ends a text: one number, or a list as in LLaMA 3's files. What a file that came along says stays as
+    it is, unless the model was finetuned with a chat template since.
+
+    Args:
+        known: the file.
+        manifest: has the template.
+        words: have the ids.
+    """
+    before = known.get("eos_token_id")
+    if "eos_token_id" in known and manifest.chat_template is None:
+        return before
+    before = before if isinstance(before, list) else [] if before is None else [before]
     own = [] if words.eos_token_id is None else [words.eos_token_id]
     found = list(dict.fromkeys([*before, *own, *sorted(words.ends)]))
     return found if len(found) > 1 else found[0] if found else None
 
 
-def _generation(carried: Path | None, config: dict[str, Any], words: tokenizer.Words) -> dict[str, Any]:
+def _generation(
+    carried: Path | None, config: dict[str, Any], manifest: Manifest, words: tokenizer.Words
+) -> dict[str, Any]:
     if carried and (carried / GENERATION).is_file():
         known = read_json(carried / GENERATION)
-        return {**known, "eos_token_id": _ends(known.get("eos_token_id"), words)}
+        if "eos_token_id" not in known and manifest.chat_template is None:
+            return known
+        return {**known, "eos_token_id": _ends(known, manifest, words)}
     return {"_from_model_config": True, **{key: config[key] for key in ("bos_token_id", "eos_token_id")}}
 
 

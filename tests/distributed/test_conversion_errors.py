@@ -339,3 +339,12 @@ def test_force_spares_a_model_of_somebody_else(pool: WorkerPool, sound: Path, tm
         0
     ]
     fails(pool, tmp_path, "export", "--checkpoint", run, "--out", hf, "--force")
+
+
+def test_a_tied_head_that_an_index_names_and_no_file_has(pool: WorkerPool, tmp_path: Path) -> None:
+    """transformers loads it."""
+    hf = hf_models.save("smollm", tmp_path / "hf", max_shard_size="20KB")
+    edit_json(hf / INDEX, weight_map={"lm_head.weight": shards(hf)[0].name})
+    words = ["import", "--hf", str(hf), "--out", str(tmp_path / "run")]
+    (rank,) = pool.run(convert_hf.main, words, world=1, initialise=False, capture=True)
+    assert rank.value == 0, rank

@@ -148,7 +148,7 @@ def test_the_cache_changes_nothing(pool: WorkerPool, run_of: Any, name: str, lay
 
 def continuations(run: Path, cut: dict[str, Any], batch: int) -> list[list[int]]:
     chunks, grid = opened(run, cut)
-    how: dict[str, Any] = {"vocab_size": VOCAB, "max_new_tokens": MOST, "eos": None, "batch": batch}
+    how: dict[str, Any] = {"vocab_size": VOCAB, "max_new_tokens": MOST, "ends": frozenset(), "batch": batch}
     return [generate(chunks, grid, PROMPTS, sampling=sampling, **how) for sampling in (Sampling(), DRAWN)]
 
 
@@ -205,7 +205,7 @@ def test_what_the_tool_refuses(pool: WorkerPool, run_of: Any, material: Material
 
 def stopped(run: Path) -> tuple[list[list[int]], list[list[int]]]:
     chunks, grid = opened(run, {"pipeline": 2})
-    how: dict[str, Any] = {"vocab_size": VOCAB, "max_new_tokens": MOST, "eos": None}
+    how: dict[str, Any] = {"vocab_size": VOCAB, "max_new_tokens": MOST, "ends": frozenset()}
     free = generate(chunks, grid, PROMPTS, **how)
     pair = free[0][2:4]
     return free, generate(chunks, grid, PROMPTS, stop=lambda new: new[-2:] == pair, **how)

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_capgap.__main__ import main
 from megatron_capgap.checkpoint import sealed
+from megatron_capgap.data import indexed
 from megatron_capgap.data.tokenizer import open_tokenizer
 from tests.support import corpus, runs
 from tests.support.pool import WorkerPool
@@ -246,3 +247,38 @@ def test_a_teacher_of_another_tokenizer(pool: WorkerPool, material: Material, te
     files = (material.folder / "tokenizer.model", tmp_path / "large.model")
     theirs, ours = (open_tokenizer(str(file)).fingerprint[:12] for file in files)
     assert f"trained with tokenizer {files[0]} ({theirs}), but data.tokenizer is {files[1]} ({ours})" in rank.stderr
+
+
+def test_what_is_wrong_in_several_places_is_told_at_once(pool: WorkerPool, material: Material, tmp_path: Path) -> None:
+    changes = {"data__tokenizer": str(tmp_path / "none.model"), "data__valid": [str(tmp_path / "none")]}
+    config = runs.adapt_config(material, tmp_path / "run", **changes, student__layout={"tensor": 3})
+    ranks = runs.run_stage(pool, "adapt", config, world=3)
+    assert [rank.value for rank in ranks] == [2, 2, 2]
+    lines = ranks[0].stderr.splitlines()
+    for expected in (
+        "student.layout.tensor: 3 ",
+        "none.model does not exist",
+        f"data.valid: dataset {tmp_path / 'none'}",
+    ):
+        assert sum(expected in line for line in lines) == 1, lines
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_key_that_is_missing_is_told_in_one_line(pool: WorkerPool, material: Material, tmp_path: Path) -> None:
+    """The key's description has several."""
+    (rank,) = runs.run_stage(pool, "adapt", runs.adapt_config(material, tmp_path / "run", data__train=None))
+    (line,) = rank.stderr.splitlines()
+    assert rank.value == 2 and "data.train: adapt needs it; give a list" in line and "\\n" not in line
+
+
+def test_what_an_evaluation_leaves_out_is_told(
+    pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path
+) -> None:
+    changes = {"student__model": None, "student__checkpoint": str(teacher), "train__eval_batches": None}
+    config = runs.adapt_config(material, tmp_path / "run", **changes)
+    (rank,) = runs.run_stage(pool, "evaluate", config)
+    found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    held_out = indexed.inspect(config["data"]["valid"][0], None, None).tokens
+    assert found["tokens"] + found["tokens_left_out"] == held_out - 1, "the first token is predicted from nothing"
+    assert 0 < found["tokens_left_out"] < config["data"]["sequence_length"]
+    assert f"{found['tokens_left_out']} tokens at the ends of the data fill no row" in rank.stdout
