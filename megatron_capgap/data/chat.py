@@ -118,10 +118,11 @@ class JinjaTemplate(Template):
     def _turn(self, messages: Sequence[Message], number: int, text: str, answer: bool) -> Span:
         """Where one turn of the assistant's stands in the text of all: from where it is left to begin, in a prompt that
         ends before it, up to what the template writes at the end of a turn."""
-        last = number == len(messages) - 1
-        asked = self._render(messages[:number], answer=True)
-        if last and text.startswith(asked):
-            return len(asked), len(text)
+        asked, said = self._render(messages[:number], answer=True), text
+        if number < len(messages) - 1:
+            said = self._render(messages[: number + 1], answer=False)
+        if text.startswith(asked) and text.startswith(said) and len(asked) < len(said):
+            return len(asked), len(said)
         # What changes with the words is where they stand; a template may write the same turn otherwise once more
         # follows, such as without the thoughts before an answer.
         start, end = _difference(text, self._render(_said_otherwise(messages, number), answer))
@@ -227,8 +228,14 @@ def _difference(text: str, other: str) -> Span:
 
 def _common(text: str, other: str) -> int:
     """Characters at the beginning of both."""
-    pairs = enumerate(zip(text, other, strict=False))
-    return next((place for place, (one, two) in pairs if one != two), min(len(text), len(other)))
+    known, most = 0, min(len(text), len(other))
+    while known < most:
+        middle = (known + most + 1) // 2
+        if text[known:middle] == other[known:middle]:
+            known = middle
+        else:
+            most = middle - 1
+    return known
 
 
 def _to_json(

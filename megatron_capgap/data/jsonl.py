@@ -134,7 +134,8 @@ def _content(place: str, line: bytes) -> Any:
         ) from None
     try:
         content = json.loads(text)
-        json.dumps(content, ensure_ascii=False).encode()
+        if "\\u" in text:  # only so can half of a character be written
+            json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise UserError(f"{place}: holds half of a surrogate pair, which is no character; mend the line") from None
     except RecursionError:

@@ -124,12 +124,11 @@ def resolve(loaded: Loaded, stage: str, world: int, capability: tuple[int, int] 
     teacher_source = attempt(
         lambda: _source(loaded, "teacher.checkpoint", config.teacher.checkpoint if config.teacher else None)
     )
+    found_models = not problems
     tokenizer = attempt(lambda: _tokenizer(loaded))
     template = attempt(lambda: _template(loaded, stage, tokenizer)) if tokenizer else None
     teacher = teacher_source.manifest.model if teacher_source else None
-    # A shape can be told where every checkpoint was found.
-    told = all(not problem.startswith((loaded.place("student"), loaded.place("teacher"))) for problem in problems)
-    wanted = attempt(lambda: _wanted(loaded, stage, student_source, teacher)) if told else None
+    wanted = attempt(lambda: _wanted(loaded, stage, student_source, teacher)) if found_models else None
     if wanted:
         attempt(lambda: checks.check(loaded, stage, world, wanted.shape, teacher, capability))
     if wanted and tokenizer:

@@ -6,7 +6,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +71,12 @@ class Submitted:
         words: Sequence[str] = (),
         starts: int = 10,
         python: str = "python",
+        left: Mapping[str, str] | None = None,
     ) -> None:
         self.cluster, self.run_dir, self.folder = cluster, Path(config["run_dir"]), folder
         self.words = ["distill", "--config", runs.write_config(config), *words]
         command = ["sbatch", "--parsable", "--nodes=4", "--exclusive", *options, SCRIPT, *self.words]
-        variables = {"CAPGAP_MOST_STARTS": str(starts), "CAPGAP_PYTHON": python}
+        variables = {"CAPGAP_MOST_STARTS": str(starts), "CAPGAP_PYTHON": python, **(left or {})}
         self.number = cluster.run(*command, cwd=folder, variables=variables)
         on_failure(f"SLURM job {self.number}", self.report)
 
@@ -220,9 +221,10 @@ def test_the_end_of_the_time_is_no_end_of_the_run(
     [
         ((), {"words": ["--train.stepz=3"]}, "train.stepz: unknown key"),
         (("--nodes=2", "--ntasks=5", "--ntasks-per-node=4"), {}, "every node must run as many ranks as the others"),
+        ((), {"left": {"RANK": "0", "WORLD_SIZE": "4"}}, "RANK is 0 and WORLD_SIZE is 4, but srun says task"),
         ((), {"python": "nopython"}, "stage.sbatch: error: no node can run nopython -m megatron_capgap (see above); "),
     ],
-    ids=["configuration", "unequal nodes", "environment"],
+    ids=["configuration", "unequal nodes", "left ranks", "environment"],
 )
 def test_what_would_be_refused_again_is_not_requeued(
     cluster: Cluster, material: Material, teacher: Path, tmp_path: Path, options: Any, how: Any, message: str

@@ -42,7 +42,7 @@ def build(folder: Path) -> dict[str, Path]:
         translate(folder / "plain.model", SentencePieceTokenizer(folder / "plain.model")).tokenizer_json
     )
     found = {}
-    for name, files in _kinds(plain, prepend):
+    for name, files in kinds(plain, prepend):
         found[name] = folder / name
         found[name].mkdir()
         for file, content in files.items():
@@ -54,7 +54,7 @@ def build(folder: Path) -> dict[str, Path]:
 _AS_WRITTEN: dict[str, Any] = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
 
 
-def _kinds(plain: bytes, prepend: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def kinds(plain: bytes, prepend: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     config, model, words = "tokenizer_config.json", "tokenizer.model", "tokenizer.json"
     yield "sentencepiece", {model: plain}
     yield "sentencepiece_fast", {model: plain, config: FAST}

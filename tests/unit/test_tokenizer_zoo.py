@@ -16,7 +16,7 @@ from megatron_capgap.config.errors import UserError
 from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
 from tests.support import tokenizer_zoo
 
-NAMES = [name for name, _ in tokenizer_zoo._kinds(b"", {})]
+NAMES = [name for name, _ in tokenizer_zoo.kinds(b"", {})]
 WORDS = [
     "hello world, the quick",
     " two  spaces ",
