@@ -22,6 +22,7 @@ PRELOADED = [
     "megatron.core",
     *(f"megatron_capgap.stages.{name}" for name in ("adapt", "prune", "distill", "finetune", "evaluate")),
     "pytest",
+    "tests.support.frozen",
 ]
 
 
