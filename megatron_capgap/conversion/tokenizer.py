@@ -44,7 +44,7 @@ class Copied:
     folder: Path
     bos_token_id: int | None
     eos_token_id: int | None
-    ends: frozenset[int]
+    ends: frozenset[int] = frozenset()
 
     def write(self, folder: Path) -> None:
         """Copies those that are there."""

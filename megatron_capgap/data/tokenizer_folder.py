@@ -73,6 +73,11 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
         settings: of tokenizer_config.json.
         legacy: whether they list no added tokens.
     """
+    for key in _NAMED:
+        content = _content(settings.get(key))
+        if content is not None and not isinstance(content, str):
+            where = folder / "tokenizer_config.json"
+            raise UserError(f"tokenizer {where}: {key} {content!r} is no text: save the tokenizer again")
     has_json = file.suffix == ".json"
     is_llama = beside and _is_llama(folder, settings)
     defaults: dict[str, str] = {}
@@ -103,7 +108,7 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
             "SentencePiece .model file, or train one with tools/prepare_data.py --train-tokenizer"
         ) from None
     of_model = {name: _of_model(folder, name) if beside else [] for name in ("bos", "eos")}
-    bos, eos = (_special(folder, built, settings, name, ids) for name, ids in of_model.items())
+    bos, eos = (_special(built, settings, name, ids) for name, ids in of_model.items())
     special = {key: _content(settings[key]) for key in settings if _is_role(key, settings[key])}
     for name, token in (("bos_token", bos), ("eos_token", eos)):
         if token is not None and name not in special:  # the model alone says so; chat templates write it as text
@@ -266,15 +271,9 @@ def _around(
     return sides[0], sides[1]
 
 
-def _special(
-    folder: Path, built: tokenizers.Tokenizer, settings: Mapping[str, Any], name: str, of_model: list[int]
-) -> int | None:
+def _special(built: tokenizers.Tokenizer, settings: Mapping[str, Any], name: str, of_model: list[int]) -> int | None:
     """Id of the bos or eos token; where the tokenizer names none, the model's."""
     content = _content(settings.get(f"{name}_token"))
-    if content is not None and not isinstance(content, str):
-        raise UserError(
-            f"tokenizer {folder / 'tokenizer_config.json'}: {name}_token {content!r} is no text: save it again"
-        )
     token = built.token_to_id(content) if content else None
     return token if token is not None else next(iter(of_model), None)
 

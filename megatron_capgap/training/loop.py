@@ -151,8 +151,7 @@ def _saving(run: Run) -> Iterator[None]:
 @contextmanager
 def _frozen() -> Iterator[None]:
     """Keeps what start-up has made out of garbage collection: it lives as long as the run, and looking through it takes
-    a third of a second, in every save too, where Megatron-Core collects. Whoever runs several runs in one process may
-    have done so before, with what lives longer than each of them."""
+    a third of a second, in every save too, where Megatron-Core collects. Whoever runs several may have frozen more."""
     if gc.get_freeze_count():
         yield
         return

@@ -101,7 +101,7 @@ def test_a_model_may_stop_at_several_ids(zoo: dict[str, Path], tmp_path: Path) -
 @pytest.mark.parametrize(
     "file, content, expected",
     [
-        ("tokenizer_config.json", {"eos_token": 3}, "a token is written as 3, which is no text"),
+        ("tokenizer_config.json", {"eos_token": 3}, "eos_token 3 is no text: save the tokenizer again"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"9": "x", "8": 7}}, "a token is written as 7"),
         ("generation_config.json", {"eos_token_id": ["</s>"]}, "eos_token_id ['</s>'] is no number"),
         ("added_tokens.json", "[", "is not valid JSON"),
