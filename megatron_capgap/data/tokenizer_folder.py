@@ -111,9 +111,10 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
     bos, eos = (_special(built, settings, name, ids) for name, ids in of_model.items())
     special = {key: _content(settings[key]) for key in settings if _is_role(key, settings[key])}
     for name, token in (("bos_token", bos), ("eos_token", eos)):
-        if token is not None and name not in special:  # the model alone says so; chat templates write it as text
-            special[name] = built.id_to_token(token)
-            built.add_special_tokens([special[name]])
+        # Where the model alone says so; chat templates write it as text.
+        if token is not None and name not in special and (text := built.id_to_token(token)):
+            special[name] = text
+            built.add_special_tokens([text])
     stops = {token for token in (eos, *of_model["eos"]) if token is not None}
     return Reading(built, bos, eos, frozenset(stops), before, after, special)
 

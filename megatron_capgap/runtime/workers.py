@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from megatron_capgap.runtime.launch import held_port
+from megatron_capgap.runtime import launch
 
 Command = Callable[[Sequence[str]], int]
 CRASHED = 70
@@ -51,7 +51,7 @@ class Workers:
         while len(self._ranks) < self._world:
             self._start(len(self._ranks))
         codes = []
-        with held_port() as port:
+        with launch.held_port() as port:
             for _, pipe, _ in self._ranks:
                 pipe.send((list(words), str(output), port))
             for process, pipe, _ in self._ranks:
@@ -95,6 +95,8 @@ def _serve(command: Command, rank: int, world: int, pipe: Connection, alive: Con
     """The life of a rank: one command after the other, until the pipe closes or the starter is gone."""
     threading.Thread(target=_end_with, args=(alive,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the starter decides what an interrupt means
+    for name in [name for name in os.environ if name.startswith(launch.OF_LAUNCHERS)]:  # who started the starter
+        del os.environ[name]
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
