@@ -230,9 +230,8 @@ def config_of(family: Family, manifest: Manifest, carried: Path | None, words: t
             f"{family.name} whose heads do not divide hidden, whatever head_dim says; prune or train one where they do"
         )
     known = read_json(carried / "config.json") if carried and (carried / "config.json").is_file() else {}
-    tokens = {key: known.get(key, getattr(words, key)) for key in ("bos_token_id", "eos_token_id")}
     return {
-        **tokens,
+        "bos_token_id": known.get("bos_token_id", words.bos_token_id),
         **_kept(family, shape, known),
         "eos_token_id": _ends(known, manifest, words),
         "architectures": [family.architecture],

@@ -60,18 +60,24 @@ def save_sentencepiece(path: Path, vocab_size: int = 400) -> str:
     return str(path)
 
 
-def save_byte_level(folder: Path, vocab_size: int = 400) -> str:
-    """A byte-level BPE in a Hugging Face folder, with bos, eos, and an added token that is no special one."""
+def byte_level(lines: list[str], vocab_size: int, special: list[str]) -> tokenizers.Tokenizer:
+    """A byte-level BPE."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=["<|begin|>", "<|end|>"],
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts(200), trainer)
+    tokenizer.train_from_iterator(lines, trainer)
+    return tokenizer
+
+
+def save_byte_level(folder: Path, vocab_size: int = 400) -> str:
+    """A byte-level BPE in a Hugging Face folder, with bos, eos, and an added token that is no special one."""
+    tokenizer = byte_level(texts(200), vocab_size, ["<|begin|>", "<|end|>"])
     tokenizer.add_tokens(["\u00e9\u00e9\u00e9"])
     tokenizer.post_processor = processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 0)])
     folder.mkdir(parents=True, exist_ok=True)

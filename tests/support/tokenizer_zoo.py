@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer
 
 from megatron_capgap.conversion.tokenizer import translate
-from megatron_capgap.data.tokenizer import SentencePieceTokenizer
-from tests.support.corpus import texts
+from megatron_capgap.data.tokenizer import SentencePieceTokenizer, Tokenizer, open_tokenizer
+from tests.support.corpus import byte_level, texts
 
 SIZE = 320
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -51,6 +53,18 @@ def build(folder: Path) -> dict[str, Path]:
     return found
 
 
+def opener(zoo: dict[str, Path]) -> Callable[[str], tuple[Tokenizer, Any]]:
+    """Opens a folder, once: ours and transformers'."""
+
+    @cache
+    def opened(name: str) -> tuple[Tokenizer, Any]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return open_tokenizer(str(zoo[name])), AutoTokenizer.from_pretrained(zoo[name])
+
+    return opened
+
+
 _AS_WRITTEN: dict[str, Any] = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
 
 
@@ -81,9 +95,9 @@ def kinds(plain: bytes, prepend: dict[str, Any]) -> Iterator[tuple[str, dict[str
     for scheme in ("first", "always", "never"):
         yield f"metaspace_{scheme}", {words: _metaspace(prepend, scheme), config: FAST}
     yield "metaspace_llama", {words: _metaspace(prepend, "always"), config: LLAMA}
-    byte_level = _byte_level()
-    yield "byte_level", {words: byte_level, config: {**FAST, "unk_token": None}}
-    yield "byte_level_llama", {words: byte_level, config: {**LLAMA, "unk_token": None}}
+    words_of_bytes = json.loads(byte_level(texts(300, seed=3), SIZE, ["<s>", "</s>"]).to_str())
+    yield "byte_level", {words: words_of_bytes, config: {**FAST, "unk_token": None}}
+    yield "byte_level_llama", {words: words_of_bytes, config: {**LLAMA, "unk_token": None}}
 
     yield "added_tokens_json", {words: prepend, config: FAST, "added_tokens.json": AFTER}
     listed = {**FAST, "added_tokens_decoder": LISTED, "eos_token": "<|im_end|>"}
@@ -119,17 +133,3 @@ def _sentencepiece(**how: Any) -> bytes:
 def _metaspace(prepend: dict[str, Any], scheme: str) -> dict[str, Any]:
     step = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": False}
     return {**prepend, "normalizer": None, "pre_tokenizer": step}
-
-
-def _byte_level() -> dict[str, Any]:
-    built = Tokenizer(models.BPE())
-    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    built.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=SIZE,
-        special_tokens=["<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    built.train_from_iterator(texts(300, seed=3), trainer)
-    return json.loads(built.to_str())

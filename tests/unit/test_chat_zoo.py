@@ -2,17 +2,14 @@
 
 import gzip
 import json
-import warnings
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.data.chat import DefaultTemplate, JinjaTemplate, Template
-from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
+from megatron_capgap.data.tokenizer import Tokenizer
 from megatron_capgap.data.turns import Conversation, Message, read_conversations
 from tests.support import tokenizer_zoo
 
@@ -82,15 +79,7 @@ KINDS = [
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Ours and theirs, opened once."""
-    zoo = tokenizer_zoo.build(tmp_path_factory.mktemp("zoo"))
-
-    @cache
-    def opened(name: str) -> tuple[Tokenizer, Any]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return open_tokenizer(str(zoo[name])), AutoTokenizer.from_pretrained(zoo[name])
-
-    return opened
+    return tokenizer_zoo.opener(tokenizer_zoo.build(tmp_path_factory.mktemp("zoo")))
 
 
 def template_of(name: str, tokenizer: Tokenizer) -> Template:

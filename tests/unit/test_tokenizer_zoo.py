@@ -2,18 +2,15 @@
 
 import json
 import shutil
-import warnings
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
 from megatron_capgap.config.errors import UserError
-from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
+from megatron_capgap.data.tokenizer import open_tokenizer
 from tests.support import tokenizer_zoo
 
 NAMES = [name for name, _ in tokenizer_zoo.kinds(b"", {})]
@@ -42,14 +39,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def pair(zoo: dict[str, Path]) -> Any:
     """Ours and theirs, opened once."""
-
-    @cache
-    def opened(name: str) -> tuple[Tokenizer, Any]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return open_tokenizer(str(zoo[name])), AutoTokenizer.from_pretrained(zoo[name])
-
-    return opened
+    return tokenizer_zoo.opener(zoo)
 
 
 @pytest.mark.parametrize("name", NAMES)
