@@ -1,10 +1,10 @@
-"""Fit the law of capacity gap to the records of distill runs, and name the teacher for a student.
+"""Say which teacher is best for a student, from the records of distill runs, and how sure that is.
 
     python tools/fit_law.py --records runs/*/record.json --out law
     python tools/fit_law.py --records sweep/records.jsonl --where init=pruned --out law \\
         --student-params 3B --tokens 126B
 
-writes OUT/law.json (the same records give the same bytes), curse.png, law.png, compute.png and report.md.
+writes OUT/law.json (the same records give the same bytes), report.md, curse.png, optimum.png, law.png and compute.png.
 """
 
 import argparse
@@ -21,7 +21,8 @@ from megatron_capgap.law.records import LawError
 
 try:
     from megatron_capgap.law import cost, plot, records, report, study
-    from megatron_capgap.law.words import formula, short
+    from megatron_capgap.law.advice import Advice, advise
+    from megatron_capgap.law.words import short
 except ImportError as missing:
     print(f"fit_law: error: {not_installed(str(missing.name).partition('.')[0], 'plot')}", file=sys.stderr)
     sys.exit(2)
@@ -113,48 +114,38 @@ def fit_law(args: argparse.Namespace) -> None:
         LawError, UserError: before anything is written.
     """
     found = study.study(records.select(records.read(args.records), dict(args.where)), args.count)
-    teachers = read_catalogue(args.catalogue, args.count) if args.student_params else {}
-    prediction, saving, doubts = None, None, []
-    if args.student_params and found.chosen:
-        prediction = study.predict(found, args.student_params, teachers)
-        doubts = study.doubts(prediction, found)
-        saving = price(found, prediction, args.tokens) if args.tokens else None
-    elif args.student_params:
-        doubts = [f"no teacher can be foretold for a student of {short(args.student_params)}, for there is no law"]
+    advice = None
+    if args.student_params:
+        teachers, init = read_catalogue(args.catalogue, args.count), found.records[0].init
+        advice = advise(found.process, args.student_params, teachers, args.tokens, init)
     args.out.mkdir(parents=True, exist_ok=True)
     plot.curse(found, args.out / "curse.png")
-    plot.law(found, args.out / "law.png", prediction)
+    plot.optimum(found, args.out / "optimum.png")
+    plot.law(found, args.out / "law.png", advice)
     plot.compute(found, args.out / "compute.png")
-    write_atomically(args.out / "report.md", report.write(found, prediction, saving, doubts, args.mfu, args.gpu_peak))
-    write_atomically(args.out / "law.json", study.as_json(found, prediction, saving, doubts))
-    say(found, prediction, doubts)
-    print(f"wrote {args.out}/law.json, curse.png, law.png, compute.png, report.md")
-
-
-def price(found: study.Study, prediction: study.Prediction, tokens: float) -> cost.Saving:
-    """What the student costs with the closest teacher of the catalogue, and with every teacher of that one's line."""
-    if not prediction.candidates:
-        raise UserError(f"--catalogue: no teacher in it is larger than {short(prediction.student)}; give one that has")
-    first = prediction.candidates[0]
-    line = first.name.split("/")[0]
-    tried = [each.teacher for each in prediction.candidates if each.name.split("/")[0] == line]
-    return cost.saving(prediction.student, first.teacher, tried, tokens, found.records)
-
-
-def say(found: study.Study, prediction: study.Prediction | None, doubts: list[str]) -> None:
-    if found.chosen:
-        intervals = found.chosen.intervals() or {}
-        spread = ", ".join(f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in intervals.items())
-        print(f"law: {formula(found.chosen)}   90% interval: {spread or 'unknown'}")
-    if prediction:
-        spread = " to ".join(map(short, prediction.interval)) if prediction.interval else "unknown"
-        print(f"teacher for {short(prediction.student)}: {short(prediction.teacher)}   90% interval: {spread}")
-        for each in prediction.candidates[:1]:
-            print(
-                f"closest in the catalogue: {each.name}, {short(each.teacher)}, regret {each.regret:.4f} nats a token"
-            )
-    for text in [*found.remarks, *doubts]:
+    write_atomically(args.out / "report.md", report.write(found, advice, args.mfu, args.gpu_peak))
+    write_atomically(args.out / "law.json", study.as_json(found, advice))
+    if advice is not None:
+        recommend(advice)
+    print(report.headline(found))
+    for text in found.remarks:
         print(f"note: {text}")
+    print(f"wrote {args.out}/law.json, report.md, curse.png, optimum.png, law.png, compute.png")
+
+
+def recommend(advice: Advice) -> None:
+    """What to do comes first, and first of all where the runs cannot tell."""
+    if advice.refusal is not None:
+        print(f"no recommendation: {advice.refusal}")
+        return
+    for text in advice.warnings:
+        print(f"warning: {text}")
+    first = advice.candidates[0]
+    low, high = first.interval
+    print(
+        f"teacher for {short(advice.student)}: {first.name}, {short(first.teacher)}   expected regret "
+        f"{first.regret:.4f} nats a token ({low:.4f} to {high:.4f})"
+    )
 
 
 def read_catalogue(path: Path, count: str) -> dict[str, float]:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The law on a laptop's CPU, on a real corpus: trains the teachers of grid.yaml, distils every student from every larger
-# teacher, and fits the law to the records. Hours on two cores; a second call goes on where the first one stopped.
+# teacher, and says what the records tell about the best teacher. Hours on two cores; a second call goes on where the first one stopped.
 #
 #   bash examples/law_sweep/run.sh [JOBS]         # so many runs at a time, 2 by default
 #

@@ -1,14 +1,10 @@
-"""What teachers cost: FLOPs and GPU-hours of distilling, of searching for the teacher, and what the law saves.
+"""What teachers cost: FLOPs and GPU-hours of training and of distilling.
 
 One rule for all, the note's: a token costs 6 operations a student parameter (forward, and backward twice as much) and 2
 a teacher parameter (forward alone).
 """
 
 from __future__ import annotations
-
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 from megatron_capgap.law.records import Record
 
@@ -37,53 +33,6 @@ def gpu_hours(flops: float, mfu: float = MFU, peak: float = GPU_PEAK) -> float:
         peak: operations a second.
     """
     return flops / (mfu * peak) / 3600.0
-
-
-@dataclass(frozen=True)
-class Saving:
-    """One student: the law's teacher against trying every candidate."""
-
-    chosen: float
-    """Operations of distilling with the teacher that the law names."""
-    search: float
-    """Operations of distilling with every candidate in turn."""
-    pilot: float
-    """Operations of the pilot's distillations."""
-    pilot_teachers: float
-    """Operations of training the pilot's teachers; they often exist already."""
-
-    @property
-    def saved(self) -> float:
-        """What the law saves for each student that is wanted."""
-        return self.search - self.chosen
-
-    def breaks_even(self, with_teachers: bool) -> int | None:
-        """Number of students after which the pilot has paid for itself; None where it never does."""
-        spent = self.pilot + (self.pilot_teachers if with_teachers else 0.0)
-        return math.ceil(spent / self.saved) if self.saved > 0 else None
-
-
-def saving(
-    student: float, chosen: float, candidates: Sequence[float], tokens: float, records: Sequence[Record]
-) -> Saving:
-    """Cost with and without the law.
-
-    Args:
-        student: parameters of the student that is wanted.
-        chosen: of the teacher that the law names.
-        candidates: of the teachers that a search would try.
-        tokens: that the student is to be distilled on.
-        records: the pilot.
-    """
-    trained = {record.teacher_params_total: record for record in records}
-    return Saving(
-        chosen=distill_flops(student, chosen, tokens),
-        search=sum(distill_flops(student, candidate, tokens) for candidate in candidates),
-        pilot=sum(spent(record) for record in records),
-        pilot_teachers=sum(
-            training_flops(record.teacher_params_total, record.teacher_tokens or 0) for record in trained.values()
-        ),
-    )
 
 
 def spent(record: Record) -> float:

@@ -50,18 +50,6 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Teacher:
-    """One teacher of the grid, as the records tell of it."""
-
-    size: int
-    """Parameters."""
-    tokens: int | None
-    """Tokens it was trained on."""
-    loss: float | None
-    """Its own validation loss, nats a token."""
-
-
-@dataclass(frozen=True)
 class Optimum:
     """What a curve says about its best teacher."""
 
@@ -133,33 +121,6 @@ def curves(records: Sequence[Record], count: str) -> tuple[list[Curve], list[str
         losses = np.array([[table[seed][teacher] for teacher in teachers] for seed in seeds])
         found.append(Curve(student, np.array(teachers, dtype=np.float64), seeds, losses))
     return found, remarks
-
-
-def teachers(records: Sequence[Record], count: str) -> list[Teacher]:
-    """The teachers of the grid, ascending.
-
-    Args:
-        records: under one set of conditions.
-        count: one of `records.COUNTS`.
-
-    Raises:
-        LawError: one size stands for teachers that were trained on different numbers of tokens or that differ in their
-            own loss: they would share a place on every curve.
-    """
-    found: dict[int, Teacher] = {}
-    for record in records:
-        here = Teacher(record.sizes(count)[1], record.teacher_tokens, record.teacher_valid_loss)
-        first = found.setdefault(here.size, here)
-        for name, one, other in (
-            ("teacher_tokens", first.tokens, here.tokens),
-            ("teacher_valid_loss", first.loss, here.loss),
-        ):
-            if one != other:
-                raise LawError(
-                    f"teacher of {here.size:,} parameters: {name} is {one} in some records and {other} in others, so "
-                    "two teachers would count as one; keep the records of one of them"
-                )
-    return [found[size] for size in sorted(found)]
 
 
 def optimum(curve: Curve, random: np.random.Generator) -> Optimum:

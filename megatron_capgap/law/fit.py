@@ -57,16 +57,21 @@ def _ones(students: Array) -> Array:
     return np.ones((len(students), 1))
 
 
+def _exp(x: Array) -> Array:
+    """Without overflow: intervals of two students span more than numbers can."""
+    return np.exp(np.clip(x, -600, 600))
+
+
 FORMS = (
     Form(
         "proportional",
         ("k",),
         design=_ones,
         to_z=lambda s, t: np.log(t / s),
-        to_teacher=lambda s, z: s * np.exp(z),
+        to_teacher=lambda s, z: s * _exp(z),
         slope=lambda s, t: np.ones_like(t),
         plain=None,
-        public=np.exp,
+        public=_exp,
     ),
     Form(
         "affine",
@@ -84,10 +89,10 @@ FORMS = (
         ("c", "g"),
         design=lambda s: np.stack([np.ones_like(s), np.log(s)], axis=1),
         to_z=lambda s, t: np.log(t),
-        to_teacher=lambda s, z: np.exp(z),
+        to_teacher=lambda s, z: _exp(z),
         slope=lambda s, t: np.ones_like(t),
         plain=1.0,
-        public=lambda c: np.stack([np.exp(np.clip(c[..., 0], -700, 700)), c[..., 1]], axis=-1),
+        public=lambda c: np.stack([_exp(c[..., 0]), c[..., 1]], axis=-1),
     ),
 )
 

@@ -1,4 +1,5 @@
-"""Three pictures: the curse, the law, compute against loss. Colours of Okabe and Ito, told apart by markers as well."""
+"""Pictures: loss against teacher, where the best teacher is, compute against loss. Colours of Okabe and Ito, told apart
+by markers as well."""
 
 from __future__ import annotations
 
@@ -13,85 +14,113 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from megatron_capgap.law import cost, fit
-from megatron_capgap.law.curves import LEVEL, Array, Curve, Optimum
-from megatron_capgap.law.study import Prediction, Study
-from megatron_capgap.law.words import formula, short
+from megatron_capgap.law.advice import Advice
+from megatron_capgap.law.study import Study
+from megatron_capgap.law.verdict import INTERIOR, LEVEL, NOT_DETECTED, SATURATING, SMALLEST
+from megatron_capgap.law.words import short
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#666666"
+VERDICTS = {
+    INTERIOR: (COLOURS[0], "o"),
+    SMALLEST: (COLOURS[1], "v"),
+    SATURATING: (COLOURS[2], "^"),
+    NOT_DETECTED: (COLOURS[6], "x"),
+}
 DPI = 200
 
 
 def curse(study: Study, path: Path) -> None:
-    """Validation loss against teacher size: a curve a student, a dot a seed, the optimum with its interval."""
+    """Loss against teacher size: each run as measured and without its teacher's luck, the posterior's median and
+    interval for each student."""
     figure, axes = _figure()
-    for number, (curve, found) in enumerate(study.optima):
+    cells, luck = study.process.cells, study.process.teachers()
+    for number, found in enumerate(study.findings):
         colour, marker = _look(number)
-        for losses in curve.losses:
-            axes.plot(curve.teachers, losses, marker, color=colour, markersize=3, alpha=0.5, markeredgewidth=0)
-        label = f"{short(curve.student)}: {_verdict(found)}"
-        axes.plot(curve.teachers, curve.mean, marker=marker, color=colour, markersize=6, linewidth=1.5, label=label)
-    for number, (curve, found) in enumerate(study.optima):
-        if found.teacher is not None:  # after all curves, when the range of losses is known
-            _mark(axes, curve, found, _look(number)[0])
+        mine = cells.student == found.student
+        axes.plot(cells.teacher[mine], cells.loss[mine], marker, color=colour, markersize=4, markeredgewidth=0)
+        corrected = cells.loss[mine] - luck[cells.training[mine]]
+        axes.plot(cells.teacher[mine], corrected, "+", color=colour, markersize=6, markeredgewidth=1)
+        axes.fill_between(found.grid, found.curve[0], found.curve[2], color=colour, alpha=0.15, linewidth=0)
+        label = f"{short(found.student)}: {found.verdict} ({found.probability:.2f})"
+        if found.verdict == NOT_DETECTED:
+            label = f"{short(found.student)}: {found.verdict}"
+        axes.plot(found.grid, found.curve[1], color=colour, linewidth=1.5)
+        axes.plot([], [], marker=marker, color=colour, markersize=5, linewidth=1.5, label=label)
+    axes.plot([], [], "+", color=GREY, label="without the teacher's luck")
     axes.set_xscale("log")
-    _sizes(axes.xaxis, [size for curve, _ in study.optima for size in curve.teachers])
+    _sizes(axes.xaxis, cells.teacher.tolist())
     axes.set_xlabel(f"teacher parameters ({study.count})")
     axes.set_ylabel("student's validation loss, nats a token")
-    _legend(axes, f"student: best teacher, {_percent()} interval")
+    _legend(axes, f"student: verdict, {_percent()} band")
     _save(figure, path)
 
 
-def law(study: Study, path: Path, prediction: Prediction | None = None) -> None:
-    """Best teacher against student: optima with intervals, the law with its band, the paper's line, T = S."""
+def optimum(study: Study, path: Path) -> None:
+    """Probability of each ratio T / S to be the best, for each student."""
     figure, axes = _figure()
-    students = np.array([curve.student for curve, _ in study.optima])
-    wanted = [prediction.student] if prediction else []
-    reach = np.geomspace(min(*students, *wanted, students[0]) / 1.4, max(*students, *wanted, students[-1]) * 1.4, 100)
-    if study.chosen is not None:
-        band = study.chosen.band(reach)
-        if band is not None:
-            axes.fill_between(reach, *band, color=COLOURS[0], alpha=0.18, linewidth=0, label=f"{_percent()} band")
-        axes.plot(
-            reach, study.chosen.teacher(reach), color=COLOURS[0], linewidth=1.8, label=f"law: {formula(study.chosen)}"
-        )
-    _paper(axes, reach)
+    for number, found in enumerate(study.findings):
+        colour, marker = _look(number)
+        ratios = found.grid / found.student
+        every = max(len(ratios) // 8, 1)
+        style = {"color": colour, "marker": marker, "markevery": every, "markersize": 5, "linewidth": 1.4}
+        axes.plot(ratios, np.cumsum(found.optimum), label=short(found.student), **style)
+    axes.axvline(fit.PAPER[0], linestyle="--", color=GREY, linewidth=1.2, label="paper: 2.498")
+    axes.set_xscale("log")
+    _ratios(axes.xaxis)
+    axes.set_ylim(-0.02, 1.02)
+    axes.set_xlabel("T / S")
+    axes.set_ylabel("probability that the best teacher is at or below")
+    _legend(axes, "student")
+    _save(figure, path)
+
+
+def law(study: Study, path: Path, advice: Advice | None = None) -> None:
+    """Best teacher against student: posterior medians with intervals, the teachers looked at, the paper's slope."""
+    figure, axes = _figure()
+    sizes = [found.student for found in study.findings]
+    reach = np.geomspace(min(sizes) / 1.4, max(sizes) * 1.4, 100)
+    axes.plot(reach, fit.PAPER[0] * reach, "--", color=GREY, linewidth=1.2, label="paper's slope: 2.498 S")
     axes.plot(reach, reach, ":", color=GREY, linewidth=1.2, label="T = S")
-    _explain_points(axes, study)
-    for curve, found in study.optima:
-        _point(axes, curve, found)
-    if prediction is not None:
-        _foretold(axes, prediction)
+    shown: set[str] = set()
+    for found in study.findings:
+        colour, marker = VERDICTS[found.verdict]
+        axes.plot([found.student] * 2, found.grid[[0, -1]], color=GREY, linewidth=4, alpha=0.18, solid_capstyle="butt")
+        look = {"fmt": marker, "color": colour, "markersize": 7, "capsize": 4, "linewidth": 1.4}
+        label = found.verdict if found.verdict not in shown else None
+        shown.add(found.verdict)
+        axes.errorbar(found.student, found.best, _bars(found.best, found.interval), label=label, **look)
+    axes.plot([], [], color=GREY, linewidth=4, alpha=0.3, label="teachers looked at")
+    if advice is not None and advice.best is not None and advice.interval is not None:
+        look = {"fmt": "*", "color": COLOURS[2], "markersize": 11, "capsize": 4, "markeredgecolor": "black"}
+        axes.errorbar(advice.student, advice.best, _bars(advice.best, advice.interval), label="asked for", **look)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    _sizes(axes.xaxis, [*students, *wanted])
-    _sizes(axes.yaxis, [size for curve, _ in study.optima for size in curve.teachers])
+    _sizes(axes.xaxis, sizes)
+    _sizes(axes.yaxis, [size for found in study.findings for size in found.grid[[0, -1]]])
     axes.set_xlabel(f"student parameters ({study.count})")
-    axes.set_ylabel("best teacher's parameters")
-    _legend(axes, None)
+    axes.set_ylabel(f"best teacher, parameters, {_percent()} interval")
+    _legend(axes, "law" if study.law else "no law identified")
     _save(figure, path)
 
 
 def compute(study: Study, path: Path) -> None:
     """Loss against the compute of the run: a colour a student, larger marks for larger teachers, the frontier."""
     figure, axes = _figure()
-    where = {(curve.student, teacher): n for n, (curve, _) in enumerate(study.optima) for teacher in curve.teachers}
-    largest = max(teacher for _, teacher in where)
-    runs = []
-    for record in study.records:
-        student, teacher = record.sizes(study.count)
-        number = min(where.items(), key=lambda item: abs(np.log(item[0][0] / student)))[1]
-        colour, marker = _look(number)
-        area = 12 + 90 * (teacher / largest) ** 0.5
+    cells, runs = study.process.cells, []
+    students = cells.students()
+    for record, student, teacher in zip(study.records, cells.student, cells.teacher, strict=True):
+        colour, marker = _look(students.index(student))
+        area = 12 + 90 * (teacher / cells.teacher.max()) ** 0.5
         flops = cost.spent(record)
         axes.scatter(flops, record.valid_loss, s=area, marker=marker, color=colour, alpha=0.75, edgecolors="white")
         runs.append((flops, record.valid_loss))
     frontier = np.array(pareto(runs))
     axes.step(*frontier.T, where="post", color="black", linewidth=1.2, zorder=1.5, label="Pareto frontier")
-    for number, (curve, _) in enumerate(study.optima):
+    for number, student in enumerate(students):
         colour, marker = _look(number)
-        axes.plot([], [], marker, color=colour, label=f"student {short(curve.student)}")
+        axes.plot([], [], marker, color=colour, label=f"student {short(student)}")
     axes.set_xscale("log")
     axes.set_xlabel("compute of the distillation, FLOPs (mark grows with the teacher)")
     axes.set_ylabel("student's validation loss, nats a token")
@@ -129,70 +158,9 @@ def _look(number: int) -> tuple[str, str]:
     return COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
 
 
-def _verdict(found: Optimum) -> str:
-    if found.teacher is None:
-        return f"{short(found.best)}, {found.status}"
-    if found.interval is None:
-        return short(found.teacher)
-    return f"{short(found.teacher)} ({short(found.interval[0])} to {short(found.interval[1])})"
-
-
-def _mark(axes: Axes, curve: Curve, found: Optimum, colour: str) -> None:
-    """The optimum: a star below its curve, and a bar over its interval."""
-    assert found.teacher is not None
-    lowest, highest = axes.get_ylim()
-    loss = float(np.interp(np.log(found.teacher), np.log(curve.teachers), curve.mean)) - 0.035 * (highest - lowest)
-    look = {"color": colour, "markersize": 11, "markeredgecolor": "black", "markeredgewidth": 0.6}
-    bars = _bars(found.teacher, found.interval)
-    axes.errorbar(found.teacher, loss, xerr=bars, fmt="*", ecolor="black", elinewidth=1.2, capsize=3, zorder=5, **look)
-
-
-def _bars(middle: float, interval: tuple[float, float] | None) -> list[list[float]] | None:
-    """Lengths of an error bar below and above; a parabola's interval need not lie around its vertex."""
-    if interval is None:
-        return None
+def _bars(middle: float, interval: tuple[float, float]) -> list[list[float]]:
+    """Lengths of an error bar below and above."""
     return [[max(middle - interval[0], 0.0)], [max(interval[1] - middle, 0.0)]]
-
-
-def _point(axes: Axes, curve: Curve, found: Optimum) -> None:
-    """A student in the picture of the law: what its grid says, what its parabola says, or where its optimum hides."""
-    axes.plot(curve.student, found.best, "o", markerfacecolor="none", markeredgecolor=COLOURS[1], markersize=9)
-    if found.teacher is not None:
-        bars = _bars(found.teacher, found.interval)
-        axes.errorbar(
-            curve.student, found.teacher, bars, fmt="o", color="black", markersize=5, capsize=3, linewidth=1.2
-        )
-    elif found.censored is not None:
-        place = (0, 30 if found.censored == "above" else -30)
-        arrow = {"arrowstyle": "<-", "color": COLOURS[1], "linewidth": 1.6}
-        axes.annotate("", (curve.student, found.best), place, textcoords="offset points", arrowprops=arrow)
-
-
-def _explain_points(axes: Axes, study: Study) -> None:
-    """The legend's rows for what `_point` draws."""
-    if any(found.teacher is not None for _, found in study.optima):
-        axes.plot([], [], "ko", markersize=5, label=f"optimum, {_percent()} interval")
-    axes.plot([], [], "o", markerfacecolor="none", markeredgecolor=COLOURS[1], markersize=9, label="best on the grid")
-    beyond = {found.censored for _, found in study.optima} - {None}
-    if beyond:
-        arrow = r"$\updownarrow$" if len(beyond) > 1 else r"$\uparrow$" if "above" in beyond else r"$\downarrow$"
-        axes.plot([], [], color=COLOURS[1], marker=arrow, linestyle="", markersize=11, label="optimum beyond it")
-
-
-def _paper(axes: Axes, reach: Array) -> None:
-    """The paper's line where it is positive; else its slope alone."""
-    k, b = fit.PAPER
-    if k * reach[0] + b > reach[0]:
-        axes.plot(reach, k * reach + b, "--", color=COLOURS[1], linewidth=1.4, label="paper: 2.498 S - 11.5M")
-    else:
-        # Below some 8M parameters the paper's line would ask for a teacher smaller than the student.
-        axes.plot(reach, k * reach, "--", color=COLOURS[1], linewidth=1.4, label="paper's slope: 2.498 S")
-
-
-def _foretold(axes: Axes, prediction: Prediction) -> None:
-    bars = _bars(prediction.teacher, prediction.interval)
-    look = {"fmt": "*", "color": COLOURS[2], "markersize": 10, "markeredgecolor": "black", "markeredgewidth": 0.6}
-    axes.errorbar(prediction.student, prediction.teacher, bars, ecolor=COLOURS[2], capsize=4, label="foretold", **look)
 
 
 def _percent() -> str:
@@ -204,6 +172,12 @@ def _sizes(axis: Axis, sizes: Sequence[float]) -> None:
     narrow = max(sizes) / min(sizes) < 30
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1, 3)))
     axis.set_major_formatter(FuncFormatter(lambda size, _: short(size)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _ratios(axis: Axis) -> None:
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 

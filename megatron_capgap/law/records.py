@@ -10,13 +10,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 COUNTS = ("non-embedding", "total")
-CONDITIONS = ("family", "init", "objective", "tokens", "valid_tokens", "tokenizer")
+CONDITIONS = ("family", "init", "taught", "objective", "tokens", "valid_tokens", "tokenizer")
 """Fields in which all records of one fit agree: losses under different ones cannot be compared."""
+MOST_LOSS = 30.0
+"""Nats a token: what guessing among 10^13 tokens would have. A larger loss is a run gone wrong, or another unit."""
 
 
 class LawError(ValueError):
@@ -45,7 +47,8 @@ class Record:
     seed: int
     """Decides data order and random weights."""
     init: str
-    """Where the student began: `random` weights, `pruned` from this teacher, or one `fixed` checkpoint for all."""
+    """Where the student began: `random` weights, `pruned` from this teacher, `pruned_other` from another training of
+    that size, or one `fixed` checkpoint for all."""
     valid_loss: float
     """Cross-entropy on held-out text after the last step, nats a token."""
     objective: str | None = None
@@ -62,6 +65,10 @@ class Record:
     """Held-out tokens that valid_loss is a mean over."""
     tokenizer: str | None = None
     """Fingerprint of the tokenizer."""
+    teacher_seed: int | None = None
+    """Which training of that teacher: the seed it was trained with. Trainings of one size are told apart by it."""
+    taught: bool = True
+    """False where the student began as `init` says and was then trained on labels alone, without the teacher."""
 
     def sizes(self, count: str) -> tuple[int, int]:
         """(student, teacher) parameters, counted `non-embedding` or `total`."""
@@ -75,7 +82,7 @@ class Record:
         return json.dumps(asdict(self)) + "\n"
 
 
-_REQUIRED = tuple(field.name for field in fields(Record) if field.type in ("int", "float", "str"))
+_REQUIRED = tuple(field.name for field in fields(Record) if field.default is MISSING)
 _ALL = {field.name: str(field.type).removesuffix(" | None") for field in fields(Record)}
 
 
@@ -162,6 +169,10 @@ def _parse(place: str, line: str) -> Record:
 def _value(place: str, name: str, given: Any) -> Any:
     """One field, of its type and in its bounds."""
     kind = _ALL[name]
+    if kind == "bool":
+        if not isinstance(given, bool):
+            raise LawError(f"{place}: {name} is {given!r}; valid values: true, false")
+        return given
     if kind == "str":
         if not isinstance(given, str) or not given:
             raise LawError(f"{place}: {name} is {given!r}; a word would do")
@@ -169,7 +180,9 @@ def _value(place: str, name: str, given: Any) -> Any:
     number = isinstance(given, int | float) and not isinstance(given, bool)
     if not number or not math.isfinite(given):
         raise LawError(f"{place}: {name} is {given!r}; a finite number would do, or remove the run")
-    lowest = 0 if name == "seed" else 1 if kind == "int" else 0.0
+    if name.endswith("valid_loss") and given > MOST_LOSS:
+        raise LawError(f"{place}: {name} is {given!r}; a loss in nats a token is below {MOST_LOSS:g}; remove the run")
+    lowest = 0 if name.endswith("seed") else 1 if kind == "int" else 0.0
     if given < lowest or (kind == "float" and given == 0) or (kind == "int" and given != int(given)):
         raise LawError(f"{place}: {name} is {given!r}; {'a whole number' if kind == 'int' else 'more than 0'} would do")
     return int(given) if kind == "int" else float(given)
@@ -178,8 +191,9 @@ def _value(place: str, name: str, given: Any) -> Any:
 def _refuse_duplicates(found: Sequence[tuple[str, Record]]) -> None:
     seen: dict[tuple[Any, ...], str] = {}
     for place, record in found:
-        key = (*(getattr(record, name) for name in CONDITIONS), *record.sizes("total"), *record.sizes("non-embedding"))
-        first = seen.setdefault((*key, record.seed), place)
+        names = (*CONDITIONS, "teacher_seed", "teacher_tokens", "teacher_valid_loss", "seed")
+        sizes = (*record.sizes("total"), *record.sizes("non-embedding"))
+        first = seen.setdefault((*(getattr(record, name) for name in names), *sizes), place)
         if first != place:
             raise LawError(
                 f"{place}: the same student, teacher, seed {record.seed} and conditions as {first}; "
@@ -202,12 +216,13 @@ def _refuse_mixed_counts(found: Sequence[tuple[str, Record]]) -> None:
 
 
 def _order(record: Record) -> tuple[Any, ...]:
-    return tuple(_text(record, name) for name in CONDITIONS), *record.sizes("total"), record.seed
+    training = (record.teacher_seed or 0, record.teacher_valid_loss or 0.0, record.teacher_tokens or 0)
+    return tuple(_text(record, name) for name in CONDITIONS), *record.sizes("total"), *training, record.seed
 
 
 def _text(record: Record, name: str) -> str:
     value = getattr(record, name)
-    return "not told" if value is None else str(value)
+    return "not told" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _choice(records: Sequence[Record], names: Sequence[str]) -> str:

@@ -1,203 +1,185 @@
-"""report.md: what was found, in plain words, and how sure it is."""
+"""report.md: what was found and how sure it is, for somebody who has to choose a teacher."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from megatron_capgap.law import cost, curves, fit
-from megatron_capgap.law.fit import Law
+from megatron_capgap.law import cost, curves, fit, verdict
+from megatron_capgap.law.advice import Advice, Candidate
+from megatron_capgap.law.reading import Reading
 from megatron_capgap.law.records import conditions
-from megatron_capgap.law.study import Prediction, Study
+from megatron_capgap.law.study import Study
+from megatron_capgap.law.verdict import FLAT, INTERIOR, SATURATING, SMALLEST
 from megatron_capgap.law.words import formula, short
 
-SHOWN_CANDIDATES = 5
+SHOWN_CANDIDATES = 8
+SCALES = {
+    "shared": "how much the curve that all students share departs from a line",
+    "drift": "how much it changes with the student's size",
+    "own": "how much one student's curve differs from it",
+    "luck": "how much a teacher's training matters beyond its size and its own loss",
+    "noise": "how much another seed changes one run",
+}
 
 
-def write(
-    study: Study,
-    prediction: Prediction | None = None,
-    saving: cost.Saving | None = None,
-    doubts: Sequence[str] = (),
-    mfu: float = cost.MFU,
-    peak: float = cost.GPU_PEAK,
-) -> str:
+def write(study: Study, advice: Advice | None = None, mfu: float = cost.MFU, peak: float = cost.GPU_PEAK) -> str:
     """The report as Markdown.
 
     Args:
         study: what the records say.
-        prediction: the teacher for a student, where one was asked for.
-        saving: what that student costs, where its tokens are known.
-        doubts: what to keep in mind about the prediction.
-        mfu: share of the GPU's peak that GPU-hours suppose.
+        advice: the recommendation for a student, where one was asked for.
+        mfu: share of the GPU's peak that GPU-hours assume.
         peak: that peak, operations a second.
     """
-    parts = ["# The law of capacity gap in these runs", _summary(study), *_pictures(study), _students(study)]
-    parts.append(_teachers(study))
-    if study.laws:
-        parts.append(_laws(study))
-    parts.append(_paper(study))
-    if prediction is not None:
-        parts.append(_prediction(study, prediction))
-    if saving is not None:
-        parts.append(_cost(study, saving, mfu, peak))
-    remarks = [*study.remarks, *doubts]
-    parts.append("## How sure this is\n\n" + ("\n".join(f"- {text}" for text in remarks) or "Nothing to remark."))
+    parts = ["# Which teacher: what these runs say"]
+    if advice is not None:
+        parts += [_advice(advice, mfu, peak)]
+    parts += [_summary(study), "![loss against teacher size](curse.png)\n\n![compute and loss](compute.png)"]
+    parts += [_students(study), _scales(study), _teachers(study), _reading(study.reading)]
+    parts.append("## Limits of these runs\n\n" + ("\n".join(f"- {text}" for text in study.remarks) or "None found."))
     parts.append(_conditions(study))
     return "\n\n".join(parts) + "\n"
 
 
+def headline(study: Study) -> str:
+    """One line: law or no law, and why."""
+    counts = {name: sum(each.verdict == name for each in study.findings) for name in (INTERIOR, SMALLEST, SATURATING)}
+    seen = {
+        INTERIOR: "have a best teacher inside the grid",
+        SMALLEST: "do best with the smallest teacher",
+        SATURATING: "gain from larger teachers without getting worse again",
+    }
+    told = [
+        f"{number} of {len(study.findings)} students surely {seen[name]}" for name, number in counts.items() if number
+    ]
+    text = "; ".join(told) or f"for none of {len(study.findings)} students do the runs tell where its best teacher is"
+    return f"{'law' if study.law else 'no law identified'}: {text}"
+
+
 def _summary(study: Study) -> str:
-    curse = [curve for curve, found in study.optima if found.status in (curves.OPTIMUM, curves.EDGE)]
-    seen = (
-        f"{len(curse)} of {len(study.optima)} students got worse again with the largest teachers (the curse of "
-        "capacity gap)."
+    said = headline(study)
+    word, _, rest = said.partition(": ")
+    return (
+        f"## Verdict\n\n**{word[0].upper()}{word[1:]}.** {rest[0].upper()}{rest[1:]}. A verdict needs a probability of "
+        f"{verdict.SURE:.1f}, the word law {verdict.STUDENTS} students with a best teacher inside the grid."
     )
-    if study.chosen is None:
-        return (
-            f"{seen} No student has surely shown a best teacher inside the grid, so these runs give no law: neither "
-            "for the paper's T = 2.5 S nor against it."
-        )
-    return f"{seen} The best teacher follows **{formula(study.chosen)}**{_spread(study.chosen)}."
-
-
-def _spread(law: Law) -> str:
-    intervals = law.intervals()
-    if intervals is None:
-        return " (too few runs for an interval)"
-    texts = [f"{name} between {_number(low)} and {_number(high)}" for name, (low, high) in intervals.items()]
-    return f" ({100 * curves.LEVEL:.0f}% interval: {', '.join(texts)})"
-
-
-def _pictures(study: Study) -> list[str]:
-    return ["![the curse](curse.png)", "![the law](law.png)", "![compute and loss](compute.png)"]
 
 
 def _students(study: Study) -> str:
-    names = ["student", "best on the grid", "times S", "rise", "by chance", "optimum", "interval", "what was seen"]
-    lines = ["## Students", "", f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    for curve, found in study.optima:
-        optimum = short(found.teacher) if found.teacher else "-"
-        interval = " to ".join(map(short, found.interval)) if found.interval else "-"
-        said = found.status + (f", censored ({found.censored})" if found.censored else "")
-        ratio = f"{found.best / curve.student:.2f}"
-        rises = ["-" if number is None else f"{number:.4f}" for number in (found.rise, found.chance)]
-        cells = [short(curve.student), short(found.best), ratio, *rises, optimum, interval, said]
-        lines.append(f"| {' | '.join(cells)} |")
+    lines = [
+        "## Students",
+        "",
+        "| student | verdict | P(interior) | P(smallest) | P(saturating) | P(flat) | best T/S | looked at |",
+        "|---" * 8 + "|",
+    ]
+    for each in study.findings:
+        shares = " | ".join(f"{each.probabilities[name]:.2f}" for name in (INTERIOR, SMALLEST, SATURATING, FLAT))
+        low, high = (end / each.student for end in each.interval)
+        best = f"{each.best / each.student:.2f} ({low:.2f} to {high:.2f})"
+        looked = f"{each.grid[0] / each.student:.2f} to {each.grid[-1] / each.student:.2f}"
+        lines.append(f"| {short(each.student)} | {each.verdict} | {shares} | {best} | {looked} |")
     lines += [
         "",
-        "Rise: the loss with the largest teacher above that with the best, nats a token. By chance: the rise that "
-        f"seeds with the spread seen here exceed in at most {100 * (1 - curves.LEVEL):.0f}% of the curves of a student "
-        "to whom all teachers are alike. A smaller one is no curse; one seed tells nothing of chance.",
+        f"Interior: the loss falls towards larger teachers and rises again, by {verdict.MATTERS:g} nats or more each. "
+        "Smallest: it only rises. Saturating: it falls and does not rise again. Flat: neither. The best teacher is a "
+        f"median with its {100 * verdict.LEVEL:.0f}% interval among the ratios T/S looked at; at an end of these, the "
+        "best may lie beyond.",
+    ]
+    return "\n".join(lines)
+
+
+def _scales(study: Study) -> str:
+    scales = study.process.scales()
+    lines = [
+        "## Where the differences come from",
         "",
-        "The optimum is the lowest point of a parabola in the logarithm of the teacher's size, laid through at most "
-        f"{curves.WINDOW} teachers around the best one, fewer where the curve leans by more than its noise. Where a "
-        "curve is steep below its optimum and gentle above, the parabola still reads it somewhat too high. Censored: "
-        "the best teacher is at that end of the grid, and "
-        "such a student does not count in the law.",
+        "| part of the model | standard deviation, nats a token |",
+        "|---|---|",
+    ]
+    lines += [f"| {text} | {scales[name]:.2g} |" for name, text in SCALES.items()]
+    lines.append(
+        "| how much teachers' trainings matter beyond their size, by their own loss and otherwise | "
+        f"{study.process.teachers().std():.2g} |"
+    )
+    lines += [
+        "",
+        "One Gaussian process of all runs: a level for each student and seed, a smooth function of log(T/S), a random "
+        "effect for each training of a teacher, and the teacher's own loss where the records hold it.",
     ]
     return "\n".join(lines)
 
 
 def _teachers(study: Study) -> str:
-    lines = ["## Teachers", "", "| teacher | trained on | its own validation loss |", "|---|---|---|"]
-    for each in study.teachers:
+    lines = ["## Teachers", "", "| teacher | training | trained on | its own held-out loss |", "|---|---|---|---|"]
+    for each in study.trainings:
         tokens = f"{each.tokens:,} tokens" if each.tokens else "-"
         loss = "-" if each.loss is None else f"{each.loss:.4f}"
-        lines.append(f"| {short(each.size)} | {tokens} | {loss} |")
+        lines.append(f"| {short(each.size)} | {'-' if each.seed is None else each.seed} | {tokens} | {loss} |")
     return "\n".join(lines)
 
 
-def _laws(study: Study) -> str:
-    lines = ["## The law in its three forms", "", "| form | fit | interval | R^2 | leave one out | small to large |"]
-    lines.append("|---|---|---|---|---|---|")
-    for name, law in study.laws.items():
-        intervals = law.intervals() or {}
-        spread = ", ".join(f"{key} {_number(low)} to {_number(high)}" for key, (low, high) in intervals.items())
-        numbers = ["-" if law.r2 is None else f"{law.r2:.4f}", *map(_percent, (law.leave_one_out, law.holdout))]
-        mark = " (used)" if law is study.chosen else ""
-        lines.append(f"| {name}{mark} | {formula(law)} | {spread or '-'} | {' | '.join(numbers)} |")
-    lines += [
-        "",
-        "Leave one out: mean error of the teacher foretold for each student from the others. Small to large: for the "
-        "larger half of the students from the smaller. R^2 of so few points says little.",
-    ]
-    return "\n".join(lines)
-
-
-def _paper(study: Study) -> str:
+def _reading(reading: Reading) -> str:
     k, b = fit.PAPER
-    text = (
-        f"## Beside the paper\n\nThe paper found T = {k} S - {short(-b)} on GPT-2 and Pythia, reading the best teacher "
-    )
-    text += "off its grid; whether it counted embeddings is not known."
-    reading = fit.paper_reading(study.optima)
-    if reading is not None:
-        sign = "+" if reading["b"] >= 0 else "-"
-        text += (
-            f" Read the same way, the best teachers of the {reading['students']} students here lie along "
-            f"T = {reading['k']:.3g} S {sign} {short(abs(reading['b']))} (R^2 {reading['r2']:.4f})."
-        )
-    law = study.laws.get("proportional")
-    if law is not None:
-        low, high = (law.intervals() or {}).get("k", (None, None))
-        if low is not None:
-            text += (
-                f" Its slope of {k} lies {'within' if low <= k <= high else 'outside'} the interval of k found here."
-            )
-    return text
-
-
-def _prediction(study: Study, prediction: Prediction) -> str:
-    assert study.chosen is not None
     lines = [
-        f"## The teacher for a student of {short(prediction.student)}",
+        "## The paper's reading",
         "",
-        f"{formula(study.chosen)} foretells **{short(prediction.teacher)}**"
-        + (f", most likely between {' and '.join(map(short, prediction.interval))}." if prediction.interval else "."),
-    ]
-    if prediction.candidates:
-        first = prediction.candidates[0]
-        lines += [
-            "",
-            f"Closest in the catalogue is **{first.name}** ({short(first.teacher)}). Regret is the loss foretold above "
-            "that of the best teacher, by the median bend of the students' curves. The teacher must share the "
-            "student's tokenizer.",
-            "",
-            "| teacher | parameters | regret, nats a token | at most |",
-            "|---|---|---|---|",
-        ]
-        for each in prediction.candidates[:SHOWN_CANDIDATES]:
-            lines.append(f"| {each.name} | {short(each.teacher)} | {each.regret:.4f} | {each.regret_high:.4f} |")
-    return "\n".join(lines)
-
-
-def _cost(study: Study, saving: cost.Saving, mfu: float, peak: float) -> str:
-    def row(name: str, flops: float) -> str:
-        return f"| {name} | {flops:.3g} | {cost.gpu_hours(flops, mfu, peak):,.3g} |"
-
-    runs, with_teachers = saving.breaks_even(False), saving.breaks_even(True)
-    lines = [
-        "## What it costs",
-        "",
-        f"6 operations a token for each student parameter and 2 for each teacher parameter, counted {study.count}, but "
-        f"for the pilot's, which are as recorded; hours of one GPU at {100 * mfu:.0f}% of {peak / 1e12:.0f} TFLOP/s.",
-        "",
-        "| | FLOPs | GPU-hours |",
-        "|---|---|---|",
-        row("this student, the law's teacher", saving.chosen),
-        row("this student, every candidate tried", saving.search),
-        row("saved by the law", saving.saved),
-        row("the pilot's distillations", saving.pilot),
-        row("training the pilot's teachers", saving.pilot_teachers),
+        f"The paper found T = {k} S - {short(-b)} from the best teacher on each student's grid. The same method, "
+        "parabolas for single students and a line through their vertices, gives here:",
         "",
     ]
-    if runs is None:
-        return "\n".join([*lines, "There is no search to save: one candidate at most."])
+    if reading.chosen is not None:
+        intervals = reading.chosen.intervals() or {}
+        spread = ", ".join(f"{name} {_number(low)} to {_number(high)}" for name, (low, high) in intervals.items())
+        lines.append(f"{formula(reading.chosen)} ({100 * curves.LEVEL:.0f}% interval: {spread or 'unknown'}).")
+    else:
+        lines.append("no line.")
     lines.append(
-        f"The pilot has paid for itself with {runs} such student(s), or {with_teachers} where its teachers had to be "
-        "trained."
+        "It takes the luck of each teacher's training for an effect of its size, and its optima follow the grid; where "
+        "teachers differ by luck it names a law in most grids that have none. Compare with the verdict; do not act on "
+        "it."
     )
+    lines += ["", *(f"- {text}" for text in reading.remarks)] if reading.remarks else []
     return "\n".join(lines)
+
+
+def _advice(advice: Advice, mfu: float, peak: float) -> str:
+    title = f"## The teacher for a student of {short(advice.student)}\n\n"
+    if advice.refusal is not None:
+        return f"{title}**No recommendation:** {advice.refusal}."
+    assert advice.best is not None and advice.interval is not None
+    first = advice.candidates[0]
+    low, high = advice.interval
+    lines = [
+        *(f"**Warning:** {text}.\n" for text in advice.warnings),
+        f"**{first.name}** ({short(first.teacher)}): expected regret {first.regret:.4f} nats a token "
+        f"({first.interval[0]:.4f} to {first.interval[1]:.4f}). The best teacher of any size is around "
+        f"{short(advice.best)} ({short(low)} to {short(high)}). The teacher must share the student's tokenizer, and "
+        "the weights of divergence and cross-entropy were not tuned for each teacher.",
+        "",
+        "| teacher | parameters | T/S | regret | interval | P(best) | FLOPs | GPU-hours |",
+        "|---" * 8 + "|",
+        *(_candidate(advice, each, mfu, peak) for each in advice.candidates[:SHOWN_CANDIDATES]),
+        "",
+        "Regret: loss above that of the best teacher in the table, nats a token. Price: 6 operations a token for each "
+        f"student parameter, 2 for each teacher parameter; one GPU at {100 * mfu:.0f}% of {peak / 1e12:.0f} TFLOP/s.",
+    ]
+    if advice.outside:
+        lines.append(f"Larger or smaller than any teacher tried for such a student: {', '.join(advice.outside)}.")
+    return title + "\n".join(lines)
+
+
+def _candidate(advice: Advice, each: Candidate, mfu: float, peak: float) -> str:
+    price = ["-", "-"]
+    if each.flops is not None:
+        price = [f"{each.flops:.3g}", f"{cost.gpu_hours(each.flops, mfu, peak):,.3g}"]
+    cells = [
+        each.name,
+        short(each.teacher),
+        f"{each.teacher / advice.student:.2f}",
+        f"{each.regret:.4f}",
+        f"{each.interval[0]:.4f} to {each.interval[1]:.4f}",
+        f"{each.probability:.2f}",
+        *price,
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def _conditions(study: Study) -> str:
@@ -206,13 +188,9 @@ def _conditions(study: Study) -> str:
     return (
         f"## What it holds for\n\n{len(study.records)} runs, seeds {', '.join(map(str, seeds))}; parameters counted "
         f"{study.count}; {'; '.join(told)}. Other tokens, another start of the student or another objective may have "
-        "another law."
+        "other curves."
     )
 
 
 def _number(value: float) -> str:
     return short(value) if abs(value) >= 1000 else f"{value:.3g}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f}%"

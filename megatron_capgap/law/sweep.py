@@ -6,16 +6,20 @@
     start: {train: {steps: 100}, ...}                 # keys of the runs that make fixed starts (adapt)
     prune: {prune: {batches: 8}, ...}                 # keys of the runs that cut students out of teachers (prune)
     distill: {train: {steps: 200}, ...}               # keys of the students' runs
-    teachers: {t1: {model: {...}}, t2: {checkpoint: RUN}}
+    teachers: {t1: {model: {...}, seeds: [1, 2]}, t2: {checkpoint: RUN}}    # seeds: that many trainings of t1
     students: {s1: {model: {...}}}                    # with init fixed also {checkpoint: RUN}
     rows:                                             # each: students x teachers x seeds
       - {init: random, seeds: [1, 2]}
       - {init: fixed, students: [s1], seeds: [1, 2]}
       - {init: pruned, seeds: [1, 2]}                 # out of each teacher, to the shape of the student's model
+      - {init: pruned_other, seeds: [1]}              # out of another training of that teacher; needs two or more
     ranks: 1                                          # processes of one run on this machine; 1 where not given
     slurm: ["--time=02:00:00", "--gres=gpu:1"]        # options for sbatch
 
-out, common, distill, teachers, students and rows are needed. A row without students or teachers takes all of them.
+out, common, distill, teachers, students and rows are needed. A row without students or teachers takes all of them, and
+every training of a teacher. Each start is trained on labels alone as well, once for a student and seed, which tells
+what the teaching gives from what the start gives; `labels: false` in a row leaves these runs out.
+
 Paths begin in the folder that make_sweep is called in, as those of every configuration do.
 
 A teacher or student may bring sections of its own (`train: {...}`), which win over those of its kind of run.
@@ -23,8 +27,8 @@ A teacher or student may bring sections of its own (`train: {...}`), which win o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_capgap.law.records import LawError
@@ -44,7 +48,10 @@ SECTIONS = {
 }
 """The keys of a grid and their kinds; what they mean stands above, where tools/make_sweep.py --help takes it from."""
 _NEEDED = ("out", "common", "distill", "teachers", "students", "rows")
-_ROW = {"init", "students", "teachers", "seeds"}
+_ROW = {"init", "students", "teachers", "seeds", "labels"}
+LABELS = "labels-"
+"""What the names of runs without a teacher begin with."""
+_LABELS_ALONE = {"objective": {"divergence_weight": 0.0, "cross_entropy_weight": 1.0, "matching": []}}
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,7 @@ def expand(grid: Any) -> Sweep:
         LawError: a key that is missing, unknown or of the wrong kind, a name that the grid does not have.
     """
     _check(grid)
+    grid, trainings = _trained_apart(grid)
     cells: dict[str, Cell] = {}
     for name, teacher in grid["teachers"].items():
         if teacher.get("checkpoint") is None:
@@ -95,16 +103,76 @@ def expand(grid: Any) -> Sweep:
     for number, row in enumerate(grid["rows"]):
         start = STARTS.get(row.get("init"))
         if start is None:
-            raise LawError(f"rows[{number}].init: {row.get('init')!r} given; {' or '.join(STARTS)} would do")
-        for student in _names(grid, number, row, "students"):
-            for teacher in _names(grid, number, row, "teachers"):
-                for made in start(grid, student, teacher, _seeds(number, row)):
-                    if made.stage == "distill" and made.name in cells:
-                        raise LawError(
-                            f"rows[{number}]: {made.name} is in an earlier row already; keep it in one of them"
-                        )
-                    cells[made.name] = made
-    return Sweep(grid["out"], tuple(cells.values()), grid.get("ranks", 1), tuple(grid.get("slurm", ())))
+            raise LawError(f"rows[{number}].init: {row.get('init')!r} given; valid values: {', '.join(STARTS)}")
+        for made in _row(grid, number, row, start, trainings):
+            if made.name in cells and made.name.startswith(LABELS):
+                continue
+            if made.stage == "distill" and made.name in cells:
+                raise LawError(f"rows[{number}]: {made.name} is in an earlier row already; keep it in one of them")
+            cells[made.name] = made
+    return Sweep(grid["out"], _in_order(grid["out"], cells), grid.get("ranks", 1), tuple(grid.get("slurm", ())))
+
+
+def _row(
+    grid: Mapping[str, Any], number: int, row: Mapping[str, Any], start: Start, trainings: Mapping[str, list[str]]
+) -> Iterator[Cell]:
+    """The runs of one row, with those that make its starts."""
+    labels = row.get("labels", True)
+    if not isinstance(labels, bool):
+        raise LawError(f"rows[{number}].labels: {labels!r} given; valid values: true, false")
+    for student in _names(number, row, "students", {name: [name] for name in grid["students"]}):
+        for teacher in _names(number, row, "teachers", trainings):
+            begun = start(grid, student, teacher, trainings)
+            if begun is None:
+                raise LawError(
+                    f"rows[{number}]: init {row['init']} needs a second training of {teacher}; give it seeds: [1, 2]"
+                )
+            yield from begun.made
+            for seed in _seeds(number, row):
+                yield _student(grid, f"{row['init']}-{student}-{teacher}-seed{seed}", student, teacher, seed, begun)
+                if labels:
+                    # Named by what the start was made of: without a teacher, nothing else tells one run from another.
+                    init = f"pruned-{student}-{begun.source}" if begun.source else f"{row['init']}-{student}"
+                    name, nominal = f"{LABELS}{init}-seed{seed}", begun.source or teacher
+                    yield _student(grid, name, student, nominal, seed, begun, **_LABELS_ALONE)
+
+
+def _trained_apart(grid: dict[str, Any]) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """The grid with every training of a teacher as a teacher of its own, and the names of these by teacher."""
+    teachers, names = {}, {}
+    for name, entry in grid["teachers"].items():
+        if "seeds" not in entry:
+            teachers[name], names[name] = entry, [name]
+            continue
+        if entry.get("checkpoint") is not None:
+            raise LawError(f"teachers.{name}.seeds: a checkpoint is one training; remove seeds, or give a model")
+        seeds = _whole_numbers(f"teachers.{name}.seeds", entry["seeds"])
+        rest = {key: value for key, value in entry.items() if key != "seeds"}
+        apart = {f"{name}-training{seed}": {**rest, "seed": seed} for seed in seeds}
+        teachers |= apart
+        names[name] = list(apart)
+    return {**grid, "teachers": teachers}, names
+
+
+def _in_order(out: str, cells: Mapping[str, Cell]) -> tuple[Cell, ...]:
+    """The runs, each behind those that it needs: those that it names, and those whose folder it reads."""
+    folders = {cell.config["run_dir"]: cell.name for cell in cells.values()}
+    placed: dict[str, Cell] = {}
+
+    def place(cell: Cell, behind: tuple[str, ...]) -> None:
+        if cell.name in behind:
+            raise LawError(f"{' needs '.join((*behind, cell.name))}: a run cannot need itself")
+        read = [(cell.config.get(role) or {}).get("checkpoint") or "" for role in ("student", "teacher")]
+        found = [name for path in read for folder, name in folders.items() if f"{path}/".startswith(f"{folder}/")]
+        after = tuple(dict.fromkeys((*cell.after, *found)))
+        for name in after:
+            if name not in placed:
+                place(cells[name], (*behind, cell.name))
+        placed.setdefault(cell.name, replace(cell, after=after))
+
+    for cell in cells.values():
+        place(cell, ())
+    return tuple(placed.values())
 
 
 def run_dir(out: str, name: str) -> str:
@@ -112,56 +180,70 @@ def run_dir(out: str, name: str) -> str:
     return f"{out}/runs/{name}"
 
 
-def _random(grid: Mapping[str, Any], student: str, teacher: str, seeds: list[int]) -> list[Cell]:
+@dataclass(frozen=True)
+class Begun:
+    """Where a student begins."""
+
+    section: dict[str, Any]
+    """The run's `student`."""
+    source: str | None = None
+    """The teacher that it was pruned out of; None where every teacher has the same start."""
+    made: tuple[Cell, ...] = ()
+    """The runs that make it."""
+    after: tuple[str, ...] = ()
+    """Names of the runs that it needs."""
+
+
+def _random(grid: Mapping[str, Any], student: str, teacher: str, trainings: Mapping[str, list[str]]) -> Begun:
     """Random weights, by the seed alone: the same under every teacher."""
-    section = {"model": grid["students"][student]["model"]}
-    return [_student(grid, "random", student, teacher, seed, section) for seed in seeds]
+    return Begun({"model": grid["students"][student]["model"]})
 
 
-def _fixed(grid: Mapping[str, Any], student: str, teacher: str, seeds: list[int]) -> list[Cell]:
+def _fixed(grid: Mapping[str, Any], student: str, teacher: str, trainings: Mapping[str, list[str]]) -> Begun:
     """One checkpoint for all teachers: the student's own, or a short training without a teacher."""
     entry = grid["students"][student]
     if entry.get("checkpoint") is not None:
-        section = {"checkpoint": entry["checkpoint"]}
-        return [_student(grid, "fixed", student, teacher, seed, section) for seed in seeds]
+        return Begun({"checkpoint": entry["checkpoint"]})
     start = _cell(grid, f"start-{student}", "adapt", "start", entry, student={"model": entry["model"]})
-    section = {"checkpoint": start.config["run_dir"]}
-    return [start, *(_student(grid, "fixed", student, teacher, seed, section, (start.name,)) for seed in seeds)]
+    return Begun({"checkpoint": start.config["run_dir"]}, None, (start,), (start.name,))
 
 
-def _pruned(grid: Mapping[str, Any], student: str, teacher: str, seeds: list[int]) -> list[Cell]:
-    """Cut out of each teacher anew, as in the paper."""
+def _pruned(grid: Mapping[str, Any], student: str, teacher: str, trainings: Mapping[str, list[str]]) -> Begun:
+    """Pruned out of each teacher anew, as in the paper."""
     shape = grid["students"][student]["model"]
     target = {name: shape[name] for name in ("layers", "hidden", "heads", "kv_heads", "ffn") if name in shape}
     checkpoint, after = _teacher(grid, teacher)
     own = {"teacher": {"checkpoint": checkpoint}, "prune": target}
-    cut = _cell(grid, f"prune-{student}-{teacher}", "prune", "prune", {}, after=after, **own)
-    section = {"checkpoint": cut.config["run_dir"]}
-    return [cut, *(_student(grid, "pruned", student, teacher, seed, section, (cut.name,)) for seed in seeds)]
+    pruned = _cell(grid, f"prune-{student}-{teacher}", "prune", "prune", {}, after=after, **own)
+    return Begun({"checkpoint": pruned.config["run_dir"]}, teacher, (pruned,), (pruned.name,))
 
 
-STARTS: dict[str, Callable[[Mapping[str, Any], str, str, list[int]], list[Cell]]] = {
+def _pruned_other(
+    grid: Mapping[str, Any], student: str, teacher: str, trainings: Mapping[str, list[str]]
+) -> Begun | None:
+    """Pruned out of the next training of the same teacher; None where there is only one."""
+    same = next(names for names in trainings.values() if teacher in names)
+    other = same[(same.index(teacher) + 1) % len(same)]
+    return _pruned(grid, student, other, trainings) if other != teacher else None
+
+
+Start = Callable[[Mapping[str, Any], str, str, Mapping[str, list[str]]], Begun | None]
+STARTS: dict[str, Start] = {
     "random": _random,
     "fixed": _fixed,
     "pruned": _pruned,
+    "pruned_other": _pruned_other,
 }
-"""By `init`: from student, teacher and seeds to the runs, with those that make the student's start in front."""
+"""By `init`: from the grid, student, teacher and the trainings by teacher to where the student begins."""
 
 
 def _student(
-    grid: Mapping[str, Any],
-    init: str,
-    student: str,
-    teacher: str,
-    seed: int,
-    section: dict[str, Any],
-    after: tuple[str, ...] = (),
+    grid: Mapping[str, Any], name: str, student: str, teacher: str, seed: int, begun: Begun, **own: Any
 ) -> Cell:
-    """The distillation of one student by one teacher."""
+    """One training of a student, taught by a teacher unless `own` says otherwise."""
     checkpoint, trained = _teacher(grid, teacher)
-    after = (*trained, *after)
-    name, taught = f"{init}-{student}-{teacher}-seed{seed}", {"teacher": {"checkpoint": checkpoint}, "seed": seed}
-    return _cell(grid, name, "distill", "distill", grid["students"][student], student=section, after=after, **taught)
+    taught = {"teacher": {"checkpoint": checkpoint}, "seed": seed, "student": begun.section, **own}
+    return _cell(grid, name, "distill", "distill", grid["students"][student], after=(*trained, *begun.after), **taught)
 
 
 def _teacher(grid: Mapping[str, Any], teacher: str) -> tuple[str, tuple[str, ...]]:
@@ -221,17 +303,20 @@ def _check(grid: Any) -> None:
             raise LawError(f"rows[{number}]: {str(row)[:60]!r} given; keys {', '.join(sorted(_ROW))} would do")
 
 
-def _names(grid: Mapping[str, Any], number: int, row: Mapping[str, Any], kind: str) -> list[str]:
-    """The students or teachers of a row; all where it names none."""
-    wanted = row.get(kind, list(grid[kind]))
+def _names(number: int, row: Mapping[str, Any], kind: str, known: Mapping[str, list[str]]) -> list[str]:
+    """The students, or the trainings of teachers, of a row; all where it names none."""
+    wanted = row.get(kind, list(known))
     for name in wanted:
-        if name not in grid[kind]:
-            raise LawError(f"rows[{number}].{kind}: {name!r} is none of {', '.join(grid[kind])}")
-    return list(wanted)
+        if name not in known:
+            raise LawError(f"rows[{number}].{kind}: {name!r} is none of {', '.join(known)}")
+    return [each for name in wanted for each in known[name]]
 
 
 def _seeds(number: int, row: Mapping[str, Any]) -> list[int]:
-    seeds = row.get("seeds")
+    return _whole_numbers(f"rows[{number}].seeds", row.get("seeds"))
+
+
+def _whole_numbers(key: str, seeds: Any) -> list[int]:
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
-        raise LawError(f"rows[{number}].seeds: {seeds!r} given; a list of whole numbers would do")
+        raise LawError(f"{key}: {seeds!r} given; a list of whole numbers would do")
     return seeds

@@ -97,3 +97,21 @@ def save(records: Sequence[Record], path: Path) -> str:
 def save_raw(lines: Sequence[dict[str, Any]], path: Path) -> str:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(path)
+
+
+def asymmetric(student: float, teacher: float, k: float = 2.5) -> float:
+    """Steep below its optimum at k times the student, gentle above."""
+    distance = np.log(teacher / (k * student))
+    return 3.0 - 0.2 * np.log(student / 1e6) + 0.04 * (np.exp(-1.5 * distance) + 1.5 * distance - 1)
+
+
+def flat(student: float, teacher: float) -> float:
+    """All teachers are alike."""
+    return 3.0 - 0.2 * np.log(student / 1e6)
+
+
+def pilot(student: float, teacher: float) -> float:
+    """The committed pilot of examples/law_sweep without its teachers' luck: the smallest teacher is the best of all
+    but the largest students. A least-squares fit of five numbers to its records."""
+    size, ratio = np.log(student / 1e6), np.log(teacher / student)
+    return 4.3269 - 0.0693 * size - 0.008 * ratio + 0.002 * ratio**2 - 0.026 * size * ratio

@@ -17,7 +17,7 @@ from tests.support.processes import ROOT, environment
 from tools import fit_law
 
 RESULTS = ROOT / "examples" / "law_sweep" / "results"
-WRITTEN = ["compute.png", "curse.png", "law.json", "law.png", "report.md"]
+WRITTEN = ["compute.png", "curse.png", "law.json", "law.png", "optimum.png", "report.md"]
 
 
 @pytest.fixture
@@ -48,13 +48,18 @@ def test_without_the_libraries_one_line_says_what_brings_them(package: str) -> N
 def test_everything_is_written_and_says_the_law(records: str, tmp_path: Path, capsys: Any) -> None:
     found = fit(records, tmp_path / "law")
     assert sorted(path.name for path in (tmp_path / "law").iterdir()) == WRITTEN
-    assert found["chosen"] == "proportional" and len(found["students"]) == 4
-    low, high = found["laws"]["proportional"]["intervals"]["k"]
-    assert low < 2.5 < high and high - low < 1
+    assert found["format"] == 2 and found["verdict"] == "law" and found["advice"] is None
+    assert [each["verdict"] for each in found["students"]] == ["interior"] * 4
+    for each in found["students"]:
+        assert each["probability"] == each["probabilities"]["interior"] >= 0.9
+        low, high = each["best_teacher_interval"]
+        assert low < 2.5 * each["student_params"] < high and each["best_ratio"] == pytest.approx(2.5, rel=0.1)
+    assert found["paper_reading"]["chosen"] == "proportional"
+    assert found["paper_reading"]["laws"]["proportional"]["k"] == pytest.approx(2.5, rel=0.1)
     report = (tmp_path / "law" / "report.md").read_text()
-    assert f"**T = {found['laws']['proportional']['k']:.3g} S**" in report
-    assert "lies within the interval of k found here" in report
-    assert "law: T = 2." in capsys.readouterr().out
+    assert "**Law.** 4 of 4 students surely have a best teacher inside the grid." in report
+    assert "## The paper's reading" in report and "do not act on it." in report
+    assert "law: 4 of 4 students surely have a best teacher inside the grid" in capsys.readouterr().out
 
 
 def test_the_same_records_give_the_same_bytes(records: str, tmp_path: Path) -> None:
@@ -74,88 +79,94 @@ def taught(loss_of: Any, init: str = "random") -> list[Any]:
     return [replace(each, teacher_valid_loss=loss_of(each)) for each in drawn]
 
 
-def test_teachers_are_told_and_a_weak_one_is_named(tmp_path: Path) -> None:
-    better = taught(lambda each: 3.0 - each.teacher_params * 1e-9)
-    found = fit(made.save(better, tmp_path / "better.jsonl"), tmp_path / "better")
-    assert [each["size"] for each in found["teachers"]] == sorted({each.teacher_params for each in better})
-    assert found["teachers"][0] == {"size": 1_500_000, "tokens": 10_000_000, "loss": 2.9985}
-    assert "| 1.5M | 10,000,000 tokens | 2.9985 |" in (tmp_path / "better" / "report.md").read_text()
-    assert not any("by its own loss" in text for text in found["remarks"])
-    weak = taught(lambda each: 3.0 + abs(each.teacher_params - 18_000_000) * 1e-9)
-    found = fit(made.save(weak, tmp_path / "weak.jsonl"), tmp_path / "weak")
-    assert any("best teacher by its own loss is that of 18,000,000 parameters" in text for text in found["remarks"])
+def test_teachers_are_told(tmp_path: Path) -> None:
+    told = taught(lambda each: 3.0 - each.teacher_params * 1e-9)
+    found = fit(made.save(told, tmp_path / "told.jsonl"), tmp_path / "law")
+    assert [each["size"] for each in found["teachers"]] == sorted({each.teacher_params for each in told})
+    assert found["teachers"][0] == {"size": 1_500_000, "seed": None, "tokens": 10_000_000, "loss": 2.9985}
+    assert "| 1.5M | - | 10,000,000 tokens | 2.9985 |" in (tmp_path / "law" / "report.md").read_text()
+    assert found["remarks"] == [
+        "9 of 9 teacher sizes were trained once: how much trainings differ is inferred from the curves, not seen; "
+        "train each size at least twice"
+    ]
 
 
-def test_two_teachers_of_one_size_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, value in (("teacher_tokens", 20_000_000), ("teacher_valid_loss", 2.5)):
-        some = made.draw(made.exact, np.random.default_rng(3), noise=0.003)
-        other = [
-            replace(each, **{name: value}) if each.seed == 2 and each.teacher_params == 4e6 else each for each in some
-        ]
-        said = refused(capsys, "--records", made.save(other, tmp_path / "two.jsonl"), "--out", str(tmp_path / "law"))
-        assert f"teacher of 4,000,000 parameters: {name} is " in said and "keep the records of one of them" in said
+def test_two_trainings_of_one_size_are_two_teachers(tmp_path: Path) -> None:
+    some = made.draw(made.exact, np.random.default_rng(3), noise=0.003)
+    both = [replace(each, teacher_seed=seed, teacher_valid_loss=2.5 + seed) for each in some for seed in (1, 2)]
+    found = fit(made.save(both, tmp_path / "two.jsonl"), tmp_path / "law")
+    assert [each["seed"] for each in found["teachers"]] == [1, 2] * 9
+    assert found["remarks"] == [] and found["verdict"] == "law"
+    (reason,) = found["paper_reading"]["remarks"]
+    assert "two runs" in reason and found["paper_reading"]["chosen"] is None
 
 
-def test_seeds_that_leave_the_start_alone_are_told(tmp_path: Path) -> None:
-    pruned = made.save(taught(lambda each: None, init="pruned"), tmp_path / "pruned.jsonl")
-    assert "students began from pruned weights" in fit(pruned, tmp_path / "law")["remarks"][0]
+def test_what_pruned_starts_leave_open_is_told(tmp_path: Path) -> None:
+    pruned = made.save(taught(lambda each: 3.0, init="pruned"), tmp_path / "pruned.jsonl")
+    assert any("both what cutting costs and what teaching" in each for each in fit(pruned, tmp_path / "law")["remarks"])
+
+
+def test_gaps_and_missing_losses_are_told(tmp_path: Path) -> None:
+    some = made.draw(made.exact, np.random.default_rng(3), noise=0.003, students=[1e6, 2e6])
+    found = fit(made.save(some[1:], tmp_path / "gap.jsonl"), tmp_path / "law")
+    assert "student of 1,000,000: 1 of its teacher and seed pairs were not run" in found["remarks"]
+    assert "2 student(s); the word law needs interior optima of 3" in found["remarks"]
+    assert any("9 of 9 trainings of teachers come without teacher_valid_loss" in text for text in found["remarks"])
 
 
 @pytest.mark.parametrize("init, folder", [("pruned", RESULTS), ("fixed", RESULTS / "fixed")])
-def test_the_law_of_the_committed_runs_is_what_their_records_give(init: str, folder: Path, tmp_path: Path) -> None:
-    fit(str(RESULTS / "records.jsonl"), tmp_path, "--where", f"init={init}")
-    for name in ("law.json", "report.md"):
-        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes(), name
+def test_the_committed_study_is_what_its_records_give(init: str, folder: Path, tmp_path: Path) -> None:
+    """What is drawn from a posterior may differ in its last digits on another processor."""
+    found = fit(str(RESULTS / "records.jsonl"), tmp_path, "--where", f"init={init}")
+    there = json.loads((folder / "law.json").read_text())
+    for one, other in zip(found.pop("students"), there.pop("students"), strict=True):
+        assert one["probabilities"] == pytest.approx(other["probabilities"], abs=0.05)
+        assert one["best_teacher_interval"] == pytest.approx(other["best_teacher_interval"], rel=0.2)
+    for name in ("scales", "teacher_noise"):
+        assert found.pop(name) == pytest.approx(there.pop(name), rel=0.1)
+    assert found == there
 
 
-def test_a_prediction_with_interval_catalogue_and_cost(records: str, tmp_path: Path, capsys: Any) -> None:
-    found = fit(records, tmp_path / "law", "--student-params", "30M", "--tokens", "1e9", "--count", "non-embedding")
-    told = found["prediction"]
-    assert told["teacher"] == pytest.approx(30e6 * found["laws"]["proportional"]["k"], rel=1e-4)
-    assert told["interval"][0] < 75e6 < told["interval"][1]
-    # 2.5 x 30M = 75M: GPT-2 small and Pythia 160M have 85.1M without embeddings, Pythia 70M has 18.9M.
-    assert told["candidates"][0]["name"] in ("gpt2/small", "pythia/160m")
-    assert told["candidates"][0]["teacher"] == pytest.approx(85.06e6, rel=1e-4)
-    assert all(each["teacher"] > 30e6 for each in told["candidates"])
-    assert told["beyond"] == pytest.approx(30 / 8) and "this is an extrapolation" in found["remarks"][-1]
-    assert found["cost"]["search"] > found["cost"]["chosen"] and found["cost"]["breaks_even"] >= 1
-    assert "Closest in the catalogue is **" in (tmp_path / "law" / "report.md").read_text()
-    assert "note: the student of 30,000,000 parameters is 3.75 times beyond" in capsys.readouterr().out
-    within = fit(records, tmp_path / "within", "--student-params", "3M")
-    assert within["prediction"]["beyond"] == 1 and within["remarks"] == []
+def test_the_pilot_shows_no_law(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = fit(str(RESULTS / "records.jsonl"), tmp_path, "--where", "init=pruned", "--student-params", "3B")
+    assert found["verdict"] == "no law"
+    assert "interior" not in {each["verdict"] for each in found["students"]}
+    assert found["teacher_noise"] == pytest.approx(0.012, abs=0.004)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("no recommendation: nothing here can tell: a student of 3B is 3,849 times outside")
+    assert found["advice"]["refusal"] in (tmp_path / "report.md").read_text()
 
 
-def test_regret_is_what_the_curves_say(tmp_path: Path) -> None:
-    path = made.save(made.draw(made.exact, np.random.default_rng(0), noise=0.0), tmp_path / "records.jsonl")
+def test_advice_comes_first(records: str, tmp_path: Path, capsys: Any) -> None:
     catalogue = tmp_path / "catalogue.yaml"
-    catalogue.write_text("a: {b: {layers: 4, hidden: 256, heads: 4, ffn: 768, vocab: 100}}\n")
-    found = fit(path, tmp_path / "law", "--student-params", "1M", "--catalogue", str(catalogue))
-    (each,) = found["prediction"]["candidates"]
-    size = 4 * (4 * 256**2 + 3 * 256 * 768 + 2 * 256) + 256
-    assert each["teacher"] == pytest.approx(size, rel=1e-5)
-    assert each["regret"] == pytest.approx(0.05 * np.log(size / 2.5e6) ** 2, rel=1e-4)
+    shapes = {"small": {"hidden": 384, "ffn": 1536}, "large": {"hidden": 768, "ffn": 3072}}
+    lines = {name: {"layers": 4, "heads": 4, "vocab": 100, **shape} for name, shape in shapes.items()}
+    catalogue.write_text(json.dumps({"a": lines}))
+    words = ("--student-params", "3M", "--tokens", "1e9", "--catalogue", str(catalogue))
+    told = fit(records, tmp_path / "law", *words)["advice"]
+    first, second = told["candidates"]
+    assert (first["name"], second["name"]) == ("a/small", "a/large") and told["refusal"] is None
+    assert first["teacher"] == 4 * (4 * 384**2 + 3 * 384 * 1536 + 2 * 384) + 384
+    assert first["flops"] == pytest.approx((6 * 3e6 + 2 * first["teacher"]) * 1e9, rel=1e-5)
+    assert first["regret"] < 0.001 < second["regret"]
+    assert capsys.readouterr().out.startswith("teacher for 3M: a/small, 9.44M   expected regret 0.000")
+    report = (tmp_path / "law" / "report.md").read_text()
+    assert report.index("## The teacher for a student of 3M") < report.index("## Verdict")
+    assert "**a/small** (9.44M): expected regret" in report
 
 
-def test_without_a_law_nothing_is_foretold(tmp_path: Path, capsys: Any) -> None:
+def test_without_an_optimum_there_is_no_law(tmp_path: Path, capsys: Any) -> None:
     path = made.save(made.draw(made.no_optimum, np.random.default_rng(0), noise=0.001), tmp_path / "records.jsonl")
-    found = fit(path, tmp_path / "law", "--student-params", "3M")
-    assert found["laws"] == {} and found["chosen"] is None and found["prediction"] is None
-    assert {each["status"] for each in found["students"]} == {"no curse seen"}
-    assert "these runs give no law" in (tmp_path / "law" / "report.md").read_text()
-    assert "note: no teacher can be foretold for a student of 3M, for there is no law" in capsys.readouterr().out
-
-
-def test_one_student_is_warned_of(records: str, tmp_path: Path) -> None:
-    one = made.draw(made.exact, np.random.default_rng(1), noise=0.002, students=[2e6])
-    found = fit(made.save(one, tmp_path / "one.jsonl"), tmp_path / "law", "--student-params", "3M")
-    assert list(found["laws"]) == ["proportional"]
-    assert "the law stands on 1 student(s); with fewer than 3 it is hardly more than a guess" in found["remarks"]
+    found = fit(path, tmp_path / "law")
+    assert found["verdict"] == "no law" and {each["verdict"] for each in found["students"]} == {"saturating"}
+    assert found["paper_reading"]["laws"] == {} and found["paper_reading"]["chosen"] is None
+    assert "no law identified: 4 of 4 students surely gain from larger teachers" in capsys.readouterr().out
 
 
 def test_totals_are_a_choice(records: str, tmp_path: Path) -> None:
     found = fit(records, tmp_path / "law", "--count", "total")
     assert found["students"][0]["student_params"] == 1.3e6
-    assert found["laws"]["proportional"]["k"] == pytest.approx(2.5, rel=0.1)
+    assert found["students"][0]["best_ratio"] == pytest.approx(2.5, rel=0.1)
 
 
 def test_mixed_conditions_are_refused_and_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,7 +216,7 @@ def test_the_catalogue_counts_as_the_models_cards_do() -> None:
 
 def test_the_pictures_show_something(records: str, tmp_path: Path) -> None:
     fit(records, tmp_path / "law")
-    for name in ("curse", "law", "compute"):
+    for name in ("curse", "optimum", "law", "compute"):
         picture = imread(tmp_path / "law" / f"{name}.png")
         assert picture.shape[0] >= 800 and picture.shape[1] >= 1200
         assert len(np.unique(picture[::3, ::3, :3].reshape(-1, 3), axis=0)) > 50

@@ -47,6 +47,9 @@ BAD = {
     "seed": (True, "seed is True; a finite number"),
     "family": (7, "family is 7; a word would do"),
     "init": ("", "init is ''; a word would do"),
+    "teacher_valid_loss": (400.0, "teacher_valid_loss is 400.0; a loss in nats a token is below 30"),
+    "taught": ("no", "taught is 'no'; valid values: true, false"),
+    "teacher_seed": (-1, "teacher_seed is -1; a whole number would do"),
 }
 
 

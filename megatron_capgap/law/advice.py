@@ -1,0 +1,135 @@
+"""The teacher for a student: the least expected regret among those that can be had, and when not to believe it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_capgap.law import cost
+from megatron_capgap.law.process import Process
+from megatron_capgap.law.verdict import DRAWS, minima, quantiles, span
+from megatron_capgap.law.words import short
+
+FAR = 1.25
+"""A student beyond those of the data by more than this factor is warned of."""
+REFUSED = 4.0
+"""Beyond this factor the data say nothing."""
+SMALL_STUDENT = 0.1
+"""A student below this share of its teacher learns less from it than from a smaller one in most published sweeps."""
+PRUNING = 0.8
+"""Share of the teacher's weights from which on pruning is known to lose what training does not bring back."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A teacher that can be had."""
+
+    name: str
+    teacher: float
+    """Parameters."""
+    regret: float
+    """Expected loss above that of the best candidate, nats a token."""
+    interval: tuple[float, float]
+    """LEVEL interval of the regret."""
+    probability: float
+    """Of being the best candidate."""
+    flops: float | None
+    """Operations of distilling with it, where the tokens are known."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What the data say about one student."""
+
+    student: float
+    beyond: float
+    """How many times the student is beyond those of the data; 1 within them."""
+    refusal: str | None
+    """Why nothing is recommended; then everything below is empty."""
+    best: float | None
+    """Median of the best teacher of any size, parameters."""
+    interval: tuple[float, float] | None
+    candidates: tuple[Candidate, ...]
+    """Those within the ratios of the data, the least expected regret first."""
+    outside: tuple[str, ...]
+    """Names of larger teachers that lie outside those ratios."""
+    warnings: tuple[str, ...]
+
+
+def advise(
+    process: Process, student: float, catalogue: Mapping[str, float], tokens: float | None = None, init: str = ""
+) -> Advice:
+    """The recommendation for a student.
+
+    Args:
+        process: fitted to the runs under the conditions that the student is to be distilled under.
+        student: parameters, counted as the data count.
+        catalogue: parameters of the teachers that can be had, by name.
+        tokens: that the student is to be distilled on, for the price.
+        init: where the students of the data began; `pruned` adds what is known of heavy pruning.
+    """
+    sizes = process.cells.students()
+    beyond = float(max(student / sizes[-1], sizes[0] / student, 1.0))
+    within = f"{short(sizes[0])} to {short(sizes[-1])}"
+    if beyond > REFUSED:
+        reason = (
+            f"a student of {short(student)} is {_times(beyond)} times outside the students of these runs ({within})"
+        )
+        return _refused(student, beyond, reason)
+    ratios = span(process, student)
+    low, high = student * np.exp(ratios[[0, -1]])
+    inside = {name: size for name, size in catalogue.items() if low <= size <= high}
+    outside = tuple(name for name, size in catalogue.items() if size > student and name not in inside)
+    if not inside:
+        reason = f"no teacher of the catalogue is between {short(low)} and {short(high)}, the teachers that these runs "
+        return _refused(student, beyond, f"{reason}have tried for such a student", outside)
+    drawn = process.curves(student, np.append(ratios, np.log(np.array(list(inside.values())) / student)), DRAWS)
+    had = drawn[:, len(ratios) :]
+    regret = had - had.min(axis=1, keepdims=True)
+    best = np.bincount(had.argmin(axis=1), minlength=len(inside)) / DRAWS
+    ends = quantiles(regret)
+    candidates = [
+        Candidate(
+            name,
+            float(size),
+            float(regret[:, n].mean()),
+            (float(ends[0, n]), float(ends[2, n])),
+            float(best[n]),
+            cost.distill_flops(student, size, tokens) if tokens else None,
+        )
+        for n, (name, size) in enumerate(inside.items())
+    ]
+    candidates.sort(key=lambda each: (each.regret, each.teacher, each.name))
+    least, middle, most = (student * np.exp(quantiles(minima(ratios, drawn[:, : len(ratios)])))).tolist()
+    warnings = _warnings(student, beyond, within, candidates[0], init)
+    return Advice(student, beyond, None, middle, (least, most), tuple(candidates), outside, tuple(warnings))
+
+
+def _refused(student: float, beyond: float, reason: str, outside: tuple[str, ...] = ()) -> Advice:
+    return Advice(student, beyond, f"nothing here can tell: {reason}", None, None, (), outside, ())
+
+
+def _warnings(student: float, beyond: float, within: str, first: Candidate, init: str) -> list[str]:
+    found = []
+    if beyond > FAR:
+        found.append(
+            f"extrapolation: the student of {short(student)} is {_times(beyond)} times outside the students of these "
+            f"runs ({within}); the regrets do not know whether the curves change beyond them"
+        )
+    if student < SMALL_STUDENT * first.teacher:
+        found.append(
+            f"the student has {100 * student / first.teacher:.1f}% of the parameters of {first.name}; published sweeps "
+            f"advise against teachers more than {1 / SMALL_STUDENT:.0f} times as large"
+        )
+    if init.startswith("pruned") and 1 - student / first.teacher > PRUNING:
+        found.append(
+            f"pruning {first.name} to {short(student)} removes {100 * (1 - student / first.teacher):.0f}% of its "
+            f"weights; above {100 * PRUNING:.0f}% pruned starts are known to lose most of what the teacher knew"
+        )
+    return found
+
+
+def _times(factor: float) -> str:
+    return f"{factor:.3g}" if factor < 100 else f"{factor:,.0f}"

@@ -1,0 +1,156 @@
+"""Records as the arrays that the model of all cells is fitted to."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_capgap.law.records import LawError, Record
+
+Array = NDArray[np.float64]
+Numbers = NDArray[np.int64]
+
+SAME_SIZE = 0.02
+"""Students whose sizes are as close as this are one student: pruning to a sparsity does not hit a size exactly."""
+QUADRATIC_FROM, LINEAR_FROM = 8, 5
+"""Numbers of teacher sizes from which on the trend of the teachers' own losses is fitted with a bend, and with a slope.
+With fewer sizes a training is compared with the others of its size alone."""
+
+
+@dataclass(frozen=True)
+class Cells:
+    """All runs under one set of conditions as arrays `[n]`; nothing is averaged or left out."""
+
+    student: Array
+    """Parameters; equal for runs of one student."""
+    teacher: Array
+    """Parameters."""
+    curve: Numbers
+    """Number of the student and seed. A seed's data order and initial weights shift its whole curve."""
+    training: Numbers
+    """Number of the teacher's training."""
+    loss: Array
+    """The student's held-out loss, nats a token."""
+    quality: Array
+    """The teacher's own held-out loss minus what the trend over sizes expects, nats a token; 0 where not known."""
+
+    def __len__(self) -> int:
+        return len(self.loss)
+
+    def students(self) -> list[float]:
+        """Parameters of the students, ascending."""
+        return np.unique(self.student).tolist()
+
+    def without(self, student: float) -> Cells:
+        """The runs of the other students."""
+        return self.chosen(self.student != student)
+
+    def chosen(self, keep: NDArray[np.bool_]) -> Cells:
+        """The runs where `keep` `[n]` is true."""
+        fields = (self.student, self.teacher, self.curve, self.training, self.loss, self.quality)
+        return Cells(*(field[keep] for field in fields))
+
+
+@dataclass(frozen=True)
+class Training:
+    """One training of a teacher."""
+
+    size: int
+    """Parameters."""
+    seed: int | None
+    """Which training of this size, where records tell."""
+    tokens: int | None
+    """Tokens it was trained on."""
+    loss: float | None
+    """Its own held-out loss, nats a token."""
+
+
+def cells(records: Sequence[Record], count: str) -> Cells:
+    """The runs as arrays.
+
+    Args:
+        records: under one set of conditions, from `records.select`.
+        count: how parameters are counted, one of `records.COUNTS`.
+
+    Raises:
+        LawError: one training of a teacher that has two losses.
+    """
+    known = trainings(records, count)
+    number = {training: index for index, training in enumerate(known)}
+    which = np.array([number[training_of(record, count)] for record in records])
+    student = _merged(np.array([record.sizes(count)[0] for record in records], dtype=np.float64))
+    curves = list(zip(student.tolist(), [record.seed for record in records], strict=True))
+    return Cells(
+        student=student,
+        teacher=np.array([record.sizes(count)[1] for record in records], dtype=np.float64),
+        curve=_numbers(curves),
+        training=which,
+        loss=np.array([record.valid_loss for record in records]),
+        quality=_quality(known)[which],
+    )
+
+
+def training_of(record: Record, count: str) -> Training:
+    """The training of the teacher that a record speaks of."""
+    return Training(record.sizes(count)[1], record.teacher_seed, record.teacher_tokens, record.teacher_valid_loss)
+
+
+def trainings(records: Sequence[Record], count: str) -> list[Training]:
+    """Every training of a teacher, ascending by size. Two losses for one size are two trainings, unless both records
+    name the same `teacher_seed`.
+
+    Raises:
+        LawError: one `teacher_seed` with two losses or two numbers of tokens.
+    """
+    found = sorted(
+        {training_of(record, count) for record in records},
+        key=lambda each: (each.size, each.seed or 0, each.loss or 0.0, each.tokens or 0),
+    )
+    named: dict[tuple[int, int], Training] = {}
+    for each in found:
+        if each.seed is None:
+            continue
+        first = named.setdefault((each.size, each.seed), each)
+        if first != each:
+            raise LawError(
+                f"teacher of {each.size:,} parameters, teacher_seed {each.seed}: some records give teacher_valid_loss "
+                f"{first.loss} and teacher_tokens {first.tokens}, others {each.loss} and {each.tokens}; give each "
+                "training of a teacher a teacher_seed of its own"
+            )
+    return found
+
+
+def _merged(sizes: Array) -> Array:
+    """Sizes within SAME_SIZE of the smallest of their group become the geometric mean of the group."""
+    order, merged, start = np.argsort(sizes, kind="stable"), sizes.copy(), 0
+    for end in range(1, len(order) + 1):
+        if end == len(order) or sizes[order[end]] > sizes[order[start]] * (1 + SAME_SIZE):
+            group = order[start:end]
+            merged[group] = np.exp(np.log(sizes[group]).mean())
+            start = end
+    return merged
+
+
+def _numbers(keys: Sequence[Hashable]) -> Numbers:
+    """The keys as numbers, equal where they are equal."""
+    known: dict[Hashable, int] = {}
+    return np.array([known.setdefault(key, len(known)) for key in keys])
+
+
+def _quality(known: Sequence[Training]) -> Array:
+    """How far each training's loss lies from the trend over sizes; 0 where it has none."""
+    told = [index for index, training in enumerate(known) if training.loss is not None]
+    found = np.zeros(len(known))
+    if told:
+        x = np.log([float(known[index].size) for index in told])
+        y = np.array([known[index].loss for index in told], dtype=np.float64)
+        sizes = len(set(x.tolist()))
+        if sizes >= LINEAR_FROM:
+            trend = np.polyval(np.polyfit(x - x.mean(), y, 2 if sizes >= QUADRATIC_FROM else 1), x - x.mean())
+        else:
+            trend = np.array([y[x == size].mean() for size in x])
+        found[told] = y - trend
+    return found
