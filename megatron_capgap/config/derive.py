@@ -1,6 +1,6 @@
 """What follows from a configuration and the world size: the nulls resolved, in one place."""
 
-from megatron_capgap.config.schema import WITHOUT_CHAIN_RULE, Config, LayerPair, Layout, ModelShape, Precision
+from megatron_capgap.config.schema import TAUGHT, WITHOUT_CHAIN_RULE, Config, LayerPair, Layout, ModelShape, Precision
 
 
 def ranks_per_model(layout: Layout) -> int:
@@ -97,6 +97,14 @@ def _own_ranks(config: Config) -> int:
     """Ranks that are the teacher's alone."""
     teacher = config.teacher
     return (teacher.ranks or 0) if teacher is not None and teacher.placement == "disjoint" else 0
+
+
+def teacher_runs(config: Config, stage: str) -> bool:
+    """Whether the stage's teacher makes forward passes. On the student's ranks it stays unbuilt where nothing in the
+    objective looks at it; ranks of its own always run."""
+    if config.teacher is None or stage not in TAUGHT:
+        return False
+    return config.objective.divergence_weight > 0 or bool(config.objective.matching) or _own_ranks(config) > 0
 
 
 def teacher_micro_batch(config: Config) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from megatron_capgap.config import derive, fp8
 from megatron_capgap.config.families import FAMILIES
-from megatron_capgap.config.schema import TAUGHT, Config, Layout, ModelShape, Precision
+from megatron_capgap.config.schema import Config, Layout, ModelShape, Precision
 from megatron_capgap.models import size
 
 _BYTES = {"fp32": 4, "bf16": 2}
@@ -86,7 +86,7 @@ def estimate(
     needs = []
     for mine, of_teacher in _stages(config, world):
         need = _of_stage(config, stage, student, teacher, ranks, mine, chunk)
-        if teacher is not None and stage in TAUGHT:
+        if teacher is not None and derive.teacher_runs(config, stage):
             share = teaching(config, student, teacher, world, mine, of_teacher)
             away = share.weights if config.teacher.offload and not on_cpu else 0
             need = replace(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_capgap.config import derive, fp8
 from megatron_capgap.config.load import Loaded
-from megatron_capgap.config.schema import TAUGHT, Layout, ModelShape
+from megatron_capgap.config.schema import Layout, ModelShape
 from megatron_capgap.models import memory, size
 from megatron_capgap.stages.resolve import Resolved, data_file, resolve
 
@@ -133,7 +133,8 @@ def _work(resolved: Resolved) -> list[str]:
     config, batch = resolved.config, resolved.global_batch
     length = config.data.sequence_length
     micro = derive.micro_batches(config, config.student.layout, resolved.student_world)
-    flops = size.training_flops(resolved.student, resolved.teacher, length)
+    teacher = resolved.teacher if derive.teacher_runs(config, resolved.stage) else None
+    flops = size.training_flops(resolved.student, teacher, length)
     lines = [
         f"tokens a step: {batch * length:,} = {batch} sequences x {length}; {micro} micro-batch{'es' * (micro > 1)} of "
         f"{config.train.micro_batch} on each data-parallel rank"
@@ -168,7 +169,7 @@ def _memory(resolved: Resolved) -> list[str]:
     if on_cpu and config.device == "auto":
         ground += " (no GPU is here; --device=cuda would count for one)"
     lines = _table(f"memory of the fullest rank on a {ground}, MiB", memory.estimate(*facts, on_cpu=on_cpu))
-    if resolved.teacher is None or resolved.stage not in TAUGHT:
+    if not derive.teacher_runs(config, resolved.stage):
         return lines
     if resolved.student_world < resolved.world:
         need = memory.estimate_teacher(config, resolved.student, resolved.teacher, resolved.world)

@@ -19,7 +19,7 @@ from megatron_capgap.checkpoint.saving import Saver
 from megatron_capgap.config import derive
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.load import Loaded, changes, dump
-from megatron_capgap.config.schema import TAUGHT, Config, Layout
+from megatron_capgap.config.schema import Config, Layout
 from megatron_capgap.data.batch import MicroBatch
 from megatron_capgap.losses import Loss, language_model_loss
 from megatron_capgap.models import gpt, memory, projections, size
@@ -338,7 +338,7 @@ def _introduce(log: Log, resolved: Resolved, device: Device) -> None:
     log.say(f"{_cut('ranks', config.student.layout, resolved.student_world)}; {tokens} tokens a step")
     if resolved.stage == "finetune":
         log.say(f"{config.train.steps} steps; {resolved.finetune.epochs} epochs unless train.steps says otherwise")
-    if config.teacher is not None and resolved.stage in TAUGHT:
+    if derive.teacher_runs(config, resolved.stage):
         ranks = derive.teacher_ranks(config, resolved.world)
         where = "its own" if ranks.start else "all, in turn with the student"
         log.say(f"{_cut('the teacher', derive.teacher_layout(config), len(ranks))}; {where}")

@@ -62,7 +62,11 @@ def _record(ground: common.Ground) -> None:
 
 
 def taught_in_turns(ground: common.Ground) -> Run:
-    """The run of a student whose teacher shares all ranks with it. Collective."""
+    """The run of a student whose teacher shares all ranks with it; without the teacher where the objective does not use
+    it. Collective."""
+    if not derive.teacher_runs(ground.config, ground.resolved.stage):
+        ground.log.say("the objective does not use the teacher: it is not loaded, the student learns from labels alone")
+        return common.language_model_run(ground)
     teacher = open_teacher(ground)
     return learner(ground, open_head(ground, teacher), _in_turns(ground, teacher))
 

@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_capgap.checkpoint import manifest
+from megatron_capgap.checkpoint.manifest import Origin
+from megatron_capgap.config import derive
 from megatron_capgap.config.files import write_atomically
 from megatron_capgap.config.schema import Config, Objective
 from megatron_capgap.law.records import Record
@@ -42,7 +44,7 @@ def describe(resolved: Resolved, valid_loss: float, valid_tokens: int | None) ->
     """The record of a distillation that took all its steps."""
     config, student, teacher, source = resolved.config, resolved.student, resolved.teacher, resolved.teacher_source
     assert teacher is not None and source is not None
-    tokens = _all(resolved)
+    tokens, taught = _all(resolved), derive.teacher_runs(config, resolved.stage)
     return Record(
         student_params=resolved.student_kept,
         teacher_params=source.manifest.kept,
@@ -54,12 +56,14 @@ def describe(resolved: Resolved, valid_loss: float, valid_tokens: int | None) ->
         init=_beginning(resolved),
         valid_loss=valid_loss,
         objective=in_words(config.objective),
-        flops=tokens * size.training_flops(student, teacher, config.data.sequence_length),
+        flops=tokens * size.training_flops(student, teacher if taught else None, config.data.sequence_length),
         config_hash=fingerprint(config),
         teacher_tokens=source.manifest.tokens,
         teacher_valid_loss=_loss_of(source),
         valid_tokens=valid_tokens,
         tokenizer=resolved.tokenizer.fingerprint[:16],
+        teacher_seed=source.manifest.seed,
+        taught=taught,
     )
 
 
@@ -81,8 +85,11 @@ def _beginning(resolved: Resolved) -> str:
     """Where the student began, in the record's words."""
     if resolved.student_source is None:
         return "random"
-    origin = resolved.student_source.manifest.pruned_from
-    return "pruned" if origin is not None and origin.model == resolved.teacher else "fixed"
+    origin, source = resolved.student_source.manifest.pruned_from, resolved.teacher_source
+    if origin is None or source is None or origin.model != resolved.teacher:
+        return "fixed"
+    content = Origin.of(source.folder, source.manifest).content
+    return "pruned" if None in (content, origin.content) or content == origin.content else "pruned_other"
 
 
 def _loss_of(source: Source) -> float | None:

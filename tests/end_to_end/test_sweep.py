@@ -25,7 +25,7 @@ SMALL = {**STUDENT, "layers": 2}
 
 
 def grid(material: Material, out: Path, **changes: Any) -> dict[str, Any]:
-    """Two teachers, two students, one of them with a fixed start and cut out of a teacher as well: 2 + 4 + 1 + 2 + 2
+    """Two teachers, two students, one of them with a fixed start and cut out of a teacher as well: 2 + 4 + 1 + 2 + 3
     runs of a few steps."""
     found = {
         "out": str(out),
@@ -43,8 +43,8 @@ def grid(material: Material, out: Path, **changes: Any) -> dict[str, Any]:
         "teachers": {"t1": {"model": TEACHER}, "t2": {"model": {**TEACHER, "ffn": 160}, "data": {"valid": []}}},
         "students": {"s1": {"model": SMALL}, "s2": {"model": STUDENT}},
         "rows": [
-            {"init": "random", "seeds": [1]},
-            {"init": "fixed", "students": ["s1"], "seeds": [1]},
+            {"init": "random", "seeds": [1], "labels": False},
+            {"init": "fixed", "students": ["s1"], "seeds": [1], "labels": False},
             {"init": "pruned", "students": ["s1"], "teachers": ["t1"], "seeds": [1]},
         ],
     }
@@ -109,11 +109,11 @@ def killed(material: Material, tmp_path_factory: pytest.TempPathFactory) -> dict
 @pytest.mark.slow("its fixture trains a grid, killed half-way")
 def test_only_what_was_missing_ran(killed: dict[str, Any]) -> None:
     out = killed["out"]
-    ran = re.findall(r"^\[\d+/11\] \w+ (\S+): done", killed["said"], flags=re.M)
+    ran = re.findall(r"^\[\d+/12\] \w+ (\S+): done", killed["said"], flags=re.M)
     finished_before = {"teacher-t1", "teacher-t2", *killed["done"]}
     names = {path.stem for path in (out / "configs").iterdir()}
     assert len(killed["done"]) >= 2 and set(ran) == names - finished_before and len(ran) == len(set(ran))
-    assert f"{len(finished_before)} of 11 runs are finished already" in killed["said"]
+    assert f"{len(finished_before)} of 12 runs are finished already" in killed["said"]
     for name in finished_before:
         assert files_of(out / "runs" / name) == killed["before"][name], name
 
@@ -121,13 +121,20 @@ def test_only_what_was_missing_ran(killed: dict[str, Any]) -> None:
 @pytest.mark.slow("its fixture trains a grid, killed half-way")
 def test_records_are_complete(killed: dict[str, Any]) -> None:
     found = records.read([killed["out"] / "records.jsonl"])
-    assert len(found) == 7 and "7 of 7 records" in killed["said"]
+    assert len(found) == 8 and "8 of 8 records" in killed["said"]
     assert {(each.init, each.tokens, each.teacher_tokens) for each in found} == {
         ("random", 5 * 8 * 32, 6 * 8 * 32),
         ("fixed", 5 * 8 * 32, 6 * 8 * 32),
         ("pruned", 5 * 8 * 32, 6 * 8 * 32),
     }
-    assert len({each.config_hash for each in found}) == 7
+    assert len({each.config_hash for each in found}) == 8
+    assert {each.teacher_seed for each in found} == {1234}
+    (taught,) = (each for each in found if each.init == "pruned" and each.taught)
+    (alone,) = (each for each in found if not each.taught)
+    assert (alone.init, alone.objective) == ("pruned", "1 cross_entropy")
+    assert alone.valid_loss != taught.valid_loss and alone.flops < taught.flops
+    log = (killed["out"] / "logs" / "labels-pruned-s1-t1-seed1.log").read_text()
+    assert "the objective does not use the teacher: it is not loaded" in log
     # t1 was evaluated at its end; t2 had no held-out text.
     own = metrics(killed["out"] / "runs" / "teacher-t1")[-1]["valid_loss"]
     assert {each.teacher_params: each.teacher_valid_loss for each in sorted(found, key=lambda r: r.teacher_params)} == {
@@ -149,7 +156,7 @@ def test_a_run_of_the_sweep_is_a_run_of_the_door(killed: dict[str, Any], tmp_pat
 def test_a_finished_sweep_runs_nothing(killed: dict[str, Any]) -> None:
     before = files_of(killed["out"] / "runs")
     code, said, _ = call(killed["file"], "--run")
-    assert code == 0 and "11 of 11 runs are finished already" in said
+    assert code == 0 and "12 of 12 runs are finished already" in said
     assert files_of(killed["out"] / "runs") == before
 
 
@@ -201,7 +208,7 @@ def test_a_lost_record_is_written_anew(killed: dict[str, Any]) -> None:
     before = path.read_text()
     path.unlink()
     code, said, _ = call(killed["file"], "--run")
-    assert code == 0 and "10 of 11 runs are finished already" in said and path.read_text() == before
+    assert code == 0 and "11 of 12 runs are finished already" in said and path.read_text() == before
 
 
 @pytest.mark.slow("a sweep starts, is stopped and goes on")
@@ -280,7 +287,7 @@ def test_what_is_there_is_submitted(material: Material, tmp_path: Path) -> None:
     words = ["bash", str(tmp_path / "sweep" / "slurm" / "submit.sh")]
     done = subprocess.run(words, env=variables, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "phase_0: job 7, 3 runs\nphase_1: job 7, 7 runs\nphase_2: job 7, 1 runs\n"
+    assert done.stdout == "phase_0: job 7, 3 runs\nphase_1: job 7, 7 runs\nphase_2: job 7, 2 runs\n"
 
 
 def test_the_help_lists_every_key_of_a_grid(capsys: pytest.CaptureFixture[str]) -> None:
