@@ -23,7 +23,7 @@ CORE = [
     "tokenizers",
 ]
 HF = ["transformers>=4.56"]
-PLOT = ["scipy", "matplotlib"]
+PLOT = ["scipy", "matplotlib", "markdown"]
 # 0.4.12 is the first whose tasks are loaded where a broken one is told of; accelerate: for the harness's own backend.
 EVAL = [*HF, "lm-eval>=0.4.12", "accelerate"]
 FP8 = ["transformer-engine[pytorch]"]  # needs an NVIDIA GPU

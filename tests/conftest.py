@@ -14,6 +14,8 @@ from tests.support.runs import Material, make_material, make_student, make_teach
 
 pytest_plugins = ["pytester"]
 TESTS = Path(__file__).parent
+# NumPy's matrices are small in all tests, and two threads that share a core spin while they wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # The same examples in every run, and no time limit for one: the machine may be busy.
 settings.register_profile("capgap", deadline=None, derandomize=True, max_examples=25)

@@ -4,23 +4,26 @@
     python tools/fit_law.py --records sweep/records.jsonl --where init=pruned --out law \\
         --student-params 3B --tokens 126B
 
-writes OUT/law.json (the same records give the same bytes), report.md, curse.png, optimum.png, law.png and compute.png.
+writes OUT/law.json (the same records give the same bytes), report.md, the same as one page, report.html, and curse.png,
+optimum.png, law.png and compute.png.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # matrices of a hundred rows: threads would only wait for each other
 
 from megatron_capgap.config.errors import UserError, not_installed
 from megatron_capgap.config.files import write_atomically
 from megatron_capgap.law.records import LawError
 
 try:
-    from megatron_capgap.law import cost, plot, records, report, study
+    from megatron_capgap.law import cost, page, plot, records, report, study
     from megatron_capgap.law.advice import Advice, advise
     from megatron_capgap.law.words import short
 except ImportError as missing:
@@ -47,9 +50,22 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="fit_law", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="fit_law",
+        description=__doc__,
+        epilog=f"fields of a record, those in brackets may be missing:\n{records.schema()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--records", nargs="+", required=True, metavar="FILE", help=".jsonl files or runs' record.json")
+    parser.add_argument(
+        "--records", nargs="+", required=True, metavar="FILE", help=".jsonl, .csv or .tsv files, or runs' record.json"
+    )
+    parser.add_argument(
+        "--rename",
+        nargs="+",
+        default=[],
+        type=condition,
+        metavar="NAME=FIELD",
+        help="read a column NAME of other people's tables as a FIELD of a record; fields are listed below",
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where everything is written")
     parser.add_argument(
         "--where",
@@ -75,6 +91,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--mfu", type=share, default=cost.MFU, help=f"share of the GPU's peak reached ({cost.MFU})")
     parser.add_argument(
         "--gpu-peak", type=number, default=cost.GPU_PEAK, metavar="FLOPS", help="peak operations a second (312T, A100)"
+    )
+    parser.add_argument(
+        "--compare", action="store_true", help="say which of several models foretells unseen students (some seconds)"
     )
     args = parser.parse_args(argv)
     if args.tokens and not args.student_params:
@@ -113,24 +132,27 @@ def fit_law(args: argparse.Namespace) -> None:
     Raises:
         LawError, UserError: before anything is written.
     """
-    found = study.study(records.select(records.read(args.records), dict(args.where)), args.count)
+    found = study.study(records.select(records.read(args.records, dict(args.rename)), dict(args.where)), args.count)
     advice = None
     if args.student_params:
         teachers, init = read_catalogue(args.catalogue, args.count), found.records[0].init
         advice = advise(found.process, args.student_params, teachers, args.tokens, init)
+    scores = study.compared(found) if args.compare else []
     args.out.mkdir(parents=True, exist_ok=True)
     plot.curse(found, args.out / "curse.png")
     plot.optimum(found, args.out / "optimum.png")
     plot.law(found, args.out / "law.png", advice)
     plot.compute(found, args.out / "compute.png")
-    write_atomically(args.out / "report.md", report.write(found, advice, args.mfu, args.gpu_peak))
-    write_atomically(args.out / "law.json", study.as_json(found, advice))
+    text = report.write(found, advice, scores, args.mfu, args.gpu_peak)
+    write_atomically(args.out / "report.md", text)
+    write_atomically(args.out / "report.html", page.page(text, args.out))
+    write_atomically(args.out / "law.json", study.as_json(found, advice, scores))
     if advice is not None:
         recommend(advice)
     print(report.headline(found))
-    for text in found.remarks:
-        print(f"note: {text}")
-    print(f"wrote {args.out}/law.json, report.md, curse.png, optimum.png, law.png, compute.png")
+    for remark in found.remarks:
+        print(f"note: {remark}")
+    print(f"wrote {args.out}/law.json, report.md, report.html, curse.png, optimum.png, law.png, compute.png")
 
 
 def recommend(advice: Advice) -> None:

@@ -12,6 +12,7 @@ from megatron_capgap.law.records import LawError, Record
 
 Array = NDArray[np.float64]
 Numbers = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 
 SAME_SIZE = 0.02
 """Students whose sizes are as close as this are one student: pruning to a sparsity does not hit a size exactly."""
@@ -48,7 +49,7 @@ class Cells:
         """The runs of the other students."""
         return self.chosen(self.student != student)
 
-    def chosen(self, keep: NDArray[np.bool_]) -> Cells:
+    def chosen(self, keep: Mask) -> Cells:
         """The runs where `keep` `[n]` is true."""
         fields = (self.student, self.teacher, self.curve, self.training, self.loss, self.quality)
         return Cells(*(field[keep] for field in fields))

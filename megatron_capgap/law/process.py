@@ -101,6 +101,13 @@ class Process:
             found.append(mean + self.random.standard_normal((number, len(ratios))) @ root.T)
         return np.concatenate(found)
 
+    def mean(self, student: float, ratios: Array) -> Array:
+        """The mean of what `curves` draws `[m]`."""
+        across = _parts(ratios, np.full(len(ratios), np.log(student)), self.d, self.z)
+        solved = [linalg.cho_solve((factor, True), self._y) for factor in self._factors]
+        means = [_shape(h, across) @ each for h, each in zip(self.draws, solved, strict=True)]
+        return np.mean(means, axis=0)
+
     def teachers(self) -> Array:
         """What each training of a teacher adds to its students' losses beyond its size: the effect of its own loss and
         its luck, nats a token, by the mode of the scales; in the order of `cells.training` `[trainings]`."""

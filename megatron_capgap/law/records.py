@@ -1,4 +1,8 @@
-"""Records: the one line that a distillation leaves for the law.
+"""Records: the one line that a distillation leaves for the law, or a row of a table that others have made.
+
+A file is JSON lines, or, where it ends in .csv or .tsv, a table whose first row names the columns: what W&B and
+spreadsheets export. Fields are those of `Record`, in its units; columns of other names are passed over, an empty cell
+is a field that is not told.
 
 Reading is strict. A record that lacks a field, a loss that is no number, a run that is there twice, runs under
 different conditions: each is one message that names the file, the line, the field and what would do. Nothing is left
@@ -7,6 +11,7 @@ out or averaged in silence.
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -17,6 +22,28 @@ from typing import Any
 COUNTS = ("non-embedding", "total")
 CONDITIONS = ("family", "init", "taught", "objective", "tokens", "valid_tokens", "tokenizer")
 """Fields in which all records of one fit agree: losses under different ones cannot be compared."""
+UNITS = {
+    "student_params": "parameters without embeddings and LM head",
+    "teacher_params": "the same of the teacher",
+    "student_params_total": "all parameters",
+    "teacher_params_total": "all parameters of the teacher",
+    "family": "the student's architecture, any word",
+    "tokens": "tokens the student was trained on",
+    "seed": "of the student's run",
+    "init": "random, fixed, pruned (from this teacher) or pruned_other (another training of it)",
+    "valid_loss": "the student's, held out, nats a token; below 30",
+    "objective": "what was minimised, any words",
+    "flops": "of the run: student and teacher",
+    "config_hash": "any word",
+    "teacher_tokens": "tokens the teacher was trained on",
+    "teacher_valid_loss": "the teacher's own, held out, nats a token",
+    "valid_tokens": "held-out tokens",
+    "tokenizer": "any word, equal for equal tokenizers",
+    "teacher_seed": "which training of that teacher",
+    "taught": "false where the student saw labels alone",
+}
+"""Units of the fields, as --help has them; `Record` says more."""
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
 MOST_LOSS = 30.0
 """Nats a token: what guessing among 10^13 tokens would have. A larger loss is a run gone wrong, or another unit."""
 
@@ -86,8 +113,12 @@ _REQUIRED = tuple(field.name for field in fields(Record) if field.default is MIS
 _ALL = {field.name: str(field.type).removesuffix(" | None") for field in fields(Record)}
 
 
-def read(paths: Sequence[str | Path]) -> list[Record]:
-    """Reads .jsonl files, or the record.json files of runs.
+def read(paths: Sequence[str | Path], names: Mapping[str, str] | None = None) -> list[Record]:
+    """Reads .jsonl, .csv and .tsv files, or the record.json files of runs.
+
+    Args:
+        paths: of the files.
+        names: from names in the files to fields of `Record`, where they differ.
 
     Returns:
         The records in an order that does not depend on that of files and lines. Unknown fields are passed over.
@@ -95,12 +126,28 @@ def read(paths: Sequence[str | Path]) -> list[Record]:
     Raises:
         LawError: the first thing that is wrong.
     """
-    found = [(place, record) for path in paths for place, record in _read_file(Path(path))]
+    names = names or {}
+    for wrong in set(names.values()) - set(_ALL):
+        raise LawError(f"--rename: {wrong} is no field of a record; valid values: {', '.join(_ALL)}")
+    found = [
+        (place, _parse(place, {names.get(name, name): value for name, value in content.items()}))
+        for path in paths
+        for place, content in _read_file(Path(path))
+    ]
     if not found:
         raise LawError(f"{', '.join(map(str, paths))}: no records; give the records of distill runs")
     _refuse_duplicates(found)
     _refuse_mixed_counts(found)
     return sorted((record for _, record in found), key=_order)
+
+
+def schema() -> str:
+    """The fields of a record with their units, a line each."""
+    lines = []
+    for name, kind in _ALL.items():
+        shown = name if name in _REQUIRED else f"[{name}]"
+        lines.append(f"  {shown:24s} {kind:6s} {UNITS.get(name, '')}".rstrip())
+    return "\n".join(lines)
 
 
 def select(records: Sequence[Record], where: Mapping[str, str]) -> list[Record]:
@@ -135,23 +182,59 @@ def conditions(records: Sequence[Record]) -> dict[str, Any]:
     return {name: getattr(records[0], name) for name in CONDITIONS}
 
 
-def _read_file(path: Path) -> list[tuple[str, Record]]:
+def _read_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """What stands in a file, with its places."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise LawError(f"{path}: cannot be read ({reason}); give a .jsonl file of records") from None
+        raise LawError(f"{path}: cannot be read ({reason}); give a .jsonl or .csv file of records") from None
+    if path.suffix in DELIMITERS:
+        return _rows(path, text)
     numbered = [(f"{path}:{number}", line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    return [(place, _parse(place, line)) for place, line in numbered]
+    return [(place, _object(place, line)) for place, line in numbered]
 
 
-def _parse(place: str, line: str) -> Record:
+def _rows(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
+    """The rows of a table; numbers and truth values become what JSON would have."""
+    rows = csv.reader(text.splitlines(keepends=True), delimiter=DELIMITERS[path.suffix], strict=True)
+    found, columns = [], None
+    try:
+        for row in rows:
+            place = f"{path}:{rows.line_num}"
+            if columns is None:
+                columns = row
+            elif len(row) > len(columns):
+                raise LawError(f"{place}: {len(row)} cells under {len(columns)} columns; quote cells that hold commas")
+            elif any(row):
+                cells = zip(columns, row, strict=False)
+                found.append((place, {name: _plain(cell) for name, cell in cells if cell != ""}))
+    except csv.Error as error:
+        raise LawError(f"{path}:{rows.line_num}: not a table ({error}); quote cells that hold quotes") from None
+    return found
+
+
+def _plain(cell: str) -> Any:
+    """A cell as a number or a truth value where it is one."""
+    if cell.lower() in ("true", "false"):
+        return cell.lower() == "true"
+    try:
+        return float(cell) if cell.strip().lower().lstrip("+-") not in ("inf", "infinity") else cell
+    except ValueError:
+        return cell
+
+
+def _object(place: str, line: str) -> dict[str, Any]:
     try:
         content = json.loads(line)
     except ValueError as error:
         raise LawError(f"{place}: not JSON ({error}); one record a line would do") from None
     if not isinstance(content, dict):
         raise LawError(f"{place}: {line[:40]} is no record; an object with {', '.join(_REQUIRED)} would do")
+    return content
+
+
+def _parse(place: str, content: Mapping[str, Any]) -> Record:
     missing = [name for name in _REQUIRED if content.get(name) is None]
     if missing:
         raise LawError(f"{place}: {', '.join(missing)} missing; write the run's record anew or remove the line")
@@ -174,6 +257,7 @@ def _value(place: str, name: str, given: Any) -> Any:
             raise LawError(f"{place}: {name} is {given!r}; valid values: true, false")
         return given
     if kind == "str":
+        given = f"{given:.15g}" if isinstance(given, float) else given  # a table does not tell 7 from "7"
         if not isinstance(given, str) or not given:
             raise LawError(f"{place}: {name} is {given!r}; a word would do")
         return given

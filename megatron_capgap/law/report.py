@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron_capgap.law import cost, curves, fit, verdict
 from megatron_capgap.law.advice import Advice, Candidate
+from megatron_capgap.law.compare import Score
 from megatron_capgap.law.reading import Reading
 from megatron_capgap.law.records import conditions
 from megatron_capgap.law.study import Study
@@ -20,20 +23,30 @@ SCALES = {
 }
 
 
-def write(study: Study, advice: Advice | None = None, mfu: float = cost.MFU, peak: float = cost.GPU_PEAK) -> str:
+def write(
+    study: Study,
+    advice: Advice | None = None,
+    scores: Sequence[Score] = (),
+    mfu: float = cost.MFU,
+    peak: float = cost.GPU_PEAK,
+) -> str:
     """The report as Markdown.
 
     Args:
         study: what the records say.
         advice: the recommendation for a student, where one was asked for.
+        scores: how well models foretell unseen students, where that was asked for.
         mfu: share of the GPU's peak that GPU-hours assume.
         peak: that peak, operations a second.
     """
     parts = ["# Which teacher: what these runs say"]
     if advice is not None:
         parts += [_advice(advice, mfu, peak)]
-    parts += [_summary(study), "![loss against teacher size](curse.png)\n\n![compute and loss](compute.png)"]
-    parts += [_students(study), _scales(study), _teachers(study), _reading(study.reading)]
+    parts += [_summary(study), "![loss against teacher size](curse.png)", _students(study)]
+    parts += ["![where the best teacher is](optimum.png)", _scales(study)]
+    if scores:
+        parts.append(_scores(scores))
+    parts += ["![compute and loss](compute.png)", _teachers(study), _reading(study.reading)]
     parts.append("## Limits of these runs\n\n" + ("\n".join(f"- {text}" for text in study.remarks) or "None found."))
     parts.append(_conditions(study))
     return "\n\n".join(parts) + "\n"
@@ -103,6 +116,25 @@ def _scales(study: Study) -> str:
         "",
         "One Gaussian process of all runs: a level for each student and seed, a smooth function of log(T/S), a random "
         "effect for each training of a teacher, and the teacher's own loss where the records hold it.",
+    ]
+    return "\n".join(lines)
+
+
+def _scores(scores: Sequence[Score]) -> str:
+    lines = [
+        "## Which model foretells students it has not seen",
+        "",
+        "| model | error | regret | worst regret | small to large |",
+        "|---" * 5 + "|",
+    ]
+    for each in scores:
+        numbers = (each.error, each.regret, each.worst, each.small_to_large)
+        lines.append(f"| {each.model} | {' | '.join('-' if x is None else f'{x:.4f}' for x in numbers)} |")
+    lines += [
+        "",
+        "Nats a token. Error: of the losses of a student that the model was not fitted to, each student in turn. "
+        "Regret: what that student would lose by the teacher that the model picks of those tried. Small to large: the "
+        "error for the larger half of the students, from the smaller.",
     ]
     return "\n".join(lines)
 

@@ -306,7 +306,8 @@ def test_a_sweep_has_as_many_runs_at_a_time_as_it_may(
     """A teacher, then three students of which two may run at a time. The last one, whose number is the array's too, is
     signalled in its first evaluation, and comes back alone."""
     out, file = tmp_path / "sweep", tmp_path / "grid.yaml"
-    grid = small_grid(material, out, rows=[{"init": "random", "teachers": ["t1"], "seeds": [1, 2, 3]}])
+    row = {"init": "random", "teachers": ["t1"], "seeds": [1, 2, 3], "labels": False}
+    grid = small_grid(material, out, rows=[row])
     grid["students"].pop("s2")
     grid["teachers"].pop("t2")
     grid["distill"]["train"] = {"steps": 8, "eval_every": 4, "eval_batches": 200}

@@ -1,6 +1,8 @@
 """tools/fit_law.py: what it writes, the same bytes for the same records, predictions, and what it refuses."""
 
+import base64
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,7 +19,7 @@ from tests.support.processes import ROOT, environment
 from tools import fit_law
 
 RESULTS = ROOT / "examples" / "law_sweep" / "results"
-WRITTEN = ["compute.png", "curse.png", "law.json", "law.png", "optimum.png", "report.md"]
+WRITTEN = ["compute.png", "curse.png", "law.json", "law.png", "optimum.png", "report.html", "report.md"]
 
 
 @pytest.fixture
@@ -117,13 +119,18 @@ def test_gaps_and_missing_losses_are_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("init, folder", [("pruned", RESULTS), ("fixed", RESULTS / "fixed")])
 def test_the_committed_study_is_what_its_records_give(init: str, folder: Path, tmp_path: Path) -> None:
     """What is drawn from a posterior may differ in its last digits on another processor."""
-    found = fit(str(RESULTS / "records.jsonl"), tmp_path, "--where", f"init={init}")
+    words = ("--compare",) if init == "pruned" else ()
+    found = fit(str(RESULTS / "records.jsonl"), tmp_path, "--where", f"init={init}", "taught=true", *words)
     there = json.loads((folder / "law.json").read_text())
     for one, other in zip(found.pop("students"), there.pop("students"), strict=True):
         assert one["probabilities"] == pytest.approx(other["probabilities"], abs=0.05)
         assert one["best_teacher_interval"] == pytest.approx(other["best_teacher_interval"], rel=0.2)
     for name in ("scales", "teacher_noise"):
-        assert found.pop(name) == pytest.approx(there.pop(name), rel=0.1)
+        assert found.pop(name) == pytest.approx(there.pop(name), rel=0.15)
+    for one, other in zip(found.pop("models"), there.pop("models"), strict=True):
+        assert one.pop("model") == other.pop("model")
+        for key, value in one.items():
+            assert value == other[key] or value == pytest.approx(other[key], rel=0.1, abs=0.002), key
     assert found == there
 
 
@@ -221,3 +228,22 @@ def test_the_pictures_show_something(records: str, tmp_path: Path) -> None:
         assert picture.shape[0] >= 800 and picture.shape[1] >= 1200
         assert len(np.unique(picture[::3, ::3, :3].reshape(-1, 3), axis=0)) > 50
     assert plot.pareto([(3, 2.0), (1, 3.0), (2, 3.5), (4, 2.0), (5, 1.0)]) == [(1, 3.0), (3, 2.0), (5, 1.0)]
+
+
+def test_the_page_is_one_file(records: str, tmp_path: Path) -> None:
+    """Every picture is in it and nothing is fetched."""
+    fit(records, tmp_path / "law", "--student-params", "3B")
+    text = (tmp_path / "law" / "report.html").read_text()
+    assert re.findall(r'src="([^,]{0,40})', text) == ["data:image/png;base64"] * 3
+    assert not re.findall(r"https?://|@import|<script|<link", text)
+    assert "<strong>No recommendation:</strong> nothing here can tell" in text and text.count("<table>") == 3
+    for name in ("curse", "optimum", "compute"):
+        assert base64.b64encode((tmp_path / "law" / f"{name}.png").read_bytes()).decode() in text
+
+
+def test_models_are_compared_where_asked_for(records: str, tmp_path: Path) -> None:
+    assert fit(records, tmp_path / "one")["models"] == []
+    found = fit(records, tmp_path / "two", "--compare")["models"]
+    assert [each["model"] for each in found] == ["model of all cells", "rule T = 2.5 S", "rule T = 1.5 S"]
+    assert found[0]["error"] > 0 and found[1]["error"] is None
+    assert "## Which model foretells students it has not seen" in (tmp_path / "two" / "report.md").read_text()

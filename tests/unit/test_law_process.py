@@ -88,6 +88,7 @@ def test_draws_have_the_mean_and_covariance_of_the_posterior() -> None:
     drawn = fitted.curves(student, np.array(new), 40_000)
     error = np.sqrt(np.diag(spread) / 40_000)
     assert np.abs(drawn.mean(axis=0) - mean).max() < 5 * error.max()
+    assert fitted.mean(student, np.array(new)) == pytest.approx(mean, abs=1e-9)
     assert np.cov(drawn.T) == pytest.approx(spread, abs=0.03 * spread.max())
 
 

@@ -1,12 +1,12 @@
 """Records: what is refused, in which words, and what is grouped. Nothing is averaged in silence."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 
 from megatron_capgap.law import curves, records
-from megatron_capgap.law.records import LawError
+from megatron_capgap.law.records import LawError, Record
 from tests.support.law import record, save, save_raw
 
 
@@ -127,3 +127,67 @@ def test_students_of_nearly_one_size_are_one_and_it_is_said() -> None:
     found, remarks = curves.curves(some, "non-embedding")
     assert [len(curve.teachers) for curve in found] == [2, 1]
     assert remarks == ["students of 1,000,000 to 1,010,000 parameters count as one of 1,004,988"]
+
+
+def table(path: Path, rows: list[dict[str, object]], delimiter: str = ",") -> str:
+    columns = list(rows[0])
+    lines = [delimiter.join(columns), *(delimiter.join(str(row[name]) for name in columns) for row in rows)]
+    path.write_text("\ufeff" + "\r\n".join(lines) + "\r\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("r.csv", ","), ("r.tsv", "\t")])
+def test_a_table_is_read_as_json_lines_are(tmp_path: Path, name: str, delimiter: str) -> None:
+    """As spreadsheets write them: a byte order mark, CRLF, numbers with a point, empty cells, columns of others."""
+    some = [record(seed=1, teacher_valid_loss=3.5, tokenizer="7"), record(seed=2, taught=False, init="pruned")]
+    rows = [{**asdict(each), "Name": f'"a, run of {each.seed}"'} for each in some]
+    rows = [{key: "" if value is None else value for key, value in row.items()} for row in rows]
+    rows[0] |= {"tokens": "5000000.0", "taught": "TRUE"}
+    found = records.read([table(tmp_path / name, rows, delimiter)])
+    assert found == records.read([save(some, tmp_path / "r.jsonl")])
+
+
+def test_columns_of_others_are_renamed(tmp_path: Path) -> None:
+    rows = [{("eval/loss" if key == "valid_loss" else key): value for key, value in asdict(record()).items()}]
+    rows[0] = {key: "" if value is None else value for key, value in rows[0].items()}
+    path = table(tmp_path / "wandb.csv", rows)
+    with pytest.raises(LawError, match=r"wandb\.csv:2: valid_loss missing"):
+        records.read([path])
+    assert records.read([path], {"eval/loss": "valid_loss"}) == [record()]
+    with pytest.raises(LawError, match="--rename: loss is no field of a record; valid values: student_params"):
+        records.read([path], {"eval/loss": "loss"})
+
+
+TABLES = {
+    "valid_loss\n-1\n": "missing",
+    "a,b\n1,2,3\n": ":2: 3 cells under 2 columns",
+    'a,b\n"1,2\n': "not a table",
+}
+
+
+@pytest.mark.parametrize("text", TABLES)
+def test_tables_that_are_none(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "r.csv"
+    path.write_text(text)
+    with pytest.raises(LawError) as error:
+        records.read([path])
+    assert str(error.value).startswith(f"{path}:") and TABLES[text] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_losses_that_cannot_be_name_their_line(tmp_path: Path) -> None:
+    rows = [{key: value for key, value in asdict(record(seed=seed)).items() if value is not None} for seed in (1, 2)]
+    for wrong, message in (
+        (-0.1, "valid_loss is -0.1; more than 0"),
+        (400, "valid_loss is 400.0; a loss in nats"),
+        ("nan", "nan"),
+    ):
+        rows[1]["valid_loss"] = wrong
+        with pytest.raises(LawError, match=message) as error:
+            records.read([table(tmp_path / "r.csv", rows)])
+        assert f"{tmp_path}/r.csv:3: " in str(error.value)
+
+
+def test_every_field_has_its_unit() -> None:
+    assert set(records.UNITS) == {field.name for field in fields(Record)}
+    assert "\n  [teacher_seed] " in records.schema() and "\n  valid_loss " in records.schema()

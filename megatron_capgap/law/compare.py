@@ -1,0 +1,153 @@
+"""Which model predicts students it has not seen: the model of all cells beside laws with few numbers.
+
+Each is fitted without one student and asked for that student's losses and best teacher, for every student in turn; and
+fitted to the smaller half of the students and asked for the larger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import optimize
+
+from megatron_capgap.law.cells import Array, Cells, Mask
+from megatron_capgap.law.process import Process
+
+MILLION = 1e6
+Model = Callable[[Cells, Array, Cells, Array], Array]
+"""From runs with the teachers' own losses `[n]`, and other runs with theirs `[m]`, to the losses of these `[m]`; those
+that they have are not looked at."""
+LEAST_STUDENTS = 3
+RULES = (2.5, 1.5)
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a model foretells students that it has not seen."""
+
+    model: str
+    error: float | None
+    """Root mean square error of the losses, nats a token; None for rules, which foretell none."""
+    regret: float
+    """Mean over students: loss under the teacher it would choose of those tried, above that under the best of them."""
+    worst: float
+    """The largest of these regrets."""
+    small_to_large: float | None
+    """The error where the larger half of the students is foretold from the smaller."""
+
+
+def scores(cells: Cells, losses: Array | None) -> list[Score]:
+    """All models, in the order of MODELS; none for fewer than LEAST_STUDENTS students.
+
+    Args:
+        cells: the runs.
+        losses: the teachers' own held-out losses `[n]`; None where some are not known, which leaves out the laws that
+            need them.
+    """
+    students = cells.students()
+    if len(students) < LEAST_STUDENTS:
+        return []
+    told = np.zeros(len(cells)) if losses is None else losses
+    found = []
+    for name, (model, needs_losses) in MODELS.items():
+        if needs_losses and losses is None:
+            continue
+
+        def foretold(inside: Mask, model: Model = model) -> Array:
+            return model(cells.chosen(inside), told[inside], cells.chosen(~inside), told[~inside])
+
+        errors, regrets = [], []
+        for student in students:
+            mine = cells.student == student
+            predicted = foretold(~mine)
+            errors.append(predicted - cells.loss[mine])
+            regrets.append(_regret(cells.chosen(mine), predicted))
+        smaller = cells.student <= students[(len(students) - 1) // 2]
+        ahead = foretold(smaller) - cells.loss[~smaller]
+        one_out = _rms(np.concatenate(errors))
+        found.append(Score(name, one_out, float(np.mean(regrets)), float(np.max(regrets)), _rms(ahead)))
+    for k in RULES:
+        chosen = [cells.chosen(cells.student == student) for student in students]
+        regrets = [_regret(mine, np.abs(np.log(mine.teacher / (k * mine.student)))) for mine in chosen]
+        found.append(Score(f"rule T = {k:g} S", None, float(np.mean(regrets)), float(np.max(regrets)), None))
+    return found
+
+
+def all_cells(known: Cells, losses: Array, new: Cells, new_losses: Array) -> Array:
+    """The model of all cells; a new student's level follows those of the known ones, a line in log S."""
+    process = Process(known, np.random.default_rng(0))
+    luck = process.teachers()
+    sizes = known.students()
+    levels = []
+    for student in sizes:
+        mine = known.student == student
+        curve = process.mean(student, process.d[mine])
+        levels.append(float(np.mean(known.loss[mine] - curve - luck[known.training[mine]])))
+    line = np.polyfit(np.log(sizes), levels, 1 if len(sizes) > 1 else 0)
+    of_training = dict(zip(known.training.tolist(), luck[known.training].tolist(), strict=True))
+    found = np.zeros(len(new))
+    for student in new.students():
+        mine = new.student == student
+        curve = process.mean(student, np.log(new.teacher[mine] / student))
+        found[mine] = np.polyval(line, np.log(student)) + curve
+    return found + [of_training.get(training, 0.0) for training in new.training.tolist()]
+
+
+def five_numbers(known: Cells, losses: Array, new: Cells, new_losses: Array) -> Array:
+    """a + b log S + c log(T/S) + d L_T + e log S log(T/S): the cut enters by the last but one and the last."""
+
+    def design(cells: Cells, own: Array) -> Array:
+        size, ratio = np.log(cells.student / MILLION), np.log(cells.teacher / cells.student)
+        return np.stack([np.ones(len(cells)), size, ratio, own, size * ratio], axis=1)
+
+    numbers, *_ = np.linalg.lstsq(design(known, losses), known.loss, rcond=None)
+    return design(new, new_losses) @ numbers
+
+
+def apple(known: Cells, losses: Array, new: Cells, new_losses: Array) -> Array:
+    """Busbridge et al. 2025 (arXiv 2502.08606), equation 8, with one number of student tokens: the teacher enters by
+    its own loss alone, and there is no term for the cut. Weak priors, several starts."""
+
+    def law(p: Array, cells: Cells, own: Array) -> Array:
+        size = np.log(cells.student / MILLION)
+        alone = p[7] + np.exp(p[8] - p[9] * size)  # what the student reaches without a teacher
+        capacity = np.exp(p[1]) * np.exp(p[2]) * np.logaddexp(0, (np.log(own) - np.log(alone) - p[3]) / np.exp(p[2]))
+        return own + np.exp(-p[0] * np.log(own) - capacity + 0.5 * np.logaddexp(p[4] - p[5] * size, p[6]))
+
+    median = np.array([2.5, 2.0, -2.0, 0.2, 0.0, 0.3, -1.0, 0.9 * losses.min(), 0.0, 0.3])
+    sd = np.array([3.0, 3.0, 1.5, 0.3, 4.0, 0.4, 4.0, 1.0, 1.0, 0.4])
+    random, best = np.random.default_rng(0), None
+    for start in median + sd * random.uniform(-1, 1, (APPLE_STARTS, len(median))):
+
+        def misses(p: Array) -> Array:
+            with np.errstate(all="ignore"):
+                error = law(p, known, losses) - known.loss
+            return np.append(np.nan_to_num(error, nan=1e3, posinf=1e3, neginf=-1e3) / 0.01, 0.3 * (p - median) / sd)
+
+        fitted = optimize.least_squares(misses, start, max_nfev=100)
+        if best is None or fitted.cost < best.cost:
+            best = fitted
+    assert best is not None
+    return law(best.x, new, new_losses)
+
+
+APPLE_STARTS = 6
+MODELS: dict[str, tuple[Model, bool]] = {
+    "model of all cells": (all_cells, False),
+    "five numbers, with a term for the cut": (five_numbers, True),
+    "Apple's law, without one": (apple, True),
+}
+"""By name: the model, and whether it needs the teachers' own losses."""
+
+
+def _regret(cells: Cells, predicted: Array) -> float:
+    """What one student loses by taking the teacher that is predicted to be the best, over its seeds `[n]`."""
+    teachers = np.unique(cells.teacher)
+    seen, expected = ([np.mean(each[cells.teacher == size]) for size in teachers] for each in (cells.loss, predicted))
+    return float(seen[int(np.argmin(expected))] - min(seen))
+
+
+def _rms(values: Array) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))
