@@ -132,7 +132,8 @@ def fit_law(args: argparse.Namespace) -> None:
     Raises:
         LawError, UserError: before anything is written.
     """
-    found = study.study(records.select(records.read(args.records, dict(args.rename)), dict(args.where)), args.count)
+    everything = records.read(args.records, dict(args.rename))
+    found = study.study(records.select(everything, dict(args.where)), args.count, everything)
     advice = None
     if args.student_params:
         teachers, init = read_catalogue(args.catalogue, args.count), found.records[0].init
@@ -143,6 +144,8 @@ def fit_law(args: argparse.Namespace) -> None:
     plot.optimum(found, args.out / "optimum.png")
     plot.law(found, args.out / "law.png", advice)
     plot.compute(found, args.out / "compute.png")
+    if found.causes:
+        plot.causes(found, args.out / "causes.png")
     text = report.write(found, advice, scores, args.mfu, args.gpu_peak)
     write_atomically(args.out / "report.md", text)
     write_atomically(args.out / "report.html", page.page(text, args.out))
@@ -166,8 +169,10 @@ def recommend(advice: Advice) -> None:
     low, high = first.interval
     print(
         f"teacher for {short(advice.student)}: {first.name}, {short(first.teacher)}   expected regret "
-        f"{first.regret:.4f} nats a token ({low:.4f} to {high:.4f})"
+        f"{first.regret:.4f} nats a token ({low:.4f} to {high:.4f}) among {len(advice.candidates)} of the catalogue"
     )
+    if advice.best is not None and advice.interval is not None:
+        print(f"the best teacher of any size: {short(advice.best)} ({' to '.join(map(short, advice.interval))})")
 
 
 def read_catalogue(path: Path, count: str) -> dict[str, float]:

@@ -105,6 +105,32 @@ def law(study: Study, path: Path, advice: Advice | None = None) -> None:
     _save(figure, path)
 
 
+def causes(study: Study, path: Path) -> None:
+    """What the start costs and what the teaching gives, against teacher size: a panel each."""
+    figure = Figure(figsize=(6.4, 6.8), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(2, sharex=True)
+    titles = ("loss on labels alone, nats a token", "gain by teaching, nats a token")
+    for axes, title in zip(panels, titles, strict=True):
+        _plain(axes)
+        axes.set_ylabel(title)
+    for number, each in enumerate(study.causes):
+        colour, marker = _look(number)
+        every = max(len(each.grid) // 6, 1)
+        for axes, quantiles in zip(panels, (each.start, each.teaching), strict=True):
+            if quantiles is None:
+                continue
+            axes.fill_between(each.grid, quantiles[0], quantiles[2], color=colour, alpha=0.15, linewidth=0)
+            look = {"color": colour, "marker": marker, "markevery": every, "markersize": 5, "linewidth": 1.5}
+            axes.plot(each.grid, quantiles[1], label=short(each.student), **look)
+    panels[1].axhline(0.0, color=GREY, linewidth=1.0, linestyle=":")
+    panels[1].set_xscale("log")
+    _sizes(panels[1].xaxis, [size for each in study.causes for size in each.grid[[0, -1]]])
+    panels[1].set_xlabel(f"teacher parameters ({study.count})")
+    _legend(panels[1], f"student, {_percent()} band")
+    _save(figure, path)
+
+
 def compute(study: Study, path: Path) -> None:
     """Loss against the compute of the run: a colour a student, larger marks for larger teachers, the frontier."""
     figure, axes = _figure()
@@ -142,11 +168,16 @@ def _figure() -> tuple[Figure, Axes]:
     figure = Figure(figsize=(6.4, 4.4), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    _plain(axes)
+    return figure, axes
+
+
+def _plain(axes: Axes) -> None:
+    """Light lines behind, no frame."""
     axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    return figure, axes
 
 
 def _save(figure: Figure, path: Path) -> None:

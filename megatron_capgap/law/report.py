@@ -43,7 +43,10 @@ def write(
     if advice is not None:
         parts += [_advice(advice, mfu, peak)]
     parts += [_summary(study), "![loss against teacher size](curse.png)", _students(study)]
-    parts += ["![where the best teacher is](optimum.png)", _scales(study)]
+    parts.append("![where the best teacher is](optimum.png)")
+    if study.causes:
+        parts.append(_causes(study))
+    parts.append(_scales(study))
     if scores:
         parts.append(_scores(scores))
     parts += ["![compute and loss](compute.png)", _teachers(study), _reading(study.reading)]
@@ -116,6 +119,30 @@ def _scales(study: Study) -> str:
         "",
         "One Gaussian process of all runs: a level for each student and seed, a smooth function of log(T/S), a random "
         "effect for each training of a teacher, and the teacher's own loss where the records hold it.",
+    ]
+    return "\n".join(lines)
+
+
+def _causes(study: Study) -> str:
+    lines = [
+        "## What the start costs and what the teaching gives",
+        "",
+        "| student | pairs | start, small to large teacher | teaching, smallest teacher | teaching, largest teacher |",
+        "|---" * 5 + "|",
+    ]
+    for each in study.causes:
+        start = "the same" if each.start is None else f"{each.rise_of_start:+.4f}"
+        ends = (each.teaching[:, place] for place in (0, -1))
+        gains = [f"{middle:+.4f} ({low:+.4f} to {high:+.4f})" for low, middle, high in ends]
+        lines.append(f"| {short(each.student)} | {each.pairs} | {start} | {' | '.join(gains)} |")
+    lines += [
+        "",
+        "Nats a token, over the ratios looked at. Start: how much worse the student ends on labels alone when its "
+        "start was made of the largest teacher and not of the smallest: what cutting more away costs. Teaching: how "
+        "much better the same start ends with the teacher than on labels alone. A curse of teaching would show as a "
+        "gain that falls towards larger teachers.",
+        "",
+        "![the start and the teaching](causes.png)",
     ]
     return "\n".join(lines)
 

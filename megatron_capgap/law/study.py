@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_capgap.law import cells, compare, reading, verdict
+from megatron_capgap.law import causes, cells, compare, reading, verdict
 from megatron_capgap.law.advice import Advice
+from megatron_capgap.law.causes import Cause
 from megatron_capgap.law.cells import Training
 from megatron_capgap.law.compare import Score
 from megatron_capgap.law.process import Process
@@ -19,7 +20,7 @@ from megatron_capgap.law.reading import Reading
 from megatron_capgap.law.records import Record, conditions
 from megatron_capgap.law.verdict import Finding
 
-DIGITS, DRAWN_DIGITS = 6, 3
+DIGITS, DRAWN_DIGITS, CAUSE_DIGITS = 6, 3, 4
 """Significant digits in law.json; of what is drawn from the posterior, about what its draws can vouch for."""
 FEW_TEACHERS = 3
 
@@ -36,6 +37,8 @@ class Study:
     """One a student, ascending."""
     reading: Reading
     """The paper's method on the same records, for comparison."""
+    causes: Sequence[Cause]
+    """What the start costs and the teaching gives, where the same starts were trained on labels alone."""
     remarks: Sequence[str]
 
     @property
@@ -44,12 +47,13 @@ class Study:
         return verdict.is_law(self.findings)
 
 
-def study(records: Sequence[Record], count: str) -> Study:
+def study(records: Sequence[Record], count: str, everything: Sequence[Record] = ()) -> Study:
     """Fits the model of all cells and gives the verdicts.
 
     Args:
         records: under one set of conditions, from `records.select`.
         count: how parameters are counted, one of `records.COUNTS`.
+        everything: all records, for those of the same starts on labels alone.
 
     Raises:
         LawError: records that contradict each other.
@@ -57,15 +61,9 @@ def study(records: Sequence[Record], count: str) -> Study:
     trainings = cells.trainings(records, count)
     process = Process(cells.cells(records, count), np.random.default_rng(0))
     findings = verdict.findings(process)
-    return Study(
-        records,
-        count,
-        trainings,
-        process,
-        findings,
-        reading.read(records, count),
-        _remarks(records, trainings, process),
-    )
+    apart = causes.causes(records, everything, count)
+    remarks = _remarks(records, trainings, process, apart)
+    return Study(records, count, trainings, process, findings, reading.read(records, count), apart, remarks)
 
 
 def compared(study: Study) -> list[Score]:
@@ -89,6 +87,7 @@ def as_json(study: Study, advice: Advice | None = None, scores: Sequence[Score] 
         "teacher_noise": _rounded(float(study.process.teachers().std()), DRAWN_DIGITS),
         "teachers": [asdict(training) for training in study.trainings],
         "advice": _advice(advice) if advice else None,
+        "causes": [_cause(each) for each in study.causes],
         "models": [_rounded(asdict(score), DRAWN_DIGITS) for score in scores],
         "paper_reading": reading.as_dict(study.reading),
         "remarks": list(study.remarks),
@@ -113,6 +112,20 @@ def _student(found: Finding) -> dict[str, Any]:
     }
 
 
+def _cause(each: Cause) -> dict[str, Any]:
+    drawn = {"rise_of_start": each.rise_of_start, "loss_of_teaching": each.loss_of_teaching}
+    for name, quantiles in (("teaching", each.teaching), ("start", each.start)):
+        ends = {} if quantiles is None else {"smallest": quantiles[:, 0].tolist(), "largest": quantiles[:, -1].tolist()}
+        drawn[name] = ends or None
+    looked_at = [each.grid[0], each.grid[-1]]
+    return {
+        "student_params": each.student,
+        "pairs": each.pairs,
+        "teachers_looked_at": looked_at,
+        **_rounded(drawn, CAUSE_DIGITS),
+    }
+
+
 def _advice(advice: Advice) -> dict[str, Any]:
     content = asdict(advice)
     for name in ("best", "interval"):
@@ -125,7 +138,9 @@ def _advice(advice: Advice) -> dict[str, Any]:
     return content
 
 
-def _remarks(records: Sequence[Record], trainings: Sequence[Training], process: Process) -> list[str]:
+def _remarks(
+    records: Sequence[Record], trainings: Sequence[Training], process: Process, apart: Sequence[Cause]
+) -> list[str]:
     """What to keep in mind about the runs."""
     found = []
     once = [size for size, number in Counter(training.size for training in trainings).items() if number == 1]
@@ -140,7 +155,7 @@ def _remarks(records: Sequence[Record], trainings: Sequence[Training], process: 
             f"{len(trainings) - len(told)} of {len(trainings)} trainings of teachers come without teacher_valid_loss, "
             "so a poor training cannot be told from a large gap"
         )
-    if records[0].init.startswith("pruned"):
+    if records[0].init.startswith("pruned") and records[0].taught and not apart:
         found.append(
             "students began pruned out of their teacher, so these curves hold both what cutting costs and what "
             "teaching gives; only the same starts trained without a teacher tell them apart"

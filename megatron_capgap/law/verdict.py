@@ -79,12 +79,12 @@ def finding(process: Process, student: float) -> Finding:
         best=middle,
         interval=(low, high),
         grid=grid,
-        curve=quantiles(_levelled(process, student, ratios, drawn)),
+        curve=quantiles(levelled(process, student, ratios, drawn)),
         optimum=np.bincount(at, minlength=POINTS) / DRAWS,
     )
 
 
-def _levelled(process: Process, student: float, ratios: Array, drawn: Array) -> Array:
+def levelled(process: Process, student: float, ratios: Array, drawn: Array) -> Array:
     """Draws of a curve at the level of the student's runs under teachers of ordinary luck `[draws, m]`."""
     mine = process.cells.student == student
     level = np.mean(process.cells.loss[mine] - process.teachers()[process.cells.training[mine]])
