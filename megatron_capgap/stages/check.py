@@ -60,7 +60,7 @@ def _models(resolved: Resolved) -> list[str]:
         assert resolved.teacher_source is not None
         ratio = resolved.teacher_source.manifest.kept / resolved.student_kept
         lines.append(
-            f"the teacher is {ratio:.2f} times the student (non-embedding); the law of capacity gap advises about 2.5"
+            f"the teacher is {ratio:.2f} times the student (non-embedding); the paper advises about 2.5"
         )
     return lines
 
