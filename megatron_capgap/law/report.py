@@ -221,7 +221,9 @@ def _advice(advice: Advice, mfu: float, peak: float) -> str:
         f"student parameter, 2 for each teacher parameter; one GPU at {100 * mfu:.0f}% of {peak / 1e12:.0f} TFLOP/s.",
     ]
     if advice.outside:
-        lines.append(f"Larger or smaller than any teacher tried for such a student: {', '.join(advice.outside)}.")
+        shown = ", ".join(advice.outside[:SHOWN_CANDIDATES])
+        more = f" and {len(advice.outside) - SHOWN_CANDIDATES} more" * (len(advice.outside) > SHOWN_CANDIDATES)
+        lines.append(f"Larger or smaller than any teacher tried for such a student: {shown}{more}.")
     return title + "\n".join(lines)
 
 

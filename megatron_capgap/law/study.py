@@ -160,6 +160,12 @@ def _remarks(
             "students began pruned out of their teacher, so these curves hold both what cutting costs and what "
             "teaching gives; only the same starts trained without a teacher tell them apart"
         )
+    for each in apart:
+        if each.teaching[2].max() < verdict.MATTERS:
+            found.append(
+                f"student of {each.student:,.0f}: do not distil it; no teacher gives {verdict.MATTERS:g} nats more "
+                "than labels alone, which cost fewer FLOPs"
+            )
     for student in process.cells.students():
         mine = process.cells.student == student
         seeds = len(np.unique(process.cells.curve[mine]))

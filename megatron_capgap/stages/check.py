@@ -59,9 +59,7 @@ def _models(resolved: Resolved) -> list[str]:
     if resolved.teacher is not None:
         assert resolved.teacher_source is not None
         ratio = resolved.teacher_source.manifest.kept / resolved.student_kept
-        lines.append(
-            f"the teacher is {ratio:.2f} times the student (non-embedding); the paper advises about 2.5"
-        )
+        lines.append(f"the teacher is {ratio:.2f} times the student (non-embedding); the paper advises about 2.5")
     return lines
 
 

@@ -22,16 +22,16 @@ def gain(student: float, teacher: float) -> float:
     return 0.08 - 0.01 * np.log(teacher / student)
 
 
-def both_arms(init: str = "pruned") -> list[Record]:
-    """Every start taught and on labels alone; its luck is in both."""
+def both_arms(init: str = "pruned", share: float = 1.0, noise: float = 0.001) -> list[Record]:
+    """Every start taught and on labels alone; its luck is in both. `share` of the gain is really there."""
     random, found = np.random.default_rng(0), []
     for each in made.draw(cut, random, 0.0, students=(1e6, 3e6, 8e6), teachers=TEACHERS, init=init):
         luck = 0.02 * random.standard_normal()
         alone = each.valid_loss + (luck if init == "pruned" else 0.0)
         if init != "pruned":
             alone = cut(each.student_params, 4 * each.student_params)
-        given = gain(each.student_params, each.teacher_params)
-        taught, labels = (value + 0.001 * random.standard_normal() for value in (alone - given, alone))
+        given = share * gain(each.student_params, each.teacher_params)
+        taught, labels = (value + noise * random.standard_normal() for value in (alone - given, alone))
         found.append(replace(each, valid_loss=taught))
         found.append(replace(each, valid_loss=labels, taught=False, objective="1 cross_entropy"))
     return found
@@ -69,6 +69,13 @@ def test_runs_of_other_conditions_are_no_counterparts() -> None:
         other = [each if each.taught else replace(each, **change) for each in some]
         assert causes.causes(taught, other, "non-embedding") == [], change
     assert causes.causes([each for each in some if not each.taught], some, "non-embedding") == []
+
+
+def test_teaching_that_gives_nothing_is_advised_against() -> None:
+    for share, advised in ((1.0, 0), (0.0, 3)):
+        some = both_arms(share=share, noise=0.0003)
+        found = study.study([each for each in some if each.taught], "non-embedding", some)
+        assert sum("do not distil it; no teacher gives 0.002 nats" in text for text in found.remarks) == advised
 
 
 def test_the_report_has_them(tmp_path: Path) -> None:
