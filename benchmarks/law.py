@@ -10,6 +10,7 @@ in FILE.jsonl; a second call goes on where the first one stopped. The table then
     end       share whose best teacher is at an end of what was looked at, where an interval cannot miss on one side
     width     median of log(high / low) of that interval
     law       share of draws that say "law"
+    wrong     share of students with a verdict that their true curve contradicts
     said      median regret that the advice expects, nats a token; `seen` that it really has; mean of `seen`
     rule      mean regret of the teacher nearest to 2.5 times the student
     paper     the same draws read the paper's way: share that name a law, share whose interval holds, mean regret
@@ -38,6 +39,7 @@ from megatron_capgap.law.advice import advise  # noqa: E402
 from megatron_capgap.law.cells import cells  # noqa: E402
 from megatron_capgap.law.process import Process  # noqa: E402
 from megatron_capgap.law.records import Record  # noqa: E402
+from megatron_capgap.law.verdict import Finding  # noqa: E402
 from tests.support import law as made  # noqa: E402
 
 LUCK = (0.0, 0.004, 0.0137)
@@ -117,14 +119,15 @@ def once(job: tuple[Cell, int]) -> dict[str, Any]:
     records, student, loss = draw(cell, number)
     process = Process(cells(records, "non-embedding"), np.random.default_rng(number))
     ratios = verdict.span(process, student)
+    assert ratios is not None
     inner = student * np.exp(ratios[[0, -1]]) * [1 + 1e-9, 1 - 1e-9]
     catalogue = {f"{size:.0f}": float(size) for size in np.geomspace(*inner, CANDIDATES)}
     fine = np.geomspace(*inner, FINE)
-    best = float(fine[np.argmin([loss(size) for size in fine])])
-    advice = advise(process, student, catalogue)
+    curve = np.array([loss(size) for size in fine])
+    best, lowest = float(fine[curve.argmin()]), float(curve.min())
+    advice, findings = advise(process, student, catalogue), verdict.findings(process)
     assert advice.interval is not None
     losses = {name: loss(size) for name, size in catalogue.items()}
-    lowest = min(losses.values())
     rule = min(catalogue, key=lambda name: abs(np.log(catalogue[name] / (2.5 * student))))
     low, high = advice.interval
     return {
@@ -133,16 +136,30 @@ def once(job: tuple[Cell, int]) -> dict[str, Any]:
         "holds": bool(low * (1 - 1e-6) <= best <= high * (1 + 1e-6)),
         "end": best in (fine[0], fine[-1]),
         "width": float(np.log(high / low)),
-        "law": verdict.is_law(verdict.findings(process)),
+        "law": verdict.is_law(findings),
         "said": advice.candidates[0].regret,
         "seen": losses[advice.candidates[0].name] - lowest,
         "rule": losses[rule] - lowest,
-        **_paper(records, student, best, losses, catalogue),
+        "wrong": float(np.mean([_wrong(cell, each) for each in findings])) if cell.truth != "scattered" else None,
+        **_paper(records, student, best, losses, lowest, catalogue),
     }
 
 
+def _wrong(cell: Cell, found: Finding) -> bool:
+    """Whether a verdict was given on a student that its true curve contradicts."""
+    curve = np.array([TRUTHS[cell.truth].loss(found.student, size) for size in found.grid])
+    falls, rises = curve[0] - curve.min() > verdict.MATTERS, curve[-1] - curve.min() > verdict.MATTERS
+    true = {(True, True): verdict.INTERIOR, (False, True): verdict.SMALLEST, (True, False): verdict.SATURATING}
+    return found.verdict not in (verdict.NOT_DETECTED, true.get((bool(falls), bool(rises))))
+
+
 def _paper(
-    records: Sequence[Record], student: float, best: float, losses: dict[str, float], catalogue: dict[str, float]
+    records: Sequence[Record],
+    student: float,
+    best: float,
+    losses: dict[str, float],
+    lowest: float,
+    catalogue: dict[str, float],
 ) -> dict[str, Any]:
     """What the paper's reading makes of the same draw; trainings of one size are too much for it, so it sees one."""
     first = [record for record in records if record.teacher_seed == 1]
@@ -156,12 +173,12 @@ def _paper(
     if draws is not None:
         low, high = np.quantile(draws, [0.05, 0.95])
         holds = bool(low <= best <= high)
-    return {"paper_law": True, "paper_holds": holds, "paper_seen": losses[nearest] - min(losses.values())}
+    return {"paper_law": True, "paper_holds": holds, "paper_seen": losses[nearest] - lowest}
 
 
 def table(found: Sequence[dict[str, Any]]) -> list[str]:
     """A row for each cell."""
-    names = "draws holds  end width   law    said    seen    mean    rule | paper: law holds mean"
+    names = "draws holds  end width   law wrong    said    seen    mean    rule | paper: law holds mean"
     lines = [f"{'truth luck design':28s} {names}"]
     rows: dict[str, list[dict[str, Any]]] = {}
     for each in found:
@@ -178,7 +195,7 @@ def table(found: Sequence[dict[str, Any]]) -> list[str]:
         holds = f"{mean('holds'):5.2f}" if TRUTHS[name.split()[0]].best else "    -"
         lines.append(
             f"{name:28s} {len(row):5d} {holds} {mean('end'):4.2f} {median('width'):5.2f} {mean('law'):5.2f} "
-            f"{median('said'):.5f} {median('seen'):.5f} {mean('seen'):.5f} {mean('rule'):.5f} |"
+            f"{mean('wrong'):5.2f} {median('said'):.5f} {median('seen'):.5f} {mean('seen'):.5f} {mean('rule'):.5f} |"
             f"        {mean('paper_law'):.2f}  {mean('paper_holds'):.2f} {mean('paper_seen'):.5f}"
         )
     return lines

@@ -5,7 +5,7 @@
         --student-params 3B --tokens 126B
 
 writes OUT/law.json (the same records give the same bytes), report.md, the same as one page, report.html, and curse.png,
-optimum.png, law.png and compute.png.
+optimum.png, law.png and compute.png; and causes.png where the same starts were trained on labels alone.
 """
 
 import argparse
@@ -42,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     except (UserError, LawError) as error:
         print(f"fit_law: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of what is printed has seen enough; everything is written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         print(f"fit_law: error: {error.filename or args.out}: {error.strerror}", file=sys.stderr)
         return 2
@@ -132,7 +134,11 @@ def fit_law(args: argparse.Namespace) -> None:
     Raises:
         LawError, UserError: before anything is written.
     """
+    if args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {args.out}: is a file; give a folder")
     everything = records.read(args.records, dict(args.rename))
+    if twice := [name for name, _ in args.where if [given for given, _ in args.where].count(name) > 1]:
+        raise UserError(f"--where {twice[0]}: given twice; one value would do")
     found = study.study(records.select(everything, dict(args.where)), args.count, everything)
     advice = None
     if args.student_params:
@@ -144,6 +150,7 @@ def fit_law(args: argparse.Namespace) -> None:
     plot.optimum(found, args.out / "optimum.png")
     plot.law(found, args.out / "law.png", advice)
     plot.compute(found, args.out / "compute.png")
+    (args.out / "causes.png").unlink(missing_ok=True)
     if found.causes:
         plot.causes(found, args.out / "causes.png")
     text = report.write(found, advice, scores, args.mfu, args.gpu_peak)
@@ -155,7 +162,8 @@ def fit_law(args: argparse.Namespace) -> None:
     print(report.headline(found))
     for remark in found.remarks:
         print(f"note: {remark}")
-    print(f"wrote {args.out}/law.json, report.md, report.html, curse.png, optimum.png, law.png, compute.png")
+    pictures = "curse.png, optimum.png, law.png, compute.png" + ", causes.png" * bool(found.causes)
+    print(f"wrote {args.out}/law.json, report.md, report.html, {pictures}")
 
 
 def recommend(advice: Advice) -> None:
@@ -171,8 +179,9 @@ def recommend(advice: Advice) -> None:
         f"teacher for {short(advice.student)}: {first.name}, {short(first.teacher)}   expected regret "
         f"{first.regret:.4f} nats a token ({low:.4f} to {high:.4f}) among {len(advice.candidates)} of the catalogue"
     )
-    if advice.best is not None and advice.interval is not None:
-        print(f"the best teacher of any size: {short(advice.best)} ({' to '.join(map(short, advice.interval))})")
+    if advice.best is not None and advice.interval is not None and advice.within is not None:
+        within, interval = (" to ".join(map(short, ends)) for ends in (advice.within, advice.interval))
+        print(f"the best teacher within {within}, of which these runs tell: {short(advice.best)} ({interval})")
 
 
 def read_catalogue(path: Path, count: str) -> dict[str, float]:
@@ -190,7 +199,8 @@ def read_catalogue(path: Path, count: str) -> dict[str, float]:
     try:
         lines: Any = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"--catalogue {path}: cannot be read ({error}); give a YAML file of lines of models") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"--catalogue {path}: cannot be read ({reason}); give a YAML file of lines of models") from None
     counted = size.non_embedding_parameters if count == "non-embedding" else size.parameters
     adapter, sizes = TypeAdapter(ModelShape), {}
     if not isinstance(lines, Mapping) or not all(isinstance(members, Mapping) for members in lines.values()):

@@ -25,5 +25,5 @@ echo "== 2. the sweep"
 echo "== 3. the law"
 mkdir -p results
 cp work/sweep/records.jsonl results/
-"$python" ../../tools/fit_law.py --records results/records.jsonl --where init=pruned taught=true --out results --compare
-"$python" ../../tools/fit_law.py --records results/records.jsonl --where init=fixed taught=true --out results/fixed
+"$python" ../../tools/fit_law.py --records results/records.jsonl --where init=pruned --out results --compare
+"$python" ../../tools/fit_law.py --records results/records.jsonl --where init=fixed --out results/fixed

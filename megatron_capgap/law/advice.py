@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_capgap.law import cost
+from megatron_capgap.law.cells import SAME_SIZE
 from megatron_capgap.law.process import Process
 from megatron_capgap.law.verdict import DRAWS, minima, quantiles, span
 from megatron_capgap.law.words import short
@@ -30,7 +31,7 @@ class Candidate:
     teacher: float
     """Parameters."""
     regret: float
-    """Expected loss above that of the best candidate, nats a token."""
+    """Expected loss above that of the best teacher within `Advice.within`, in the catalogue or not, nats a token."""
     interval: tuple[float, float]
     """LEVEL interval of the regret."""
     probability: float
@@ -49,12 +50,14 @@ class Advice:
     refusal: str | None
     """Why nothing is recommended; then everything below is empty."""
     best: float | None
-    """Median of the best teacher of any size, parameters."""
+    """Median of the best teacher within `within`, in the catalogue or not, parameters."""
     interval: tuple[float, float] | None
+    within: tuple[float, float] | None
+    """The teachers that the data tell something of, parameters; at an end of it the best may lie beyond."""
     candidates: tuple[Candidate, ...]
-    """Those within the ratios of the data, the least expected regret first."""
+    """Those within `within`, the least expected regret first."""
     outside: tuple[str, ...]
-    """Names of larger teachers that lie outside those ratios."""
+    """Names of larger teachers that lie outside of it."""
     warnings: tuple[str, ...]
 
 
@@ -72,22 +75,24 @@ def advise(
     """
     sizes = process.cells.students()
     beyond = float(max(student / sizes[-1], sizes[0] / student, 1.0))
-    within = f"{short(sizes[0])} to {short(sizes[-1])}"
+    known = f"{short(sizes[0])} to {short(sizes[-1])}"
     if beyond > REFUSED:
-        reason = (
-            f"a student of {short(student)} is {_times(beyond)} times outside the students of these runs ({within})"
-        )
+        reason = f"a student of {short(student)} is {_times(beyond)} times outside the students of these runs ({known})"
         return _refused(student, beyond, reason)
+    student = next((size for size in sizes if abs(np.log(size / student)) < SAME_SIZE), student)
     ratios = span(process, student)
-    low, high = student * np.exp(ratios[[0, -1]])
+    if ratios is None:
+        reason = f"no teacher of these runs is at a ratio to {short(student)} that was tried"
+        return _refused(student, beyond, reason, tuple(catalogue))
+    low, high = student * np.exp(ratios[[0, -1]]) * [1 - 1e-9, 1 + 1e-9]
     inside = {name: size for name, size in catalogue.items() if low <= size <= high}
-    outside = tuple(name for name, size in catalogue.items() if size > student and name not in inside)
+    outside = tuple(name for name, size in catalogue.items() if size > student * (1 + SAME_SIZE) and name not in inside)
     if not inside:
-        reason = f"no teacher of the catalogue is between {short(low)} and {short(high)}, the teachers that these runs "
-        return _refused(student, beyond, f"{reason}have tried for such a student", outside)
+        reason = f"no teacher of the catalogue is between {short(low)} and {short(high)}, the sizes and ratios that "
+        return _refused(student, beyond, f"{reason}these runs have tried", outside)
     drawn = process.curves(student, np.append(ratios, np.log(np.array(list(inside.values())) / student)), DRAWS)
     had = drawn[:, len(ratios) :]
-    regret = had - had.min(axis=1, keepdims=True)
+    regret = had - drawn.min(axis=1, keepdims=True)
     best = np.bincount(had.argmin(axis=1), minlength=len(inside)) / DRAWS
     ends = quantiles(regret)
     candidates = [
@@ -103,12 +108,13 @@ def advise(
     ]
     candidates.sort(key=lambda each: (each.regret, each.teacher, each.name))
     least, middle, most = (student * np.exp(quantiles(minima(ratios, drawn[:, : len(ratios)])))).tolist()
-    warnings = _warnings(student, beyond, within, candidates[0], init)
-    return Advice(student, beyond, None, middle, (least, most), tuple(candidates), outside, tuple(warnings))
+    warnings = _warnings(student, beyond, known, candidates[0], init)
+    within = (float(low), float(high))
+    return Advice(student, beyond, None, middle, (least, most), within, tuple(candidates), outside, tuple(warnings))
 
 
 def _refused(student: float, beyond: float, reason: str, outside: tuple[str, ...] = ()) -> Advice:
-    return Advice(student, beyond, f"nothing here can tell: {reason}", None, None, (), outside, ())
+    return Advice(student, beyond, f"nothing here can tell: {reason}", None, None, None, (), outside, ())
 
 
 def _warnings(student: float, beyond: float, within: str, first: Candidate, init: str) -> list[str]:
@@ -132,4 +138,4 @@ def _warnings(student: float, beyond: float, within: str, first: Candidate, init
 
 
 def _times(factor: float) -> str:
-    return f"{factor:.3g}" if factor < 100 else f"{factor:,.0f}"
+    return f"{factor:,.0f}" if 100 <= factor < 1e6 else f"{factor:.3g}"

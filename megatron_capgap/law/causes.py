@@ -72,6 +72,7 @@ def causes(taught: Sequence[Record], everything: Sequence[Record], count: str) -
         number = int((teaching.cells.student == student).sum())
         if number >= FEW_PAIRS:
             ratios = span(teaching, student)
+            assert ratios is not None, "a student of the data has teachers"
             grid = student * np.exp(ratios)
             own = None if start is None else _curve(start, student, ratios)
             found.append(Cause(student, number, grid, _curve(teaching, student, ratios), own))
@@ -91,4 +92,4 @@ def _start(record: Record) -> tuple[object, ...]:
     student = (record.student_params, record.student_params_total, record.seed)
     if not record.init.startswith("pruned"):
         return student
-    return (*student, record.teacher_params_total, record.teacher_seed, record.teacher_valid_loss)
+    return (*student, record.teacher_params_total, record.teacher_seed)

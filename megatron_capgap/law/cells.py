@@ -16,6 +16,8 @@ Mask = NDArray[np.bool_]
 
 SAME_SIZE = 0.02
 """Students whose sizes are as close as this are one student: pruning to a sparsity does not hit a size exactly."""
+SAME_LOSS = 0.002
+"""Nats a token by which evaluations of one teacher may differ."""
 QUADRATIC_FROM, LINEAR_FROM = 8, 5
 """Numbers of teacher sizes from which on the trend of the teachers' own losses is fitted with a bend, and with a slope.
 With fewer sizes a training is compared with the others of its size alone."""
@@ -80,8 +82,8 @@ def cells(records: Sequence[Record], count: str) -> Cells:
         LawError: one training of a teacher that has two losses.
     """
     known = trainings(records, count)
-    number = {training: index for index, training in enumerate(known)}
-    which = np.array([number[training_of(record, count)] for record in records])
+    number = {(training.size, training.seed): index for index, training in enumerate(known)}
+    which = np.array([number[record.sizes(count)[1], record.teacher_seed] for record in records])
     student = _merged(np.array([record.sizes(count)[0] for record in records], dtype=np.float64))
     curves = list(zip(student.tolist(), [record.seed for record in records], strict=True))
     return Cells(
@@ -94,33 +96,29 @@ def cells(records: Sequence[Record], count: str) -> Cells:
     )
 
 
-def training_of(record: Record, count: str) -> Training:
-    """The training of the teacher that a record speaks of."""
-    return Training(record.sizes(count)[1], record.teacher_seed, record.teacher_tokens, record.teacher_valid_loss)
-
-
 def trainings(records: Sequence[Record], count: str) -> list[Training]:
-    """Every training of a teacher, ascending by size. Two losses for one size are two trainings, unless both records
-    name the same `teacher_seed`.
+    """Every training of a teacher, ascending by size: one for each size and `teacher_seed`. Its loss is the mean of
+    what its records say, which may differ by SAME_LOSS.
 
     Raises:
-        LawError: one `teacher_seed` with two losses or two numbers of tokens.
+        LawError: records of one size and teacher_seed with other losses or tokens.
     """
-    found = sorted(
-        {training_of(record, count) for record in records},
-        key=lambda each: (each.size, each.seed or 0, each.loss or 0.0, each.tokens or 0),
-    )
-    named: dict[tuple[int, int], Training] = {}
-    for each in found:
-        if each.seed is None:
-            continue
-        first = named.setdefault((each.size, each.seed), each)
-        if first != each:
-            raise LawError(
-                f"teacher of {each.size:,} parameters, teacher_seed {each.seed}: some records give teacher_valid_loss "
-                f"{first.loss} and teacher_tokens {first.tokens}, others {each.loss} and {each.tokens}; give each "
-                "training of a teacher a teacher_seed of its own"
-            )
+    groups: dict[tuple[int, int | None], list[Record]] = {}
+    for record in records:
+        groups.setdefault((record.sizes(count)[1], record.teacher_seed), []).append(record)
+    found = []
+    for (size, seed), group in sorted(groups.items(), key=lambda item: (item[0][0], item[0][1] or 0)):
+        tokens = {each.teacher_tokens for each in group}
+        losses = [each.teacher_valid_loss for each in group if each.teacher_valid_loss is not None]
+        for name, values in (("teacher_tokens", tokens), ("teacher_valid_loss", losses)):
+            if len(set(values)) > 1 and (name == "teacher_tokens" or max(losses) - min(losses) > SAME_LOSS):
+                told = sorted(set(values), key=lambda value: (value is not None, value))
+                raise LawError(
+                    f"teacher of {size:,} parameters, teacher_seed {'not told' if seed is None else seed}: {name} is "
+                    f"{told[0]} in some records and {told[-1]} in others; give each training of a teacher a "
+                    "teacher_seed of its own"
+                )
+        found.append(Training(size, seed, tokens.pop(), float(np.mean(losses)) if losses else None))
     return found
 
 

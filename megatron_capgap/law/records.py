@@ -31,7 +31,7 @@ UNITS = {
     "tokens": "tokens the student was trained on",
     "seed": "of the student's run",
     "init": "random, fixed, pruned (from this teacher) or pruned_other (another training of it)",
-    "valid_loss": "the student's, held out, nats a token; below 30",
+    "valid_loss": "the student's, held out, nats a token; below 16",
     "objective": "what was minimised, any words",
     "flops": "of the run: student and teacher",
     "config_hash": "any word",
@@ -44,8 +44,9 @@ UNITS = {
 }
 """Units of the fields, as --help has them; `Record` says more."""
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-MOST_LOSS = 30.0
-"""Nats a token: what guessing among 10^13 tokens would have. A larger loss is a run gone wrong, or another unit."""
+MOST_LOSS = 16.0
+"""Nats a token: what guessing among nine million tokens would have. A larger loss is of a run gone wrong, or in another
+unit."""
 
 
 class LawError(ValueError):
@@ -129,10 +130,18 @@ def read(paths: Sequence[str | Path], names: Mapping[str, str] | None = None) ->
     names = names or {}
     for wrong in set(names.values()) - set(_ALL):
         raise LawError(f"--rename: {wrong} is no field of a record; valid values: {', '.join(_ALL)}")
+    contents = [each for path in paths for each in _read_file(Path(path))]
+    present = {name for _, content, _ in contents for name in content}
+    for wrong in set(names) - present:
+        raise LawError(
+            f"--rename {wrong}={names[wrong]}: no record has {wrong!r}; there are {', '.join(sorted(present))}"
+        )
+    for field in set(names.values()):
+        if len(told := sorted(name for name in present if names.get(name, name) == field)) > 1:
+            raise LawError(f"--rename: {' and '.join(told)} would both be {field}; leave one of them out of the files")
     found = [
-        (place, _parse(place, {names.get(name, name): value for name, value in content.items()}))
-        for path in paths
-        for place, content in _read_file(Path(path))
+        (place, _parse(place, {names.get(name, name): value for name, value in content.items()}, text))
+        for place, content, text in contents
     ]
     if not found:
         raise LawError(f"{', '.join(map(str, paths))}: no records; give the records of distill runs")
@@ -154,7 +163,7 @@ def select(records: Sequence[Record], where: Mapping[str, str]) -> list[Record]:
     """The records under one set of conditions.
 
     Args:
-        where: values that some of `CONDITIONS` must have, as text.
+        where: values that some of `CONDITIONS` must have, as text; `taught` is true unless it says otherwise.
 
     Raises:
         LawError: none are left, or they still differ in a condition; the message counts them and shows the choice.
@@ -162,14 +171,16 @@ def select(records: Sequence[Record], where: Mapping[str, str]) -> list[Record]:
     for name in where:
         if name not in CONDITIONS:
             raise LawError(f"--where {name}: no such condition; one of {', '.join(CONDITIONS)} would do")
+    if "taught" not in where and any(record.taught for record in records):
+        # Runs on labels alone stand beside the others; they are no students of these teachers.
+        records = [record for record in records if record.taught]
     kept = [record for record in records if all(_text(record, name) == value for name, value in where.items())]
     if not kept:
         wanted = " ".join(f"{name}={value}" for name, value in where.items())
         raise LawError(f"--where {wanted}: no record is left; there are {_choice(records, tuple(where))}")
     mixed = [name for name in CONDITIONS if len({getattr(record, name) for record in kept}) > 1]
     if mixed:
-        values = {name: sorted({_text(record, name) for record in kept}) for name in mixed}
-        example = " ".join(f"'{name}={of[0]}'" for name, of in values.items())
+        example = " ".join(f"'{name}={_commonest(kept, name)}'" for name in mixed)
         raise LawError(
             f"the records differ in {', '.join(mixed)}, so their losses cannot share a curve ({_choice(kept, mixed)}); "
             f"choose with --where {example}"
@@ -182,63 +193,80 @@ def conditions(records: Sequence[Record]) -> dict[str, Any]:
     return {name: getattr(records[0], name) for name in CONDITIONS}
 
 
-def _read_file(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """What stands in a file, with its places."""
+def _read_file(path: Path) -> list[tuple[str, dict[str, Any], bool]]:
+    """What stands in a file, with its places, and whether values are text still."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise LawError(f"{path}: cannot be read ({reason}); give a .jsonl or .csv file of records") from None
-    if path.suffix in DELIMITERS:
-        return _rows(path, text)
+        raise LawError(f"{path}: cannot be read ({reason}); give a .jsonl, .csv or .tsv file of records") from None
+    if path.suffix.lower() in DELIMITERS:
+        return [(place, row, True) for place, row in _rows(path, text)]
     numbered = [(f"{path}:{number}", line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    return [(place, _object(place, line)) for place, line in numbered]
+    return [(place, _object(place, line), False) for place, line in numbered]
 
 
 def _rows(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
-    """The rows of a table; numbers and truth values become what JSON would have."""
-    rows = csv.reader(text.splitlines(keepends=True), delimiter=DELIMITERS[path.suffix], strict=True)
+    """The rows of a table by column; empty cells are left out."""
+    rows = csv.reader(text.splitlines(keepends=True), delimiter=DELIMITERS[path.suffix.lower()], strict=True)
     found, columns = [], None
     try:
         for row in rows:
             place = f"{path}:{rows.line_num}"
             if columns is None:
                 columns = row
+                if twice := sorted({name for name in row if row.count(name) > 1 and name}):
+                    raise LawError(f"{place}: two columns are called {twice[0]!r}; rename or remove one")
+                if len(row) == 1 and ";" in row[0]:
+                    raise LawError(f"{place}: columns are separated by ;, not by commas; save the table with commas")
             elif len(row) > len(columns):
                 raise LawError(f"{place}: {len(row)} cells under {len(columns)} columns; quote cells that hold commas")
             elif any(row):
                 cells = zip(columns, row, strict=False)
-                found.append((place, {name: _plain(cell) for name, cell in cells if cell != ""}))
+                found.append((place, {name: cell for name, cell in cells if cell != ""}))
     except csv.Error as error:
         raise LawError(f"{path}:{rows.line_num}: not a table ({error}); quote cells that hold quotes") from None
     return found
 
 
-def _plain(cell: str) -> Any:
-    """A cell as a number or a truth value where it is one."""
-    if cell.lower() in ("true", "false"):
-        return cell.lower() == "true"
-    try:
-        return float(cell) if cell.strip().lower().lstrip("+-") not in ("inf", "infinity") else cell
-    except ValueError:
-        return cell
-
-
 def _object(place: str, line: str) -> dict[str, Any]:
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise LawError(f"{place}: {twice!r} stands there twice; keep one")
+        return content
+
     try:
-        content = json.loads(line)
+        content = json.loads(line, object_pairs_hook=once)
     except ValueError as error:
-        raise LawError(f"{place}: not JSON ({error}); one record a line would do") from None
+        if isinstance(error, LawError):
+            raise
+        raise LawError(f"{place}: not JSON ({error}); a .jsonl file has one whole record a line") from None
     if not isinstance(content, dict):
         raise LawError(f"{place}: {line[:40]} is no record; an object with {', '.join(_REQUIRED)} would do")
     return content
 
 
-def _parse(place: str, content: Mapping[str, Any]) -> Record:
+def _plain(kind: str, cell: Any) -> Any:
+    """A cell of a table as JSON would have it, by the kind of its field; as it is where it is no such thing."""
+    if kind == "bool":
+        return {"true": True, "false": False}.get(cell.strip().lower(), cell)
+    for convert in {"int": (int, float), "float": (float,)}.get(kind, ()):
+        try:
+            return convert(cell)
+        except ValueError:
+            pass
+    return cell
+
+
+def _parse(place: str, content: Mapping[str, Any], text: bool) -> Record:
     missing = [name for name in _REQUIRED if content.get(name) is None]
     if missing:
         raise LawError(f"{place}: {', '.join(missing)} missing; write the run's record anew or remove the line")
-    values = {name: _value(place, name, content[name]) for name in _ALL if content.get(name) is not None}
+    told = {name: content[name] for name in _ALL if content.get(name) is not None}
+    values = {name: _value(place, name, _plain(_ALL[name], told[name]) if text else told[name]) for name in told}
     for whose in ("student", "teacher"):
         inner, total = values[f"{whose}_params"], values[f"{whose}_params_total"]
         if inner > total:
@@ -257,10 +285,11 @@ def _value(place: str, name: str, given: Any) -> Any:
             raise LawError(f"{place}: {name} is {given!r}; valid values: true, false")
         return given
     if kind == "str":
-        given = f"{given:.15g}" if isinstance(given, float) else given  # a table does not tell 7 from "7"
         if not isinstance(given, str) or not given:
             raise LawError(f"{place}: {name} is {given!r}; a word would do")
         return given
+    if isinstance(given, str):
+        raise LawError(f"{place}: {name} is the text {given!r}; a number without quotes would do")
     number = isinstance(given, int | float) and not isinstance(given, bool)
     if not number or not math.isfinite(given):
         raise LawError(f"{place}: {name} is {given!r}; a finite number would do, or remove the run")
@@ -268,21 +297,22 @@ def _value(place: str, name: str, given: Any) -> Any:
         raise LawError(f"{place}: {name} is {given!r}; a loss in nats a token is below {MOST_LOSS:g}; remove the run")
     lowest = 0 if name.endswith("seed") else 1 if kind == "int" else 0.0
     if given < lowest or (kind == "float" and given == 0) or (kind == "int" and given != int(given)):
-        raise LawError(f"{place}: {name} is {given!r}; {'a whole number' if kind == 'int' else 'more than 0'} would do")
+        wanted = f"a whole number from {lowest} on" if kind == "int" else "more than 0"
+        raise LawError(f"{place}: {name} is {given!r}; {wanted} would do")
     return int(given) if kind == "int" else float(given)
 
 
 def _refuse_duplicates(found: Sequence[tuple[str, Record]]) -> None:
     seen: dict[tuple[Any, ...], str] = {}
     for place, record in found:
-        names = (*CONDITIONS, "teacher_seed", "teacher_tokens", "teacher_valid_loss", "seed")
-        sizes = (*record.sizes("total"), *record.sizes("non-embedding"))
-        first = seen.setdefault((*(getattr(record, name) for name in names), *sizes), place)
-        if first != place:
+        names = (*CONDITIONS, "teacher_seed", "seed")
+        key = (*(getattr(record, name) for name in names), *record.sizes("total"), *record.sizes("non-embedding"))
+        if key in seen:
             raise LawError(
-                f"{place}: the same student, teacher, seed {record.seed} and conditions as {first}; "
-                "remove one of the two"
+                f"{place}: the same student, teacher, seed {record.seed} and conditions as {seen[key]}; "
+                "remove one of the two; trainings of one teacher are told apart by teacher_seed"
             )
+        seen[key] = place
 
 
 def _refuse_mixed_counts(found: Sequence[tuple[str, Record]]) -> None:
@@ -307,6 +337,11 @@ def _order(record: Record) -> tuple[Any, ...]:
 def _text(record: Record, name: str) -> str:
     value = getattr(record, name)
     return "not told" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _commonest(records: Sequence[Record], name: str) -> str:
+    values = [_text(record, name) for record in records]
+    return max(sorted(set(values)), key=values.count)
 
 
 def _choice(records: Sequence[Record], names: Sequence[str]) -> str:

@@ -63,9 +63,7 @@ def headline(study: Study) -> str:
         SMALLEST: "do best with the smallest teacher",
         SATURATING: "gain from larger teachers without getting worse again",
     }
-    told = [
-        f"{number} of {len(study.findings)} students surely {seen[name]}" for name, number in counts.items() if number
-    ]
+    told = [f"{number} of {len(study.findings)} students {seen[name]}" for name, number in counts.items() if number]
     text = "; ".join(told) or f"for none of {len(study.findings)} students do the runs tell where its best teacher is"
     return f"{'law' if study.law else 'no law identified'}: {text}"
 
@@ -83,21 +81,26 @@ def _students(study: Study) -> str:
     lines = [
         "## Students",
         "",
-        "| student | verdict | P(interior) | P(smallest) | P(saturating) | P(flat) | best T/S | looked at |",
-        "|---" * 8 + "|",
+        "| student | verdict | P(interior) | P(smallest) | P(saturating) | P(flat) | best T/S | measured | tried |",
+        "|---" * 9 + "|",
     ]
     for each in study.findings:
         shares = " | ".join(f"{each.probabilities[name]:.2f}" for name in (INTERIOR, SMALLEST, SATURATING, FLAT))
         low, high = (end / each.student for end in each.interval)
         best = f"{each.best / each.student:.2f} ({low:.2f} to {high:.2f})"
         looked = f"{each.grid[0] / each.student:.2f} to {each.grid[-1] / each.student:.2f}"
-        lines.append(f"| {short(each.student)} | {each.verdict} | {shares} | {best} | {looked} |")
+        measured = f"{each.measured / each.student:.2f}"
+        lines.append(f"| {short(each.student)} | {each.verdict} | {shares} | {best} | {measured} | {looked} |")
     lines += [
         "",
         f"Interior: the loss falls towards larger teachers and rises again, by {verdict.MATTERS:g} nats or more each. "
-        "Smallest: it only rises. Saturating: it falls and does not rise again. Flat: neither. The best teacher is a "
-        f"median with its {100 * verdict.LEVEL:.0f}% interval among the ratios T/S looked at; at an end of these, the "
-        "best may lie beyond.",
+        "Smallest: it only rises. Saturating: it falls and does not rise again. Flat: neither. Best T/S: the median "
+        f"and the {100 * verdict.LEVEL:.0f}% interval of the best teacher between the smallest and the largest that "
+        "the student was trained with, for teachers of ordinary luck; at an end of these the best may lie beyond. "
+        "Measured: the teacher with the lowest mean loss as it was measured, its luck included. Where the two differ, "
+        "the model takes the difference for luck of that teacher's training, which only further trainings of its size "
+        "can show. "
+        "All of this supposes the model below.",
     ]
     return "\n".join(lines)
 
@@ -157,6 +160,9 @@ def _scores(scores: Sequence[Score]) -> str:
     for each in scores:
         numbers = (each.error, each.regret, each.worst, each.small_to_large)
         lines.append(f"| {each.model} | {' | '.join('-' if x is None else f'{x:.4f}' for x in numbers)} |")
+    first, *others = (each for each in scores if each.error is not None)
+    if better := [each.model for each in others if each.error < first.error]:
+        lines += ["", f"The verdicts are the first model's; better than it at this: {', '.join(better)}."]
     lines += [
         "",
         "Nats a token. Error: of the losses of a student that the model was not fitted to, each student in turn. "
@@ -203,27 +209,28 @@ def _advice(advice: Advice, mfu: float, peak: float) -> str:
     title = f"## The teacher for a student of {short(advice.student)}\n\n"
     if advice.refusal is not None:
         return f"{title}**No recommendation:** {advice.refusal}."
-    assert advice.best is not None and advice.interval is not None
+    assert advice.best is not None and advice.interval is not None and advice.within is not None
     first = advice.candidates[0]
     low, high = advice.interval
     lines = [
         *(f"**Warning:** {text}.\n" for text in advice.warnings),
         f"**{first.name}** ({short(first.teacher)}): expected regret {first.regret:.4f} nats a token "
-        f"({first.interval[0]:.4f} to {first.interval[1]:.4f}). The best teacher of any size is around "
-        f"{short(advice.best)} ({short(low)} to {short(high)}). The teacher must share the student's tokenizer, and "
+        f"({first.interval[0]:.4f} to {first.interval[1]:.4f}). Between {short(advice.within[0])} and "
+        f"{short(advice.within[1])}, of which these runs tell, the best teacher is around {short(advice.best)} "
+        f"({short(low)} to {short(high)}). The teacher must share the student's tokenizer, and "
         "the weights of divergence and cross-entropy were not tuned for each teacher.",
         "",
         "| teacher | parameters | T/S | regret | interval | P(best) | FLOPs | GPU-hours |",
         "|---" * 8 + "|",
         *(_candidate(advice, each, mfu, peak) for each in advice.candidates[:SHOWN_CANDIDATES]),
         "",
-        "Regret: loss above that of the best teacher in the table, nats a token. Price: 6 operations a token for each "
+        "Regret: loss above that of the best teacher of that range, nats a token. Price: 6 operations a token for each "
         f"student parameter, 2 for each teacher parameter; one GPU at {100 * mfu:.0f}% of {peak / 1e12:.0f} TFLOP/s.",
     ]
     if advice.outside:
         shown = ", ".join(advice.outside[:SHOWN_CANDIDATES])
         more = f" and {len(advice.outside) - SHOWN_CANDIDATES} more" * (len(advice.outside) > SHOWN_CANDIDATES)
-        lines.append(f"Larger or smaller than any teacher tried for such a student: {shown}{more}.")
+        lines.append(f"At sizes or ratios that were not tried: {shown}{more}.")
     return title + "\n".join(lines)
 
 

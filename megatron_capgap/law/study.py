@@ -63,6 +63,14 @@ def study(records: Sequence[Record], count: str, everything: Sequence[Record] = 
     findings = verdict.findings(process)
     apart = causes.causes(records, everything, count)
     remarks = _remarks(records, trainings, process, apart)
+    alone = sum(not each.taught and each.init == records[0].init for each in everything)
+    if records[0].taught and alone and not apart:
+        remarks.append(
+            f"{alone} runs on labels alone were found, but too few with the student, seed, teacher, teacher_seed, "
+            "tokens and tokenizer of a taught run to tell its start from its teaching"
+        )
+    if not records[0].taught:
+        remarks.append("these runs had no teacher: the curves are those of their starts alone")
     return Study(records, count, trainings, process, findings, reading.read(records, count), apart, remarks)
 
 
@@ -108,6 +116,7 @@ def _student(found: Finding) -> dict[str, Any]:
         "student_params": found.student,
         "verdict": found.verdict,
         **_rounded(drawn, DRAWN_DIGITS),
+        "best_teacher_measured": found.measured,
         "teachers_looked_at": looked_at,
     }
 
@@ -128,7 +137,7 @@ def _cause(each: Cause) -> dict[str, Any]:
 
 def _advice(advice: Advice) -> dict[str, Any]:
     content = asdict(advice)
-    for name in ("best", "interval"):
+    for name in ("best", "interval", "within"):
         content[name] = _rounded(content[name], DRAWN_DIGITS)
     drawn = ("regret", "interval", "probability")
     content["candidates"] = [
@@ -160,6 +169,8 @@ def _remarks(
             "students began pruned out of their teacher, so these curves hold both what cutting costs and what "
             "teaching gives; only the same starts trained without a teacher tell them apart"
         )
+    if smaller := int((process.cells.teacher < process.cells.student).sum()):
+        found.append(f"{smaller} runs have a teacher with fewer parameters than their student")
     for each in apart:
         if each.teaching[2].max() < verdict.MATTERS:
             found.append(

@@ -17,8 +17,8 @@
     slurm: ["--time=02:00:00", "--gres=gpu:1"]        # options for sbatch
 
 out, common, distill, teachers, students and rows are needed. A row without students or teachers takes all of them, and
-every training of a teacher. Each start is trained on labels alone as well, once for a student and seed, which tells
-what the teaching gives from what the start gives; `labels: false` in a row leaves these runs out.
+every training of a teacher. Each start (for pruned ones, each student and teacher) is trained on labels alone as well,
+once a seed, which tells what the teaching gives from what the start gives; `labels: false` in a row leaves that out.
 
 Paths begin in the folder that make_sweep is called in, as those of every configuration do.
 

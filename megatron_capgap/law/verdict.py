@@ -37,13 +37,15 @@ class Finding:
     probability: float
     """Of the verdict; for `not detected`, that of an interior optimum."""
     probabilities: dict[str, float]
-    """Of interior, smallest, saturating and flat; they add up to 1."""
+    """Of interior, smallest, saturating and flat; all 0 where there is one teacher, which shows no curve."""
     best: float
     """Median of the best teacher, parameters, within the grid."""
     interval: tuple[float, float]
     """LEVEL interval of the best teacher."""
     grid: Array
-    """Teachers, parameters `[m]`: ratios to the student that the data hold, and no teacher above the largest."""
+    """Teachers, parameters `[m]`, from the smallest to the largest that the student was trained with."""
+    measured: float
+    """The teacher with the lowest mean loss as measured, its luck included, parameters."""
     curve: Array
     """Quantiles of the loss at `grid`, nats a token `[3, m]`: the lower end of the interval, median, upper end."""
     optimum: Array
@@ -58,14 +60,16 @@ def findings(process: Process) -> list[Finding]:
 def finding(process: Process, student: float) -> Finding:
     """The verdict on one student of the data."""
     ratios = span(process, student)
+    assert ratios is not None, "a student of the data has teachers"
     drawn = process.curves(student, ratios, DRAWS)
     lowest, at = drawn.min(axis=1), drawn.argmin(axis=1)
     falls, rises = drawn[:, 0] - lowest > MATTERS, drawn[:, -1] - lowest > MATTERS
+    several = float(ratios[-1] > ratios[0])  # one teacher shows no curve
     shares = {
         INTERIOR: float(np.mean(falls & rises)),
         SMALLEST: float(np.mean(~falls & rises)),
         SATURATING: float(np.mean(falls & ~rises)),
-        FLAT: float(np.mean(~falls & ~rises)),
+        FLAT: several * float(np.mean(~falls & ~rises)),
     }
     likely = max((INTERIOR, SMALLEST, SATURATING), key=shares.__getitem__)
     verdict = likely if shares[likely] >= SURE else NOT_DETECTED
@@ -79,9 +83,16 @@ def finding(process: Process, student: float) -> Finding:
         best=middle,
         interval=(low, high),
         grid=grid,
+        measured=_measured(process, student),
         curve=quantiles(levelled(process, student, ratios, drawn)),
         optimum=np.bincount(at, minlength=POINTS) / DRAWS,
     )
+
+
+def _measured(process: Process, student: float) -> float:
+    mine = process.cells.chosen(process.cells.student == student)
+    sizes = np.unique(mine.teacher)
+    return float(sizes[np.argmin([mine.loss[mine.teacher == size].mean() for size in sizes])])
 
 
 def levelled(process: Process, student: float, ratios: Array, drawn: Array) -> Array:
@@ -110,11 +121,18 @@ def minima(ratios: Array, drawn: Array) -> Array:
     return np.where(at == inner, found, ratios[at])
 
 
-def span(process: Process, student: float) -> Array:
-    """log(T / S) from the smallest to the largest of the data, without teachers above the largest `[POINTS]`."""
-    low, high = process.d.min(), process.d.max()
-    largest = float(np.log(process.cells.teacher.max() / student))
-    return np.linspace(low, max(min(high, largest), low), POINTS)
+def span(process: Process, student: float) -> Array | None:
+    """log(T / S) between which something is known of a student `[POINTS]`; None where that is nowhere.
+
+    For a student of the data, what its own teachers span; for another, the ratios that were tried, without teachers
+    smaller or larger than any of the data.
+    """
+    mine = process.cells.student == student
+    if mine.any():
+        return np.linspace(process.d[mine].min(), process.d[mine].max(), POINTS)
+    sizes = np.log(process.cells.teacher / student)
+    low, high = max(process.d.min(), sizes.min()), min(process.d.max(), sizes.max())
+    return np.linspace(low, high, POINTS) if low < high else None
 
 
 def quantiles(drawn: Array) -> Array:

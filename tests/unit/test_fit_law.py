@@ -59,9 +59,9 @@ def test_everything_is_written_and_says_the_law(records: str, tmp_path: Path, ca
     assert found["paper_reading"]["chosen"] == "proportional"
     assert found["paper_reading"]["laws"]["proportional"]["k"] == pytest.approx(2.5, rel=0.1)
     report = (tmp_path / "law" / "report.md").read_text()
-    assert "**Law.** 4 of 4 students surely have a best teacher inside the grid." in report
+    assert "**Law.** 4 of 4 students have a best teacher inside the grid." in report
     assert "## The paper's reading" in report and "do not act on it." in report
-    assert "law: 4 of 4 students surely have a best teacher inside the grid" in capsys.readouterr().out
+    assert "law: 4 of 4 students have a best teacher inside the grid" in capsys.readouterr().out
 
 
 def test_the_same_records_give_the_same_bytes(records: str, tmp_path: Path) -> None:
@@ -96,6 +96,8 @@ def test_teachers_are_told(tmp_path: Path) -> None:
 def test_two_trainings_of_one_size_are_two_teachers(tmp_path: Path) -> None:
     some = made.draw(made.exact, np.random.default_rng(3), noise=0.003)
     both = [replace(each, teacher_seed=seed, teacher_valid_loss=2.5 + seed) for each in some for seed in (1, 2)]
+    unnamed = made.save([replace(each, teacher_seed=None) for each in both], tmp_path / "unnamed.jsonl")
+    assert fit_law.main(["--records", unnamed, "--out", str(tmp_path / "law")]) == 2
     found = fit(made.save(both, tmp_path / "two.jsonl"), tmp_path / "law")
     assert [each["seed"] for each in found["teachers"]] == [1, 2] * 9
     assert found["remarks"] == [] and found["verdict"] == "law"
@@ -120,7 +122,7 @@ def test_gaps_and_missing_losses_are_told(tmp_path: Path) -> None:
 def test_the_committed_study_is_what_its_records_give(init: str, folder: Path, tmp_path: Path) -> None:
     """What is drawn from a posterior may differ in its last digits on another processor."""
     words = ("--compare",) if init == "pruned" else ()
-    found = fit(str(RESULTS / "records.jsonl"), tmp_path, "--where", f"init={init}", "taught=true", *words)
+    found = fit(str(RESULTS / "records.jsonl"), tmp_path, "--where", f"init={init}", *words)
     there = json.loads((folder / "law.json").read_text())
     for one, other in zip(found.pop("students"), there.pop("students"), strict=True):
         assert one["probabilities"] == pytest.approx(other["probabilities"], abs=0.05)
@@ -155,8 +157,10 @@ def test_advice_comes_first(records: str, tmp_path: Path, capsys: Any) -> None:
     assert (first["name"], second["name"]) == ("a/small", "a/large") and told["refusal"] is None
     assert first["teacher"] == 4 * (4 * 384**2 + 3 * 384 * 1536 + 2 * 384) + 384
     assert first["flops"] == pytest.approx((6 * 3e6 + 2 * first["teacher"]) * 1e9, rel=1e-5)
-    assert first["regret"] < 0.001 < second["regret"]
-    assert capsys.readouterr().out.startswith("teacher for 3M: a/small, 9.44M   expected regret 0.000")
+    true = [made.exact(3e6, each["teacher"]) - made.exact(3e6, 7.5e6) for each in (first, second)]
+    assert [first["regret"], second["regret"]] == pytest.approx(true, abs=0.003)
+    assert told["within"][0] < 7.5e6 < told["within"][1]
+    assert capsys.readouterr().out.startswith("teacher for 3M: a/small, 9.44M   expected regret 0.00")
     report = (tmp_path / "law" / "report.md").read_text()
     assert report.index("## The teacher for a student of 3M") < report.index("## Verdict")
     assert "**a/small** (9.44M): expected regret" in report
@@ -167,7 +171,7 @@ def test_without_an_optimum_there_is_no_law(tmp_path: Path, capsys: Any) -> None
     found = fit(path, tmp_path / "law")
     assert found["verdict"] == "no law" and {each["verdict"] for each in found["students"]} == {"saturating"}
     assert found["paper_reading"]["laws"] == {} and found["paper_reading"]["chosen"] is None
-    assert "no law identified: 4 of 4 students surely gain from larger teachers" in capsys.readouterr().out
+    assert "no law identified: 4 of 4 students gain from larger teachers" in capsys.readouterr().out
 
 
 def test_totals_are_a_choice(records: str, tmp_path: Path) -> None:
