@@ -47,6 +47,11 @@ class ForkedModule:
     """
 
     def __init__(self, module: str, words: Sequence[str], environment: dict[str, str], out: Path, err: Path) -> None:
+        for path in (
+            out,
+            err,
+        ):  # there at once, as Popen's are: whoever waits for a word in them looks before it is said
+            path.write_bytes(b"")
         arguments = (module, list(words), environment, os.getcwd(), out, err)
         self._process = context().Process(target=_run, args=arguments)
         self._process.start()
@@ -80,7 +85,7 @@ def _run(module: str, words: list[str], environment: dict[str, str], folder: str
     os.environ.clear()
     os.environ.update(environment)
     for number, path in ((1, out), (2, err)):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        file = os.open(path, os.O_WRONLY)
         os.dup2(file, number)
         os.close(file)
     faulthandler.enable(file=2)
