@@ -47,10 +47,6 @@ class Cells:
         """Parameters of the students, ascending."""
         return np.unique(self.student).tolist()
 
-    def without(self, student: float) -> Cells:
-        """The runs of the other students."""
-        return self.chosen(self.student != student)
-
     def chosen(self, keep: Mask) -> Cells:
         """The runs where `keep` `[n]` is true."""
         fields = (self.student, self.teacher, self.curve, self.training, self.loss, self.quality)

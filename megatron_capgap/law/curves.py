@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
+from megatron_capgap.law.cells import SAME_SIZE, Array
 from megatron_capgap.law.records import LawError, Record
-
-Array = NDArray[np.float64]
 
 DRAWS = 2000
 LEVEL = 0.9
@@ -25,8 +23,6 @@ WINDOW = 5
 UNFIT = 0.25
 """Where seeds would put a curve so far from a parabola less often than this, the farthest teacher is left out. As high
 as this, for a curve's lean shifts the vertex long before it shows: on Apple's law 0.05 read it 12% too high."""
-SAME_SIZE = 0.02
-"""Students whose sizes are as close as this are one student: pruning to a sparsity does not hit a size exactly."""
 
 OPTIMUM, EDGE, NO_CURSE, TOO_FEW = "optimum", "edge", "no curse seen", "too few teachers"
 

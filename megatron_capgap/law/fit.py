@@ -146,13 +146,6 @@ class Law:
             z = z + self.scatter * random.standard_normal(DRAWS)
         return self.form.to_teacher(np.full(DRAWS, student), z)
 
-    def band(self, students: Array) -> tuple[Array, Array] | None:
-        """The interval of the law's line at student sizes `[n]`: (low, high)."""
-        if self.draws is None:
-            return None
-        drawn = np.stack([self.teacher_draws(student) for student in students], axis=1)
-        return _interval(drawn)
-
 
 def fit(form: Form, students: Array, teachers: Array, variances: Array, random: np.random.Generator) -> Law:
     """Fits one form.
