@@ -1,15 +1,17 @@
 """Packaging: `pip install .` for the core, `pip install .[dev]` for everything the tests use."""
 
 import re
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
+RELEASES = runpy.run_path(str(ROOT / "megatron_capgap/runtime/releases.py"))
 
 CORE = [
-    "torch>=2.5",
-    "megatron-core>=0.16,<0.17",  # the range the tests run against; 0.17 moves internals that the CPU device patches
+    "torch>=2.6",
+    *RELEASES["REQUIREMENTS"],
     "numpy",
     "psutil",  # Megatron's checkpoint writer imports it
     "jinja2",  # chat templates
@@ -38,7 +40,7 @@ setup(
     "of capacity gap chooses.",
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
-    python_requires=">=3.10,<3.12",
+    python_requires=RELEASES["bounds"](RELEASES["PYTHON"]),
     packages=find_packages(include=["megatron_capgap", "megatron_capgap.*"]),
     install_requires=CORE,
     extras_require={

@@ -5,7 +5,7 @@
 #
 #   bash examples/quickstart/run.sh
 #
-# Needs Python 3.10 or 3.11 and pip; everything goes below examples/quickstart/work. A second call goes on where the
+# Needs Python 3.10 to 3.13 and pip; everything goes below examples/quickstart/work. A second call goes on where the
 # first one stopped, and makes nothing again that is newer than what it was made from.
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"

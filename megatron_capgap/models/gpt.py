@@ -13,7 +13,6 @@ from megatron.core.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
-    set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -22,6 +21,7 @@ from megatron_capgap.config import derive
 from megatron_capgap.config.families import FAMILIES
 from megatron_capgap.config.schema import FP8, Layout, ModelShape, Precision, RopeScaling
 from megatron_capgap.models import size, specs
+from megatron_capgap.runtime import releases
 from megatron_capgap.runtime.devices import Device
 from megatron_capgap.runtime.layout import Grid
 
@@ -228,7 +228,7 @@ def _mark_shards(model: torch.nn.Module) -> None:
             and module.weight is not None
         ):
             dim = 1 if isinstance(module, RowParallelLinear) else 0
-            set_tensor_model_parallel_attributes(module.weight, is_parallel=True, dim=dim, stride=1)
+            releases.mark_shard(module.weight, dim)
 
 
 def init_std(name: str, shape: ModelShape) -> float | None:

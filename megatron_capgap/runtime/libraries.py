@@ -20,7 +20,8 @@ def _silence() -> None:
         warnings.filterwarnings("ignore", message=text)
     for module in _MODULES:
         warnings.filterwarnings("ignore", module=module)
-    for name in ("megatron", "torch.distributed.checkpoint"):
+    # The third tells of CUDA's compiler where there is no GPU.
+    for name in ("megatron", "torch.distributed.checkpoint", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megatron_capgap.config import derive
 from megatron_capgap.config.schema import Config, Precision
+from megatron_capgap.runtime import releases
 from megatron_capgap.runtime.devices import Device
 from megatron_capgap.runtime.layout import Grid
 
@@ -70,7 +71,7 @@ class Optimization:
         it, so that another last digit is another last digit of many weights, and some 8-bit casts of them flip.
         """
         parts = self.optimizer.chained_optimizers
-        squares = sum_of_squares([grad for part in parts for grad in part.get_main_grads_for_grad_norm()])
+        squares = sum_of_squares([grad for part in parts for grad in releases.grads_for_norm(part)])
         dist.all_reduce(squares, group=self.optimizer.get_grad_stats_parallel_group())
         return squares.sqrt().float().item()
 

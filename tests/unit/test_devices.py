@@ -13,8 +13,8 @@ from torch import Tensor
 
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.schema import Layout, ModelShape, Precision
+from megatron_capgap.runtime import releases
 from megatron_capgap.runtime.devices import choose, cuda
-from megatron_capgap.runtime.devices.device import check_megatron
 from tests.support import runs
 from tests.support.pool import WorkerPool
 from tests.support.processes import environment
@@ -22,22 +22,24 @@ from tests.support.processes import environment
 # Patches of torch stay in a process, so that all of this runs in workers.
 
 
-@pytest.mark.parametrize("release", ["0.15.3", "0.17.0", "0.17.0rc1", "1.0"])
-def test_another_megatron_is_one_line(release: str) -> None:
+@pytest.mark.parametrize("release", ["0.15.3", "0.20.0", "0.20.0rc1", "1.0"])
+def test_another_megatron_is_one_line(monkeypatch: pytest.MonkeyPatch, release: str) -> None:
+    monkeypatch.setattr(releases, "megatron", lambda: release)
     with pytest.raises(UserError) as caught:
-        check_megatron(release)
-    expected = f"megatron-core {release} is outside the tested range; pip install 'megatron-core>=0.16,<0.17'"
+        choose("cpu", 0)
+    expected = f"megatron-core {release} is outside the tested range; pip install 'megatron-core>=0.16,<0.20'"
     assert str(caught.value) == expected
 
 
-@pytest.mark.parametrize("release", ["0.16.0", "0.16.1", "0.16.1.post1", "0.16.0rc0"])
+@pytest.mark.parametrize("release", ["0.16.0", "0.16.1", "0.16.1.post1", "0.17.1", "0.19.2", "0.16.0rc0"])
 def test_the_tested_range_passes(release: str) -> None:
-    check_megatron(release)
+    assert releases.complaint(release) is None
 
 
-def test_no_megatron_is_one_line() -> None:
-    with pytest.raises(UserError, match=r"megatron-core is not installed; pip install 'megatron-core>=0\.16,<0\.17'"):
-        check_megatron(None)
+def test_no_megatron_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(releases, "megatron", lambda: None)
+    with pytest.raises(UserError, match=r"^megatron-core is not installed; pip install 'megatron-core>=0\.16,<0\.20'$"):
+        choose("cpu", 0)
 
 
 @pytest.mark.parametrize(

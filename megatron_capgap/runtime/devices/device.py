@@ -6,15 +6,13 @@ import importlib.util
 import queue
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from megatron_capgap.config import derive
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.schema import Precision
-
-MEGATRON_RANGE = ((0, 16), (0, 17))
+from megatron_capgap.runtime import releases
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,8 @@ def choose(name: str, local_rank: int, precisions: Sequence[Precision] = (), pla
         UserError: cuda or Transformer Engine was asked for and is not there, or megatron-core is outside the tested
             range.
     """
-    check_megatron(_installed("megatron-core"))
+    if complaint := releases.complaint(releases.megatron()):
+        raise UserError(complaint)
     device = _prepare(name, local_rank, precisions, place)
     _save_in_this_process()
     return device
@@ -113,30 +112,7 @@ def _save_in_this_process() -> None:
         filesystem_async._results_queue = queue.Queue()
 
 
-def check_megatron(found: str | None) -> None:
-    """Refuses a Megatron-Core that the tests do not run against; the CPU device patches its internals.
-
-    Raises:
-        UserError: it is missing or outside the range.
-    """
-    low, high = (".".join(map(str, bound)) for bound in MEGATRON_RANGE)
-    if found is None:
-        raise UserError(f"megatron-core is not installed; pip install 'megatron-core>={low},<{high}'")
-    release = tuple(int(part) for part in found.split(".")[:2])
-    if not MEGATRON_RANGE[0] <= release < MEGATRON_RANGE[1]:
-        raise UserError(
-            f"megatron-core {found} is outside the tested range; pip install 'megatron-core>={low},<{high}'"
-        )
-
-
 def library(name: str, package: str, use: str) -> Part:
     """A table row for an optional library that Megatron-Core picks up by itself where it can be imported."""
     present = importlib.util.find_spec(package) is not None
     return Part(name, present, use if present else f"{package} is not installed; torch's own kernels are used")
-
-
-def _installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
