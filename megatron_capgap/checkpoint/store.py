@@ -34,6 +34,7 @@ from megatron_capgap.models.fp8_weights import in_compute_type, written_in_compu
 from megatron_capgap.models.gpt import unwrap
 from megatron_capgap.models.projections import PREFIX
 from megatron_capgap.models.state import sharded_state
+from megatron_capgap.runtime.launch import on_ranks_alike
 from megatron_capgap.runtime.layout import Grid
 
 
@@ -171,11 +172,19 @@ def _in_host_memory(shard: ShardedBase) -> ShardedBase:
 
 
 def _load(state: ShardedStateDict, folder: Path) -> dict[str, Any]:
+    """Reads what a sharded state asks for. Collective: an error of one rank is raised on all.
+
+    Until 0.17 Megatron-Core reads together; from 0.18 on each rank reads by itself and keeps its errors to itself.
+    """
+    return on_ranks_alike(lambda: _read(state, folder))
+
+
+def _read(state: ShardedStateDict, folder: Path) -> dict[str, Any]:
     try:
         return dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
     except dist_checkpointing.core.CheckpointingException as error:
         raise _unfit(folder, error) from error
-    except CheckpointException as error:  # torch's; gathers what went wrong on any rank, on every rank
+    except CheckpointException as error:  # torch's, with the reason of each rank
         raise _unfit(folder, next(iter(error.failures.values()))[0]) from error
 
 

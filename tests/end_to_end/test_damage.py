@@ -183,3 +183,34 @@ def test_a_whole_run_says_nothing(pool: WorkerPool, material: Material, sound: P
     run_dir = shutil.copytree(sound, tmp_path / "run")
     first, second = runs.run_stage(pool, "adapt", config(material, run_dir), RANKS)
     assert first.stderr == second.stderr == ""
+
+
+def evaluate_what_is_cut_once_verified(file: Path, words: list[str]) -> int:
+    """The file of one rank breaks between the check of all sums and the reading; the exit code."""
+    from megatron_capgap.__main__ import main
+
+    def verify_then_cut(folder: Path) -> None:
+        verify(folder)
+        if dist.get_rank() == 0:
+            os.truncate(file, 100)
+        dist.barrier()
+
+    verify, contents.verify = contents.verify, verify_then_cut
+    try:
+        return main(words)
+    finally:
+        contents.verify = verify
+
+
+def test_what_only_one_rank_cannot_read_ends_all(pool: WorkerPool, material: Material, tmp_path: Path) -> None:
+    """With tensor 2 the second file holds what rank 1 alone reads; from Megatron-Core 0.18 on it alone is told."""
+    changes = {**CHANGES, "student__layout": {"tensor": 2}}
+    run_dir = runs.train(pool, "adapt", runs.adapt_config(material, tmp_path / "run", **changes), RANKS)
+    file = run_dir / "checkpoints" / "step_4" / "__1_0.distcp"
+    source = {"student__model": None, "student__checkpoint": str(run_dir), "student__layout": {"tensor": 2}}
+    evaluation = runs.adapt_config(material, tmp_path / "evaluation", **source)
+    words = ["evaluate", "--config", runs.write_config(evaluation)]
+    ranks = pool.run(evaluate_what_is_cut_once_verified, file, words, world=RANKS, initialise=False, capture=True)
+    assert [rank.value for rank in ranks] == [2, 2]
+    assert ranks[0].stderr.startswith(f"capgap: error: {run_dir}/checkpoints/step_4: "), ranks
+    assert ranks[0].stderr.count("\n") == 1 and "Traceback" not in ranks[1].stderr

@@ -1,0 +1,140 @@
+"""A checkpoint of each release of Megatron-Core, read under each other one: what is lost on the way.
+
+    python benchmarks/releases.py --work DIR [--releases 0.16.1,0.17.1,0.18.2,0.19.2] [--fp8 delayed]
+
+Under Python 3.12 or 3.13, which all releases run on. pip puts each into a folder of its own below DIR, where imports
+find it before the one of this Python. Under each release a tiny model trains on 4 ranks (tensor 2 x pipeline 2) and saves
+after steps 2 and 4. Every release then evaluates every checkpoint of step 4 on one rank, and goes on from every one of
+step 2 on 4 ranks. A cell holds the largest relative difference of the evaluation and of the resumed steps' losses and
+gradient norms from those of the release that wrote the checkpoint; `=` says that all digits are equal. The exit code is 1
+where a cell is not `=`.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # a clone works without being installed
+
+from megatron_capgap.runtime import libraries
+
+libraries.prepare()
+
+from tests.support import runs  # noqa: E402 (imports Megatron-Core)
+
+LAYOUT = {"tensor": 2, "pipeline": 2, "sequence": True}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--releases", default="0.16.1,0.17.1,0.18.2,0.19.2")
+    parser.add_argument("--fp8", metavar="RECIPE", help="train in FP8, in Transformer Engine's layers")
+    args = parser.parse_args()
+    releases = args.releases.split(",")
+    args.work.mkdir(parents=True, exist_ok=True)
+    for release in releases:
+        fetch(release, args.work)
+    precision = {"compute": "bf16", "fp8": {"recipe": args.fp8}} if args.fp8 else {"compute": "fp32"}
+    with tempfile.TemporaryDirectory(dir=args.work) as folder:
+        return 0 if compare(releases, precision, args.work, Path(folder)) else 1
+
+
+def compare(releases: list[str], precision: dict[str, Any], work: Path, folder: Path) -> bool:
+    """Prints the table; whether all cells are equal."""
+    material = runs.make_material(folder)
+    for release in releases:
+        stage("adapt", config_of(material, folder / f"trained_{release}", precision), release, work, ranks=4)
+    print("| written under | " + " | ".join(f"read under {release}" for release in releases) + " |")
+    print("|---" * (len(releases) + 1) + "|", flush=True)
+    equal = True
+    for writer in releases:
+        expected, cells = read(material, writer, writer, precision, work), []
+        unbroken = steps_after_the_second(folder / f"trained_{writer}")
+        for reader in releases:
+            found = expected if reader == writer else read(material, writer, reader, precision, work)
+            apart = max(difference(found[0], expected[0]), difference(found[1], unbroken))
+            cells.append("=" if apart == 0 else f"{apart:.1e}")
+        equal &= set(cells) == {"="}
+        print(f"| {writer} | " + " | ".join(cells) + " |", flush=True)
+    return equal
+
+
+def fetch(release: str, work: Path) -> None:
+    """Puts a release of Megatron-Core into a folder of its own, once."""
+    folder = work / f"megatron_core_{release}"
+    if not folder.exists():
+        words = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+        subprocess.run([*words, f"megatron-core=={release}"], check=True)
+
+
+def config_of(material: runs.Material, run_dir: Path, precision: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Four steps of next-token training."""
+    changes = {"student__layout": LAYOUT, "precision": precision, "checkpoint__every": 2, "data__valid": None, **changes}
+    return runs.adapt_config(material, run_dir, **changes)
+
+
+def read(
+    material: runs.Material, writer: str, reader: str, precision: dict[str, Any], work: Path
+) -> tuple[list[float], list[float]]:
+    """What one release makes of another one's checkpoints: the evaluation, and the steps after the second."""
+    folder = material.folder
+    trained, copy = folder / f"trained_{writer}", folder / f"{writer}_resumed_under_{reader}"
+    runs.rewind(trained, copy, 2)
+    stage("adapt", config_of(material, copy, precision), reader, work, ranks=4)
+    evaluated = folder / f"{writer}_evaluated_under_{reader}"
+    changes = {"student__model": None, "student__checkpoint": str(trained), "student__layout": {}}
+    config = runs.changed(config_of(material, evaluated, precision, **changes), data__valid=material.data["valid"])
+    stage("evaluate", config, reader, work, ranks=1)
+    evaluation = json.loads((evaluated / "evaluation.json").read_text())
+    return numbers([evaluation]), steps_after_the_second(copy)
+
+
+def steps_after_the_second(run_dir: Path) -> list[float]:
+    """What a run says of its steps 3 and 4."""
+    return numbers([step for step in runs.steps_of(run_dir) if step["step"] > 2])
+
+
+def stage(name: str, config: dict[str, Any], release: str, work: Path, ranks: int) -> None:
+    """Runs a stage under a release of Megatron-Core; ends this program where it fails."""
+    path = os.pathsep.join([str(work / f"megatron_core_{release}"), str(ROOT)])
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m", "megatron_capgap"]
+    done = subprocess.run(
+        [*words, name, "--config", runs.write_config(config)],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        sys.exit(f"{name} under {release} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+
+
+def numbers(entries: list[dict[str, Any]]) -> list[float]:
+    """The losses and norms of evaluations or steps, in one row."""
+
+    def flat(value: Any) -> Iterator[float]:
+        if isinstance(value, dict):
+            for key in sorted(value):
+                yield from flat(value[key]) if "second" not in key else ()
+        elif isinstance(value, float):
+            yield value
+
+    return [number for entry in entries for number in flat(entry)]
+
+
+def difference(found: list[float], expected: list[float]) -> float:
+    """The largest relative difference; infinite where there are more of one than of the other."""
+    if len(found) != len(expected):
+        return float("inf")
+    return max(abs(one - other) / max(abs(other), 1e-30) for one, other in zip(found, expected, strict=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
