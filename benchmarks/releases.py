@@ -3,11 +3,11 @@
     python benchmarks/releases.py --work DIR [--releases 0.16.1,0.17.1,0.18.2,0.19.2] [--fp8 delayed]
 
 Under Python 3.12 or 3.13, which all releases run on. pip puts each into a folder of its own below DIR, where imports
-find it before the one of this Python. Under each release a tiny model trains on 4 ranks (tensor 2 x pipeline 2) and saves
-after steps 2 and 4. Every release then evaluates every checkpoint of step 4 on one rank, and goes on from every one of
-step 2 on 4 ranks. A cell holds the largest relative difference of the evaluation and of the resumed steps' losses and
-gradient norms from those of the release that wrote the checkpoint; `=` says that all digits are equal. The exit code is 1
-where a cell is not `=`.
+find it before the one of this Python. Under each release a tiny model trains on 4 ranks (tensor 2 x pipeline 2), and
+saves after steps 2 and 4. Every release then evaluates every checkpoint of step 4 on one rank, and goes on from every
+one of step 2 on 4 ranks. A cell holds the largest relative difference of the evaluation, and of the resumed steps'
+losses and gradient norms, from those of the release that wrote the checkpoint; `=` says that all digits are equal. The
+exit code is 1 where a cell is not `=`.
 """
 
 import argparse
@@ -20,14 +20,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a clone works without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
 from megatron_capgap.runtime import libraries
-
-libraries.prepare()
-
-from tests.support import runs  # noqa: E402 (imports Megatron-Core)
+from tests.support import runs
+from tests.support.processes import ROOT
 
 LAYOUT = {"tensor": 2, "pipeline": 2, "sequence": True}
 
@@ -38,6 +35,7 @@ def main() -> int:
     parser.add_argument("--releases", default="0.16.1,0.17.1,0.18.2,0.19.2")
     parser.add_argument("--fp8", metavar="RECIPE", help="train in FP8, in Transformer Engine's layers")
     args = parser.parse_args()
+    libraries.prepare()
     releases = args.releases.split(",")
     args.work.mkdir(parents=True, exist_ok=True)
     for release in releases:
@@ -77,7 +75,13 @@ def fetch(release: str, work: Path) -> None:
 
 def config_of(material: runs.Material, run_dir: Path, precision: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """Four steps of next-token training."""
-    changes = {"student__layout": LAYOUT, "precision": precision, "checkpoint__every": 2, "data__valid": None, **changes}
+    changes = {
+        "student__layout": LAYOUT,
+        "precision": precision,
+        "checkpoint__every": 2,
+        "data__valid": None,
+        **changes,
+    }
     return runs.adapt_config(material, run_dir, **changes)
 
 
