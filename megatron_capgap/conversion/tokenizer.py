@@ -13,7 +13,7 @@ from megatron_capgap.checkpoint.manifest import Manifest
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.conversion.importing import TOKENIZER_FILES, copy_files
 from megatron_capgap.data import tokenizer_folder
-from megatron_capgap.data.chat import template_ends
+from megatron_capgap.data.chat import TEMPLATES, Jinja, template_ends
 from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
 
 _JSON = "tokenizer.json"
@@ -131,12 +131,12 @@ def _ids(reading: tokenizer_folder.Reading, text: str) -> list[int]:
     return reading.tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def write_template(folder: Path, template: str, words: Words) -> None:
-    """Puts the chat template that a model was finetuned with in the place of any that came with its tokenizer.
+def write_template(folder: Path, template: Jinja, words: Words) -> None:
+    """Puts the chat templates that a model was finetuned with in the place of any that came with its tokenizer.
 
     Args:
         folder: with the tokenizer's files.
-        template: Jinja; may speak of bos_token and eos_token.
+        template: may speak of bos_token and eos_token.
         words: what wrote them.
     """
     file = folder / "tokenizer_config.json"
@@ -146,7 +146,11 @@ def write_template(folder: Path, template: str, words: Words) -> None:
         if name in words.special and settings.get(name) is None:
             settings[name] = words.special[name]
     file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    shutil.rmtree(folder / TEMPLATES, ignore_errors=True)
+    for name, text in ({"default": template} if isinstance(template, str) else template).items():
+        place = folder / "chat_template.jinja" if name == "default" else folder / TEMPLATES / f"{name}.jinja"
+        place.parent.mkdir(exist_ok=True)
+        place.write_text(text, encoding="utf-8")
 
 
 def translate(model: Path, opened: Tokenizer, ends: frozenset[int] = frozenset()) -> Translated:
