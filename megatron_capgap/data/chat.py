@@ -41,6 +41,9 @@ class Segment:
     tokens: tuple[int, ...]
     learned: bool
     """Whether the loss counts them: the assistant says them."""
+    joined: bool = False
+    """Whether the tokenizer has merged the assistant's first characters with what stands before them; a prompt that
+    ends there has other ids."""
 
 
 class Template(ABC):
@@ -66,7 +69,9 @@ class JinjaTemplate(Template):
 
     The whole conversation becomes text and then ids, as in transformers' `apply_chat_template`: what a tokenizer makes
     of a piece depends on what stands before it. The assistant's words are what `{% generation %}` marks, or, without
-    such marks, from where the template leaves the assistant to begin to the end of its turn.
+    such marks, from where the template leaves the assistant to begin to the end of its turn. A token that stands for
+    characters on both sides of that beginning is learned, and told of (`Segment.joined`): generation begins behind a
+    prompt that ends there, whose ids are others.
 
     Args:
         source: the template, or several by name; one that is neither `default` nor `tool_use` is only handed on.
@@ -98,8 +103,22 @@ class JinjaTemplate(Template):
         text, spans = self._written(messages)
         ids, places = self._tokenizer.encode_with_places(text)
         learned = [any(start < to and end > at for at, to in spans) for start, end in places]
-        found = groupby(zip(ids, learned, strict=True), key=lambda pair: pair[1])
-        return [Segment(tuple(token for token, _ in run), said) for said, run in found]
+        joined = {self._joined(text, at, ids, places) for at, _ in spans}
+        found = []
+        for said, run in groupby(range(len(ids)), key=lambda number: learned[number]):
+            numbers = list(run)
+            found.append(Segment(tuple(ids[n] for n in numbers), said, said and not joined.isdisjoint(numbers)))
+        return found
+
+    def _joined(self, text: str, at: int, ids: list[int], places: list[Span]) -> int | None:
+        """The first of the assistant's tokens, by its number, where the prompt before it alone has other ids."""
+        if any(start == at for start, _ in places) and (not at or any(end == at for _, end in places)):
+            return None
+        # Not where a token ends; or one whose space counts for nothing in its place, so that only the ids tell.
+        asked, _ = self._tokenizer.encode_with_places(text[:at])
+        if ids[: len(asked)] == asked:
+            return None
+        return next((number for number, (_, end) in enumerate(places) if end > at), None)
 
     def ends(self) -> frozenset[int]:
         found = set()

@@ -63,7 +63,7 @@ class Conversations:
             vocab: ids must be smaller.
 
         Returns:
-            What is to be said of conversations that did not fit, a line for each list of files.
+            What is to be said of conversations that did not fit, or whose answers begin within a token.
 
         Raises:
             UserError: a file is missing or holds something else, no conversation fits into a row, or the cache cannot
@@ -78,7 +78,7 @@ class Conversations:
             self._check_ids(files, max(int(example.tokens.max()) for example in examples), vocab)
         for files, (examples, cut) in missing.items():
             self._write(self._folder(files), examples, cut)
-        return [line for files in self._lists() if (line := self._said(files))]
+        return [line for files in self._lists() for line in self._said(files)]
 
     def open_training(self, seed: int, *, packed: bool) -> InstructSequence:
         """Endless rows of data.train, in another order in each epoch; see `InstructSequence`.
@@ -143,15 +143,20 @@ class Conversations:
                 f"row in the model's vocab of {vocab}; use the model's own tokenizer and template, or other texts"
             )
 
-    def _said(self, files: tuple[str, ...]) -> str | None:
+    def _said(self, files: tuple[str, ...]) -> Iterator[str]:
         cut = json.loads((self._folder(files) / _CUT).read_text())
-        if not cut["shortened"] and not cut["dropped"]:
-            return None
-        return (
-            f"{', '.join(files)}: of {cut['kept'] + cut['dropped']} conversations {cut['shortened']} lost their end, "
-            f"{cut['dropped']} were dropped, with no word of the assistant's within data.sequence_length "
-            f"{self._data.sequence_length}"
-        )
+        if cut["shortened"] or cut["dropped"]:
+            yield (
+                f"{', '.join(files)}: of {cut['kept'] + cut['dropped']} conversations {cut['shortened']} lost their "
+                f"end, {cut['dropped']} were dropped, with no word of the assistant's within data.sequence_length "
+                f"{self._data.sequence_length}"
+            )
+        if cut.get("joined"):  # a cache of an earlier version does not say
+            yield (
+                f"{', '.join(files)}: in {cut['joined']} of {cut['kept']} conversations a token spans the place at "
+                "which an answer begins, so that generation begins with other ids than are learned here; a template "
+                "whose prompt ends with a special token or a line end keeps them apart"
+            )
 
     def _open(self, files: tuple[str, ...]) -> _Examples:
         folder = self._folder(files)
