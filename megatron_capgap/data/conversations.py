@@ -36,6 +36,11 @@ class _Examples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._ends)
 
+    @property
+    def largest(self) -> int:
+        """Of all ids."""
+        return int(self._tokens.max())
+
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -66,12 +71,15 @@ class Conversations:
             What is to be said of conversations that did not fit, or whose answers begin within a token.
 
         Raises:
-            UserError: a file is missing or holds something else, no conversation fits into a row, or the cache cannot
-                be written.
+            UserError: a file is missing or holds something else, no conversation fits into a row, an id has no row in
+                the model, or the cache cannot be written.
         """
         missing = {}
         for files in self._lists():  # all are read before anything is written
-            if not self._folder(files).is_dir():
+            if self._folder(files).is_dir():
+                # Perhaps written for a model with more rows.
+                self._check_ids(files, _Examples(self._folder(files)).largest, vocab)
+            else:
                 conversations = [conversation for file in files for conversation in read_conversations(file)]
                 missing[files] = instruct.encode(conversations, self._template, self._data.sequence_length)
         for files, (examples, _) in missing.items():

@@ -75,6 +75,21 @@ def test_what_did_not_fit_is_said_every_time(data: Data, tmp_path: Path) -> None
     assert opened(replace(data, sequence_length=400), tmp_path / "cache").build(10**6) == []
 
 
+def test_a_cache_is_checked_against_a_smaller_model(data: Data, tmp_path: Path) -> None:
+    data = replace(data, sequence_length=10_000)  # nothing is cut
+    opened(data, tmp_path / "cache").build(10**6)
+    largest = max(
+        token
+        for file in (*data.train, *data.valid)
+        for talk in read_conversations(file)
+        for segment in DefaultTemplate(open_tokenizer(data.tokenizer)).encode(talk)
+        for token in segment.tokens
+    )
+    assert opened(data, tmp_path / "cache").build(largest + 1) == []
+    with pytest.raises(UserError, match=rf"hold the token .* \({largest}\), which has no row in the model's vocab of"):
+        opened(data, tmp_path / "cache").build(largest)
+
+
 def test_answers_that_begin_within_a_token_are_counted(tmp_path: Path) -> None:
     """A byte-level tokenizer merges the space at the end of a prompt with the word behind it."""
     folder = tmp_path / "tokenizer"
