@@ -124,8 +124,9 @@ class Manifest:
     padding: int = 0
     """Parameters that are zero, for pruning has left layers different numbers of parts; training leaves them zero, and
     this stays with the model."""
-    chat_template: str | None = None
-    """How conversations were written down for it, as a Jinja template; stays with the model while it is trained."""
+    chat_template: str | dict[str, str] | None = None
+    """How conversations were written down for it, as a Jinja template or several by name; stays with the model while it
+    is trained."""
     expanded_from: Origin | None = None
     """The model without the tokens that its vocabulary has taken in; stays with the model while it is trained."""
     skipped: int = 0

@@ -81,21 +81,21 @@ def export_checkpoint(
     """
     refuse_existing(out, _exported, force)
 
-    def look() -> tuple[Manifest, Path | None, tokenizer.Words, Reader, str]:
+    def look() -> tuple[Manifest, Path | None, tokenizer.Words, Reader, dict[str, Any], str, str | None]:
         folder = manifests.locate(checkpoint)
         refuse_to_lose(folder, out)
         manifest = manifests.read(folder)
         carried = _carried(folder, manifest)
         words = tokenizer.find(carried, manifest)
-        model_card = card.text(folder, manifest, FAMILIES[manifest.model.family], tokenizer.caution(manifest, words))
-        return manifest, carried, words, Reader(folder), model_card
+        config = config_of(FAMILIES[manifest.model.family], manifest, carried, words)
+        caution = tokenizer.caution(config, words)
+        model_card = card.text(folder, manifest, FAMILIES[manifest.model.family], caution)
+        return manifest, carried, words, Reader(folder), config, model_card, caution
 
-    manifest, carried, words, reader, model_card = on_ranks_alike(look)
-    family = FAMILIES[manifest.model.family]
-    targets = plan.unfold(family, manifest.model, device)
+    manifest, carried, words, reader, config, model_card, caution = on_ranks_alike(look)
+    targets = plan.unfold(FAMILIES[manifest.model.family], manifest.model, device)
     entries = on_ranks_alike(lambda: _entries(checkpoint, reader, targets, manifest.model.layers))
     files = _files(_tensors(targets, entries, dtype), max_shard_bytes)
-    config = config_of(family, manifest, carried, words)
     generation = _generation(carried, config, manifest, words)
     config["torch_dtype"] = _NAMES[next(iter(files.values()))[0].dtype]
     with replacing(out, _exported, force=force) as staged:
@@ -111,7 +111,7 @@ def export_checkpoint(
             (staged / "README.md").write_text(model_card, encoding="utf-8")
 
         on_first_rank(finish)
-    return tokenizer.caution(manifest, words)
+    return caution
 
 
 def _exported(folder: Path) -> bool:

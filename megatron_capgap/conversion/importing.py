@@ -20,6 +20,7 @@ from megatron_capgap.conversion.output import refuse_existing, refuse_to_lose, r
 from megatron_capgap.conversion.plan import Target
 from megatron_capgap.conversion.safetensors import Files, Stored, cast
 from megatron_capgap.conversion.source import Source, listed, open_source, read_json
+from megatron_capgap.data.chat import TEMPLATES
 from megatron_capgap.data.tokenizer import open_tokenizer
 from megatron_capgap.models import packing
 from megatron_capgap.runtime.devices import Device
@@ -39,8 +40,6 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "tekken.json",
 )
-TEMPLATES = "additional_chat_templates"
-"""Folder of a tokenizer with chat templates by name."""
 GENERATION = "generation_config.json"
 CARRIED_FILES = ("config.json", GENERATION, *TOKENIZER_FILES)
 

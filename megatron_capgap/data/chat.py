@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import groupby
@@ -20,10 +20,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megatron_capgap.config.errors import UserError, in_one_line
 from megatron_capgap.data.tokenizer import Tokenizer
-from megatron_capgap.data.turns import Message
+from megatron_capgap.data.turns import Conversation, Message
 
 Span = tuple[int, int]
 """Characters of a text: from, to."""
+TEMPLATES = "additional_chat_templates"
+"""Folder of a tokenizer with chat templates by name."""
+Jinja = str | dict[str, str]
+"""A template, or several by name: as transformers does, `tool_use` is taken, where there is one, for a conversation
+that names tools, and `default` for the others."""
+_DEFAULT, _TOOL_USE = "default", "tool_use"
 # Private characters, which no text holds: they mark what {% generation %} has written, and stand for a message.
 _FROM, _TO, _SOMETHING = "\ue0f0\ue0f1", "\ue0f1\ue0f0", "\ue0f2"
 
@@ -35,6 +41,9 @@ class Segment:
     tokens: tuple[int, ...]
     learned: bool
     """Whether the loss counts them: the assistant says them."""
+    joined: bool = False
+    """Whether the tokenizer has merged the assistant's first characters with what stands before them; a prompt that
+    ends there has other ids."""
 
 
 class Template(ABC):
@@ -44,7 +53,7 @@ class Template(ABC):
         jinja: the same in the language of Hugging Face's tokenizers.
     """
 
-    jinja: str
+    jinja: Jinja
 
     @abstractmethod
     def encode(self, messages: Sequence[Message]) -> list[Segment]:
@@ -60,10 +69,12 @@ class JinjaTemplate(Template):
 
     The whole conversation becomes text and then ids, as in transformers' `apply_chat_template`: what a tokenizer makes
     of a piece depends on what stands before it. The assistant's words are what `{% generation %}` marks, or, without
-    such marks, from where the template leaves the assistant to begin to the end of its turn.
+    such marks, from where the template leaves the assistant to begin to the end of its turn. A token that stands for
+    characters on both sides of that beginning is learned, and told of (`Segment.joined`): generation begins behind a
+    prompt that ends there, whose ids are others.
 
     Args:
-        source: the template.
+        source: the template, or several by name; one that is neither `default` nor `tool_use` is only handed on.
         tokenizer: gives bos_token, eos_token and the like as text.
         place: what messages call it.
 
@@ -71,10 +82,12 @@ class JinjaTemplate(Template):
         UserError: it is no Jinja.
     """
 
-    def __init__(self, source: str, tokenizer: Tokenizer, place: str) -> None:
+    def __init__(self, source: Jinja, tokenizer: Tokenizer, place: str) -> None:
         self.jinja = source
         self._tokenizer, self._place = tokenizer, place
-        self._marked = re.search(r"{%[-+]?\s*generation\s*[-+]?%}", source) is not None
+        named = {_DEFAULT: source} if isinstance(source, str) else source
+        used = {name: named[name] for name in (_DEFAULT, _TOOL_USE) if name in named}
+        self._marked = {n for n, text in used.items() if re.search(r"{%[-+]?\s*generation\s*[-+]?%}", text)}
         sandbox = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
         )
@@ -82,7 +95,7 @@ class JinjaTemplate(Template):
         sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         sandbox.filters["tojson"] = _to_json
         try:
-            self._template = sandbox.from_string(source)
+            self._templates = {name: sandbox.from_string(text) for name, text in used.items()}
         except (TemplateError, RecursionError) as error:
             raise UserError(f"{place}: is no Jinja ({error}); mend it, or use the default template") from None
 
@@ -90,23 +103,41 @@ class JinjaTemplate(Template):
         text, spans = self._written(messages)
         ids, places = self._tokenizer.encode_with_places(text)
         learned = [any(start < to and end > at for at, to in spans) for start, end in places]
-        found = groupby(zip(ids, learned, strict=True), key=lambda pair: pair[1])
-        return [Segment(tuple(token for token, _ in run), said) for said, run in found]
+        joined = {self._joined(text, at, ids, places) for at, _ in spans}
+        found = []
+        for said, run in groupby(range(len(ids)), key=lambda number: learned[number]):
+            numbers = list(run)
+            found.append(Segment(tuple(ids[n] for n in numbers), said, said and not joined.isdisjoint(numbers)))
+        return found
+
+    def _joined(self, text: str, at: int, ids: list[int], places: list[Span]) -> int | None:
+        """The first of the assistant's tokens, by its number, where the prompt before it alone has other ids."""
+        if any(start == at for start, _ in places) and (not at or any(end == at for _, end in places)):
+            return None
+        # Not where a token ends; or one whose space counts for nothing in its place, so that only the ids tell.
+        asked, _ = self._tokenizer.encode_with_places(text[:at])
+        if ids[: len(asked)] == asked:
+            return None
+        return next((number for number, (_, end) in enumerate(places) if end > at), None)
 
     def ends(self) -> frozenset[int]:
-        try:
-            turn = self._end_of_turn([Message("user", "A"), Message("assistant", "B")], 1)
-        except UserError:  # it wants more than a question and an answer
-            return frozenset()
-        ids, _ = self._tokenizer.encode_with_places(turn)
-        first = next((token for token in ids if token in self._tokenizer.whole), None)
-        return frozenset() if first is None else frozenset({first})
+        found = set()
+        for name in self._templates:
+            talk = Conversation([Message("user", "A"), Message("assistant", "B")])
+            talk.tools = [] if name == _TOOL_USE else None
+            try:
+                turn = self._end_of_turn(talk, 1)
+            except UserError:  # it wants more than a question and an answer
+                continue
+            ids, _ = self._tokenizer.encode_with_places(turn)
+            found.update([token for token in ids if token in self._tokenizer.whole][:1])
+        return frozenset(found)
 
     def _written(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
         """The text, and where the assistant speaks in it."""
         answer = messages[-1].role != "assistant"
         text = self._render(messages, answer)
-        if self._marked:
+        if self._name(messages) in self._marked:
             return _without_marks(text)
         spans: list[Span] = []
         for number, message in enumerate(messages):
@@ -118,9 +149,9 @@ class JinjaTemplate(Template):
     def _turn(self, messages: Sequence[Message], number: int, text: str, answer: bool) -> Span:
         """Where one turn of the assistant's stands in the text of all: from where it is left to begin, in a prompt that
         ends before it, up to what the template writes at the end of a turn."""
-        asked, said = self._render(messages[:number], answer=True), text
+        asked, said = self._render(_with(messages, messages[:number]), answer=True), text
         if number < len(messages) - 1:
-            said = self._render(messages[: number + 1], answer=False)
+            said = self._render(_with(messages, messages[: number + 1]), answer=False)
         if text.startswith(asked) and text.startswith(said) and len(asked) < len(said):
             return len(asked), len(said)
         # What changes with the words is where they stand; a template may write the same turn otherwise once more
@@ -128,7 +159,7 @@ class JinjaTemplate(Template):
         start, end = _difference(text, self._render(_said_otherwise(messages, number), answer))
         if text.startswith(asked) and len(asked) <= start:
             start = len(asked)
-        closing = self._end_of_turn(messages[: number + 1], number)
+        closing = self._end_of_turn(_with(messages, messages[: number + 1]), number)
         end += _common(text[end:], closing)
         if end <= start:
             raise UserError(
@@ -140,18 +171,27 @@ class JinjaTemplate(Template):
     def _end_of_turn(self, messages: Sequence[Message], number: int) -> str:
         """What the template writes after the assistant's words, where they are the last."""
         text = self._render(messages, answer=False)
-        if self._marked:
+        if self._name(messages) in self._marked:
             text, spans = _without_marks(text)
             said = text[slice(*spans[-1])] if spans else ""
             return said[_common(said, messages[number].text) :]
         _, end = _difference(text, self._render(_said_otherwise(messages, number), answer=False))
         return text[end:]
 
+    def _name(self, messages: Sequence[Message]) -> str:
+        """Which of several templates writes a conversation down."""
+        return _TOOL_USE if _tools(messages) is not None and _TOOL_USE in self._templates else _DEFAULT
+
     def _render(self, messages: Sequence[Message], answer: bool) -> str:
-        tools = list(getattr(messages, "tools", ())) or None
-        said = [message.content() for message in messages]
+        said, tools = [message.content() for message in messages], _tools(messages)
+        template = self._templates.get(self._name(messages))
+        if template is None:
+            raise UserError(
+                f"{self._place}: brings chat templates ({', '.join(sorted(self.jinja))}), none of which is called "
+                "default; call one so, or use template default"
+            )
         try:
-            return self._template.render(
+            return template.render(
                 messages=said, tools=tools, documents=None, add_generation_prompt=answer, **self._tokenizer.special
             )
         except Exception as error:  # a template is a program of somebody else's: it may raise anything
@@ -209,13 +249,22 @@ def _without_marks(text: str) -> tuple[str, list[Span]]:
     return found, spans
 
 
-def _said_otherwise(messages: Sequence[Message], number: int) -> Sequence[Message]:
+def _tools(messages: Sequence[Message]) -> list[Any] | None:
+    """The tools that a conversation names; an empty list names some, to transformers."""
+    return getattr(messages, "tools", None)
+
+
+def _with(messages: Sequence[Message], others: Iterable[Message]) -> Conversation:
+    """Other turns, with the conversation's tools."""
+    found = Conversation(others)
+    found.tools = _tools(messages)
+    return found
+
+
+def _said_otherwise(messages: Sequence[Message], number: int) -> Conversation:
     """The conversation with one message in other words."""
     other = Message(messages[number].role, _SOMETHING, messages[number].fields)
-    found = type(messages)((*messages[:number], other, *messages[number + 1 :]))  # type: ignore[call-arg]
-    if tools := getattr(messages, "tools", ()):
-        found.tools = tools  # type: ignore[attr-defined]
-    return found
+    return _with(messages, (*messages[:number], other, *messages[number + 1 :]))
 
 
 def _difference(text: str, other: str) -> Span:
@@ -261,26 +310,44 @@ def open_template(name: str, tokenizer: Tokenizer, path: str) -> Template:
     """
     if name == "default":
         return DefaultTemplate(tokenizer)
-    found = next(_sources(Path(path)), None)
+    found = _brought(Path(path))
     if found is None:
         raise UserError(f"{name}: {path} brings no chat template; template default would do, or another tokenizer")
     return JinjaTemplate(found[0], tokenizer, str(found[1]))
 
 
-def template_ends(jinja: str | None, tokenizer: Tokenizer) -> frozenset[int]:
+def template_ends(jinja: Jinja | None, tokenizer: Tokenizer) -> frozenset[int]:
     """Ids that end the assistant's turn in the template that a model was finetuned with; none without one."""
     return frozenset() if jinja is None else JinjaTemplate(jinja, tokenizer, "the checkpoint's chat template").ends()
 
 
-def _sources(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Text and file of the templates of a tokenizer folder; the first counts."""
+def _brought(folder: Path) -> tuple[Jinja, Path] | None:
+    """The templates of a tokenizer folder, and where they are; files of theirs count before tokenizer_config.json."""
     file, words = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if file.is_file():
-        yield file.read_text(encoding="utf-8"), file
-    if not words.is_file():
-        return
-    source = json.loads(words.read_text(encoding="utf-8-sig")).get("chat_template")
+    found = {_DEFAULT: file} if file.is_file() else {}
+    found |= {one.name.removesuffix(".jinja"): one for one in sorted((folder / TEMPLATES).glob("*.jinja"))}
+    if found:
+        texts = {name: one.read_text(encoding="utf-8") for name, one in found.items()}
+        return _alone(texts), file if file.is_file() else folder / TEMPLATES
+    source = json.loads(words.read_text(encoding="utf-8-sig")).get("chat_template") if words.is_file() else None
     if isinstance(source, list):  # several, by name
-        source = next((one["template"] for one in source if one.get("name") == "default"), None)
-    if source:
-        yield source, words
+        source = {name: text for name, text in (_named(one, words) for one in source)}
+        return (_alone(source), words) if source else None
+    if source is not None and not isinstance(source, str):
+        raise UserError(f"{words}: chat_template is neither text nor a list of templates; save the tokenizer again")
+    return (source, words) if source else None
+
+
+def _alone(templates: dict[str, str]) -> Jinja:
+    return templates[_DEFAULT] if templates.keys() == {_DEFAULT} else templates
+
+
+def _named(one: Any, place: Path) -> tuple[str, str]:
+    name, text = (one.get("name"), one.get("template")) if isinstance(one, dict) else (None, None)
+    # The name becomes that of a file.
+    if not isinstance(name, str) or not isinstance(text, str) or Path(name).name != name:
+        raise UserError(
+            f"{place}: chat_template holds {in_one_line(json.dumps(one))[:60]}, which is no name with a template; "
+            "save the tokenizer again"
+        )
+    return name, text

@@ -36,6 +36,11 @@ class _Examples(Sequence[Example]):
     def __len__(self) -> int:
         return len(self._ends)
 
+    @property
+    def largest(self) -> int:
+        """Of all ids."""
+        return int(self._tokens.max())
+
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -63,22 +68,25 @@ class Conversations:
             vocab: ids must be smaller.
 
         Returns:
-            What is to be said of conversations that did not fit, a line for each list of files.
+            What is to be said of conversations that did not fit, or whose answers begin within a token.
 
         Raises:
-            UserError: a file is missing or holds something else, no conversation fits into a row, or the cache cannot
-                be written.
+            UserError: a file is missing or holds something else, no conversation fits into a row, an id has no row in
+                the model, or the cache cannot be written.
         """
         missing = {}
         for files in self._lists():  # all are read before anything is written
-            if not self._folder(files).is_dir():
+            if self._folder(files).is_dir():
+                # Perhaps written for a model with more rows.
+                self._check_ids(files, _Examples(self._folder(files)).largest, vocab)
+            else:
                 conversations = [conversation for file in files for conversation in read_conversations(file)]
                 missing[files] = instruct.encode(conversations, self._template, self._data.sequence_length)
         for files, (examples, _) in missing.items():
             self._check_ids(files, max(int(example.tokens.max()) for example in examples), vocab)
         for files, (examples, cut) in missing.items():
             self._write(self._folder(files), examples, cut)
-        return [line for files in self._lists() if (line := self._said(files))]
+        return [line for files in self._lists() for line in self._said(files)]
 
     def open_training(self, seed: int, *, packed: bool) -> InstructSequence:
         """Endless rows of data.train, in another order in each epoch; see `InstructSequence`.
@@ -143,15 +151,20 @@ class Conversations:
                 f"row in the model's vocab of {vocab}; use the model's own tokenizer and template, or other texts"
             )
 
-    def _said(self, files: tuple[str, ...]) -> str | None:
+    def _said(self, files: tuple[str, ...]) -> Iterator[str]:
         cut = json.loads((self._folder(files) / _CUT).read_text())
-        if not cut["shortened"] and not cut["dropped"]:
-            return None
-        return (
-            f"{', '.join(files)}: of {cut['kept'] + cut['dropped']} conversations {cut['shortened']} lost their end, "
-            f"{cut['dropped']} were dropped, with no word of the assistant's within data.sequence_length "
-            f"{self._data.sequence_length}"
-        )
+        if cut["shortened"] or cut["dropped"]:
+            yield (
+                f"{', '.join(files)}: of {cut['kept'] + cut['dropped']} conversations {cut['shortened']} lost their "
+                f"end, {cut['dropped']} were dropped, with no word of the assistant's within data.sequence_length "
+                f"{self._data.sequence_length}"
+            )
+        if cut.get("joined"):  # a cache of an earlier version does not say
+            yield (
+                f"{', '.join(files)}: in {cut['joined']} of {cut['kept']} conversations a token spans the place at "
+                "which an answer begins, so that generation begins with other ids than are learned here; a template "
+                "whose prompt ends with a special token or a line end keeps them apart"
+            )
 
     def _open(self, files: tuple[str, ...]) -> _Examples:
         folder = self._folder(files)

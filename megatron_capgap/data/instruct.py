@@ -32,12 +32,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Cut:
-    """What did not fit."""
+    """What did not fit: into a row, or a prompt into the ids of the whole."""
 
     shortened: int
     """Conversations that lost their end."""
     dropped: int
     """Those of which no word of the assistant's was left."""
+    joined: int = 0
+    """Of those that were kept: where a token spans the place at which an answer begins (`Segment.joined`)."""
 
 
 def encode(
@@ -45,11 +47,15 @@ def encode(
 ) -> tuple[list[Example], Cut]:
     """Tokens of every conversation, the first `sequence_length` of them.
 
+    Where the tokenizer merges across the place at which an answer begins, the ids are those of the whole conversation,
+    as in transformers, and not those of a prompt that ends there, with which generation begins; such conversations are
+    counted.
+
     Raises:
         UserError: no conversation is left.
     """
     found: list[Example] = []
-    shortened = dropped = 0
+    shortened = dropped = joined = 0
     for conversation in conversations:
         segments = template.encode(conversation)
         tokens = np.concatenate([np.array(s.tokens, dtype=np.int64) for s in segments])
@@ -59,13 +65,15 @@ def encode(
             dropped += 1
             continue
         shortened += len(tokens) > sequence_length + 1
+        starts = np.cumsum([0, *(len(s.tokens) for s in segments)])
+        joined += any(s.joined and start <= sequence_length for s, start in zip(segments, starts, strict=False))
         found.append(example)
     if not found:
         raise UserError(
             f"data.sequence_length: {sequence_length} is too short: no conversation has a word of the assistant's "
             "within it; a longer one would do"
         )
-    return found, Cut(shortened, dropped)
+    return found, Cut(shortened, dropped, joined)
 
 
 def pack(lengths: Sequence[int], sequence_length: int) -> list[list[int]]:

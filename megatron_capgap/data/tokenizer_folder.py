@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from megatron_capgap.config.errors import UserError, in_one_line
 from megatron_capgap.data import sentencepiece_file
 from megatron_capgap.data.sentencepiece_file import CONTROL, USER_DEFINED
-from megatron_capgap.data.tokenizer_steps import llama, of_sentencepiece
+from megatron_capgap.data.tokenizer_classes import class_of
+from megatron_capgap.data.tokenizer_steps import SPECIAL, of_class, of_sentencepiece
 
 if TYPE_CHECKING:
     import tokenizers
@@ -40,6 +41,8 @@ class Reading:
     """Ids that transformers puts around a text unless it is asked not to."""
     special: dict[str, str]
     """Text of the tokens with a role, such as bos_token."""
+    made_by: str | None = None
+    """The class of transformers whose steps stand around the vocabulary, whatever tokenizer.json says."""
 
 
 def read_model(file: Path) -> Reading:
@@ -79,24 +82,22 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
             where = folder / "tokenizer_config.json"
             raise UserError(f"tokenizer {where}: {key} {content!r} is no text: save the tokenizer again")
     has_json = file.suffix == ".json"
-    is_llama = beside and _is_llama(folder, settings)
-    defaults: dict[str, str] = {}
+    made_by = _class_of(folder, settings) if beside else None
+    given, settings = settings, {**SPECIAL.get(made_by or "", {}), **settings}
     try:
         if has_json:
-            built, listed = _from_json(file, settings, is_llama)
+            built, listed = _from_json(file, settings, made_by)
         else:
             model = sentencepiece_file.read(file)
-            built, listed = of_sentencepiece(model, file, settings, is_llama), []
+            built, listed = of_sentencepiece(model, file, settings, made_by), []
             defaults = {key: model.pieces[number].text for key, number in model.special.items()}
-            own = [p for p in model.pieces if p.kind == CONTROL or (p.kind == USER_DEFINED and is_llama)]
+            own = [p for p in model.pieces if p.kind == CONTROL or (p.kind == USER_DEFINED and made_by)]
             extra = [{"content": p.text, "normalized": False, "special": p.kind == CONTROL} for p in own]
             settings = {**settings, "extra_special_tokens": [*_extra(settings), *extra]}
-        if is_llama:
-            defaults = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-        settings = {**defaults, **settings}
+            settings = settings if made_by else {**defaults, **settings}
         built.encode_special_tokens = bool(settings.get("split_special_tokens", False))
-        added = _added_tokens(_read_json(folder / "added_tokens.json") if beside else {}, settings, legacy, listed)
-        if not has_json and not is_llama:
+        added = _added_tokens(_read_json(folder / "added_tokens.json") if beside else {}, given, legacy, listed)
+        if not has_json and not made_by:
             added = {number: _unnormalized(token) for number, token in added.items()}
         _add(built, settings, added)
         before, after = _around(built, settings, has_json)
@@ -116,7 +117,7 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
             special[name] = text
             built.add_special_tokens([text])
     stops = {token for token in (eos, *of_model["eos"]) if token is not None}
-    return Reading(built, bos, eos, frozenset(stops), before, after, special)
+    return Reading(built, bos, eos, frozenset(stops), before, after, special, made_by)
 
 
 def _with_special_tokens_map(settings: dict[str, Any], special: dict[str, Any]) -> dict[str, Any]:
@@ -124,17 +125,20 @@ def _with_special_tokens_map(settings: dict[str, Any], special: dict[str, Any]) 
     return {**settings, **{key: value for key, value in special.items() if value is not None}}
 
 
-def _is_llama(folder: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether transformers' LlamaTokenizer opens the folder: it takes vocabulary and merges and puts steps of its own
-    around them."""
-    config = _read_json(folder / "config.json")
-    name = settings.get("tokenizer_class") or config.get("tokenizer_class")
-    if not isinstance(name, str) or name.removesuffix("Fast") != "LlamaTokenizer":
-        return False
-    if config.get("model_type") not in (None, "", "llama"):
-        return False  # another model's class counts, or the file as it stands
+def _class_of(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """The class of transformers that takes the folder's vocabulary and merges and puts steps of its own around them."""
     file = folder / "tokenizer.json"
-    return not (file.is_file() and "ByteLevel" in _types(_read_json(file)))
+    config = _read_json(folder / "config.json")
+    name = class_of(settings, config, lambda: file.is_file() and "ByteLevel" in _types(_read_json(file)))
+    if name is not None and name not in SPECIAL:
+        said = settings.get("tokenizer_class") or config.get("tokenizer_class")
+        why = f"tokenizer_class {said}" if said else f"model_type {config.get('model_type')} of its config.json"
+        raise UserError(
+            f"tokenizer {folder}: transformers opens it as {name} ({why}), whose own way to cut text is not known "
+            "here; copy its tokenizer.json into a folder of its own, with a tokenizer_config.json that names "
+            "PreTrainedTokenizerFast as tokenizer_class, to have it read as that file says"
+        )
+    return name
 
 
 def _types(recipe: dict[str, Any]) -> set[str]:
@@ -154,7 +158,7 @@ def types_of(recipe: Any) -> Iterator[str]:
 
 
 def _from_json(
-    file: Path, settings: Mapping[str, Any], is_llama: bool
+    file: Path, settings: Mapping[str, Any], made_by: str | None
 ) -> tuple[tokenizers.Tokenizer, list[dict[str, Any]]]:
     """The tokenizer in a file, and the added tokens that it lists and the tokenizer lacks."""
     import tokenizers
@@ -162,20 +166,20 @@ def _from_json(
     built = tokenizers.Tokenizer.from_file(str(file))
     built.no_truncation()  # what was asked for in the last call before it was saved
     built.no_padding()
-    if not is_llama:
+    if made_by is None:
         return built, []
     recipe = _read_json(file)
     vocabulary = recipe["model"]["vocab"]
-    if isinstance(vocabulary, list):  # a unigram model; LlamaTokenizer would read it as a BPE model without merges
+    if "merges" not in recipe["model"]:  # such as a unigram model, read as a BPE model that merges nothing
         raise UserError(
-            f"tokenizer {file}: its model is no BPE, and tokenizer_class LlamaTokenizer makes one of it; set "
-            "tokenizer_class to PreTrainedTokenizerFast in tokenizer_config.json"
+            f"tokenizer {file}: its model is no BPE, and transformers' {made_by} makes one of it; set tokenizer_class "
+            "to PreTrainedTokenizerFast in a tokenizer_config.json without a config.json beside it"
         )
     merges = [
         tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in recipe["model"]["merges"]
     ]
-    rebuilt = llama(vocabulary, merges, settings)
-    if built.post_processor is not None:
+    rebuilt = of_class(made_by, vocabulary, merges, settings)
+    if built.post_processor is not None and made_by != "GPTNeoXTokenizer":  # which makes its own, of no tokens
         rebuilt.post_processor = built.post_processor
     return rebuilt, recipe.get("added_tokens", [])
 

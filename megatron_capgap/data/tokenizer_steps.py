@@ -1,6 +1,7 @@
-"""The steps that transformers puts around a vocabulary: of its LlamaTokenizer, and of a SentencePiece model.
+"""The steps that transformers puts around a vocabulary: of its tokenizer classes, and of a SentencePiece model.
 
-They follow `LlamaTokenizer` and `SpmConverter.build_tokenizer_from_spm_proto` of transformers 5.
+They follow `LlamaTokenizer`, `GPT2Tokenizer` and the like, and `SpmConverter.build_tokenizer_from_spm_proto` of
+transformers 5.
 """
 
 from __future__ import annotations
@@ -20,10 +21,50 @@ if TYPE_CHECKING:
 SPACE = "\u2581"  # SentencePiece writes a space as this character
 
 
-def llama(
+_QWEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?{letters}+|\p{{N}}| ?[^\s{others}\p{{N}}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_ALONE = "<|endoftext|>"
+_OF_GPT2 = {"bos_token": _ALONE, "eos_token": _ALONE, "unk_token": _ALONE}
+_OF_QWEN = {"eos_token": _ALONE, "unk_token": _ALONE, "pad_token": _ALONE}
+_OF_COHERE = {"bos_token": "<BOS_TOKEN>", "eos_token": "<|END_OF_TURN_TOKEN|>", "unk_token": "<UNK>"}
+_OF_COHERE |= {"pad_token": "<PAD>", "cls_token": "<CLS>", "sep_token": "<SEP>", "mask_token": "<MASK_TOKEN>"}
+_OF_GEMMA = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"}
+SPECIAL: Mapping[str, Mapping[str, str]] = {
+    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "GemmaTokenizer": {**_OF_GEMMA, "mask_token": "<mask>"},
+    "GPT2Tokenizer": _OF_GPT2,
+    "CodeGenTokenizer": _OF_GPT2,
+    "GPTNeoXTokenizer": {**_OF_GPT2, "pad_token": "<|padding|>"},
+    "CohereTokenizer": _OF_COHERE,
+    "Qwen2Tokenizer": _OF_QWEN,
+    "Qwen3_5Tokenizer": _OF_QWEN,
+}
+"""The classes of transformers whose steps are known here, with the special tokens of a folder that names none."""
+
+
+def of_class(
+    name: str, vocabulary: dict[str, int], merges: list[tuple[str, str]], settings: Mapping[str, Any]
+) -> tokenizers.Tokenizer:
+    """The steps that a class puts around vocabulary and merges.
+
+    Args:
+        name: one of `SPECIAL`.
+        vocabulary: id of each piece.
+        merges: pairs, the first before the others.
+        settings: of tokenizer_config.json.
+    """
+    if name == "LlamaTokenizer":
+        return _llama(vocabulary, merges, settings)
+    if name == "GemmaTokenizer":
+        return _gemma(vocabulary, merges, settings)
+    return _byte_level(name, vocabulary, merges, settings)
+
+
+def _llama(
     vocabulary: dict[str, int], merges: list[tuple[str, str]], settings: Mapping[str, Any]
 ) -> tokenizers.Tokenizer:
-    """The steps of LlamaTokenizer."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -37,19 +78,61 @@ def llama(
     return built
 
 
-def of_sentencepiece(
-    model: sentencepiece_file.Model, file: Path, settings: Mapping[str, Any], is_llama: bool
+def _gemma(
+    vocabulary: dict[str, int], merges: list[tuple[str, str]], settings: Mapping[str, Any]
 ) -> tokenizers.Tokenizer:
-    """A SentencePiece model with the steps of the tokenizers library around it."""
+    import tokenizers
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    unknown = settings.get("unk_token")
+    unknown = unknown["content"] if isinstance(unknown, dict) else str(unknown)
+    if unknown not in vocabulary:
+        raise ValueError(f"GemmaTokenizer needs its unk_token {unknown} in the vocabulary")
+    how = {"fuse_unk": True, "byte_fallback": True}
+    built = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token=unknown, **how))
+    built.normalizer = normalizers.Replace(" ", SPACE)
+    built.pre_tokenizer = pre_tokenizers.Split(pattern=" ", behavior="merged_with_previous")
+    built.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    return built
+
+
+def _byte_level(
+    name: str, vocabulary: dict[str, int], merges: list[tuple[str, str]], settings: Mapping[str, Any]
+) -> tokenizers.Tokenizer:
     import tokenizers
     from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
-    pieces = [piece.text for piece in model.pieces] if is_llama else _renamed(model, settings)
+    how = {"continuing_subword_prefix": "", "end_of_word_suffix": ""}
+    built = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, **how))
+    prefix = bool(settings.get("add_prefix_space"))
+    if name not in ("GPT2Tokenizer", "CodeGenTokenizer"):
+        built.normalizer = normalizers.NFC()
+    steps: list[Any] = [pre_tokenizers.ByteLevel(add_prefix_space=prefix)]
+    if name == "CohereTokenizer":
+        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+    if name in ("Qwen2Tokenizer", "Qwen3_5Tokenizer"):
+        marks = r"\p{M}" if name == "Qwen3_5Tokenizer" else ""
+        letters = rf"[\p{{L}}{marks}]" if marks else r"\p{L}"
+        words = Regex(_QWEN.format(letters=letters, others=rf"\p{{L}}{marks}"))
+        steps = [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(prefix, use_regex=False)]
+    built.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
+    built.decoder = decoders.ByteLevel()
+    return built
+
+
+def of_sentencepiece(
+    model: sentencepiece_file.Model, file: Path, settings: Mapping[str, Any], name: str | None
+) -> tokenizers.Tokenizer:
+    """A SentencePiece model with the steps of the tokenizers library around it, or those of the class `name`."""
+    import tokenizers
+    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+
+    pieces = [piece.text for piece in model.pieces] if name else _renamed(model, settings)
     if model.kind == "bpe":
         vocabulary = {text: number for number, text in enumerate(pieces)}
         merges = _merges(model, pieces)
-        if is_llama:
-            return llama(vocabulary, merges, settings)
+        if name:
+            return of_class(name, vocabulary, merges, settings)
         core: Any = models.BPE(
             vocab=vocabulary,
             merges=merges,
@@ -58,13 +141,13 @@ def of_sentencepiece(
             byte_fallback=model.byte_fallback,
             ignore_merges=any(piece.kind == USER_DEFINED for piece in model.pieces),
         )
-    elif model.kind == "unigram" and not is_llama:
+    elif model.kind == "unigram" and not name:
         scores = [(text, piece.score) for text, piece in zip(pieces, model.pieces, strict=True)]
         core = models.Unigram(scores, unk_id=model.special["unk_token"], byte_fallback=model.byte_fallback)
     else:
         raise UserError(
             f"tokenizer {file}: a SentencePiece model of kind {model.kind} cannot be read as "
-            f"{'LlamaTokenizer' if is_llama else 'a folder'}; give the .model file itself"
+            f"{name or 'a folder'}; give the .model file itself"
         )
     built = tokenizers.Tokenizer(core)
     prefixed_each = bool(settings.get("legacy", True))

@@ -36,8 +36,8 @@ class Message:
 class Conversation(tuple[Message, ...]):
     """The turns of one conversation."""
 
-    tools: Sequence[Any] = ()
-    """Descriptions of the tools that the assistant may call."""
+    tools: list[Any] | None = None
+    """Descriptions of the tools that the assistant may call; None where the conversation does not speak of tools."""
 
 
 def read_conversations(path: str) -> list[Conversation]:

@@ -20,6 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.runtime.devices import Device
 from megatron_capgap.runtime.launch import Environment
+from megatron_capgap.runtime.reach import finding_each_other
 from megatron_capgap.runtime.watch import Watch
 
 Answer = TypeVar("Answer")
@@ -84,6 +85,9 @@ class Bridge:
         device: decides the backends.
         teachers: the ranks of the teacher's world, the last ones; the others are the student's.
         timeout_seconds: how long a collective, or the student, may wait.
+
+    Raises:
+        UserError: the launcher's address is none.
     """
 
     def __init__(self, environment: Environment, device: Device, teachers: range, timeout_seconds: int) -> None:
@@ -91,7 +95,8 @@ class Bridge:
         self.teaches = self.rank in teachers
         self._limit = timedelta(seconds=timeout_seconds)
         url = f"tcp://{environment.master_addr}:{environment.master_port}"
-        self.store, _, _ = next(rendezvous(url, self.rank, world, timeout=self._limit))
+        with finding_each_other(environment, timeout_seconds):
+            self.store, _, _ = next(rendezvous(url, self.rank, world, timeout=self._limit))
         """Of all ranks of the job."""
         self.watch = Watch(self.store, self.rank, world, timeout_seconds)
         """Over all of them."""

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
 from megatron_capgap.config.errors import UserError
+from megatron_capgap.runtime.reach import finding_each_other
 
 if TYPE_CHECKING:
     import torch
@@ -252,6 +253,9 @@ def join(environment: Environment, device: Device, timeout_seconds: int) -> dist
         environment: what `read_environment` returned.
         device: decides the backend (gloo or nccl).
         timeout_seconds: how long a collective may wait before it raises.
+
+    Raises:
+        UserError: the launcher's address is none.
     """
     import torch.distributed as dist
 
@@ -259,7 +263,8 @@ def join(environment: Environment, device: Device, timeout_seconds: int) -> dist
         assert dist.get_world_size() == environment.world
         return dist.distributed_c10d._get_default_store()
     own_store = environment.world == 1 and not environment.joins_store
-    with held_port() if own_store else nullcontext(environment.master_port) as port:
+    waiting = nullcontext() if own_store else finding_each_other(environment, timeout_seconds)
+    with held_port() if own_store else nullcontext(environment.master_port) as port, waiting:
         dist.init_process_group(
             device.backend,
             init_method=f"tcp://{environment.master_addr}:{port}",

@@ -309,12 +309,15 @@ def test_a_tokenizer_s_own_template_is_used_and_exported(pool: WorkerPool, mater
     template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
     template += "{% if add_generation_prompt %}<s>assistant: {% endif %}"
     (folder / "chat_template.jinja").write_text(template)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}" + template)
     start = runs.adapt_config(material, tmp_path / "start", train__steps=1, data__valid=None)
     start["data"]["tokenizer"] = str(folder)
     begun = runs.train(pool, "adapt", start)
     config = runs.finetune_config(material, tmp_path / "run", begun, finetune__template="tokenizer", train__steps=1)
     config["data"]["tokenizer"] = str(folder)
     run_dir = runs.train(pool, "finetune", config)
-    assert manifests.read(manifests.locate(str(run_dir))).chat_template == template
+    both = {"default": template, "tool_use": "{{ tools }}" + template}
+    assert manifests.read(manifests.locate(str(run_dir))).chat_template == both
     export(pool, run_dir, tmp_path / "hf")
-    assert (tmp_path / "hf" / "chat_template.jinja").read_text() == template
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").chat_template == both

@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from megatron_capgap.runtime.launch import held_port
 from tests.support import debian, runs
 from tests.support.processes import environment
 from tests.support.runs import Material
@@ -67,3 +69,57 @@ def test_ranks_that_a_batch_script_exports_for_all_tasks_are_refused_at_once(
     (line,) = done.stderr.splitlines()
     assert "RANK is 0 and WORLD_SIZE is 4, but srun says task 2 of 4" in line
     assert not os.path.exists(tmp_path / "run")
+
+
+@contextmanager
+def rank_of_two(config: str, rank: int, address: str, port: int) -> Iterator[subprocess.Popen[str]]:
+    """A rank that is started by hand, and is gone at the end."""
+    told = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": address}
+    with subprocess.Popen(
+        [sys.executable, "-m", "megatron_capgap", "adapt", "--config", config],
+        env={**environment(), **told, "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_host_that_is_none_is_refused_at_once(material: Material, tmp_path: Path, rank: int) -> None:
+    config = runs.write_config(runs.adapt_config(material, tmp_path / "run", student__layout={"tensor": 2}))
+    with rank_of_two(config, rank, "no-such-host.invalid", 29500) as process:
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 2
+    (line,) = said.splitlines()
+    assert "MASTER_ADDR is 'no-such-host.invalid', which this host (" in line and "cannot resolve" in line
+    assert not os.path.exists(tmp_path / "run")
+
+
+def told(process: subprocess.Popen[str]) -> str:
+    """The first warning about the wait."""
+    assert process.stderr is not None
+    return next(line for line in process.stderr if line.startswith("capgap: warning: rank "))
+
+
+@pytest.mark.slow("waits until a rank says that it waits")
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_rank_that_waits_for_the_other_says_where(material: Material, tmp_path: Path, first: int) -> None:
+    changes = {"train__steps": 1, "data__valid": None, "student__layout": {"tensor": 2}}
+    config = runs.write_config(runs.adapt_config(material, tmp_path / "run", **changes))
+    with held_port() as port, rank_of_two(config, first, "127.0.0.1", port) as waiting:
+        line = told(waiting)
+        place = f"127.0.0.1 port {port}"
+        if first == 1:
+            assert f"nothing answers at {place} yet (Connection refused), where MASTER_ADDR and MASTER_" in line
+        else:
+            assert f"{place} answers, but not all of the 2 ranks that WORLD_SIZE says have come" in line
+        assert "; waiting for 20 s, for " in line
+        with rank_of_two(config, 1 - first, "127.0.0.1", port) as other:
+            _, said = other.communicate(timeout=300)
+            _, rest = waiting.communicate(timeout=300)
+    assert (waiting.returncode, other.returncode) == (0, 0), said + rest
+    assert len(runs.steps_of(tmp_path / "run")) == 1

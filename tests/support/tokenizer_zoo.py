@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
+import transformers
 from transformers import AutoTokenizer
 
 from megatron_capgap.conversion.tokenizer import translate
@@ -99,6 +100,8 @@ def kinds(plain: bytes, prepend: dict[str, Any]) -> Iterator[tuple[str, dict[str
     yield "byte_level", {words: words_of_bytes, config: {**FAST, "unk_token": None}}
     yield "byte_level_llama", {words: words_of_bytes, config: {**LLAMA, "unk_token": None}}
 
+    yield from _made_anew(plain, prepend, words_of_bytes)
+
     yield "added_tokens_json", {words: prepend, config: FAST, "added_tokens.json": AFTER}
     listed = {**FAST, "added_tokens_decoder": LISTED, "eos_token": "<|im_end|>"}
     yield "added_tokens_decoder", {words: prepend, config: listed}
@@ -115,6 +118,58 @@ def kinds(plain: bytes, prepend: dict[str, Any]) -> Iterator[tuple[str, dict[str
     yield "bos_asked_for", {words: prepend, config: {**FAST, "add_bos_token": True}}
     yield "cut_and_padded", {words: {**prepend, "truncation": CUT, "padding": PAD}, config: FAST}
     yield "no_config", {words: prepend}
+
+
+CLASSES = {
+    "GPT2Tokenizer": "gpt2",
+    "CodeGenTokenizer": "phi",
+    "GPTNeoXTokenizer": "gpt_neox",
+    "CohereTokenizer": "cohere",
+    "Qwen2Tokenizer": "qwen2",
+    "Qwen3_5Tokenizer": "qwen3_5",
+    "GemmaTokenizer": "gemma2",
+    "LlamaTokenizer": "llama",
+}
+"""Classes with steps of their own, each with a type of model that comes with it."""
+_SPLIT = {"type": "Split", "pattern": {"Regex": "[aeiou]|\\s+"}, "behavior": "Isolated", "invert": False}
+_BYTES = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": False}
+
+
+def _made_anew(plain: bytes, prepend: dict[str, Any], of_bytes: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Folders of which a class takes vocabulary and merges alone."""
+    config, model, words = "tokenizer_config.json", "tokenizer.model", "tokenizer.json"
+    listed = {number: {**token, "lstrip": True} for number, token in LISTED.items()}
+    listed = {"eos_token": "<|im_end|>", "bos_token": "<s>", "added_tokens_decoder": listed}
+    spaced = {"eos_token": {"content": "<|im_end|>", **_PLAIN, "lstrip": True}, "bos_token": "<s>"}
+    for name, model_type in CLASSES.items():
+        own, beside = {"tokenizer_class": name}, {"model_type": model_type}
+        base = prepend if name == "GemmaTokenizer" else of_bytes  # it wants an unknown token
+        split = {"type": "Sequence", "pretokenizers": [_SPLIT, _BYTES]}
+        foreign = {**base, "normalizer": {"type": "Lowercase"}, "pre_tokenizer": split}
+        yield f"{name}_genuine", {words: _steps_of(name, prepend, of_bytes), config: {**own, **SPECIAL}}
+        yield f"{name}_foreign", {words: foreign, config: {**own, **SPECIAL}, "config.json": beside}
+        yield f"{name}_prepend", {words: {**prepend, "post_processor": POST}, config: {**own, **SPECIAL}}
+        yield f"{name}_prefixed", {words: foreign, config: {**own, **SPECIAL, "add_prefix_space": True}}
+        yield f"{name}_fast", {words: foreign, config: {"tokenizer_class": f"{name}Fast", "pad_token": None}}
+        yield f"{name}_listed", {words: base, config: {**own, **listed}}
+        files = {"special_tokens_map.json": spaced, "added_tokens.json": AFTER}
+        yield f"{name}_added", {words: base, config: own, **files}
+        yield f"{name}_sentencepiece", {model: plain, config: {**own, **SPECIAL}}
+        yield f"{name}_of_model", {words: foreign, "config.json": beside}
+        yield f"{name}_misnamed", {words: foreign, config: FAST, "config.json": beside}
+        yield f"{name}_elsewhere", {words: foreign, config: own, "config.json": {"model_type": "mistral"}}
+        yield f"{name}_beside", {words: foreign, "config.json": {**beside, **own}}
+
+
+def _steps_of(name: str, prepend: dict[str, Any], of_bytes: dict[str, Any]) -> dict[str, Any]:
+    """A vocabulary with the steps that transformers' own class saves."""
+    recipe = prepend if name in ("GemmaTokenizer", "LlamaTokenizer") else of_bytes
+    if not recipe:  # of `kinds`, the names alone are asked for
+        return recipe
+    model = recipe["model"]
+    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    built = getattr(transformers, name)(vocab=model["vocab"], merges=merges, **SPECIAL)
+    return json.loads(built.backend_tokenizer.to_str())
 
 
 def _sentencepiece(**how: Any) -> bytes:

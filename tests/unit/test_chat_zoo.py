@@ -2,14 +2,17 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from megatron_capgap.config.errors import UserError
-from megatron_capgap.data.chat import DefaultTemplate, JinjaTemplate, Template
-from megatron_capgap.data.tokenizer import Tokenizer
+from megatron_capgap.conversion.tokenizer import Copied, write_template
+from megatron_capgap.data.chat import DefaultTemplate, JinjaTemplate, Template, open_template
+from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_capgap.data.turns import Conversation, Message, read_conversations
 from tests.support import tokenizer_zoo
 
@@ -164,6 +167,94 @@ def test_tools_are_context_and_their_calls_are_learned(pair: Any, tmp_path: Path
     first, last = [theirs.decode(s.tokens).replace("> ", ">") for s in template.encode(conversation) if s.learned]
     assert first == f"<tool_call>{json.dumps(call)}</tool_call><|im_end|>\n"
     assert last.endswith("A little.<|im_end|>\n") and "drops" not in last
+
+
+OTHER = "{% for m in messages %}{{ m.role }}{% endfor %}"
+LIST = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template": THINKING}]
+NAMED: dict[str, dict[str, Any]] = {
+    "one in the settings": {"tokenizer_config.json": CHATML},
+    "a list in the settings": {"tokenizer_config.json": [*LIST, {"name": "rag", "template": OTHER}]},
+    "a list of one": {"tokenizer_config.json": LIST[:1]},
+    "files": {"chat_template.jinja": CHATML, "additional_chat_templates/tool_use.jinja": THINKING},
+    "files before settings": {"tokenizer_config.json": LIST, "chat_template.jinja": CHATML},
+    "named files before settings": {"tokenizer_config.json": LIST, "additional_chat_templates/default.jinja": CHATML},
+    "a named default": {"chat_template.jinja": OTHER, "additional_chat_templates/default.jinja": CHATML},
+    "marks in one": {"chat_template.jinja": CHATML, "additional_chat_templates/tool_use.jinja": MARKED},
+    "for tools alone": {"additional_chat_templates/tool_use.jinja": THINKING},
+}
+
+
+def with_templates(pair: Any, folder: Path, files: dict[str, Any]) -> tuple[Tokenizer, Any]:
+    """The tokenizer of a folder with chat templates: ours and theirs."""
+    ours, _ = pair("added_tokens_decoder")
+    shutil.copytree(ours._folder, folder)
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        if name == "tokenizer_config.json":
+            settings = json.loads((folder / name).read_text())
+            content = json.dumps({**settings, "chat_template": content})
+        (folder / name).write_text(content)
+    return open_tokenizer(str(folder)), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "tools", [None, [], [{"type": "function", "function": {"name": "look"}}]], ids=["no", "0", "1"]
+)
+@pytest.mark.parametrize("name", NAMED)
+def test_of_several_templates_the_one_of_transformers_is_used(
+    pair: Any, tmp_path: Path, name: str, tools: list[Any] | None
+) -> None:
+    ours, theirs = with_templates(pair, tmp_path / "copy", NAMED[name])
+    template = open_template("tokenizer", ours, str(tmp_path / "copy"))
+    for turns in (1, 2, 3, 4):
+        messages = Conversation(TALK[:turns])
+        messages.tools = tools
+        said = [message.content() for message in messages]
+        how = {"add_generation_prompt": turns % 2 == 1, "tools": tools, "return_dict": True}
+        if name == "for tools alone" and tools is None:
+            with pytest.raises(UserError, match=r"brings chat templates \(tool_use\), none of which is called default"):
+                template.encode(messages)
+            continue
+        assert tokens(template, messages) == theirs.apply_chat_template(said, **how)["input_ids"]
+        learned = [theirs.decode(s.tokens).replace("> ", ">") for s in template.encode(messages) if s.learned]
+        assert len(learned) == turns // 2
+        assert all(text.rstrip("\n").endswith(f"{TALK[2 * i + 1].text}<|im_end|>") for i, text in enumerate(learned))
+    assert template.ends() == {theirs.convert_tokens_to_ids("<|im_end|>")}
+
+
+@pytest.mark.parametrize("name", ["a list in the settings", "files", "one in the settings"])
+def test_every_template_is_exported(pair: Any, tmp_path: Path, name: str) -> None:
+    """Those of the run, and none that only came with its tokenizer."""
+    ours, theirs = with_templates(pair, tmp_path / "copy", NAMED[name])
+    template = open_template("tokenizer", ours, str(tmp_path / "copy"))
+    other, _ = with_templates(pair, tmp_path / "other", {"additional_chat_templates/gone.jinja": OTHER})
+    words = Copied(tmp_path / "other", other.bos, other.eos, special=other.special)
+    (tmp_path / "export").mkdir()
+    words.write(tmp_path / "export")
+    write_template(tmp_path / "export", template.jinja, words)
+    assert AutoTokenizer.from_pretrained(tmp_path / "export").chat_template == theirs.chat_template == template.jinja
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ([{"name": "default"}], 'chat_template holds {"name": "default"}, which is no name with a template'),
+        (
+            [{"name": "../a", "template": "b"}],
+            'chat_template holds {"name": "../a", "template": "b"}, which is no name',
+        ),
+        (["b"], 'chat_template holds "b", which is no name with a template; save the tokenizer again'),
+        ({"default": "b"}, "chat_template is neither text nor a list of templates; save the tokenizer again"),
+        ([{"name": "tool_use", "template": "{% if %}"}], "is no Jinja"),
+    ],
+)
+def test_a_damaged_list_of_templates_is_one_line(pair: Any, tmp_path: Path, content: Any, expected: str) -> None:
+    ours, _ = pair("added_tokens_decoder")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": content}))
+    with pytest.raises(UserError) as caught:
+        open_template("tokenizer", ours, str(tmp_path))
+    assert str(caught.value).startswith(f"{tmp_path / 'tokenizer_config.json'}: {expected}")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("packed", [False, True])

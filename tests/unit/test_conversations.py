@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import processors
 
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.schema import Data
 from megatron_capgap.data import conversations as module
-from megatron_capgap.data.chat import DefaultTemplate
+from megatron_capgap.data.chat import DefaultTemplate, JinjaTemplate
 from megatron_capgap.data.conversations import Conversations
 from megatron_capgap.data.instruct import encode
 from megatron_capgap.data.tokenizer import open_tokenizer
@@ -72,6 +73,52 @@ def test_what_did_not_fit_is_said_every_time(data: Data, tmp_path: Path) -> None
     assert "lost their end" in lines[0] and "within data.sequence_length 45" in lines[0]
     assert short.build(10**6) == lines
     assert opened(replace(data, sequence_length=400), tmp_path / "cache").build(10**6) == []
+
+
+def test_a_cache_is_checked_against_a_smaller_model(data: Data, tmp_path: Path) -> None:
+    data = replace(data, sequence_length=10_000)  # nothing is cut
+    opened(data, tmp_path / "cache").build(10**6)
+    largest = max(
+        token
+        for file in (*data.train, *data.valid)
+        for talk in read_conversations(file)
+        for segment in DefaultTemplate(open_tokenizer(data.tokenizer)).encode(talk)
+        for token in segment.tokens
+    )
+    assert opened(data, tmp_path / "cache").build(largest + 1) == []
+    with pytest.raises(UserError, match=rf"hold the token .* \({largest}\), which has no row in the model's vocab of"):
+        opened(data, tmp_path / "cache").build(largest)
+
+
+def test_answers_that_begin_within_a_token_are_counted(tmp_path: Path) -> None:
+    """A byte-level tokenizer merges the space at the end of a prompt with the word behind it."""
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    trained = corpus.byte_level(corpus.texts(300, seed=3), 400, ["<s>", "</s>"])
+    word = next(piece[1:] for piece in sorted(trained.get_vocab()) if piece.startswith("\u0120") and len(piece) > 2)
+    talks = [[word, word], [word, "\u00e9"], [word, word, word, word]]
+    lines = [
+        {"messages": [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(talk)]}
+        for talk in talks
+    ]
+    file = corpus.write_lines(tmp_path / "talk.jsonl", lines)
+    for end, joined in ((" ", 2), ("\n", 0), ("", 0)):
+        template = "{% for m in messages %}{{ m.role }}:" + end + "{{ m.content }}</s>{% endfor %}"
+        template += "{% if add_generation_prompt %}assistant:" + end + "{% endif %}"
+        for trims in (False, True):  # where the space does not count for a token's place, too
+            trained.post_processor = processors.ByteLevel(trim_offsets=trims)
+            trained.save(str(folder / "tokenizer.json"))
+            tokenizer = open_tokenizer(str(folder))
+            written = JinjaTemplate(template, tokenizer, "the template")
+            for talk in read_conversations(file):  # what is counted is what differs
+                whole, asked = ([t for s in written.encode(m) for t in s.tokens] for m in (talk, talk[:-1]))
+                differs = whole[: len(asked)] != asked
+                assert any(segment.joined for segment in written.encode(talk)) == differs, (end, trims)
+            data = Data(str(folder), (file,), sequence_length=99)
+            for _ in range(2):  # of the cache, too
+                said = Conversations(data, tokenizer, written, tmp_path / "cache").build(10**6)
+                assert len(said) == bool(joined), (end, trims, said)
+                assert not joined or said[0].startswith(f"{file}: in {joined} of 3 conversations a token spans the")
 
 
 def test_a_bad_file_leaves_nothing(data: Data, tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from megatron_capgap.__main__ import main
 from megatron_capgap.config.errors import UserError
-from megatron_capgap.runtime.launch import Environment, held_port, leave_word, read_environment
+from megatron_capgap.runtime.devices import choose
+from megatron_capgap.runtime.launch import Environment, held_port, join, leave_word, read_environment
 
 TORCHRUN = {
     "RANK": "5",
@@ -53,6 +54,13 @@ def test_torchrun() -> None:
 
 def test_rank_and_world_size_are_enough_for_one_rank() -> None:
     assert read_environment({"RANK": "0", "WORLD_SIZE": "1"}) == Environment(0, 1, 0, 1, "127.0.0.1", 0, "torchrun")
+
+
+@pytest.mark.parametrize("port", [0, 65536])
+def test_a_port_that_is_none(port: int) -> None:
+    environment = read_environment({**TORCHRUN, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    with pytest.raises(UserError, match=f"environment variable MASTER_PORT is {port}; .* 1 to 65535"):
+        join(environment, choose("cpu", 0), timeout_seconds=1)
 
 
 def test_alone() -> None:

@@ -1,16 +1,22 @@
 """Tokenizer folders of every kind against transformers' AutoTokenizer: ids, lengths, special tokens."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.models.auto import tokenization_auto
 
 from megatron_capgap.config.errors import UserError
+from megatron_capgap.conversion.tokenizer import Copied, caution
 from megatron_capgap.data.tokenizer import open_tokenizer
+from megatron_capgap.data.tokenizer_classes import class_of
+from megatron_capgap.data.tokenizer_steps import SPECIAL
 from tests.support import tokenizer_zoo
 
 NAMES = [name for name, _ in tokenizer_zoo.kinds(b"", {})]
@@ -23,9 +29,11 @@ WORDS = [
     "\ufb01 \u00bd e\u0301 \u65e5\u672c \U0001f600",
     "\tint main() {\n    return 0;\n}\n",
     "the cat sat on the mat " * 30,
+    "They'LL don't 1234 x\u0301\u0300 5\u0966\u0967\u093e\r\n\n  y\r z",
     " ",
     "",
 ]
+OF_FILES = [name for name in NAMES if "Tokenizer_" not in name or name.endswith(("_genuine", "_foreign"))]
 PIECES = st.sampled_from(
     ["<s>", "</s>", "<|im_start|>", "<|im_end|>", " ", "  ", "\n", "the", "cat", "1", "\u00e9", "\u2581"]
 )
@@ -55,7 +63,7 @@ def test_ids_and_special_tokens_are_those_of_transformers(pair: Any, name: str) 
     assert ours.stops == ({ours.eos} if ours.eos is not None else set())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OF_FILES)
 @given(pieces=st.lists(PIECES, max_size=12))
 def test_any_text_has_the_ids_of_transformers(pair: Any, name: str, pieces: list[str]) -> None:
     ours, theirs = pair(name)
@@ -63,7 +71,7 @@ def test_any_text_has_the_ids_of_transformers(pair: Any, name: str, pieces: list
     assert ours.encode(text) == theirs(text, add_special_tokens=False, truncation=False, padding=False)["input_ids"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", OF_FILES)
 def test_each_id_knows_its_place_in_the_text(pair: Any, name: str) -> None:
     ours, _ = pair(name)
     text = "the cat sat <|im_start|> on 日本 the mat"
@@ -86,6 +94,89 @@ def test_a_model_may_stop_at_several_ids(zoo: dict[str, Path], tmp_path: Path) -
     (tmp_path / "copy" / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 9]}))
     found = open_tokenizer(str(tmp_path / "copy"))
     assert found.eos == 2 and found.stops == {2, 5, 9}
+
+
+def test_the_class_is_the_one_that_transformers_chooses() -> None:
+    """For every type of model and every class that it knows, alone; and where both name another."""
+    kept = transformers.tokenization_utils_tokenizers.TokenizersBackend
+
+    def known(name: str | None) -> str | None:  # what is refused goes by several names
+        return name if name is None or name in SPECIAL else "refused"
+
+    def anew(name: str | None) -> str | None:
+        found = tokenization_auto.tokenizer_class_from_name(name) if name else None
+        if found is None or found is kept or (issubclass(found, kept) and "__init__" not in found.__dict__):
+            return None
+        return known(found.__name__.removesuffix("Fast")) if "Backend" not in found.__name__ else None
+
+    of_model = dict(tokenization_auto.TOKENIZER_MAPPING_NAMES)
+    of_model.pop("rag")  # two tokenizers in one
+    for model, name in of_model.items():
+        assert known(class_of({}, {"model_type": model}, lambda: False)) == anew(name), model
+    names = {name for name in dir(transformers) if name.endswith(("Tokenizer", "TokenizerFast"))}
+    of_words = ("Auto", "Basic", "Character", "Mecab", "Wordpiece", "FastSpeech2Conformer", "Rag")
+    for name in sorted(names | {name for name in of_model.values() if name}):
+        if not name.startswith(of_words):
+            assert known(class_of({"tokenizer_class": name}, {}, lambda: False)) == anew(name), name
+    wrong = tokenization_auto.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS
+    for model in wrong:
+        found = class_of({"tokenizer_class": "LlamaTokenizer"}, {"model_type": model}, lambda: False)
+        assert known(found) == anew(of_model[model]), model
+
+
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        (
+            {"tokenizer_config.json": {"tokenizer_class": "XGLMTokenizerFast"}},
+            "transformers opens it as XGLMTokenizer (tokenizer_class XGLMTokenizerFast), whose own way to cut text is "
+            "not known here; copy its tokenizer.json into a folder of its own",
+        ),
+        ({"config.json": {"model_type": "bert"}}, "as BertTokenizer (model_type bert of its config.json)"),
+        ({"tokenizer_config.json": {"tokenizer_class": "CodeLlamaTokenizer"}}, "as CodeLlamaTokenizer"),
+        (
+            {"tokenizer_config.json": {"tokenizer_class": "GemmaTokenizer", "unk_token": "<none>"}},
+            "GemmaTokenizer needs its unk_token <none> in the vocabulary",
+        ),
+    ],
+)
+def test_a_class_that_is_not_known_is_refused(
+    zoo: dict[str, Path], tmp_path: Path, files: dict[str, Any], expected: str
+) -> None:
+    shutil.copytree(zoo["no_config"], tmp_path / "copy")
+    for file, content in files.items():
+        (tmp_path / "copy" / file).write_text(json.dumps(content))
+    with pytest.raises(UserError, match=re.escape(expected)) as caught:
+        open_tokenizer(str(tmp_path / "copy"))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gpt_neox", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["no_config", "unigram", "GPT2Tokenizer_foreign", "Qwen2Tokenizer_listed", "byte_level"]
+)
+def test_an_export_says_where_transformers_reads_other_ids(
+    zoo: dict[str, Path], tmp_path: Path, name: str, model_type: str
+) -> None:
+    ours = open_tokenizer(str(zoo[name]))
+    words = Copied(zoo[name], ours.bos, ours.eos)
+    said = caution({"model_type": model_type}, words)
+    words.write(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    try:
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        same = all(theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text) for text in WORDS)
+    except Exception:  # a unigram model where transformers wants merges
+        same = False
+    assert (said is None) == same, said
+    assert said is None or (said.startswith("AutoTokenizer of transformers 5 ") and "\n" not in said)
+
+
+def test_a_model_without_merges_is_not_made_anew(zoo: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(open_tokenizer(str(zoo["unigram"]))._tokenizer.to_str())  # type: ignore[attr-defined]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer"}))
+    with pytest.raises(UserError, match="its model is no BPE, and transformers' Qwen2Tokenizer makes one of it; set"):
+        open_tokenizer(str(tmp_path))
 
 
 @pytest.mark.parametrize(
