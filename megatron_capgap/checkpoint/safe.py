@@ -1,7 +1,8 @@
 """Pickles in a checkpoint, read by hands that know a list of harmless names and nothing else.
 
-PyTorch and Megatron-Core unpickle `.metadata`, and Transformer Engine its scales, without looking. So each pickle of a
-checkpoint is first walked here; what passes holds names from the lists below alone, and they can load it.
+PyTorch and Megatron-Core unpickle `.metadata` without looking. So each pickle of a checkpoint is first walked here;
+what passes holds names from the lists below alone, and they can load it. Transformer Engine's pickles, which hold the
+scales of older checkpoints, are read here alone.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ COMMON = "common.pt"
 MARKS = (METADATA, COMMON, "metadata.json")
 """What each checkpoint has beside the files with its tensors; rank 0 writes them."""
 SCALES = "._extra_state"
-"""What the names of FP8 scales hold: the one kind of entry that is not a tensor."""
+"""What the names of FP8 scales hold in older checkpoints: the one kind of entry that is not a tensor."""
 
 _OF_METADATA = {
     "torch": {"Size"},
@@ -48,7 +49,16 @@ _OF_SCALES = {
     "torch.storage": {"_load_from_bytes"},
     "collections": {"OrderedDict"},
     "transformer_engine.common.recipe": {"DelayedScaling", "Format", "_FormatHelper"},
+    "megatron.core.extensions.transformer_engine": {"TEDelayedScaling"},
 }
+
+
+class _Recipe:
+    """In the place of Transformer Engine's and Megatron-Core's recipes, whichever release pickled them: takes anything
+    and does nothing."""
+
+    def __new__(cls, *contents: object) -> _Recipe:
+        return super().__new__(cls)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -64,7 +74,9 @@ class _Unpickler(pickle.Unpickler):
         if name not in self._allowed.get(module, ()):
             raise _ForbiddenName(f"{module}.{name}")
         if (module, name) == ("torch.storage", "_load_from_bytes"):
-            return lambda content: torch.load(io.BytesIO(content), weights_only=True)
+            return lambda content: torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if module.startswith(("transformer_engine.", "megatron.")):
+            return _Recipe
         return super().find_class(module, name)
 
 
@@ -151,18 +163,40 @@ def _walk(folder: Path, files: frozenset[str], index: Index) -> None:
 
 
 def _check_scales(file: Path, place: _StorageInfo) -> None:
-    """Scales are a tensor of bytes, or nothing, and the bytes are once more a pickle."""
+    """Scales are tensors of bytes, or nothing, and the bytes are once more a pickle; Megatron-Core makes a list."""
     with open(file, "rb") as source:
         source.seek(place.offset)
         content = io.BytesIO(source.read(place.length))
     try:
         held = torch.load(content, map_location="cpu", weights_only=True)
-        if isinstance(held, torch.Tensor):
-            held = io.BytesIO(held.numpy().tobytes())
-        if isinstance(held, io.BytesIO) and held.getbuffer().nbytes:
-            _Unpickler(held, _OF_SCALES).load()
+        for one in held if isinstance(held, list) else [held]:
+            scales_in(one)
     except Exception as error:
         raise _hostile(file, error) from None
+
+
+def scales_in(held: object) -> dict[str, torch.Tensor]:
+    """What delayed scaling had learned, out of a module's `_extra_state` as Transformer Engine 2 pickled it.
+
+    Args:
+        held: a tensor of bytes, or nothing.
+
+    Returns:
+        `scale_fwd` and the others that `models.scales` knows by these names; empty where the module had not run.
+
+    Raises:
+        Exception: of any kind; it is none, or asks for a name that is not on the list.
+    """
+    if held is None:
+        return {}
+    if isinstance(held, torch.Tensor):
+        held = io.BytesIO(held.numpy().tobytes())
+    if not isinstance(held, io.BytesIO):
+        raise TypeError(f"{type(held).__name__} in the place of scales")
+    if not held.getbuffer().nbytes:
+        return {}
+    content = _Unpickler(held, _OF_SCALES).load()
+    return {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
 
 
 def _hostile(file: Path, reason: object) -> UserError:

@@ -71,7 +71,7 @@ class Saver:
             on_first_rank(lambda: _fresh_folder(staged))
         except UserError as error:
             raise _not_saved(manifest, staged, error) from error
-        state = store.training_state(chunks, grid, optimization, copied=self._beside, scales=manifest.holds_scales)
+        state = store.training_state(chunks, grid, optimization, copied=self._beside)
         if not self._beside:
             self._write(manifest, staged, state)
             return

@@ -24,7 +24,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_capgap.checkpoint import contents
+from megatron_capgap.checkpoint import contents, scales
 from megatron_capgap.checkpoint import manifest as manifests
 from megatron_capgap.checkpoint.manifest import Manifest
 from megatron_capgap.config.errors import UserError, in_one_line
@@ -114,12 +114,15 @@ def load_training(folder: Path, chunks: Sequence[torch.nn.Module], grid: Grid, o
     same_ranks = manifest.ranks == ranks(grid) and manifest.device == chunks_device(chunks)
     # Without its own scales, delayed scaling starts as a new run would; other recipes keep none.
     config = unwrap(chunks[0]).config
-    scales = manifest.holds_scales and config.fp8 is not None and config.fp8_recipe == manifest.fp8_recipe
-    model = sharded_state(list(chunks), grid, with_scales=scales)
+    delayed = manifest.holds_scales and config.fp8 is not None and config.fp8_recipe == manifest.fp8_recipe
+    model = sharded_state(list(chunks), grid)
     state = {**in_compute_type(model), "optimizer": optimization.sharded_state(model, loading=True)}
+    if delayed:
+        state |= scales.wanted(folder, chunks, grid)
     if same_ranks:
         state["random"] = _random_state()
     loaded = _load(state, folder)
+    scales.take_over(folder, chunks, loaded.get(scales.KEY, {}))
     _fill(chunks, loaded)
     optimization.load(loaded["optimizer"], manifest.step, manifest.step - manifest.skipped)
     if same_ranks:
@@ -139,7 +142,7 @@ def ranks(grid: Grid) -> tuple[int, int, int, int]:
 
 
 def training_state(
-    chunks: Sequence[torch.nn.Module], grid: Grid, optimization: Optimization, *, copied: bool, scales: bool
+    chunks: Sequence[torch.nn.Module], grid: Grid, optimization: Optimization, *, copied: bool
 ) -> Callable[[], ShardedStateDict]:
     """All that a run needs to go on, by layout-free names, as it is now.
 
@@ -148,14 +151,13 @@ def training_state(
         grid: their layout.
         optimization: optimizer and schedule.
         copied: whether this rank's part is to be a copy in host memory, which later training does not change.
-        scales: with the scales of delayed FP8 scaling.
 
     Returns:
         Gathers the optimizer's state on the data-parallel ranks that write it. Collective, over groups that training
         does not use: it may run beside it.
     """
-    model = sharded_state(list(chunks), grid, with_scales=scales)
-    written = {**written_in_compute_type(model), "random": _random_state()}
+    model = sharded_state(list(chunks), grid)
+    written = {**written_in_compute_type(model), **scales.written(chunks, grid), "random": _random_state()}
     if copied:
         written, optimization = dict_list_map_outplace(_in_host_memory, written), optimization.copied()
     # The optimizer finds its names by the parameters themselves.

@@ -26,14 +26,15 @@ from megatron_capgap.conversion.plan import Target
 from megatron_capgap.conversion.registry import FAMILIES
 from megatron_capgap.conversion.safetensors import Writer, cast
 from megatron_capgap.conversion.source import listed, read_config, read_json
-from megatron_capgap.models import packing
-from megatron_capgap.models.projections import PREFIX
+from megatron_capgap.models import packing, projections, scales
 from megatron_capgap.runtime.devices import Device
 from megatron_capgap.runtime.launch import on_every_rank, on_first_rank, on_ranks_alike
 
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 # What else a training run keeps in a checkpoint.
-_NOT_WEIGHTS = rf"(optimizer|random)\b.*|{re.escape(PREFIX)}.*|.*_extra_state.*"
+_NOT_WEIGHTS = (
+    rf"(optimizer|random)\b.*|({re.escape(projections.PREFIX)}|{re.escape(scales.PREFIX)}).*|.*_extra_state.*"
+)
 
 
 @dataclass(frozen=True)

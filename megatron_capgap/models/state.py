@@ -19,19 +19,15 @@ from megatron_capgap.runtime.layout import Grid
 _ROWS = 4096
 
 
-def sharded_state(
-    chunks: list[torch.nn.Module], grid: Grid, *, with_projections: bool = True, with_scales: bool = False
-) -> ShardedStateDict:
-    """Megatron's sharded state dict of all chunks of this rank.
+def sharded_state(chunks: list[torch.nn.Module], grid: Grid, *, with_projections: bool = True) -> ShardedStateDict:
+    """Megatron's sharded state dict of all chunks of this rank, parameters alone.
 
-    The keys name every tensor the same way in every layout.
+    The keys name every tensor the same way in every layout. Scales of FP8 have keys of their own: see `models.scales`.
 
     Args:
         chunks: this rank's model chunks.
         grid: their layout.
         with_projections: False leaves the model alone.
-        with_scales: with Transformer Engine's `_extra_state`: the scales and histories of delayed FP8 scaling. They are
-            the same on all tensor- and data-parallel ranks, and one entry a linear, so that they fit any layout too.
 
     Returns:
         `{"model": {...}}`, or `{"model0": {...}, "model1": {...}}` with virtual stages.
@@ -44,7 +40,7 @@ def sharded_state(
         state[name] = {
             key: value
             for key, value in part.items()
-            if (with_scales or not key.endswith("_extra_state")) and (with_projections or not key.startswith(PREFIX))
+            if not key.endswith("_extra_state") and (with_projections or not key.startswith(PREFIX))
         }
     return state
 

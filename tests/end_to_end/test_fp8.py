@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from megatron_capgap.checkpoint import safe
 from megatron_capgap.config.fp8 import gemm_count
 from megatron_capgap.config.schema import FP8, ModelShape, Precision
 from tests.support import runs
 from tests.support.engine import RECIPES, needs_files, run_counted
 from tests.support.pool import RankResult, WorkerPool
 from tests.support.runs import Material, assert_close
-from tests.support.state import run_engine, scales_of, state_of
+from tests.support.state import run_engine, run_pickling, scales_of, state_of
 from tools import convert_hf
 
 # With tensor 2 as with 1, every side of a linear's weight is a multiple of 128, and so are a rank's tokens.
@@ -185,6 +187,59 @@ def test_delayed_scales_are_resumed(
         assert steps[2]["loss"] == pytest.approx(whole("delayed")[2]["loss"], rel=1e-6 if name == "pipeline" else 1e-3)
     run_dir = runs.train(pool, "adapt", config_of(material, runs.rewind(saved, tmp_path / "local", 2)))
     assert 1e-6 < abs(runs.steps_of(run_dir)[2]["loss"] / whole("delayed")[2]["loss"] - 1) < 1e-2
+
+
+def entries_of(checkpoint: Path) -> dict[str, list[int] | None]:
+    """The size of every entry of a checkpoint that speaks of scales; None where it is a pickle."""
+    entries = safe.read_metadata(checkpoint).metadata.state_dict_metadata.items()
+    return {
+        name: list(entry.size) if isinstance(entry, TensorStorageMetadata) else None
+        for name, entry in entries
+        if safe.SCALES in name or name.startswith("delayed_scaling.")
+    }
+
+
+LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+
+
+def test_delayed_scales_are_plain_tensors_in_a_checkpoint(saved: Path) -> None:
+    sizes = {"scale_fwd": [3], "amax_history_fwd": [16, 3], "scale_bwd": [2], "amax_history_bwd": [16, 2]}
+    assert entries_of(saved / "checkpoints" / "step_2") == {
+        f"delayed_scaling.decoder.layers.{linear}.{part}": [SHAPE["layers"], *size]
+        for linear in LINEARS
+        for part, size in sizes.items()
+    }
+
+
+def test_older_checkpoints_with_pickled_scales_are_resumed(
+    fresh_pool: WorkerPool, material: Material, tmp_path: Path, whole: Whole
+) -> None:
+    old = tmp_path / "old"
+    often = {"checkpoint__every": 2, "checkpoint__keep": 3}
+    words = ["adapt", "--config", runs.write_config(config_of(material, old, precision=DELAYED, **often))]
+    assert fresh_pool.run(run_pickling, words, world=1, initialise=False) == [0]
+    there = entries_of(old / "checkpoints" / "step_2")
+    pickled = {f"decoder.layers.{linear}._extra_state/shard_{i}_2" for linear in LINEARS for i in range(2)}
+    assert pickled == {name for name, size in there.items() if "linear" in name and size is None}
+
+    for name, layout in {"same": {}, **LAYOUTS}.items():
+        run_dir = runs.rewind(old, tmp_path / name, 2)
+        steps = adapt(fresh_pool, material, run_dir, 2 if layout else 1, precision=DELAYED, student__layout=layout)
+        if name == "same":
+            assert steps == whole("delayed")
+        rel = 1e-3 if name == "tensor" else 1e-6
+        assert steps[2]["loss"] == pytest.approx(whole("delayed")[2]["loss"], rel=rel)
+        assert not any(safe.SCALES in entry for entry in entries_of(run_dir / "checkpoints" / "step_4"))
+
+
+def test_a_history_may_become_longer(
+    fresh_pool: WorkerPool, material: Material, tmp_path: Path, saved: Path, whole: Whole
+) -> None:
+    """Four steps of two micro-batches fill neither length."""
+    run_dir = runs.rewind(saved, tmp_path / "run", 2)
+    assert adapt(fresh_pool, material, run_dir, precision=fp8("delayed", amax_history=24)) == whole("delayed")
+    name = "delayed_scaling.decoder.layers.mlp.linear_fc1.amax_history_fwd"
+    assert entries_of(run_dir / "checkpoints" / "step_4")[name] == [SHAPE["layers"], 24, 3]
 
 
 def test_a_run_under_delayed_scaling_is_exported(pool: WorkerPool, tmp_path: Path, saved: Path) -> None:

@@ -122,9 +122,17 @@ def evil_instead_of_a_tensor(folder: Path, evil: Evil) -> None:
 
 
 def evil_scales(folder: Path, evil: Evil) -> None:
-    """FP8 scales are a tensor of bytes, which Transformer Engine unpickles."""
-    inner = torch.frombuffer(bytearray(pickle.dumps(evil)), dtype=torch.uint8)
-    rename_to_scales(folder, saved(inner))
+    """FP8 scales of older checkpoints are a tensor of bytes, once more a pickle."""
+    rename_to_scales(folder, saved(as_bytes(evil)))
+
+
+def evil_list_of_scales(folder: Path, evil: Evil) -> None:
+    """As Megatron-Core writes them."""
+    rename_to_scales(folder, saved([as_bytes({}), as_bytes(evil)]))
+
+
+def as_bytes(thing: Any) -> torch.Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(thing)), dtype=torch.uint8)
 
 
 def evil_around_scales(folder: Path, evil: Evil) -> None:
@@ -138,8 +146,7 @@ def evil_tensor_within_scales(folder: Path, evil: Evil) -> None:
         def __reduce__(self) -> tuple[Any, ...]:
             return torch.storage._load_from_bytes, (saved(evil),)
 
-    inner = torch.frombuffer(bytearray(pickle.dumps({"scale_fwd": Storage()})), dtype=torch.uint8)
-    rename_to_scales(folder, saved(inner))
+    rename_to_scales(folder, saved([as_bytes({"scale_fwd": Storage()})]))
 
 
 def rename_to_scales(folder: Path, content: bytes) -> None:
@@ -187,6 +194,7 @@ CRAFTED: dict[Callable[[Path, Evil], None], str] = {
     evil_lump: f"{WEIGHT} is no tensor",
     evil_instead_of_a_tensor: "does not hold what the model needs",
     evil_scales: "posix.mkdir",
+    evil_list_of_scales: "posix.mkdir",
     evil_around_scales: "holds what no checkpoint needs",
     evil_tensor_within_scales: "holds what no checkpoint needs",
     nonsense: "holds what no checkpoint needs",

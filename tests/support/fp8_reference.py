@@ -173,9 +173,8 @@ def mx(matrix: Array, target: Format, *, columns: bool) -> tuple[Quantised, NDAr
     def scales(maximum: float) -> tuple[float, float]:
         exponent = exponent_of(maximum, target)
         exponents.append(exponent)
-        # What Transformer Engine 2.11 multiplies by at both ends of the range.
-        before = {0: 1.0, 254: 0.0}.get(exponent, math.ldexp(1.0, 127 - exponent))
-        return before, math.ldexp(1.0, exponent - 127)
+        # From Transformer Engine 2.13 on; before, the first factor was 1 for exponent 0, and 0 for 254.
+        return math.ldexp(1.0, 127 - exponent), math.ldexp(1.0, exponent - 127)
 
     found = tiled(matrix, tall, wide, target, scales)
     return found, np.array(exponents, np.uint8).reshape(found.inverse.shape)

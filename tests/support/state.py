@@ -55,7 +55,7 @@ def written_of(run: Any) -> dict[str, tuple[str, str]]:
     from megatron_capgap.checkpoint import store
     from megatron_capgap.models.gpt import unwrap
 
-    state = store.training_state(run.chunks, run.grid, run.optimization, copied=False, scales=False)()
+    state = store.training_state(run.chunks, run.grid, run.optimization, copied=False)()
     held = {name for name, one in unwrap(run.chunks[0]).named_parameters() if type(one).__name__ == "Float8Tensor"}
     return {name: (state["model"][name].data.device.type, str(state["model"][name].data.dtype)) for name in held}
 
@@ -120,3 +120,23 @@ def run_scoring(words: list[str]) -> tuple[int, set[str]]:
         return main(words), seen
     finally:
         prune.Importance = importance
+
+
+def run_pickling(words: list[str]) -> int:
+    """Runs a stage whose checkpoints hold scales as older ones do: in Transformer Engine's own pickles."""
+    start()
+    from megatron_capgap.checkpoint import scales
+    from megatron_capgap.models.gpt import unwrap
+
+    def pickled(chunks: Any, grid: Any) -> dict[str, Any]:
+        states = [unwrap(chunk).sharded_state_dict(metadata={"dp_cp_group": grid.groups.dp_cp}) for chunk in chunks]
+        return {
+            f"model{index}": {key: value for key, value in state.items() if key.endswith("_extra_state")}
+            for index, state in enumerate(states)
+        }
+
+    written, scales.written = scales.written, pickled
+    try:
+        return main(words)
+    finally:
+        scales.written = written

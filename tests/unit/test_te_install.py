@@ -27,12 +27,12 @@ def test_missing_files_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         install()
 
 
-@pytest.mark.parametrize("version", ["2.10.0", "2.12.0", "3.11.0"])
+@pytest.mark.parametrize("version", ["2.11.0", "2.21.0", "3.20.2"])
 def test_another_release_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     fake_files(tmp_path, version)
     monkeypatch.setattr(files, "folder", lambda: tmp_path)
     with pytest.raises(
-        UserError, match=rf"transformer_engine {version} in .* is not 2\.11\.0, .*remove it and run tools/"
+        UserError, match=rf"transformer_engine {version} in .* is not 2\.20\.2, .*remove it and run tools/"
     ):
         install()
 

@@ -141,3 +141,30 @@ def test_quantisers_fill_the_buffers_that_the_recipe_says(
                 assert np.array_equal(mine.reshape(wanted.shape), wanted), (kind, key)
             if recipe == "delayed":
                 assert found["amax"].item() == reference.amax(double(values)), kind
+
+
+def empty_in_worker(recipe: str, internal: bool) -> tuple[bool, list[str], float]:
+    """Whether an empty tensor has the buffers of a full one, which of its values differ once it is filled, and the
+    maximum that making it has recorded."""
+    start()
+    amax = torch.zeros(1)
+    quantizer = quantiser(recipe, "e4m3", amax)
+    quantizer.internal = internal
+    values = torch.randn(64, 128, generator=torch.Generator().manual_seed(2))
+    empty = quantizer.make_empty(values.shape, dtype=torch.float32, device="cpu")
+    seen, full = amax.item(), quantizer(values)
+
+    def buffers(tensor: Any) -> dict[str, Tensor]:
+        return {key: value for key, value in vars(tensor).items() if isinstance(value, Tensor)}
+
+    sizes = [{key: value.shape for key, value in buffers(one).items()} for one in (empty, full)]
+    quantize.quantize(values, quantizer, empty)
+    different = [key for key, value in buffers(full).items() if not torch.equal(getattr(empty, key), value)]
+    return type(empty) is type(full) and sizes[0] == sizes[1], different, seen
+
+
+@needs_files
+@pytest.mark.parametrize("internal", [False, True])
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+def test_an_empty_tensor_is_one_to_be_overwritten(fresh_pool: WorkerPool, recipe: str, internal: bool) -> None:
+    assert fresh_pool.run(empty_in_worker, recipe, internal, world=1) == [(True, [], 0.0)]

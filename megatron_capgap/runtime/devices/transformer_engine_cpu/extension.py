@@ -38,25 +38,28 @@ class FP8BwdTensors(enum.IntEnum):
     GRAD_INPUT3 = 5
 
 
-class Float8BlockScaleTensorFormat(enum.IntEnum):
-    """Layouts of a blockwise tensor: as a GEMM reads it, or as it travels between ranks."""
+class NVTE_Fused_Attn_Backend(enum.IntEnum):
+    """Kernels of attention; Transformer Engine asserts that no other member is there."""
 
-    GEMM_READY = 0
-    COMPACT = 1
+    NVTE_No_Backend = -1
+    NVTE_F16_arbitrary_seqlen = 1
+    NVTE_FP8 = 2
 
 
 class _Named(type):
-    """A class whose every attribute is its own name: enumerations of kernels that are not here."""
+    """A class whose every attribute is an integer of its own: enumerations of kernels that are not here."""
 
-    def __getattr__(cls, name: str) -> str:
+    def __getattr__(cls, name: str) -> int:
         if name.startswith("__"):
             raise AttributeError(name)
-        return f"{cls.__name__}.{name}"
+        setattr(cls, name, len(vars(cls)))
+        return getattr(cls, name)
 
 
 _FUNCTIONS: tuple[Callable[..., Any], ...] = (
     gemm.generic_gemm,
     quantize.quantize,
+    quantize.create_empty_quantized_tensor,
     quantize.dequantize,
     quantize.bgrad_quantize,
     quantize.compute_amax,
@@ -72,15 +75,17 @@ _FUNCTIONS: tuple[Callable[..., Any], ...] = (
     norms.layernorm_fwd,
     norms.layernorm_bwd,
 )
-_TYPES = (DType, FP8FwdTensors, FP8BwdTensors, Float8BlockScaleTensorFormat)
+_TYPES = (DType, FP8FwdTensors, FP8BwdTensors, NVTE_Fused_Attn_Backend)
 _FOREIGN_TYPES = (
     "CommOverlap",
     "CommOverlapHelper",
     "CommOverlapP2P",
     "CommOverlapType",
     "FP8TensorMeta",
+    "NVTEQBHistogramMode",
+    "NVTERoutingMapFormat",
+    "NVTEScalingMode",
     "NVTE_Bias_Type",
-    "NVTE_Fused_Attn_Backend",
     "NVTE_Mask_Type",
     "NVTE_QKV_Format",
     "NVTE_QKV_Layout",

@@ -11,8 +11,9 @@ import re
 import sysconfig
 from pathlib import Path
 
-VERSION = "2.11.0"
-"""The release that tools/install_transformer_engine_cpu.py fetches; any 2.11.x has the same extension functions."""
+VERSION = "2.20.2"
+"""The release that tools/install_transformer_engine_cpu.py fetches; any 2.20.x has the same extension functions, and no
+other minor release is stood in for: they differ in quantisers' fields, in enumerations and in a few bits."""
 
 
 def folder() -> Path:

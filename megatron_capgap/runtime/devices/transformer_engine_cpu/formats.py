@@ -1,4 +1,4 @@
-"""FP8 formats, scales and casts, as Transformer Engine 2.11's kernels compute them.
+"""FP8 formats, scales and casts, as Transformer Engine 2.20's kernels compute them.
 
 Everything here is exact: the same bits as the kernels, for any input. Tensors may have any shape.
 """
@@ -17,18 +17,15 @@ _NAN_CODE = 0x7F
 
 
 class DType(enum.IntEnum):
-    """`transformer_engine_torch.DType`, with its values."""
+    """`transformer_engine_torch.DType`, with its values; Transformer Engine asserts that no other member is there."""
 
     kByte = 0
-    kInt16 = 1
     kInt32 = 2
-    kInt64 = 3
     kFloat32 = 4
     kFloat16 = 5
     kBFloat16 = 6
     kFloat8E4M3 = 7
     kFloat8E5M2 = 8
-    kFloat8E8M0 = 9
     kFloat4E2M1 = 10
 
 
@@ -122,9 +119,14 @@ def shared_exponent(amax: Tensor, largest: float) -> Tensor:
 
 
 def reciprocal_of_exponent(exponent: Tensor) -> Tensor:
-    """What the 2.11 kernels multiply by before an MXFP8 cast: 2^(127 - e), but 1 for e = 0 and 0 for e = 254."""
-    power = ((254 - exponent.to(torch.int32)) << 23).view(torch.float32)
-    return torch.where(exponent == 0, torch.ones_like(power), power)
+    """What the kernels multiply by before an MXFP8 cast: 2^(127 - e) in fp32, for e = 254 a subnormal, and NaN for 255.
+
+    `ptx::exp2f_rcp` of transformer_engine/common/util/ptx.cuh since 2.13; before, it gave 1 for e = 0, and 0 for 254.
+    """
+    code = exponent.to(torch.int32)
+    power = ((254 - code).clamp(min=0) << 23).view(torch.float32)
+    power = torch.where(code == 254, torch.full_like(power, 2.0**-127), power)
+    return torch.where(code == 255, torch.full_like(power, float("nan")), power)
 
 
 def value_of_exponent(exponent: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_capgap.config.errors import UserError
-from megatron_capgap.runtime.devices.transformer_engine_cpu import extension, files
+from megatron_capgap.runtime.devices.transformer_engine_cpu import extension, files, quantize
 
 # Blackwell's: the first on which Transformer Engine runs all four recipes, and multiplies FP8 in every layout.
 _CAPABILITY = (10, 0)
@@ -34,7 +34,7 @@ def install() -> None:
     nothing.
 
     Raises:
-        UserError: Transformer Engine's Python files are missing, or of another release than 2.11.
+        UserError: Transformer Engine's Python files are missing, or of another release than 2.20.
     """
     if getattr(sys.modules.get(extension.NAME), "_capgap_cpu", False):
         return
@@ -79,9 +79,10 @@ def _import(place: Path) -> None:
 
 def _answer() -> None:
     """Device queries, assertions and kernels that Transformer Engine's Python code would take to a GPU."""
-    from transformer_engine.pytorch import optimizers, quantization, utils
+    from transformer_engine.pytorch import constants, optimizers, quantization, utils
     from transformer_engine.pytorch.cpp_extensions import gemm
     from transformer_engine.pytorch.module import base
+    from transformer_engine.pytorch.tensor.storage import mxfp8_tensor_storage
 
     utils._get_device_compute_capability = lambda device: _CAPABILITY
     # These remember their first answer, so that it is asked for while torch gives those of a GPU.
@@ -97,6 +98,10 @@ def _answer() -> None:
     gemm.get_cublas_workspace_size_bytes = lambda: 0
     torch.cuda.is_current_stream_capturing = lambda: False
     _wrap_modules(base.TransformerEngineBaseModule)
+    # Would take a tensor to the GPU first. Those of the other recipes are read by torch where they are in host memory.
+    mxfp8_tensor_storage._FromMXFP8Func.forward = staticmethod(
+        lambda context, tensor, dtype: quantize.dequantize(tensor, constants.TE_DType[dtype])
+    )
     # Megatron takes torch's AdamW and its own norms where these are absent, as it does with the local engine.
     for kernel in ("FusedAdam", "FusedSGD", "multi_tensor_applier", "multi_tensor_l2norm", "multi_tensor_scale"):
         delattr(optimizers, kernel)
@@ -115,7 +120,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _wrap_modules(module: type) -> None:
-    """Lets the two assertions of `TransformerEngineBaseModule` that a GPU is there pass; only inside these methods."""
+    """Lets the two checks of `TransformerEngineBaseModule` that a GPU is there pass; only inside these methods."""
     build, prepare = module.__init__, module.prepare_forward
 
     @functools.wraps(build)
@@ -124,18 +129,12 @@ def _wrap_modules(module: type) -> None:
             build(self, *args, **kwargs)
 
     @functools.wraps(prepare)
-    @contextlib.contextmanager
-    def prepared(self: Any, *args: Any, **kwargs: Any) -> Iterator[torch.Tensor]:
-        context = prepare(self, *args, **kwargs)
+    def prepared(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         torch.Tensor.is_cuda = property(lambda tensor: True)
         try:
-            tensor = context.__enter__()
+            return prepare(self, *args, **kwargs)
         finally:
             del torch.Tensor.is_cuda  # torch's own shows through again
-        try:
-            yield tensor
-        finally:
-            context.__exit__(None, None, None)
 
     module.__init__, module.prepare_forward = built, prepared
 

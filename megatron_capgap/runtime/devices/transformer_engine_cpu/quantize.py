@@ -69,14 +69,24 @@ def store(parts: Buffers, shape: torch.Size, dtype: torch.dtype, quantizer: Any,
     named = {keywords.get(name, name[1:]): value for name, value in parts.items()}
     named |= {"fp8_dtype": quantizer.dtype, "quantizer": quantizer}
     if kind == "Float8BlockQuantizer":
-        from transformer_engine_torch import Float8BlockScaleTensorFormat as Layout
-
-        compact = quantizer.all_gather_usage
         named |= {"is_2D_scaled": quantizer.block_scaling_dim == 2}
-        named |= {"data_format": Layout.COMPACT if compact else Layout.GEMM_READY}
+    if kind == "MXFP8Quantizer":
+        # The products here read scales in their plain order, whatever the quantiser asks for.
+        named |= {"with_gemm_swizzled_scales": False}
     if quantizer.internal:
-        return storage(**named)
+        return storage(fake_dtype=dtype, **named)
     return tensor(shape=list(shape), dtype=dtype, **named)
+
+
+@torch.no_grad()
+def create_empty_quantized_tensor(
+    quantizer: Any, shape: list[int], dtype: torch.dtype, device: torch.device, pin_memory: bool
+) -> Any:
+    """The extension's face: a tensor to be overwritten, here of zeros. No rank asks another for its largest value."""
+    alone = quantizer.copy()
+    if hasattr(alone, "with_amax_reduction"):
+        alone.with_amax_reduction = False
+    return store(buffers(torch.zeros(shape, dtype=dtype), alone), torch.Size(shape), dtype, quantizer)
 
 
 def buffers(tensor: Tensor, quantizer: Any) -> Buffers:
@@ -109,25 +119,21 @@ def _classes(kind: str) -> tuple[type, type, dict[str, str]]:
 def _delayed(values: Tensor, quantizer: Any) -> Buffers:
     """Casts with the scale of the last update; `quantizer.amax` is a row of the history."""
     torch.maximum(quantizer.amax, largest_magnitude(values).reshape(1), out=quantizer.amax)
-    return _one_scale(values, quantizer)
+    return _one_scale(values, quantizer, quantizer.scale.reshape(1))
 
 
 def _current(values: Tensor, quantizer: Any) -> Buffers:
     """Casts with a scale from the tensor's own maximum, over the ranks of a group where the quantiser names one."""
-    if not quantizer.use_existing_amax:
-        quantizer.amax.copy_(largest_magnitude(values))
+    amax = largest_magnitude(values).reshape(1)
     if quantizer.with_amax_reduction:
-        group = quantizer._canonicalized_amax_reduction_group()
-        dist.all_reduce(quantizer.amax, op=dist.ReduceOp.MAX, group=group)
+        dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=quantizer._canonicalized_amax_reduction_group())
     largest = FORMATS[quantizer.dtype].largest
     arguments = quantizer.amax_epsilon, quantizer.force_pow_2_scales, FLOAT_MAX
-    quantizer.scale.copy_(scale_from_amax(quantizer.amax, largest, *arguments))
-    return _one_scale(values, quantizer)
+    return _one_scale(values, quantizer, scale_from_amax(amax, largest, *arguments))
 
 
-def _one_scale(values: Tensor, quantizer: Any) -> Buffers:
-    """One scale for the whole tensor. The device claims to multiply any layout, so that no transpose is kept."""
-    scale = quantizer.scale.reshape(1)
+def _one_scale(values: Tensor, quantizer: Any, scale: Tensor) -> Buffers:
+    """One scale `[1]` for the whole tensor. The device claims to multiply any layout, so that no transpose is kept."""
     codes = FORMATS[quantizer.dtype].cast(values, scale)
     return {"_data": codes, "_scale_inv": 1.0 / scale, "_transpose": None}
 
@@ -136,22 +142,15 @@ def _blockwise(values: Tensor, quantizer: Any) -> Buffers:
     """One scale for 128 values along a row or a column (inputs, gradients), or for 128 x 128 (weights)."""
     matrix = values.view(-1, values.shape[-1])
     tall, wide = (BLOCK, BLOCK) if quantizer.block_scaling_dim == 2 else (1, BLOCK)
-    compact = quantizer.all_gather_usage
     parts: Buffers = dict.fromkeys(("_rowwise_data", "_rowwise_scale_inv", "_columnwise_data", "_columnwise_scale_inv"))
     if quantizer.rowwise_usage:
         codes, inverse = _tiles(matrix, tall, wide, quantizer)
         parts["_rowwise_data"] = codes.view(values.shape)
-        if tall == 1 and not compact:
-            inverse = inverse.t()
-        parts["_rowwise_scale_inv"] = inverse.contiguous() if compact else _pad(inverse, columns=4)
+        parts["_rowwise_scale_inv"] = _pad(inverse.t() if tall == 1 else inverse, columns=4)
     if quantizer.columnwise_usage:
         codes, inverse = _tiles(matrix, wide, tall, quantizer)
-        if not compact:
-            codes = codes.t().reshape(values.shape[-1], *values.shape[:-1])
-        parts["_columnwise_data"] = codes.view(values.shape) if compact else codes
-        if tall != 1:
-            inverse = inverse.t()
-        parts["_columnwise_scale_inv"] = inverse.contiguous() if compact else _pad(inverse, columns=4)
+        parts["_columnwise_data"] = codes.t().reshape(values.shape[-1], *values.shape[:-1])
+        parts["_columnwise_scale_inv"] = _pad(inverse if tall == 1 else inverse.t(), columns=4)
     return parts
 
 
