@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Installs the development extra into .venv and passes the tests.
 #
-#   bash tests/run.sh             # everything: tests beside each other, then those that measure memory, then time
+#   bash tests/run.sh             # everything: tests beside each other, then those that measure memory, then time,
+#                                 # then a covering part under another Megatron-Core (tests/other_end.sh)
 #   bash tests/run.sh --quick     # a cross-section, to run before every commit
 #   bash tests/run.sh ARGS...     # what pytest selects by ARGS, for example -k resume or a file
 #
@@ -45,6 +46,11 @@ case " $* " in
         ;;
 esac
 "$python" tests/support/times.py "$reports"
+if [ "$#" = 0 ] && [ "${#quick[@]}" = 0 ]; then
+    code=0
+    bash tests/other_end.sh || code=$?
+    codes+=("$code")
+fi
 
 # pytest's 5 says that nothing was selected: a failure only where it is so for every call.
 worst=0

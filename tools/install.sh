@@ -7,6 +7,7 @@
 #
 #   PYTHON=python3.12    makes the environment with this interpreter; by default python3 if it is suitable, or the newest
 #                        suitable one on the path, of pyenv or of uv
+#   CAPGAP_PYTHONS="python3.13 python3.12"    looks for these alone
 #   CAPGAP_VENV=DIR      the environment, in place of .venv
 set -euo pipefail
 
@@ -33,8 +34,11 @@ unsuitable() {
 
 # The interpreters that may be there, the preferred ones first; pyenv's shims on the path need not start.
 candidates() {
-    local names=(python3.13 python3.12 python3.11 python3.10) name
-    printf '%s\n' python3 "${names[@]}"
+    local names=(python3 python3.13 python3.12 python3.11 python3.10) name
+    if [ -n "${CAPGAP_PYTHONS:-}" ]; then
+        read -ra names <<<"$CAPGAP_PYTHONS"
+    fi
+    printf '%s\n' "${names[@]}"
     for name in "${names[@]}"; do
         printf '%s\n' "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/*/bin/"$name"
         printf '%s\n' "${UV_PYTHON_INSTALL_DIR:-${HOME:-}/.local/share/uv/python}"/*/bin/"$name"
@@ -62,7 +66,7 @@ if [ ! -x "$python" ]; then
         done < <(candidates)
     fi
     if [ -z "$chosen" ]; then
-        echo "install: no Python 3.10, 3.11, 3.12 or 3.13 found (${tried:-none is there}); install one, for example" \
+        echo "install: no ${CAPGAP_PYTHONS:-Python 3.10, 3.11, 3.12 or 3.13} found (${tried:-none is there}); install one, for example" \
             "by 'uv python install 3.12', or make $environment yourself" >&2
         exit 2
     fi

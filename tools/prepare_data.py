@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
 from megatron_capgap.config.errors import UserError
+from megatron_capgap.runtime import libraries
 
 SPLITS = ("train", "valid", "test")
 SHOWN = 10  # malformed lines of each kind
@@ -36,6 +37,7 @@ PLAIN_SECONDS = 10.0  # between lines of progress where there is no terminal
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0; 2 with one line on stderr where the input is at fault; 130 after Ctrl-C."""
     args = parse_arguments(argv)
+    libraries.prepare()
     try:
         prepare(args, check_paths(args))
     except UserError as error:

@@ -50,6 +50,7 @@ _OF_SCALES = {
     "collections": {"OrderedDict"},
     "transformer_engine.common.recipe": {"DelayedScaling", "Format", "_FormatHelper"},
     "megatron.core.extensions.transformer_engine": {"TEDelayedScaling"},
+    "megatron.core.safe_globals": {"safe_load_from_bytes"},  # what 0.19 puts in the place of torch's
 }
 
 
@@ -73,7 +74,7 @@ class _Unpickler(pickle.Unpickler):
             return getattr(torch, name)
         if name not in self._allowed.get(module, ()):
             raise _ForbiddenName(f"{module}.{name}")
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
+        if name in ("_load_from_bytes", "safe_load_from_bytes"):
             return lambda content: torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if module.startswith(("transformer_engine.", "megatron.")):
             return _Recipe

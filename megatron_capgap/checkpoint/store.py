@@ -118,11 +118,11 @@ def load_training(folder: Path, chunks: Sequence[torch.nn.Module], grid: Grid, o
     model = sharded_state(list(chunks), grid)
     state = {**in_compute_type(model), "optimizer": optimization.sharded_state(model, loading=True)}
     if delayed:
-        state |= scales.wanted(folder, chunks, grid)
+        state |= on_ranks_alike(lambda: scales.wanted(folder, chunks, grid))
     if same_ranks:
         state["random"] = _random_state()
     loaded = _load(state, folder)
-    scales.take_over(folder, chunks, loaded.get(scales.KEY, {}))
+    on_ranks_alike(lambda: scales.take_over(folder, chunks, loaded.get(scales.KEY, {})))
     _fill(chunks, loaded)
     optimization.load(loaded["optimizer"], manifest.step, manifest.step - manifest.skipped)
     if same_ranks:
