@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_capgap.config.errors import UserError
+from megatron_capgap.config.errors import UserError, in_one_line
 from megatron_capgap.data.jsonl import Block, read_blocks
 from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
 
@@ -57,8 +57,8 @@ def parse(line: bytes, text_key: str) -> str:
         record = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError("not JSON", f"{error.msg} at column {error.colno}") from None
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise ValueError("not JSON", str(error)) from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, too deep, a number of too many digits
+        raise ValueError("not JSON", in_one_line(error)) from None
     if not isinstance(record, dict) or text_key not in record:
         raise ValueError(f"no {text_key!r}", "expected an object with this key")
     text = record[text_key]

@@ -161,6 +161,20 @@ def test_strict_stops_at_the_first(here: Path, line: str, kind: str, capsys: pyt
     assert made(here / "out") == []
 
 
+@pytest.mark.parametrize("key", ["text", "score"])
+def test_a_number_of_too_many_digits_is_a_malformed_line(
+    here: Path, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """More than Python makes an int of."""
+    (here / "a.jsonl").write_text('{"text": "good"}\n{"text": "good", "%s": %s}\n' % (key, "9" * 5000))
+    assert run("--strict") == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message.startswith("prepare_data: error: a.jsonl:2: ") and "(not JSON)" in message
+    assert run() == 0
+    assert "1 line(s) left out: not JSON\n  a.jsonl:2: Exceeds the limit" in capsys.readouterr().err
+    assert len(read("out/d")) == 1
+
+
 def test_text_key(here: Path) -> None:
     (here / "a.jsonl").write_text(json.dumps({"body": "hello", "text": 1}))
     assert run("--text-key", "body") == 0
