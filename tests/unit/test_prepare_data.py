@@ -166,7 +166,7 @@ def test_a_number_of_too_many_digits_is_a_malformed_line(
     here: Path, key: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """More than Python makes an int of."""
-    (here / "a.jsonl").write_text('{"text": "good"}\n{"text": "good", "%s": %s}\n' % (key, "9" * 5000))
+    (here / "a.jsonl").write_text(f'{{"text": "good"}}\n{{"text": "good", "{key}": {"9" * 5000}}}\n')
     assert run("--strict") == 2
     (message,) = capsys.readouterr().err.splitlines()
     assert message.startswith("prepare_data: error: a.jsonl:2: ") and "(not JSON)" in message
