@@ -20,7 +20,7 @@ from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.keys import table
 from megatron_capgap.config.load import Loaded, load, nearest
 from megatron_capgap.config.schema import STAGES
-from megatron_capgap.runtime import launch, libraries
+from megatron_capgap.runtime import agent, launch, libraries
 
 if TYPE_CHECKING:
     from megatron_capgap.runtime.devices import Device
@@ -147,6 +147,7 @@ def _obey(command: Command) -> int:
         if environment.rank == 0:
             sys.stdout.write(f"{report.rstrip()}\n")
         return 0
+    agent.settle(environment)
     libraries.prepare()
     with _importing():
         device = _choose_device(loaded, environment)

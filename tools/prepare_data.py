@@ -12,7 +12,7 @@ import itertools
 import os
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import numpy as np
 
-    from megatron_capgap.data.corpus import Encoded
+    from megatron_capgap.data.corpus import Encoded, Malformed
     from megatron_capgap.data.writer import DatasetWriter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
@@ -30,7 +30,6 @@ from megatron_capgap.config.errors import UserError
 from megatron_capgap.runtime import libraries
 
 SPLITS = ("train", "valid", "test")
-SHOWN = 10  # malformed lines of each kind
 PLAIN_SECONDS = 10.0  # between lines of progress where there is no terminal
 
 
@@ -137,9 +136,11 @@ def check_paths(args: argparse.Namespace) -> list[str]:
 def prepare(args: argparse.Namespace, targets: list[str]) -> None:
     """Train, tokenize, check, and only then publish."""
     from megatron_capgap.data.corpus import train_vocabulary
+    from megatron_capgap.data.jsonl import check_files
     from megatron_capgap.data.tokenizer import open_tokenizer
     from megatron_capgap.data.writer import DatasetWriter
 
+    check_files(args.input)
     trained = Path(f"{args.tokenizer}.partial") if args.train_tokenizer else None
     writers: list[DatasetWriter] = []
     try:
@@ -176,9 +177,9 @@ def tokenize(args: argparse.Namespace, tokenizer_path: str, writers: list["Datas
     """Fill the writers, and report malformed lines.
 
     Raises:
-        UserError: a malformed line, where --strict is given.
+        UserError: a malformed line, where --strict is given; or there is no other line.
     """
-    from megatron_capgap.data.corpus import encode_files, uniform
+    from megatron_capgap.data.corpus import Malformed, encode_files, uniform
 
     bounds = list(itertools.accumulate(args.split or [1.0]))[:-1]
     malformed = Malformed()
@@ -194,7 +195,9 @@ def tokenize(args: argparse.Namespace, tokenizer_path: str, writers: list["Datas
             for number, ids, size in documents(encoded):
                 writers[sum(uniform(number) >= bound for bound in bounds)].add(ids, size)
             progress(encoded.consumed)
-    malformed.report()
+    if not any(writer.counts["documents"] for writer in writers):
+        raise malformed.nothing_read(args.input, args.text_key)
+    report(malformed)
 
 
 def documents(encoded: "Encoded") -> Iterator[tuple[int, "np.ndarray", int]]:
@@ -241,25 +244,14 @@ def plain_progress(total: int) -> Progress:
     return show
 
 
-class Malformed:
-    """Lines that hold no document: each kind with its count and its first places."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-        self._places: dict[str, list[str]] = defaultdict(list)
-
-    def add(self, kind: str, where: str) -> None:
-        self._counts[kind] += 1
-        if self._counts[kind] <= SHOWN:
-            self._places[kind].append(where)
-
-    def report(self) -> None:
-        for kind, count in self._counts.items():
-            say(f"{count} line(s) left out: {kind}")
-            for place in self._places[kind]:
-                print(f"  {place}", file=sys.stderr)
-            if count > SHOWN:
-                print(f"  and {count - SHOWN} more", file=sys.stderr)
+def report(malformed: "Malformed") -> None:
+    for kind, count in malformed.counts.items():
+        say(f"{count} line(s) left out: {kind}")
+        places = malformed.places[kind]
+        for place in places:
+            print(f"  {place}", file=sys.stderr)
+        if count > len(places):
+            print(f"  and {count - len(places)} more", file=sys.stderr)
 
 
 def summarize(args: argparse.Namespace, writers: list["DatasetWriter"], seconds: float) -> None:

@@ -260,7 +260,7 @@ class Optimizer:
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls from lr, at the first update after the warm-up, to min_lr."""
     warmup_fraction: Fraction = 0.01
-    """Share of train.steps during which the learning rate rises linearly from 0."""
+    """Share of train.steps, rounded up, during which the learning rate rises linearly from 0."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay; norms and biases are exempt."""
     clip_norm: NonNegativeFloat = 1.0

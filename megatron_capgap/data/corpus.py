@@ -4,12 +4,13 @@ them."""
 import io
 import json
 import signal
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,14 @@ from typing import Any
 import numpy as np
 
 from megatron_capgap.config.errors import UserError
-from megatron_capgap.data.jsonl import Block, read_blocks
+from megatron_capgap.data.jsonl import Block, content_of, read_blocks
 from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
 
 _VOCABULARY_BYTES = 256 << 20  # sentencepiece holds its corpus in memory several times over
 _PIECE_OF_LINE = 100_000  # characters; sentencepiece drops longer sentences in silence
+_KEYS = 5
+_SHOWN = 10  # malformed lines of each kind
+_NAMES = 3  # of files in a message
 
 
 @dataclass
@@ -45,6 +49,34 @@ class Encoded:
     problems: list[tuple[str, str]] = field(default_factory=list)
 
 
+class Malformed:
+    """Lines that hold no document: each kind with its count and its first places."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.places: dict[str, list[str]] = defaultdict(list)
+
+    def add(self, kind: str, where: str) -> None:
+        """One more.
+
+        Args:
+            kind: of what is wrong with it.
+            where: "FILE:LINE: detail".
+        """
+        self.counts[kind] += 1
+        if self.counts[kind] <= _SHOWN:
+            self.places[kind].append(where)
+
+    def nothing_read(self, files: list[str], text_key: str) -> UserError:
+        """What to say where these are all the lines there are."""
+        names = ", ".join(files[:_NAMES]) + (f" and {len(files) - _NAMES} more" if len(files) > _NAMES else "")
+        said = "there is no line"
+        if self.counts:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in self.counts.items())
+            said = f"no line could be read ({kinds}; the first is {next(iter(self.places.values()))[0]})"
+        return UserError(f'no document in {names}: {said}; write lines like {{"{text_key}": "..."}}')
+
+
 def parse(line: bytes, text_key: str) -> str:
     """The document in one line.
 
@@ -54,16 +86,18 @@ def parse(line: bytes, text_key: str) -> str:
     if not line.strip():
         raise ValueError("empty", "nothing in this line")
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError("not JSON", f"{error.msg} at column {error.colno}") from None
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise ValueError("not JSON", str(error)) from None
-    if not isinstance(record, dict) or text_key not in record:
+        record = content_of(line)
+    except ValueError as problem:
+        kind, detail, fix = problem.args
+        raise ValueError("not JSON", detail if kind == "not JSON" else f"{kind}, {detail}: {fix}") from None
+    if not isinstance(record, dict):
         raise ValueError(f"no {text_key!r}", "expected an object with this key")
+    if text_key not in record:
+        keys = ", ".join(repr(key[:40]) for key in list(record)[:_KEYS])
+        raise ValueError(f"no {text_key!r}", f"it has {keys or 'no key'}{' and more' if len(record) > _KEYS else ''}")
     text = record[text_key]
     if not isinstance(text, str):
-        raise ValueError(f"{text_key!r} is not a string", f"it is {json.dumps(text)[:40]}")
+        raise ValueError(f"{text_key!r} is not a string", f"it is {_words(text)}")
     if not text.strip():
         raise ValueError("empty", f"nothing in {text_key!r}")
     try:
@@ -71,6 +105,11 @@ def parse(line: bytes, text_key: str) -> str:
     except UnicodeEncodeError as error:
         raise ValueError("not Unicode", f"half of a surrogate pair at character {error.start}") from None
     return text
+
+
+def _words(value: Any) -> str:
+    """A JSON value in few words."""
+    return f"of type {type(value).__name__}" if isinstance(value, list | dict) else json.dumps(value)[:40]
 
 
 def encode_block(block: Block, tokenizer: Tokenizer, text_key: str, begin: int | None, end: int | None) -> Encoded:
@@ -161,15 +200,20 @@ def train_vocabulary(files: list[str], text_key: str, vocab_size: int) -> bytes:
     alone, and unk, bos and eos are 0, 1 and 2, as in LLaMA.
 
     Raises:
-        UserError: the corpus does not give `vocab_size` pieces, or its characters alone need more.
+        UserError: no line can be read, the corpus does not give `vocab_size` pieces, or its characters alone need more.
     """
     import sentencepiece
 
+    malformed = Malformed()
     share = _VOCABULARY_BYTES / max(1, sum(Path(file).stat().st_size for file in files))
     model = io.BytesIO()
+    sentences = _sentences(files, text_key, share, malformed)
+    first = next(sentences, None)
+    if first is None:
+        raise malformed.nothing_read(files, text_key)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(files, text_key, share),
+            sentence_iterator=chain([first], sentences),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -195,7 +239,7 @@ def train_vocabulary(files: list[str], text_key: str, vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def _sentences(files: list[str], text_key: str, share: float) -> Iterator[str]:
+def _sentences(files: list[str], text_key: str, share: float, malformed: Malformed) -> Iterator[str]:
     """The lines of the documents. Malformed lines are left out; whoever encodes the files reports them."""
     for block in read_blocks(files):
         for offset, line in enumerate(block.lines):
@@ -203,7 +247,9 @@ def _sentences(files: list[str], text_key: str, share: float) -> Iterator[str]:
                 continue
             try:
                 text = parse(line, text_key)
-            except ValueError:
+            except ValueError as problem:
+                kind, detail = problem.args
+                malformed.add(kind, f"{block.file}:{block.line + offset}: {detail}")
                 continue
             for sentence in text.split("\n"):
                 for start in range(0, len(sentence), _PIECE_OF_LINE):

@@ -6,27 +6,18 @@ import bz2
 import gzip
 import json
 import lzma
+import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from megatron_capgap.config.errors import UserError, in_one_line
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.data.looks import START_BYTES, kind_of_bytes, kind_of_lines
 
 _BLOCK_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
-_PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
-_OTHERS = {
-    b"PAR1": "a parquet file: write it as jsonl, as with pandas.read_parquet(FILE).to_json(OUT, orient='records', "
-    "lines=True)",
-    b"\x28\xb5\x2f\xfd": "packed with zstd: unpack it with zstd -d",
-    b"PK\x03\x04": "a zip archive: unpack it",
-    b"\x89HDF": "an HDF5 file: write its texts as jsonl",
-    b"ARROW1": "an Arrow file: write it as jsonl, as datasets.Dataset.to_json does",
-    b"\xff\xff\xff\xff": "an Arrow stream: write it as jsonl, as datasets.Dataset.to_json does",
-    b"\xff\xfe": "text in UTF-16: convert it, as with iconv -f UTF-16 -t UTF-8",
-    b"\xfe\xff": "text in UTF-16: convert it, as with iconv -f UTF-16 -t UTF-8",
-}
+_PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open, b"\x5d\x00\x00": lzma.open}
 
 
 class Block(NamedTuple):
@@ -47,9 +38,13 @@ class Block(NamedTuple):
     consumed: int
 
 
-def read_blocks(files: list[str]) -> Iterator[Block]:
+def read_blocks(files: list[str], plain: bool = False) -> Iterator[Block]:
     """The lines of all files in order, about a megabyte at a time; gzip, bzip2 and xz are unpacked, whatever a file is
     called, and a byte order mark is left out.
+
+    Args:
+        files: their names.
+        plain: they hold text, not JSON lines.
 
     Raises:
         UserError: a packed file is damaged, or a file is of another kind.
@@ -58,12 +53,14 @@ def read_blocks(files: list[str]) -> Iterator[Block]:
     for file in files:
         line = 1
         with open(file, "rb") as raw:
-            stream = _unpacked(file, raw)
+            stream: IO[bytes] = raw
             try:
+                stream = _unpacked(file, raw)
                 while lines := stream.readlines(_BLOCK_BYTES):
                     if line == 1:
                         lines[0] = lines[0].removeprefix(_BOM)
-                        _check_no_array(file, lines)
+                        if not plain and (what := kind_of_lines(file, lines)):
+                            raise UserError(f"{file}: is {what}")
                     yield Block(file, line, number, lines, consumed + raw.tell())
                     line += len(lines)
                     number += len(lines)
@@ -76,32 +73,40 @@ def read_blocks(files: list[str]) -> Iterator[Block]:
         consumed += Path(file).stat().st_size
 
 
+def check_files(files: list[str]) -> None:
+    """Looks at the beginning of each file of JSON lines.
+
+    Raises:
+        UserError: one is damaged there, or of another kind.
+    """
+    for file in files:
+        next(read_blocks([file]), None)
+
+
 def _unpacked(file: str, raw: IO[bytes]) -> IO[bytes]:
-    start = raw.read(8)
-    raw.seek(0)
-    for magic, what in _OTHERS.items():
-        if start.startswith(magic):
+    """The file's content, at its beginning."""
+    start = _start(raw)
+    unpack = next((unpack for magic, unpack in _PACKED.items() if start.startswith(magic)), None)
+    if unpack is None:
+        if what := kind_of_bytes(start):
             raise UserError(f"{file}: is {what}")
-    for magic, unpack in _PACKED.items():
-        if start.startswith(magic):
-            return unpack(raw, "rb")  # type: ignore[operator]
-    return raw
-
-
-def _check_no_array(file: str, lines: list[bytes]) -> None:
-    """One array over all lines is JSON, and no line of it is."""
-    first = next((line.strip() for line in lines if line.strip()), b"")
-    if not first.startswith(b"["):
-        return
+        return raw
+    stream: IO[bytes] = unpack(raw, "rb")  # type: ignore[operator]
     try:
-        content = json.loads(first)
-    except (ValueError, RecursionError):
-        content = None
-        if first != b"[" and not first.startswith(b"[{"):
-            return
-    # A line may hold a list of turns of one conversation.
-    if content is None or (content and isinstance(content[0], dict) and {"text", "messages"} & content[0].keys()):
-        raise UserError(f"{file}: is one JSON array; write one object a line, as with jq -c '.[]' {file} > lines.jsonl")
+        start = _start(stream)
+    except OSError as error:  # bzip2's and gzip's own, which name no file
+        raise UserError(f"{file} is damaged after line 0 ({error}): copy it again") from None
+    if any(map(start.startswith, _PACKED)):
+        raise UserError(f"{file}: is packed twice: unpack it once")
+    if what := kind_of_bytes(start):
+        raise UserError(f"{file}: is packed, and what it holds is {what}")
+    return stream
+
+
+def _start(stream: IO[bytes]) -> bytes:
+    start = stream.read(START_BYTES)
+    stream.seek(0)
+    return start
 
 
 class Row(NamedTuple):
@@ -126,20 +131,42 @@ def rows(path: str) -> Iterator[Row]:
 
 def _content(place: str, line: bytes) -> Any:
     try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{place}: not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1}); convert the file, as "
-            "with iconv -f LATIN1 -t UTF-8"
-        ) from None
+        content = content_of(line)
+    except ValueError as problem:
+        kind, detail, fix = problem.args
+        raise UserError(f"{place}: {kind} ({detail}); {fix}") from None
     try:
-        content = json.loads(text)
-        if "\\u" in text:  # only so can half of a character be written
+        if b"\\u" in line:  # only so can half of a character be written
             json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise UserError(f"{place}: holds half of a surrogate pair, which is no character; mend the line") from None
     except RecursionError:
         raise UserError(f"{place}: is nested too deep to be read; mend or remove the line") from None
-    except ValueError as error:
-        raise UserError(f"{place}: not JSON ({in_one_line(error)}); mend or remove the line") from None
     return content
+
+
+def content_of(line: bytes) -> Any:
+    """What a line of JSON holds.
+
+    Raises:
+        ValueError: (kind, detail, fix) of what is wrong with the line.
+    """
+    line = line.removeprefix(_BOM)  # one in the middle is where files were put together
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        place = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
+        fix = "mend or remove the line" if b"\0" in line else "convert the file, as with iconv -f LATIN1 -t UTF-8"
+        raise ValueError("not UTF-8", place, fix) from None
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        detail = f"{error.msg} at column {error.colno}"
+        if "\0" in text:
+            detail = f"a NUL byte at column {text.index(chr(0)) + 1}, as where a file was not written to its end"
+        raise ValueError("not JSON", detail, "mend or remove the line") from None
+    except RecursionError:
+        raise ValueError("not JSON", "nested too deep to be read", "mend or remove the line") from None
+    except ValueError:
+        detail = f"a number of more than {sys.get_int_max_str_digits()} digits"
+        raise ValueError("not JSON", detail, "mend or remove the line") from None

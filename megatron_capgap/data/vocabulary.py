@@ -125,7 +125,7 @@ def count(file: str, before: Tokenizer, after: Tokenizer) -> Count:
 
 def _documents(file: str) -> Iterator[str]:
     as_json = file.removesuffix(".gz").endswith(".jsonl")
-    for block in read_blocks([file]):
+    for block in read_blocks([file], plain=not as_json):
         for offset, line in enumerate(block.lines):
             try:
                 yield corpus.parse(line, "text") if as_json else line.decode().rstrip("\r\n")

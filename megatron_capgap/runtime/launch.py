@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
 
 from megatron_capgap.config.errors import UserError
+from megatron_capgap.runtime import agent, slurm
 from megatron_capgap.runtime.reach import finding_each_other
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Environment:
 
 
 def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
-    """Reads rank and world size from what the launcher exported.
+    """Reads rank and world size from what the launcher exported; a variable that is empty is none.
 
     Args:
         variables: the environment; `os.environ` by default.
@@ -79,13 +79,19 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
     Raises:
         UserError: the launcher's variables contradict each other or one is missing.
     """
-    env = os.environ if variables is None else variables
-    if "TORCHELASTIC_RUN_ID" in env:  # torchrun's own ranks: what SLURM says is about its agents
+    given = os.environ if variables is None else variables
+    env = {name: value for name, value in given.items() if value.strip()}
+    mpi = next((names for names in _MPI if names.rank in env or names.world in env), None)
+    if mpi == _MPI[-1] and _agree(env, mpi.rank, mpi.world, "SLURM_PROCID", "SLURM_NTASKS"):
+        mpi = None
+    # torchrun's own ranks: what SLURM and mpirun say is about its agents. It always sets both.
+    if "TORCHELASTIC_RUN_ID" in env and "TORCHELASTIC_USE_AGENT_STORE" in env:
+        if mpi:
+            _check_agents(env, mpi)
         return _from_torchrun(env)
-    if mpi := next((names for names in _MPI if names.rank in env and names.world in env), None):
-        if mpi.rank != "PMI_RANK" or not _agree(env, mpi.rank, mpi.world, "SLURM_PROCID", "SLURM_NTASKS"):
-            return _from_mpirun(env, mpi)
-    in_step = 0 <= int(env.get("SLURM_STEP_ID", -1)) < _LARGEST_STEP_ID and "SLURM_PROCID" in env
+    if mpi:
+        return _from_mpirun(env, mpi)
+    in_step = 0 <= _number(env, "SLURM_STEP_ID", _LARGEST_STEP_ID) < _LARGEST_STEP_ID and "SLURM_PROCID" in env
     if in_step and "RANK" not in env and env.get("WORLD_SIZE") == env.get("SLURM_NTASKS"):
         return _from_slurm(env)  # a batch script that exports WORLD_SIZE and leaves RANK to each task
     if "RANK" in env or "WORLD_SIZE" in env:
@@ -105,10 +111,15 @@ def _number(env: Mapping[str, str], key: str, default: int | None = None) -> int
     value = env.get(key)
     if value is None and default is not None:
         return default
-    if value is None or not value.isdecimal():
-        said = "is not set" if value is None else f"is {value!r}, not a number"
+    if value is None:
         raise UserError(
-            f"environment variable {key} {said}; start the ranks with torchrun or srun, or unset RANK and WORLD_SIZE"
+            f"environment variable {key} is not set; start the ranks with torchrun or srun, or unset RANK and "
+            "WORLD_SIZE"
+        )
+    if not value.isdecimal() or len(value) > slurm.DIGITS:
+        raise UserError(
+            f"environment variable {key} is {value[:40]!r}, not a number; unset it, or start the ranks with torchrun "
+            "or srun, which set what is needed"
         )
     return int(value)
 
@@ -146,13 +157,26 @@ def _check_against_slurm(env: Mapping[str, str]) -> None:
     it has started; what a batch script exported for all tasks would give them one rank."""
     rank, world = _rank_and_world(env, "RANK", "WORLD_SIZE")
     task, tasks = _rank_and_world(env, "SLURM_PROCID", "SLURM_NTASKS")
-    each = _number(env, "LOCAL_WORLD_SIZE", 1)
+    each = _number(env, "LOCAL_WORLD_SIZE", 1) or 1
     own = (rank, world) == (task, tasks)
     launched = "LOCAL_RANK" in env and world == tasks * each and rank // each == task
     if not (own or launched):
         raise UserError(
             f"environment variables RANK is {rank} and WORLD_SIZE is {world}, but srun says task {task} of {tasks}; "
             "unset RANK and WORLD_SIZE before srun, which sets what is needed"
+        )
+
+
+def _check_agents(env: Mapping[str, str], names: _Mpi) -> None:
+    """torchrun's variables below mpirun: it started one agent for each of its ranks, or they are an earlier
+    torchrun's, which would give all of mpirun's ranks one number."""
+    rank, world = _rank_and_world(env, "RANK", "WORLD_SIZE")
+    process, processes = _rank_and_world(env, names.rank, names.world)
+    if world != processes * _number(env, "LOCAL_WORLD_SIZE", 1):
+        raise UserError(
+            f"environment variables RANK is {rank} and WORLD_SIZE is {world}, but mpirun's {names.rank} and "
+            f"{names.world} are {process} and {processes}; unset RANK, WORLD_SIZE and TORCHELASTIC_RUN_ID before "
+            f"mpirun, or {names.rank} and {names.world} before torchrun"
         )
 
 
@@ -187,48 +211,19 @@ def _from_mpirun(env: Mapping[str, str], names: _Mpi) -> Environment:
 
 def _from_slurm(env: Mapping[str, str]) -> Environment:
     rank, world = _rank_and_world(env, "SLURM_PROCID", "SLURM_NTASKS")
-    local_world = _tasks_of_a_node(env) or world
+    local_world = slurm.tasks_of_a_node(env) or world
     nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))
     # Every task derives the same port from the job and step, so that two jobs on one node do not meet.
-    port = _FIRST_PORT + (_number(env, "SLURM_JOB_ID") * 7 + int(env["SLURM_STEP_ID"])) % _PORTS
+    port = _FIRST_PORT + (_number(env, "SLURM_JOB_ID") * 7 + _number(env, "SLURM_STEP_ID")) % _PORTS
     return Environment(
         rank,
         world,
         _number(env, "SLURM_LOCALID"),
         local_world,
-        env.get("MASTER_ADDR") or _first_host(nodes),
+        env.get("MASTER_ADDR") or slurm.first_host(nodes),
         _number(env, "MASTER_PORT", port),
         "slurm",
     )
-
-
-def _tasks_of_a_node(env: Mapping[str, str]) -> int | None:
-    """Tasks on each node of the step; SLURM writes `4(x2)` for two nodes of four, `2,3` for two unequal ones."""
-    given = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or env.get("SLURM_NTASKS_PER_NODE")
-    if given is None:
-        return None
-    tasks, _, repeated = given.partition("(")
-    if not tasks.isdecimal() or "," in repeated:
-        raise UserError(
-            f"environment variable SLURM_TASKS_PER_NODE is {given!r}: every node must run as many ranks as the others; "
-            "ask for them with --nodes and --ntasks-per-node instead of --ntasks"
-        )
-    return int(tasks)
-
-
-def _first_host(nodes: str) -> str:
-    """The first host of a SLURM node list such as `gpu[07-09]`; SLURM itself knows best how to unfold it."""
-    if not nodes:
-        return "127.0.0.1"
-    if "[" not in nodes and "," not in nodes:
-        return nodes
-    try:
-        listing = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(
-            f"SLURM_NODELIST {nodes!r}: scontrol could not unfold it ({error}); set MASTER_ADDR yourself"
-        ) from error
-    return listing.stdout.split()[0]
 
 
 def leave_word(word: str) -> None:
@@ -262,6 +257,7 @@ def join(environment: Environment, device: Device, timeout_seconds: int) -> dist
     if dist.is_initialized():
         assert dist.get_world_size() == environment.world
         return dist.distributed_c10d._get_default_store()
+    agent.settle(environment)
     own_store = environment.world == 1 and not environment.joins_store
     waiting = nullcontext() if own_store else finding_each_other(environment, timeout_seconds)
     with held_port() if own_store else nullcontext(environment.master_port) as port, waiting:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,7 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_capgap.config import derive
-from megatron_capgap.config.schema import Config, Precision
+from megatron_capgap.config.schema import Config, Optimizer, Precision
 from megatron_capgap.runtime import releases
 from megatron_capgap.runtime.devices import Device
 from megatron_capgap.runtime.layout import Grid
@@ -213,17 +214,33 @@ def build(chunks: list[DistributedDataParallel], config: Config, device: Device)
         device.tune_optimizer(inner)
         _allocate(inner)
     assert config.train.steps is not None
-    schedule = OptimizerParamScheduler(
+    return Optimization(optimizer, schedule_of(optimizer, wanted, config.train.steps))
+
+
+def schedule_of(optimizer: MegatronOptimizer, wanted: Optimizer, steps: int) -> OptimizerParamScheduler:
+    """The learning rate of each update, as in the schedules of transformers.
+
+    Args:
+        optimizer: whose rate it sets.
+        wanted: the configuration's.
+        steps: updates of the whole run.
+    """
+    warmup = warmup_steps(wanted.warmup_fraction, steps)
+    return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=wanted.lr,
         min_lr=wanted.min_lr,
-        lr_warmup_steps=min(int(wanted.warmup_fraction * config.train.steps), config.train.steps - 1),
-        lr_decay_steps=config.train.steps,
+        lr_warmup_steps=warmup,
+        lr_decay_steps=max(steps, warmup + 1),  # Megatron wants some decay; the run ends before it
         lr_decay_style=wanted.schedule,
         start_wd=wanted.weight_decay,
         end_wd=wanted.weight_decay,
-        wd_incr_steps=config.train.steps,
+        wd_incr_steps=steps,
         wd_incr_style="constant",
     )
-    return Optimization(optimizer, schedule)
+
+
+def warmup_steps(fraction: float, steps: int) -> int:
+    """Updates of the warm-up: rounded up, as transformers does. A run of one update has none, whose rate would be 0."""
+    return math.ceil(steps * fraction) if steps > 1 else 0

@@ -123,3 +123,25 @@ def test_a_rank_that_waits_for_the_other_says_where(material: Material, tmp_path
             _, rest = waiting.communicate(timeout=300)
     assert (waiting.returncode, other.returncode) == (0, 0), said + rest
     assert len(runs.steps_of(tmp_path / "run")) == 1
+
+
+@pytest.mark.parametrize("joins", [True, False])
+def test_what_an_earlier_torchrun_left_is_refused_at_once(material: Material, tmp_path: Path, joins: bool) -> None:
+    """With torchrun's store, whose agent is gone; and without it below mpirun, where it beat mpirun's ranks."""
+    config = runs.write_config(runs.adapt_config(material, tmp_path / "run"))
+    left = {"TORCHELASTIC_RUN_ID": "none", "RANK": "0", "WORLD_SIZE": "1"}
+    mpi = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+    with held_port() as port:
+        store = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        done = subprocess.run(
+            [sys.executable, "-m", "megatron_capgap", "adapt", "--config", config],
+            env={**environment(), **left, **(store if joins else mpi)},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    said = "no agent of torchrun's listens at 127.0.0.1" if joins else "RANK is 0 but mpirun's OMPI_COMM_WORLD_RANK"
+    assert said in line
+    assert not os.path.exists(tmp_path / "run")

@@ -1,15 +1,20 @@
 """The learning rate of every update, against the schedules of transformers."""
 
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import (
+    TrainingArguments,
     get_constant_schedule,
     get_cosine_with_min_lr_schedule_with_warmup,
     get_linear_schedule_with_warmup,
 )
 
+from megatron_capgap.config.schema import Optimizer
+from megatron_capgap.training.optimizer import schedule_of, warmup_steps
 from tests.support import runs
 from tests.support.pool import WorkerPool
 from tests.support.runs import Material
@@ -24,18 +29,58 @@ THEIRS = {
 }
 
 
-@pytest.mark.parametrize("schedule, warmup", [("cosine", 2), ("cosine", 0), ("linear", 2), ("constant", 0)])
+FRACTIONS = (0.0, 0.01, 0.03, 0.07, 0.1, 0.29, 0.5, 0.57, 0.58, 0.99)
+
+
+def rates_of_transformers(schedule: str, warmup: int, steps: int) -> list[float]:
+    """Of each update."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
+    theirs = THEIRS[schedule](optimizer, warmup, steps)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        theirs.step()
+    return rates
+
+
+def test_the_warm_up_has_the_steps_of_transformers(tmp_path: Path) -> None:
+    assert (warmup_steps(0.29, 100), warmup_steps(0.57, 100), warmup_steps(1.0, 7)) == (29, 57, 7)
+    for fraction in FRACTIONS:
+        theirs = TrainingArguments(str(tmp_path), warmup_steps=fraction)  # a number below 1 is a share
+        for steps in range(2, 1001):
+            assert warmup_steps(fraction, steps) == theirs.get_warmup_steps(steps), (fraction, steps)
+    assert {warmup_steps(fraction, 1) for fraction in (*FRACTIONS, 1.0)} == {0}, "one update of rate 0 learns nothing"
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 10, 100, 997])
+def test_the_rates_of_transformers_at_many_lengths(schedule: str, steps: int) -> None:
+    for fraction in (*FRACTIONS, 1.0):
+        wanted = Optimizer(
+            lr=PEAK,
+            min_lr=PEAK / 10 if schedule == "cosine" else 0.0,
+            schedule=schedule,  # type: ignore[arg-type]
+            warmup_fraction=fraction,
+        )
+        inner = SimpleNamespace(param_groups=[{"lr": 0.0, "weight_decay": 0.0}])
+        ours = schedule_of(inner, wanted, steps)  # type: ignore[arg-type]
+        rates = []
+        for _ in range(steps):
+            rates.append(inner.param_groups[0]["lr"])
+            ours.step(1)
+        warmup = math.ceil(steps * fraction) if steps > 1 else 0
+        assert rates == pytest.approx(rates_of_transformers(schedule, warmup, steps), rel=1e-9, abs=1e-12), fraction
+
+
+@pytest.mark.parametrize(
+    "schedule, warmup", [("cosine", 8), ("cosine", 2), ("cosine", 0), ("linear", 2), ("constant", 0)]
+)
 def test_every_update_has_the_rate_of_transformers(
     pool: WorkerPool, material: Material, tmp_path: Path, schedule: str, warmup: int
 ) -> None:
     steps = 8
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
-    theirs = THEIRS[schedule](optimizer, warmup, steps)
-    expected = []
-    for _ in range(steps):
-        expected.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        theirs.step()
+    expected = rates_of_transformers(schedule, warmup, steps)
     changes = {"train__steps": steps, "optimizer__schedule": schedule, "optimizer__warmup_fraction": warmup / steps}
     changes |= {"optimizer__lr": PEAK, "optimizer__min_lr": PEAK / 10 if schedule == "cosine" else 0.0}
     run_dir = runs.train(pool, "adapt", runs.adapt_config(material, tmp_path / "run", data__valid=None, **changes))

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_capgap.__main__ import main
 from megatron_capgap.config.errors import UserError
+from megatron_capgap.runtime import agent
 from megatron_capgap.runtime.devices import choose
 from megatron_capgap.runtime.launch import Environment, held_port, join, leave_word, read_environment
 
@@ -185,6 +186,91 @@ def test_without_scontrol_the_list_of_nodes_is_one_error(tmp_path: Path, monkeyp
         read_environment(without(SLURM, "SLURM_STEP_NODELIST"))
 
 
+@pytest.mark.parametrize("value", ["", "  ", "abc", "1.5", pytest.param("9" * 5000, id="long")])
+@pytest.mark.parametrize(
+    "variables, name",
+    [(TORCHRUN, name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")]
+    + [(SLURM, name) for name in SLURM if not name.endswith("NODELIST")]
+    + [(without(OPENMPI, "OMPI_MCA_ess_base_jobid"), name) for name in OPENMPI if not name.endswith("jobid")]
+    + [(MPICH, name) for name in MPICH],
+)
+def test_a_variable_that_is_no_number_is_named_and_an_empty_one_is_none(
+    variables: dict[str, str], name: str, value: str
+) -> None:
+    address = {"MASTER_ADDR": "node07", "MASTER_PORT": "29400"}
+    if value.strip():
+        with pytest.raises(UserError) as caught:
+            read_environment({**address, **variables, name: value})
+        text = str(caught.value)
+        assert text.startswith(f"environment variable {name} is {value[:40]!r}") and "\n" not in text
+        assert len(text) < 250
+        return
+    outcomes: list[Environment | str] = []
+    for given in ({**variables, name: value}, without(variables, name)):
+        try:
+            outcomes.append(read_environment({**address, **given} if name != "MASTER_PORT" else given))
+        except UserError as error:
+            outcomes.append(str(error))
+    assert outcomes[0] == outcomes[1]
+    rank = {"RANK", "WORLD_SIZE", *(key for key in (*OPENMPI, *MPICH) if key.endswith(("_RANK", "_SIZE")))}
+    if name in rank and "LOCAL" not in name:
+        assert str(outcomes[0]).startswith(f"environment variable {name} is not set; ")
+
+
+def test_a_step_without_a_number_is_named_where_there_is_no_step() -> None:
+    with pytest.raises(UserError, match=r"^environment variable SLURM_STEP_ID is 'abc', not a number; unset it"):
+        read_environment({"SLURM_STEP_ID": "abc"})
+    assert read_environment({"SLURM_STEP_ID": "", "RANK": "", "TORCHELASTIC_RUN_ID": "none"}).launcher == "alone"
+
+
+AGENT = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+
+@pytest.mark.parametrize("mpi", [{**OPENMPI, "OMPI_COMM_WORLD_SIZE": "6"}, {**MPICH, "PMI_SIZE": "6"}])
+def test_agents_that_mpirun_started_are_torchrun(mpi: dict[str, str]) -> None:
+    ranks = {**TORCHRUN, "RANK": "3", "WORLD_SIZE": "24"}  # agents may be numbered in another order
+    found = read_environment({**mpi, **ranks, **AGENT})
+    assert (found.rank, found.world, found.launcher, found.joins_store) == (3, 24, "torchrun", True)
+
+
+@pytest.mark.parametrize("left", [AGENT, {"TORCHELASTIC_RUN_ID": "none"}, {**AGENT, "LOCAL_WORLD_SIZE": "1"}])
+@pytest.mark.parametrize("mpi", [OPENMPI, MPICH])
+def test_what_an_earlier_torchrun_left_does_not_beat_mpirun(mpi: dict[str, str], left: dict[str, str]) -> None:
+    with pytest.raises(UserError) as caught:
+        read_environment({**mpi, **left, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "node07"})
+    text = str(caught.value)
+    assert "RANK is 0" in text and " are 5 and 8; unset RANK" in text and "\n" not in text
+
+
+def test_what_an_earlier_torchrun_left_does_not_beat_srun() -> None:
+    with pytest.raises(UserError, match="RANK is 0 and WORLD_SIZE is 1, but srun says task 9 of 16"):
+        read_environment({**SLURM, "TORCHELASTIC_RUN_ID": "none", "RANK": "0", "WORLD_SIZE": "1"})
+
+
+def test_a_store_of_an_agent_that_is_gone_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agent, "_PAUSE_SECONDS", 0.01)
+    for name in [name for name in os.environ if name.startswith("TORCHELASTIC_")]:
+        monkeypatch.delenv(name)
+    for name, value in {**AGENT, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    with held_port() as port:
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(UserError) as caught:
+            agent.settle(read_environment())
+        text = str(caught.value)
+        assert f"no agent of torchrun's listens at 127.0.0.1 port {port} (Connection refused)" in text
+        for name in (*AGENT, "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            assert name in text.partition("unset what an earlier one left: ")[2].split()
+        with socket.create_server(("127.0.0.1", port)):
+            agent.settle(read_environment())
+    monkeypatch.setenv("MASTER_PORT", "77777")
+    with pytest.raises(UserError, match=r"no agent of torchrun's .* port 77777"):
+        agent.settle(read_environment())
+    assert os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True"
+    agent.settle(read_environment({}))
+    assert "TORCHELASTIC_USE_AGENT_STORE" not in os.environ, "torch would join a store that is none of this job's"
+
+
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
@@ -201,6 +287,10 @@ def test_without_scontrol_the_list_of_nodes_is_one_error(tmp_path: Path, monkeyp
         (without(SLURM, "SLURM_LOCALID"), "SLURM_LOCALID is not set; "),
         (SLURM | {"SLURM_TASKS_PER_NODE": "9,7"}, "SLURM_TASKS_PER_NODE is '9,7': every node must run as many ranks "),
         (SLURM | {"SLURM_TASKS_PER_NODE": "2(x3),1"}, "SLURM_TASKS_PER_NODE is '2(x3),1': every node must "),
+        (
+            without(SLURM, "SLURM_NTASKS_PER_NODE") | {"SLURM_STEP_TASKS_PER_NODE": "x"},
+            "SLURM_STEP_TASKS_PER_NODE is 'x'",
+        ),
         (SLURM | {"SLURM_PROCID": "16"}, "SLURM_PROCID is 16 but SLURM_NTASKS is 16; "),
         (OPENMPI, "MASTER_ADDR is not set, and mpirun started 8 ranks on several hosts; give the first one"),
         (OPENMPI | {"RANK": "0"}, "RANK is 0 but mpirun's OMPI_COMM_WORLD_RANK and OMPI_COMM_WORLD_SIZE are 5 and 8; "),

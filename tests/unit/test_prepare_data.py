@@ -161,6 +161,20 @@ def test_strict_stops_at_the_first(here: Path, line: str, kind: str, capsys: pyt
     assert made(here / "out") == []
 
 
+@pytest.mark.parametrize("key", ["text", "score"])
+def test_a_number_of_too_many_digits_is_a_malformed_line(
+    here: Path, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """More than Python makes an int of."""
+    (here / "a.jsonl").write_text(f'{{"text": "good"}}\n{{"text": "good", "{key}": {"9" * 5000}}}\n')
+    assert run("--strict") == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message.startswith("prepare_data: error: a.jsonl:2: ") and "(not JSON)" in message
+    assert run() == 0
+    assert "1 line(s) left out: not JSON\n  a.jsonl:2: a number of more than 4300 digits" in capsys.readouterr().err
+    assert len(read("out/d")) == 1
+
+
 def test_text_key(here: Path) -> None:
     (here / "a.jsonl").write_text(json.dumps({"body": "hello", "text": 1}))
     assert run("--text-key", "body") == 0
@@ -213,7 +227,18 @@ def test_training_reads_a_fixed_sample_of_a_large_corpus(here: Path, monkeypatch
         (["--input", "damaged.jsonl.gz"], "damaged.jsonl.gz is damaged after line"),
         (["--input", "corrupt.jsonl.gz"], "corrupt.jsonl.gz is damaged after line"),
         (["--input", "table.jsonl"], "table.jsonl: is a parquet file: write it as jsonl"),
-        (["--input", "empty.jsonl"], "out/d would hold no document"),
+        (["--input", "empty.jsonl"], "no document in empty.jsonl: there is no line"),
+        (
+            ["--input", "latin.jsonl"],
+            "(3 not JSON; the first is latin.jsonl:1: not UTF-8, byte 0xe9 at column 14: convert",
+        ),
+        (["--input", "latin.jsonl", "--split", "0.5,0.5"], "no document in latin.jsonl: no line could be read (3 not"),
+        (
+            ["--input", "latin.jsonl", "--train-tokenizer", "350", "--force"],
+            "no document in latin.jsonl: no line could",
+        ),
+        (["--text-key", "body"], "(50 no 'body'; the first is a.jsonl:1: it has 'text'); write lines like {\"body\": "),
+        (["--input", "a.jsonl", "table.csv"], "table.csv: is a table with commas (CSV)"),
         (["--split", "0.999999,0.000001"], "out/d_valid would hold no document"),
         (["--out", "old"], "old.bin is there already"),
         (["--out", "out/d.bin"], "give a prefix without ending"),
@@ -228,6 +253,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     (here / "corrupt.jsonl.gz").write_bytes(packed[:900] + bytes(9) + packed[909:])
     (here / "table.jsonl").write_bytes(b"PAR1\x15\x04")
     (here / "empty.jsonl").write_text("")
+    (here / "latin.jsonl").write_bytes('{"text": "caf\u00e9"}\n'.encode("latin-1") * 3)
+    (here / "table.csv").write_text("text,label\nabc,1\n")
     corpus.write_dataset(here / "old", [[1, 2]])
     before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
     assert run(*arguments) == 2
