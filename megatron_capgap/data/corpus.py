@@ -89,7 +89,9 @@ def parse(line: bytes, text_key: str) -> str:
         record = content_of(line)
     except ValueError as problem:
         kind, detail, fix = problem.args
-        raise ValueError("not JSON", detail if kind == "not JSON" else f"{kind}, {detail}: {fix}") from None
+        raise ValueError(
+            "not JSON", detail if kind == "not JSON" else f"{kind}{detail and f', {detail}'}: {fix}"
+        ) from None
     if not isinstance(record, dict):
         raise ValueError(f"no {text_key!r}", "expected an object with this key")
     if text_key not in record:

@@ -134,7 +134,7 @@ def _content(place: str, line: bytes) -> Any:
         content = content_of(line)
     except ValueError as problem:
         kind, detail, fix = problem.args
-        raise UserError(f"{place}: {kind} ({detail}); {fix}") from None
+        raise UserError(f"{place}: {kind}{detail and f' ({detail})'}; {fix}") from None
     try:
         if b"\\u" in line:  # only so can half of a character be written
             json.dumps(content, ensure_ascii=False).encode()
@@ -149,7 +149,7 @@ def content_of(line: bytes) -> Any:
     """What a line of JSON holds.
 
     Raises:
-        ValueError: (kind, detail, fix) of what is wrong with the line.
+        ValueError: (kind, detail or "", fix) of what is wrong with the line.
     """
     line = line.removeprefix(_BOM)  # one in the middle is where files were put together
     try:
@@ -166,7 +166,7 @@ def content_of(line: bytes) -> Any:
             detail = f"a NUL byte at column {text.index(chr(0)) + 1}, as where a file was not written to its end"
         raise ValueError("not JSON", detail, "mend or remove the line") from None
     except RecursionError:
-        raise ValueError("not JSON", "nested too deep to be read", "mend or remove the line") from None
+        raise ValueError("is nested too deep to be read", "", "mend or remove the line") from None
     except ValueError:
         detail = f"a number of more than {sys.get_int_max_str_digits()} digits"
         raise ValueError("not JSON", detail, "mend or remove the line") from None
