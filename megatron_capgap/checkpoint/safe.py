@@ -47,6 +47,8 @@ _OF_METADATA = {
 _OF_SCALES = {
     "torch._utils": {"_rebuild_tensor_v2"},
     "torch.storage": {"_load_from_bytes"},
+    # What newer releases of Megatron-Core put in its place.
+    "megatron.core.safe_globals": {"safe_load_from_bytes"},
     "collections": {"OrderedDict"},
     "transformer_engine.common.recipe": {"DelayedScaling", "Format", "_FormatHelper"},
     "megatron.core.extensions.transformer_engine": {"TEDelayedScaling"},
@@ -73,7 +75,7 @@ class _Unpickler(pickle.Unpickler):
             return getattr(torch, name)
         if name not in self._allowed.get(module, ()):
             raise _ForbiddenName(f"{module}.{name}")
-        if (module, name) == ("torch.storage", "_load_from_bytes"):
+        if name in ("_load_from_bytes", "safe_load_from_bytes"):
             return lambda content: torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         if module.startswith(("transformer_engine.", "megatron.")):
             return _Recipe
