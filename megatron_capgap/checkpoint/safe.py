@@ -47,6 +47,8 @@ _OF_METADATA = {
 _OF_SCALES = {
     "torch._utils": {"_rebuild_tensor_v2"},
     "torch.storage": {"_load_from_bytes"},
+    # What newer releases of Megatron-Core put in its place.
+    "megatron.core.safe_globals": {"safe_load_from_bytes"},
     "collections": {"OrderedDict"},
     "transformer_engine.common.recipe": {"DelayedScaling", "Format", "_FormatHelper"},
     "megatron.core.extensions.transformer_engine": {"TEDelayedScaling"},

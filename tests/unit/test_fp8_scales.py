@@ -1,6 +1,7 @@
 """Scales of delayed FP8 scaling: histories of another length, and those that older checkpoints hold as pickles."""
 
 import enum
+import io
 import pickle
 import sys
 import types
@@ -68,6 +69,26 @@ def test_pickled_scales_are_read_without_transformer_engine(monkeypatch: pytest.
     assert found["scale_fwd"].tolist() == [0.0, 1.0, 2.0] and found["amax_history_fwd"].shape == (4, 3)
     with pytest.raises(Exception, match=f"{MODULE}.Stranger"):
         safe.scales_in(pickled(monkeypatch, Stranger()))
+
+
+def test_tensors_that_newer_megatrons_pickled_are_read_by_our_own_loader(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing one replaces `torch.storage._load_from_bytes`, by whose name tensors are pickled."""
+
+    def safe_load_from_bytes(content: bytes) -> None:
+        raise AssertionError("a stranger's function was called")
+
+    class Stored:
+        def __reduce__(self) -> tuple[object, ...]:
+            return safe_load_from_bytes, (content.getvalue(),)
+
+    torch.save(torch.arange(3.0), content := io.BytesIO())
+    name = "megatron.core.safe_globals"
+    safe_load_from_bytes.__module__, safe_load_from_bytes.__qualname__ = name, "safe_load_from_bytes"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, name, types.ModuleType(name))
+        sys.modules[name].safe_load_from_bytes = safe_load_from_bytes
+        held = torch.frombuffer(bytearray(pickle.dumps({"scale_fwd": Stored()})), dtype=torch.uint8)
+    assert safe.scales_in(held)["scale_fwd"].tolist() == [0.0, 1.0, 2.0]
 
 
 @pytest.mark.parametrize("held", [None, torch.empty(0, dtype=torch.uint8)])
