@@ -18,7 +18,7 @@ from megatron_capgap.checkpoint.pieces import Entry, Reader
 from megatron_capgap.config import families as traits
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.schema import ModelShape
-from megatron_capgap.conversion import card, plan, tokenizer
+from megatron_capgap.conversion import card, plan, same_ids, tokenizer
 from megatron_capgap.conversion.family import Family
 from megatron_capgap.conversion.importing import CARRIED, GENERATION, Progress
 from megatron_capgap.conversion.output import refuse_existing, refuse_to_lose, replacing
@@ -82,30 +82,30 @@ def export_checkpoint(
     """
     refuse_existing(out, _exported, force)
 
-    def look() -> tuple[Manifest, Path | None, tokenizer.Words, Reader, dict[str, Any], str, str | None]:
+    def look() -> tuple[Manifest, tokenizer.Words, Reader, dict[str, dict[str, Any]], str, str | None]:
         folder = manifests.locate(checkpoint)
         refuse_to_lose(folder, out)
         manifest = manifests.read(folder)
         carried = _carried(folder, manifest)
         words = tokenizer.find(carried, manifest)
         config = config_of(FAMILIES[manifest.model.family], manifest, carried, words)
-        caution = tokenizer.caution(config, words)
+        files = {"config.json": config, GENERATION: _generation(carried, config, manifest, words)}
+        words, caution = same_ids.settle(files, words, manifest.chat_template)
         model_card = card.text(folder, manifest, FAMILIES[manifest.model.family], caution)
-        return manifest, carried, words, Reader(folder), config, model_card, caution
+        return manifest, words, Reader(folder), files, model_card, caution
 
-    manifest, carried, words, reader, config, model_card, caution = on_ranks_alike(look)
+    manifest, words, reader, written, model_card, caution = on_ranks_alike(look)
     targets = plan.unfold(FAMILIES[manifest.model.family], manifest.model, device)
     entries = on_ranks_alike(lambda: _entries(checkpoint, reader, targets, manifest.model.layers))
     files = _files(_tensors(targets, entries, dtype), max_shard_bytes)
-    generation = _generation(carried, config, manifest, words)
-    config["torch_dtype"] = _NAMES[next(iter(files.values()))[0].dtype]
+    written["config.json"]["torch_dtype"] = _NAMES[next(iter(files.values()))[0].dtype]
     with replacing(out, _exported, force=force) as staged:
         on_every_rank(lambda: _write_share(staged, files, reader, entries, progress))
 
         def finish() -> None:
             _write_index(staged, files)
-            _write_json(staged / "config.json", config)
-            _write_json(staged / GENERATION, generation)
+            for name, content in written.items():
+                _write_json(staged / name, content)
             words.write(staged)
             if manifest.chat_template is not None:
                 tokenizer.write_template(staged, manifest.chat_template, words)

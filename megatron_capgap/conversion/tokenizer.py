@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, Protocol
 
 from megatron_capgap.checkpoint.manifest import Manifest
 from megatron_capgap.config.errors import UserError
@@ -15,7 +14,10 @@ from megatron_capgap.conversion.importing import TOKENIZER_FILES, copy_files
 from megatron_capgap.data import tokenizer_folder
 from megatron_capgap.data.chat import TEMPLATES, Jinja, template_ends
 from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
+from megatron_capgap.data.tokenizer_folder import Reading
 
+FROM_JSON = "PreTrainedTokenizerFast"
+"""The class that takes tokenizer.json as it stands."""
 _JSON = "tokenizer.json"
 _PROBES = (
     "The quick brown fox, 1234 times; jumps!",
@@ -25,34 +27,41 @@ _PROBES = (
     " ",
 )
 
-# Where the steps of the classes part: elisions, digits, letters in two characters, marks, ends of lines.
-_OF_STEPS = (*_PROBES, "They're DON'T 12345 e\u0301 x\u0327\u0301 5\u0966\u093e\r\n\n  y\u00a0z", "a", "hello world")
 
-
-class Words(Protocol):
+@dataclass(frozen=True)
+class Words(ABC):
     """A tokenizer that can be written into a Hugging Face folder."""
 
-    bos_token_id: int | None
-    eos_token_id: int | None
-    ends: frozenset[int]
+    reading: Reading
+    """How it was read when the model was trained."""
+    ends: frozenset[int] = frozenset()
     """Ids that end a text: what the tokenizer and the model that it came with say, and the chat template writes."""
 
-    special: dict[str, str]
-    """Text of bos_token, eos_token and the like."""
+    @property
+    def bos_token_id(self) -> int | None:
+        """Begins a document."""
+        return self.reading.bos
 
+    @property
+    def eos_token_id(self) -> int | None:
+        """Ends a document."""
+        return self.reading.eos
+
+    @property
+    def special(self) -> dict[str, str]:
+        """Text of bos_token, eos_token and the like."""
+        return self.reading.special
+
+    @abstractmethod
     def write(self, folder: Path) -> None:
         """Writes its files."""
 
 
 @dataclass(frozen=True)
-class Copied:
+class Copied(Words):
     """Files of a Hugging Face folder."""
 
-    folder: Path
-    bos_token_id: int | None
-    eos_token_id: int | None
-    ends: frozenset[int] = frozenset()
-    special: dict[str, str] = field(default_factory=dict)
+    folder: Path = Path()
 
     def write(self, folder: Path) -> None:
         """Copies those that are there."""
@@ -60,21 +69,20 @@ class Copied:
 
 
 @dataclass(frozen=True)
-class Translated:
+class Translated(Words):
     """A SentencePiece model with the tokenizer.json made of it."""
 
-    model: Path
-    tokenizer_json: str
-    settings: dict[str, Any]
-    bos_token_id: int | None
-    eos_token_id: int | None
-    ends: frozenset[int]
-    special: dict[str, str]
+    model: Path = Path()
+
+    @property
+    def tokenizer_json(self) -> str:
+        return self.reading.tokenizer.to_str()
 
     def write(self, folder: Path) -> None:
         """Both forms of the vocabulary, and the special tokens."""
-        (folder / "tokenizer.json").write_text(self.tokenizer_json, encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+        (folder / _JSON).write_text(self.tokenizer_json, encoding="utf-8")
+        settings = {"tokenizer_class": FROM_JSON, "clean_up_tokenization_spaces": False, **self.special}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         shutil.copyfile(self.model, folder / "tokenizer.model")
 
 
@@ -95,40 +103,12 @@ def find(carried: Path | None, manifest: Manifest) -> Words:
     # Files that transformers reads itself go out as they came in.
     known = carried is not None and any((carried / name).is_file() for name in ("tokenizer_config.json", _JSON))
     ends = opened.stops | template_ends(manifest.chat_template, opened)
+    if not Path(place).is_dir():
+        return translate(Path(place), opened, ends)
+    reading = tokenizer_folder.read(Path(place))
     if not known and not (Path(place) / _JSON).is_file():
-        model = Path(place) / "tokenizer.model" if Path(place).is_dir() else Path(place)
-        return translate(model, opened, ends)
-    return Copied(Path(place), opened.bos, opened.eos, ends, opened.special)
-
-
-def caution(config: dict[str, Any], words: Words) -> str | None:
-    """What whoever loads the folder must know to read the right ids: which class transformers opens a tokenizer with
-    depends on the model beside it.
-
-    Args:
-        config: config.json of the export.
-        words: the tokenizer that the model speaks.
-    """
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        words.write(folder)
-        meant = tokenizer_folder.read(words.folder if isinstance(words, Copied) else folder)
-        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        try:
-            found = tokenizer_folder.read(folder)
-        except UserError as error:
-            return f"AutoTokenizer of transformers 5 reads other ids than this model speaks: {error}"
-    if all(_ids(found, text) == _ids(meant, text) for text in _OF_STEPS):
-        return None
-    return (
-        f"AutoTokenizer of transformers 5 opens the tokenizer of this {config['model_type']} as "
-        f"{found.made_by or 'PreTrainedTokenizerFast'}, and reads other ids with this vocabulary; load it with "
-        f"{meant.made_by or 'PreTrainedTokenizerFast'}.from_pretrained"
-    )
-
-
-def _ids(reading: tokenizer_folder.Reading, text: str) -> list[int]:
-    return reading.tokenizer.encode(text, add_special_tokens=False).ids
+        return Translated(reading, ends, Path(place) / "tokenizer.model")
+    return Copied(reading, ends, Path(place))
 
 
 def write_template(folder: Path, template: Jinja, words: Words) -> None:
@@ -166,5 +146,4 @@ def translate(model: Path, opened: Tokenizer, ends: frozenset[int] = frozenset()
                 f"{model}: this kind of SentencePiece model has no equal in tokenizer.json (they differ on {text!r}); "
                 "train with a BPE model, as tools/prepare_data.py --train-tokenizer makes one"
             )
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **reading.special}
-    return Translated(model, reading.tokenizer.to_str(), settings, opened.bos, opened.eos, ends, opened.special)
+    return Translated(reading, ends, model)

@@ -41,6 +41,8 @@ class Reading:
     """Ids that transformers puts around a text unless it is asked not to."""
     special: dict[str, str]
     """Text of the tokens with a role, such as bos_token."""
+    named: tuple[int | None, int | None] = (None, None)
+    """bos and eos that the tokenizer itself names, whatever the model beside it says."""
     made_by: str | None = None
     """The class of transformers whose steps stand around the vocabulary, whatever tokenizer.json says."""
 
@@ -60,12 +62,19 @@ def read(folder: Path) -> Reading:
     Raises:
         UserError: one of its files is damaged, or contradicts another.
     """
-    settings = _read_json(folder / "tokenizer_config.json")
-    legacy = "added_tokens_decoder" not in settings  # written before transformers 4.34
-    if legacy:
-        settings = _with_special_tokens_map(settings, _read_json(folder / "special_tokens_map.json"))
+    settings = settings_of(folder)
     file = folder / "tokenizer.json"
+    legacy = "added_tokens_decoder" not in settings  # written before transformers 4.34
     return _reading(folder, file if file.is_file() else folder / "tokenizer.model", settings, legacy)
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json; special_tokens_map.json counts where it lists no added tokens."""
+    settings = _read_json(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" in settings:
+        return settings
+    special = _read_json(folder / "special_tokens_map.json")
+    return {**settings, **{key: value for key, value in special.items() if value is not None}}
 
 
 def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, beside: bool = True) -> Reading:
@@ -109,7 +118,11 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
             "SentencePiece .model file, or train one with tools/prepare_data.py --train-tokenizer"
         ) from None
     of_model = {name: _of_model(folder, name) if beside else [] for name in ("bos", "eos")}
-    bos, eos = (_special(built, settings, name, ids) for name, ids in of_model.items())
+    named = _named(built, settings, "bos"), _named(built, settings, "eos")
+    bos, eos = (  # where the tokenizer names none, the model's
+        own if own is not None else next((token for token in ids if token >= 0), None)
+        for own, ids in zip(named, of_model.values(), strict=True)
+    )
     special = {key: _content(settings[key]) for key in settings if _is_role(key, settings[key])}
     for name, token in (("bos_token", bos), ("eos_token", eos)):
         # Where the model alone says so; chat templates write it as text.
@@ -117,12 +130,7 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
             special[name] = text
             built.add_special_tokens([text])
     stops = {token for token in (eos, *of_model["eos"]) if token is not None}
-    return Reading(built, bos, eos, frozenset(stops), before, after, special, made_by)
-
-
-def _with_special_tokens_map(settings: dict[str, Any], special: dict[str, Any]) -> dict[str, Any]:
-    """special_tokens_map.json counts where tokenizer_config.json lists no added tokens."""
-    return {**settings, **{key: value for key, value in special.items() if value is not None}}
+    return Reading(built, bos, eos, frozenset(stops), before, after, special, named, made_by)
 
 
 def _class_of(folder: Path, settings: Mapping[str, Any]) -> str | None:
@@ -276,11 +284,10 @@ def _around(
     return sides[0], sides[1]
 
 
-def _special(built: tokenizers.Tokenizer, settings: Mapping[str, Any], name: str, of_model: list[int]) -> int | None:
-    """Id of the bos or eos token; where the tokenizer names none, the model's."""
+def _named(built: tokenizers.Tokenizer, settings: Mapping[str, Any], name: str) -> int | None:
+    """Id of the bos or eos token that the tokenizer names."""
     content = _content(settings.get(f"{name}_token"))
-    token = built.token_to_id(content) if content else None
-    return token if token is not None else next(iter(of_model), None)
+    return built.token_to_id(content) if content else None
 
 
 def _of_model(folder: Path, name: str) -> list[int]:

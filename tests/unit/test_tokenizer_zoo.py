@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from hypothesis import strategies as st
 from transformers.models.auto import tokenization_auto
 
 from megatron_capgap.config.errors import UserError
-from megatron_capgap.conversion.tokenizer import Copied, caution
+from megatron_capgap.conversion.registry import FAMILIES
+from megatron_capgap.conversion.same_ids import AsTrained, settle
+from megatron_capgap.conversion.tokenizer import Copied, Words
+from megatron_capgap.data import tokenizer_folder
 from megatron_capgap.data.tokenizer import open_tokenizer
 from megatron_capgap.data.tokenizer_classes import class_of
 from megatron_capgap.data.tokenizer_steps import SPECIAL
@@ -34,6 +38,11 @@ WORDS = [
     "",
 ]
 OF_FILES = [name for name in NAMES if "Tokenizer_" not in name or name.endswith(("_genuine", "_foreign"))]
+EXPORTS = [  # each folder under one family, each family with many folders
+    pytest.param(name, family, marks=[] if (i - j) % len(FAMILIES) == 0 else pytest.mark.matrix, id=f"{name}-{family}")
+    for i, name in enumerate(NAMES)
+    for j, family in enumerate(FAMILIES)
+]
 PIECES = st.sampled_from(
     ["<s>", "</s>", "<|im_start|>", "<|im_end|>", " ", "  ", "\n", "the", "cat", "1", "\u00e9", "\u2581"]
 )
@@ -151,25 +160,73 @@ def test_a_class_that_is_not_known_is_refused(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "gpt_neox", "qwen3"])
-@pytest.mark.parametrize(
-    "name", ["no_config", "unigram", "GPT2Tokenizer_foreign", "Qwen2Tokenizer_listed", "byte_level"]
-)
-def test_an_export_says_where_transformers_reads_other_ids(
-    zoo: dict[str, Path], tmp_path: Path, name: str, model_type: str
+@pytest.mark.parametrize("name, family", EXPORTS)
+def test_an_export_of_any_family_is_read_with_the_ids_of_training(
+    zoo: dict[str, Path], pair: Any, tmp_path: Path, name: str, family: str
 ) -> None:
-    ours = open_tokenizer(str(zoo[name]))
-    words = Copied(zoo[name], ours.bos, ours.eos)
-    said = caution({"model_type": model_type}, words)
-    words.write(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    try:
-        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-        same = all(theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text) for text in WORDS)
-    except Exception:  # a unigram model where transformers wants merges
-        same = False
-    assert (said is None) == same, said
-    assert said is None or (said.startswith("AutoTokenizer of transformers 5 ") and "\n" not in said)
+    ours, _ = pair(name)
+    theirs, note = exported(zoo[name], family, tmp_path)
+    for text in WORDS:
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text), text
+        assert theirs(text)["input_ids"] == [*ours.before, *ours.encode(text), *ours.after], text
+    assert (len(theirs), theirs.bos_token_id, theirs.eos_token_id) == (ours.vocab_size, ours.bos, ours.eos)
+    assert note is None or (note.startswith("AutoTokenizer of transformers 5 opens every qwen2") and "\n" not in note)
+
+
+@pytest.mark.parametrize(
+    "source, family, kind",
+    [
+        ("GPT2Tokenizer_genuine", "gpt2", Copied),
+        ("Qwen2Tokenizer_genuine", "qwen2", Copied),
+        ("prepend_llama_legacy_False", "llama", Copied),
+        ("prepend_llama_legacy_False", "mistral", AsTrained),
+        ("prepend_mistral", "llama", AsTrained),
+        ("prepend_llama_legacy_False", "qwen3", Copied),
+        ("byte_level", "qwen3", Copied),
+        ("byte_level", "qwen2", AsTrained),
+        ("cut_and_padded", "llama", Copied),
+    ],
+)
+def test_files_go_out_as_they_came_where_they_are_read_so(
+    zoo: dict[str, Path], source: str, family: str, kind: type[Words]
+) -> None:
+    words = Copied(tokenizer_folder.read(zoo[source]), frozenset(), zoo[source])
+    found, note = settle({"config.json": {"model_type": family}}, words, None)
+    assert type(found) is kind
+    assert (note is None) == (not isinstance(found, AsTrained) or not found.program)
+
+
+def test_a_program_keeps_the_steps_for_whoever_trusts_it_too(
+    zoo: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    theirs, note = exported(zoo["byte_level"], "qwen2", tmp_path)
+    assert note is not None and "tokenization_as_trained.py" in note
+    trusted = transformers.AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=True)
+    for text in WORDS:
+        assert trusted(text)["input_ids"] == theirs(text)["input_ids"]
+
+
+def test_what_cannot_be_read_so_is_refused_in_one_line(zoo: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("no such\nclass")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fails)
+    words = Copied(tokenizer_folder.read(zoo["byte_level"]), frozenset(), zoo["byte_level"])
+    with pytest.raises(UserError, match="would not read in this llama the ids that it was trained with") as caught:
+        settle({"config.json": {"model_type": "llama"}}, words, None)
+    assert "\n" not in str(caught.value)
+
+
+def exported(folder: Path, family: str, out: Path) -> tuple[Any, str | None]:
+    """A tokenizer as it is exported beside a model of a family, opened by transformers; and what is said of it."""
+    files = {"config.json": {"model_type": family}}
+    words, note = settle(files, Copied(tokenizer_folder.read(folder), frozenset(), folder), None)
+    words.write(out)
+    (out / "config.json").write_text(json.dumps(files["config.json"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return transformers.AutoTokenizer.from_pretrained(out), note
 
 
 def test_a_model_without_merges_is_not_made_anew(zoo: dict[str, Path], tmp_path: Path) -> None:
