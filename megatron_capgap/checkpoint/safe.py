@@ -52,7 +52,6 @@ _OF_SCALES = {
     "collections": {"OrderedDict"},
     "transformer_engine.common.recipe": {"DelayedScaling", "Format", "_FormatHelper"},
     "megatron.core.extensions.transformer_engine": {"TEDelayedScaling"},
-    "megatron.core.safe_globals": {"safe_load_from_bytes"},  # what 0.19 puts in the place of torch's
 }
 
 
