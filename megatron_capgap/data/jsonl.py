@@ -97,11 +97,32 @@ def _check_no_array(file: str, lines: list[bytes]) -> None:
         content = json.loads(first)
     except (ValueError, RecursionError):
         content = None
-        if first != b"[" and not first.startswith(b"[{"):
+        if first != b"[" and not first.startswith((b"[{", b"[[")):
             return
-    # A line may hold a list of turns of one conversation.
-    if content is None or (content and isinstance(content[0], dict) and {"text", "messages"} & content[0].keys()):
+    alone = sum(bool(line.strip()) for line in lines) == 1
+    if content is None or (alone and content and not _one_conversation(content[0])):
         raise UserError(f"{file}: is one JSON array; write one object a line, as with jq -c '.[]' {file} > lines.jsonl")
+
+
+def _one_conversation(first: Any) -> bool:
+    """Whether an array that begins with this may be the turns of one conversation."""
+    keys = {"User", "Assistant", "role", "from", "content", "value"}
+    return not isinstance(first, list) and not (isinstance(first, dict) and first and not keys & first.keys())
+
+
+def find(path: str, wanted: str) -> Path:
+    """A file to be read.
+
+    Raises:
+        UserError: it is not there, or no file.
+    """
+    file = Path(path)
+    if not file.is_file():
+        kinds = {"a folder": file.is_dir, "a pipe": file.is_fifo, "a socket": file.is_socket}
+        kinds |= {"a device": lambda: file.is_char_device() or file.is_block_device()}
+        what = next((f"is {kind}, no file" for kind, holds in kinds.items() if holds()), "no such file")
+        raise UserError(f"{path}: {what}; give {wanted}")
+    return file
 
 
 class Row(NamedTuple):
