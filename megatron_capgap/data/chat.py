@@ -161,10 +161,12 @@ class JinjaTemplate(Template):
         return start, ends[0] if ends else end + self._whole(text[end : end + shared])
 
     def _check_said(self, conversation: Conversation, number: int, text: str, answer: bool) -> None:
-        """Refuses a template that leaves out what the assistant says, or the tools that it calls without a word."""
+        """Refuses a template that writes nothing of what the assistant says and calls; some leave out words beside
+        tool calls, and thoughts before an earlier answer."""
         message = conversation.messages[number]
-        words, calls = message.text.strip(), message.fields.get("tool_calls")
-        if (words or calls) and self._changed(conversation, number, answer, calls=not words) == text:
+        words, calls = bool(message.text.strip()), bool(message.fields.get("tool_calls"))
+        tried = [kind for kind, there in ((False, words), (True, calls)) if there]
+        if tried and all(self._changed(conversation, number, answer, kind) == text for kind in tried):
             raise UserError(
                 f"{self._place}: leaves out what the assistant {'says' if words else 'calls'} in message {number + 1}, "
                 "or writes it so that it cannot be told apart; use the default template"

@@ -100,6 +100,11 @@ THOUGHTS = (
     "{{ m.reasoning_content or '' }}{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+THINKS_AT_ONCE = (
+    "{% set ns = namespace(all=tools | tojson) %}{% for m in messages %}{% set ns.all = ns.all + '<|im_start|>' + m.role"
+    " + '\n' + ('<think>' if m.role == 'assistant' else '') + m.content + '<|im_end|>\n' %}{% endfor %}"
+    "{{ ns.all + ('<|im_start|>assistant\n' if add_generation_prompt else '') }}"
+)
 MARKED = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}"
     "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}"

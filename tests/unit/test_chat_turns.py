@@ -73,6 +73,14 @@ def test_thoughts_are_learned_with_tools_and_without(pair: Any, key: str, tools:
     assert found == ["clouds Not yet.<|im_end|>\n"]
 
 
+@pytest.mark.parametrize("tools", [None, TOOLS], ids=["no tools", "tools"])
+def test_a_turn_begins_where_a_prompt_with_the_tools_ends(pair: Any, tools: list[Any] | None) -> None:
+    """Without a loop that shows where a turn begins."""
+    found = learned(pair("<|im_start|>", "<|im_end|>"), chat_templates.THINKS_AT_ONCE, TALK, tools=tools)
+    assert found == ["<think>Not yet.<|im_end|>\n", "<think>A little.<|im_end|>\n"]
+    assert read(TALK, tools=tools).upto(1).tools == tools
+
+
 def test_the_first_name_of_thoughts_counts(pair: Any) -> None:
     source = chat_templates.THOUGHTS.replace("<|im_end|>", "{{ m.thinking }}{{ m.reasoning }}{{ m.mood }}<|im_end|>")
     answer = {**TALK[1], "reasoning": "3", "thinking": "2", "reasoning_content": None, "mood": "4"}
@@ -123,6 +131,14 @@ def test_an_answer_may_be_context_alone(pair: Any, source: str, out: dict[str, A
     assert first.startswith("Not yet.") and last.startswith("A little.")
     assert learned(pair(), source, [TALK[0], {**TALK[1], **out}, *TALK[2:]]) == [last]
     assert learned(pair(), source, [*TALK[:3], {**TALK[3], **out}]) == [first]
+
+
+@pytest.mark.parametrize("name", ["LLAMA_3_1", "MISTRAL_V3"])
+def test_words_beside_a_call_may_be_left_out(pair: Any, name: str) -> None:
+    """As those templates do."""
+    source = getattr(chat_templates, name)
+    beside = [LOOKED[0], {**LOOKED[1], "content": "Let me look."}, *LOOKED[2:]]
+    assert learned(pair(), source, beside, tools=TOOLS) == learned(pair(), source, LOOKED, tools=TOOLS)
 
 
 def in_parts(message: dict[str, Any]) -> dict[str, Any]:
