@@ -20,7 +20,7 @@ from megatron_capgap.conversion.output import refuse_existing, refuse_to_lose, r
 from megatron_capgap.conversion.plan import Target
 from megatron_capgap.conversion.safetensors import Files, Stored, cast
 from megatron_capgap.conversion.source import Source, listed, open_source, read_json
-from megatron_capgap.data.chat import TEMPLATES
+from megatron_capgap.data.template_files import TEMPLATES
 from megatron_capgap.data.tokenizer import open_tokenizer
 from megatron_capgap.models import packing
 from megatron_capgap.runtime.devices import Device

@@ -12,7 +12,8 @@ from megatron_capgap.checkpoint.manifest import Manifest
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.conversion.importing import TOKENIZER_FILES, copy_files
 from megatron_capgap.data import tokenizer_folder
-from megatron_capgap.data.chat import TEMPLATES, Jinja, template_ends
+from megatron_capgap.data.chat import template_ends
+from megatron_capgap.data.template_files import TEMPLATES, Jinja
 from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_capgap.data.tokenizer_folder import Reading
 

@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from itertools import groupby
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from jinja2 import nodes
 from jinja2.exceptions import TemplateError
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from megatron_capgap.config.errors import UserError, in_one_line
+from megatron_capgap.data import template_files
+from megatron_capgap.data.jinja import Rendering, Source, Span
+from megatron_capgap.data.messages import Conversation, Message
+from megatron_capgap.data.template_files import DEFAULT, TOOL_USE, Jinja
 from megatron_capgap.data.tokenizer import Tokenizer
-from megatron_capgap.data.turns import Conversation, Message
 
-Span = tuple[int, int]
-"""Characters of a text: from, to."""
-TEMPLATES = "additional_chat_templates"
-"""Folder of a tokenizer with chat templates by name."""
-Jinja = str | dict[str, str]
-"""A template, or several by name: as transformers does, `tool_use` is taken, where there is one, for a conversation
-that names tools, and `default` for the others."""
-_DEFAULT, _TOOL_USE = "default", "tool_use"
-# Private characters, which no text holds: they mark what {% generation %} has written, and stand for a message.
-_FROM, _TO, _SOMETHING = "\ue0f0\ue0f1", "\ue0f1\ue0f0", "\ue0f2"
+_SOMETHING = "\ue0f2"  # a private character, which no text holds: stands for a message
 
 
 @dataclass(frozen=True)
@@ -56,7 +43,7 @@ class Template(ABC):
     jinja: Jinja
 
     @abstractmethod
-    def encode(self, messages: Sequence[Message]) -> list[Segment]:
+    def encode(self, conversation: Conversation) -> list[Segment]:
         """Tokens from the beginning on; after a last message of the user's, up to where the assistant begins."""
 
     @abstractmethod
@@ -85,24 +72,20 @@ class JinjaTemplate(Template):
     def __init__(self, source: Jinja, tokenizer: Tokenizer, place: str) -> None:
         self.jinja = source
         self._tokenizer, self._place = tokenizer, place
-        named = {_DEFAULT: source} if isinstance(source, str) else source
-        used = {name: named[name] for name in (_DEFAULT, _TOOL_USE) if name in named}
-        self._marked = {n for n, text in used.items() if re.search(r"{%[-+]?\s*generation\s*[-+]?%}", text)}
-        sandbox = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-        )
-        sandbox.globals["raise_exception"] = self._refuse
-        sandbox.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        sandbox.filters["tojson"] = _to_json
+        named = {DEFAULT: source} if isinstance(source, str) else source
         try:
-            self._templates = {name: sandbox.from_string(text) for name, text in used.items()}
+            self._sources = {name: Source(named[name]) for name in (DEFAULT, TOOL_USE) if name in named}
         except (TemplateError, RecursionError) as error:
             raise UserError(f"{place}: is no Jinja ({error}); mend it, or use the default template") from None
 
-    def encode(self, messages: Sequence[Message]) -> list[Segment]:
-        text, spans = self._written(messages)
+    def encode(self, conversation: Conversation) -> list[Segment]:
+        conversation = self._readable(conversation)
+        text, spans = self._written(conversation)
         ids, places = self._tokenizer.encode_with_places(text)
-        learned = [any(start < to and end > at for at, to in spans) for start, end in places]
+        if self._source(conversation).marked:
+            learned = [any(start < to and end > at for at, to in spans) for start, end in places]
+        else:
+            learned = [any(_within(text, start, end, *span) for span in spans) for start, end in places]
         joined = {self._joined(text, at, ids, places) for at, _ in spans}
         found = []
         for said, run in groupby(range(len(ids)), key=lambda number: learned[number]):
@@ -122,86 +105,158 @@ class JinjaTemplate(Template):
 
     def ends(self) -> frozenset[int]:
         found = set()
-        for name in self._templates:
-            talk = Conversation([Message("user", "A"), Message("assistant", "B")])
-            talk.tools = [] if name == _TOOL_USE else None
-            try:
-                turn = self._end_of_turn(talk, 1)
-            except UserError:  # it wants more than a question and an answer
-                continue
-            ids, _ = self._tokenizer.encode_with_places(turn)
-            found.update([token for token in ids if token in self._tokenizer.whole][:1])
+        for name in self._sources:
+            for asked, said in (("A", "B"), (_parts("A"), _parts("B"))):
+                talk = (Message("user", asked), Message("assistant", said))
+                try:
+                    turn = self._end_of_turn(Conversation(talk, [] if name == TOOL_USE else None), 1)
+                except UserError:  # it wants more than a question and an answer
+                    continue
+                ids, _ = self._tokenizer.encode_with_places(turn)
+                found.update([token for token in ids if token in self._tokenizer.whole][:1])
         return frozenset(found)
 
-    def _written(self, messages: Sequence[Message]) -> tuple[str, list[Span]]:
-        """The text, and where the assistant speaks in it."""
-        answer = messages[-1].role != "assistant"
-        text = self._render(messages, answer)
-        if self._name(messages) in self._marked:
-            return _without_marks(text)
-        spans: list[Span] = []
-        for number, message in enumerate(messages):
-            if message.role == "assistant":
-                start, end = self._turn(messages, number, text, answer)
-                spans.append((max(start, spans[-1][1] if spans else 0), end))
-        return text, spans
+    def _readable(self, conversation: Conversation) -> Conversation:
+        """The conversation as the template can read it: where it fails at content in parts, or at none, each content
+        becomes one text. There transformers fails too.
 
-    def _turn(self, messages: Sequence[Message], number: int, text: str, answer: bool) -> Span:
+        Raises:
+            UserError: it prints parts as a list, or leaves them out.
+        """
+        if all(isinstance(message.words, str) for message in conversation):
+            return conversation
+        answer = conversation.messages[-1].role != "assistant"
+        try:
+            text = self._render(conversation, answer).text
+        except UserError:
+            return conversation.plain()
+        for number, message in enumerate(conversation):
+            if isinstance(message.words, tuple):
+                printed = str(list(message.words)) in text
+                if printed or self._changed(conversation, number, answer, calls=False) == text:
+                    raise UserError(
+                        f"{self._place}: {'prints as a list' if printed else 'leaves out'} the content of message "
+                        f"{number + 1}, which is in parts, and transformers would do the same; write it as one string"
+                    )
+        return conversation
+
+    def _written(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        """The text, and where the assistant says in it what is to be learned."""
+        messages, marked = conversation.messages, self._source(conversation).marked
+        answer = messages[-1].role != "assistant"
+        text, said = self._render(conversation, answer)
+        spoken = [number for number, message in enumerate(messages) if message.role == "assistant"]
+        wanted = [number for number in spoken if messages[number].learned != marked]
+        spans: list[Span] = []
+        for number in wanted:
+            start, end = self._turn(conversation, number, text, answer)
+            spans.append((max(start, spans[-1][1] if spans else 0), end))
+        if not marked:
+            return text, spans
+        return text, [(at, to) for at, to in said if not any(at < end and to > start for start, end in spans)]
+
+    def _turn(self, conversation: Conversation, number: int, text: str, answer: bool) -> Span:
         """Where one turn of the assistant's stands in the text of all: from where it is left to begin, in a prompt that
         ends before it, up to what the template writes at the end of a turn."""
-        asked, said = self._render(_with(messages, messages[:number]), answer=True), text
-        if number < len(messages) - 1:
-            said = self._render(_with(messages, messages[: number + 1]), answer=False)
+        before, after = conversation.upto(number), conversation.upto(number + 1)
+        asked = self._render(before, answer=True).text
+        said = self._render(after, answer=False).text if len(after) < len(conversation) else text
+        self._check_said(conversation, number, text, answer)
         if text.startswith(asked) and text.startswith(said) and len(asked) < len(said):
             return len(asked), len(said)
         # What changes with the words is where they stand; a template may write the same turn otherwise once more
         # follows, such as without the thoughts before an answer.
-        start, end = _difference(text, self._render(_said_otherwise(messages, number), answer))
-        if text.startswith(asked) and len(asked) <= start:
-            start = len(asked)
-        closing = self._end_of_turn(_with(messages, messages[: number + 1]), number)
-        end += _common(text[end:], closing)
-        if end <= start:
+        start, end = self._words(conversation, number, text, answer) or (len(text), len(text))
+        turns = self._turns(conversation, answer, text)
+        start = self._begins(before, asked, text, start, turns)
+        closing = self._end_of_turn(after, number)
+        shared = _common(text[end:], closing)
+        if shared == len(closing):
+            return start, end + shared
+        # A template may end the last turn otherwise than those before.
+        follows = self._words(conversation, number + 1, text, answer) if len(after) < len(conversation) else None
+        limit = len(text) if follows is None else follows[0]
+        ends = [place for place in turns if end <= place <= limit]
+        return start, ends[0] if ends else end + self._whole(text[end : end + shared])
+
+    def _check_said(self, conversation: Conversation, number: int, text: str, answer: bool) -> None:
+        """Refuses a template that writes nothing of what the assistant says and calls; some leave out words beside
+        tool calls, and thoughts before an earlier answer."""
+        message = conversation.messages[number]
+        words, calls = bool(message.text.strip()), bool(message.fields.get("tool_calls"))
+        tried = [kind for kind, there in ((False, words), (True, calls)) if there]
+        if tried and all(self._changed(conversation, number, answer, kind) == text for kind in tried):
             raise UserError(
-                f"{self._place}: leaves out what the assistant says in message {number + 1}, or writes it so that it "
-                "cannot be told apart; use the default template"
+                f"{self._place}: leaves out what the assistant {'says' if words else 'calls'} in message {number + 1}, "
+                "or writes it so that it cannot be told apart; use the default template"
             )
-        return start, end
 
-    def _end_of_turn(self, messages: Sequence[Message], number: int) -> str:
+    def _begins(self, before: Conversation, asked: str, text: str, start: int, turns: list[int]) -> int:
+        """Where the turn begins whose words begin at `start`."""
+        if text.startswith(asked) and len(asked) <= start:
+            return len(asked)
+        here = max((place for place in turns if place <= start), default=start)
+        header = asked[max(self._turns(before, True, asked), default=len(asked)) :]
+        there = here + len(header)
+        return there if there <= start and text.startswith(header, here) else start
+
+    def _whole(self, text: str) -> int:
+        """Characters of a text up to the last token that is never cut, or the last space: what begins alike behind
+        that may be the half of something else."""
+        ids, places = self._tokenizer.encode_with_places(text)
+        marks = [to for token, (_, to) in zip(ids, places, strict=True) if token in self._tokenizer.whole]
+        return max([*marks, *(space.end() for space in re.finditer(r"\s+", text))], default=0)
+
+    def _words(self, conversation: Conversation, number: int, text: str, answer: bool) -> Span | None:
+        """What of the text changes with the words of a message, or with its tool calls."""
+        for calls in (False, True) if conversation.messages[number].fields.get("tool_calls") else (False,):
+            changed = self._changed(conversation, number, answer, calls)
+            if changed != text:
+                return _difference(text, changed)
+        return None
+
+    def _changed(self, conversation: Conversation, number: int, answer: bool, calls: bool) -> str:
+        """The text, had a message other words or other tool calls."""
+        other = conversation.messages[number].otherwise(_SOMETHING, calls)
+        return self._render(conversation.exchanged(number, other), answer).text
+
+    def _turns(self, conversation: Conversation, answer: bool, text: str) -> list[int]:
+        return self._source(conversation).turns(self._values(conversation, answer), text)
+
+    def _end_of_turn(self, conversation: Conversation, number: int) -> str:
         """What the template writes after the assistant's words, where they are the last."""
-        text = self._render(messages, answer=False)
-        if self._name(messages) in self._marked:
-            text, spans = _without_marks(text)
-            said = text[slice(*spans[-1])] if spans else ""
-            return said[_common(said, messages[number].text) :]
-        _, end = _difference(text, self._render(_said_otherwise(messages, number), answer=False))
-        return text[end:]
+        text, said = self._render(conversation, answer=False)
+        if self._source(conversation).marked:
+            last = text[slice(*said[-1])] if said else ""
+            return last[_common(last, conversation.messages[number].text) :]
+        words = self._words(conversation, number, text, answer=False)
+        return text[words[1] :] if words else ""
 
-    def _name(self, messages: Sequence[Message]) -> str:
-        """Which of several templates writes a conversation down."""
-        return _TOOL_USE if _tools(messages) is not None and _TOOL_USE in self._templates else _DEFAULT
-
-    def _render(self, messages: Sequence[Message], answer: bool) -> str:
-        said, tools = [message.content() for message in messages], _tools(messages)
-        template = self._templates.get(self._name(messages))
-        if template is None:
+    def _source(self, conversation: Conversation) -> Source:
+        """Which of several templates writes a conversation down; an empty list of tools names some, to transformers."""
+        name = TOOL_USE if conversation.tools is not None and TOOL_USE in self._sources else DEFAULT
+        if name not in self._sources:
             raise UserError(
                 f"{self._place}: brings chat templates ({', '.join(sorted(self.jinja))}), none of which is called "
                 "default; call one so, or use template default"
             )
+        return self._sources[name]
+
+    def _render(self, conversation: Conversation, answer: bool) -> Rendering:
+        source = self._source(conversation)
         try:
-            return template.render(
-                messages=said, tools=tools, documents=None, add_generation_prompt=answer, **self._tokenizer.special
-            )
+            return source.render(self._values(conversation, answer))
         except Exception as error:  # a template is a program of somebody else's: it may raise anything
             what = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
             raise UserError(
                 f"{self._place}: {in_one_line(what)}; use other conversations or the default template"
             ) from None
 
-    def _refuse(self, reason: str) -> None:
-        raise TemplateError(reason)
+    def _values(self, conversation: Conversation, answer: bool) -> dict[str, Any]:
+        """What a template reads."""
+        messages = [message.content() for message in conversation]
+        told = {"messages": messages, "tools": conversation.tools, "documents": None, "add_generation_prompt": answer}
+        return {**self._tokenizer.special, **told}
 
 
 class DefaultTemplate(JinjaTemplate):
@@ -224,47 +279,14 @@ class DefaultTemplate(JinjaTemplate):
         super().__init__(self.JINJA, tokenizer, "the default chat template")
 
 
-class _Generation(Extension):
-    """transformers' `{% generation %}`: what the assistant writes."""
-
-    tags: ClassVar = {"generation"}
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-    def _mark(self, caller: Callable[[], str]) -> str:
-        return f"{_FROM}{caller()}{_TO}"
+def _parts(text: str) -> tuple[dict[str, str], ...]:
+    return ({"type": "text", "text": text},)
 
 
-def _without_marks(text: str) -> tuple[str, list[Span]]:
-    """A text without the marks of `_Generation`, and where they were."""
-    found, spans = "", []
-    for number, part in enumerate(text.split(_FROM)):
-        said, mark, rest = part.partition(_TO)
-        if number and mark:
-            spans.append((len(found), len(found) + len(said)))
-        found += said + rest
-    return found, spans
-
-
-def _tools(messages: Sequence[Message]) -> list[Any] | None:
-    """The tools that a conversation names; an empty list names some, to transformers."""
-    return getattr(messages, "tools", None)
-
-
-def _with(messages: Sequence[Message], others: Iterable[Message]) -> Conversation:
-    """Other turns, with the conversation's tools."""
-    found = Conversation(others)
-    found.tools = _tools(messages)
-    return found
-
-
-def _said_otherwise(messages: Sequence[Message], number: int) -> Conversation:
-    """The conversation with one message in other words."""
-    other = Message(messages[number].role, _SOMETHING, messages[number].fields)
-    return _with(messages, (*messages[:number], other, *messages[number + 1 :]))
+def _within(text: str, start: int, end: int, at: int, to: int) -> bool:
+    """Whether a token belongs to a turn. One that reaches over its beginning does, as in transformers; one that begins
+    with the space behind the words and holds what comes after the turn does not."""
+    return start < to and end > at and (end <= to or not text[start:to].isspace())
 
 
 def _difference(text: str, other: str) -> Span:
@@ -287,16 +309,6 @@ def _common(text: str, other: str) -> int:
     return known
 
 
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
 def open_template(name: str, tokenizer: Tokenizer, path: str) -> Template:
     """The template that a configuration names.
 
@@ -310,7 +322,7 @@ def open_template(name: str, tokenizer: Tokenizer, path: str) -> Template:
     """
     if name == "default":
         return DefaultTemplate(tokenizer)
-    found = _brought(Path(path))
+    found = template_files.brought(Path(path))
     if found is None:
         raise UserError(f"{name}: {path} brings no chat template; template default would do, or another tokenizer")
     return JinjaTemplate(found[0], tokenizer, str(found[1]))
@@ -319,35 +331,3 @@ def open_template(name: str, tokenizer: Tokenizer, path: str) -> Template:
 def template_ends(jinja: Jinja | None, tokenizer: Tokenizer) -> frozenset[int]:
     """Ids that end the assistant's turn in the template that a model was finetuned with; none without one."""
     return frozenset() if jinja is None else JinjaTemplate(jinja, tokenizer, "the checkpoint's chat template").ends()
-
-
-def _brought(folder: Path) -> tuple[Jinja, Path] | None:
-    """The templates of a tokenizer folder, and where they are; files of theirs count before tokenizer_config.json."""
-    file, words = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    found = {_DEFAULT: file} if file.is_file() else {}
-    found |= {one.name.removesuffix(".jinja"): one for one in sorted((folder / TEMPLATES).glob("*.jinja"))}
-    if found:
-        texts = {name: one.read_text(encoding="utf-8") for name, one in found.items()}
-        return _alone(texts), file if file.is_file() else folder / TEMPLATES
-    source = json.loads(words.read_text(encoding="utf-8-sig")).get("chat_template") if words.is_file() else None
-    if isinstance(source, list):  # several, by name
-        source = {name: text for name, text in (_named(one, words) for one in source)}
-        return (_alone(source), words) if source else None
-    if source is not None and not isinstance(source, str):
-        raise UserError(f"{words}: chat_template is neither text nor a list of templates; save the tokenizer again")
-    return (source, words) if source else None
-
-
-def _alone(templates: dict[str, str]) -> Jinja:
-    return templates[_DEFAULT] if templates.keys() == {_DEFAULT} else templates
-
-
-def _named(one: Any, place: Path) -> tuple[str, str]:
-    name, text = (one.get("name"), one.get("template")) if isinstance(one, dict) else (None, None)
-    # The name becomes that of a file.
-    if not isinstance(name, str) or not isinstance(text, str) or Path(name).name != name:
-        raise UserError(
-            f"{place}: chat_template holds {in_one_line(json.dumps(one))[:60]}, which is no name with a template; "
-            "save the tokenizer again"
-        )
-    return name, text

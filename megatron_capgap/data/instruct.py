@@ -12,8 +12,8 @@ import torch
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.data.batch import MicroBatch
 from megatron_capgap.data.chat import Template
+from megatron_capgap.data.messages import Conversation
 from megatron_capgap.data.order import shuffled
-from megatron_capgap.data.turns import Conversation
 
 
 @dataclass(frozen=True)

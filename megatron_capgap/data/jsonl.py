@@ -109,6 +109,21 @@ def _start(stream: IO[bytes]) -> bytes:
     return start
 
 
+def find(path: str, wanted: str) -> Path:
+    """A file to be read.
+
+    Raises:
+        UserError: it is not there, or no file.
+    """
+    file = Path(path)
+    if not file.is_file():
+        kinds = {"a folder": file.is_dir, "a pipe": file.is_fifo, "a socket": file.is_socket}
+        kinds |= {"a device": lambda: file.is_char_device() or file.is_block_device()}
+        what = next((f"is {kind}, no file" for kind, holds in kinds.items() if holds()), "no such file")
+        raise UserError(f"{path}: {what}; give {wanted}")
+    return file
+
+
 class Row(NamedTuple):
     """What one line holds."""
 

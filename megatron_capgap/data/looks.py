@@ -12,6 +12,7 @@ START_BYTES = 1024
 _LINES = 20
 _KEYS = {"text", "messages", "conversations", "prompt"}
 """Of a row, not of a turn."""
+_OF_TURNS = {"User", "Assistant", "role", "from", "content", "value"}
 _AS_JSONL = "write it as jsonl, as datasets.Dataset.to_json does"
 _MAGICS = {
     b"PAR1": "a parquet file: write it as jsonl, as with pandas.read_parquet(FILE).to_json(OUT, orient='records', "
@@ -89,7 +90,7 @@ def kind_of_lines(file: str, lines: Sequence[bytes]) -> str | None:
     first, name = some[0], shlex.quote(file)
     if re.match(rb"[\[{]\s*[\[{]?\s*'", first) and not any(map(_is_row, some)):
         return "no JSON, its words stand in single quotes as Python prints them: write each line with json.dumps"
-    if _is_array(first):
+    if _is_array(first, some):
         return f"one JSON array; write one object a line, as with jq -c '.[]' {name} > lines.jsonl"
     if _is_json(first):
         return None
@@ -150,15 +151,24 @@ def _begun(line: bytes) -> int | None:
         return None
 
 
-def _is_array(first: bytes) -> bool:
+def _is_array(first: bytes, some: Sequence[bytes]) -> bool:
     """One array over all lines is JSON, and no line of it is; but a line may hold a list of turns of one
     conversation."""
     if not first.startswith(b"["):
         return False
     if not _is_json(first):
-        return first == b"[" or first.startswith(b"[{")
-    content = json.loads(first)
-    return bool(content) and isinstance(content[0], dict) and bool(_KEYS & content[0].keys())
+        return first == b"[" or first.startswith((b"[{", b"[["))
+    content, alone = json.loads(first), len(some) == 1
+    return bool(content) and (_is_a_row(content[0]) or (alone and not _is_a_turn(content[0])))
+
+
+def _is_a_row(value: object) -> bool:
+    return isinstance(value, dict) and bool(_KEYS & value.keys())
+
+
+def _is_a_turn(value: object) -> bool:
+    """Whether an array that begins with this may be the turns of one conversation."""
+    return not isinstance(value, list) and not (isinstance(value, dict) and value and not _OF_TURNS & value.keys())
 
 
 def _is_spread(lines: Sequence[bytes], some: Sequence[bytes]) -> bool:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.data.chat import Template
-from megatron_capgap.data.jsonl import rows
+from megatron_capgap.data.jsonl import find, rows
+from megatron_capgap.data.messages import Conversation
 from megatron_capgap.data.tokenizer import Tokenizer
-from megatron_capgap.data.turns import Conversation, read_turns
+from megatron_capgap.data.turns import other_form, read_turns
 
 Prompt = str | Conversation
 
@@ -21,8 +21,7 @@ def read_prompts(path: str) -> list[Prompt]:
     Raises:
         UserError: the file is missing or empty, or a line is no prompt; with its number.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; give a jsonl file of prompts")
+    find(path, "a jsonl file of prompts")
     found = [_prompt(*row) for row in rows(path)]
     if not found:
         raise UserError(f'{path}: holds no prompt; a line is {{"prompt": "..."}} or {{"messages": [...]}}')
@@ -30,16 +29,18 @@ def read_prompts(path: str) -> list[Prompt]:
 
 
 def _prompt(place: str, content: Any) -> Prompt:
-    if not isinstance(content, dict) or ("prompt" in content) == ("messages" in content):
-        raise UserError(f'{place}: neither {{"prompt": ...}} nor {{"messages": [...]}}; mend the line')
-    if "prompt" in content:
+    turns = isinstance(content, dict) and any(key in content for key in ("messages", "conversations"))
+    if not isinstance(content, dict) or ("prompt" in content) == turns:
+        what = other_form(content) or "mend the line"
+        raise UserError(f'{place}: neither {{"prompt": ...}} nor {{"messages": [...]}}; {what}')
+    if not turns:
         if not isinstance(content["prompt"], str) or not content["prompt"]:
             raise UserError(f"{place}: prompt is {content['prompt']!r}; give it words")
         return content["prompt"]
-    messages = read_turns(place, content)
-    if not messages or messages[-1].role != "user":
+    found = read_turns(place, content)
+    if not found or found.messages[-1].role != "user":
         raise UserError(f"{place}: does not end with a user message, which the assistant would answer; add it")
-    return messages
+    return found
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Tokenizer, template: Callable[[], Template], begin: bool) -> list[int]:

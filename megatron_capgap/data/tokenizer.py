@@ -12,7 +12,7 @@ import numpy as np
 
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.data import sentencepiece_file, tokenizer_folder
-from megatron_capgap.data.sentencepiece_file import REMEDY
+from megatron_capgap.data.sentencepiece_file import CONTROL, REMEDY, USER_DEFINED
 from megatron_capgap.data.tokenizer_steps import SPACE
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Tokenizer(ABC):
     special: dict[str, str]
     """Text of bos_token, eos_token and the like, as chat templates call them."""
     whole: frozenset[int]
-    """Ids of tokens that are never cut: control tokens and added ones."""
+    """Ids of tokens that are never cut: control tokens, added ones, user-defined pieces of a SentencePiece model."""
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
     """Ids that the tokenizer itself puts around a text, as transformers does unless it is asked not to."""
@@ -123,7 +123,6 @@ class SentencePieceTokenizer(Tokenizer):
         self.stops = frozenset() if self.eos is None else frozenset({self.eos})
         names = {"bos_token": self.bos, "eos_token": self.eos, "unk_token": _id_or_none(self._processor.unk_id())}
         self.special = {name: self._processor.id_to_piece(i) for name, i in names.items() if i is not None}
-        self.whole = frozenset(i for i in range(self.vocab_size) if self._processor.is_control(i))
         self._path = path
 
     def encode(self, text: str) -> list[int]:
@@ -132,6 +131,11 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         found = self._as_exported.encode(text, add_special_tokens=False)
         return found.ids, found.offsets
+
+    @functools.cached_property
+    def whole(self) -> frozenset[int]:  # type: ignore[override]
+        pieces = sentencepiece_file.read(self._path).pieces
+        return frozenset(number for number, piece in enumerate(pieces) if piece.kind in (CONTROL, USER_DEFINED))
 
     @functools.cached_property
     def _as_exported(self) -> "tokenizers.Tokenizer":
@@ -164,7 +168,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(self._ids.values()) + 1
         self.bos, self.eos, self.stops = found.bos, found.eos, found.stops
         self.before, self.after, self.special = found.before, found.after, found.special
-        self.whole = frozenset(self._tokenizer.get_added_tokens_decoder())
+        self.whole = found.own | frozenset(self._tokenizer.get_added_tokens_decoder())
 
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids

@@ -43,6 +43,8 @@ class Reading:
     """Text of the tokens with a role, such as bos_token."""
     named: tuple[int | None, int | None] = (None, None)
     """bos and eos that the tokenizer itself names, whatever the model beside it says."""
+    own: frozenset[int] = frozenset()
+    """Ids of the pieces of a SentencePiece model that its user defined, which are never cut."""
     made_by: str | None = None
     """The class of transformers whose steps stand around the vocabulary, whatever tokenizer.json says."""
 
@@ -70,10 +72,10 @@ def read(folder: Path) -> Reading:
 
 def settings_of(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json; special_tokens_map.json counts where it lists no added tokens."""
-    settings = _read_json(folder / "tokenizer_config.json")
+    settings = read_json(folder / "tokenizer_config.json")
     if "added_tokens_decoder" in settings:
         return settings
-    special = _read_json(folder / "special_tokens_map.json")
+    special = read_json(folder / "special_tokens_map.json")
     return {**settings, **{key: value for key, value in special.items() if value is not None}}
 
 
@@ -92,6 +94,7 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
             raise UserError(f"tokenizer {where}: {key} {content!r} is no text: save the tokenizer again")
     has_json = file.suffix == ".json"
     made_by = _class_of(folder, settings) if beside else None
+    user_defined: frozenset[int] = frozenset()
     given, settings = settings, {**SPECIAL.get(made_by or "", {}), **settings}
     try:
         if has_json:
@@ -99,13 +102,14 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
         else:
             model = sentencepiece_file.read(file)
             built, listed = of_sentencepiece(model, file, settings, made_by), []
+            user_defined = frozenset(i for i, piece in enumerate(model.pieces) if piece.kind == USER_DEFINED)
             defaults = {key: model.pieces[number].text for key, number in model.special.items()}
             own = [p for p in model.pieces if p.kind == CONTROL or (p.kind == USER_DEFINED and made_by)]
             extra = [{"content": p.text, "normalized": False, "special": p.kind == CONTROL} for p in own]
             settings = {**settings, "extra_special_tokens": [*_extra(settings), *extra]}
             settings = settings if made_by else {**defaults, **settings}
         built.encode_special_tokens = bool(settings.get("split_special_tokens", False))
-        added = _added_tokens(_read_json(folder / "added_tokens.json") if beside else {}, given, legacy, listed)
+        added = _added_tokens(read_json(folder / "added_tokens.json") if beside else {}, given, legacy, listed)
         if not has_json and not made_by:
             added = {number: _unnormalized(token) for number, token in added.items()}
         _add(built, settings, added)
@@ -130,14 +134,14 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
             special[name] = text
             built.add_special_tokens([text])
     stops = {token for token in (eos, *of_model["eos"]) if token is not None}
-    return Reading(built, bos, eos, frozenset(stops), before, after, special, named, made_by)
+    return Reading(built, bos, eos, frozenset(stops), before, after, special, named, user_defined, made_by)
 
 
 def _class_of(folder: Path, settings: Mapping[str, Any]) -> str | None:
     """The class of transformers that takes the folder's vocabulary and merges and puts steps of its own around them."""
     file = folder / "tokenizer.json"
-    config = _read_json(folder / "config.json")
-    name = class_of(settings, config, lambda: file.is_file() and "ByteLevel" in _types(_read_json(file)))
+    config = read_json(folder / "config.json")
+    name = class_of(settings, config, lambda: file.is_file() and "ByteLevel" in _types(read_json(file)))
     if name is not None and name not in SPECIAL:
         said = settings.get("tokenizer_class") or config.get("tokenizer_class")
         why = f"tokenizer_class {said}" if said else f"model_type {config.get('model_type')} of its config.json"
@@ -176,7 +180,7 @@ def _from_json(
     built.no_padding()
     if made_by is None:
         return built, []
-    recipe = _read_json(file)
+    recipe = read_json(file)
     vocabulary = recipe["model"]["vocab"]
     if "merges" not in recipe["model"]:  # such as a unigram model, read as a BPE model that merges nothing
         raise UserError(
@@ -293,7 +297,7 @@ def _named(built: tokenizers.Tokenizer, settings: Mapping[str, Any], name: str) 
 def _of_model(folder: Path, name: str) -> list[int]:
     """The ids that the model beside the tokenizer begins or ends with, from the first file that says so."""
     for file in ("generation_config.json", "config.json"):
-        token = _read_json(folder / file).get(f"{name}_token_id")
+        token = read_json(folder / file).get(f"{name}_token_id")
         tokens = token if isinstance(token, list) else [] if token is None else [token]
         for each in tokens:
             if type(each) is not int:
@@ -303,7 +307,7 @@ def _of_model(folder: Path, name: str) -> list[int]:
     return []
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     """The object in `file`, or {} where there is none."""
     if not file.is_file():
         return {}

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 from megatron_capgap.__main__ import main
 from megatron_capgap.checkpoint import manifest as manifests
 from megatron_capgap.data.chat import DefaultTemplate
+from megatron_capgap.data.messages import Conversation, Message
 from megatron_capgap.data.tokenizer import open_tokenizer
-from megatron_capgap.data.turns import Message
 from tests.support import corpus, runs
 from tests.support.pool import WorkerPool
 from tests.support.runs import Material
@@ -289,7 +289,7 @@ def test_the_default_template_is_exported_along(
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     said = [{"role": "system", "content": "mi lo"}, {"role": "user", "content": "ka lo mi"}]
     ours = DefaultTemplate(open_tokenizer(material.data["tokenizer"]))
-    (asked,) = ours.encode([Message(message["role"], message["content"]) for message in said])
+    (asked,) = ours.encode(Conversation(tuple(Message(message["role"], message["content"]) for message in said)))
     assert theirs.apply_chat_template(said, add_generation_prompt=True, return_dict=False) == list(asked.tokens)
 
 

@@ -1,6 +1,7 @@
 """Conversations from files, and templates: the assistant's words are told apart, what is no conversation is refused."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,21 @@ import transformers
 
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.data.chat import DefaultTemplate, open_template
+from megatron_capgap.data.messages import Conversation, Message
 from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
-from megatron_capgap.data.turns import Message, read_conversations
+from megatron_capgap.data.turns import read_conversations
 from tests.support import corpus
 
-TALK = (Message("user", "Is it raining?"), Message("assistant", "Not yet."))
-LONGER = (Message("system", "Be brief."), *TALK, Message("user", "And now?"), Message("assistant", "A little."))
+TALK = Conversation((Message("user", "Is it raining?"), Message("assistant", "Not yet.")))
+LATER = (Message("user", "And now?"), Message("assistant", "A little."))
+LONGER = Conversation((Message("system", "Be brief."), *TALK, *LATER))
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' }}\n"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
 
-def said(conversation: tuple[Message, ...]) -> list[dict[str, str]]:
+def said(conversation: Iterable[Message]) -> list[dict[str, str]]:
     return [{"role": message.role, "content": message.text} for message in conversation]
 
 
@@ -34,7 +37,7 @@ def write(path: Path, *lines: Any) -> str:
 def test_both_ways_of_writing_conversations(tmp_path: Path) -> None:
     turns = [{"User": "Is it raining?", "Assistant": "Not yet."}, {"User": "And now?", "Assistant": "A little."}]
     path = write(tmp_path / "a.jsonl", {"messages": said(LONGER)}, "\n", turns)
-    assert read_conversations(path) == [LONGER, LONGER[1:]]
+    assert read_conversations(path) == [LONGER, Conversation(LONGER.messages[1:])]
 
 
 @pytest.mark.parametrize(
@@ -56,17 +59,20 @@ def test_both_ways_of_writing_conversations(tmp_path: Path) -> None:
         ({"messages": [{"role": "assistant", "content": None}]}, "message 1: the assistant says nothing;"),
         ({"conversations": [{"from": "narrator", "value": "a"}]}, "message 1: its from 'narrator' is unknown;"),
         ({"conversations": [{"from": "human"}]}, "message 1: the user says nothing;"),
-        ({"messages": [*said(TALK[:1]), {"role": "tool", "content": "a"}]}, "message 2 is the tool's, the assistant's"),
+        (
+            {"messages": [*said(TALK.upto(1)), {"role": "tool", "content": "a"}]},
+            "message 2 is the tool's, the",
+        ),
         ('{"messages": [{"role": "user", "content": "\\ud83d"}]}\n', "holds half of a surrogate pair"),
         ("[" * 100_000 + "\n", "is nested too deep to be read"),
         ({"messages": [{"role": "human", "content": "a"}]}, "message 1: its role 'human' is unknown;"),
         ({"messages": [{"role": "user", "content": " "}]}, "message 1: the user says nothing;"),
         ({"messages": [{"role": "user"}]}, "message 1: the user says nothing;"),
-        ({"messages": said(TALK[1:])}, "message 1 is the assistant's, the user's is due;"),
-        ({"messages": said(TALK[:1] * 2)}, "message 2 is the user's, the assistant's is due;"),
-        ({"messages": said((*TALK, LONGER[0]))}, "message 3 is the system's, the user's is due;"),
-        ({"messages": said(TALK[:1])}, "does not end with an assistant message;"),
-        ({"messages": said(LONGER[:1])}, "does not end with an assistant message;"),
+        ({"messages": said(TALK.messages[1:])}, "message 1 is the assistant's, the user's is due;"),
+        ({"messages": said(TALK.messages[:1] * 2)}, "message 2 is the user's, the assistant's is due;"),
+        ({"messages": said((*TALK, LONGER.messages[0]))}, "message 3 is the system's, the user's is due;"),
+        ({"messages": said(TALK.upto(1))}, "does not end with an assistant message;"),
+        ({"messages": said(LONGER.upto(1))}, "does not end with an assistant message;"),
         ({"messages": []}, "does not end with an assistant message;"),
         ([{"User": "a"}], "turn 1 has no Assistant;"),
         ([{"User": "a", "Assistant": ""}], "turn 1: the assistant says nothing;"),
@@ -100,7 +106,7 @@ def test_the_default_template(spaced: Tokenizer) -> None:
     assert spaced.decode(answered.tokens) == "Not yet." and answered.tokens[-1] == spaced.eos
     assert spaced.decode(more.tokens) == "[|User|]And now? [|Assistant|]" and more.tokens.count(spaced.eos) == 1
     assert spaced.decode(done.tokens) == "A little." and done.tokens[-1] == spaced.eos
-    question = [token for segment in template.encode(LONGER[:4]) for token in segment.tokens]
+    question = [token for segment in template.encode(LONGER.upto(4)) for token in segment.tokens]
     assert question == [*asked.tokens, *answered.tokens, *more.tokens], "it ends where the assistant begins"
     assert template.ends() == {spaced.eos}
 
@@ -122,7 +128,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_tokenizer_s_own_template_as_transformers_applies_it(folder: Path) -> None:
     ours = open_template("tokenizer", open_tokenizer(str(folder)), str(folder))
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
-    for conversation, prompt in ((LONGER, False), (TALK, False), (LONGER[:2], True), (LONGER[:4], True)):
+    for conversation, prompt in ((LONGER, False), (TALK, False), (LONGER.upto(2), True), (LONGER.upto(4), True)):
         segments = ours.encode(conversation)
         found = [token for segment in segments for token in segment.tokens]
         text = theirs.apply_chat_template(said(conversation), add_generation_prompt=prompt, tokenize=False)
@@ -138,9 +144,9 @@ def test_the_default_template_in_jinja_says_the_same(folder: Path) -> None:
     found = [token for segment in DefaultTemplate(tokenizer).encode(LONGER) for token in segment.tokens]
     assert theirs.decode(found) == text
     question = theirs.apply_chat_template(
-        said(LONGER[:2]), chat_template=DefaultTemplate.jinja, add_generation_prompt=True, tokenize=False
+        said(LONGER.upto(2)), chat_template=DefaultTemplate.jinja, add_generation_prompt=True, tokenize=False
     )
-    asked = [token for segment in DefaultTemplate(tokenizer).encode(LONGER[:2]) for token in segment.tokens]
+    asked = [token for segment in DefaultTemplate(tokenizer).encode(LONGER.upto(2)) for token in segment.tokens]
     assert theirs.decode(asked) == question
 
 

@@ -12,8 +12,9 @@ from transformers import AutoTokenizer
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.conversion.tokenizer import Copied, write_template
 from megatron_capgap.data.chat import DefaultTemplate, JinjaTemplate, Template, open_template
+from megatron_capgap.data.messages import Conversation, Message
 from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
-from megatron_capgap.data.turns import Conversation, Message, read_conversations
+from megatron_capgap.data.turns import read_conversations
 from tests.support import tokenizer_zoo
 
 CHATML = (
@@ -89,12 +90,16 @@ def template_of(name: str, tokenizer: Tokenizer) -> Template:
     return DefaultTemplate(tokenizer) if name == "default" else JinjaTemplate(TEMPLATES[name], tokenizer, name)
 
 
+def talk(messages: Any) -> Conversation:
+    return messages if isinstance(messages, Conversation) else Conversation(tuple(messages))
+
+
 def tokens(template: Template, messages: Any) -> list[int]:
-    return [token for segment in template.encode(messages) for token in segment.tokens]
+    return [token for segment in template.encode(talk(messages)) for token in segment.tokens]
 
 
 def mask(template: Template, messages: Any) -> list[int]:
-    return [int(segment.learned) for segment in template.encode(messages) for _ in segment.tokens]
+    return [int(segment.learned) for segment in template.encode(talk(messages)) for _ in segment.tokens]
 
 
 def theirs_of(theirs: Any, name: str, messages: Any, **how: Any) -> Any:
@@ -129,7 +134,7 @@ def test_marks_give_the_mask_of_transformers(pair: Any, kind: str) -> None:
 def test_the_assistant_s_words_and_the_end_of_its_turn_are_learned(pair: Any, kind: str, name: str, end: str) -> None:
     ours, theirs = pair(kind)
     end = (ours.special["eos_token"] if name != "chatml" else end) or end
-    learned = [theirs.decode(s.tokens) for s in template_of(name, ours).encode(TALK) if s.learned]
+    learned = [theirs.decode(s.tokens) for s in template_of(name, ours).encode(talk(TALK)) if s.learned]
     assert [text.strip(" ") for text in learned] == [TALK[1].text + end, TALK[3].text + end]
 
 
@@ -142,7 +147,7 @@ def test_a_template_that_drops_earlier_thoughts(pair: Any) -> None:
         Message("assistant", "<think>\ndrops\n</think>\n\nA little."),
     )
     template = template_of("thinking", ours)
-    learned = [theirs.decode(s.tokens).replace("> ", ">") for s in template.encode(thinking) if s.learned]
+    learned = [theirs.decode(s.tokens).replace("> ", ">") for s in template.encode(talk(thinking)) if s.learned]
     assert learned == ["Not yet.<|im_end|>\n", "<think>\ndrops\n</think>\n\nA little.<|im_end|>\n"]
 
 
@@ -154,7 +159,7 @@ def test_tools_are_context_and_their_calls_are_learned(pair: Any, tmp_path: Path
             {"role": "user", "content": "Is it raining?"},
             {"role": "assistant", "content": None, "tool_calls": [call]},
             {"role": "tool", "content": "drops"},
-            {"role": "assistant", "content": [{"type": "text", "text": "A little."}]},
+            {"role": "assistant", "content": "A little."},
         ],
         "tools": [{"type": "function", "function": {"name": "look"}}],
     }
@@ -174,6 +179,8 @@ LIST = [{"name": "default", "template": CHATML}, {"name": "tool_use", "template"
 NAMED: dict[str, dict[str, Any]] = {
     "one in the settings": {"tokenizer_config.json": CHATML},
     "a list in the settings": {"tokenizer_config.json": [*LIST, {"name": "rag", "template": OTHER}]},
+    "by name in the settings": {"tokenizer_config.json": {"default": CHATML, "tool_use": THINKING, "rag": OTHER}},
+    "one by name": {"tokenizer_config.json": {"default": CHATML}},
     "a list of one": {"tokenizer_config.json": LIST[:1]},
     "files": {"chat_template.jinja": CHATML, "additional_chat_templates/tool_use.jinja": THINKING},
     "files before settings": {"tokenizer_config.json": LIST, "chat_template.jinja": CHATML},
@@ -207,8 +214,7 @@ def test_of_several_templates_the_one_of_transformers_is_used(
     ours, theirs = with_templates(pair, tmp_path / "copy", NAMED[name])
     template = open_template("tokenizer", ours, str(tmp_path / "copy"))
     for turns in (1, 2, 3, 4):
-        messages = Conversation(TALK[:turns])
-        messages.tools = tools
+        messages = Conversation(TALK[:turns], tools)
         said = [message.content() for message in messages]
         how = {"add_generation_prompt": turns % 2 == 1, "tools": tools, "return_dict": True}
         if name == "for tools alone" and tools is None:
@@ -244,7 +250,9 @@ def test_every_template_is_exported(pair: Any, tmp_path: Path, name: str) -> Non
             'chat_template holds {"name": "../a", "template": "b"}, which is no name',
         ),
         (["b"], 'chat_template holds "b", which is no name with a template; save the tokenizer again'),
-        ({"default": "b"}, "chat_template is neither text nor a list of templates; save the tokenizer again"),
+        ({"default": 3}, 'chat_template holds {"name": "default", "template": 3}, which is no name with a template'),
+        (["abc"], 'chat_template holds "abc", which is no name with a template; save the tokenizer again'),
+        (3, "chat_template is neither text nor templates by name; save the tokenizer again"),
         ([{"name": "tool_use", "template": "{% if %}"}], "is no Jinja"),
     ],
 )
@@ -259,7 +267,7 @@ def test_a_damaged_list_of_templates_is_one_line(pair: Any, tmp_path: Path, cont
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_ways_of_writing_one_conversation(tmp_path: Path, packed: bool) -> None:
-    wanted = Conversation([Message("system", "Be brief."), *TALK[:2]])
+    wanted = Conversation((Message("system", "Be brief."), *TALK[:2]))
     lines: list[Any] = [
         {"messages": [message.content() for message in wanted]},
         {"messages": [{"role": m.role, "content": [{"type": "text", "text": m.text}]} for m in wanted]},
@@ -274,7 +282,9 @@ def test_ways_of_writing_one_conversation(tmp_path: Path, packed: bool) -> None:
     content = b"\xef\xbb\xbf" + "".join(json.dumps(line) + "\n" for line in lines).encode()
     file = tmp_path / "talk.jsonl"
     file.write_bytes(gzip.compress(content) if packed else content)
-    assert read_conversations(str(file)) == [wanted] * 4
+    found = read_conversations(str(file))
+    assert [conversation.plain() for conversation in found] == [wanted] * 4
+    assert [message.words for message in found[1]] == [({"type": "text", "text": m.text},) for m in wanted]
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,9 @@ import pytest
 
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.data.chat import DefaultTemplate
+from megatron_capgap.data.messages import Conversation, Message
 from megatron_capgap.data.prompts import encode_prompt, read_prompts
 from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
-from megatron_capgap.data.turns import Message
 from tests.support import corpus
 
 USER = {"role": "user", "content": "Is it raining?"}
@@ -24,7 +24,8 @@ def test_text_and_conversations(tokenizer: Tokenizer, tmp_path: Path) -> None:
     lines = [{"prompt": "Once upon"}, {"messages": [{"role": "system", "content": "Be brief."}, USER]}]
     (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, lines)))
     text, talk = read_prompts(str(tmp_path / "a.jsonl"))
-    assert text == "Once upon" and talk == (Message("system", "Be brief."), Message("user", "Is it raining?"))
+    assert text == "Once upon"
+    assert talk == Conversation((Message("system", "Be brief."), Message("user", "Is it raining?")))
 
     def template() -> DefaultTemplate:
         return DefaultTemplate(tokenizer)
@@ -42,7 +43,7 @@ def test_text_and_conversations(tokenizer: Tokenizer, tmp_path: Path) -> None:
     [
         ("", 'holds no prompt; a line is {"prompt": "..."} or {"messages": [...]}'),
         ("{", ":1: not JSON (Expecting property name"),
-        ('{"text": "a"}', ':1: neither {"prompt": ...} nor {"messages": [...]}; mend the line'),
+        ('{"text": "a"}', ':1: neither {"prompt": ...} nor {"messages": [...]}; it is plain text, as'),
         ('{"prompt": "a", "messages": []}', ':1: neither {"prompt": ...} nor {"messages": [...]}; mend the line'),
         ('{"prompt": ""}', ":1: prompt is ''; give it words"),
         ('{"messages": []}', ":1: does not end with a user message, which the assistant would answer; add it"),

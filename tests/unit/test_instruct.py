@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.data.chat import Segment, Template
 from megatron_capgap.data.instruct import Example, InstructSequence, collate, encode, pack
-from megatron_capgap.data.turns import Message
+from megatron_capgap.data.messages import Conversation, Message
 
 CPU = torch.device("cpu")
 
@@ -17,15 +17,15 @@ CPU = torch.device("cpu")
 class Letters(Template):
     """A token a letter; what the assistant says is learned."""
 
-    def encode(self, messages):
-        return [Segment(tuple(map(ord, m.text)), m.role == "assistant") for m in messages]
+    def encode(self, conversation):
+        return [Segment(tuple(map(ord, m.text)), m.role == "assistant") for m in conversation]
 
     def ends(self):
         return frozenset()
 
 
-def talk(*texts: str) -> tuple[Message, ...]:
-    return tuple(Message(("user", "assistant")[i % 2], text) for i, text in enumerate(texts))
+def talk(*texts: str) -> Conversation:
+    return Conversation(tuple(Message(("user", "assistant")[i % 2], text) for i, text in enumerate(texts)))
 
 
 def test_the_assistant_s_words_are_learned() -> None:

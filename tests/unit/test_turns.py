@@ -1,0 +1,162 @@
+"""Lines of conversations and prompts in the forms of other programs: read, or refused with what is to be done."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_capgap.config.errors import UserError
+from megatron_capgap.data.messages import Conversation, Message
+from megatron_capgap.data.prompts import read_prompts
+from megatron_capgap.data.turns import read_conversations, read_turns
+
+SAID = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+SHARED = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+WANTED = (Message("user", "q"), Message("assistant", "a"))
+TOOLS = [{"type": "function", "function": {"name": "look"}}]
+
+
+def read(content: Any) -> Conversation:
+    return read_turns("a.jsonl:1", content)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"messages": SAID},
+        {"messages": SHARED},
+        {"conversations": SHARED},
+        {"conversations": SAID},
+        {"messages": [SAID[0], SHARED[1]]},
+        SAID,
+        SHARED,
+        {"conversations": [{"from": "Human", "value": "q"}, {"from": "GPT", "value": "a"}]},
+        {"conversations": [{"from": "USER", "value": "q"}, {"from": "Assistant", "value": "a"}]},
+        {"messages": None, "conversations": SHARED},
+        {"system": "", "conversations": SHARED, "tools": ""},
+        [{"User": "q", "Assistant": "a"}],
+    ],
+    ids=lambda content: json.dumps(content)[:50],
+)
+def test_forms_that_are_read(content: Any) -> None:
+    assert read(content) == Conversation(WANTED)
+
+
+def test_an_empty_system_message_is_one() -> None:
+    for first in ({"from": "system", "value": ""}, {"role": "system", "content": ""}):
+        assert read({"conversations": [first, *SHARED]}) == Conversation((Message("system", ""), *WANTED))
+
+
+def test_what_else_a_message_holds_is_handed_on() -> None:
+    answer = {**SAID[1], "name": "bob", "weight": 1, "mood": "fine", "refusal": None, "tool_calls": None}
+    assert read([SAID[0], answer]).messages[1].content() == {**SAID[1], "name": "bob", "weight": 1, "mood": "fine"}
+
+
+@pytest.mark.parametrize(
+    "tools, wanted",
+    [(TOOLS, TOOLS), (json.dumps(TOOLS), TOOLS), ([], []), ("[]", []), ("", None), (" ", None), (None, None)],
+)
+def test_tools_may_be_json_in_a_string(tools: Any, wanted: Any) -> None:
+    assert read({"conversations": SHARED, "tools": tools}) == Conversation(WANTED, wanted)
+    assert read({"messages": SAID, "tools": tools}).tools == wanted
+
+
+def test_weights_and_train() -> None:
+    for out in ({"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": 1, "train": False}):
+        answers = [{**SAID[1], **out}, SAID[1]]
+        found = read([SAID[0], answers[0], SAID[0], answers[1]])
+        assert [message.learned for message in found] == [True, False, True, True]
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        ({"messages": SAID, "tools": TOOLS[0]}, "tools is no list of objects, nor JSON of one in a string;"),
+        ({"messages": SAID, "tools": "look"}, "tools is no list of objects, nor"),
+        ({"messages": SAID, "tools": json.dumps(TOOLS[0])}, "tools is no list of objects, nor"),
+        ({"messages": SAID, "tools": ["look"]}, "tools is no list of objects, nor"),
+        ({"messages": SAID, "functions": TOOLS}, "functions are OpenAI's old tools,"),
+        (
+            {"messages": [SAID[0], {"role": "assistant", "content": None, "function_call": {"name": "look"}}]},
+            "message 2: function_call is OpenAI's old way to call a tool,",
+        ),
+        ({"messages": [SAID[0], {**SAID[1], "tool_calls": "look"}]}, "message 2: its tool_calls are no list of obj"),
+        ({"messages": [SAID[0], {**SAID[1], "weight": 0.5}]}, "message 2: its weight is 0.5; 0 or 1 would do"),
+        ({"messages": [SAID[0], {**SAID[1], "train": "no"}]}, "message 2: its train is 'no'; False or True would do"),
+        ({"messages": [SAID[0], {**SAID[1], "train": False}]}, "nothing is learned of it, with weight 0 or train fal"),
+        ({"instruction": "i", "input": "", "output": "o"}, "neither *; it is an Alpaca row: write it as {"),
+        ({"prompt": "p", "completion": "c"}, "neither *; it is a prompt with its completion: write it as {"),
+        ({"prompt": SAID[:1], "completion": SAID[1:]}, "neither *; it is a prompt with its completion: write it as {"),
+        ({"chosen": SAID, "rejected": SAID}, "neither *; it is a pair of preferences: write"),
+        ({"dialog": SAID}, 'neither *; its turns are called "dialog": call them messages'),
+        ({"conversation": SHARED}, 'neither *; its turns are called "conversation": call them messages'),
+        ({"text": "a"}, "neither *; it is plain text, as adapt and distill read it"),
+        ({"a": "a"}, "neither *; mend the line"),
+        ([], "does not end with an assistant message"),
+    ],
+)
+def test_forms_that_are_refused(tmp_path: Path, content: Any, expected: str) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"messages": SAID}) + "\n" + json.dumps(content) + "\n")
+    with pytest.raises(UserError) as caught:
+        read_conversations(str(file))
+    said = str(caught.value)
+    start, _, end = expected.partition("*")
+    assert said.startswith(f"{file}:2: {start}") and end in said and "\n" not in said
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"conversations": SHARED}] * 2,
+        [{"messages": SAID}],
+        [{"id": "1", "conversations": SHARED}],
+        [{"instruction": "i", "input": "", "output": "o"}],
+        [{"prompt": "p"}],
+        [[{"User": "q", "Assistant": "a"}]] * 2,
+        [SAID, SAID],
+        [{"text": "a"}],
+    ],
+    ids=lambda rows: json.dumps(rows)[:40],
+)
+def test_one_array_of_rows(tmp_path: Path, rows: Any, indent: int | None) -> None:
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(rows, indent=indent))
+    for read_file in (read_conversations, read_prompts):
+        with pytest.raises(UserError) as caught:
+            read_file(str(file))
+        assert str(caught.value) == (
+            f"{file}: is one JSON array; write one object a line, as with jq -c '.[]' {file} > lines.jsonl"
+        )
+
+
+def test_prompts_in_other_forms(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    for content in ({"conversations": SHARED[:1]}, {"messages": SHARED[:1]}, {"conversations": SAID[:1]}):
+        file.write_text(json.dumps(content))
+        assert read_prompts(str(file)) == [Conversation(WANTED[:1])]
+    for content, expected in (
+        ({"instruction": "i", "output": "o"}, "it is an Alpaca row"),
+        ({"prompt": "p", "messages": SAID[:1]}, "mend the line"),
+        ({"dialog": SAID[:1]}, "call them messages"),
+    ):
+        file.write_text(json.dumps(content))
+        with pytest.raises(UserError) as caught:
+            read_prompts(str(file))
+        assert str(caught.value).startswith(f'{file}:1: neither {{"prompt": ...}} nor {{"messages": [...]}}; ')
+        assert expected in str(caught.value)
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    places = {str(tmp_path / "folder"): "is a folder, no file", str(tmp_path / "pipe"): "is a pipe, no file"}
+    places |= {"/dev/null": "is a device, no file", str(tmp_path / "gone"): "no such file"}
+    for path, expected in places.items():
+        for read_file in (read_conversations, read_prompts):
+            with pytest.raises(UserError) as caught:
+                read_file(path)
+            assert str(caught.value).startswith(f"{path}: {expected}; give a jsonl file of ")
