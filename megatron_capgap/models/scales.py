@@ -1,7 +1,7 @@
 """What delayed scaling has learned: kept aside while a model is not to learn, and named for checkpoints.
 
-Transformer Engine would put it into its modules' `_extra_state`, as a pickle which it refuses to read back from 2.17
-on. Here it is the tensors of `COUNTS`, which Transformer Engine 2.11 to 2.20 keep under the same names.
+Transformer Engine would put it into its modules' `_extra_state`, as a pickle that it refuses to read back in 2.16.1 and
+from 2.17.1 on. Here it is the tensors of `COUNTS`, which 2.11 to 2.20 keep under the same names.
 """
 
 from __future__ import annotations
