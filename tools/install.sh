@@ -18,7 +18,9 @@ extras="$1"
 # What decides the installed set: the requirements, the extras, this script and the one that it calls.
 releases="$repository/megatron_capgap/runtime/releases.py"
 engine="$repository/tools/install_transformer_engine_cpu.py"
-stamp="$environment/.installed-$extras-$(cat "$repository/setup.py" "$releases" "${BASH_SOURCE[0]}" "$engine" | sha256sum | cut -c1-16)"
+decisive=("$repository/setup.py" "$releases" "${BASH_SOURCE[0]}" "$engine"
+    "$repository/megatron_capgap/runtime/devices/transformer_engine_cpu/files.py")
+stamp="$environment/.installed-$extras-$(cat "${decisive[@]}" | sha256sum | cut -c1-16)"
 
 # unsuitable PYTHON: says in some words why an environment cannot be made with it; nothing where it can.
 unsuitable() {

@@ -111,7 +111,9 @@ def test_answers_that_begin_within_a_token_are_counted(tmp_path: Path) -> None:
             tokenizer = open_tokenizer(str(folder))
             written = JinjaTemplate(template, tokenizer, "the template")
             for talk in read_conversations(file):  # what is counted is what differs
-                whole, asked = ([t for s in written.encode(m) for t in s.tokens] for m in (talk, talk[:-1]))
+                whole, asked = (
+                    [t for s in written.encode(m) for t in s.tokens] for m in (talk, talk.upto(len(talk) - 1))
+                )
                 differs = whole[: len(asked)] != asked
                 assert any(segment.joined for segment in written.encode(talk)) == differs, (end, trims)
             data = Data(str(folder), (file,), sequence_length=99)
