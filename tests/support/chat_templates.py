@@ -101,8 +101,9 @@ THOUGHTS = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 THINKS_AT_ONCE = (
-    "{% set ns = namespace(all=tools | tojson) %}{% for m in messages %}{% set ns.all = ns.all + '<|im_start|>' + "
-    "m.role + '\n' + ('<think>' if m.role == 'assistant' else '') + m.content + '<|im_end|>\n' %}{% endfor %}"
+    "{% set ns = namespace(all=tools | tojson) %}{% for m in messages %}"
+    "{% set ns.all = ns.all + '<|im_start|>' + m.role + '\n' %}{% if m.role == 'assistant' %}"
+    "{% set ns.all = ns.all + '<think>' %}{% endif %}{% set ns.all = ns.all + m.content + '<|im_end|>\n' %}{% endfor %}"
     "{{ ns.all + ('<|im_start|>assistant\n' if add_generation_prompt else '') }}"
 )
 MARKED = (
