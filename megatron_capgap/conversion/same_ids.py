@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from megatron_capgap.config.errors import UserError, in_one_line
-from megatron_capgap.conversion.tokenizer import FROM_JSON, Words, write_template
+from megatron_capgap.conversion.tokenizer import FROM_JSON, Words, write
 from megatron_capgap.data import tokenizer_folder
 from megatron_capgap.data.chat import Jinja
 from megatron_capgap.data.tokenizer_folder import Reading
@@ -116,9 +116,7 @@ def _apart(files: Mapping[str, Any], words: Words, template: Jinja | None) -> st
     """How a folder is read otherwise than the tokenizer was in training; None where it is not."""
     with TemporaryDirectory() as name:
         folder = Path(name)
-        words.write(folder)
-        if template is not None:
-            write_template(folder, template, words)
+        write(folder, words, template)
         for file, content in files.items():
             _write_json(folder / file, content)
         try:

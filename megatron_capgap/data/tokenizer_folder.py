@@ -22,6 +22,7 @@ from megatron_capgap.data.tokenizer_steps import SPECIAL, of_class, of_sentencep
 if TYPE_CHECKING:
     import tokenizers
 
+_GENERATION = "generation_config.json"
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -129,7 +130,7 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
         if token is not None and name not in special and (text := built.id_to_token(token)):
             special[name] = text
             built.add_special_tokens([text])
-    stops = {token for token in (eos, *of_model["eos"]) if token is not None}
+    stops = {*([] if eos is None else [eos]), *(_stops_of_model(folder) if beside else [])}
     return Reading(built, bos, eos, frozenset(stops), before, after, special, named, made_by)
 
 
@@ -292,15 +293,22 @@ def _named(built: tokenizers.Tokenizer, settings: Mapping[str, Any], name: str) 
 
 def _of_model(folder: Path, name: str) -> list[int]:
     """The ids that the model beside the tokenizer begins or ends with, from the first file that says so."""
-    for file in ("generation_config.json", "config.json"):
-        token = _read_json(folder / file).get(f"{name}_token_id")
-        tokens = token if isinstance(token, list) else [] if token is None else [token]
-        for each in tokens:
-            if type(each) is not int:
-                raise UserError(f"{folder / file}: {name}_token_id {token!r} is no number: save the model again")
-        if tokens:
-            return tokens
-    return []
+    return _ids_in(folder / _GENERATION, name) or _ids_in(folder / "config.json", name)
+
+
+def _stops_of_model(folder: Path) -> list[int]:
+    """The ids that transformers' generate stops at: config.json is asked where there is no generation_config.json."""
+    file = folder / _GENERATION
+    return _ids_in(file if file.is_file() else folder / "config.json", "eos")
+
+
+def _ids_in(file: Path, name: str) -> list[int]:
+    token = _read_json(file).get(f"{name}_token_id")
+    tokens = token if isinstance(token, list) else [] if token is None else [token]
+    for each in tokens:
+        if type(each) is not int:
+            raise UserError(f"{file}: {name}_token_id {token!r} is no number: save the model again")
+    return tokens
 
 
 def _read_json(file: Path) -> dict[str, Any]:
