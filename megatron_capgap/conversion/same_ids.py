@@ -71,7 +71,8 @@ class AsTrained(Words):
         assert self.base is not None
         self.base.write(folder)
         settings = {key: value for key, value in tokenizer_folder.settings_of(folder).items() if key not in _DONE}
-        settings |= {"tokenizer_class": FROM_JSON, **self.special}
+        settings |= {"tokenizer_class": FROM_JSON}
+        settings |= {name: text for name, text in self.special.items() if name in tokenizer_folder.NAMED}
         if self.program:
             settings["auto_map"] = {"AutoTokenizer": [None, f"{_PROGRAM}.{AsTrained.__name__}"]}
             (folder / f"{_PROGRAM}.py").write_text(_SOURCE, encoding="utf-8")

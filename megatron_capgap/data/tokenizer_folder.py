@@ -8,7 +8,7 @@ steps before the model, and a folder may hold nothing but a SentencePiece model.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +22,8 @@ from megatron_capgap.data.tokenizer_steps import SPECIAL, of_class, of_sentencep
 if TYPE_CHECKING:
     import tokenizers
 
-_GENERATION = "generation_config.json"
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_GENERATION, _OWN = "generation_config.json", "model_specific_special_tokens"
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,42 @@ def read(folder: Path) -> Reading:
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json; special_tokens_map.json counts where it lists no added tokens."""
-    settings = _read_json(folder / "tokenizer_config.json")
-    if "added_tokens_decoder" in settings:
-        return settings
-    special = _read_json(folder / "special_tokens_map.json")
-    return {**settings, **{key: value for key, value in special.items() if value is not None}}
+    """tokenizer_config.json, and special_tokens_map.json where it lists no added tokens.
+
+    Special tokens without a role are the list `extra_special_tokens`, and those with a role of the model's own, such as
+    image_token, the names in `model_specific_special_tokens`, wherever the files have them.
+    """
+    found = _read_json(folder / "tokenizer_config.json")
+    special = {} if "added_tokens_decoder" in found else _read_json(folder / "special_tokens_map.json")
+    extra, additional = "extra_special_tokens", "additional_special_tokens"
+    if additional in found and not found.get(extra):
+        found[extra] = found.pop(additional)
+    own = _taken(found, lambda value: isinstance(value, str))
+    if isinstance(found.get(extra), dict):
+        own |= found.pop(extra)
+    if own:
+        found[_OWN] = own
+    if isinstance(special.get(extra), list):
+        there = list(found.get(extra) or [])
+        special[extra] = [*there, *(token for token in special[extra] if token not in there)]
+    found |= special
+    if isinstance(found.get(extra), dict):
+        found[_OWN] = {**(found.get(_OWN) or {}), **found.pop(extra)}
+    if additional in found and extra not in found:
+        found[extra] = found.pop(additional)
+    own = {**_taken(found, lambda value: isinstance(_content(value), str)), **(found.pop(_OWN, None) or {})}
+    if not isinstance(found.get(extra) or [], list):
+        raise UserError(
+            f"tokenizer {folder / 'tokenizer_config.json'}: {extra} {found[extra]!r} is no list of tokens: save the "
+            "tokenizer again"
+        )
+    return {**found, _OWN: own} if own else found
+
+
+def _taken(settings: dict[str, Any], is_token: Callable[[Any], bool]) -> dict[str, Any]:
+    """Takes the roles of the model's own out of the settings."""
+    names = [key for key, value in settings.items() if key not in NAMED and key.endswith("_token") and is_token(value)]
+    return {name: settings.pop(name) for name in names}
 
 
 def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, beside: bool = True) -> Reading:
@@ -86,7 +116,7 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
         settings: of tokenizer_config.json.
         legacy: whether they list no added tokens.
     """
-    for key in _NAMED:
+    for key in NAMED:
         content = _content(settings.get(key))
         if content is not None and not isinstance(content, str):
             where = folder / "tokenizer_config.json"
@@ -124,7 +154,7 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
         own if own is not None else next((token for token in ids if token >= 0), None)
         for own, ids in zip(named, of_model.values(), strict=True)
     )
-    special = {key: _content(settings[key]) for key in settings if _is_role(key, settings[key])}
+    special = {key: _content(token) for key, token in _roles(settings).items()}
     for name, token in (("bos_token", bos), ("eos_token", eos)):
         # Where the model alone says so; chat templates write it as text.
         if token is not None and name not in special and (text := built.id_to_token(token)):
@@ -204,7 +234,7 @@ def _added_tokens(
         for number, token in settings["added_tokens_decoder"].items():
             found[int(number)] = _token(token)
         return found
-    special = {_content(settings[key]) for key in _NAMED if settings.get(key)}
+    special = {_content(settings[key]) for key in NAMED if settings.get(key)}
     special |= {_content(token) for token in _extra(settings)}
     for text, number in behind.items():
         is_special = text in special
@@ -216,8 +246,12 @@ def _added_tokens(
 
 def _extra(settings: Mapping[str, Any]) -> list[Any]:
     """Special tokens without a role."""
-    found = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    return list(found.values()) if isinstance(found, dict) else list(found)
+    return list(settings.get("extra_special_tokens") or [])
+
+
+def _roles(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Special tokens with a role, those that every model can have first."""
+    return {key: settings[key] for key in NAMED if _content(settings.get(key))} | dict(settings.get(_OWN) or {})
 
 
 def _add(built: tokenizers.Tokenizer, settings: Mapping[str, Any], added: dict[int, tokenizers.AddedToken]) -> None:
@@ -227,8 +261,7 @@ def _add(built: tokenizers.Tokenizer, settings: Mapping[str, Any], added: dict[i
     new = [token for _, token in sorted(added.items()) if repr(token) not in known]
     texts = {token.content for token in (*there, *new)}
     by_text = {token.content: token for token in added.values()}
-    roles = [settings[key] for key in _NAMED if settings.get(key)]
-    roles += [value for key, value in settings.items() if key not in _NAMED and _is_role(key, value)]
+    roles = list(_roles(settings).values())
     named = {_content(token) for token in roles}
     for token in (*roles, *_extra(settings)):
         text = _content(token)
@@ -257,11 +290,6 @@ def _unnormalized(token: tokenizers.AddedToken) -> tokenizers.AddedToken:
     import tokenizers
 
     return tokenizers.AddedToken(**{**token.__getstate__(), "normalized": False})
-
-
-def _is_role(key: str, value: Any) -> bool:
-    """Whether a key of tokenizer_config.json names a token."""
-    return key.endswith("_token") and bool(_content(value)) and isinstance(value, str if key not in _NAMED else object)
 
 
 def _content(token: Any) -> Any:

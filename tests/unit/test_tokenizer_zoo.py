@@ -33,6 +33,7 @@ WORDS = [
     "\ufb01 \u00bd e\u0301 \u65e5\u672c \U0001f600",
     "\tint main() {\n    return 0;\n}\n",
     "the cat sat on the mat " * 30,
+    "<image>a <boi> <x> <y><z> <audio><video>",
     "They'LL don't 1234 x\u0301\u0300 5\u0966\u0967\u093e\r\n\n  y\r z",
     " ",
     "",
@@ -69,6 +70,7 @@ def test_ids_and_special_tokens_are_those_of_transformers(pair: Any, name: str) 
         assert [*ours.before, *expected, *ours.after] == whole, text
     assert ours.vocab_size == len(theirs)
     assert (ours.bos, ours.eos) == (theirs.bos_token_id, theirs.eos_token_id)
+    assert ours.special == theirs.special_tokens_map  # what chat templates are given
     assert ours.stops == ({ours.eos} if ours.eos is not None else set())
 
 
@@ -241,6 +243,7 @@ def test_a_model_without_merges_is_not_made_anew(zoo: dict[str, Path], tmp_path:
     [
         ("tokenizer_config.json", {"eos_token": 3}, "eos_token 3 is no text: save the tokenizer again"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"9": "x", "8": 7}}, "a token is written as 7"),
+        ("tokenizer_config.json", {"extra_special_tokens": "<x>"}, "extra_special_tokens '<x>' is no list of tokens"),
         ("generation_config.json", {"eos_token_id": ["</s>"]}, "eos_token_id ['</s>'] is no number"),
         ("added_tokens.json", "[", "is not valid JSON"),
     ],
