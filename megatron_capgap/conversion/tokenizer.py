@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_capgap.checkpoint.manifest import Manifest
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.conversion.importing import TOKENIZER_FILES, copy_files
-from megatron_capgap.data import tokenizer_folder
+from megatron_capgap.data import sentencepiece_file, tokenizer_folder
 from megatron_capgap.data.chat import TEMPLATES, Jinja, stop_tokens
 from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_capgap.data.tokenizer_folder import Reading
@@ -143,6 +143,11 @@ def translate(model: Path, opened: Tokenizer, ends: frozenset[int] = frozenset()
     Raises:
         UserError: it is of another kind, seen by the ids it gives to a few texts.
     """
+    if sentencepiece_file.read(model).kind not in ("bpe", "unigram"):
+        raise UserError(
+            f"{model}: a SentencePiece model of words or characters has no equal in tokenizer.json, and transformers "
+            "cannot read the model; train with a BPE model, as tools/prepare_data.py --train-tokenizer makes one"
+        )
     reading = tokenizer_folder.read_model(model)
     for text in _PROBES:
         if reading.tokenizer.encode(text, add_special_tokens=False).ids != opened.encode(text):

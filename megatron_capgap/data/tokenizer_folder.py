@@ -22,6 +22,8 @@ from megatron_capgap.data.tokenizer_steps import SPECIAL, of_class, of_sentencep
 if TYPE_CHECKING:
     import tokenizers
 
+SAVE = "save it with transformers, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OTHER), without config.json"
+"""Makes a tokenizer.json that holds the steps of a class."""
 _GENERATION, _OWN = "generation_config.json", "model_specific_special_tokens"
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -174,8 +176,7 @@ def _class_of(folder: Path, settings: Mapping[str, Any]) -> str | None:
         why = f"tokenizer_class {said}" if said else f"model_type {config.get('model_type')} of its config.json"
         raise UserError(
             f"tokenizer {folder}: transformers opens it as {name} ({why}), whose own way to cut text is not known "
-            "here; copy its tokenizer.json into a folder of its own, with a tokenizer_config.json that names "
-            "PreTrainedTokenizerFast as tokenizer_class, to have it read as that file says"
+            f"here; {SAVE}, and name PreTrainedTokenizerFast as tokenizer_class in OTHER/tokenizer_config.json"
         )
     return name
 
