@@ -116,7 +116,7 @@ def gather_ranks(args: argparse.Namespace, device: Any, precision: Any) -> Ranks
     from megatron_capgap.checkpoint import store
     from megatron_capgap.config.checks import check_flags
     from megatron_capgap.config.schema import Layout
-    from megatron_capgap.data.chat import template_ends
+    from megatron_capgap.data.chat import stop_tokens
     from megatron_capgap.data.tokenizer import open_tokenizer
     from megatron_capgap.evaluation.ranks import Ranks
     from megatron_capgap.evaluation.scoring import Scorer
@@ -138,7 +138,9 @@ def gather_ranks(args: argparse.Namespace, device: Any, precision: Any) -> Ranks
     store.load_weights(folder, chunks, grid)
     for chunk in chunks:
         chunk.eval()
-    ends = tokenizer.stops | template_ends(manifest.chat_template, tokenizer)
+    ends, warning = stop_tokens(tokenizer, manifest.chat_template, shape.vocab)
+    if warning and launch.read_environment().rank == 0:
+        print(warning, file=sys.stderr)
     return Ranks(Scorer(chunks, grid, shape.vocab, args.micro_batch, longest, device.torch_device), tokenizer, ends)
 
 

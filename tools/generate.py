@@ -23,7 +23,7 @@ from megatron_capgap.config.checks import check_flags
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.files import write_atomically
 from megatron_capgap.config.schema import Layout, ModelShape, Precision
-from megatron_capgap.data.chat import open_template, template_ends
+from megatron_capgap.data.chat import open_template, stop_tokens
 from megatron_capgap.data.prompts import Prompt, encode_prompt, read_prompts
 from megatron_capgap.data.tokenizer import open_tokenizer
 from megatron_capgap.runtime import launch, libraries
@@ -92,9 +92,10 @@ def run(args: argparse.Namespace, environment: launch.Environment) -> int:
     template = functools.cache(lambda: open_template(args.template, tokenizer, args.tokenizer))
     ids = [encode_prompt(prompt, tokenizer, template, args.bos) for prompt in prompts]
     length = longest(ids, args.max_new_tokens, manifest.model)
-    ends = tokenizer.stops | template_ends(manifest.chat_template, tokenizer)
-    if any(not isinstance(prompt, str) for prompt in prompts):
-        ends |= template().ends()
+    turns = template().ends() if any(not isinstance(prompt, str) for prompt in prompts) else frozenset()
+    ends, warning = stop_tokens(tokenizer, manifest.chat_template, manifest.model.vocab, turns)
+    if warning and environment.rank == 0:
+        print(warning, file=sys.stderr)
     found = continuations(args, environment, folder, manifest.model, layout, tokenizer.vocab_size, ends, ids, length)
     if environment.rank == 0:
         lines = [line(prompt, tokenizer.decode(new)) for prompt, new in zip(prompts, found, strict=True)]

@@ -87,10 +87,11 @@ def export_checkpoint(
         refuse_to_lose(folder, out)
         manifest = manifests.read(folder)
         carried = _carried(folder, manifest)
-        words = tokenizer.find(carried, manifest)
+        words, warning = tokenizer.find(carried, manifest)
         config = config_of(FAMILIES[manifest.model.family], manifest, carried, words)
-        files = {"config.json": config, GENERATION: _generation(carried, config, manifest, words)}
-        words, caution = same_ids.settle(files, words, manifest.chat_template)
+        files = {"config.json": config, GENERATION: _generation(carried, config, words)}
+        words, note = same_ids.settle(files, words, manifest.chat_template)
+        caution = ". ".join(filter(None, (warning, note))) or None
         model_card = card.text(folder, manifest, FAMILIES[manifest.model.family], caution)
         return manifest, words, Reader(folder), files, model_card, caution
 
@@ -106,9 +107,7 @@ def export_checkpoint(
             _write_index(staged, files)
             for name, content in written.items():
                 _write_json(staged / name, content)
-            words.write(staged)
-            if manifest.chat_template is not None:
-                tokenizer.write_template(staged, manifest.chat_template, words)
+            tokenizer.write(staged, words, manifest.chat_template)
             (staged / "README.md").write_text(model_card, encoding="utf-8")
 
         on_first_rank(finish)
@@ -234,7 +233,7 @@ def config_of(family: Family, manifest: Manifest, carried: Path | None, words: t
     return {
         "bos_token_id": known.get("bos_token_id", words.bos_token_id),
         **_kept(family, shape, known),
-        "eos_token_id": _ends(known, manifest, words),
+        "eos_token_id": _ends(known, words),
         "architectures": [family.architecture],
         "model_type": family.name,
         **family.config(shape, shape.max_positions or manifest.sequence_length),
@@ -253,32 +252,25 @@ def _kept(family: Family, shape: ModelShape, known: dict[str, Any]) -> dict[str,
     return {key: value for key, value in known.items() if key not in ("auto_map", "rope_parameters", "dtype")}
 
 
-def _ends(known: dict[str, Any], manifest: Manifest, words: tokenizer.Words) -> int | list[int] | None:
+def _ends(known: dict[str, Any], words: tokenizer.Words) -> int | list[int] | None:
     """Every id that ends a text: one number, or a list as in LLaMA 3's files. What a file that came along says stays as
-    it is, unless the model was finetuned with a chat template since.
+    it is where it says the same.
 
     Args:
         known: the file.
-        manifest: has the template.
         words: have the ids.
     """
     before = known.get("eos_token_id")
-    if "eos_token_id" in known and manifest.chat_template is None:
+    if set(before if isinstance(before, list) else [before]) == words.ends:
         return before
-    before = before if isinstance(before, list) else [] if before is None else [before]
-    own = [] if words.eos_token_id is None else [words.eos_token_id]
-    found = list(dict.fromkeys([*before, *own, *sorted(words.ends)]))
+    found = sorted(words.ends, key=lambda token: (token != words.eos_token_id, token))
     return found if len(found) > 1 else found[0] if found else None
 
 
-def _generation(
-    carried: Path | None, config: dict[str, Any], manifest: Manifest, words: tokenizer.Words
-) -> dict[str, Any]:
+def _generation(carried: Path | None, config: dict[str, Any], words: tokenizer.Words) -> dict[str, Any]:
     if carried and (carried / GENERATION).is_file():
         known = read_json(carried / GENERATION)
-        if "eos_token_id" not in known and manifest.chat_template is None:
-            return known
-        return {**known, "eos_token_id": _ends(known, manifest, words)}
+        return {**known, "eos_token_id": _ends(known, words)} if words.ends or "eos_token_id" in known else known
     return {"_from_model_config": True, **{key: config[key] for key in ("bos_token_id", "eos_token_id")}}
 
 

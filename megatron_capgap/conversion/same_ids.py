@@ -18,9 +18,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from megatron_capgap.config.errors import UserError, in_one_line
-from megatron_capgap.conversion.tokenizer import FROM_JSON, Words, write_template
+from megatron_capgap.conversion.tokenizer import FROM_JSON, Words, write
 from megatron_capgap.data import tokenizer_folder
-from megatron_capgap.data.chat import Jinja
+from megatron_capgap.data.template_files import Jinja
 from megatron_capgap.data.tokenizer_folder import Reading
 
 # Where the steps of tokenizers part: spaces at the ends, elisions, digits, letters in one character or two, ligatures,
@@ -71,7 +71,8 @@ class AsTrained(Words):
         assert self.base is not None
         self.base.write(folder)
         settings = {key: value for key, value in tokenizer_folder.settings_of(folder).items() if key not in _DONE}
-        settings |= {"tokenizer_class": FROM_JSON, **self.special}
+        settings |= {"tokenizer_class": FROM_JSON}
+        settings |= {name: text for name, text in self.special.items() if name in tokenizer_folder.NAMED}
         if self.program:
             settings["auto_map"] = {"AutoTokenizer": [None, f"{_PROGRAM}.{AsTrained.__name__}"]}
             (folder / f"{_PROGRAM}.py").write_text(_SOURCE, encoding="utf-8")
@@ -116,9 +117,7 @@ def _apart(files: Mapping[str, Any], words: Words, template: Jinja | None) -> st
     """How a folder is read otherwise than the tokenizer was in training; None where it is not."""
     with TemporaryDirectory() as name:
         folder = Path(name)
-        words.write(folder)
-        if template is not None:
-            write_template(folder, template, words)
+        write(folder, words, template)
         for file, content in files.items():
             _write_json(folder / file, content)
         try:

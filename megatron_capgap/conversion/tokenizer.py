@@ -11,8 +11,8 @@ from pathlib import Path
 from megatron_capgap.checkpoint.manifest import Manifest
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.conversion.importing import TOKENIZER_FILES, copy_files
-from megatron_capgap.data import tokenizer_folder
-from megatron_capgap.data.chat import template_ends
+from megatron_capgap.data import sentencepiece_file, tokenizer_folder
+from megatron_capgap.data.chat import stop_tokens
 from megatron_capgap.data.template_files import TEMPLATES, Jinja
 from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_capgap.data.tokenizer_folder import Reading
@@ -87,8 +87,8 @@ class Translated(Words):
         shutil.copyfile(self.model, folder / "tokenizer.model")
 
 
-def find(carried: Path | None, manifest: Manifest) -> Words:
-    """The tokenizer that a checkpoint speaks.
+def find(carried: Path | None, manifest: Manifest) -> tuple[Words, str | None]:
+    """The tokenizer that a checkpoint speaks, and a line about ids that end no text of its.
 
     Args:
         carried: folder with the files that came along, or None.
@@ -103,23 +103,27 @@ def find(carried: Path | None, manifest: Manifest) -> Words:
         raise UserError(f"{place}: is not the tokenizer that the checkpoint was trained with; put that one there")
     # Files that transformers reads itself go out as they came in.
     known = carried is not None and any((carried / name).is_file() for name in ("tokenizer_config.json", _JSON))
-    ends = opened.stops | template_ends(manifest.chat_template, opened)
+    ends, warning = stop_tokens(opened, manifest.chat_template, manifest.model.vocab)
     if not Path(place).is_dir():
-        return translate(Path(place), opened, ends)
+        return translate(Path(place), opened, ends), warning
     reading = tokenizer_folder.read(Path(place))
     if not known and not (Path(place) / _JSON).is_file():
-        return Translated(reading, ends, Path(place) / "tokenizer.model")
-    return Copied(reading, ends, Path(place))
+        return Translated(reading, ends, Path(place) / "tokenizer.model"), warning
+    return Copied(reading, ends, Path(place)), warning
 
 
-def write_template(folder: Path, template: Jinja, words: Words) -> None:
-    """Puts the chat templates that a model was finetuned with in the place of any that came with its tokenizer.
+def write(folder: Path, words: Words, template: Jinja | None) -> None:
+    """Writes a tokenizer.
 
     Args:
-        folder: with the tokenizer's files.
-        template: may speak of bos_token and eos_token.
-        words: what wrote them.
+        folder: where.
+        words: the tokenizer.
+        template: the chat templates that the model was finetuned with, or None; they come in the place of any that came
+            with the tokenizer, and may speak of bos_token and eos_token.
     """
+    words.write(folder)
+    if template is None:
+        return
     file = folder / "tokenizer_config.json"
     settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     settings.pop("chat_template", None)
@@ -140,6 +144,11 @@ def translate(model: Path, opened: Tokenizer, ends: frozenset[int] = frozenset()
     Raises:
         UserError: it is of another kind, seen by the ids it gives to a few texts.
     """
+    if sentencepiece_file.read(model).kind not in ("bpe", "unigram"):
+        raise UserError(
+            f"{model}: a SentencePiece model of words or characters has no equal in tokenizer.json, and transformers "
+            "cannot read the model; train with a BPE model, as tools/prepare_data.py --train-tokenizer makes one"
+        )
     reading = tokenizer_folder.read_model(model)
     for text in _PROBES:
         if reading.tokenizer.encode(text, add_special_tokens=False).ids != opened.encode(text):

@@ -328,6 +328,22 @@ def open_template(name: str, tokenizer: Tokenizer, path: str) -> Template:
     return JinjaTemplate(found[0], tokenizer, str(found[1]))
 
 
-def template_ends(jinja: Jinja | None, tokenizer: Tokenizer) -> frozenset[int]:
-    """Ids that end the assistant's turn in the template that a model was finetuned with; none without one."""
-    return frozenset() if jinja is None else JinjaTemplate(jinja, tokenizer, "the checkpoint's chat template").ends()
+def stop_tokens(
+    tokenizer: Tokenizer, jinja: Jinja | None, vocab: int, others: frozenset[int] = frozenset()
+) -> tuple[frozenset[int], str | None]:
+    """Every id that ends a text of a model, and a line about those that are left out because it has no such token.
+
+    Args:
+        tokenizer: its end of text, and those of generation_config.json beside it, end a text.
+        jinja: the template that the model was finetuned with, or None; it ends where a turn of the assistant's does.
+        vocab: the model's rows.
+        others: of another template.
+    """
+    found = tokenizer.stops | others
+    if jinja is not None:
+        found |= JinjaTemplate(jinja, tokenizer, "the checkpoint's chat template").ends()
+    none = sorted(token for token in found if not 0 <= token < vocab)
+    words = (
+        f"eos_token_id {', '.join(map(str, none))}: no such token in the model's vocab of {vocab}, so it ends no text"
+    )
+    return found.difference(none), words if none else None

@@ -18,6 +18,9 @@ from megatron_capgap.data.tokenizer_steps import SPACE
 if TYPE_CHECKING:
     import tokenizers
 
+# Vocabularies that transformers reads with the class they belong to.
+_OTHER_FORMS = ("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
+
 
 class Tokenizer(ABC):
     """A vocabulary with the two ways across it.
@@ -109,6 +112,12 @@ def open_tokenizer(path: str) -> Tokenizer:
         raise UserError(f"tokenizer {path} does not exist: {REMEDY}")
     if (place / "tokenizer.json").is_file() or (place / "tokenizer.model").is_file():
         return HuggingFaceTokenizer(place)
+    others = [name for name in _OTHER_FORMS if (place / name).is_file()]
+    if others:
+        raise UserError(
+            f"tokenizer folder {path} has {', '.join(others)}, which are not read here, and neither tokenizer.json nor "
+            f"tokenizer.model: {tokenizer_folder.SAVE}, and name PreTrainedTokenizerFast as tokenizer_class there"
+        )
     raise UserError(f"tokenizer folder {path} has neither tokenizer.json nor tokenizer.model: {REMEDY}")
 
 

@@ -8,7 +8,7 @@ steps before the model, and a folder may hold nothing but a SentencePiece model.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,10 @@ from megatron_capgap.data.tokenizer_steps import SPECIAL, of_class, of_sentencep
 if TYPE_CHECKING:
     import tokenizers
 
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+SAVE = "save it with transformers, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OTHER), without config.json"
+"""Makes a tokenizer.json that holds the steps of a class."""
+_GENERATION, _OWN = "generation_config.json", "model_specific_special_tokens"
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclass(frozen=True)
@@ -71,12 +74,42 @@ def read(folder: Path) -> Reading:
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json; special_tokens_map.json counts where it lists no added tokens."""
-    settings = read_json(folder / "tokenizer_config.json")
-    if "added_tokens_decoder" in settings:
-        return settings
-    special = read_json(folder / "special_tokens_map.json")
-    return {**settings, **{key: value for key, value in special.items() if value is not None}}
+    """tokenizer_config.json, and special_tokens_map.json where it lists no added tokens.
+
+    Special tokens without a role are the list `extra_special_tokens`, and those with a role of the model's own, such as
+    image_token, the names in `model_specific_special_tokens`, wherever the files have them.
+    """
+    found = read_json(folder / "tokenizer_config.json")
+    special = {} if "added_tokens_decoder" in found else read_json(folder / "special_tokens_map.json")
+    extra, additional = "extra_special_tokens", "additional_special_tokens"
+    if additional in found and not found.get(extra):
+        found[extra] = found.pop(additional)
+    own = _taken(found, lambda value: isinstance(value, str))
+    if isinstance(found.get(extra), dict):
+        own |= found.pop(extra)
+    if own:
+        found[_OWN] = own
+    if isinstance(special.get(extra), list):
+        there = list(found.get(extra) or [])
+        special[extra] = [*there, *(token for token in special[extra] if token not in there)]
+    found |= special
+    if isinstance(found.get(extra), dict):
+        found[_OWN] = {**(found.get(_OWN) or {}), **found.pop(extra)}
+    if additional in found and extra not in found:
+        found[extra] = found.pop(additional)
+    own = {**_taken(found, lambda value: isinstance(_content(value), str)), **(found.pop(_OWN, None) or {})}
+    if not isinstance(found.get(extra) or [], list):
+        raise UserError(
+            f"tokenizer {folder / 'tokenizer_config.json'}: {extra} {found[extra]!r} is no list of tokens: save the "
+            "tokenizer again"
+        )
+    return {**found, _OWN: own} if own else found
+
+
+def _taken(settings: dict[str, Any], is_token: Callable[[Any], bool]) -> dict[str, Any]:
+    """Takes the roles of the model's own out of the settings."""
+    names = [key for key, value in settings.items() if key not in NAMED and key.endswith("_token") and is_token(value)]
+    return {name: settings.pop(name) for name in names}
 
 
 def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, beside: bool = True) -> Reading:
@@ -87,7 +120,7 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
         settings: of tokenizer_config.json.
         legacy: whether they list no added tokens.
     """
-    for key in _NAMED:
+    for key in NAMED:
         content = _content(settings.get(key))
         if content is not None and not isinstance(content, str):
             where = folder / "tokenizer_config.json"
@@ -127,13 +160,13 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
         own if own is not None else next((token for token in ids if token >= 0), None)
         for own, ids in zip(named, of_model.values(), strict=True)
     )
-    special = {key: _content(settings[key]) for key in settings if _is_role(key, settings[key])}
+    special = {key: _content(token) for key, token in _roles(settings).items()}
     for name, token in (("bos_token", bos), ("eos_token", eos)):
         # Where the model alone says so; chat templates write it as text.
         if token is not None and name not in special and (text := built.id_to_token(token)):
             special[name] = text
             built.add_special_tokens([text])
-    stops = {token for token in (eos, *of_model["eos"]) if token is not None}
+    stops = {*([] if eos is None else [eos]), *(_stops_of_model(folder) if beside else [])}
     return Reading(built, bos, eos, frozenset(stops), before, after, special, named, user_defined, made_by)
 
 
@@ -147,8 +180,7 @@ def _class_of(folder: Path, settings: Mapping[str, Any]) -> str | None:
         why = f"tokenizer_class {said}" if said else f"model_type {config.get('model_type')} of its config.json"
         raise UserError(
             f"tokenizer {folder}: transformers opens it as {name} ({why}), whose own way to cut text is not known "
-            "here; copy its tokenizer.json into a folder of its own, with a tokenizer_config.json that names "
-            "PreTrainedTokenizerFast as tokenizer_class, to have it read as that file says"
+            f"here; {SAVE}, and name PreTrainedTokenizerFast as tokenizer_class in OTHER/tokenizer_config.json"
         )
     return name
 
@@ -207,7 +239,7 @@ def _added_tokens(
         for number, token in settings["added_tokens_decoder"].items():
             found[int(number)] = _token(token)
         return found
-    special = {_content(settings[key]) for key in _NAMED if settings.get(key)}
+    special = {_content(settings[key]) for key in NAMED if settings.get(key)}
     special |= {_content(token) for token in _extra(settings)}
     for text, number in behind.items():
         is_special = text in special
@@ -219,8 +251,12 @@ def _added_tokens(
 
 def _extra(settings: Mapping[str, Any]) -> list[Any]:
     """Special tokens without a role."""
-    found = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    return list(found.values()) if isinstance(found, dict) else list(found)
+    return list(settings.get("extra_special_tokens") or [])
+
+
+def _roles(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Special tokens with a role, those that every model can have first."""
+    return {key: settings[key] for key in NAMED if _content(settings.get(key))} | dict(settings.get(_OWN) or {})
 
 
 def _add(built: tokenizers.Tokenizer, settings: Mapping[str, Any], added: dict[int, tokenizers.AddedToken]) -> None:
@@ -230,8 +266,7 @@ def _add(built: tokenizers.Tokenizer, settings: Mapping[str, Any], added: dict[i
     new = [token for _, token in sorted(added.items()) if repr(token) not in known]
     texts = {token.content for token in (*there, *new)}
     by_text = {token.content: token for token in added.values()}
-    roles = [settings[key] for key in _NAMED if settings.get(key)]
-    roles += [value for key, value in settings.items() if key not in _NAMED and _is_role(key, value)]
+    roles = list(_roles(settings).values())
     named = {_content(token) for token in roles}
     for token in (*roles, *_extra(settings)):
         text = _content(token)
@@ -260,11 +295,6 @@ def _unnormalized(token: tokenizers.AddedToken) -> tokenizers.AddedToken:
     import tokenizers
 
     return tokenizers.AddedToken(**{**token.__getstate__(), "normalized": False})
-
-
-def _is_role(key: str, value: Any) -> bool:
-    """Whether a key of tokenizer_config.json names a token."""
-    return key.endswith("_token") and bool(_content(value)) and isinstance(value, str if key not in _NAMED else object)
 
 
 def _content(token: Any) -> Any:
@@ -296,15 +326,22 @@ def _named(built: tokenizers.Tokenizer, settings: Mapping[str, Any], name: str) 
 
 def _of_model(folder: Path, name: str) -> list[int]:
     """The ids that the model beside the tokenizer begins or ends with, from the first file that says so."""
-    for file in ("generation_config.json", "config.json"):
-        token = read_json(folder / file).get(f"{name}_token_id")
-        tokens = token if isinstance(token, list) else [] if token is None else [token]
-        for each in tokens:
-            if type(each) is not int:
-                raise UserError(f"{folder / file}: {name}_token_id {token!r} is no number: save the model again")
-        if tokens:
-            return tokens
-    return []
+    return _ids_in(folder / _GENERATION, name) or _ids_in(folder / "config.json", name)
+
+
+def _stops_of_model(folder: Path) -> list[int]:
+    """The ids that transformers' generate stops at: config.json is asked where there is no generation_config.json."""
+    file = folder / _GENERATION
+    return _ids_in(file if file.is_file() else folder / "config.json", "eos")
+
+
+def _ids_in(file: Path, name: str) -> list[int]:
+    token = read_json(file).get(f"{name}_token_id")
+    tokens = token if isinstance(token, list) else [] if token is None else [token]
+    for each in tokens:
+        if type(each) is not int:
+            raise UserError(f"{file}: {name}_token_id {token!r} is no number: save the model again")
+    return tokens
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -54,6 +54,7 @@ GROUPED: dict[str, tuple[str, dict[str, Any]]] = {
 def build(name: str, seed: int = 0) -> transformers.PreTrainedModel:
     """A model of a case in fp32 whose gains and biases are no ones and zeros, so that dropping one is seen."""
     kind, settings = {**CASES, **GROUPED}[name]
+    settings = {**settings, "bos_token_id": 0, "eos_token_id": 1}  # of `tokenizer`
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, kind)(**settings))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

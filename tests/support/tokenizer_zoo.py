@@ -111,6 +111,17 @@ def kinds(plain: bytes, prepend: dict[str, Any]) -> Iterator[tuple[str, dict[str
     yield "special_tokens_map", {words: prepend, config: FAST, "special_tokens_map.json": special}
     yield "special_tokens_map_alone", {words: prepend, "special_tokens_map.json": special}
     yield "pad", {words: prepend, config: {**FAST, "pad_token": "[PAD]"}}
+    image, extra, more = {"image_token": "<image>", "boi": "<boi>"}, "extra_special_tokens", "additional_special_tokens"
+    yield "extra_names", {words: prepend, config: {**FAST, extra: image}}
+    yield "extra_names_and_more", {words: prepend, config: {**FAST, extra: image, more: ["<y>"]}}
+    yield "extra_and_more", {words: prepend, config: {**FAST, extra: ["<x>"], more: ["<y>"]}}
+    yield "extra_empty_and_more", {words: prepend, config: {**FAST, extra: {}, more: ["<y>"]}}
+    own = {"model_specific_special_tokens": image}
+    yield "names_of_the_model", {words: prepend, config: {**FAST, **own, more: ["<y>"]}}
+    yield "names_of_the_model_and_role", {words: prepend, config: {**FAST, **own, "audio_token": "<audio>"}}
+    special = {extra: ["<z>", "<x>"], "video_token": {"content": "<video>", **_PLAIN}, "unk_token": None}
+    files = {config: {**FAST, extra: ["<x>"], **own}, "special_tokens_map.json": special}
+    yield "special_tokens_map_extra", {words: prepend, **files}
     yield "own_role", {words: prepend, config: {**FAST, "image_token": "<image>"}}
 
     yield "bos", {words: {**prepend, "post_processor": POST}, config: FAST}

@@ -10,7 +10,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from megatron_capgap.config.errors import UserError
-from megatron_capgap.conversion.tokenizer import Copied, write_template
+from megatron_capgap.conversion.tokenizer import Copied, write
+from megatron_capgap.data import tokenizer_folder
 from megatron_capgap.data.chat import DefaultTemplate, JinjaTemplate, Template, open_template
 from megatron_capgap.data.messages import Conversation, Message
 from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
@@ -233,11 +234,10 @@ def test_every_template_is_exported(pair: Any, tmp_path: Path, name: str) -> Non
     """Those of the run, and none that only came with its tokenizer."""
     ours, theirs = with_templates(pair, tmp_path / "copy", NAMED[name])
     template = open_template("tokenizer", ours, str(tmp_path / "copy"))
-    other, _ = with_templates(pair, tmp_path / "other", {"additional_chat_templates/gone.jinja": OTHER})
-    words = Copied(tmp_path / "other", other.bos, other.eos, special=other.special)
+    with_templates(pair, tmp_path / "other", {"additional_chat_templates/gone.jinja": OTHER})
+    words = Copied(tokenizer_folder.read(tmp_path / "other"), folder=tmp_path / "other")
     (tmp_path / "export").mkdir()
-    words.write(tmp_path / "export")
-    write_template(tmp_path / "export", template.jinja, words)
+    write(tmp_path / "export", words, template.jinja)
     assert AutoTokenizer.from_pretrained(tmp_path / "export").chat_template == theirs.chat_template == template.jinja
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, models
 from transformers import AutoConfig
 
 from megatron_capgap.checkpoint.manifest import Manifest
@@ -15,6 +16,7 @@ from megatron_capgap.conversion.exporting import config_of
 from megatron_capgap.conversion.registry import FAMILIES
 from megatron_capgap.conversion.source import read_config
 from megatron_capgap.conversion.tokenizer import Copied
+from megatron_capgap.data.tokenizer_folder import Reading
 
 SIZES = {"hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 6}
 SIZES |= {"vocab_size": 301, "max_position_embeddings": 64}
@@ -129,7 +131,7 @@ def test_a_student_takes_no_numbers_from_the_model_whose_tokenizer_it_speaks(tmp
     teacher |= {"max_window_layers": 2, "attention_dropout": 0.1, "bos_token_id": 7, "eos_token_id": 8}
     teacher |= {"pad_token_id": 9, "num_nextn_predict_layers": 1}
     (tmp_path / "config.json").write_text(json.dumps(teacher))
-    words = Copied(tmp_path, 7, 8)
+    words = words_with(7, 8)
     student = ModelShape(family=family, layers=1, hidden=32, heads=4, ffn=24, vocab=301)
     found = config_of(FAMILIES[family], manifest(student), tmp_path, words)
     assert read_config(Path("config.json"), found)[1].hidden == 32
@@ -140,13 +142,19 @@ def test_a_student_takes_no_numbers_from_the_model_whose_tokenizer_it_speaks(tmp
     assert kept["attention_dropout"] == 0.1 and kept["head_dim"] == 16 and kept["num_nextn_predict_layers"] == 1
 
 
+def words_with(bos: int | None, eos: int | None) -> Copied:
+    """A tokenizer of which nothing counts but where texts begin and end."""
+    ends = frozenset() if eos is None else frozenset({eos})
+    return Copied(Reading(Tokenizer(models.BPE()), bos, eos, ends, (), (), {}), ends)
+
+
 def test_a_llama_that_transformers_would_not_load_is_not_exported() -> None:
     shape = ModelShape(layers=2, hidden=50, heads=6, head_dim=8, ffn=72, vocab=301)
     with pytest.raises(UserError, match="transformers loads no llama whose heads do not divide hidden"):
-        config_of(FAMILIES["llama"], manifest(shape), None, Copied(Path(), None, None))
+        config_of(FAMILIES["llama"], manifest(shape), None, words_with(None, None))
     config_of(
         FAMILIES["mistral"],
         manifest(ModelShape(**{**vars(shape), "family": "mistral"})),
         None,
-        Copied(Path(), None, None),
+        words_with(None, None),
     )

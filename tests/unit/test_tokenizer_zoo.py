@@ -33,6 +33,7 @@ WORDS = [
     "\ufb01 \u00bd e\u0301 \u65e5\u672c \U0001f600",
     "\tint main() {\n    return 0;\n}\n",
     "the cat sat on the mat " * 30,
+    "<image>a <boi> <x> <y><z> <audio><video>",
     "They'LL don't 1234 x\u0301\u0300 5\u0966\u0967\u093e\r\n\n  y\r z",
     " ",
     "",
@@ -69,6 +70,7 @@ def test_ids_and_special_tokens_are_those_of_transformers(pair: Any, name: str) 
         assert [*ours.before, *expected, *ours.after] == whole, text
     assert ours.vocab_size == len(theirs)
     assert (ours.bos, ours.eos) == (theirs.bos_token_id, theirs.eos_token_id)
+    assert ours.special == theirs.special_tokens_map  # what chat templates are given
     assert ours.stops == ({ours.eos} if ours.eos is not None else set())
 
 
@@ -139,7 +141,7 @@ def test_the_class_is_the_one_that_transformers_chooses() -> None:
         (
             {"tokenizer_config.json": {"tokenizer_class": "XGLMTokenizerFast"}},
             "transformers opens it as XGLMTokenizer (tokenizer_class XGLMTokenizerFast), whose own way to cut text is "
-            "not known here; copy its tokenizer.json into a folder of its own",
+            "not known here; save it with transformers, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OTHER), ",
         ),
         ({"config.json": {"model_type": "bert"}}, "as BertTokenizer (model_type bert of its config.json)"),
         ({"tokenizer_config.json": {"tokenizer_class": "CodeLlamaTokenizer"}}, "as CodeLlamaTokenizer"),
@@ -229,6 +231,48 @@ def exported(folder: Path, family: str, out: Path) -> tuple[Any, str | None]:
         return transformers.AutoTokenizer.from_pretrained(out), note
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"vocab.json": {}, "merges.txt": "#version: 0.2"},
+        {"vocab.txt": "[PAD]"},
+        {"spiece.model": ""},
+    ],
+)
+def test_other_forms_are_refused_with_what_makes_them_readable(tmp_path: Path, files: dict[str, Any]) -> None:
+    for file, content in files.items():
+        (tmp_path / file).write_text(content if isinstance(content, str) else json.dumps(content))
+    expected = (
+        f"has {', '.join(files)}, which are not read here, and neither tokenizer.json nor tokenizer.model: save it"
+    )
+    with pytest.raises(UserError, match=re.escape(expected)) as caught:
+        open_tokenizer(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["CodeLlamaTokenizer", "GPT2Tokenizer"])
+def test_the_advice_keeps_the_ids(zoo: dict[str, Path], tmp_path: Path, name: str) -> None:
+    """Of a class that is not known, and of a form that is not read."""
+    folder, other = tmp_path / "folder", tmp_path / "other"
+    shutil.copytree(zoo["no_config" if name == "CodeLlamaTokenizer" else "byte_level"], folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
+    if name == "GPT2Tokenizer":
+        recipe = json.loads((folder / "tokenizer.json").read_text())["model"]
+        (folder / "tokenizer.json").unlink()
+        (folder / "vocab.json").write_text(json.dumps(recipe["vocab"]))
+        lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in recipe["merges"]]
+        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *lines]))
+    with pytest.raises(UserError, match="save it with transformers"):
+        open_tokenizer(str(folder))
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs.save_pretrained(other)
+    settings = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "PreTrainedTokenizerFast"}))
+    ours = open_tokenizer(str(other))
+    for text in WORDS:
+        assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"], text
+
+
 def test_a_model_without_merges_is_not_made_anew(zoo: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(open_tokenizer(str(zoo["unigram"]))._tokenizer.to_str())  # type: ignore[attr-defined]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer"}))
@@ -241,6 +285,7 @@ def test_a_model_without_merges_is_not_made_anew(zoo: dict[str, Path], tmp_path:
     [
         ("tokenizer_config.json", {"eos_token": 3}, "eos_token 3 is no text: save the tokenizer again"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"9": "x", "8": 7}}, "a token is written as 7"),
+        ("tokenizer_config.json", {"extra_special_tokens": "<x>"}, "extra_special_tokens '<x>' is no list of tokens"),
         ("generation_config.json", {"eos_token_id": ["</s>"]}, "eos_token_id ['</s>'] is no number"),
         ("added_tokens.json", "[", "is not valid JSON"),
     ],
