@@ -131,7 +131,8 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
     given, settings = settings, {**SPECIAL.get(made_by or "", {}), **settings}
     try:
         if has_json:
-            built, listed = _from_json(file, settings, made_by)
+            built, listed, padding = _from_json(file, settings, made_by)
+            settings = {**padding, **settings}
         else:
             model = sentencepiece_file.read(file)
             built, listed = of_sentencepiece(model, file, settings, made_by), []
@@ -203,15 +204,17 @@ def types_of(recipe: Any) -> Iterator[str]:
 
 def _from_json(
     file: Path, settings: Mapping[str, Any], made_by: str | None
-) -> tuple[tokenizers.Tokenizer, list[dict[str, Any]]]:
-    """The tokenizer in a file, and the added tokens that it lists and the tokenizer lacks."""
+) -> tuple[tokenizers.Tokenizer, list[dict[str, Any]], dict[str, str]]:
+    """The tokenizer in a file, the added tokens that it lists and the tokenizer lacks, and what the file pads with,
+    which is the pad token where the settings do not speak of one."""
     import tokenizers
 
     built = tokenizers.Tokenizer.from_file(str(file))
+    padding = {"pad_token": built.padding["pad_token"]} if built.padding else {}
     built.no_truncation()  # what was asked for in the last call before it was saved
     built.no_padding()
     if made_by is None:
-        return built, []
+        return built, [], padding
     recipe = read_json(file)
     vocabulary = recipe["model"]["vocab"]
     if "merges" not in recipe["model"]:  # such as a unigram model, read as a BPE model that merges nothing
@@ -225,7 +228,7 @@ def _from_json(
     rebuilt = of_class(made_by, vocabulary, merges, settings)
     if built.post_processor is not None and made_by != "GPTNeoXTokenizer":  # which makes its own, of no tokens
         rebuilt.post_processor = built.post_processor
-    return rebuilt, recipe.get("added_tokens", [])
+    return rebuilt, recipe.get("added_tokens", []), padding
 
 
 def _added_tokens(
