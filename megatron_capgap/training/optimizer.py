@@ -102,6 +102,11 @@ class Optimization:
         """
         # What the configuration says now holds, whatever the checkpoint was written with.
         wanted = [{key: group[key] for key in _FROM_CONFIG if key in group} for group in self.optimizer.param_groups]
+        for group in state["optimizer"]["param_groups"]:
+            # Megatron-Core 0.19 finds a saved group by the rates that it has now; older ones by its kind alone.
+            group.update(
+                next(now for now, own in zip(wanted, self.optimizer.param_groups, strict=True) if _alike(group, own))
+            )
         inner = list(_torch_optimizers(self.optimizer))
         if not inner:
             self.optimizer.load_state_dict(state)
@@ -111,6 +116,13 @@ class Optimization:
             group.update(values)
         self.schedule.num_steps = 0
         self.schedule.step(steps)
+
+
+def _alike(group: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two groups hold the same parameters, as those with weight decay or those without."""
+    return all(
+        group.get(key) == other.get(key) for key in ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+    )
 
 
 # Values whose squares are added up in fp32. The CPU's kernel adds up a whole tensor in fp32, in few sums: of 30 million
