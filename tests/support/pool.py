@@ -5,6 +5,7 @@ tests end. Each call makes a fresh process group of exactly the world size it as
 """
 
 import faulthandler
+import io
 import multiprocessing
 import os
 import pickle
@@ -128,7 +129,7 @@ class WorkerPool:
         self._grow(world)
         folder = Path(tempfile.mkdtemp(prefix="capgap-pool-"))
         try:
-            work = pickle.dumps((function, args))
+            work = _dumps((function, args))
             with held_port() as port:
                 for rank in range(world):
                     call = _Call(work, rank, world, initialise, limit, port, folder, tuple(sys.path))
@@ -222,6 +223,33 @@ def _serve(pipe: connection.Connection) -> None:
         pipe.send_bytes(answer)
 
 
+class _Pickler(pickle.Pickler):
+    """Writes plain tensors in words of its own: torch's pickles of them name a function of Megatron-Core 0.19 once that
+    is imported, and a fresh worker must not import it before it is asked to."""
+
+    def reducer_override(self, value: Any) -> Any:
+        import torch
+
+        if type(value) is not torch.Tensor or value.requires_grad or value.layout is not torch.strided:
+            return NotImplemented
+        flat = value.detach().contiguous().view(-1).view(torch.uint8)
+        return _tensor, (flat.numpy().tobytes(), value.dtype, tuple(value.shape))
+
+
+def _tensor(content: bytes, dtype: Any, shape: tuple[int, ...]) -> Any:
+    import torch
+
+    if not content:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8).view(dtype).view(shape)
+
+
+def _dumps(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    _Pickler(buffer).dump(value)
+    return buffer.getvalue()
+
+
 def _answer(call: _Call) -> bytes:
     """Runs the call; returns the pickled (True, value) or (False, traceback)."""
     import torch
@@ -238,7 +266,7 @@ def _answer(call: _Call) -> bytes:
             )
             torch.distributed.barrier()  # no rank may fail, and close its sockets, while another still connects
         function, args = pickle.loads(call.work)
-        return pickle.dumps((True, function(*args)))
+        return _dumps((True, function(*args)))
     except BaseException:  # SystemExit of a command under test included
         return pickle.dumps((False, traceback.format_exc()))
     finally:
