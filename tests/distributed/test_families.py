@@ -1,12 +1,15 @@
 """Every family trains and distils in every layout as a plain float64 model of transformers does."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_capgap.checkpoint import manifest
 from megatron_capgap.config.load import load
+from megatron_capgap.data.tokenizer import open_tokenizer
 from tests.support import hf_models, plain_steps, runs
 from tests.support.pool import WorkerPool
 from tests.support.runs import Material
@@ -26,6 +29,10 @@ def imported(pool: WorkerPool, material: Material, name: str, seed: int, folder:
     shutil.copyfile(material.folder / "tokenizer.model", folder / "hf" / "tokenizer.model")
     words = ["import", "--hf", str(folder / "hf"), "--out", str(folder / "run")]
     assert pool.run(convert_hf.main, words, world=1, initialise=False) == [0]
+    # Of a qwen2 folder transformers makes Qwen2Tokenizer, which adds a token of its own.
+    checkpoint = manifest.locate(str(folder / "run"))
+    speaks = open_tokenizer(str(material.folder / "tokenizer.model")).fingerprint
+    manifest.write(replace(manifest.read(checkpoint), tokenizer_fingerprint=speaks), checkpoint)
     return folder / "run"
 
 
