@@ -1,19 +1,14 @@
 """Every family trains and distils in every layout as a plain float64 model of transformers does."""
 
-import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_capgap.checkpoint import manifest
 from megatron_capgap.config.load import load
-from megatron_capgap.data.tokenizer import open_tokenizer
-from tests.support import hf_models, plain_steps, runs
+from tests.support import hf_models, plain_steps, pruning, runs
 from tests.support.pool import WorkerPool
 from tests.support.runs import Material
-from tools import convert_hf
 
 LAYOUTS = {
     "tp2_sp": (2, {"tensor": 2, "sequence": True}),
@@ -25,15 +20,7 @@ NAMES = ("llama3", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox")
 
 def imported(pool: WorkerPool, material: Material, name: str, seed: int, folder: Path) -> Path:
     """The run directory of a random model that speaks the material's tokenizer."""
-    hf_models.build(name, seed).save_pretrained(folder / "hf")
-    shutil.copyfile(material.folder / "tokenizer.model", folder / "hf" / "tokenizer.model")
-    words = ["import", "--hf", str(folder / "hf"), "--out", str(folder / "run")]
-    assert pool.run(convert_hf.main, words, world=1, initialise=False) == [0]
-    # Of a qwen2 folder transformers makes Qwen2Tokenizer, which adds a token of its own.
-    checkpoint = manifest.locate(str(folder / "run"))
-    speaks = open_tokenizer(str(material.folder / "tokenizer.model")).fingerprint
-    manifest.write(replace(manifest.read(checkpoint), tokenizer_fingerprint=speaks), checkpoint)
-    return folder / "run"
+    return pruning.imported(pool, material, hf_models.build(name, seed), folder)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

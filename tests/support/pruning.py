@@ -1,13 +1,16 @@
 """Runs of the stage prune on tiny teachers."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from megatron_capgap.checkpoint import manifest
 from megatron_capgap.config.load import load
+from megatron_capgap.data.tokenizer import open_tokenizer
 from tests.support import plain_steps, runs
 from tests.support.pool import WorkerPool
 from tests.support.runs import Material
@@ -25,10 +28,15 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 def imported(pool: WorkerPool, material: Material, model: PreTrainedModel, folder: Path) -> Path:
     """The run directory of a model that speaks the material's tokenizer."""
+    tokenizer, run_dir = material.folder / "tokenizer.model", folder / "teacher"
     model.save_pretrained(folder / "hf")
-    shutil.copyfile(material.folder / "tokenizer.model", folder / "hf" / "tokenizer.model")
-    convert(pool, "import", "--hf", str(folder / "hf"), "--out", str(folder / "teacher"))
-    return folder / "teacher"
+    shutil.copyfile(tokenizer, folder / "hf" / "tokenizer.model")
+    convert(pool, "import", "--hf", str(folder / "hf"), "--out", str(run_dir))
+    # transformers opens such a folder with the class of the model's family, which may add tokens of its own.
+    checkpoint = manifest.locate(str(run_dir))
+    speaks = open_tokenizer(str(tokenizer)).fingerprint
+    manifest.write(replace(manifest.read(checkpoint), tokenizer_fingerprint=speaks), checkpoint)
+    return run_dir
 
 
 def prune_config(
