@@ -11,6 +11,7 @@ and exits with 0 where it is new enough and not too new.
 
 from __future__ import annotations
 
+import functools
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -53,6 +54,7 @@ def _release(found: str) -> tuple[int, ...]:
     return tuple(int(part) for part in found.split(".")[:2])
 
 
+@functools.cache  # asked for each weight and at each step, and the answer lies in a file
 def _at_least(*release: int) -> bool:
     found = megatron()
     assert found is not None
