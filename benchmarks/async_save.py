@@ -54,14 +54,14 @@ def main() -> None:
     pool = WorkerPool()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        material = runs.make_material(folder)
+        fixtures = runs.make_material(folder)
         print("| | median step, s | with a save, s | of the median | the worst | bytes |\n|---|---|---|---|---|---|")
         for words, beside in (("while training waits", False), ("async_save", True)):
             run_dir = folder / words.replace(" ", "_")
             changes = {"student__model": MODEL, "train__steps": EVERY * args.saves + EVERY - 1, "data__valid": None}
             changes |= {"data__sequence_length": 128, "train__global_batch": 16, "train__micro_batch": 8}
             changes |= {"checkpoint__every": EVERY, "checkpoint__async_save": beside, "checkpoint__keep": 1}
-            config = runs.adapt_config(material, run_dir, **changes)
+            config = runs.adapt_config(fixtures, run_dir, **changes)
             work = partial(times_of, ["adapt", "--config", runs.write_config(config)])
             times = pool.run(work, world=args.world, initialise=False, capture=True)[0].value
             steps = {step: times[step] - times[step - 1] for step in range(2, len(times))}  # from step to step + 1

@@ -27,18 +27,18 @@ ROWS = 4096
 
 def measure(folder: Path, mib: int) -> dict[str, float]:
     """Median seconds of each part, this rank's clock from barrier to barrier."""
-    from megatron_capgap.checkpoint import contents, pieces, shards
-    from megatron_capgap.checkpoint.manifest import Manifest
-    from megatron_capgap.checkpoint.manifest import write as write_manifest
+    from megatron_capgap.checkpoint import integrity, streaming, writer
+    from megatron_capgap.checkpoint.metadata import CheckpointMetadata
+    from megatron_capgap.checkpoint.metadata import write as write_manifest
     from megatron_capgap.config.schema import ModelShape
 
     rank, world = dist.get_rank(), dist.get_world_size()
-    entry = pieces.Entry("weight", (ROWS, mib * 2**20 // 4 // ROWS), torch.float32, layered=False)
+    entry = streaming.TensorEntry("weight", (ROWS, mib * 2**20 // 4 // ROWS), torch.float32, layered=False)
     rows = ROWS // world
-    piece = pieces.Piece(entry, 0, rank * rows, rows)
+    piece = streaming.Block(entry, 0, rank * rows, rows)
     data = torch.randn(rows, entry.shape[1])
     shape = ModelShape(layers=1, hidden=8, heads=1, ffn=8, vocab=8)
-    manifest = Manifest(1, 1, 1, shape, "", "", "adapt", 0, (1, 1, 1, world), 8)
+    meta = CheckpointMetadata(1, 1, 1, shape, "", "", "adapt", 0, (1, 1, 1, world), 8)
     seconds: dict[str, list[float]] = {"write": [], "list": [], "verify": []}
 
     def timed(name: str, work: Callable[[], None]) -> None:
@@ -48,18 +48,18 @@ def measure(folder: Path, mib: int) -> dict[str, float]:
         dist.barrier()
         seconds[name].append(time.perf_counter() - start)
 
-    seal = contents.seal
+    seal = integrity.write_checksums
     for turn in range(ROUNDS):
         place = folder / str(turn)
         if rank == 0:
             place.mkdir()
-        shards.contents.seal = lambda folder, group: None
-        timed("write", lambda: pieces.write(place, [piece], lambda piece: data))  # noqa: B023
-        shards.contents.seal = seal
+        writer.contents.write_checksums = lambda folder, group: None
+        timed("write", lambda: streaming.write(place, [piece], lambda piece: data))  # noqa: B023
+        writer.contents.write_checksums = seal
         timed("list", lambda: seal(place))  # noqa: B023
         if rank == 0:
-            write_manifest(manifest, place)
-        timed("verify", lambda: contents.verify(place))  # noqa: B023
+            write_manifest(meta, place)
+        timed("verify", lambda: integrity.verify(place))  # noqa: B023
         if rank == 0:
             shutil.rmtree(place)
     return {name: statistics.median(times) for name, times in seconds.items()}

@@ -27,13 +27,13 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder, began = Path(name), time.monotonic()
-        material = runs.make_material(folder)
+        fixtures = runs.make_material(folder)
         wanted = faults.schedule(args.seed, args.count)
         for number, fault in enumerate(wanted):
             print(number, fault)
-        teacher = train_teacher(material) if args.distill else None
+        teacher = train_teacher(fixtures) if args.distill else None
         broken, unbroken = (
-            faults.config(material, folder / name, args.count, teacher, beside=args.beside)
+            faults.config(fixtures, folder / name, args.count, teacher, beside=args.beside)
             for name in ("broken", "unbroken")
         )
         met = faults.endure(broken, wanted, folder / "output", limit=600.0)
@@ -44,9 +44,9 @@ def main() -> int:
     return 0 if same else 1
 
 
-def train_teacher(material: runs.Material) -> Path:
+def train_teacher(fixtures: runs.Fixtures) -> Path:
     """A few steps of a larger model; its run directory."""
-    config = runs.adapt_config(material, material.folder / "teacher", student__model=runs.TEACHER, data__valid=None)
+    config = runs.adapt_config(fixtures, fixtures.folder / "teacher", student__model=runs.TEACHER, data__valid=None)
     runs.train_apart("adapt", config)
     return Path(config["run_dir"])
 

@@ -34,10 +34,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np  # noqa: E402
 
-from megatron_capgap.law import reading, verdict  # noqa: E402
+from megatron_capgap.law import paper_reading, verdict  # noqa: E402
 from megatron_capgap.law.advice import advise  # noqa: E402
 from megatron_capgap.law.cells import cells  # noqa: E402
-from megatron_capgap.law.process import Process  # noqa: E402
+from megatron_capgap.law.gaussian_process import Process  # noqa: E402
 from megatron_capgap.law.records import Record  # noqa: E402
 from megatron_capgap.law.verdict import Finding  # noqa: E402
 from tests.support import law as made  # noqa: E402
@@ -163,7 +163,7 @@ def _paper(
 ) -> dict[str, Any]:
     """What the paper's reading makes of the same draw; trainings of one size are too much for it, so it sees one."""
     first = [record for record in records if record.teacher_seed == 1]
-    chosen = reading.read(first, "non-embedding").chosen
+    chosen = paper_reading.read(first, "non-embedding").chosen
     if chosen is None:
         return {"paper_law": False, "paper_holds": None, "paper_seen": None}
     teacher = float(chosen.teacher(np.array([student]))[0])

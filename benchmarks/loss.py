@@ -199,15 +199,15 @@ def measure(problem: Problem, contenders: list[Contender], chunks: list[int], ro
         for name, run in runs.items():
             taken[name].append(timed(run, problem))
     rows = [Row(name, *(min(column) for column in zip(*of_rounds, strict=True))) for name, of_rounds in taken.items()]
-    for row, contender in zip(rows, contenders, strict=False):
-        row.held_mb, row.peak_mb = memory(problem, contender)
-        row.gradient_error = gradient_error(problem, contender)
+    for row, baseline in zip(rows, contenders, strict=False):
+        row.held_mb, row.peak_mb = memory(problem, baseline)
+        row.gradient_error = gradient_error(problem, baseline)
     return rows
 
 
-def step(problem: Problem, contender: Contender) -> None:
+def step(problem: Problem, baseline: Contender) -> None:
     problem.hidden.grad = problem.head.grad = None
-    contender.loss(problem).backward()
+    baseline.loss(problem).backward()
 
 
 def timed(run: Callable[[], None], problem: Problem) -> tuple[float, float]:
@@ -222,24 +222,24 @@ def timed(run: Callable[[], None], problem: Problem) -> tuple[float, float]:
     return tuple(taken.tolist())
 
 
-def memory(problem: Problem, contender: Contender) -> tuple[float, float]:
+def memory(problem: Problem, baseline: Contender) -> tuple[float, float]:
     """MB on this rank above the inputs: held between forward and backward, and at the peak, gradients included.
 
     Gloo's own thread lets go of a buffer a moment late, unseen by the profiler, to which the buffer then stays for
     good. So held is what goes with the loss, a moment after the forward, not what the forward left; and of several
     looks the most that went and the lowest peak count.
     """
-    held, peaks = zip(*(_memory_once(problem, contender) for _ in range(LOOKS)), strict=True)
+    held, peaks = zip(*(_memory_once(problem, baseline) for _ in range(LOOKS)), strict=True)
     return max(held) / MB, min(peaks) / MB
 
 
-def _memory_once(problem: Problem, contender: Contender) -> tuple[int, int]:
+def _memory_once(problem: Problem, baseline: Contender) -> tuple[int, int]:
     problem.hidden.grad = problem.head.grad = None
     losses = []
     forward, _, let_go = changes(
-        lambda: losses.append(contender.loss(problem)), lambda: time.sleep(MOMENT), losses.clear
+        lambda: losses.append(baseline.loss(problem)), lambda: time.sleep(MOMENT), losses.clear
     )
-    losses.append(contender.loss(problem))
+    losses.append(baseline.loss(problem))
     (backward,) = changes(losses[0].backward)
     held = -sum(let_go)
     return held, max(most(forward), held + most(backward))
@@ -269,10 +269,10 @@ def most(changes: list[int]) -> int:
     return max(accumulate(changes, initial=0))
 
 
-def gradient_error(problem: Problem, contender: Contender) -> float:
+def gradient_error(problem: Problem, baseline: Contender) -> float:
     """The larger relative error of the two gradients, against float64, on the first tokens of the problem."""
     few = replace(problem, size=replace(problem.size, tokens=CHECKED_TOKENS))
-    step(few, contender)
+    step(few, baseline)
     hidden, teacher_hidden = few.hidden.detach().double(), few.teacher_hidden.double()
     shares = [few.head.detach().double(), few.teacher_head.double()]
     logits = [hidden @ shares[0].t(), teacher_hidden @ shares[1].t()]
@@ -289,7 +289,7 @@ def gradient_error(problem: Problem, contender: Contender) -> float:
     expected = [gradient @ shares[0], gradient.t() @ hidden]
     if few.world > 1:
         dist.all_reduce(expected[0])
-    scale = CHECKED_TOKENS if contender.is_mean else 1
+    scale = CHECKED_TOKENS if baseline.is_mean else 1
     got = [few.hidden.grad.double() * scale, few.head.grad.double() * scale]
     return max(((x - y).norm() / y.norm()).item() for x, y in zip(got, expected, strict=True))
 

@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from megatron_capgap.runtime import libraries
+from megatron_capgap.runtime import third_party
 from tests.support import runs
 from tests.support.processes import ROOT
 
@@ -35,7 +35,7 @@ def main() -> int:
     parser.add_argument("--releases", default="0.16.1,0.17.1,0.18.2,0.19.2")
     parser.add_argument("--fp8", metavar="RECIPE", help="train in FP8, in Transformer Engine's layers")
     args = parser.parse_args()
-    libraries.prepare()
+    third_party.prepare()
     releases = args.releases.split(",")
     args.work.mkdir(parents=True, exist_ok=True)
     for release in releases:
@@ -47,17 +47,17 @@ def main() -> int:
 
 def compare(releases: list[str], precision: dict[str, Any], work: Path, folder: Path) -> bool:
     """Prints the table; whether all cells are equal."""
-    material = runs.make_material(folder)
+    fixtures = runs.make_material(folder)
     for release in releases:
-        stage("adapt", config_of(material, folder / f"trained_{release}", precision), release, work, ranks=4)
+        stage("adapt", config_of(fixtures, folder / f"trained_{release}", precision), release, work, ranks=4)
     print("| written under | " + " | ".join(f"read under {release}" for release in releases) + " |")
     print("|---" * (len(releases) + 1) + "|", flush=True)
     equal = True
     for writer in releases:
-        expected, cells = read(material, writer, writer, precision, work), []
+        expected, cells = read(fixtures, writer, writer, precision, work), []
         unbroken = steps_after_the_second(folder / f"trained_{writer}")
         for reader in releases:
-            found = expected if reader == writer else read(material, writer, reader, precision, work)
+            found = expected if reader == writer else read(fixtures, writer, reader, precision, work)
             apart = max(difference(found[0], expected[0]), difference(found[1], unbroken))
             cells.append("=" if apart == 0 else f"{apart:.1e}")
         equal &= set(cells) == {"="}
@@ -73,7 +73,7 @@ def fetch(release: str, work: Path) -> None:
         subprocess.run([*words, f"megatron-core=={release}"], check=True)
 
 
-def config_of(material: runs.Material, run_dir: Path, precision: dict[str, Any], **changes: Any) -> dict[str, Any]:
+def config_of(fixtures: runs.Fixtures, run_dir: Path, precision: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """Four steps of next-token training."""
     changes = {
         "student__layout": LAYOUT,
@@ -82,20 +82,20 @@ def config_of(material: runs.Material, run_dir: Path, precision: dict[str, Any],
         "data__valid": None,
         **changes,
     }
-    return runs.adapt_config(material, run_dir, **changes)
+    return runs.adapt_config(fixtures, run_dir, **changes)
 
 
 def read(
-    material: runs.Material, writer: str, reader: str, precision: dict[str, Any], work: Path
+    fixtures: runs.Fixtures, writer: str, reader: str, precision: dict[str, Any], work: Path
 ) -> tuple[list[float], list[float]]:
     """What one release makes of another one's checkpoints: the evaluation, and the steps after the second."""
-    folder = material.folder
+    folder = fixtures.folder
     trained, copy = folder / f"trained_{writer}", folder / f"{writer}_resumed_under_{reader}"
     runs.rewind(trained, copy, 2)
-    stage("adapt", config_of(material, copy, precision), reader, work, ranks=4)
+    stage("adapt", config_of(fixtures, copy, precision), reader, work, ranks=4)
     evaluated = folder / f"{writer}_evaluated_under_{reader}"
     changes = {"student__model": None, "student__checkpoint": str(trained), "student__layout": {}}
-    config = runs.changed(config_of(material, evaluated, precision, **changes), data__valid=material.data["valid"])
+    config = runs.changed(config_of(fixtures, evaluated, precision, **changes), data__valid=fixtures.data["valid"])
     stage("evaluate", config, reader, work, ranks=1)
     evaluation = json.loads((evaluated / "evaluation.json").read_text())
     return numbers([evaluation]), steps_after_the_second(copy)

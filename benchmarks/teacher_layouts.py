@@ -125,7 +125,7 @@ def run(name: str, folder: Path, steps: int) -> dict[str, float]:
     import torch  # noqa: F401
 
     from megatron_capgap.__main__ import main as capgap
-    from megatron_capgap.runtime.devices.cpu import peak_resident_bytes
+    from megatron_capgap.devices.cpu import peak_resident_bytes
 
     base = peak_resident_bytes()
     os.chdir(folder)
@@ -217,7 +217,7 @@ def sleep_through(case: Schedule, steps: int) -> dict[str, float]:
     """One rank of Megatron's own schedule over stages that sleep."""
     import torch
 
-    from megatron_capgap.runtime.devices import choose
+    from megatron_capgap.devices import choose
 
     device = choose("cpu", 0)
     import torch.distributed as dist
@@ -225,11 +225,11 @@ def sleep_through(case: Schedule, steps: int) -> dict[str, float]:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_capgap.config.schema import Layout
+    from megatron_capgap.distributed import launcher, parallel_context
     from megatron_capgap.models import schedule
-    from megatron_capgap.runtime import launch, layout
 
-    launch.join(launch.read_environment(), device, 600)
-    grid = layout.build(Layout(pipeline=case.stages, virtual_pipeline=case.virtual), 0)
+    launcher.init_process_group(launcher.read_environment(), device, 600)
+    parallel = parallel_context.build(Layout(pipeline=case.stages, virtual_pipeline=case.virtual), 0)
     config = TransformerConfig(
         num_layers=case.stages * case.virtual,
         hidden_size=case.width,
@@ -281,7 +281,7 @@ def sleep_through(case: Schedule, steps: int) -> dict[str, float]:
     for _ in range(steps):
         dist.barrier()
         began = time.perf_counter()
-        schedule.run(chunks, grid, batches, last_stage, forward_only=not case.backward, shape=(16, 1))
+        schedule.run(chunks, parallel, batches, last_stage, forward_only=not case.backward, shape=(16, 1))
         dist.barrier()
         seconds.append(time.perf_counter() - began)
     return {"seconds": min(seconds)}
@@ -326,23 +326,32 @@ def taught(
     """Bytes: ours, the teacher's states of a global batch and a chunk of both models' logits; and with both models in
     one schedule, its states of a micro-batch and the loss on that micro-batch's logits.
     """
-    from megatron_capgap.config import derive
-    from megatron_capgap.config.schema import Config, Data, Layout, ModelShape, Precision, Student, Teacher, Train
+    from megatron_capgap.config import derived
+    from megatron_capgap.config.schema import (
+        Config,
+        DataConfig,
+        Layout,
+        ModelShape,
+        Precision,
+        StudentConfig,
+        TeacherConfig,
+        TrainConfig,
+    )
     from megatron_capgap.models import memory, size
 
     shapes, layout = (ModelShape(**student), ModelShape(**teacher)), Layout(**cut)
     config = Config(
         "run",
-        Student(layout=layout),
-        Data("tokenizer", sequence_length=length),
-        teacher=Teacher("teacher"),
-        train=Train(global_batch=count, micro_batch=1),
+        StudentConfig(layout=layout),
+        DataConfig("tokenizer", sequence_length=length),
+        teacher=TeacherConfig("teacher"),
+        train=TrainConfig(global_batch=count, micro_batch=1),
         precision=Precision(compute=compute),
     )
     last = layout.pipeline - 1
-    waiting = memory.teaching(config, *shapes, layout.tensor * layout.pipeline, last, last).needed
+    waiting = memory.teacher_memory(config, *shapes, layout.tensor * layout.pipeline, last, last).needed
     a_token = 4 * size.padded_vocab(shapes[0].vocab, layout.tensor) // layout.tensor
-    chunk = min(length, derive.loss_chunk_tokens(False))
+    chunk = min(length, derived.loss_chunk_tokens(False))
     return waiting + 2 * chunk * a_token, waiting // count + LOGITS_ALIVE * length * a_token
 
 

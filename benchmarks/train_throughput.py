@@ -40,8 +40,8 @@ def main() -> int:
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.contender:
-        result = CONTENDERS[options.contender](options.folder, options.steps)
+    if options.baseline:
+        result = CONTENDERS[options.baseline](options.folder, options.steps)
         print("RESULT " + json.dumps(result))
         return 0
     with tempfile.TemporaryDirectory() as folder:
@@ -125,17 +125,17 @@ def start(command: list[str], ranks: int, threads: int) -> list[dict[str, float]
 def ours(layout: dict[str, object]) -> object:
     """A contender: the distill stage itself."""
 
-    def contender(folder: Path, steps: int) -> dict[str, float]:
+    def baseline(folder: Path, steps: int) -> dict[str, float]:
         from megatron_capgap.__main__ import main as capgap
-        from megatron_capgap.runtime import libraries
+        from megatron_capgap.runtime import third_party
 
         # What `capgap` itself imports, in its order, so that the memory begins where the run does.
-        libraries.prepare()
-        from megatron_capgap.runtime import devices
+        third_party.prepare()
+        from megatron_capgap import devices
 
         devices.choose("cpu", 0)
         import megatron_capgap.stages.distill  # noqa: F401
-        from megatron_capgap.runtime.devices.cpu import peak_resident_bytes
+        from megatron_capgap.devices.cpu import peak_resident_bytes
 
         base = peak_resident_bytes()
         os.chdir(folder)
@@ -152,7 +152,7 @@ def ours(layout: dict[str, object]) -> object:
             "loss": lines[0]["loss"],
         }
 
-    return contender
+    return baseline
 
 
 def plain_loop(folder: Path, steps: int) -> dict[str, float]:
@@ -161,9 +161,9 @@ def plain_loop(folder: Path, steps: int) -> dict[str, float]:
     import torch.nn.functional as F
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from megatron_capgap.config.schema import Data
+    from megatron_capgap.config.schema import DataConfig
     from megatron_capgap.data import pretrain
-    from megatron_capgap.runtime.devices.cpu import peak_resident_bytes
+    from megatron_capgap.devices.cpu import peak_resident_bytes
 
     base = peak_resident_bytes()
     torch.manual_seed(1)
@@ -184,7 +184,7 @@ def plain_loop(folder: Path, steps: int) -> dict[str, float]:
     )
     teacher.eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(student.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    data = Data(train=(str(folder / "data"),), sequence_length=LENGTH, tokenizer="unused")
+    data = DataConfig(train=(str(folder / "data"),), sequence_length=LENGTH, tokenizer="unused")
     pretrain.build_indices(data, SHAPES["student"]["vocab"], 1, folder / "peer_cache")
     samples = pretrain.open_training(data, 1, folder / "peer_cache")
     speeds, first = [], 0.0

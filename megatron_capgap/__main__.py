@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_capgap import __version__
-from megatron_capgap.config import derive, help
-from megatron_capgap.config.errors import UserError
-from megatron_capgap.config.keys import table
-from megatron_capgap.config.load import Loaded, load, nearest
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.config import derived, help
+from megatron_capgap.config.fields import table
+from megatron_capgap.config.loader import LoadedConfig, load, nearest
 from megatron_capgap.config.schema import STAGES
-from megatron_capgap.runtime import agent, launch, libraries
+from megatron_capgap.distributed import launcher, torchrun
+from megatron_capgap.runtime import third_party
 
 if TYPE_CHECKING:
-    from megatron_capgap.runtime.devices import Device
+    from megatron_capgap.devices import Device
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -65,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             _tell(error)
         else:
             time.sleep(_GRACE_SECONDS)
-            if not error.on_every_rank:
-                _tell(error, f"rank {launch.read_environment().rank} on {socket.gethostname()}: ")
+            if not error.raised_on_all_ranks:
+                _tell(error, f"rank {launcher.read_environment().rank} on {socket.gethostname()}: ")
         return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _tell(error: UserError, who: str = "") -> None:
     sys.stderr.write("".join(f"capgap: error: {who}{line}\n" for line in str(error).split("\n")))
     sys.stderr.flush()
-    launch.leave_word("refused")
+    launcher.write_outcome("refused")
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -138,7 +139,7 @@ def _obey(command: Command) -> int:
         raise UserError(f"no stage given; one of {', '.join(STAGES)} would do, and --help explains them")
     if "--config" not in command.options:
         raise UserError(f"--config: missing; write {command.stage} --config FILE with the YAML file of the run")
-    environment = launch.read_environment()
+    environment = launcher.read_environment()
     supposed, capability = _world(command.options), _capability(command.options)
     loaded = load(command.options["--config"], command.overrides, command.stage)
     if "check" in command.flags or supposed or capability:
@@ -147,8 +148,8 @@ def _obey(command: Command) -> int:
         if environment.rank == 0:
             sys.stdout.write(f"{report.rstrip()}\n")
         return 0
-    agent.settle(environment)
-    libraries.prepare()
+    torchrun.drop_stale_agent_variables(environment)
+    third_party.prepare()
     with _importing():
         device = _choose_device(loaded, environment)
         stage = importlib.import_module(f"megatron_capgap.stages.{command.stage}")
@@ -168,10 +169,10 @@ def _importing() -> Iterator[None]:
             gc.enable()
 
 
-def _choose_device(loaded: Loaded, environment: launch.Environment) -> "Device":
+def _choose_device(loaded: LoadedConfig, environment: launcher.Environment) -> "Device":
     """The device comes before the stages, which import Megatron-Core."""
-    devices = importlib.import_module("megatron_capgap.runtime.devices")
-    precisions, place = derive.precisions(loaded.config), loaded.place("device")
+    devices = importlib.import_module("megatron_capgap.devices")
+    precisions, place = derived.precisions(loaded.config), loaded.location("device")
     return devices.choose(loaded.config.device, environment.local_rank, precisions, place)
 
 
@@ -197,7 +198,7 @@ def _capability(options: dict[str, str]) -> tuple[int, int] | None:
 def _speaks() -> bool:
     """Whether this rank tells of mistakes: the first; all where the launcher's variables are wrong."""
     try:
-        return launch.read_environment().rank == 0
+        return launcher.read_environment().rank == 0
     except UserError:
         return True
 

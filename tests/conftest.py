@@ -10,7 +10,7 @@ from hypothesis import settings
 
 from tests.support import failures
 from tests.support.pool import WorkerPool
-from tests.support.runs import Material, make_material, make_student, make_teacher
+from tests.support.runs import Fixtures, make_material, make_student, make_teacher
 
 pytest_plugins = ["pytester"]
 TESTS = Path(__file__).parent
@@ -75,18 +75,18 @@ def fresh_pool() -> Iterator[WorkerPool]:
 
 
 @pytest.fixture(scope="session")
-def material(tmp_path_factory: pytest.TempPathFactory) -> Material:
+def fixtures(tmp_path_factory: pytest.TempPathFactory) -> Fixtures:
     """A tokenizer and indexed datasets for runs on tiny models, made once for the whole session."""
     return make_material(tmp_path_factory.mktemp("material"))
 
 
 @pytest.fixture(scope="session")
-def teacher(pool: WorkerPool, material: Material) -> Path:
+def teacher(pool: WorkerPool, fixtures: Fixtures) -> Path:
     """The run directory of a larger tiny model that has learned something."""
-    return make_teacher(pool, material)
+    return make_teacher(pool, fixtures)
 
 
 @pytest.fixture(scope="session")
-def student(pool: WorkerPool, material: Material) -> Path:
+def student(pool: WorkerPool, fixtures: Fixtures) -> Path:
     """The run directory of a tiny model to finetune."""
-    return make_student(pool, material)
+    return make_student(pool, fixtures)

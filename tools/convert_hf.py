@@ -23,12 +23,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from megatron_capgap.conversion.importing import Progress
-    from megatron_capgap.runtime.devices import Device
+    from megatron_capgap.devices import Device
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from megatron_capgap.config.errors import UserError
-from megatron_capgap.runtime import launch, libraries
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.distributed import launcher
+from megatron_capgap.runtime import third_party
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     first = True
     try:
-        environment = launch.read_environment()
+        environment = launcher.read_environment()
         first = environment.rank == 0
         return run(args, environment)
     except UserError as error:
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         message = "interrupted, nothing was written"
     finally:
-        launch.leave()
+        launcher.destroy_process_group()
     if first:
         print(f"convert_hf: error: {message}", file=sys.stderr)
     return 2
@@ -103,14 +104,14 @@ def bytes_of(value: str) -> int:
     return int(float(found[1]) * UNITS[found[2]])
 
 
-def run(args: argparse.Namespace, environment: launch.Environment) -> int:
-    libraries.prepare()
+def run(args: argparse.Namespace, environment: launcher.Environment) -> int:
+    third_party.prepare()
     import torch
 
-    from megatron_capgap.runtime.devices import choose
+    from megatron_capgap.devices import choose
 
     device = choose("cpu", environment.local_rank)
-    launch.join(environment, device, timeout_seconds=3600)
+    launcher.init_process_group(environment, device, timeout_seconds=3600)
     if args.command == "verify":
         return verify(args, device, environment.rank == 0)
     dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None

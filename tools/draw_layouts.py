@@ -13,9 +13,9 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_capgap.config.schema import Config, Data, Layout, Student, Teacher, Train
-from megatron_capgap.distillation import plan
-from megatron_capgap.distillation.plan import Side, Slab
+from megatron_capgap.config.schema import Config, DataConfig, Layout, StudentConfig, TeacherConfig, TrainConfig
+from megatron_capgap.distillation import transfer_plan
+from megatron_capgap.distillation.transfer_plan import ModelPlacement, RankSlice
 
 WORLD, SAMPLES = 4, 8
 COLOURS = ("#1b9e77", "#66c2a5", "#d95f02", "#fc8d62", "#7570b3", "#8da0cb", "#e7298a", "#e78ac3")
@@ -38,12 +38,12 @@ def picture() -> str:
     """The picture as SVG."""
     config = Config(
         "run",
-        Student(layout=Layout(pipeline=2)),
-        Data("tokenizer", sequence_length=SAMPLES),
-        teacher=Teacher("teacher", layout=Layout(tensor=2, pipeline=2, sequence=True)),
-        train=Train(global_batch=SAMPLES, micro_batch=2),
+        StudentConfig(layout=Layout(pipeline=2)),
+        DataConfig("tokenizer", sequence_length=SAMPLES),
+        teacher=TeacherConfig("teacher", layout=Layout(tensor=2, pipeline=2, sequence=True)),
+        train=TrainConfig(global_batch=SAMPLES, micro_batch=2),
     )
-    teacher, student = plan.sides(config, WORLD)
+    teacher, student = transfer_plan.model_placements(config, WORLD)
     left, right = 20, WIDTH - BOX - 20
     shapes = [
         text(left, 24, "teacher: tensor 2 x pipeline 2, sequence parallel"),
@@ -66,11 +66,11 @@ def picture() -> str:
     return "\n".join([head, marker, back, *shapes, "</svg>"]) + "\n"
 
 
-def side(model: Side, x: int, before: str, last: str) -> Iterator[str]:
+def side(model: ModelPlacement, x: int, before: str, last: str) -> Iterator[str]:
     """The ranks of one model: stage by stage what each has to do with the samples."""
     for stage in range(model.layout.pipeline):
         ends = stage == model.layout.pipeline - 1
-        for slab in model.slabs(stage):
+        for slab in model.rank_slices(stage):
             y = TOP + slab.rank * STEP
             fill = "#fff7e6" if ends else "#f4f4f4"
             yield f'<rect x="{x}" y="{y}" width="{BOX}" height="{BOX_HEIGHT}" rx="6" fill="{fill}" stroke="#444"/>'
@@ -78,7 +78,7 @@ def side(model: Side, x: int, before: str, last: str) -> Iterator[str]:
             yield from cells(slab, model.length, x + 10, y + 27)
 
 
-def cells(slab: Slab, length: int, x: int, y: int) -> Iterator[str]:
+def cells(slab: RankSlice, length: int, x: int, y: int) -> Iterator[str]:
     """A slab's samples; of each the part of the sequence that it covers is filled."""
     for column, sample in enumerate(sorted(slab.samples)):
         left = x + column * (CELL + 3)
@@ -88,10 +88,10 @@ def cells(slab: Slab, length: int, x: int, y: int) -> Iterator[str]:
         yield text(left + 8, y + 21, str(sample))
 
 
-def arrows(teacher: Side, student: Side, left: int, right: int) -> Iterator[str]:
+def arrows(teacher: ModelPlacement, student: ModelPlacement, left: int, right: int) -> Iterator[str]:
     """From rank to rank, with the samples and rows of each pair."""
-    held, needed = teacher.slabs(teacher.layout.pipeline - 1), student.slabs(student.layout.pipeline - 1)
-    found = plan.pieces(held, needed)
+    held, needed = teacher.rank_slices(teacher.layout.pipeline - 1), student.rank_slices(student.layout.pipeline - 1)
+    found = transfer_plan.row_ranges(held, needed)
     pairs = Counter((piece.source, piece.target) for piece in found)
     rows = {(piece.source, piece.target): piece.rows for piece in found}
     for (source, target), count in sorted(pairs.items()):

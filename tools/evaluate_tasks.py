@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megatron_capgap.evaluation.ranks import Ranks
+    from megatron_capgap.evaluation.dispatcher import Rank0Dispatcher
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from megatron_capgap.config.errors import UserError, not_installed
-from megatron_capgap.config.files import write_atomically
-from megatron_capgap.runtime import launch, libraries
+from megatron_capgap.common.errors import UserError, not_installed
+from megatron_capgap.common.fileio import write_atomically
+from megatron_capgap.distributed import launcher
+from megatron_capgap.runtime import third_party
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     first = True
     try:
-        environment = launch.read_environment()
+        environment = launcher.read_environment()
         first = environment.rank == 0
         return run(args, environment)
     except UserError as error:
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         message = f"{error.filename or 'file system'}: {error.strerror or error}"
     finally:
-        launch.leave()
+        launcher.destroy_process_group()
     if first:
         print(f"evaluate_tasks: error: {message}", file=sys.stderr)
     return 2
@@ -68,23 +69,25 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace, environment: launch.Environment) -> int:
+def run(args: argparse.Namespace, environment: launcher.Environment) -> int:
     check(args)
-    libraries.prepare()
+    third_party.prepare()
     from megatron_capgap.config.schema import Precision
-    from megatron_capgap.runtime import layout
-    from megatron_capgap.runtime.devices import choose
+    from megatron_capgap.devices import choose
+    from megatron_capgap.distributed import parallel_context
 
     precision = Precision(compute=args.compute)
     device = choose(args.device, environment.local_rank, (precision,))
-    launch.join(environment, device, timeout_seconds=24 * 3600)  # the others wait while rank 0 counts or fetches
+    launcher.init_process_group(
+        environment, device, timeout_seconds=24 * 3600
+    )  # the others wait while rank 0 counts or fetches
     try:
         ranks = gather_ranks(args, device, precision)
         if environment.rank > 0:
-            ranks.follow()
-        results = launch.on_first_rank(lambda: lead(args, ranks))
+            ranks.worker_loop()
+        results = launcher.run_on_rank0(lambda: lead(args, ranks))
     finally:
-        layout.release()
+        parallel_context.destroy()
     if environment.rank == 0:
         from lm_eval.utils import make_table
 
@@ -110,41 +113,43 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--out: {args.out}: no such folder; make it first")
 
 
-def gather_ranks(args: argparse.Namespace, device: Any, precision: Any) -> Ranks:
+def gather_ranks(args: argparse.Namespace, device: Any, precision: Any) -> Rank0Dispatcher:
     """Loads the checkpoint into its layout. Collective."""
-    from megatron_capgap.checkpoint import manifest as manifests
-    from megatron_capgap.checkpoint import store
-    from megatron_capgap.config.checks import check_flags
+    from megatron_capgap.checkpoint import loader
+    from megatron_capgap.checkpoint import metadata as manifests
     from megatron_capgap.config.schema import Layout
-    from megatron_capgap.data.chat import stop_tokens
+    from megatron_capgap.config.validation.checks import check_flags
+    from megatron_capgap.data.chat_template import stop_tokens
     from megatron_capgap.data.tokenizer import open_tokenizer
-    from megatron_capgap.evaluation.ranks import Ranks
+    from megatron_capgap.distributed import parallel_context as layouts
+    from megatron_capgap.evaluation.dispatcher import Rank0Dispatcher
     from megatron_capgap.evaluation.scoring import Scorer
     from megatron_capgap.models import gpt
-    from megatron_capgap.runtime import layout as layouts
 
     folder = manifests.locate(args.checkpoint)
-    manifest = manifests.read(folder)
-    shape, cut = manifest.model, Layout(tensor=args.tensor, pipeline=args.pipeline, sequence=args.sequence)
-    check_flags(shape, cut, launch.read_environment().world)
-    tokenizer = open_tokenizer(args.tokenizer or manifest.tokenizer)
-    if tokenizer.special_ids_of(manifest.tokenizer_fingerprint) is None:
+    meta = manifests.read(folder)
+    shape, cut = meta.model, Layout(tensor=args.tensor, pipeline=args.pipeline, sequence=args.sequence)
+    check_flags(shape, cut, launcher.read_environment().world)
+    tokenizer = open_tokenizer(args.tokenizer or meta.tokenizer)
+    if tokenizer.special_ids_of(meta.tokenizer_fingerprint) is None:
         raise UserError(f"--tokenizer: is not the one that {args.checkpoint} was trained with; give that one")
-    longest = min(filter(None, (shape.max_positions or manifest.sequence_length, shape.attention_window)))
+    longest = min(filter(None, (shape.max_positions or meta.sequence_length, shape.attention_window)))
     if cut.sequence:
         longest -= longest % cut.tensor
-    grid = layouts.build(cut, seed=0, timeout_seconds=24 * 3600)
-    chunks = gpt.build(shape, grid, precision, device, sequence_length=longest)
-    store.load_weights(folder, chunks, grid)
+    parallel = layouts.build(cut, seed=0, timeout_seconds=24 * 3600)
+    chunks = gpt.build(shape, parallel, precision, device, sequence_length=longest)
+    loader.load_weights(folder, chunks, parallel)
     for chunk in chunks:
         chunk.eval()
-    ends, warning = stop_tokens(tokenizer, manifest.chat_template, shape.vocab)
-    if warning and launch.read_environment().rank == 0:
+    ends, warning = stop_tokens(tokenizer, meta.chat_template, shape.vocab)
+    if warning and launcher.read_environment().rank == 0:
         print(warning, file=sys.stderr)
-    return Ranks(Scorer(chunks, grid, shape.vocab, args.micro_batch, longest, device.torch_device), tokenizer, ends)
+    return Rank0Dispatcher(
+        Scorer(chunks, parallel, shape.vocab, args.micro_batch, longest, device.torch_device), tokenizer, ends
+    )
 
 
-def lead(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
+def lead(args: argparse.Namespace, ranks: Rank0Dispatcher) -> dict[str, Any]:
     """Runs the harness; rank 0 alone, while the others follow."""
     try:
         from megatron_capgap.evaluation.harness import MegatronLM, run_tasks
@@ -161,7 +166,7 @@ def lead(args: argparse.Namespace, ranks: Ranks) -> dict[str, Any]:
         model_facts = {name: vars(args)[name] for name in ("checkpoint", "tensor", "pipeline", "sequence", "compute")}
         return {"model": model_facts, **json.loads(json.dumps(results, default=str))}
     finally:
-        ranks.dismiss()
+        ranks.shutdown()
 
 
 if __name__ == "__main__":

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from megatron_capgap.checkpoint.manifest import Manifest
-    from megatron_capgap.data.vocabulary import Count, Expansion
+    from megatron_capgap.checkpoint.metadata import CheckpointMetadata
+    from megatron_capgap.data.vocab_merge import Count, Expansion
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from megatron_capgap.config.errors import UserError
-from megatron_capgap.runtime import launch, libraries
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.distributed import launcher
+from megatron_capgap.runtime import third_party
 
 TOKENIZER = "tokenizer.model"
 
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     first = True
     try:
-        environment = launch.read_environment()
+        environment = launcher.read_environment()
         first = environment.rank == 0
         return run(args, environment)
     except UserError as error:
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         message = "interrupted, nothing was written"
     finally:
-        launch.leave()
+        launcher.destroy_process_group()
     if first:
         print(f"expand_vocab: error: {message}", file=sys.stderr)
     return 2
@@ -78,27 +79,27 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace, environment: launch.Environment) -> int:
-    libraries.prepare()
-    from megatron_capgap.checkpoint import manifest as manifests
-    from megatron_capgap.data import vocabulary
-    from megatron_capgap.runtime.devices import choose
+def run(args: argparse.Namespace, environment: launcher.Environment) -> int:
+    third_party.prepare()
+    from megatron_capgap.checkpoint import metadata as manifests
+    from megatron_capgap.data import vocab_merge
+    from megatron_capgap.devices import choose
 
-    launch.join(environment, choose("cpu", environment.local_rank), timeout_seconds=3600)
-    from megatron_capgap.conversion.output import refuse_existing, refuse_to_lose, replacing
+    launcher.init_process_group(environment, choose("cpu", environment.local_rank), timeout_seconds=3600)
+    from megatron_capgap.conversion.output_folder import refuse_existing, refuse_to_lose, replacing
 
     out = Path(args.out)
     refuse_existing(out, made_here, args.force)
-    first, second = (vocabulary.model_file(path) for path in (args.tokenizer, args.add))
+    first, second = (vocab_merge.model_file(path) for path in (args.tokenizer, args.add))
     checkpoint = manifests.locate(args.checkpoint) if args.checkpoint else None
     if checkpoint:
         refuse_other_tokenizer(checkpoint, first)
     for source in (first, second, checkpoint):
         if source:
             refuse_to_lose(source, out)
-    expansion = vocabulary.expand(first, second)
+    expansion = vocab_merge.expand(first, second)
     with replacing(out, made_here, force=args.force) as staged:
-        fingerprint, counts = launch.on_first_rank(lambda: write_tokenizer(staged, first, expansion, args.text))
+        fingerprint, counts = launcher.run_on_rank0(lambda: write_tokenizer(staged, first, expansion, args.text))
         grown = grow(checkpoint, staged, out, expansion, fingerprint) if checkpoint else None
     if environment.rank == 0:
         report(args, expansion, counts, grown)
@@ -116,18 +117,18 @@ def made_here(folder: Path) -> bool:
 
 def refuse_other_tokenizer(checkpoint: Path, first: Path) -> None:
     """Raises a UserError where a checkpoint speaks another vocabulary."""
-    from megatron_capgap.checkpoint import manifest as manifests
+    from megatron_capgap.checkpoint import metadata as manifests
     from megatron_capgap.data.tokenizer import open_tokenizer
 
-    manifest, tokenizer = manifests.read(checkpoint), open_tokenizer(str(first))
-    if manifest.tokenizer_fingerprint != tokenizer.fingerprint:
+    meta, tokenizer = manifests.read(checkpoint), open_tokenizer(str(first))
+    if meta.tokenizer_fingerprint != tokenizer.fingerprint:
         raise UserError(
-            f"{checkpoint} was trained with tokenizer {manifest.tokenizer} ({manifest.tokenizer_fingerprint[:12]}), "
+            f"{checkpoint} was trained with tokenizer {meta.tokenizer} ({meta.tokenizer_fingerprint[:12]}), "
             f"--tokenizer is {first} ({tokenizer.fingerprint[:12]}); give the checkpoint's"
         )
-    if tokenizer.vocab_size > manifest.model.vocab:
+    if tokenizer.vocab_size > meta.model.vocab:
         raise UserError(
-            f"{checkpoint}: has {manifest.model.vocab} rows for the {tokenizer.vocab_size} tokens of {first}; use a "
+            f"{checkpoint}: has {meta.model.vocab} rows for the {tokenizer.vocab_size} tokens of {first}; use a "
             "checkpoint that has them all"
         )
 
@@ -135,23 +136,25 @@ def refuse_other_tokenizer(checkpoint: Path, first: Path) -> None:
 def write_tokenizer(staged: Path, first: Path, expansion: Expansion, texts: list[str]) -> tuple[str, list[Count]]:
     """Writes the new vocabulary; returns its fingerprint and what it makes of the texts. Rank 0 only."""
     from megatron_capgap.data.tokenizer import open_tokenizer
-    from megatron_capgap.data.vocabulary import count
+    from megatron_capgap.data.vocab_merge import count
 
     (staged / TOKENIZER).write_bytes(expansion.model)
     before, after = (open_tokenizer(str(file)) for file in (first, staged / TOKENIZER))
     return after.fingerprint, [count(text, before, after) for text in texts]
 
 
-def grow(checkpoint: Path, staged: Path, out: Path, expansion: Expansion, fingerprint: str) -> Manifest:
+def grow(checkpoint: Path, staged: Path, out: Path, expansion: Expansion, fingerprint: str) -> CheckpointMetadata:
     """Writes the grown checkpoint. Collective."""
-    from megatron_capgap.checkpoint.grow import NewTokens
-    from megatron_capgap.checkpoint.grow import grow as grow_checkpoint
+    from megatron_capgap.checkpoint.vocab_expansion import NewTokens
+    from megatron_capgap.checkpoint.vocab_expansion import expand_vocab as grow_checkpoint
 
     new = NewTokens(expansion.known, expansion.splits, str(out / TOKENIZER), fingerprint)
     return grow_checkpoint(checkpoint, staged, new)
 
 
-def report(args: argparse.Namespace, expansion: Expansion, counts: list[Count], grown: Manifest | None) -> None:
+def report(
+    args: argparse.Namespace, expansion: Expansion, counts: list[Count], grown: CheckpointMetadata | None
+) -> None:
     added = len(expansion.splits)
     print(
         f"{added} pieces added to {expansion.known}: {expansion.known + added} tokens; {expansion.shared} of "

@@ -18,14 +18,14 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # matrices of a hundred rows: threads would only wait for each other
 
-from megatron_capgap.config.errors import UserError, not_installed
-from megatron_capgap.config.files import write_atomically
+from megatron_capgap.common.errors import UserError, not_installed
+from megatron_capgap.common.fileio import write_atomically
 from megatron_capgap.law.records import LawError
 
 try:
-    from megatron_capgap.law import cost, page, plot, records, report, study
+    from megatron_capgap.law import analysis, cost, html_page, plot, records, report
     from megatron_capgap.law.advice import Advice, advise
-    from megatron_capgap.law.words import short
+    from megatron_capgap.law.formatting import short
 except ImportError as missing:
     print(f"fit_law: error: {not_installed(str(missing.name).partition('.')[0], 'plot')}", file=sys.stderr)
     sys.exit(2)
@@ -139,12 +139,12 @@ def fit_law(args: argparse.Namespace) -> None:
     everything = records.read(args.records, dict(args.rename))
     if twice := [name for name, _ in args.where if [given for given, _ in args.where].count(name) > 1]:
         raise UserError(f"--where {twice[0]}: given twice; one value would do")
-    found = study.study(records.select(everything, dict(args.where)), args.count, everything)
+    found = analysis.analyse(records.select(everything, dict(args.where)), args.count, everything)
     advice = None
     if args.student_params:
         teachers, init = read_catalogue(args.catalogue, args.count), found.records[0].init
         advice = advise(found.process, args.student_params, teachers, args.tokens, init)
-    scores = study.compared(found) if args.compare else []
+    scores = analysis.compared(found) if args.compare else []
     args.out.mkdir(parents=True, exist_ok=True)
     plot.curse(found, args.out / "curse.png")
     plot.optimum(found, args.out / "optimum.png")
@@ -155,8 +155,8 @@ def fit_law(args: argparse.Namespace) -> None:
         plot.causes(found, args.out / "causes.png")
     text = report.write(found, advice, scores, args.mfu, args.gpu_peak)
     write_atomically(args.out / "report.md", text)
-    write_atomically(args.out / "report.html", page.page(text, args.out))
-    write_atomically(args.out / "law.json", study.as_json(found, advice, scores))
+    write_atomically(args.out / "report.html", html_page.page(text, args.out))
+    write_atomically(args.out / "law.json", analysis.as_json(found, advice, scores))
     if advice is not None:
         recommend(advice)
     print(report.headline(found))

@@ -18,15 +18,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from megatron_capgap.checkpoint import manifest as manifests
-from megatron_capgap.config.checks import check_flags
-from megatron_capgap.config.errors import UserError
-from megatron_capgap.config.files import write_atomically
+from megatron_capgap.checkpoint import metadata as manifests
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.common.fileio import write_atomically
 from megatron_capgap.config.schema import Layout, ModelShape, Precision
-from megatron_capgap.data.chat import open_template, stop_tokens
+from megatron_capgap.config.validation.checks import check_flags
+from megatron_capgap.data.chat_template import open_template, stop_tokens
 from megatron_capgap.data.prompts import Prompt, encode_prompt, read_prompts
 from megatron_capgap.data.tokenizer import open_tokenizer
-from megatron_capgap.runtime import launch, libraries
+from megatron_capgap.distributed import launcher
+from megatron_capgap.runtime import third_party
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     first = True
     try:
-        environment = launch.read_environment()
+        environment = launcher.read_environment()
         first = environment.rank == 0
         return run(args, environment)
     except UserError as error:
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         message = "interrupted"
     finally:
-        launch.leave()
+        launcher.destroy_process_group()
     if first:
         print(f"generate: error: {message}", file=sys.stderr)
     return 2
@@ -80,23 +81,23 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace, environment: launch.Environment) -> int:
+def run(args: argparse.Namespace, environment: launcher.Environment) -> int:
     folder = manifests.locate(args.checkpoint)
-    manifest = manifests.read(folder)
+    meta = manifests.read(folder)
     tokenizer = open_tokenizer(args.tokenizer)
-    if tokenizer.special_ids_of(manifest.tokenizer_fingerprint) is None:
+    if tokenizer.special_ids_of(meta.tokenizer_fingerprint) is None:
         raise UserError(f"--tokenizer: {args.tokenizer} has another vocabulary than {args.checkpoint} was trained with")
     layout = Layout(tensor=args.tensor, pipeline=args.pipeline)
-    check_flags(manifest.model, layout, environment.world)
+    check_flags(meta.model, layout, environment.world)
     prompts: list[Prompt] = [args.prompt] if args.prompt is not None else read_prompts(args.prompts)
     template = functools.cache(lambda: open_template(args.template, tokenizer, args.tokenizer))
     ids = [encode_prompt(prompt, tokenizer, template, args.bos) for prompt in prompts]
-    length = longest(ids, args.max_new_tokens, manifest.model)
+    length = longest(ids, args.max_new_tokens, meta.model)
     turns = template().ends() if any(not isinstance(prompt, str) for prompt in prompts) else frozenset()
-    ends, warning = stop_tokens(tokenizer, manifest.chat_template, manifest.model.vocab, turns)
+    ends, warning = stop_tokens(tokenizer, meta.chat_template, meta.model.vocab, turns)
     if warning and environment.rank == 0:
         print(warning, file=sys.stderr)
-    found = continuations(args, environment, folder, manifest.model, layout, tokenizer.vocab_size, ends, ids, length)
+    found = continuations(args, environment, folder, meta.model, layout, tokenizer.vocab_size, ends, ids, length)
     if environment.rank == 0:
         lines = [line(prompt, tokenizer.decode(new)) for prompt, new in zip(prompts, found, strict=True)]
         if args.out:
@@ -120,7 +121,7 @@ def longest(prompts: list[list[int]], new: int, shape: ModelShape) -> int:
 
 def continuations(
     args: argparse.Namespace,
-    environment: launch.Environment,
+    environment: launcher.Environment,
     folder: Path,
     shape: ModelShape,
     layout: Layout,
@@ -130,25 +131,25 @@ def continuations(
     length: int,
 ) -> list[list[int]]:
     """New ids of each prompt. Collective."""
-    libraries.prepare()
-    from megatron_capgap.runtime.devices import choose
+    third_party.prepare()
+    from megatron_capgap.devices import choose
 
     precision = Precision(compute=args.compute)
     device = choose(args.device, environment.local_rank, [precision])
-    launch.join(environment, device, timeout_seconds=3600)
+    launcher.init_process_group(environment, device, timeout_seconds=3600)
 
-    from megatron_capgap.checkpoint import store
+    from megatron_capgap.checkpoint import loader
+    from megatron_capgap.distributed import parallel_context as layouts
     from megatron_capgap.generation import Sampling, generate
     from megatron_capgap.models import gpt
-    from megatron_capgap.runtime import layout as layouts
 
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    grid = layouts.build(layout, args.seed)
-    chunks = gpt.build(shape, grid, precision, device, sequence_length=length)
-    store.load_weights(folder, chunks, grid)
+    parallel = layouts.build(layout, args.seed)
+    chunks = gpt.build(shape, parallel, precision, device, sequence_length=length)
+    loader.load_weights(folder, chunks, parallel)
     found = generate(
         chunks,
-        grid,
+        parallel,
         prompts,
         vocab_size=min(shape.vocab, known),
         max_new_tokens=args.max_new_tokens,
@@ -156,7 +157,7 @@ def continuations(
         sampling=sampling,
         batch=args.batch,
     )
-    layouts.release()
+    layouts.destroy()
     return found
 
 

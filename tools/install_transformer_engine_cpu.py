@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from megatron_capgap.runtime.devices.transformer_engine_cpu import files
+from megatron_capgap.devices.transformer_engine_cpu import files
 from tools import wheels
 
 

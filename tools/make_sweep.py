@@ -28,17 +28,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works wi
 import yaml
 
 from megatron_capgap import __main__ as door
-from megatron_capgap.checkpoint import manifest
-from megatron_capgap.config.errors import UserError
-from megatron_capgap.config.files import write_atomically
-from megatron_capgap.config.keys import place
-from megatron_capgap.config.load import Loaded, load
-from megatron_capgap.config.tree import read_file
+from megatron_capgap.checkpoint import metadata
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.common.fileio import write_atomically
+from megatron_capgap.config.fields import location
+from megatron_capgap.config.loader import LoadedConfig, load
+from megatron_capgap.config.yaml_source import read_file
 from megatron_capgap.data import indexed
 from megatron_capgap.data.tokenizer import open_tokenizer
 from megatron_capgap.law import sweep as grids
 from megatron_capgap.law.records import LawError
-from megatron_capgap.law.sweep import Cell, Sweep, expand, run_dir
+from megatron_capgap.law.sweep import Sweep, SweepRun, expand, run_dir
 
 RECORD = "record.json"
 STAGE = Path(__file__).resolve().parents[1] / "examples" / "slurm" / "stage.sbatch"
@@ -178,7 +178,7 @@ def reads(sweep: Sweep) -> list[tuple[str, str]]:
 def missing(sweep: Sweep, path: Path) -> str | None:
     """What to say of the first of these that is not there: where the grid names it, and what would do; None where all
     of them are."""
-    look = {"data.tokenizer": open_tokenizer, "checkpoint": manifest.locate}
+    look = {"data.tokenizer": open_tokenizer, "checkpoint": metadata.locate}
     tree = read_file(str(path))
     for end, value in reads(sweep):
         try:
@@ -187,7 +187,7 @@ def missing(sweep: Sweep, path: Path) -> str | None:
             said = (key for key in tree.marks if key.endswith(f".{end}") and value in as_list(tree.get(key)))
             key = next(said, end)
             where = f"the grid's paths begin in the current folder, {Path.cwd()}"
-            return f"{place(tree.mark(key).text, key)}: {error}; {where}"
+            return f"{location(tree.mark(key).text, key)}: {error}; {where}"
     return None
 
 
@@ -223,16 +223,16 @@ def write_sweep(sweep: Sweep) -> None:
     print(f"{len(sweep.cells)} runs ({', '.join(kinds)}) in {out}; on a cluster: bash {out}/slurm/submit.sh")
 
 
-def config_of(sweep: Sweep, cell: Cell) -> Path:
+def config_of(sweep: Sweep, cell: SweepRun) -> Path:
     """The file with a run's configuration."""
     return Path(sweep.out) / "configs" / f"{cell.name}.yaml"
 
 
-def as_yaml(cell: Cell) -> str:
+def as_yaml(cell: SweepRun) -> str:
     return yaml.safe_dump(cell.config, sort_keys=False, width=110)
 
 
-def finished(sweep: Sweep, cell: Cell) -> bool:
+def finished(sweep: Sweep, cell: SweepRun) -> bool:
     """Whether a run has come to its end.
 
     Raises:
@@ -250,13 +250,13 @@ def finished(sweep: Sweep, cell: Cell) -> bool:
         )
     if cell.stage == "distill":
         return (folder / RECORD).is_file()
-    newest = manifest.latest(folder)
+    newest = metadata.latest(folder)
     if cell.stage == "prune":
         return newest is not None
-    return newest is not None and manifest.read(newest).step == wanted.config.train.steps
+    return newest is not None and metadata.read(newest).step == wanted.config.train.steps
 
 
-def differing(one: Loaded, other: Loaded) -> list[str]:
+def differing(one: LoadedConfig, other: LoadedConfig) -> list[str]:
     """Sections that differ."""
     return [name for name, value in vars(one.config).items() if getattr(other.config, name) != value]
 
@@ -270,7 +270,7 @@ class Queue:
         self.failed: set[str] = set()
         self.waiting = [cell for cell in sweep.cells if cell.name not in self.done]
 
-    def take(self) -> Cell | None:
+    def take(self) -> SweepRun | None:
         """The next run that could begin; None where all that wait need one that is under way."""
         for cell in list(self.waiting):
             if lost := self.failed & set(cell.after):
@@ -282,20 +282,20 @@ class Queue:
                 return cell
         return None
 
-    def label(self, cell: Cell) -> str:
+    def label(self, cell: SweepRun) -> str:
         return f"{self._numbers[cell.name]} {cell.stage} {cell.name}"
 
 
 def run(sweep: Sweep, jobs: int) -> int:
     """Runs what is missing, `jobs` at a time, in processes that stay; returns the exit code."""
-    from megatron_capgap.runtime.workers import Workers
+    from megatron_capgap.runtime.worker_pool import WorkerPool
 
     queue = Queue(sweep)
     if queue.done:
         print(f"{len(queue.done)} of {len(sweep.cells)} runs are finished already")
     if jobs > 1:  # read by the processes that are started below
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (jobs * sweep.ranks))))
-    pools = [Workers(door.main, sweep.ranks) for _ in range(jobs)]
+    pools = [WorkerPool(door.main, sweep.ranks) for _ in range(jobs)]
     idle, busy = list(pools), {}
     try:
         with ThreadPoolExecutor(jobs) as threads, stopping(pools) as stop:
@@ -316,7 +316,7 @@ def run(sweep: Sweep, jobs: int) -> int:
     return 1 if queue.failed else 0
 
 
-def run_cell(sweep: Sweep, cell: Cell, workers: Any, label: str) -> int:
+def run_cell(sweep: Sweep, cell: SweepRun, workers: Any, label: str) -> int:
     """Runs one cell, says how it went; returns its exit code, 1 where it ended before its last step."""
     log = Path(sweep.out) / "logs" / f"{cell.name}.log"
     began = time.monotonic()

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from megatron_capgap.config.errors import UserError
-from megatron_capgap.runtime import libraries
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.runtime import third_party
 
 SPLITS = ("train", "valid", "test")
 PLAIN_SECONDS = 10.0  # between lines of progress where there is no terminal
@@ -36,7 +36,7 @@ PLAIN_SECONDS = 10.0  # between lines of progress where there is no terminal
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0; 2 with one line on stderr where the input is at fault; 130 after Ctrl-C."""
     args = parse_arguments(argv)
-    libraries.prepare()
+    third_party.prepare()
     try:
         prepare(args, check_paths(args))
     except UserError as error:

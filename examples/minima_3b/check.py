@@ -19,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone works wi
 
 import sentencepiece
 
-from megatron_capgap.checkpoint import manifest as manifests
-from megatron_capgap.checkpoint.manifest import Manifest
-from megatron_capgap.config.errors import UserError
-from megatron_capgap.config.load import load
+from megatron_capgap.checkpoint import metadata as manifests
+from megatron_capgap.checkpoint.metadata import CheckpointMetadata
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.config.loader import load
 from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.data.tokenizer import open_tokenizer
 from megatron_capgap.stages import check
@@ -83,7 +83,7 @@ def pretend(run_dir: Path, shape: ModelShape, sequence_length: int) -> None:
     folder = run_dir / "checkpoints" / "step_0"
     folder.mkdir(parents=True)
     tokenizer = str(EXPANDED / "tokenizer.model")
-    manifest = Manifest(
+    meta = CheckpointMetadata(
         step=0,
         steps=0,
         tokens=0,
@@ -95,8 +95,8 @@ def pretend(run_dir: Path, shape: ModelShape, sequence_length: int) -> None:
         ranks=(1, 1, 1, 1),
         sequence_length=sequence_length,
     )
-    manifests.write(manifest, folder)
-    manifests.point_at(folder)
+    manifests.write(meta, folder)
+    manifests.set_latest(folder)
 
 
 if __name__ == "__main__":

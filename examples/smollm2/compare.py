@@ -10,21 +10,21 @@ import math
 import sys
 from pathlib import Path
 
-from megatron_capgap.runtime import libraries
+from megatron_capgap.runtime import third_party
 
-libraries.prepare()
+third_party.prepare()
 
 import torch  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from megatron_capgap.config.load import load  # noqa: E402
-from megatron_capgap.runtime.devices import choose  # noqa: E402
+from megatron_capgap.config.loader import load  # noqa: E402
+from megatron_capgap.devices import choose  # noqa: E402
 
 choose("cpu", 0)  # before Megatron is imported
 
 from megatron_capgap.data import pretrain  # noqa: E402
-from megatron_capgap.stages.material import cache_dir  # noqa: E402
+from megatron_capgap.stages.datasets import cache_dir  # noqa: E402
 
 TOLERANCE = 1e-3
 """Relative, of the perplexities."""

@@ -7,7 +7,7 @@ from megatron_capgap.config.types import STRICT, NonNegativeFloat, Positive
 
 
 @dataclass(frozen=True)
-class Finetune:
+class FinetuneConfig:
     """How conversations are read and learned; their files are data.train and data.valid."""
 
     __pydantic_config__ = STRICT

@@ -2,8 +2,8 @@
 
 import textwrap
 
-from megatron_capgap.config.keys import Key, join, table
-from megatron_capgap.config.load import NEEDS
+from megatron_capgap.config.fields import Field, join, table
+from megatron_capgap.config.loader import STAGE_REQUIREMENTS
 
 WIDTH = 100
 
@@ -51,7 +51,7 @@ def stage_help(stage: str) -> str:
     Args:
         stage: a name from `schema.STAGES`.
     """
-    needs = NEEDS[stage]
+    needs = STAGE_REQUIREMENTS[stage]
     lines = [f"capgap {stage}: {STAGES[stage]}", "", *_usage(stage), "", "options", *_columns(OPTIONS), ""]
     free = needs.student and "student.checkpoint" not in needs.required
     model = "student.checkpoint or student.model, and " if free else ""
@@ -75,13 +75,13 @@ def _columns(rows: dict[str, str]) -> list[str]:
     return [f"  {name:<{width}}  {text}" for name, text in rows.items()]
 
 
-def _section(section: Key, stage: str) -> list[str]:
+def _section(section: Field, stage: str) -> list[str]:
     """The values of a section, then the sections in it."""
     keys = [table()[join(section.name, child)] for child in section.children]
     lines = []
     if section.name:
         default = f" (default {section.default})" if section.default else ""
-        unread = f" Not read by {stage}." if section.name in NEEDS[stage].unread else ""
+        unread = f" Not read by {stage}." if section.name in STAGE_REQUIREMENTS[stage].unread else ""
         lines += _wrapped(f"{section.name}: {section.doc}{default}{unread}", 0)
     for key in keys:
         if not key.children:

@@ -9,7 +9,7 @@ from megatron_capgap.config.types import STRICT, Positive
 
 
 @dataclass(frozen=True)
-class Prune:
+class PruneConfig:
     """The student that is cut out of the teacher: its size as numbers, as a sparsity or as a count of parameters."""
 
     __pydantic_config__ = STRICT

@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from megatron_capgap.config.families import FAMILIES
-from megatron_capgap.config.finetune import Finetune
-from megatron_capgap.config.prune import Prune
+from megatron_capgap.config.architectures import ARCHITECTURES
+from megatron_capgap.config.finetune import FinetuneConfig
+from megatron_capgap.config.prune import PruneConfig
 from megatron_capgap.config.types import (
     STRICT,
     Decay,
@@ -24,7 +24,7 @@ from megatron_capgap.config.types import (
 )
 
 STAGES = ("adapt", "prune", "distill", "finetune", "evaluate")
-TAUGHT = ("distill", "finetune")  # where a teacher is one that the student learns from
+STAGES_WITH_TEACHER = ("distill", "finetune")  # where a teacher is one that the student learns from
 DIVERGENCES = (
     "forward_kl",
     "reverse_kl",
@@ -73,7 +73,7 @@ class ModelShape:
     """Width of the feed-forward layer; where it is gated, of its gate and its up projection each."""
     vocab: Positive
     """Vocabulary size of the tokenizer, before any padding for tensor parallelism."""
-    family: Literal[tuple(FAMILIES)] = "llama"
+    family: Literal[tuple(ARCHITECTURES)] = "llama"
     """Architecture: llama and mistral are RMSNorm, SwiGLU, rotary positions, no biases; qwen2 adds biases of queries,
     keys and values, qwen3 norms of queries and keys; gpt2 and gpt_neox are LayerNorm, GELU and biases, gpt2 with
     learned positions, gpt_neox with rotary ones and parallel residuals."""
@@ -157,7 +157,7 @@ class Precision:
 
 
 @dataclass(frozen=True)
-class Student:
+class StudentConfig:
     """The model that a stage trains (adapt, distill, finetune), measures (evaluate) or makes (prune; only layout is
     given)."""
 
@@ -174,7 +174,7 @@ class Student:
 
 
 @dataclass(frozen=True)
-class Teacher:
+class TeacherConfig:
     """The model that a student learns from or is cut out of; its weights stay as they are."""
 
     __pydantic_config__ = STRICT
@@ -201,7 +201,7 @@ class Teacher:
 
 
 @dataclass(frozen=True)
-class Data:
+class DataConfig:
     """What is read."""
 
     __pydantic_config__ = STRICT
@@ -220,7 +220,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Train:
+class TrainConfig:
     """How long and in what portions."""
 
     __pydantic_config__ = STRICT
@@ -248,7 +248,7 @@ class Train:
 
 
 @dataclass(frozen=True)
-class Optimizer:
+class OptimizerConfig:
     """AdamW and its learning-rate schedule."""
 
     __pydantic_config__ = STRICT
@@ -293,7 +293,7 @@ class LayerPair:
 
 
 @dataclass(frozen=True)
-class Objective:
+class ObjectiveConfig:
     """What the student minimises: divergence_weight * divergence + cross_entropy_weight * cross-entropy + matching."""
 
     __pydantic_config__ = STRICT
@@ -315,7 +315,7 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class CheckpointConfig:
     """What is kept."""
 
     __pydantic_config__ = STRICT
@@ -329,7 +329,7 @@ class Checkpoint:
 
 
 @dataclass(frozen=True)
-class Runtime:
+class RuntimeConfig:
     """The ground a run stands on."""
 
     __pydantic_config__ = STRICT
@@ -350,29 +350,29 @@ class Config:
 
     run_dir: str
     """Directory of this run: resolved.yaml, metrics.jsonl, tensorboard/, checkpoints/, latest."""
-    student: Student
+    student: StudentConfig
     """The model that is trained, measured or made; prune may do without the section."""
-    data: Data
+    data: DataConfig
     """What is read."""
     seed: Seed = 1234
     """Decides initial weights, data order and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes cuda where a GPU is visible, else cpu."""
-    teacher: Teacher | None = None
+    teacher: TeacherConfig | None = None
     """The model that the student learns from (distill, and finetune where given) or is cut out of (prune)."""
-    prune: Prune | None = None
+    prune: PruneConfig | None = None
     """What of the teacher stays; prune needs it."""
-    finetune: Finetune | None = None
+    finetune: FinetuneConfig | None = None
     """How conversations are read and learned; with it evaluate reads conversations, too."""
-    train: Train = field(default_factory=Train)
+    train: TrainConfig = field(default_factory=TrainConfig)
     """How long and in what portions."""
-    optimizer: Optimizer = field(default_factory=Optimizer)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and its learning-rate schedule."""
-    objective: Objective = field(default_factory=Objective)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """What the student minimises."""
     precision: Precision = field(default_factory=Precision)
     """Arithmetic of student and teacher, where they have no section of their own."""
-    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """What is kept."""
-    runtime: Runtime = field(default_factory=Runtime)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     """The ground a run stands on."""

@@ -12,28 +12,28 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_capgap.checkpoint import manifest as manifests
-from megatron_capgap.checkpoint.manifest import Manifest
-from megatron_capgap.checkpoint.pieces import Entry, Reader
-from megatron_capgap.config import families as traits
-from megatron_capgap.config.errors import UserError
+from megatron_capgap.checkpoint import metadata as manifests
+from megatron_capgap.checkpoint.metadata import CheckpointMetadata
+from megatron_capgap.checkpoint.streaming import Reader, TensorEntry
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.config import architectures as traits
 from megatron_capgap.config.schema import ModelShape
-from megatron_capgap.conversion import card, plan, same_ids, tokenizer
+from megatron_capgap.conversion import model_card, tensor_mapping, tokenizer_check, tokenizer_files
 from megatron_capgap.conversion.family import Family
+from megatron_capgap.conversion.hf_folder import listed, read_config, read_json
 from megatron_capgap.conversion.importing import CARRIED, GENERATION, Progress
-from megatron_capgap.conversion.output import refuse_existing, refuse_to_lose, replacing
-from megatron_capgap.conversion.plan import Target
+from megatron_capgap.conversion.output_folder import refuse_existing, refuse_to_lose, replacing
 from megatron_capgap.conversion.registry import FAMILIES
 from megatron_capgap.conversion.safetensors import Writer, cast
-from megatron_capgap.conversion.source import listed, read_config, read_json
-from megatron_capgap.models import packing, projections, scales
-from megatron_capgap.runtime.devices import Device
-from megatron_capgap.runtime.launch import on_every_rank, on_first_rank, on_ranks_alike
+from megatron_capgap.conversion.tensor_mapping import TensorTarget
+from megatron_capgap.devices import Device
+from megatron_capgap.distributed.launcher import gather_from_ranks, run_on_all_ranks, run_on_rank0
+from megatron_capgap.models import fp8_scales, packing, projections
 
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 # What else a training run keeps in a checkpoint.
 _NOT_WEIGHTS = (
-    rf"(optimizer|random)\b.*|({re.escape(projections.PREFIX)}|{re.escape(scales.PREFIX)}).*|.*_extra_state.*"
+    rf"(optimizer|random)\b.*|({re.escape(projections.PREFIX)}|{re.escape(fp8_scales.PREFIX)}).*|.*_extra_state.*"
 )
 
 
@@ -44,7 +44,7 @@ class Tensor:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    target: Target
+    target: TensorTarget
     part: int
 
     @property
@@ -82,61 +82,61 @@ def export_checkpoint(
     """
     refuse_existing(out, _exported, force)
 
-    def look() -> tuple[Manifest, tokenizer.Words, Reader, dict[str, dict[str, Any]], str, str | None]:
+    def look() -> tuple[CheckpointMetadata, tokenizer_files.Words, Reader, dict[str, dict[str, Any]], str, str | None]:
         folder = manifests.locate(checkpoint)
         refuse_to_lose(folder, out)
-        manifest = manifests.read(folder)
-        carried = _carried(folder, manifest)
-        words, warning = tokenizer.find(carried, manifest)
-        config = config_of(FAMILIES[manifest.model.family], manifest, carried, words)
+        meta = manifests.read(folder)
+        carried = _carried(folder, meta)
+        words, warning = tokenizer_files.find(carried, meta)
+        config = config_of(FAMILIES[meta.model.family], meta, carried, words)
         files = {"config.json": config, GENERATION: _generation(carried, config, words)}
-        words, note = same_ids.settle(files, words, manifest.chat_template)
+        words, note = tokenizer_check.settle(files, words, meta.chat_template)
         caution = ". ".join(filter(None, (warning, note))) or None
-        model_card = card.text(folder, manifest, FAMILIES[manifest.model.family], caution)
-        return manifest, words, Reader(folder), files, model_card, caution
+        model_card = model_card.text(folder, meta, FAMILIES[meta.model.family], caution)
+        return meta, words, Reader(folder), files, model_card, caution
 
-    manifest, words, reader, written, model_card, caution = on_ranks_alike(look)
-    targets = plan.unfold(FAMILIES[manifest.model.family], manifest.model, device)
-    entries = on_ranks_alike(lambda: _entries(checkpoint, reader, targets, manifest.model.layers))
+    meta, words, reader, written, model_card, caution = run_on_all_ranks(look)
+    targets = tensor_mapping.unfold(FAMILIES[meta.model.family], meta.model, device)
+    entries = run_on_all_ranks(lambda: _entries(checkpoint, reader, targets, meta.model.layers))
     files = _files(_tensors(targets, entries, dtype), max_shard_bytes)
     written["config.json"]["torch_dtype"] = _NAMES[next(iter(files.values()))[0].dtype]
     with replacing(out, _exported, force=force) as staged:
-        on_every_rank(lambda: _write_share(staged, files, reader, entries, progress))
+        gather_from_ranks(lambda: _write_share(staged, files, reader, entries, progress))
 
         def finish() -> None:
             _write_index(staged, files)
             for name, content in written.items():
                 _write_json(staged / name, content)
-            tokenizer.write(staged, words, manifest.chat_template)
+            tokenizer_files.write(staged, words, meta.chat_template)
             (staged / "README.md").write_text(model_card, encoding="utf-8")
 
-        on_first_rank(finish)
+        run_on_rank0(finish)
     return caution
 
 
 def _exported(folder: Path) -> bool:
     """Whether a folder is a Hugging Face model that was exported here, not one that somebody trusts us with."""
     words = folder / "README.md"
-    ours = words.is_file() and card.EXPORTED in words.read_text(encoding="utf-8", errors="replace")
+    ours = words.is_file() and model_card.EXPORTED in words.read_text(encoding="utf-8", errors="replace")
     return ours and (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
-def _carried(folder: Path, manifest: Manifest) -> Path | None:
+def _carried(folder: Path, meta: CheckpointMetadata) -> Path | None:
     """The Hugging Face files that came along: of an import, or of the tokenizer folder that a run used."""
-    for place in (folder.parents[1] / CARRIED, Path(manifest.tokenizer)):
+    for place in (folder.parents[1] / CARRIED, Path(meta.tokenizer)):
         if place.is_dir():
             return place
     return None
 
 
-def _entries(checkpoint: str, reader: Reader, targets: Sequence[Target], layers: int) -> dict[str, Entry]:
+def _entries(checkpoint: str, reader: Reader, targets: Sequence[TensorTarget], layers: int) -> dict[str, TensorEntry]:
     """Every tensor of the model as the checkpoint has it.
 
     Raises:
         UserError: one is missing, of another shape or left over.
     """
     there = reader.tensors()
-    found: dict[str, Entry] = {}
+    found: dict[str, TensorEntry] = {}
     for target in targets:
         if target.key not in there:
             raise UserError(f"{checkpoint}: {target.key} is missing; use a checkpoint of this model")
@@ -146,7 +146,7 @@ def _entries(checkpoint: str, reader: Reader, targets: Sequence[Target], layers:
         padded = target.key.startswith(("embedding.word_embeddings.", "output_layer."))
         if size != entry.shape and not (padded and size[1:] == entry.shape[1:] and size[0] > entry.shape[0]):
             raise UserError(f"{checkpoint}: {target.key} is {list(size)}, the model's is {list(entry.shape)}")
-        found[target.key] = Entry(target.key, size, dtype, target.layered)
+        found[target.key] = TensorEntry(target.key, size, dtype, target.layered)
     extra = sorted(key for key in there.keys() - found.keys() if not re.fullmatch(_NOT_WEIGHTS, key))
     if extra:
         raise UserError(
@@ -155,7 +155,9 @@ def _entries(checkpoint: str, reader: Reader, targets: Sequence[Target], layers:
     return found
 
 
-def _tensors(targets: Sequence[Target], entries: dict[str, Entry], dtype: torch.dtype | None) -> list[Tensor]:
+def _tensors(
+    targets: Sequence[TensorTarget], entries: dict[str, TensorEntry], dtype: torch.dtype | None
+) -> list[Tensor]:
     return [
         Tensor(name, shape, dtype or entries[target.key].dtype, target, part)
         for target in targets
@@ -179,7 +181,7 @@ def _files(tensors: Sequence[Tensor], most: int) -> dict[str, list[Tensor]]:
 
 
 def _write_share(
-    folder: Path, files: dict[str, list[Tensor]], reader: Reader, entries: dict[str, Entry], progress: Progress
+    folder: Path, files: dict[str, list[Tensor]], reader: Reader, entries: dict[str, TensorEntry], progress: Progress
 ) -> None:
     """Writes every file whose turn is this rank's."""
     mine = dict(list(files.items())[dist.get_rank() :: dist.get_world_size()])
@@ -192,7 +194,7 @@ def _write_share(
         writer.close()
 
 
-def _fill(writer: Writer, tensors: Sequence[Tensor], reader: Reader, entries: dict[str, Entry]) -> Iterator[int]:
+def _fill(writer: Writer, tensors: Sequence[Tensor], reader: Reader, entries: dict[str, TensorEntry]) -> Iterator[int]:
     """Writes the tensors of a file, each of Megatron's read once for all its parts in the file; yields bytes."""
     wanted: dict[tuple[str, int], list[Tensor]] = {}
     for tensor in tensors:
@@ -211,7 +213,7 @@ def _fill(writer: Writer, tensors: Sequence[Tensor], reader: Reader, entries: di
                     yield part.numel() * tensor.dtype.itemsize
 
 
-def _write_transposed(writer: Writer, names: dict[int, Tensor], target: Target, packed: torch.Tensor) -> int:
+def _write_transposed(writer: Writer, names: dict[int, Tensor], target: TensorTarget, packed: torch.Tensor) -> int:
     """A matrix kept `[in, out]` in one part: its columns are put in place, then it is written whole."""
     (tensor,) = names.values()
     whole = torch.empty_like(packed)
@@ -221,12 +223,14 @@ def _write_transposed(writer: Writer, names: dict[int, Tensor], target: Target, 
     return tensor.nbytes
 
 
-def config_of(family: Family, manifest: Manifest, carried: Path | None, words: tokenizer.Words) -> dict[str, Any]:
+def config_of(
+    family: Family, meta: CheckpointMetadata, carried: Path | None, words: tokenizer_files.Words
+) -> dict[str, Any]:
     """config.json: what the shape decides, over what came along."""
-    shape = manifest.model
-    if traits.FAMILIES[family.name].heads_divide_hidden and shape.hidden % shape.heads:
+    shape = meta.model
+    if traits.ARCHITECTURES[family.name].heads_divide_hidden and shape.hidden % shape.heads:
         raise UserError(
-            f"{manifest.model.family} of hidden {shape.hidden} and heads {shape.heads}: transformers loads no "
+            f"{meta.model.family} of hidden {shape.hidden} and heads {shape.heads}: transformers loads no "
             f"{family.name} whose heads do not divide hidden, whatever head_dim says; prune or train one where they do"
         )
     known = read_json(carried / "config.json") if carried and (carried / "config.json").is_file() else {}
@@ -236,7 +240,7 @@ def config_of(family: Family, manifest: Manifest, carried: Path | None, words: t
         "eos_token_id": _ends(known, words),
         "architectures": [family.architecture],
         "model_type": family.name,
-        **family.config(shape, shape.max_positions or manifest.sequence_length),
+        **family.config(shape, shape.max_positions or meta.sequence_length),
     }
 
 
@@ -252,7 +256,7 @@ def _kept(family: Family, shape: ModelShape, known: dict[str, Any]) -> dict[str,
     return {key: value for key, value in known.items() if key not in ("auto_map", "rope_parameters", "dtype")}
 
 
-def _ends(known: dict[str, Any], words: tokenizer.Words) -> int | list[int] | None:
+def _ends(known: dict[str, Any], words: tokenizer_files.Words) -> int | list[int] | None:
     """Every id that ends a text: one number, or a list as in LLaMA 3's files. What a file that came along says stays as
     it is where it says the same.
 
@@ -267,7 +271,7 @@ def _ends(known: dict[str, Any], words: tokenizer.Words) -> int | list[int] | No
     return found if len(found) > 1 else found[0] if found else None
 
 
-def _generation(carried: Path | None, config: dict[str, Any], words: tokenizer.Words) -> dict[str, Any]:
+def _generation(carried: Path | None, config: dict[str, Any], words: tokenizer_files.Words) -> dict[str, Any]:
     if carried and (carried / GENERATION).is_file():
         known = read_json(carried / GENERATION)
         return {**known, "eos_token_id": _ends(known, words)} if words.ends or "eos_token_id" in known else known

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_capgap.config.errors import UserError
+from megatron_capgap.common.errors import UserError
 from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.models import packing
-from megatron_capgap.models.packing import Run
+from megatron_capgap.models.packing import PackedRows
 
-PACKINGS: dict[str, Callable[[ModelShape], list[Run]]] = {
+PACKINGS: dict[str, Callable[[ModelShape], list[PackedRows]]] = {
     "qkv": packing.qkv,
     "qkv_stacked": packing.qkv_stacked,
     "gate_up": packing.gate_up,

@@ -10,21 +10,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_capgap.checkpoint import manifest as manifests
-from megatron_capgap.checkpoint import pieces as storage
-from megatron_capgap.checkpoint.manifest import Manifest
-from megatron_capgap.checkpoint.pieces import Piece
-from megatron_capgap.config.errors import UserError
-from megatron_capgap.conversion import plan
-from megatron_capgap.conversion.output import refuse_existing, refuse_to_lose, replacing
-from megatron_capgap.conversion.plan import Target
+from megatron_capgap.checkpoint import metadata as manifests
+from megatron_capgap.checkpoint import streaming as storage
+from megatron_capgap.checkpoint.metadata import CheckpointMetadata
+from megatron_capgap.checkpoint.streaming import Block
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.conversion import tensor_mapping
+from megatron_capgap.conversion.hf_folder import HfFolder, listed, open_hf_folder, read_json
+from megatron_capgap.conversion.output_folder import refuse_existing, refuse_to_lose, replacing
 from megatron_capgap.conversion.safetensors import Files, Stored, cast
-from megatron_capgap.conversion.source import Source, listed, open_source, read_json
+from megatron_capgap.conversion.tensor_mapping import TensorTarget
 from megatron_capgap.data.template_files import TEMPLATES
 from megatron_capgap.data.tokenizer import open_tokenizer
+from megatron_capgap.devices import Device
+from megatron_capgap.distributed.launcher import run_on_all_ranks, run_on_rank0
 from megatron_capgap.models import packing
-from megatron_capgap.runtime.devices import Device
-from megatron_capgap.runtime.launch import on_first_rank, on_ranks_alike
 
 STAGE = "import"
 CARRIED = "huggingface"
@@ -49,7 +49,7 @@ Progress = Callable[[int, int], None]
 
 def import_folder(
     hf: Path, out: Path, device: Device, *, dtype: torch.dtype | None, force: bool, progress: Progress
-) -> Source:
+) -> HfFolder:
     """Imports a model. Collective; each rank reads and writes its own share of the bytes.
 
     Args:
@@ -66,29 +66,29 @@ def import_folder(
     refuse_existing(out, _imported, force)
     refuse_to_lose(hf, out)
 
-    def look() -> tuple[Source, str]:
+    def look() -> tuple[HfFolder, str]:
         if (hf / GENERATION).is_file():
             read_json(hf / GENERATION)  # it goes along unread, and out again
-        return open_source(hf), open_tokenizer(str(hf)).fingerprint
+        return open_hf_folder(hf), open_tokenizer(str(hf)).fingerprint
 
-    source, fingerprint = on_ranks_alike(look)
-    targets = plan.unfold(source.family, source.shape, device)
+    source, fingerprint = run_on_all_ranks(look)
+    targets = tensor_mapping.unfold(source.family, source.shape, device)
 
     def match() -> tuple[dict[str, Stored], dict[str, torch.dtype]]:
         tensors = _matched(source, targets)
         return tensors, _types(targets, tensors, dtype)
 
-    tensors, types = on_ranks_alike(match)
+    tensors, types = run_on_all_ranks(match)
     of_piece = {
         piece: target
         for target in targets
         for piece in target.pieces(target.entry(source.shape.layers, types[target.key]))
     }
-    mine = storage.share(list(of_piece), dist.get_rank(), dist.get_world_size())
+    mine = storage.blocks_of_rank(list(of_piece), dist.get_rank(), dist.get_world_size())
     produce = _Reading(of_piece, tensors, sum(piece.nbytes for piece in mine), progress)
     with replacing(out, _imported, force=force) as staged:
         checkpoint = staged / "checkpoints" / ".step_0.incomplete"
-        on_first_rank(lambda: checkpoint.mkdir(parents=True))
+        run_on_rank0(lambda: checkpoint.mkdir(parents=True))
         try:
             storage.write(checkpoint, mine, produce)
         finally:
@@ -99,7 +99,7 @@ def import_folder(
             manifests.publish(checkpoint, staged, step=0, keep=1)
             _carry(hf, staged / CARRIED)
 
-        on_first_rank(finish)
+        run_on_rank0(finish)
     return source
 
 
@@ -112,7 +112,7 @@ def _imported(run_dir: Path) -> bool:
         return False
 
 
-def _matched(source: Source, targets: Sequence[Target]) -> dict[str, Stored]:
+def _matched(source: HfFolder, targets: Sequence[TensorTarget]) -> dict[str, Stored]:
     """The tensors of the source that the targets are made of: all of them, each used once.
 
     Raises:
@@ -139,7 +139,7 @@ def _matched(source: Source, targets: Sequence[Target]) -> dict[str, Stored]:
     return tensors
 
 
-def _drop_copy_of_embedding(source: Source, tensors: dict[str, Stored]) -> None:
+def _drop_copy_of_embedding(source: HfFolder, tensors: dict[str, Stored]) -> None:
     """Some files carry the LM head of tied embeddings as well; it must be the embedding."""
     names = {row.megatron: row.hf[0] for row in source.family.rows}
     head = tensors.pop(names["output_layer.weight"], None)
@@ -160,7 +160,9 @@ def _drop_copy_of_embedding(source: Source, tensors: dict[str, Stored]) -> None:
         )
 
 
-def _types(targets: Sequence[Target], tensors: dict[str, Stored], dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+def _types(
+    targets: Sequence[TensorTarget], tensors: dict[str, Stored], dtype: torch.dtype | None
+) -> dict[str, torch.dtype]:
     """Type of each entry of the checkpoint."""
     found: dict[str, torch.dtype] = {}
     for target in targets:
@@ -178,12 +180,12 @@ class _Reading:
     """Makes pieces of the checkpoint out of rows of the source."""
 
     def __init__(
-        self, of_piece: dict[Piece, Target], tensors: dict[str, Stored], total: int, progress: Progress
+        self, of_piece: dict[Block, TensorTarget], tensors: dict[str, Stored], total: int, progress: Progress
     ) -> None:
         self._of_piece, self._tensors, self._files = of_piece, tensors, Files()
         self._total, self._done, self._progress = total, 0, progress
 
-    def __call__(self, piece: Piece) -> Tensor:
+    def __call__(self, piece: Block) -> Tensor:
         target = self._of_piece[piece]
         parts = [self._tensors[name] for name in target.parts]
         rows = torch.empty((piece.count, *target.shape[1:]), dtype=piece.entry.dtype)
@@ -207,8 +209,8 @@ class _Reading:
         self._files.close()
 
 
-def _manifest(source: Source, out: Path, fingerprint: str) -> Manifest:
-    return Manifest(
+def _manifest(source: HfFolder, out: Path, fingerprint: str) -> CheckpointMetadata:
+    return CheckpointMetadata(
         step=0,
         steps=0,
         tokens=0,

@@ -13,18 +13,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_capgap.checkpoint import manifest as manifests
-from megatron_capgap.checkpoint import store
-from megatron_capgap.config.checks import check_flags
-from megatron_capgap.config.errors import UserError, in_one_line, not_installed
+from megatron_capgap.checkpoint import loader
+from megatron_capgap.checkpoint import metadata as manifests
+from megatron_capgap.common.errors import UserError, in_one_line, not_installed
 from megatron_capgap.config.schema import Layout, ModelShape, Precision
+from megatron_capgap.config.validation.checks import check_flags
 from megatron_capgap.conversion.family import Family
-from megatron_capgap.conversion.source import open_source
+from megatron_capgap.conversion.hf_folder import open_hf_folder
+from megatron_capgap.devices import Device
+from megatron_capgap.distributed import parallel_context as layouts
+from megatron_capgap.distributed.launcher import run_on_all_ranks, run_on_rank0
+from megatron_capgap.distributed.parallel_context import ParallelContext
 from megatron_capgap.models import gpt, schedule
-from megatron_capgap.runtime import layout as layouts
-from megatron_capgap.runtime.devices import Device
-from megatron_capgap.runtime.launch import on_first_rank, on_ranks_alike
-from megatron_capgap.runtime.layout import Grid
 
 SEQUENCES = 2
 EMBEDDINGS = -1  # the layer's number of what goes into the first layer
@@ -93,24 +93,24 @@ def compare(hf: Path, checkpoint: str, layout: Layout, device: Device, *, tokens
     """
 
     def look() -> tuple[Family, Path, ModelShape]:
-        source, folder = open_source(hf), manifests.locate(checkpoint)
+        source, folder = open_hf_folder(hf), manifests.locate(checkpoint)
         shape = manifests.read(folder).model
         _check(source.shape, shape, layout)
         return source.family, folder, shape
 
-    family, folder, shape = on_ranks_alike(look)
+    family, folder, shape = run_on_all_ranks(look)
     longest = min(filter(None, (shape.max_positions, shape.attention_window)), default=None)
     tokens = tokens if tokens is not None else min(64, longest or 64)
     if tokens < 1 or tokens > (longest or tokens):
         raise UserError(f"--tokens: {tokens} is not within 1 and the model's longest sequence {longest}")
     ids = torch.randint(shape.vocab, (SEQUENCES, tokens), generator=torch.Generator().manual_seed(seed))
     # One model after the other, so that both need not fit at once.
-    theirs = on_first_rank(lambda: _transformers(hf, family, ids))
-    grid = layouts.build(layout, seed)
-    ours = _megatron(folder, shape, grid, device, ids)
+    theirs = run_on_rank0(lambda: _transformers(hf, family, ids))
+    parallel = layouts.build(layout, seed)
+    ours = _megatron(folder, shape, parallel, device, ids)
     compared = [None] * dist.get_world_size()
     dist.all_gather_object(compared, (_layers_apart(theirs, ours), _logits_apart(theirs, ours)))
-    layouts.release()
+    layouts.destroy()
     layers = {layer: apart for part, _ in compared for layer, apart in part.items()}
     return Comparison(**next(numbers for _, numbers in compared if numbers), layers=layers)
 
@@ -148,17 +148,17 @@ def _transformers(hf: Path, family: Family, ids: Tensor) -> _Trace:
     return trace
 
 
-def _megatron(folder: Path, shape: ModelShape, grid: Grid, device: Device, ids: Tensor) -> _Trace:
+def _megatron(folder: Path, shape: ModelShape, parallel: ParallelContext, device: Device, ids: Tensor) -> _Trace:
     """This rank's part of our model; logits on the last stage alone."""
-    chunks = gpt.build(shape, grid, Precision(), device, sequence_length=ids.shape[1])
-    store.load_weights(folder, chunks, grid)
+    chunks = gpt.build(shape, parallel, Precision(), device, sequence_length=ids.shape[1])
+    loader.load_weights(folder, chunks, parallel)
     model = gpt.unwrap(chunks[0]).eval()
     trace = _Trace({})
 
     def last_stage(hidden: Tensor, batch: Any) -> tuple[Tensor, Tensor, None]:
         shard = hidden @ model.lm_head().t()
-        shards = [torch.empty_like(shard) for _ in range(grid.layout.tensor)]
-        dist.all_gather(shards, shard.contiguous(), group=grid.groups.tp)
+        shards = [torch.empty_like(shard) for _ in range(parallel.layout.tensor)]
+        dist.all_gather(shards, shard.contiguous(), group=parallel.groups.tp)
         trace.logits = torch.cat(shards, dim=-1)[..., : shape.vocab].transpose(0, 1)
         return hidden.new_zeros(()), torch.zeros((), dtype=torch.int), None
 
@@ -167,7 +167,7 @@ def _megatron(folder: Path, shape: ModelShape, grid: Grid, device: Device, ids: 
     layers = list(model.decoder.layers)
     numbers = [layer.layer_number - 1 for layer in layers]
     with torch.no_grad(), _watched(layers, numbers, trace.layers, lambda x: x.transpose(0, 1)):
-        schedule.run(chunks, grid, [batch], last_stage, forward_only=True, shape=(ids.shape[1], SEQUENCES))
+        schedule.run(chunks, parallel, [batch], last_stage, forward_only=True, shape=(ids.shape[1], SEQUENCES))
     return trace
 
 

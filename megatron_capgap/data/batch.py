@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from megatron_capgap.data.order import dealt
+from megatron_capgap.data.sampler import dp_shard
 
 
 @dataclass
@@ -99,7 +99,7 @@ def micro_batches(
         limit: samples from this number on do not exist; their rows are padding that counts for nothing. With
             the length of a held-out set it lets every layout count each of its samples once.
     """
-    for ids in dealt(samples, micro_batch, data_rank, data_size):
+    for ids in dp_shard(samples, micro_batch, data_rank, data_size):
         yield read(sequence, ids, device, limit)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_capgap.config.errors import UserError
+from megatron_capgap.common.errors import UserError
 from megatron_capgap.data.jsonl import Block, content_of, read_blocks
 from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
 

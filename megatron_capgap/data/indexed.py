@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_capgap.config.errors import UserError
+from megatron_capgap.common.errors import UserError
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")

@@ -28,7 +28,7 @@ class Rendering(NamedTuple):
     """What `{% generation %}` marks."""
 
 
-class Source:
+class TemplateSource:
     """One template.
 
     Raises:

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from megatron_capgap.config.errors import UserError
-from megatron_capgap.data.looks import START_BYTES, kind_of_bytes, kind_of_lines
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.data.file_kinds import START_BYTES, kind_of_bytes, kind_of_lines
 
 _BLOCK_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"

@@ -21,11 +21,11 @@ import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.utils import Split
 
-from megatron_capgap.config.errors import UserError, in_one_line
-from megatron_capgap.config.schema import Data
+from megatron_capgap.common.errors import UserError, in_one_line
+from megatron_capgap.config.schema import DataConfig
 from megatron_capgap.data import indexed
 from megatron_capgap.data.batch import MicroBatch, collate
-from megatron_capgap.data.order import Order, training_order, validation_order
+from megatron_capgap.data.sampler import Order, training_order, validation_order
 
 _FACTS = "facts.json"  # in the folder of a dataset's indices: what was found when it was checked
 _VALIDATION_SEED = 0  # held-out samples are the same ones in every run
@@ -75,7 +75,7 @@ class SampleSequence:
         return f"{self._prefixes[place.dataset]} sample {place.sample} (epoch {place.epoch + 1})"
 
 
-def build_indices(data: Data, vocab_size: int, seed: int, cache_dir: Path) -> None:
+def build_indices(data: DataConfig, vocab_size: int, seed: int, cache_dir: Path) -> None:
     """Check every dataset of `data` and build the sample indices that `open_training` and `open_validation`
     read.
 
@@ -110,7 +110,7 @@ def build_indices(data: Data, vocab_size: int, seed: int, cache_dir: Path) -> No
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def open_training(data: Data, seed: int, cache_dir: Path) -> SampleSequence:
+def open_training(data: DataConfig, seed: int, cache_dir: Path) -> SampleSequence:
     """The endless shuffled blend of data.train; sample k depends on the seed, k, the datasets and their
     weights alone.
 
@@ -122,7 +122,7 @@ def open_training(data: Data, seed: int, cache_dir: Path) -> SampleSequence:
     return SampleSequence(data.train, datasets, order, data.sequence_length)
 
 
-def open_validation(data: Data, cache_dir: Path) -> SampleSequence:
+def open_validation(data: DataConfig, cache_dir: Path) -> SampleSequence:
     """Every sample of data.valid once: dataset after dataset, each in Megatron's shuffle with a fixed seed.
 
     The first samples are therefore a fair portion of their dataset.

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from megatron_capgap.config.errors import UserError
-from megatron_capgap.data.chat import Template
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.data.chat_template import Template
+from megatron_capgap.data.conversation_files import other_form, read_turns
 from megatron_capgap.data.jsonl import find, rows
 from megatron_capgap.data.messages import Conversation
 from megatron_capgap.data.tokenizer import Tokenizer
-from megatron_capgap.data.turns import other_form, read_turns
 
 Prompt = str | Conversation
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_capgap.config.errors import UserError, in_one_line
+from megatron_capgap.common.errors import UserError, in_one_line
 from megatron_capgap.data import tokenizer_folder
 
 TEMPLATES = "additional_chat_templates"

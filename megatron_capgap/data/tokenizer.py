@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from megatron_capgap.config.errors import UserError
-from megatron_capgap.data import sentencepiece_file, tokenizer_folder
-from megatron_capgap.data.sentencepiece_file import CONTROL, REMEDY, USER_DEFINED
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.data import sentencepiece_proto, tokenizer_folder
+from megatron_capgap.data.sentencepiece_proto import CONTROL, REMEDY, USER_DEFINED
 from megatron_capgap.data.tokenizer_steps import SPACE
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model; control tokens that stand in a text are read as text."""
 
     def __init__(self, path: Path) -> None:
-        self._processor = sentencepiece_file.load(path)
+        self._processor = sentencepiece_proto.load(path)
         self.vocab_size = self._processor.get_piece_size()
         self.bos = _id_or_none(self._processor.bos_id())
         self.eos = _id_or_none(self._processor.eos_id())
@@ -143,7 +143,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @functools.cached_property
     def whole(self) -> frozenset[int]:  # type: ignore[override]
-        pieces = sentencepiece_file.read(self._path).pieces
+        pieces = sentencepiece_proto.read(self._path).pieces
         return frozenset(number for number, piece in enumerate(pieces) if piece.kind in (CONTROL, USER_DEFINED))
 
     @functools.cached_property

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_capgap.config.errors import UserError, in_one_line
-from megatron_capgap.data import sentencepiece_file
-from megatron_capgap.data.sentencepiece_file import CONTROL, USER_DEFINED
+from megatron_capgap.common.errors import UserError, in_one_line
+from megatron_capgap.data import sentencepiece_proto
+from megatron_capgap.data.sentencepiece_proto import CONTROL, USER_DEFINED
 from megatron_capgap.data.tokenizer_classes import class_of
 from megatron_capgap.data.tokenizer_steps import SPECIAL, of_class, of_sentencepiece
 
@@ -134,7 +134,7 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
             built, listed, padding = _from_json(file, settings, made_by)
             settings = {**padding, **settings}
         else:
-            model = sentencepiece_file.read(file)
+            model = sentencepiece_proto.read(file)
             built, listed = of_sentencepiece(model, file, settings, made_by), []
             user_defined = frozenset(i for i, piece in enumerate(model.pieces) if piece.kind == USER_DEFINED)
             defaults = {key: model.pieces[number].text for key, number in model.special.items()}

@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_capgap.config.errors import UserError
-from megatron_capgap.data import sentencepiece_file
-from megatron_capgap.data.sentencepiece_file import NORMAL, USER_DEFINED
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.data import sentencepiece_proto
+from megatron_capgap.data.sentencepiece_proto import NORMAL, USER_DEFINED
 
 if TYPE_CHECKING:
     import tokenizers
@@ -121,7 +121,7 @@ def _byte_level(
 
 
 def of_sentencepiece(
-    model: sentencepiece_file.Model, file: Path, settings: Mapping[str, Any], name: str | None
+    model: sentencepiece_proto.Model, file: Path, settings: Mapping[str, Any], name: str | None
 ) -> tokenizers.Tokenizer:
     """A SentencePiece model with the steps of the tokenizers library around it, or those of the class `name`."""
     import tokenizers
@@ -179,7 +179,7 @@ def of_sentencepiece(
     return built
 
 
-def _renamed(model: sentencepiece_file.Model, settings: Mapping[str, Any]) -> list[str]:
+def _renamed(model: sentencepiece_proto.Model, settings: Mapping[str, Any]) -> list[str]:
     """The pieces by id, some of which tokenizer_config.json may write otherwise."""
     listed = {
         int(key): token["content"] if isinstance(token, dict) else token
@@ -190,7 +190,7 @@ def _renamed(model: sentencepiece_file.Model, settings: Mapping[str, Any]) -> li
     return [listed[i] if i in listed and listed[i] not in kept else text for i, text in enumerate(pieces)]
 
 
-def _merges(model: sentencepiece_file.Model, pieces: list[str]) -> list[tuple[str, str]]:
+def _merges(model: sentencepiece_proto.Model, pieces: list[str]) -> list[tuple[str, str]]:
     """The merges that make the pieces, first to last: SentencePiece merges towards the piece of the best score.
 
     A piece can come from several pairs; each is listed, for whichever stands in a text is merged.

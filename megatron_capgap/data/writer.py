@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_capgap.config.errors import UserError
+from megatron_capgap.common.errors import UserError
 from megatron_capgap.data.indexed import inspect
 
 with warnings.catch_warnings():

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 
-class InHostMemory:
+class HostOffload:
     """Keeps weights in host memory, and copies them to the device within a `with` block.
 
     They are frozen, so that nothing comes back: the device's copies are dropped. Where the device is the host, they

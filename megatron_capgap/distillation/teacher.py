@@ -13,11 +13,11 @@ from torch import Tensor
 
 from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.data.batch import MicroBatch, Samples, read
-from megatron_capgap.distillation.handoff import States, split
-from megatron_capgap.distillation.plan import FINAL
+from megatron_capgap.distillation.transfer import States, split_by_sample
+from megatron_capgap.distillation.transfer_plan import FINAL_HIDDEN
+from megatron_capgap.distributed.parallel_context import ParallelContext
 from megatron_capgap.models import schedule
 from megatron_capgap.models.gpt import unwrap
-from megatron_capgap.runtime.layout import Grid
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Teacher:
 
     chunks: Sequence[torch.nn.Module]
     """This rank's part, in eval mode, without gradients."""
-    grid: Grid
+    parallel: ParallelContext
     """Its layout."""
     shape: ModelShape
     """The model in numbers."""
@@ -43,7 +43,7 @@ class Teacher:
         starts = range(0, len(ids), self.micro_batch)
         return [read(sequence, ids[start : start + self.micro_batch], device) for start in starts]
 
-    def hidden_states(self, batches: Sequence[MicroBatch], layers: Collection[int] = ()) -> States:
+    def forward(self, batches: Sequence[MicroBatch], layers: Collection[int] = ()) -> States:
         """Runs the teacher over this data-parallel rank's part of a global batch. Collective over the teacher's ranks.
 
         Args:
@@ -56,27 +56,31 @@ class Teacher:
         """
         found: States = {}
         hooks = [
-            layer.register_forward_hook(partial(_keep, found.setdefault(layer.layer_number, {}), iter(batches)))
+            layer.register_forward_hook(
+                partial(_collect_hidden, found.setdefault(layer.layer_number, {}), iter(batches))
+            )
             for chunk in self.chunks
             for layer in unwrap(chunk).decoder.layers
             if layer.layer_number in layers
         ]
 
         def last_stage(hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, None]:
-            found.setdefault(FINAL, {}).update(split(hidden, batch.sample_ids))
+            found.setdefault(FINAL_HIDDEN, {}).update(split_by_sample(hidden, batch.sample_ids))
             return hidden.new_zeros(()), torch.zeros((), dtype=torch.int), None
 
-        with torch.no_grad(), self.grid.active(), self.weights:
+        with torch.no_grad(), self.parallel.active(), self.weights:
             shape = (batches[0].tokens.shape[1], self.micro_batch)
-            schedule.run(self.chunks, self.grid, batches, last_stage, forward_only=True, shape=shape)
+            schedule.run(self.chunks, self.parallel, batches, last_stage, forward_only=True, shape=shape)
         for hook in hooks:
             hook.remove()
         return found
 
 
-def _keep(states: dict[int, Tensor], batches: Any, layer: torch.nn.Module, _: Any, output: tuple[Tensor, Any]) -> None:
+def _collect_hidden(
+    states: dict[int, Tensor], batches: Any, layer: torch.nn.Module, _: Any, output: tuple[Tensor, Any]
+) -> None:
     """A layer's forward hook. Every schedule takes the micro-batches in their order: an iterator tells which it is."""
-    states.update(split(output[0], next(batches).sample_ids))
+    states.update(split_by_sample(output[0], next(batches).sample_ids))
 
 
 def freeze(chunks: Sequence[torch.nn.Module]) -> None:

@@ -20,9 +20,9 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from megatron_capgap.config.errors import UserError, in_one_line
-from megatron_capgap.evaluation.ranks import Decoding, Ranks
-from megatron_capgap.evaluation.scoring import Row
+from megatron_capgap.common.errors import UserError, in_one_line
+from megatron_capgap.evaluation.dispatcher import GenerationRequest, Rank0Dispatcher
+from megatron_capgap.evaluation.scoring import ScoringRow
 
 _MAY_RUN_CODE = "HF_ALLOW_CODE_EVAL"
 """The variable that the library `evaluate` asks; HumanEval asks it while it is loaded."""
@@ -38,7 +38,7 @@ class MegatronLM(TemplateLM):
         truncate: cut contexts that are too long on the left, as `hf` does, instead of refusing them.
     """
 
-    def __init__(self, ranks: Ranks, *, bos: bool, truncate: bool) -> None:
+    def __init__(self, ranks: Rank0Dispatcher, *, bos: bool, truncate: bool) -> None:
         super().__init__()
         self._ranks, self._bos, self._truncate = ranks, bos, truncate
         self._words, self._longest = ranks.tokenizer, ranks.scorer.longest
@@ -93,13 +93,13 @@ class MegatronLM(TemplateLM):
             context_len=1,
         )
 
-    def _row(self, context: list[int], continuation: list[int]) -> Row:
+    def _row(self, context: list[int], continuation: list[int]) -> ScoringRow:
         tokens = [*context, *continuation]
         if len(continuation) > self._longest:
             raise UserError(
                 f"a continuation of {len(continuation)} tokens exceeds the model's {self._longest}; drop it"
             )
-        return Row(tuple(self._fitted(tokens, self._longest + 1)), len(continuation))
+        return ScoringRow(tuple(self._fitted(tokens, self._longest + 1)), len(continuation))
 
     def _prompt(self, text: str, most: int) -> list[int]:
         room = self._longest - most
@@ -207,14 +207,14 @@ def _find(manager: TaskManager, name: str) -> list[str]:
     raise UserError(f"--tasks: {name}: no such task; `lm-eval ls tasks` lists them, or give a task's YAML file")
 
 
-def _decoding(asked: dict[str, Any]) -> Decoding:
+def _decoding(asked: dict[str, Any]) -> GenerationRequest:
     """A task's generation_kwargs."""
     options = normalize_gen_kwargs(asked)
     until = options.get("until") or []
     until = [until] if isinstance(until, str) else until
     names = ("temperature", "top_k", "top_p") if options.get("do_sample") else ()
     sampling = {name: options[name] for name in names if name in options}
-    return Decoding(options["max_gen_toks"], tuple(filter(None, until)), tuple(sampling.items()))
+    return GenerationRequest(options["max_gen_toks"], tuple(filter(None, until)), tuple(sampling.items()))
 
 
 def _before(text: str, ends: Sequence[str]) -> str:

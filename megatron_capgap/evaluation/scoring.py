@@ -13,17 +13,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_capgap.data.batch import MicroBatch, collate
-from megatron_capgap.losses import token_scores
+from megatron_capgap.distributed.parallel_context import ParallelContext
+from megatron_capgap.losses import token_logprobs
 from megatron_capgap.models import schedule
 from megatron_capgap.models.gpt import unwrap
-from megatron_capgap.runtime.layout import Grid
 
 BUCKET = 64
 """Rows are padded to a multiple of it, so that those of nearly one length run through the pipeline together."""
 
 
 @dataclass(frozen=True)
-class Row:
+class ScoringRow:
     """A text of which the end is scored."""
 
     tokens: tuple[int, ...]
@@ -55,13 +55,13 @@ class Scorer:
     """
 
     chunks: Sequence[torch.nn.Module]
-    grid: Grid
+    parallel: ParallelContext
     vocab_size: int
     micro_batch: int
     longest: int
     device: torch.device
 
-    def __call__(self, rows: Sequence[Row]) -> list[Score]:
+    def __call__(self, rows: Sequence[ScoringRow]) -> list[Score]:
         """Scores rows, in their order; the same on every rank. Collective: all ranks give the same rows."""
         assert all(row.scored < len(row.tokens) <= self.longest + 1 for row in rows)
         mine: dict[int, Score] = {}
@@ -69,11 +69,11 @@ class Scorer:
             for length, batches in groupby(self._batches(rows), key=lambda batch: batch.tokens.shape[1]):
                 self._run(list(batches), length, mine)
         found: list[dict[int, Score]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(found, mine if self.grid.tensor_rank == 0 else {})
+        dist.all_gather_object(found, mine if self.parallel.tp_rank == 0 else {})
         scores = {number: score for part in found for number, score in part.items()}
         return [scores[number] for number in range(len(rows))]
 
-    def _batches(self, rows: Sequence[Row]) -> list[MicroBatch]:
+    def _batches(self, rows: Sequence[ScoringRow]) -> list[MicroBatch]:
         """This data-parallel rank's micro-batches, longest first, so that what does not fit memory fails at once."""
         order = sorted(range(len(rows)), key=lambda number: -len(rows[number].tokens))
         batches = []
@@ -81,12 +81,12 @@ class Scorer:
             numbers = list(group)
             for first in range(0, len(numbers), self.micro_batch):
                 batches.append(self._collate(rows, numbers[first : first + self.micro_batch], length))
-        return batches[self.grid.data_rank :: self.grid.data_size]
+        return batches[self.parallel.dp_rank :: self.parallel.dp_size]
 
     def _padded(self, length: int) -> int:
         return min(-(-max(length, 1) // BUCKET) * BUCKET, self.longest)
 
-    def _collate(self, rows: Sequence[Row], numbers: list[int], length: int) -> MicroBatch:
+    def _collate(self, rows: Sequence[ScoringRow], numbers: list[int], length: int) -> MicroBatch:
         """A micro-batch of rows [micro_batch, length], padded behind, where causal attention does not look."""
         padded = np.zeros((self.micro_batch, length + 1), dtype=np.int64)
         mask = torch.zeros(self.micro_batch, length)
@@ -103,17 +103,19 @@ class Scorer:
 
         def last_stage(hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, None]:
             labels, mask = batch.flat()
-            log_probs, greedy = token_scores(
+            log_probs, greedy = token_logprobs(
                 hidden.flatten(0, 1),
                 unwrap(self.chunks[-1]).lm_head(),
                 labels,
                 vocab_size=self.vocab_size,
-                group=self.grid.groups.tp,
-                sequence_parallel=self.grid.layout.sequence,
+                group=self.parallel.groups.tp,
+                sequence_parallel=self.parallel.layout.sequence,
             )
             sums = (log_probs.double() * mask).view(length, -1).sum(0).tolist()
             same = (greedy | (mask == 0)).view(length, -1).all(0).tolist()
             into.update(zip(batch.sample_ids, map(Score, sums, same), strict=False))  # rows of padding have no number
             return hidden.new_zeros(()), torch.zeros((), dtype=torch.int, device=hidden.device), None
 
-        schedule.run(self.chunks, self.grid, batches, last_stage, forward_only=True, shape=(length, self.micro_batch))
+        schedule.run(
+            self.chunks, self.parallel, batches, last_stage, forward_only=True, shape=(length, self.micro_batch)
+        )

@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_capgap.config.errors import UserError
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.distributed.parallel_context import ParallelContext
 from megatron_capgap.generation.sampling import GREEDY, Sampling, choose
-from megatron_capgap.models.cached import CachedForward, whole_sequences
 from megatron_capgap.models.gpt import unwrap
-from megatron_capgap.runtime.layout import Grid
+from megatron_capgap.models.kv_cache import CachedForward, whole_sequences
 
 _FAILED = -1  # in place of an id, where the logits are not finite
 _FILLER = 0  # what a finished row reads
@@ -21,7 +21,7 @@ _FILLER = 0  # what a finished row reads
 
 def generate(
     chunks: Sequence[torch.nn.Module],
-    grid: Grid,
+    parallel: ParallelContext,
     prompts: Sequence[Sequence[int]],
     *,
     vocab_size: int,
@@ -38,7 +38,7 @@ def generate(
 
     Args:
         chunks: this rank's model chunks, with weights.
-        grid: their layout.
+        parallel: their layout.
         prompts: token ids, of any lengths.
         vocab_size: columns of the LM head beyond it are padding.
         max_new_tokens: most new tokens of a prompt.
@@ -55,17 +55,17 @@ def generate(
         UserError: a prompt is empty, holds an id outside the vocabulary, or leaves no room for the new tokens in the
             sequence that the model was built for; the layout or type cannot generate; logits are not finite.
     """
-    _check(chunks, grid, prompts, vocab_size, max_new_tokens)
+    _check(chunks, parallel, prompts, vocab_size, max_new_tokens)
     in_order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-    mine = in_order[grid.data_rank :: grid.data_size]
+    mine = in_order[parallel.dp_rank :: parallel.dp_size]
     found: dict[int, list[int] | None] = {}
     with _inference(chunks):
         for start in range(0, len(mine), batch):
             rows = [_Row(number, prompts[number]) for number in mine[start : start + batch]]
-            _decode(chunks, grid, rows, vocab_size, max_new_tokens, ends, sampling, stop)
+            _decode(chunks, parallel, rows, vocab_size, max_new_tokens, ends, sampling, stop)
             found |= {row.number: row.new for row in rows}
-    parts: list[dict[int, list[int] | None]] = [{} for _ in range(grid.data_size)]
-    dist.all_gather_object(parts, found, group=grid.groups.dp)
+    parts: list[dict[int, list[int] | None]] = [{} for _ in range(parallel.dp_size)]
+    dist.all_gather_object(parts, found, group=parallel.groups.dp)
     everything = {number: new for part in parts for number, new in part.items()}
     if failed := sorted(number for number, new in everything.items() if new is None):
         raise UserError(f"prompt {failed[0]}: the model's logits are not finite; look at the checkpoint's weights")
@@ -95,7 +95,7 @@ class _Row:
 
 def _decode(
     chunks: Sequence[torch.nn.Module],
-    grid: Grid,
+    parallel: ParallelContext,
     rows: list[_Row],
     vocab_size: int,
     most: int,
@@ -106,13 +106,13 @@ def _decode(
     """Fills the rows' new ids. Up to the shortest prompt in one pass; from there on longer prompts give their next
     token where a shorter one's has been chosen."""
     device = next(chunks[0].parameters()).device
-    forward = CachedForward(chunks, grid, len(rows), max(len(row.tokens) for row in rows) + most)
+    forward = CachedForward(chunks, parallel, len(rows), max(len(row.tokens) for row in rows) + most)
     read = 0
     while not all(row.done for row in rows):
         known = min(len(row.tokens) for row in rows)
         logits = forward.step(torch.tensor([row.tokens[read:known] for row in rows], device=device))
         read = known
-        chosen = _agree(logits, grid, rows, vocab_size, sampling, device)
+        chosen = _agree(logits, parallel, rows, vocab_size, sampling, device)
         for row, token in zip(rows, chosen, strict=True):
             if len(row.tokens) > read:
                 continue  # still within its prompt
@@ -123,7 +123,12 @@ def _decode(
 
 
 def _agree(
-    logits: Tensor | None, grid: Grid, rows: list[_Row], vocab_size: int, sampling: Sampling, device: torch.device
+    logits: Tensor | None,
+    parallel: ParallelContext,
+    rows: list[_Row],
+    vocab_size: int,
+    sampling: Sampling,
+    device: torch.device,
 ) -> list[int]:
     """The ids that the last stage chooses, on every stage. One broadcast over the pipeline-parallel ranks."""
     ids = torch.empty(len(rows), dtype=torch.int64, device=device)
@@ -131,9 +136,9 @@ def _agree(
         draws = [(row.number, len(row.new or ())) for row in rows]
         chosen = choose(logits[:, :vocab_size], sampling, draws)
         ids.copy_(torch.tensor([_FAILED if token is None else token for token in chosen]))
-    if grid.layout.pipeline > 1:
-        last = dist.get_global_rank(grid.groups.pp, grid.layout.pipeline - 1)
-        dist.broadcast(ids, last, group=grid.groups.pp)
+    if parallel.layout.pipeline > 1:
+        last = dist.get_global_rank(parallel.groups.pp, parallel.layout.pipeline - 1)
+        dist.broadcast(ids, last, group=parallel.groups.pp)
     return ids.tolist()
 
 
@@ -152,11 +157,15 @@ def _inference(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
 
 
 def _check(
-    chunks: Sequence[torch.nn.Module], grid: Grid, prompts: Sequence[Sequence[int]], vocab_size: int, most: int
+    chunks: Sequence[torch.nn.Module],
+    parallel: ParallelContext,
+    prompts: Sequence[Sequence[int]],
+    vocab_size: int,
+    most: int,
 ) -> None:
     model = unwrap(chunks[0])
-    if grid.layout.context > 1:
-        raise UserError(f"layout.context: {grid.layout.context}; generation keeps whole sequences, use 1")
+    if parallel.layout.context > 1:
+        raise UserError(f"layout.context: {parallel.layout.context}; generation keeps whole sequences, use 1")
     if model.config.fp8:
         raise UserError(f"precision.fp8: {model.config.fp8}; generation runs in bf16 or fp32, leave it out")
     if most < 1:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_capgap.config.errors import UserError
+from megatron_capgap.common.errors import UserError
 
 
 @dataclass(frozen=True)

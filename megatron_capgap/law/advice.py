@@ -9,9 +9,9 @@ import numpy as np
 
 from megatron_capgap.law import cost
 from megatron_capgap.law.cells import SAME_SIZE
-from megatron_capgap.law.process import Process
+from megatron_capgap.law.formatting import short
+from megatron_capgap.law.gaussian_process import Process
 from megatron_capgap.law.verdict import DRAWS, minima, quantiles, span
-from megatron_capgap.law.words import short
 
 FAR = 1.25
 """A student beyond those of the data by more than this factor is warned of."""

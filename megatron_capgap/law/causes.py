@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_capgap.law.cells import Array, cells
-from megatron_capgap.law.process import Process
+from megatron_capgap.law.gaussian_process import Process
 from megatron_capgap.law.records import Record
 from megatron_capgap.law.verdict import DRAWS, levelled, quantiles, span
 

@@ -13,7 +13,7 @@ import numpy as np
 from scipy import optimize
 
 from megatron_capgap.law.cells import Array, Cells, Mask
-from megatron_capgap.law.process import Process
+from megatron_capgap.law.gaussian_process import Process
 
 MILLION = 1e6
 Model = Callable[[Cells, Array, Cells, Array], Array]

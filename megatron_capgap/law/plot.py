@@ -15,9 +15,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from megatron_capgap.law import cost, fit
 from megatron_capgap.law.advice import Advice
-from megatron_capgap.law.study import Study
+from megatron_capgap.law.analysis import Analysis
+from megatron_capgap.law.formatting import short
 from megatron_capgap.law.verdict import INTERIOR, LEVEL, NOT_DETECTED, SATURATING, SMALLEST
-from megatron_capgap.law.words import short
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -31,7 +31,7 @@ VERDICTS = {
 DPI = 200
 
 
-def curse(study: Study, path: Path) -> None:
+def curse(study: Analysis, path: Path) -> None:
     """Loss against teacher size: each run as measured and without its teacher's luck, the posterior's median and
     interval for each student."""
     figure, axes = _figure()
@@ -57,7 +57,7 @@ def curse(study: Study, path: Path) -> None:
     _save(figure, path)
 
 
-def optimum(study: Study, path: Path) -> None:
+def optimum(study: Analysis, path: Path) -> None:
     """Probability of each ratio T / S to be the best, for each student."""
     figure, axes = _figure()
     for number, found in enumerate(study.findings):
@@ -76,7 +76,7 @@ def optimum(study: Study, path: Path) -> None:
     _save(figure, path)
 
 
-def law(study: Study, path: Path, advice: Advice | None = None) -> None:
+def law(study: Analysis, path: Path, advice: Advice | None = None) -> None:
     """Best teacher against student: posterior medians with intervals, the teachers looked at, the paper's slope."""
     figure, axes = _figure()
     sizes = [found.student for found in study.findings]
@@ -105,7 +105,7 @@ def law(study: Study, path: Path, advice: Advice | None = None) -> None:
     _save(figure, path)
 
 
-def causes(study: Study, path: Path) -> None:
+def causes(study: Analysis, path: Path) -> None:
     """What the start costs and what the teaching gives, against teacher size: a panel each."""
     figure = Figure(figsize=(6.4, 6.8), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
@@ -131,7 +131,7 @@ def causes(study: Study, path: Path) -> None:
     _save(figure, path)
 
 
-def compute(study: Study, path: Path) -> None:
+def compute(study: Analysis, path: Path) -> None:
     """Loss against the compute of the run: a colour a student, larger marks for larger teachers, the frontier."""
     figure, axes = _figure()
     cells, runs = study.process.cells, []

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from megatron_capgap.law import cost, curves, fit, verdict
 from megatron_capgap.law.advice import Advice, Candidate
+from megatron_capgap.law.analysis import Analysis
 from megatron_capgap.law.compare import Score
-from megatron_capgap.law.reading import Reading
+from megatron_capgap.law.formatting import formula, short
+from megatron_capgap.law.paper_reading import Reading
 from megatron_capgap.law.records import conditions
-from megatron_capgap.law.study import Study
 from megatron_capgap.law.verdict import FLAT, INTERIOR, SATURATING, SMALLEST
-from megatron_capgap.law.words import formula, short
 
 SHOWN_CANDIDATES = 8
 SCALES = {
@@ -24,7 +24,7 @@ SCALES = {
 
 
 def write(
-    study: Study,
+    study: Analysis,
     advice: Advice | None = None,
     scores: Sequence[Score] = (),
     mfu: float = cost.MFU,
@@ -55,7 +55,7 @@ def write(
     return "\n\n".join(parts) + "\n"
 
 
-def headline(study: Study) -> str:
+def headline(study: Analysis) -> str:
     """One line: law or no law, and why."""
     counts = {name: sum(each.verdict == name for each in study.findings) for name in (INTERIOR, SMALLEST, SATURATING)}
     seen = {
@@ -68,7 +68,7 @@ def headline(study: Study) -> str:
     return f"{'law' if study.law else 'no law identified'}: {text}"
 
 
-def _summary(study: Study) -> str:
+def _summary(study: Analysis) -> str:
     said = headline(study)
     word, _, rest = said.partition(": ")
     return (
@@ -77,7 +77,7 @@ def _summary(study: Study) -> str:
     )
 
 
-def _students(study: Study) -> str:
+def _students(study: Analysis) -> str:
     lines = [
         "## Students",
         "",
@@ -105,7 +105,7 @@ def _students(study: Study) -> str:
     return "\n".join(lines)
 
 
-def _scales(study: Study) -> str:
+def _scales(study: Analysis) -> str:
     scales = study.process.scales()
     lines = [
         "## Where the differences come from",
@@ -126,7 +126,7 @@ def _scales(study: Study) -> str:
     return "\n".join(lines)
 
 
-def _causes(study: Study) -> str:
+def _causes(study: Analysis) -> str:
     lines = [
         "## What the start costs and what the teaching gives",
         "",
@@ -172,7 +172,7 @@ def _scores(scores: Sequence[Score]) -> str:
     return "\n".join(lines)
 
 
-def _teachers(study: Study) -> str:
+def _teachers(study: Analysis) -> str:
     lines = ["## Teachers", "", "| teacher | training | trained on | its own held-out loss |", "|---|---|---|---|"]
     for each in study.trainings:
         tokens = f"{each.tokens:,} tokens" if each.tokens else "-"
@@ -250,7 +250,7 @@ def _candidate(advice: Advice, each: Candidate, mfu: float, peak: float) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _conditions(study: Study) -> str:
+def _conditions(study: Analysis) -> str:
     told = [f"{name} {value}" for name, value in conditions(study.records).items() if value is not None]
     seeds = sorted({record.seed for record in study.records})
     return (

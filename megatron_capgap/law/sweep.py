@@ -55,7 +55,7 @@ _LABELS_ALONE = {"objective": {"divergence_weight": 0.0, "cross_entropy_weight":
 
 
 @dataclass(frozen=True)
-class Cell:
+class SweepRun:
     """One run of the sweep."""
 
     name: str
@@ -70,13 +70,13 @@ class Sweep:
     """All runs, each behind those that it needs."""
 
     out: str
-    cells: tuple[Cell, ...]
+    cells: tuple[SweepRun, ...]
     ranks: int
     """Processes of one run on this machine."""
     slurm: tuple[str, ...]
     """Options for sbatch."""
 
-    def phases(self) -> list[list[Cell]]:
+    def phases(self) -> list[list[SweepRun]]:
         """The runs that need none, those that need only these, and so on."""
         depth: dict[str, int] = {}
         for cell in self.cells:
@@ -95,7 +95,7 @@ def expand(grid: Any) -> Sweep:
     """
     _check(grid)
     grid, trainings = _trained_apart(grid)
-    cells: dict[str, Cell] = {}
+    cells: dict[str, SweepRun] = {}
     for name, teacher in grid["teachers"].items():
         if teacher.get("checkpoint") is None:
             made = _cell(grid, f"teacher-{name}", "adapt", "teach", teacher, student={"model": teacher["model"]})
@@ -115,7 +115,7 @@ def expand(grid: Any) -> Sweep:
 
 def _row(
     grid: Mapping[str, Any], number: int, row: Mapping[str, Any], start: Start, trainings: Mapping[str, list[str]]
-) -> Iterator[Cell]:
+) -> Iterator[SweepRun]:
     """The runs of one row, with those that make its starts."""
     labels = row.get("labels", True)
     if not isinstance(labels, bool):
@@ -154,12 +154,12 @@ def _trained_apart(grid: dict[str, Any]) -> tuple[dict[str, Any], dict[str, list
     return {**grid, "teachers": teachers}, names
 
 
-def _in_order(out: str, cells: Mapping[str, Cell]) -> tuple[Cell, ...]:
+def _in_order(out: str, cells: Mapping[str, SweepRun]) -> tuple[SweepRun, ...]:
     """The runs, each behind those that it needs: those that it names, and those whose folder it reads."""
     folders = {cell.config["run_dir"]: cell.name for cell in cells.values()}
-    placed: dict[str, Cell] = {}
+    placed: dict[str, SweepRun] = {}
 
-    def place(cell: Cell, behind: tuple[str, ...]) -> None:
+    def place(cell: SweepRun, behind: tuple[str, ...]) -> None:
         if cell.name in behind:
             raise LawError(f"{' needs '.join((*behind, cell.name))}: a run cannot need itself")
         read = [(cell.config.get(role) or {}).get("checkpoint") or "" for role in ("student", "teacher")]
@@ -181,53 +181,53 @@ def run_dir(out: str, name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Begun:
+class StudentStart:
     """Where a student begins."""
 
     section: dict[str, Any]
     """The run's `student`."""
     source: str | None = None
     """The teacher that it was pruned out of; None where every teacher has the same start."""
-    made: tuple[Cell, ...] = ()
+    made: tuple[SweepRun, ...] = ()
     """The runs that make it."""
     after: tuple[str, ...] = ()
     """Names of the runs that it needs."""
 
 
-def _random(grid: Mapping[str, Any], student: str, teacher: str, trainings: Mapping[str, list[str]]) -> Begun:
+def _random(grid: Mapping[str, Any], student: str, teacher: str, trainings: Mapping[str, list[str]]) -> StudentStart:
     """Random weights, by the seed alone: the same under every teacher."""
-    return Begun({"model": grid["students"][student]["model"]})
+    return StudentStart({"model": grid["students"][student]["model"]})
 
 
-def _fixed(grid: Mapping[str, Any], student: str, teacher: str, trainings: Mapping[str, list[str]]) -> Begun:
+def _fixed(grid: Mapping[str, Any], student: str, teacher: str, trainings: Mapping[str, list[str]]) -> StudentStart:
     """One checkpoint for all teachers: the student's own, or a short training without a teacher."""
     entry = grid["students"][student]
     if entry.get("checkpoint") is not None:
-        return Begun({"checkpoint": entry["checkpoint"]})
+        return StudentStart({"checkpoint": entry["checkpoint"]})
     start = _cell(grid, f"start-{student}", "adapt", "start", entry, student={"model": entry["model"]})
-    return Begun({"checkpoint": start.config["run_dir"]}, None, (start,), (start.name,))
+    return StudentStart({"checkpoint": start.config["run_dir"]}, None, (start,), (start.name,))
 
 
-def _pruned(grid: Mapping[str, Any], student: str, teacher: str, trainings: Mapping[str, list[str]]) -> Begun:
+def _pruned(grid: Mapping[str, Any], student: str, teacher: str, trainings: Mapping[str, list[str]]) -> StudentStart:
     """Pruned out of each teacher anew, as in the paper."""
     shape = grid["students"][student]["model"]
     target = {name: shape[name] for name in ("layers", "hidden", "heads", "kv_heads", "ffn") if name in shape}
     checkpoint, after = _teacher(grid, teacher)
     own = {"teacher": {"checkpoint": checkpoint}, "prune": target}
     pruned = _cell(grid, f"prune-{student}-{teacher}", "prune", "prune", {}, after=after, **own)
-    return Begun({"checkpoint": pruned.config["run_dir"]}, teacher, (pruned,), (pruned.name,))
+    return StudentStart({"checkpoint": pruned.config["run_dir"]}, teacher, (pruned,), (pruned.name,))
 
 
 def _pruned_other(
     grid: Mapping[str, Any], student: str, teacher: str, trainings: Mapping[str, list[str]]
-) -> Begun | None:
+) -> StudentStart | None:
     """Pruned out of the next training of the same teacher; None where there is only one."""
     same = next(names for names in trainings.values() if teacher in names)
     other = same[(same.index(teacher) + 1) % len(same)]
     return _pruned(grid, student, other, trainings) if other != teacher else None
 
 
-Start = Callable[[Mapping[str, Any], str, str, Mapping[str, list[str]]], Begun | None]
+Start = Callable[[Mapping[str, Any], str, str, Mapping[str, list[str]]], StudentStart | None]
 STARTS: dict[str, Start] = {
     "random": _random,
     "fixed": _fixed,
@@ -238,8 +238,8 @@ STARTS: dict[str, Start] = {
 
 
 def _student(
-    grid: Mapping[str, Any], name: str, student: str, teacher: str, seed: int, begun: Begun, **own: Any
-) -> Cell:
+    grid: Mapping[str, Any], name: str, student: str, teacher: str, seed: int, begun: StudentStart, **own: Any
+) -> SweepRun:
     """One training of a student, taught by a teacher unless `own` says otherwise."""
     checkpoint, trained = _teacher(grid, teacher)
     taught = {"teacher": {"checkpoint": checkpoint}, "seed": seed, "student": begun.section, **own}
@@ -262,13 +262,13 @@ def _cell(
     entry: Mapping[str, Any],
     after: tuple[str, ...] = (),
     **own: Any,
-) -> Cell:
+) -> SweepRun:
     """A run from the common keys, those of its kind, those that its model brings, and its own; the later ones win."""
     config: dict[str, Any] = {"run_dir": run_dir(grid["out"], name)}
     brought = {key: value for key, value in entry.items() if key not in ("model", "checkpoint")}
     for keys in (grid["common"], grid.get(kind, {}), brought, own):
         config = _merged(config, keys)
-    return Cell(name, stage, config, after)
+    return SweepRun(name, stage, config, after)
 
 
 def _merged(first: dict[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

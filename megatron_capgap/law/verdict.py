@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_capgap.law.cells import Array
-from megatron_capgap.law.process import Process
+from megatron_capgap.law.gaussian_process import Process
 
 LEVEL = 0.9
 """Share of the posterior that an interval holds."""

@@ -6,8 +6,8 @@ exist as a whole; a divergence is a row of the table in `divergences.py`.
 
 from megatron_capgap.losses.fused import Loss, distillation_loss, language_model_loss
 from megatron_capgap.losses.objective import DistillationObjective
-from megatron_capgap.losses.scores import token_scores
-from megatron_capgap.losses.teachers import TeacherHidden, TeacherLogits, TeacherTopK
+from megatron_capgap.losses.teacher_outputs import TeacherHidden, TeacherLogits, TeacherTopK
+from megatron_capgap.losses.token_logprobs import token_logprobs
 
 __all__ = [
     "DistillationObjective",
@@ -17,5 +17,5 @@ __all__ = [
     "TeacherTopK",
     "distillation_loss",
     "language_model_loss",
-    "token_scores",
+    "token_logprobs",
 ]

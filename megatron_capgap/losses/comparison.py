@@ -9,10 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_capgap.config.errors import UserError
-from megatron_capgap.config.schema import Objective
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.config.schema import ObjectiveConfig
 from megatron_capgap.losses.divergences import DIVERGENCES
-from megatron_capgap.losses.shard import (
+from megatron_capgap.losses.teacher_outputs import Tail
+from megatron_capgap.losses.vocab_shard import (
     LOG_OF_NOTHING,
     VocabShard,
     blocks_in_cache,
@@ -20,7 +21,6 @@ from megatron_capgap.losses.shard import (
     log_sum_exp,
     softmax_,
 )
-from megatron_capgap.losses.teachers import Tail
 
 
 class Comparison(Protocol):
@@ -67,7 +67,7 @@ class DenseComparison:
         shard: this rank's columns.
     """
 
-    def __init__(self, teacher: Tensor, objective: Objective, shard: VocabShard) -> None:
+    def __init__(self, teacher: Tensor, objective: ObjectiveConfig, shard: VocabShard) -> None:
         self.teacher, self.objective, self.shard = teacher, objective, shard
         self.row = DIVERGENCES[objective.divergence]
 
@@ -77,7 +77,7 @@ class DenseComparison:
         if self.row.shard_weight is not None:
             for q, p in blocks_in_cache(student, self.teacher):
                 (log_q, lse_q), (log_p, lse_p) = local_softmax_(q), local_softmax_(p)
-                parts.append((lse_q, lse_p, *self._pull_(q, p, log_q, log_p)))
+                parts.append((lse_q, lse_p, *self._logit_grad_term_(q, p, log_q, log_p)))
             statistics = _in_rows(parts)
             return statistics[0], statistics
         # No chain rule: the formula needs probabilities of the whole vocabulary, so their normalisers come first.
@@ -87,10 +87,10 @@ class DenseComparison:
             log_q, log_p = q - of_q[:, None], p - of_p[:, None]
             torch.exp(log_q, out=q)
             torch.exp(log_p, out=p)
-            parts.append(self._pull_(q, p, log_q, log_p))
+            parts.append(self._logit_grad_term_(q, p, log_q, log_p))
         return normalisers[0], torch.cat([lse, _in_rows(parts)])
 
-    def _pull_(self, q: Tensor, p: Tensor, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    def _logit_grad_term_(self, q: Tensor, p: Tensor, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
         """Puts the pull in place of p [r, w]; returns the sums of values and of pulls [r]."""
         value, pull = self.row.formula(p, q, log_p, log_q, self.objective)
         p.copy_(pull)
@@ -139,7 +139,7 @@ class SparseComparison:
         UserError: the tail is dropped, and the divergence is infinite where the teacher gives nothing.
     """
 
-    def __init__(self, ids: Tensor, log_probs: Tensor, tail: Tail, objective: Objective, shard: VocabShard):
+    def __init__(self, ids: Tensor, log_probs: Tensor, tail: Tail, objective: ObjectiveConfig, shard: VocabShard):
         self.ids, self.log_probs, self.tail = ids, log_probs, tail
         self.objective, self.shard, self.row = objective, shard, DIVERGENCES[objective.divergence]
         if tail == "drop" and not self.row.finite_without_teacher:

@@ -30,9 +30,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from megatron_capgap.config.schema import Objective
+from megatron_capgap.config.schema import ObjectiveConfig
 
-Formula = Callable[[Tensor, Tensor, Tensor, Tensor, Objective], tuple[Tensor, Tensor]]
+Formula = Callable[[Tensor, Tensor, Tensor, Tensor, ObjectiveConfig], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -47,23 +47,23 @@ class Divergence:
     """Whether D stays finite where p is 0 and q is not (a sparse teacher's dropped tail)."""
 
 
-def forward_kl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: Objective) -> tuple[Tensor, Tensor]:
+def forward_kl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: ObjectiveConfig) -> tuple[Tensor, Tensor]:
     """KL(p || q) = sum p (log p - log q): the classic of Hinton et al. (2015); covers the teacher's modes."""
     return (log_p - log_q).mul_(p), p - q
 
 
-def reverse_kl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: Objective) -> tuple[Tensor, Tensor]:
+def reverse_kl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: ObjectiveConfig) -> tuple[Tensor, Tensor]:
     """KL(q || p) = sum q (log q - log p): MiniLLM (Gu et al., 2023); seeks the teacher's modes."""
     pull = (log_p - log_q).mul_(q)
     return -pull, pull
 
 
-def soft_cross_entropy(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: Objective) -> tuple[Tensor, Tensor]:
+def soft_cross_entropy(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: ObjectiveConfig) -> tuple[Tensor, Tensor]:
     """H(p, q) = - sum p log q: forward_kl plus the teacher's entropy, so the same gradient; MiniMA's loss."""
     return (p * log_q).neg_(), p - q
 
 
-def jsd(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+def jsd(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, objective: ObjectiveConfig) -> tuple[Tensor, Tensor]:
     """b KL(p || m) + (1 - b) KL(q || m) with m = b p + (1 - b) q, b = jsd_beta: the generalised
     Jensen-Shannon divergence of GKD (Agarwal et al., 2023); symmetric at b = 0.5."""
     b = objective.jsd_beta
@@ -72,7 +72,9 @@ def jsd(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, objective: Objective
     return _log_ratio(mixture, p).mul_(p).mul_(-b).sub_(pull), pull
 
 
-def skew_forward_kl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+def skew_forward_kl(
+    p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, objective: ObjectiveConfig
+) -> tuple[Tensor, Tensor]:
     """KL(p || m) with m = a p + (1 - a) q, a = skew_alpha: DistiLLM (Ko et al., 2024); bounded by -log a."""
     a = objective.skew_alpha
     mixture = torch.lerp(q, p, a)
@@ -80,7 +82,9 @@ def skew_forward_kl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, objectiv
     return _log_ratio(mixture, p).mul_(p).neg_(), pull
 
 
-def skew_reverse_kl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, objective: Objective) -> tuple[Tensor, Tensor]:
+def skew_reverse_kl(
+    p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, objective: ObjectiveConfig
+) -> tuple[Tensor, Tensor]:
     """KL(q || m) with m = (1 - a) p + a q, a = skew_alpha: DistiLLM (Ko et al., 2024); bounded by -log a."""
     a = objective.skew_alpha
     mixture = torch.lerp(p, q, a)
@@ -88,7 +92,7 @@ def skew_reverse_kl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, objectiv
     return -towards, _over(p - q, mixture).mul_(q).mul_(-a * (1 - a)).add_(towards)
 
 
-def total_variation(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: Objective) -> tuple[Tensor, Tensor]:
+def total_variation(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: ObjectiveConfig) -> tuple[Tensor, Tensor]:
     """1/2 sum |p - q|: the largest difference in the probability of any event."""
     difference = p - q
     return difference.abs().mul_(0.5), difference.sign().mul_(q).mul_(0.5)

@@ -18,14 +18,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_capgap.config import derive
-from megatron_capgap.config.errors import UserError
-from megatron_capgap.config.schema import Objective
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.config import derived
+from megatron_capgap.config.schema import ObjectiveConfig
 from megatron_capgap.losses.comparison import Comparison, DenseComparison, NoComparison, SparseComparison
 from megatron_capgap.losses.objective import DistillationObjective
-from megatron_capgap.losses.shard import VocabShard
-from megatron_capgap.losses.teachers import Teacher, TeacherLogits, TeacherTopK, check_ids
+from megatron_capgap.losses.teacher_outputs import TeacherLogits, TeacherOutputs, TeacherTopK, check_ids
 from megatron_capgap.losses.vocab_parallel import chunk_losses_
+from megatron_capgap.losses.vocab_shard import VocabShard
 
 
 class Loss(NamedTuple):
@@ -42,7 +42,7 @@ class Loss(NamedTuple):
 def distillation_loss(
     student_hidden: Tensor,
     student_head: Tensor,
-    teacher: Teacher,
+    teacher: TeacherOutputs,
     labels: Tensor,
     loss_mask: Tensor,
     *,
@@ -99,24 +99,24 @@ def language_model_loss(
     chunk_tokens: int | None = None,
 ) -> Loss:
     """Cross-entropy alone, for pretraining, finetuning and evaluation; the arguments are distillation_loss's."""
-    objective = Objective(divergence_weight=0.0, cross_entropy_weight=1.0)
+    objective = ObjectiveConfig(divergence_weight=0.0, cross_entropy_weight=1.0)
     shard = VocabShard.of(head.shape[0], vocab_size, group)
     task = _Task(None, labels, loss_mask, objective, vocab_size, shard, sequence_parallel, _chunk(chunk_tokens, labels))
     return _loss(hidden, head, task)
 
 
 def _chunk(given: int | None, tensor: Tensor) -> int:
-    return derive.loss_chunk_tokens(tensor.is_cpu) if given is None else given
+    return derived.loss_chunk_tokens(tensor.is_cpu) if given is None else given
 
 
 @dataclass(frozen=True)
 class _Task:
     """Everything about one call but the two tensors that may want a gradient."""
 
-    teacher: Teacher | None
+    teacher: TeacherOutputs | None
     labels: Tensor
     loss_mask: Tensor
-    objective: Objective
+    objective: ObjectiveConfig
     vocab_size: int
     shard: VocabShard
     sequence_parallel: bool
@@ -131,7 +131,7 @@ class _Task:
     def step(self) -> int:
         """Tokens of each part that are walked over at a time."""
         dense = self.teacher is not None and not isinstance(self.teacher, TeacherTopK)
-        together = derive.loss_chunks_together(self.objective.divergence, self.shard.size) if dense else 1
+        together = derived.loss_chunks_together(self.objective.divergence, self.shard.size) if dense else 1
         return max(1, together * self.chunk_tokens // self.parts)
 
     def of_chunk(self, everything: Tensor, rows: slice) -> Tensor:
@@ -196,7 +196,7 @@ class _Gradients:
         return self.of_hidden, None if self.of_head is None else self.of_head.to(self.head_type)
 
 
-def _walk(
+def _chunked_forward_backward(
     hidden: Tensor, head: Tensor, task: _Task, wanted: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
     """Returns the loss, the sums of cross-entropy and divergence [2], and the wanted gradients of hidden and head."""
@@ -240,7 +240,7 @@ class _GradientInForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, task: _Task) -> tuple[Tensor, Tensor]:
-        loss_sum, sums, gradients = _walk(hidden, head, task, ctx.needs_input_grad[:2])
+        loss_sum, sums, gradients = _chunked_forward_backward(hidden, head, task, ctx.needs_input_grad[:2])
         ctx.save_for_backward(*gradients)
         ctx.main_grad, ctx.head_type = getattr(head, "main_grad", None), head.dtype
         ctx.mark_non_differentiable(sums)
@@ -266,7 +266,7 @@ def _loss(hidden: Tensor, head: Tensor, task: _Task) -> Loss:
         loss_sum, sums = _GradientInForward.apply(hidden, head, task)
     else:
         with torch.no_grad():
-            loss_sum, sums, _ = _walk(hidden, head, task, (False, False))
+            loss_sum, sums, _ = _chunked_forward_backward(hidden, head, task, (False, False))
     report = {"cross_entropy": sums[0]}
     if task.teacher is not None:
         report["divergence"] = sums[1]

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from megatron_capgap.config.errors import UserError
-from megatron_capgap.config.schema import Objective
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.config.schema import ObjectiveConfig
 from megatron_capgap.losses.divergences import DIVERGENCES, Divergence
 
 
 @dataclass(frozen=True)
-class DistillationObjective(Objective):
+class DistillationObjective(ObjectiveConfig):
     """divergence_weight * T^2 * D(teacher / T, student / T) + cross_entropy_weight * cross-entropy.
 
     The fields and their defaults are those of the section `objective` of a configuration:

@@ -8,9 +8,9 @@ each rank on its own shard       probabilities become the gradient, in place
 import torch
 from torch import Tensor
 
-from megatron_capgap.config.schema import Objective
+from megatron_capgap.config.schema import ObjectiveConfig
 from megatron_capgap.losses.comparison import Comparison
-from megatron_capgap.losses.shard import VocabShard, softmax_
+from megatron_capgap.losses.vocab_shard import VocabShard, softmax_
 
 
 def chunk_losses_(
@@ -18,7 +18,7 @@ def chunk_losses_(
     comparison: Comparison,
     labels: Tensor,
     weight: Tensor,
-    objective: Objective,
+    objective: ObjectiveConfig,
     shard: VocabShard,
     *,
     spare: Tensor | None,

@@ -15,7 +15,7 @@ from megatron_capgap.config.schema import Precision
 from megatron_capgap.models.gpt import unwrap
 
 
-def hold_in_fp8(
+def cast_params_to_fp8(
     chunks: Sequence[torch.nn.Module], precision: Precision, *, backward: bool = False, masters: bool = False
 ) -> None:
     """Where `precision` asks for it, casts the weights of all linears that multiply in FP8; from then on those bytes

@@ -17,13 +17,13 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_capgap.config import derive
-from megatron_capgap.config.families import FAMILIES
+from megatron_capgap.config import derived
+from megatron_capgap.config.architectures import ARCHITECTURES
 from megatron_capgap.config.schema import FP8, Layout, ModelShape, Precision, RopeScaling
+from megatron_capgap.devices import Device
+from megatron_capgap.distributed.parallel_context import ParallelContext
 from megatron_capgap.models import size, specs
 from megatron_capgap.runtime import releases
-from megatron_capgap.runtime.devices import Device
-from megatron_capgap.runtime.layout import Grid
 
 _ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -64,15 +64,15 @@ def transformer_config(
 ) -> TransformerConfig:
     """The numbers in Megatron's words."""
     dtype = DTYPES[precision.compute]
-    engine = derive.engine(precision, device.default_engine)
-    traits = FAMILIES[shape.family]
+    engine = derived.engine(precision, device.default_engine)
+    traits = ARCHITECTURES[shape.family]
     return TransformerConfig(
         **_fp8(precision.fp8),
         num_layers=shape.layers,
         hidden_size=shape.hidden,
         num_attention_heads=shape.heads,
-        num_query_groups=derive.kv_heads(shape),
-        kv_channels=derive.head_dim(shape),
+        num_query_groups=derived.kv_heads(shape),
+        kv_channels=derived.head_dim(shape),
         ffn_hidden_size=shape.ffn,
         gated_linear_unit=traits.gated,
         activation_func=_ACTIVATIONS[traits.activation],
@@ -131,7 +131,7 @@ def _fp8(wanted: FP8 | None) -> dict[str, object]:
 
 def build(
     shape: ModelShape,
-    grid: Grid,
+    parallel: ParallelContext,
     precision: Precision,
     device: Device,
     *,
@@ -145,7 +145,7 @@ def build(
 
     Args:
         shape: the model in numbers.
-        grid: who holds what.
+        parallel: who holds what.
         precision: type of weights and activations.
         device: where they live.
         sequence_length: longest sequence.
@@ -154,25 +154,25 @@ def build(
         head: False builds the last stage without its LM head; it still ends with the final norm.
         masked: whether its forward passes get an attention mask.
     """
-    layout = grid.layout if virtual else Layout(**{**vars(grid.layout), "virtual_pipeline": 1})
+    layout = parallel.layout if virtual else Layout(**{**vars(parallel.layout), "virtual_pipeline": 1})
     config = transformer_config(shape, layout, precision, device, dropout)
-    engine = derive.engine(precision, device.default_engine)
-    traits = FAMILIES[shape.family]
+    engine = derived.engine(precision, device.default_engine)
+    traits = ARCHITECTURES[shape.family]
     chunks, block = [], partial(specs.block, config, engine, device, masked=masked)
     for chunk in range(layout.virtual_pipeline):
         stage = chunk if layout.virtual_pipeline > 1 else None
         model = HiddenStateModel(
             config=config,
-            transformer_layer_spec=block(stage, grid.pipeline_rank, traits),
+            transformer_layer_spec=block(stage, parallel.pp_rank, traits),
             vocab_size=size.padded_vocab(shape.vocab, layout.tensor),
             max_sequence_length=(shape.max_positions if traits.learned_positions else None) or sequence_length,
-            pre_process=grid.on_first_stage and chunk == 0,
-            post_process=grid.on_last_stage and chunk == layout.virtual_pipeline - 1,
+            pre_process=parallel.is_first_stage and chunk == 0,
+            post_process=parallel.is_last_stage and chunk == layout.virtual_pipeline - 1,
             share_embeddings_and_output_weights=shape.tied_embeddings,
             position_embedding_type="learned_absolute" if traits.learned_positions else "rope",
             rotary_base=shape.rope_theta,
             rotary_percent=shape.rotary_share,
-            pg_collection=grid.groups,
+            pg_collection=parallel.groups,
             vp_stage=stage,
         )
         _scale_rotary(model, shape.rope_scaling)
@@ -249,4 +249,4 @@ def init_std(name: str, shape: ModelShape) -> float | None:
 
 
 def _active(device: Device, part: str) -> bool:
-    return any(row.active for row in device.parts if row.name == part)
+    return any(row.active for row in device.components if row.name == part)

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from megatron_capgap.config import derive, fp8
-from megatron_capgap.config.families import FAMILIES
+from megatron_capgap.config import derived
+from megatron_capgap.config.architectures import ARCHITECTURES
 from megatron_capgap.config.schema import Config, Layout, ModelShape, Precision
+from megatron_capgap.config.validation import fp8
 from megatron_capgap.models import size
 
 _BYTES = {"fp32": 4, "bf16": 2}
@@ -81,13 +82,13 @@ def estimate(
         world: number of ranks, the teacher's own included.
         on_cpu: whether the run is on a CPU, whose allocator and matrix library hold more.
     """
-    ranks = derive.student_world(config, world)
-    chunk = derive.loss_chunk_tokens(on_cpu)
+    ranks = derived.student_world(config, world)
+    chunk = derived.loss_chunk_tokens(on_cpu)
     needs = []
     for mine, of_teacher in _stages(config, world):
         need = _of_stage(config, stage, student, teacher, ranks, mine, chunk)
-        if teacher is not None and derive.teacher_runs(config, stage):
-            share = teaching(config, student, teacher, world, mine, of_teacher)
+        if teacher is not None and derived.teacher_runs(config, stage):
+            share = teacher_memory(config, student, teacher, world, mine, of_teacher)
             away = share.weights if config.teacher.offload and not on_cpu else 0
             need = replace(
                 need,
@@ -115,13 +116,13 @@ def _of_stage(
     if stage == "prune":
         assert teacher is not None
         return _of_scoring(config, teacher, world, pipeline_rank, chunk)
-    layout, precision = config.student.layout, derive.student_precision(config)
+    layout, precision = config.student.layout, derived.student_precision(config)
     width = _BYTES[precision.compute]
     held = size.rank_parameters(student, layout, pipeline_rank)
     held += _projections(config, student, teacher, pipeline_rank)
     tokens = config.train.micro_batch * config.data.sequence_length
     last = pipeline_rank == layout.pipeline - 1
-    gated = FAMILIES[student.family].gated
+    gated = ARCHITECTURES[student.family].gated
     backward = (6 if gated else 4) * student.ffn // layout.tensor  # of one feed-forward layer, the largest
     in_fp8 = _weights_in_fp8(precision, student, layout, pipeline_rank, backward=stage != "evaluate")
     if stage == "evaluate":
@@ -132,19 +133,19 @@ def _of_stage(
             fp8_copies=in_fp8.copies,
             until_cast=in_fp8.until_cast,
         )
-    micro_batches = derive.micro_batches(config, layout, world)
+    micro_batches = derived.micro_batches(config, layout, world)
     layers = _layers_in_flight(layout, micro_batches, pipeline_rank, student.layers)
     cast = layers * _fp8_layers(precision, student, layout, pipeline_rank) * layout.pipeline // student.layers
-    kept = _kept(student, layout, width) * (layers - cast)
-    kept += _kept(student, layout, width, precision.fp8.recipe) * cast if precision.fp8 else []
-    kept += [_cut(student.hidden, layout) * width] * 2 if last else []
+    kept = _saved_activations(student, layout, width) * (layers - cast)
+    kept += _saved_activations(student, layout, width, precision.fp8.recipe) * cast if precision.fp8 else []
+    kept += [_shard_numel(student.hidden, layout) * width] * 2 if last else []
     # Where conversations share rows, each layer keeps what is added to its scores.
     masks = layers * tokens * config.data.sequence_length * width if stage == "finetune" else 0
     return Memory(
         weights=held * width - in_fp8.not_in_bf16,
         gradients=held * 4,
         # Adam's two moments in fp32, and with bf16 weights the fp32 ones, cut over data-parallel ranks.
-        optimizer=held * (8 if width == 4 else 12) // derive.data_parallel(layout, world),
+        optimizer=held * (8 if width == 4 else 12) // derived.data_parallel(layout, world),
         activations=sum(kept) * tokens + masks,
         backward_pass=backward * tokens * width,
         loss=_loss(config, student, teacher, tokens, chunk) if last else 0,
@@ -159,17 +160,19 @@ def _of_stage(
 def _of_scoring(config: Config, teacher: ModelShape, world: int, pipeline_rank: int, chunk: int) -> Memory:
     """A teacher whose parts are scored: with gradients of activations, and none of weights."""
     layout = replace(config.student.layout, virtual_pipeline=1)
-    precision = derive.teacher_precision(config)
+    precision = derived.teacher_precision(config)
     width = _BYTES[precision.compute]
     tokens = config.train.micro_batch * config.data.sequence_length
     last = pipeline_rank == layout.pipeline - 1
-    backward = (6 if FAMILIES[teacher.family].gated else 4) * teacher.ffn // layout.tensor
+    backward = (6 if ARCHITECTURES[teacher.family].gated else 4) * teacher.ffn // layout.tensor
     kept: list[int] = []
     if config.prune is not None and config.prune.importance == "gradient":
         # Frozen linears keep no inputs, so the norms' outputs go; in their place stays what attention and feed-forward
         # add to the residual stream, for the scores.
-        micro_batches = derive.micro_batches(config, config.student.layout, world)
-        kept = _kept(teacher, layout, width) * _layers_in_flight(layout, micro_batches, pipeline_rank, teacher.layers)
+        micro_batches = derived.micro_batches(config, config.student.layout, world)
+        kept = _saved_activations(teacher, layout, width) * _layers_in_flight(
+            layout, micro_batches, pipeline_rank, teacher.layers
+        )
     in_fp8 = _weights_in_fp8(precision, teacher, layout, pipeline_rank, backward=bool(kept))
     return Memory(
         weights=size.rank_parameters(teacher, layout, pipeline_rank) * width - in_fp8.not_in_bf16,
@@ -184,7 +187,7 @@ def _of_scoring(config: Config, teacher: ModelShape, world: int, pipeline_rank: 
 
 
 @dataclass(frozen=True)
-class Teaching:
+class TeacherMemory:
     """Bytes of the teacher's on one rank."""
 
     weights: int
@@ -201,9 +204,9 @@ class Teaching:
     """What its weights take beyond that while they are loaded."""
 
 
-def teaching(
+def teacher_memory(
     config: Config, student: ModelShape, teacher: ModelShape, world: int, mine: int | None, of_teacher: int | None
-) -> Teaching:
+) -> TeacherMemory:
     """The teacher's part of a rank.
 
     Args:
@@ -213,38 +216,38 @@ def teaching(
         mine: the student's pipeline stage on this rank; None on a rank of the teacher's own.
         of_teacher: the teacher's; None on a rank without it.
     """
-    precision = derive.teacher_precision(config)
+    precision = derived.teacher_precision(config)
     width, length = _BYTES[precision.compute], config.data.sequence_length
-    layout, cut = config.student.layout, derive.teacher_layout(config)
-    ranks = derive.student_world(config, world)
-    batch = derive.global_batch(config, layout, ranks) * length
+    layout, cut = config.student.layout, derived.teacher_layout(config)
+    ranks = derived.student_world(config, world)
+    batch = derived.global_batch(config, layout, ranks) * length
     weights = head = held = needed = forward = until_cast = 0
     if of_teacher is not None:
         in_fp8 = _weights_in_fp8(precision, teacher, cut, of_teacher, backward=False)
         weights = size.rank_parameters(teacher, cut, of_teacher, head=False) * width
         weights, until_cast = weights + in_fp8.copies - in_fp8.not_in_bf16, in_fp8.until_cast
         outputs = len(_matched_layers(config, teacher, cut, of_teacher, "teacher")) + (of_teacher == cut.pipeline - 1)
-        copies = derive.data_parallel(cut, len(derive.teacher_ranks(config, world)))
-        held = outputs * batch // copies * _cut(teacher.hidden, cut) * width
-        tokens = derive.teacher_micro_batch(config) * length
-        wide = (3 if FAMILIES[teacher.family].gated else 2) * teacher.ffn // cut.tensor
-        forward = (wide + 2 * _cut(teacher.hidden, cut)) * tokens * width
+        copies = derived.data_parallel(cut, len(derived.teacher_ranks(config, world)))
+        held = outputs * batch // copies * _shard_numel(teacher.hidden, cut) * width
+        tokens = derived.teacher_micro_batch(config) * length
+        wide = (3 if ARCHITECTURES[teacher.family].gated else 2) * teacher.ffn // cut.tensor
+        forward = (wide + 2 * _shard_numel(teacher.hidden, cut)) * tokens * width
     if mine is not None:
         last = mine == layout.pipeline - 1
         outputs = len(_matched_layers(config, student, layout, mine, "student")) + last
-        needed = outputs * batch // derive.data_parallel(layout, ranks) * _cut(teacher.hidden, layout) * width
+        needed = outputs * batch // derived.data_parallel(layout, ranks) * _shard_numel(teacher.hidden, layout) * width
         wanted = replace(teacher, vocab=student.vocab)
         alike = cut.pipeline == 1 and cut.tensor == layout.tensor and of_teacher == 0 and wanted == teacher
         shared = teacher.tied_embeddings and alike and not config.teacher.offload
         head = size.head_parameters(wanted, layout) * width if last and not shared else 0
-    return Teaching(weights, head, held, needed, forward, until_cast)
+    return TeacherMemory(weights, head, held, needed, forward, until_cast)
 
 
 def estimate_teacher(config: Config, student: ModelShape, teacher: ModelShape, world: int) -> Memory:
     """The fullest of the teacher's own ranks; the arguments are `estimate`'s."""
     needs = []
-    for stage in range(derive.teacher_layout(config).pipeline):
-        share = teaching(config, student, teacher, world, None, stage)
+    for stage in range(derived.teacher_layout(config).pipeline):
+        share = teacher_memory(config, student, teacher, world, None, stage)
         waiting = (config.teacher.ahead - 1) * share.held
         needs.append(
             Memory(
@@ -262,13 +265,13 @@ def _stages(config: Config, world: int) -> list[tuple[int, int | None]]:
     pipeline = config.student.layout.pipeline
     if config.teacher is None or config.teacher.placement == "disjoint":
         return [(stage, None) for stage in range(pipeline)]
-    of_teacher = derive.teacher_layout(config).pipeline
+    of_teacher = derived.teacher_layout(config).pipeline
     return sorted({(rank * pipeline // world, rank * of_teacher // world) for rank in range(world)})
 
 
 def _hidden_states_stay(config: Config) -> bool:
     """Whether every rank of the student's has what it needs from the teacher on it, so that nothing is copied."""
-    student, teacher = config.student.layout, derive.teacher_layout(config)
+    student, teacher = config.student.layout, derived.teacher_layout(config)
     alike = all(getattr(student, name) == getattr(teacher, name) for name in ("tensor", "pipeline", "sequence"))
     return config.teacher.placement == "colocated" and alike and not config.objective.matching
 
@@ -300,31 +303,31 @@ def _fp8_layers(precision: Precision, shape: ModelShape, layout: Layout, stage: 
     if precision.fp8 is None:
         return 0
     aside = precision.fp8.first_last_layers_bf16
-    return derive.stages_of_layers(shape.layers, layout)[aside : shape.layers - aside].count(stage)
+    return derived.stages_of_layers(shape.layers, layout)[aside : shape.layers - aside].count(stage)
 
 
 def _matched_layers(config: Config, shape: ModelShape, layout: Layout, stage: int, role: str) -> set[int]:
     """Layers of the teacher that are matched, if `role` is teacher those on this stage of it, else those that are
     matched with a layer on this stage of the student."""
-    stages = derive.stages_of_layers(shape.layers, layout)
+    stages = derived.stages_of_layers(shape.layers, layout)
     pairs = config.objective.matching
     return {pair.teacher_layer for pair in pairs if stages[getattr(pair, f"{role}_layer") - 1] == stage}
 
 
 def _projections(config: Config, student: ModelShape, teacher: ModelShape | None, pipeline_rank: int) -> int:
     """Parameters of the linear maps on one stage, whole on each tensor-parallel rank."""
-    stages = derive.stages_of_layers(student.layers, config.student.layout)
-    pairs = derive.projected_pairs(config, student, teacher)
+    stages = derived.stages_of_layers(student.layers, config.student.layout)
+    pairs = derived.projected_pairs(config, student, teacher)
     count = sum(stages[pair.student_layer - 1] == pipeline_rank for pair in pairs)
     return count * teacher.hidden * student.hidden if count else 0
 
 
-def _cut(hidden: int, layout: Layout) -> int:
+def _shard_numel(hidden: int, layout: Layout) -> int:
     """Width of the residual stream, as if cut, under sequence parallelism, where it is the sequence that is."""
     return hidden // layout.tensor if layout.sequence else hidden
 
 
-def _kept(shape: ModelShape, layout: Layout, width: int, recipe: str | None = None) -> list[int]:
+def _saved_activations(shape: ModelShape, layout: Layout, width: int, recipe: str | None = None) -> list[int]:
     """Bytes a token of the tensors that one layer keeps for the backward pass.
 
     Twice the norm's input and its output; the packed queries, keys and values; queries and keys after rotation; the
@@ -337,11 +340,11 @@ def _kept(shape: ModelShape, layout: Layout, width: int, recipe: str | None = No
         width: bytes of the type of compute.
         recipe: of a layer in FP8.
     """
-    traits = FAMILIES[shape.family]
-    query, key_value = shape.heads * derive.head_dim(shape), derive.kv_heads(shape) * derive.head_dim(shape)
+    traits = ARCHITECTURES[shape.family]
+    query, key_value = shape.heads * derived.head_dim(shape), derived.kv_heads(shape) * derived.head_dim(shape)
     inner = [query + 2 * key_value, query, key_value, query, (2 if traits.gated else 1) * shape.ffn]
     inner += [query, key_value] if traits.qk_norm else []
-    hidden, tensor = _cut(shape.hidden, layout), layout.tensor
+    hidden, tensor = _shard_numel(shape.hidden, layout), layout.tensor
     cast = [hidden, hidden, shape.ffn // tensor]
     kept = [number * width for number in (hidden, hidden, *(number // tensor for number in inner))]
     kept += [number * (width if recipe is None else 1) for number in cast]
@@ -377,10 +380,10 @@ def _loss(config: Config, student: ModelShape, teacher: ModelShape | None, token
     layout, objective = config.student.layout, config.objective
     buffers = 1
     if teacher is not None and objective.divergence_weight > 0:
-        chunk *= derive.loss_chunks_together(objective.divergence, layout.tensor)
+        chunk *= derived.loss_chunks_together(objective.divergence, layout.tensor)
         buffers = 2 if objective.temperature == 1 else 3
     head = size.padded_vocab(student.vocab, layout.tensor) // layout.tensor * student.hidden
-    of_hidden = tokens * student.hidden * _BYTES[derive.student_precision(config).compute]
+    of_hidden = tokens * student.hidden * _BYTES[derived.student_precision(config).compute]
     return buffers * _logits(student, layout, min(chunk, tokens)) + 4 * head + of_hidden
 
 

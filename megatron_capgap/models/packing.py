@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_capgap.config import derive
+from megatron_capgap.config import derived
 from megatron_capgap.config.schema import ModelShape
 
 
 @dataclass(frozen=True)
-class Run:
+class PackedRows:
     """Consecutive rows of a packed matrix that are consecutive in one of its parts."""
 
     part: int
@@ -27,45 +27,45 @@ class Run:
     """Number of rows."""
 
 
-def whole(rows: int) -> list[Run]:
+def whole(rows: int) -> list[PackedRows]:
     """A matrix of one part."""
-    return [Run(0, 0, 0, rows)]
+    return [PackedRows(0, 0, 0, rows)]
 
 
-def gate_up(shape: ModelShape) -> list[Run]:
+def gate_up(shape: ModelShape) -> list[PackedRows]:
     """Parts: gate, up; `[ffn, ...]` each."""
-    return [Run(0, 0, 0, shape.ffn), Run(1, 0, shape.ffn, shape.ffn)]
+    return [PackedRows(0, 0, 0, shape.ffn), PackedRows(1, 0, shape.ffn, shape.ffn)]
 
 
-def qkv(shape: ModelShape) -> list[Run]:
+def qkv(shape: ModelShape) -> list[PackedRows]:
     """Parts: queries `[heads * d, ...]`, keys and values `[kv_heads * d, ...]`."""
-    groups, width = derive.kv_heads(shape), derive.head_dim(shape)
+    groups, width = derived.kv_heads(shape), derived.head_dim(shape)
     queries = shape.heads // groups * width
     counts = (queries, width, width)
     runs, packed = [], 0
     for group in range(groups):
         for part, count in enumerate(counts):
-            runs.append(Run(part, group * count, packed, count))
+            runs.append(PackedRows(part, group * count, packed, count))
             packed += count
     return runs
 
 
-def qkv_stacked(shape: ModelShape) -> list[Run]:
+def qkv_stacked(shape: ModelShape) -> list[PackedRows]:
     """One part, whose rows are all queries, then all keys, then all values."""
-    width = derive.head_dim(shape)
-    first = (0, shape.heads * width, (shape.heads + derive.kv_heads(shape)) * width)
-    return [Run(0, first[run.part] + run.start, run.packed, run.count) for run in qkv(shape)]
+    width = derived.head_dim(shape)
+    first = (0, shape.heads * width, (shape.heads + derived.kv_heads(shape)) * width)
+    return [PackedRows(0, first[run.part] + run.start, run.packed, run.count) for run in qkv(shape)]
 
 
-def parts_of_rows(runs: Sequence[Run], start: int, count: int) -> Iterator[Run]:
+def parts_of_rows(runs: Sequence[PackedRows], start: int, count: int) -> Iterator[PackedRows]:
     """The runs, cut to rows `start` to `start + count` of the packed matrix, in order."""
     for run in runs:
         first, last = max(start, run.packed), min(start + count, run.packed + run.count)
         if first < last:
-            yield Run(run.part, run.start + first - run.packed, first, last - first)
+            yield PackedRows(run.part, run.start + first - run.packed, first, last - first)
 
 
-def arranged(source: Sequence[Run], target: Sequence[Run], parts: Sequence[Sequence[int]]) -> list[int]:
+def arranged(source: Sequence[PackedRows], target: Sequence[PackedRows], parts: Sequence[Sequence[int]]) -> list[int]:
     """For each row of a packed matrix that is made out of another one, the row of that one; -1 where zeros stand.
 
     Args:
@@ -81,7 +81,7 @@ def arranged(source: Sequence[Run], target: Sequence[Run], parts: Sequence[Seque
     return [packed[part][row] if row >= 0 else -1 for part, row in zip(owners, taken, strict=True)]
 
 
-def part_rows(runs: Sequence[Run]) -> list[int]:
+def part_rows(runs: Sequence[PackedRows]) -> list[int]:
     """Number of rows of each part."""
     rows = [0] * (1 + max(run.part for run in runs))
     for run in runs:

@@ -12,14 +12,14 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from megatron_capgap.runtime.layout import Grid
+from megatron_capgap.distributed.parallel_context import ParallelContext
 
 LastStage = Callable[[Tensor, Any], Any]
 
 
 def run(
     chunks: Sequence[torch.nn.Module],
-    grid: Grid,
+    parallel: ParallelContext,
     micro_batches: Sequence[Any],
     last_stage: LastStage,
     *,
@@ -30,7 +30,7 @@ def run(
 
     Args:
         chunks: this rank's model chunks, wrapped or bare.
-        grid: their layout.
+        parallel: their layout.
         micro_batches: what to run; each has `tokens` and `position_ids` `[b, s]`, and an `attention_mask`
             `[b, 1, s, s]` or None.
         last_stage: called on the last stage with the final hidden states `[s, b, h]` (`[s/tp, b, h]` under sequence
@@ -50,7 +50,7 @@ def run(
         return hidden, partial(last_stage, batch=batch)
 
     execute = get_forward_backward_func(
-        pp_size=grid.layout.pipeline, vp_size=config.virtual_pipeline_model_parallel_size
+        pp_size=parallel.layout.pipeline, vp_size=config.virtual_pipeline_model_parallel_size
     )
     return execute(
         forward_step_func=forward,
@@ -60,6 +60,6 @@ def run(
         seq_length=shape[0],
         micro_batch_size=shape[1],
         forward_only=forward_only,
-        p2p_communicator=P2PCommunicator(grid.groups.pp, config),
-        pg_collection=grid.groups,
+        p2p_communicator=P2PCommunicator(parallel.groups.pp, config),
+        pg_collection=parallel.groups,
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from megatron_capgap.config import derive
-from megatron_capgap.config.families import FAMILIES
+from megatron_capgap.config import derived
+from megatron_capgap.config.architectures import ARCHITECTURES
 from megatron_capgap.config.schema import Layout, ModelShape
 
 
@@ -16,30 +16,30 @@ def padded_vocab(vocab: int, tensor: int) -> int:
 
 def _layer_matrices(shape: ModelShape) -> int:
     """Parameters of one layer's matrices: attention projections, gate (where there is one), up and down."""
-    query, key_value = shape.heads * derive.head_dim(shape), 2 * derive.kv_heads(shape) * derive.head_dim(shape)
+    query, key_value = shape.heads * derived.head_dim(shape), 2 * derived.kv_heads(shape) * derived.head_dim(shape)
     attention = shape.hidden * (query + key_value) + query * shape.hidden
-    return attention + (3 if FAMILIES[shape.family].gated else 2) * shape.hidden * shape.ffn
+    return attention + (3 if ARCHITECTURES[shape.family].gated else 2) * shape.hidden * shape.ffn
 
 
 def _layer_cut_vectors(shape: ModelShape) -> int:
     """Parameters of one layer's biases that are cut with the columns they belong to: queries, keys, values and up."""
-    traits = FAMILIES[shape.family]
-    packed = (shape.heads + 2 * derive.kv_heads(shape)) * derive.head_dim(shape)
+    traits = ARCHITECTURES[shape.family]
+    packed = (shape.heads + 2 * derived.kv_heads(shape)) * derived.head_dim(shape)
     biases = packed if traits.qkv_bias or traits.linear_bias else 0
     return biases + (shape.ffn if traits.linear_bias else 0)
 
 
 def _norm_parameters(shape: ModelShape) -> int:
     """Parameters of one norm over the residual stream: a gain, and with LayerNorm a bias."""
-    return shape.hidden * (2 if FAMILIES[shape.family].norm == "LayerNorm" else 1)
+    return shape.hidden * (2 if ARCHITECTURES[shape.family].norm == "LayerNorm" else 1)
 
 
 def _layer_whole_vectors(shape: ModelShape) -> int:
     """Parameters of one layer that every tensor-parallel rank holds: norms, and biases behind the row-parallel
     projections."""
-    traits = FAMILIES[shape.family]
+    traits = ARCHITECTURES[shape.family]
     biases = 2 * shape.hidden if traits.linear_bias else 0
-    return 2 * _norm_parameters(shape) + biases + (2 * derive.head_dim(shape) if traits.qk_norm else 0)
+    return 2 * _norm_parameters(shape) + biases + (2 * derived.head_dim(shape) if traits.qk_norm else 0)
 
 
 def layer_parameters(shape: ModelShape) -> int:
@@ -49,7 +49,7 @@ def layer_parameters(shape: ModelShape) -> int:
 
 def position_parameters(shape: ModelShape) -> int:
     """Parameters of learned positions."""
-    return (shape.max_positions or 0) * shape.hidden if FAMILIES[shape.family].learned_positions else 0
+    return (shape.max_positions or 0) * shape.hidden if ARCHITECTURES[shape.family].learned_positions else 0
 
 
 def embedding_parameters(shape: ModelShape) -> int:
@@ -71,7 +71,7 @@ def kept_parameters(shape: ModelShape, groups: int, neurons: int) -> int:
         groups: key/value heads, with their queries, that all layers together keep.
         neurons: neurons that all layers together keep.
     """
-    stored, width = derive.kv_heads(shape), derive.head_dim(shape)
+    stored, width = derived.kv_heads(shape), derived.head_dim(shape)
     more = replace(shape, heads=shape.heads + shape.heads // stored, kv_heads=stored + 1, head_dim=width)
     a_group = layer_parameters(more) - layer_parameters(shape)
     a_neuron = layer_parameters(replace(shape, ffn=shape.ffn + 1)) - layer_parameters(shape)
@@ -88,7 +88,7 @@ def forward_flops(shape: ModelShape, sequence_length: int) -> float:
     """Floating-point operations of one token's forward pass: two for each weight of a matrix product (the LM head
     included, the embedding look-up not), and the causal half of the attention scores."""
     matrices = shape.layers * _layer_matrices(shape) + shape.vocab * shape.hidden
-    scores = shape.layers * 2 * shape.heads * derive.head_dim(shape) * sequence_length
+    scores = shape.layers * 2 * shape.heads * derived.head_dim(shape) * sequence_length
     return 2.0 * matrices + scores
 
 

@@ -25,9 +25,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
-from megatron_capgap.config.families import Traits
+from megatron_capgap.config.architectures import ArchitectureSpec
+from megatron_capgap.devices import Device
 from megatron_capgap.models.layers import LayerNorm, ParallelResidualLayer
-from megatron_capgap.runtime.devices import Device
 
 
 class _RMSNormFunction(torch.autograd.Function):
@@ -156,7 +156,7 @@ class ScaledDotProductAttention(torch.nn.Module):
         )
 
 
-def _local_layer(traits: Traits) -> ModuleSpec:
+def _local_layer(traits: ArchitectureSpec) -> ModuleSpec:
     """One pre-norm transformer layer of Megatron's local modules."""
     norm = _NORMS[traits.norm]
     qk_norm = RMSNorm if traits.qk_norm else IdentityOp
@@ -192,7 +192,7 @@ def _local_layer(traits: Traits) -> ModuleSpec:
     )
 
 
-def _engine_layer(traits: Traits, own_attention: bool) -> ModuleSpec:
+def _engine_layer(traits: ArchitectureSpec, own_attention: bool) -> ModuleSpec:
     """One layer of Transformer Engine's modules; its attention needs a GPU."""
     layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=traits.qk_norm)
     layer.module = _layer_class(traits)
@@ -201,7 +201,7 @@ def _engine_layer(traits: Traits, own_attention: bool) -> ModuleSpec:
     return layer
 
 
-def _layer_class(traits: Traits) -> type[TransformerLayer]:
+def _layer_class(traits: ArchitectureSpec) -> type[TransformerLayer]:
     return ParallelResidualLayer if traits.parallel_residual else TransformerLayer
 
 
@@ -211,7 +211,7 @@ def block(
     device: Device,
     chunk: int | None,
     pipeline_rank: int,
-    traits: Traits,
+    traits: ArchitectureSpec,
     *,
     masked: bool,
 ) -> ModuleSpec | TransformerBlockSubmodules:

@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_capgap.checkpoint import pieces as storage
-from megatron_capgap.checkpoint.pieces import Entry, Piece, Reader
-from megatron_capgap.config import derive
-from megatron_capgap.config.errors import UserError
-from megatron_capgap.config.families import FAMILIES
+from megatron_capgap.checkpoint import streaming as storage
+from megatron_capgap.checkpoint.streaming import Block, Reader, TensorEntry
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.config import derived
+from megatron_capgap.config.architectures import ARCHITECTURES
 from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.models import packing
-from megatron_capgap.pruning.plan import Plan, spread
+from megatron_capgap.pruning.prune_plan import Plan, spread
 
 _LAYERS = "decoder.layers."
 # The norms in the order of a plan's gains.
@@ -45,20 +45,20 @@ def apply(checkpoint: Path, plan: Plan, staged: Path) -> None:
         UserError: the checkpoint does not hold what its words say or cannot be read, or a file cannot be written; on
             every rank alike.
     """
-    cutting = _Cutting(checkpoint, plan)
+    cutting = _Pruner(checkpoint, plan)
     pieces = [
         piece
         for entry in cutting.entries
         for layer in range(entry.shape[0] if entry.layered else 1)
         for piece in storage.blocks(entry, layer)
     ]
-    mine = storage.share(pieces, dist.get_rank(), dist.get_world_size())
+    mine = storage.blocks_of_rank(pieces, dist.get_rank(), dist.get_world_size())
     storage.write(staged, mine, cutting)
 
 
 def axes_of(shape: ModelShape) -> dict[str, Axes]:
     """Every tensor of a model by its key in a checkpoint."""
-    traits = FAMILIES[shape.family]
+    traits = ARCHITECTURES[shape.family]
     norm = ("weight", "bias") if traits.norm == "LayerNorm" else ("weight",)
     found: dict[str, Axes] = {"embedding.word_embeddings.weight": ("vocabulary", "channels")}
     if traits.learned_positions:
@@ -76,7 +76,7 @@ def axes_of(shape: ModelShape) -> dict[str, Axes]:
     return found
 
 
-class _Cutting:
+class _Pruner:
     """Makes pieces of the student out of rows of the teacher.
 
     Args:
@@ -96,7 +96,7 @@ class _Cutting:
         self.entries = [self._entry(key, source) for key, source in self._sources.items()]
         """Of the student."""
 
-    def __call__(self, piece: Piece) -> Tensor:
+    def __call__(self, piece: Block) -> Tensor:
         """The piece's rows `[count, ...]`, in the teacher's type."""
         key, source = piece.entry.key, self._sources[piece.entry.key]
         rows = self._rows(self._axes[key][0], piece.layer)[piece.start : piece.start + piece.count]
@@ -105,14 +105,14 @@ class _Cutting:
         if not kept:
             return torch.zeros((piece.count, *piece.entry.inner), dtype=source.dtype)
         first, count = kept[0], kept[-1] - kept[0] + 1
-        block = self._reader.read(Piece(source, layer, first, count))
-        block = _taken(block, 0, [row - first if row >= 0 else -1 for row in rows])
+        block = self._reader.read(Block(source, layer, first, count))
+        block = _index_select(block, 0, [row - first if row >= 0 else -1 for row in rows])
         if len(self._axes[key]) > 1:
-            block = _taken(block, 1, self._rows(self._axes[key][1], piece.layer))
+            block = _index_select(block, 1, self._rows(self._axes[key][1], piece.layer))
         gain = self._gain(key, piece.layer)
         return block if gain == 1.0 else (block.double() * gain).to(block.dtype)
 
-    def _checked(self, checkpoint: Path) -> dict[str, Entry]:
+    def _checked(self, checkpoint: Path) -> dict[str, TensorEntry]:
         """The teacher's tensors, each as large as its words say."""
         there, found = self._reader.tensors(), {}
         for key, axes in self._axes.items():
@@ -125,12 +125,14 @@ class _Cutting:
             inner = size[1:] if layered else (min(size[0], wanted[0]), *size[1:])
             if inner != wanted or (layered and size[0] != self._plan.teacher.layers):
                 raise UserError(f"{checkpoint}: {key} is {list(size)}, in each layer {list(wanted)} was expected")
-            found[key] = Entry(key, size, dtype, layered)
+            found[key] = TensorEntry(key, size, dtype, layered)
         return found
 
-    def _entry(self, key: str, source: Entry) -> Entry:
+    def _entry(self, key: str, source: TensorEntry) -> TensorEntry:
         size = tuple(len(self._rows(axis, 0)) for axis in self._axes[key])
-        return Entry(key, (len(self._plan.layers), *size) if source.layered else size, source.dtype, source.layered)
+        return TensorEntry(
+            key, (len(self._plan.layers), *size) if source.layered else size, source.dtype, source.layered
+        )
 
     def _gain(self, key: str, layer: int) -> float:
         """What a norm's gain is multiplied with, 1 for other tensors."""
@@ -144,8 +146,8 @@ class _Cutting:
     def _length(self, axis: str) -> int:
         """The teacher's size along an axis."""
         shape = self._plan.teacher
-        width, groups = derive.head_dim(shape), derive.kv_heads(shape)
-        fc1 = (2 if FAMILIES[shape.family].gated else 1) * shape.ffn
+        width, groups = derived.head_dim(shape), derived.kv_heads(shape)
+        fc1 = (2 if ARCHITECTURES[shape.family].gated else 1) * shape.ffn
         return {
             "vocabulary": shape.vocab,
             "positions": shape.max_positions or 0,
@@ -174,11 +176,11 @@ class _Cutting:
             return list(plan.channels)
         if axis in ("neurons", "fc1"):
             neurons = spread(plan.neurons[layer], after.ffn, plan.tensor)
-            if axis == "neurons" or not FAMILIES[before.family].gated:
+            if axis == "neurons" or not ARCHITECTURES[before.family].gated:
                 return neurons
             return packing.arranged(packing.gate_up(before), packing.gate_up(after), [neurons] * 2)
         if axis in ("qkv", "context"):
-            groups = spread(plan.groups[layer], derive.kv_heads(after), plan.tensor)
+            groups = spread(plan.groups[layer], derived.kv_heads(after), plan.tensor)
             heads = self._wide(self._queries(groups, layer))
             if axis == "context":
                 return heads
@@ -188,17 +190,17 @@ class _Cutting:
 
     def _queries(self, groups: Sequence[int], layer: int) -> list[int]:
         """The query heads that stay of each group, as many of each; -1 for those of a group that is zero."""
-        heads, count = self._plan.heads[layer], self._plan.student.heads // derive.kv_heads(self._plan.student)
+        heads, count = self._plan.heads[layer], self._plan.student.heads // derived.kv_heads(self._plan.student)
         of_group = {group: heads[i * count : (i + 1) * count] for i, group in enumerate(self._plan.groups[layer])}
         return [head for group in groups for head in of_group.get(group, (-1,) * count)]
 
     def _wide(self, heads: Sequence[int]) -> list[int]:
         """The rows of heads of the teacher's width."""
-        width = derive.head_dim(self._plan.teacher)
+        width = derived.head_dim(self._plan.teacher)
         return [head * width + i if head >= 0 else -1 for head in heads for i in range(width)]
 
 
-def _taken(block: Tensor, dim: int, rows: Sequence[int]) -> Tensor:
+def _index_select(block: Tensor, dim: int, rows: Sequence[int]) -> Tensor:
     """Rows of a tensor along a dimension, zeros for -1."""
     index = torch.tensor(rows)
     return block.index_select(dim, index.clamp(min=0)).index_fill_(dim, (index < 0).nonzero().flatten(), 0)

@@ -16,14 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_capgap.config import derive
-from megatron_capgap.config.errors import UserError
-from megatron_capgap.config.families import FAMILIES
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.config import derived
+from megatron_capgap.config.architectures import ARCHITECTURES
 from megatron_capgap.config.schema import ModelShape
+from megatron_capgap.distributed.parallel_context import ParallelContext
 from megatron_capgap.models import schedule
 from megatron_capgap.models.gpt import unwrap
-from megatron_capgap.pruning.scores import Scores
-from megatron_capgap.runtime.layout import Grid
+from megatron_capgap.pruning.importance_scores import Scores
 
 _BLOCK = 1 << 17
 """Numbers that are in float64 at a time: 1 MiB of them."""
@@ -38,17 +38,19 @@ class Importance:
 
     Args:
         chunks: the model on this rank, one chunk, without dropout; it is frozen.
-        grid: its layout.
+        parallel: its layout.
         shape: the model in numbers.
         gradient: score by |d loss / d mask|, a mean over micro-batches; else by activations, forward only.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], grid: Grid, shape: ModelShape, *, gradient: bool) -> None:
-        self._chunks, self._grid, self._shape, self._gradient = chunks, grid, shape, gradient
+    def __init__(
+        self, chunks: Sequence[torch.nn.Module], parallel: ParallelContext, shape: ModelShape, *, gradient: bool
+    ) -> None:
+        self._chunks, self._parallel, self._shape, self._gradient = chunks, parallel, shape, gradient
         self._device = next(chunks[0].parameters()).device
         self._sums = Scores.zeros(shape, self._device)
         # Under sequence parallelism each rank sees a part of the tokens, else all see the same residual stream.
-        self._sees_its_own = grid.layout.sequence or grid.tensor_rank == 0
+        self._sees_its_own = parallel.layout.sequence or parallel.tp_rank == 0
         self._seen: Counter[str] = Counter()
         # Derivatives by the masks of each micro-batch of the global batch at work: `[m, h]` and `[m, layers]`.
         self._by_channel = self._by_layer = torch.empty(0)
@@ -77,7 +79,7 @@ class Importance:
         micro_batch, length = batches[0].tokens.shape
         with torch.set_grad_enabled(self._gradient):
             schedule.run(
-                self._chunks, self._grid, batches, last_stage, forward_only=not self._gradient,
+                self._chunks, self._parallel, batches, last_stage, forward_only=not self._gradient,
                 shape=(length, micro_batch),
             )  # fmt: skip
         if self._gradient:
@@ -100,12 +102,12 @@ class Importance:
 
     def _take_absolutes(self) -> None:
         """|derivative| of each micro-batch by masks whose terms lie on several ranks."""
-        terms, groups = torch.cat([self._by_channel, self._by_layer], dim=1), self._grid.groups
-        if self._grid.layout.sequence:
+        terms, groups = torch.cat([self._by_channel, self._by_layer], dim=1), self._parallel.groups
+        if self._parallel.layout.sequence:
             dist.all_reduce(terms, group=groups.tp)
-        if self._grid.layout.pipeline > 1:
+        if self._parallel.layout.pipeline > 1:
             dist.all_reduce(terms, group=groups.pp)
-        if self._grid.on_last_stage and self._grid.tensor_rank == 0:
+        if self._parallel.is_last_stage and self._parallel.tp_rank == 0:
             channels, layers = terms.abs().sum(0).split([self._shape.hidden, self._shape.layers])
             self._sums.channels.add_(channels)
             self._sums.layers.add_(layers)
@@ -126,7 +128,7 @@ class Importance:
             if self._gradient:
                 attention.register_forward_hook(partial(self._branch, index))
                 mlp.register_forward_hook(partial(self._branch, index))
-                if not FAMILIES[self._shape.family].parallel_residual:
+                if not ARCHITECTURES[self._shape.family].parallel_residual:
                     layer.pre_mlp_layernorm.register_forward_pre_hook(partial(self._middle, index))
             layer.register_forward_hook(partial(self._layer, index), with_kwargs=True)
         if model.post_process:
@@ -141,8 +143,8 @@ class Importance:
 
     def _heads(self, index: int, reading: Tensor, _: Any, inputs: tuple[Tensor, ...]) -> None:
         """Attention's output, `[s, b, heads/tp * d]`: this rank's heads of all tokens."""
-        tensor, rank = self._grid.layout.tensor, self._grid.tensor_rank
-        heads, groups = self._shape.heads // tensor, derive.kv_heads(self._shape) // tensor
+        tensor, rank = self._parallel.layout.tensor, self._parallel.tp_rank
+        heads, groups = self._shape.heads // tensor, derived.kv_heads(self._shape) // tensor
 
         def add(columns: Tensor) -> None:
             by_head = columns.view(heads, -1).sum(-1)
@@ -154,7 +156,7 @@ class Importance:
 
     def _neurons(self, index: int, reading: Tensor, _: Any, inputs: tuple[Tensor, ...]) -> None:
         """What the activation leaves, `[s, b, ffn/tp]`: this rank's neurons of all tokens."""
-        neurons, rank = inputs[0].shape[-1], self._grid.tensor_rank
+        neurons, rank = inputs[0].shape[-1], self._parallel.tp_rank
 
         def add(columns: Tensor) -> None:
             self._sums.neurons[index, rank * neurons : (rank + 1) * neurons] += columns.abs()
@@ -219,7 +221,7 @@ class Importance:
         if not self._sees_its_own:
             return
         wide = inputs[0].float()
-        if FAMILIES[self._shape.family].norm == "LayerNorm":
+        if ARCHITECTURES[self._shape.family].norm == "LayerNorm":
             wide = wide - wide.mean(-1, keepdim=True)
         normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self._shape.norm_epsilon)
         self._sums.squares[index] += _over_tokens(normal, normal)

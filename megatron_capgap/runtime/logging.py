@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from megatron_capgap.config.files import write_atomically
-from megatron_capgap.runtime.devices import Device
+from megatron_capgap.common.fileio import write_atomically
+from megatron_capgap.devices import Device
 
 
-class Log:
+class RunLogger:
     """The voice of a run.
 
     Args:
@@ -33,7 +33,7 @@ class Log:
     """
 
     def __init__(self, run_dir: Path | None, speaks: bool, tensorboard: bool = False) -> None:
-        self.speaks = speaks
+        self.is_rank0 = speaks
         self.console = Console(file=sys.stdout, quiet=not speaks, highlight=False, soft_wrap=True)
         self._run_dir = run_dir if speaks else None
         self._writer = None
@@ -47,13 +47,13 @@ class Log:
         self._board = None
         self._progress: Progress | None = None
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """One line to the reader."""
         self.console.print(text, markup=False)
 
-    def warn(self, text: str) -> None:
+    def warning(self, text: str) -> None:
         """One line that must not be overlooked, on the error output."""
-        if self.speaks:
+        if self.is_rank0:
             sys.stderr.write(f"capgap: warning: {text}\n")
             sys.stderr.flush()
 
@@ -64,9 +64,9 @@ class Log:
             table.add_row(*row)
         self.console.print(table)
 
-    def parts(self, device: Device) -> None:
+    def device_table(self, device: Device) -> None:
         """The start-up table: which engine and which fused parts are in use, and why not."""
-        rows = [(part.name, "yes" if part.active else "no", part.why) for part in device.parts]
+        rows = [(part.name, "yes" if part.active else "no", part.why) for part in device.components]
         self.table(f"device {device.name}, backend {device.backend}", ("part", "in use", ""), rows)
 
     def record(self, entry: Mapping[str, Any]) -> None:
@@ -85,7 +85,9 @@ class Log:
                 self._unwritten = self._unwritten[os.write(self._metrics, self._unwritten) :]
         except OSError as error:
             if complete:
-                self.warn(f"{self._run_dir}/metrics.jsonl: {error.strerror}; kept in memory until there is space again")
+                self.warning(
+                    f"{self._run_dir}/metrics.jsonl: {error.strerror}; kept in memory until there is space again"
+                )
         self._draw(entry)
 
     def _draw(self, entry: Mapping[str, Any]) -> None:
@@ -96,7 +98,7 @@ class Log:
                 if name != "step" and isinstance(value, int | float):
                     self._board.add_scalar(name, value, entry["step"])
         except OSError as error:  # of the thread that writes the events: it does not come back
-            self.warn(f"{self._run_dir}/tensorboard: {error.strerror}; no more TensorBoard events of this run")
+            self.warning(f"{self._run_dir}/tensorboard: {error.strerror}; no more TensorBoard events of this run")
             self._board = None
 
     def _open(self, run_dir: Path, first_step: int) -> None:
@@ -112,25 +114,27 @@ class Log:
         if self._metrics is not None:
             os.close(self._metrics)
         if self._unwritten:
-            self.warn(f"{self._run_dir}/metrics.jsonl lacks its last {len(self._unwritten)} bytes: no space for them")
+            self.warning(
+                f"{self._run_dir}/metrics.jsonl lacks its last {len(self._unwritten)} bytes: no space for them"
+            )
         if self._board is not None:
             with suppress(OSError):  # a full disk; said already, or the events alone are lost
                 self._board.close()
 
     def bar(self, done: int, total: int) -> None:
         """Starts a progress bar where the output is a terminal."""
-        if self.speaks and self.console.is_terminal:
+        if self.is_rank0 and self.console.is_terminal:
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[line]}"), TimeElapsedColumn())
             self._progress = Progress(*columns, console=self.console)
             self._progress.add_task("train", completed=done, total=total, line="")
             self._progress.start()
 
-    def advance(self, step: int, total: int, line: str, every: int) -> None:
+    def progress(self, step: int, total: int, line: str, every: int) -> None:
         """Shows step `step` of `total`: on the bar, or as a plain line every `every` steps."""
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], completed=step, line=line)
         elif step % every == 0 or step == total:
-            self.say(f"step {step}/{total}  {line}")
+            self.info(f"step {step}/{total}  {line}")
 
 
 def evaluation_after(run_dir: Path, step: int) -> dict[str, Any] | None:
@@ -163,7 +167,7 @@ def drop_metrics_after(run_dir: Path, step: int) -> None:
     write_atomically(path, "".join(kept))
 
 
-class Meter:
+class ThroughputMeter:
     """Speed: of the last step, and an estimate of the time to the end from the recent ones."""
 
     def __init__(self, flops_a_token: float) -> None:
@@ -171,7 +175,7 @@ class Meter:
         self._last = time.perf_counter()
         self._recent: float | None = None
 
-    def tick(self, tokens: int) -> tuple[float, float]:
+    def update(self, tokens: int) -> tuple[float, float]:
         """Ends a step.
 
         Args:
@@ -190,7 +194,7 @@ class Meter:
         """Leaves the time since the last tick out of the next one: an evaluation, a save."""
         self._last = time.perf_counter()
 
-    def left(self, steps: int) -> str:
+    def eta(self, steps: int) -> str:
         """Time that `steps` more steps will take, in words."""
         if self._recent is None or not math.isfinite(self._recent):
             return "?"

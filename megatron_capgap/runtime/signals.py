@@ -9,7 +9,7 @@ from types import FrameType
 
 import torch
 
-from megatron_capgap.runtime.launch import largest_in_world
+from megatron_capgap.distributed.launcher import all_reduce_max
 
 WATCHED = (signal.SIGTERM, signal.SIGUSR1)
 _TIME_IS_UP = 1
@@ -29,7 +29,7 @@ class StopRequest:
         self, device: torch.device, largest: Callable[[int], int] | None = None, deadline: float | None = None
     ) -> None:
         self._deadline, self._device = deadline, device
-        self._largest = largest or (lambda number: largest_in_world(number, device))
+        self._largest = largest or (lambda number: all_reduce_max(number, device))
         self.seen = 0
         """The number of the last signal that this rank has received; 0 for none."""
         self.reason: str | None = None
@@ -57,7 +57,7 @@ class StopRequest:
 
     def heard(self) -> str | None:
         """As `agreed`, between two steps: of the default process group alone, over which it is collective."""
-        return self._answer(largest_in_world(self._mine(), self._device))
+        return self._answer(all_reduce_max(self._mine(), self._device))
 
     def _mine(self) -> int:
         return self.seen or (_TIME_IS_UP if self._time_is_up() else 0)

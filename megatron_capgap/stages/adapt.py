@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from megatron_capgap.config.load import Loaded
-from megatron_capgap.runtime.devices import Device
-from megatron_capgap.runtime.launch import Environment
-from megatron_capgap.stages import common
+from megatron_capgap.config.loader import LoadedConfig
+from megatron_capgap.devices import Device
+from megatron_capgap.distributed.launcher import Environment
+from megatron_capgap.stages import context
 from megatron_capgap.training.loop import train
 
 
-def run(loaded: Loaded, environment: Environment, device: Device) -> int:
+def run(loaded: LoadedConfig, environment: Environment, device: Device) -> int:
     """Trains; returns the exit code."""
-    with common.ground(loaded, "adapt", environment, device) as ground:
-        train(common.language_model_run(ground))
+    with context.stage_context(loaded, "adapt", environment, device) as ctx:
+        train(context.language_model_run(ctx))
     return 0

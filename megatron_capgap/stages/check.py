@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_capgap.config import derive, fp8
-from megatron_capgap.config.load import Loaded
+from megatron_capgap.config import derived
+from megatron_capgap.config.loader import LoadedConfig
 from megatron_capgap.config.schema import Layout, ModelShape
+from megatron_capgap.config.validation import fp8
 from megatron_capgap.models import memory, size
-from megatron_capgap.stages.resolve import Resolved, data_file, resolve
+from megatron_capgap.stages.resolve import ResolvedConfig, data_file, resolve
 
 _MIB = 1 << 20
 
 
-def report(loaded: Loaded, stage: str, world: int, capability: tuple[int, int] | None = None) -> str:
+def report(loaded: LoadedConfig, stage: str, world: int, capability: tuple[int, int] | None = None) -> str:
     """Resolves and checks a configuration, and tells parameters, rank grid, tokens a step and memory a rank.
 
     Args:
@@ -31,24 +32,24 @@ def report(loaded: Loaded, stage: str, world: int, capability: tuple[int, int] |
     lines += _models(resolved)
     ranks = range(resolved.student_world)
     lines += ["", *_grid("rank grid", config.student.layout, ranks)]
-    if config.teacher is not None and (derive.teacher_layout(config) != config.student.layout or len(ranks) < world):
-        lines += _grid("the teacher's", derive.teacher_layout(config), derive.teacher_ranks(config, world))
+    if config.teacher is not None and (derived.teacher_layout(config) != config.student.layout or len(ranks) < world):
+        lines += _grid("the teacher's", derived.teacher_layout(config), derived.teacher_ranks(config, world))
     lines += ["", *arithmetic(resolved), *_work(resolved)]
     lines += ["", *_memory(resolved)]
     return "\n".join(lines) + "\n"
 
 
-def _missing_data(resolved: Resolved) -> list[str]:
+def _missing_data(resolved: ResolvedConfig) -> list[str]:
     """The data may lie where the run will be, or be yet to be made."""
     return [
-        f"{resolved.loaded.place(key)}: {name} is not here; the run needs it"
+        f"{resolved.loaded.location(key)}: {name} is not here; the run needs it"
         for key, names in resolved.reads.items()
         for name in names
         if data_file(name) is None
     ]
 
 
-def _models(resolved: Resolved) -> list[str]:
+def _models(resolved: ResolvedConfig) -> list[str]:
     lines = [f"{'model':<9}{'parameters':>16}{'non-embedding':>16}  shape"]
     for name, shape in (("student", resolved.student), ("teacher", resolved.teacher)):
         if shape is not None:
@@ -58,12 +59,12 @@ def _models(resolved: Resolved) -> list[str]:
     lines += kept(resolved)
     if resolved.teacher is not None:
         assert resolved.teacher_source is not None
-        ratio = resolved.teacher_source.manifest.kept / resolved.student_kept
+        ratio = resolved.teacher_source.meta.kept / resolved.student_kept
         lines.append(f"the teacher is {ratio:.2f} times the student (non-embedding); the paper advises about 2.5")
     return lines
 
 
-def kept(resolved: Resolved) -> list[str]:
+def kept(resolved: ResolvedConfig) -> list[str]:
     """What the student's layers keep of what they store, where that is less."""
     lines, stored = [], size.non_embedding_parameters(resolved.student)
     if resolved.student_kept < stored:
@@ -76,14 +77,14 @@ def kept(resolved: Resolved) -> list[str]:
 
 def _shape(shape: ModelShape) -> str:
     tied = "tied" if shape.tied_embeddings else "untied"
-    heads = f"{shape.heads} heads over {derive.kv_heads(shape)} groups"
+    heads = f"{shape.heads} heads over {derived.kv_heads(shape)} groups"
     width = f"hidden {shape.hidden}, {heads}, ffn {shape.ffn}"
     return f"{shape.family}: {shape.layers} layers, {width}, vocab {shape.vocab} {tied}"
 
 
 def _grid(title: str, layout: Layout, ranks: range) -> list[str]:
     """Who is who, in Megatron's order: tensor fastest, then data, then pipeline."""
-    data = derive.data_parallel(layout, len(ranks))
+    data = derived.data_parallel(layout, len(ranks))
     lines = [
         f"{title}: {len(ranks)} ranks = tensor {layout.tensor} x data {data} x pipeline {layout.pipeline}"
         + (f" ({layout.virtual_pipeline} virtual stages each)" if layout.virtual_pipeline > 1 else "")
@@ -105,11 +106,11 @@ def _span(first: int, count: int) -> str:
     return str(first) if count == 1 else f"{first}-{first + count - 1}"
 
 
-def arithmetic(resolved: Resolved) -> list[str]:
+def arithmetic(resolved: ResolvedConfig) -> list[str]:
     """One line for each model: the type it computes in and how many matrix products run in FP8."""
     lines = []
     shapes = (("student", resolved.student), ("teacher", resolved.teacher))
-    for (name, shape), precision in zip(shapes, derive.precisions(resolved.config), strict=False):
+    for (name, shape), precision in zip(shapes, derived.precisions(resolved.config), strict=False):
         assert shape is not None
         if resolved.stage == "prune" and name == "student":
             continue  # it does not run
@@ -127,11 +128,11 @@ def arithmetic(resolved: Resolved) -> list[str]:
     return lines
 
 
-def _work(resolved: Resolved) -> list[str]:
+def _work(resolved: ResolvedConfig) -> list[str]:
     config, batch = resolved.config, resolved.global_batch
     length = config.data.sequence_length
-    micro = derive.micro_batches(config, config.student.layout, resolved.student_world)
-    teacher = resolved.teacher if derive.teacher_runs(config, resolved.stage) else None
+    micro = derived.micro_batches(config, config.student.layout, resolved.student_world)
+    teacher = resolved.teacher if derived.teacher_runs(config, resolved.stage) else None
     flops = size.training_flops(resolved.student, teacher, length)
     lines = [
         f"tokens a step: {batch * length:,} = {batch} sequences x {length}; {micro} micro-batch{'es' * (micro > 1)} of "
@@ -158,16 +159,16 @@ def _work(resolved: Resolved) -> list[str]:
     return lines
 
 
-def _memory(resolved: Resolved) -> list[str]:
+def _memory(resolved: ResolvedConfig) -> list[str]:
     config = resolved.config
     # Without torch: the driver's device node tells whether `auto` would find a GPU on this machine.
     on_cpu = config.device == "cpu" or (config.device == "auto" and not Path("/dev/nvidiactl").exists())
     facts = (config, resolved.stage, resolved.student, resolved.teacher, resolved.world)
-    ground = "CPU" if on_cpu else "GPU"
+    ctx = "CPU" if on_cpu else "GPU"
     if on_cpu and config.device == "auto":
-        ground += " (no GPU is here; --device=cuda would count for one)"
-    lines = _table(f"memory of the fullest rank on a {ground}, MiB", memory.estimate(*facts, on_cpu=on_cpu))
-    if not derive.teacher_runs(config, resolved.stage):
+        ctx += " (no GPU is here; --device=cuda would count for one)"
+    lines = _table(f"memory of the fullest rank on a {ctx}, MiB", memory.estimate(*facts, on_cpu=on_cpu))
+    if not derived.teacher_runs(config, resolved.stage):
         return lines
     if resolved.student_world < resolved.world:
         need = memory.estimate_teacher(config, resolved.student, resolved.teacher, resolved.world)
@@ -184,14 +185,14 @@ def _table(title: str, need: memory.Memory) -> list[str]:
     return lines
 
 
-def _teaching(resolved: Resolved) -> list[str]:
+def _teaching(resolved: ResolvedConfig) -> list[str]:
     """The teacher's weights, and its hidden states while they wait."""
     config, teacher = resolved.config, resolved.teacher
     assert teacher is not None and config.teacher is not None
-    stages = range(derive.teacher_layout(config).pipeline)
-    shares = [memory.teaching(config, resolved.student, teacher, resolved.world, None, stage) for stage in stages]
+    stages = range(derived.teacher_layout(config).pipeline)
+    shares = [memory.teacher_memory(config, resolved.student, teacher, resolved.world, None, stage) for stage in stages]
     last = config.student.layout.pipeline - 1
-    of_student = memory.teaching(config, resolved.student, teacher, resolved.world, last, None)
+    of_student = memory.teacher_memory(config, resolved.student, teacher, resolved.world, last, None)
     weights, held = (max(getattr(share, name) for share in shares) / _MIB for name in ("weights", "held"))
     ahead = f"; up to {config.teacher.ahead} wait on the teacher's ranks" * (resolved.student_world < resolved.world)
     return [

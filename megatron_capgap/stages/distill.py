@@ -8,91 +8,91 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from megatron_capgap.checkpoint import store
-from megatron_capgap.config import derive
-from megatron_capgap.config.errors import UserError
-from megatron_capgap.config.load import Loaded
+from megatron_capgap.checkpoint import loader
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.config import derived
+from megatron_capgap.config.loader import LoadedConfig
 from megatron_capgap.data.batch import MicroBatch
-from megatron_capgap.distillation import plan
-from megatron_capgap.distillation.ahead import work_ahead
-from megatron_capgap.distillation.handoff import (
-    HandOff,
-    States,
-    Taught,
-    Transfer,
-    Transport,
-    within_world,
-)
-from megatron_capgap.distillation.matching import Matching
-from megatron_capgap.distillation.offload import InHostMemory
+from megatron_capgap.devices import Device
+from megatron_capgap.distillation import transfer_plan
+from megatron_capgap.distillation.disjoint import run_teacher_ahead
+from megatron_capgap.distillation.hidden_state_hooks import HiddenStateMatching
+from megatron_capgap.distillation.offload import HostOffload
 from megatron_capgap.distillation.teacher import Teacher, freeze
+from megatron_capgap.distillation.transfer import (
+    HiddenStateTransfer,
+    PendingTransfer,
+    States,
+    TeacherStates,
+    Transport,
+    batched_p2p,
+)
+from megatron_capgap.distributed import launcher, parallel_context
+from megatron_capgap.distributed.launcher import Environment
+from megatron_capgap.distributed.role_groups import FAILED, RoleGroups
 from megatron_capgap.losses import DistillationObjective, Loss, TeacherHidden, distillation_loss
 from megatron_capgap.models import gpt, size
-from megatron_capgap.models.fp8_weights import hold_in_fp8
+from megatron_capgap.models.fp8_weights import cast_params_to_fp8
 from megatron_capgap.models.gpt import DTYPES, unwrap
-from megatron_capgap.runtime import launch, layout
-from megatron_capgap.runtime.bridge import FAILED, Bridge
-from megatron_capgap.runtime.devices import Device
-from megatron_capgap.runtime.launch import Environment
 from megatron_capgap.runtime.signals import StopRequest
-from megatron_capgap.stages import common, material, record
+from megatron_capgap.stages import context, datasets, record
 from megatron_capgap.training.loop import Run, train
 from megatron_capgap.training.step import LossFunction
 
 
-def run(loaded: Loaded, environment: Environment, device: Device) -> int:
+def run(loaded: LoadedConfig, environment: Environment, device: Device) -> int:
     """Distils; returns the exit code."""
-    with common.ground(loaded, "distill", environment, device) as ground:
-        bridge = ground.bridge
-        if bridge is None:
-            train(taught_in_turns(ground))
-            _record(ground)
-        elif bridge.teaches:
-            with _all_or_none(ground):
-                _work_ahead(ground, bridge)
+    with context.stage_context(loaded, "distill", environment, device) as ctx:
+        roles = ctx.roles
+        if roles is None:
+            train(colocated_run(ctx))
+            _write_record(ctx)
+        elif roles.is_teacher:
+            with abort_on_rank_failure(ctx):
+                teacher_loop(ctx, roles)
         else:
-            with _all_or_none(ground):
-                _learn(ground, bridge)
+            with abort_on_rank_failure(ctx):
+                student_loop(ctx, roles)
     return 0
 
 
-def _record(ground: common.Ground) -> None:
+def _write_record(ctx: context.StageContext) -> None:
     """Leaves what the law reads of a run. Collective over the student's ranks."""
-    ground.log.say(launch.on_first_rank(lambda: record.write(ground.resolved)))
+    ctx.log.info(launcher.run_on_rank0(lambda: record.write(ctx.resolved)))
 
 
-def taught_in_turns(ground: common.Ground) -> Run:
+def colocated_run(ctx: context.StageContext) -> Run:
     """The run of a student whose teacher shares all ranks with it; without the teacher where the objective does not use
     it. Collective."""
-    if not derive.teacher_runs(ground.config, ground.resolved.stage):
-        ground.log.say("the objective does not use the teacher: it is not loaded, the student learns from labels alone")
-        return common.language_model_run(ground)
-    teacher = open_teacher(ground)
-    return learner(ground, open_head(ground, teacher), _in_turns(ground, teacher))
+    if not derived.teacher_runs(ctx.config, ctx.resolved.stage):
+        ctx.log.info("the objective does not use the teacher: it is not loaded, the student learns from labels alone")
+        return context.language_model_run(ctx)
+    teacher = load_teacher(ctx)
+    return distillation_run(ctx, load_teacher_head(ctx, teacher), _colocated_teacher(ctx, teacher))
 
 
-def learner(ground: common.Ground, head: Tensor | None, teach: Callable[[int], Taught]) -> Run:
+def distillation_run(ctx: context.StageContext, head: Tensor | None, teach: Callable[[int], TeacherStates]) -> Run:
     """The student's run. Collective over its ranks.
 
     Args:
-        ground: what the stage stands on.
+        ctx: what the stage stands on.
         head: the teacher's LM head `[v/tp, h_teacher]`, cut as the student is, on the student's last stage.
         teach: from a global batch's first sample to the teacher's states that this rank needs.
     """
-    student = common.student_chunks(ground)
-    objective = DistillationObjective(**vars(ground.config.objective))
-    resolved, batch_size, grid = ground.resolved, ground.resolved.global_batch, ground.grid
+    student = context.build_student(ctx)
+    objective = DistillationObjective(**vars(ctx.config.objective))
+    resolved, batch_size, parallel = ctx.resolved, ctx.resolved.global_batch, ctx.parallel
     # The tokenizer is one; what a model's vocabulary has beyond it, the other's may lack, and counts on neither side.
     vocab_size = min(resolved.student.vocab, resolved.teacher.vocab)
-    matching = Matching(student, grid, objective.matching)
+    matching = HiddenStateMatching(student, parallel, objective.matching)
 
     def prepare(batches: Sequence[MicroBatch]) -> LossFunction:
-        taught = teach(batches[0].sample_ids[0] // batch_size * batch_size)
-        matching.begin(batches, taught)
+        teacher_states = teach(batches[0].sample_ids[0] // batch_size * batch_size)
+        matching.start_batch(batches, teacher_states)
 
         def loss(hidden: Tensor, student_head: Tensor, batch: MicroBatch) -> Loss:
             # Taken, so that the teacher's states of a micro-batch go as soon as its loss is known.
-            teaching = taught.take(plan.FINAL, batch.sample_ids).flatten(0, 1)
+            teaching = teacher_states.pop(transfer_plan.FINAL_HIDDEN, batch.sample_ids).flatten(0, 1)
             return distillation_loss(
                 hidden.flatten(0, 1),
                 student_head,
@@ -100,157 +100,165 @@ def learner(ground: common.Ground, head: Tensor | None, teach: Callable[[int], T
                 *batch.flat(),
                 objective=objective,
                 vocab_size=vocab_size,
-                group=grid.groups.tp,
-                sequence_parallel=grid.layout.sequence,
+                group=parallel.groups.tp,
+                sequence_parallel=parallel.layout.sequence,
             )
 
         return loss
 
-    return common.training_run(ground, student, prepare, matching.loss if objective.matching else None)
+    return context.training_run(ctx, student, prepare, matching.loss if objective.matching else None)
 
 
-def open_teacher(ground: common.Ground) -> Teacher:
+def load_teacher(ctx: context.StageContext) -> Teacher:
     """Builds the teacher in its own layout, without its LM head, and loads its weights. Collective over its ranks."""
-    resolved, config = ground.resolved, ground.config
+    resolved, config = ctx.resolved, ctx.config
     source, shape = resolved.teacher_source, resolved.teacher
     assert source is not None and shape is not None, "resolve finds the teacher"
-    precision = derive.teacher_precision(config)
-    grid = layout.beside(ground.grid, derive.teacher_layout(config), config.runtime.timeout_seconds)
-    with grid.active():
+    precision = derived.teacher_precision(config)
+    parallel = parallel_context.build_additional(
+        ctx.parallel, derived.teacher_layout(config), config.runtime.timeout_seconds
+    )
+    with parallel.active():
         chunks = gpt.build(
             shape,
-            grid,
+            parallel,
             precision,
-            ground.device,
+            ctx.device,
             sequence_length=config.data.sequence_length,
             virtual=False,
             head=False,
             masked=resolved.template is not None,
         )
-        store.load_weights(source.folder, chunks, grid)
-        hold_in_fp8(chunks, precision)
+        loader.load_weights(source.folder, chunks, parallel)
+        cast_params_to_fp8(chunks, precision)
     freeze(chunks)
     weights = nullcontext()
     if config.teacher.offload:
-        weights = InHostMemory((p for chunk in chunks for p in chunk.parameters()), ground.device.torch_device)
-    side, _ = plan.sides(config, resolved.world)
-    return Teacher(chunks, grid, shape, derive.teacher_micro_batch(config), side.samples[grid.data_rank], weights)
+        weights = HostOffload((p for chunk in chunks for p in chunk.parameters()), ctx.device.torch_device)
+    side, _ = transfer_plan.model_placements(config, resolved.world)
+    return Teacher(
+        chunks, parallel, shape, derived.teacher_micro_batch(config), side.samples[parallel.dp_rank], weights
+    )
 
 
-def open_head(ground: common.Ground, teacher: Teacher | None) -> Tensor | None:
+def load_teacher_head(ctx: context.StageContext, teacher: Teacher | None) -> Tensor | None:
     """The teacher's LM head, cut as the student is. Collective over the student's ranks.
 
     Args:
-        ground: what the stage stands on.
+        ctx: what the stage stands on.
         teacher: what this rank has of it.
 
     Returns:
         `[v/tp, h_teacher]` on the student's last stage, v as the student is padded; None, or what nothing reads, on the
         others.
     """
-    source, shape, config = ground.resolved.teacher_source, ground.resolved.teacher, ground.config
-    if source.manifest.step < source.manifest.steps:
-        done = f"step {source.manifest.step} of {source.manifest.steps}"
-        ground.log.say(f"teacher: {source.folder} is at {done}: its run is not finished")
-    cut, tensor = derive.teacher_layout(config), ground.grid.layout.tensor
-    wanted = replace(shape, vocab=ground.resolved.student.vocab)  # rows of the student's, whichever are the teacher's
+    source, shape, config = ctx.resolved.teacher_source, ctx.resolved.teacher, ctx.config
+    if source.meta.step < source.meta.steps:
+        done = f"step {source.meta.step} of {source.meta.steps}"
+        ctx.log.info(f"teacher: {source.folder} is at {done}: its run is not finished")
+    cut, tensor = derived.teacher_layout(config), ctx.parallel.layout.tensor
+    wanted = replace(shape, vocab=ctx.resolved.student.vocab)  # rows of the student's, whichever are the teacher's
     same_rows = size.padded_vocab(shape.vocab, tensor) == size.padded_vocab(wanted.vocab, tensor)
     alike = cut.pipeline == 1 and cut.tensor == tensor and same_rows and not config.teacher.offload
     if teacher and shape.tied_embeddings and alike:
         return unwrap(teacher.chunks[0]).embedding.word_embeddings.weight  # every rank has it already
-    dtype = DTYPES[derive.teacher_precision(config).compute]
-    device = ground.device.torch_device
-    return store.load_head(source.folder, wanted, ground.grid, dtype, device, verified=teacher is not None)
+    dtype = DTYPES[derived.teacher_precision(config).compute]
+    device = ctx.device.torch_device
+    return loader.load_head(source.folder, wanted, ctx.parallel, dtype, device, verified=teacher is not None)
 
 
-def _hand_off(ground: common.Ground, transport: Transport) -> HandOff:
+def _hidden_state_transfer(ctx: context.StageContext, transport: Transport) -> HiddenStateTransfer:
     """This rank's part in the hand-off."""
-    resolved, config = ground.resolved, ground.config
-    streams = plan.streams(*plan.sides(config, resolved.world), _routes(ground), ground.rank)
-    dtype, device = DTYPES[derive.teacher_precision(config).compute], ground.device.torch_device
-    say = ground.watch.waits_for
-    return HandOff(
-        streams, ground.rank, width=resolved.teacher.hidden, dtype=dtype, device=device, transport=transport, say=say
+    resolved, config = ctx.resolved, ctx.config
+    streams = transfer_plan.streams(*transfer_plan.model_placements(config, resolved.world), _routes(ctx), ctx.rank)
+    dtype, device = DTYPES[derived.teacher_precision(config).compute], ctx.device.torch_device
+    say = ctx.watchdog.set_waiting_for
+    return HiddenStateTransfer(
+        streams, ctx.rank, width=resolved.teacher.hidden, dtype=dtype, device=device, transport=transport, say=say
     )
 
 
-def _routes(ground: common.Ground) -> list[plan.Route]:
-    return plan.routes(ground.config, ground.resolved.teacher, ground.resolved.student)
+def _routes(ctx: context.StageContext) -> list[transfer_plan.StageRoute]:
+    return transfer_plan.routes(ctx.config, ctx.resolved.teacher, ctx.resolved.student)
 
 
-def _speak(ground: common.Ground, teacher: Teacher) -> Callable[[int], States]:
+def teacher_forward(ctx: context.StageContext, teacher: Teacher) -> Callable[[int], States]:
     """From a global batch's first sample to what the teacher leaves of it on this rank."""
-    device = ground.device.torch_device
-    samples = material.open_training(ground.resolved)
-    layers = [route.key for route in _routes(ground) if route.key != plan.FINAL]
-    return lambda first_sample: teacher.hidden_states(teacher.read(samples, first_sample, device), layers)
+    device = ctx.device.torch_device
+    samples = datasets.open_training(ctx.resolved)
+    layers = [route.key for route in _routes(ctx) if route.key != transfer_plan.FINAL_HIDDEN]
+    return lambda first_sample: teacher.forward(teacher.read(samples, first_sample, device), layers)
 
 
-def _in_turns(ground: common.Ground, teacher: Teacher) -> Callable[[int], Taught]:
+def _colocated_teacher(ctx: context.StageContext, teacher: Teacher) -> Callable[[int], TeacherStates]:
     """Teacher and student share all ranks."""
-    hand_off, speak = _hand_off(ground, within_world), _speak(ground, teacher)
-    return lambda first_sample: Taught(hand_off.begin(speak(first_sample), first_sample).finish())
+    transfer, speak = _hidden_state_transfer(ctx, batched_p2p), teacher_forward(ctx, teacher)
+    return lambda first_sample: TeacherStates(transfer.start(speak(first_sample), first_sample).wait())
 
 
-def _learn(ground: common.Ground, bridge: Bridge) -> None:
+def student_loop(ctx: context.StageContext, roles: RoleGroups) -> None:
     """The student's ranks, with a teacher on others."""
-    hand_off, batch_size = _hand_off(ground, bridge.begin), ground.resolved.global_batch
-    steps, ahead = ground.config.train.steps, ground.config.teacher.ahead
+    transfer, batch_size = _hidden_state_transfer(ctx, roles.start_send_recv), ctx.resolved.global_batch
+    steps, ahead = ctx.config.train.steps, ctx.config.teacher.ahead
     taken = agreed = 0  # batches of the teacher's, and ends of steps
 
-    def teach(first_sample: int) -> Taught:
+    def teach(first_sample: int) -> TeacherStates:
         nonlocal taken
         taken = first_sample // batch_size + 1
-        return Taught(hand_off.begin({}, first_sample).finish())
+        return TeacherStates(transfer.start({}, first_sample).wait())
 
     def largest(number: int) -> int:
         nonlocal agreed
         agreed += 1
-        return bridge.agree(number).wait()
+        return roles.start_all_reduce_max(number).wait()
 
-    head = bridge.together(lambda: open_head(ground, None))
-    run = bridge.together(lambda: learner(ground, head, teach))  # the run begins once the teacher is there
+    head = roles.barrier_with_errors(lambda: load_teacher_head(ctx, None))
+    run = roles.barrier_with_errors(
+        lambda: distillation_run(ctx, head, teach)
+    )  # the run begins once the teacher is there
     taken = agreed = run.done
-    bridge.agree(run.done).wait()
+    roles.start_all_reduce_max(run.done).wait()
     failed: UserError | None = None
     try:
         train(replace(run, largest=largest))
-        _record(ground)
+        _write_record(ctx)
     except UserError as error:
         failed = error
         agreed += 1
-        bridge.give_up(error)
+        roles.abort_peers(error)
     # What the teacher has begun: process groups with open work would not close.
     for step in range(taken, min(agreed + ahead, steps)):
         teach(step * batch_size)
     for _ in range(agreed, min(agreed + ahead, steps)):
-        bridge.agree(0).wait()
+        roles.start_all_reduce_max(0).wait()
     if failed is not None:
         raise failed
 
 
-def _work_ahead(ground: common.Ground, bridge: Bridge) -> None:
+def teacher_loop(ctx: context.StageContext, roles: RoleGroups) -> None:
     """The teacher's own ranks."""
-    batch_size = ground.resolved.global_batch
-    hand_off = _hand_off(ground, bridge.begin)
-    teacher = bridge.together(lambda: open_teacher(ground))
-    speak = bridge.together(lambda: _speak(ground, teacher))
+    batch_size = ctx.resolved.global_batch
+    transfer = _hidden_state_transfer(ctx, roles.start_send_recv)
+    teacher = roles.barrier_with_errors(lambda: load_teacher(ctx))
+    speak = roles.barrier_with_errors(lambda: teacher_forward(ctx, teacher))
 
-    def teach(step: int) -> Transfer:
+    def teach(step: int) -> PendingTransfer:
         first_sample = step * batch_size
-        ground.watch.place = f"the teacher's turn in step {step + 1}"
-        return hand_off.begin(speak(first_sample), first_sample)
+        ctx.watchdog.activity = f"the teacher's turn in step {step + 1}"
+        return transfer.start(speak(first_sample), first_sample)
 
-    done = bridge.agree(0).wait()  # only the student knows: it may have had to go back to an earlier checkpoint
-    with StopRequest(ground.device.torch_device) as stop:
-        steps = range(done, ground.config.train.steps)
-        end = work_ahead(steps, ground.config.teacher.ahead, teach, lambda: bridge.agree(stop.seen))
+    done = roles.start_all_reduce_max(
+        0
+    ).wait()  # only the student knows: it may have had to go back to an earlier checkpoint
+    with StopRequest(ctx.device.torch_device) as stop:
+        steps = range(done, ctx.config.train.steps)
+        end = run_teacher_ahead(steps, ctx.config.teacher.ahead, teach, lambda: roles.start_all_reduce_max(stop.seen))
     if end == FAILED:
-        raise bridge.reason()
+        raise roles.peer_error()
 
 
 @contextmanager
-def _all_or_none(ground: common.Ground) -> Iterator[None]:
+def abort_on_rank_failure(ctx: context.StageContext) -> Iterator[None]:
     """Where a rank fails, all stop, and say which rank was lost and which transfer waited for it.
 
     The process ends here: groups that wait for a lost rank, as an agreement does, would not let it end.
@@ -260,5 +268,5 @@ def _all_or_none(ground: common.Ground) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        ground.watch.explain(error)
-        launch.abandon(error)
+        ctx.watchdog.report(error)
+        launcher.abort(error)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from megatron_capgap.config.load import Loaded
-from megatron_capgap.runtime.devices import Device
-from megatron_capgap.runtime.launch import Environment
-from megatron_capgap.stages import common, distill
+from megatron_capgap.config.loader import LoadedConfig
+from megatron_capgap.devices import Device
+from megatron_capgap.distributed.launcher import Environment
+from megatron_capgap.stages import context, distill
 from megatron_capgap.training.loop import train
 
 
-def run(loaded: Loaded, environment: Environment, device: Device) -> int:
+def run(loaded: LoadedConfig, environment: Environment, device: Device) -> int:
     """Finetunes; returns the exit code."""
-    with common.ground(loaded, "finetune", environment, device) as ground:
-        if ground.config.teacher is None:
-            train(common.language_model_run(ground))
+    with context.stage_context(loaded, "finetune", environment, device) as ctx:
+        if ctx.config.teacher is None:
+            train(context.language_model_run(ctx))
         else:
-            train(distill.taught_in_turns(ground))
+            train(distill.colocated_run(ctx))
     return 0

@@ -8,53 +8,51 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_capgap.checkpoint import manifest as manifests
-from megatron_capgap.checkpoint import store
-from megatron_capgap.checkpoint.manifest import Origin
-from megatron_capgap.config import derive
-from megatron_capgap.config.files import write_atomically
-from megatron_capgap.config.load import Loaded
-from megatron_capgap.config.schema import Prune
+from megatron_capgap.checkpoint import loader
+from megatron_capgap.checkpoint import metadata as manifests
+from megatron_capgap.checkpoint.metadata import ModelRef
+from megatron_capgap.common.fileio import write_atomically
+from megatron_capgap.config import derived
+from megatron_capgap.config.loader import LoadedConfig
+from megatron_capgap.config.schema import PruneConfig
 from megatron_capgap.data.batch import MicroBatch, Samples, global_batch_samples, micro_batches
+from megatron_capgap.devices import Device
+from megatron_capgap.distributed import launcher
+from megatron_capgap.distributed.launcher import Environment
 from megatron_capgap.losses import language_model_loss
 from megatron_capgap.models import gpt, memory, size
-from megatron_capgap.models.fp8_weights import hold_in_fp8
-from megatron_capgap.pruning import plan as plans
-from megatron_capgap.pruning import scores as files
+from megatron_capgap.models.fp8_weights import cast_params_to_fp8
+from megatron_capgap.pruning import importance_scores as files
+from megatron_capgap.pruning import prune_plan as plans
 from megatron_capgap.pruning.apply import apply
 from megatron_capgap.pruning.importance import Importance
-from megatron_capgap.pruning.plan import Plan
-from megatron_capgap.pruning.scores import Scores
-from megatron_capgap.runtime import launch
-from megatron_capgap.runtime.devices import Device
-from megatron_capgap.runtime.launch import Environment
+from megatron_capgap.pruning.importance_scores import Scores
+from megatron_capgap.pruning.prune_plan import Plan
 from megatron_capgap.runtime.signals import StopRequest
-from megatron_capgap.stages import common, material
-from megatron_capgap.stages.common import Ground
-from megatron_capgap.stages.resolve import Resolved, Source
-from megatron_capgap.training.loop import peak_memory
+from megatron_capgap.stages import context, datasets
+from megatron_capgap.stages.context import StageContext
+from megatron_capgap.stages.resolve import CheckpointSource, ResolvedConfig
+from megatron_capgap.training.loop import peak_memory_line
 
 
-def run(loaded: Loaded, environment: Environment, device: Device) -> int:
+def run(loaded: LoadedConfig, environment: Environment, device: Device) -> int:
     """Scores, plans and cuts; returns the exit code."""
-    with common.ground(loaded, "prune", environment, device) as ground:
-        teacher = ground.resolved.teacher
+    with context.stage_context(loaded, "prune", environment, device) as ctx:
+        teacher = ctx.resolved.teacher
         assert teacher is not None
-        begun = launch.on_first_rank(lambda: files.read(ground.run_dir, teacher, facts_of(ground.resolved)))
-        if ground.resolved.resumed is not None:
-            ground.log.say(
-                f"nothing to do: {ground.run_dir} holds the pruned student; choose another run_dir to prune anew"
-            )
+        begun = launcher.run_on_rank0(lambda: files.read(ctx.run_dir, teacher, facts_of(ctx.resolved)))
+        if ctx.resolved.resumed is not None:
+            ctx.log.info(f"nothing to do: {ctx.run_dir} holds the pruned student; choose another run_dir to prune anew")
             return 0
-        scores = score(ground, *begun)
+        scores = score(ctx, *begun)
         if scores is not None:
-            _cut(ground, scores)
+            _prune(ctx, scores)
     return 0
 
 
-def facts_of(resolved: Resolved) -> dict[str, Any]:
+def facts_of(resolved: ResolvedConfig) -> dict[str, Any]:
     """What the scores depend on, by the keys that say it."""
-    config, wanted, source = resolved.config, _wanted(resolved), _teacher(resolved)
+    config, wanted, source = resolved.config, _requested_shape(resolved), _teacher(resolved)
     return {
         "teacher.checkpoint": str(source.folder),
         "prune.importance": wanted.importance,
@@ -68,100 +66,102 @@ def facts_of(resolved: Resolved) -> dict[str, Any]:
     }
 
 
-def score(ground: Ground, begun: Scores, done: int) -> Scores | None:
+def score(ctx: StageContext, begun: Scores, done: int) -> Scores | None:
     """Scores the teacher on what is left of its global batches, and keeps the sums in RUN/scores.json. Collective.
 
     Args:
-        ground: what the stage stands on.
+        ctx: what the stage stands on.
         begun: sums of an earlier start.
         done: global batches they are sums of.
 
     Returns:
         The sums of all batches; None after a signal.
     """
-    wanted = _wanted(ground.resolved)
+    wanted = _requested_shape(ctx.resolved)
     if done >= wanted.batches:
-        ground.log.say(f"scores: all {done} global batches are in {ground.run_dir / files.FILE}")
-        common.begin(ground)
+        ctx.log.info(f"scores: all {done} global batches are in {ctx.run_dir / files.FILE}")
+        context.commit_run_dir(ctx)
         return begun
-    importance = _open(ground)
-    samples = material.open_training(ground.resolved)
-    common.begin(ground)
-    every = ground.config.checkpoint.every
-    ground.log.bar(done, wanted.batches)
-    with StopRequest(ground.device.torch_device, deadline=ground.stop_at) as stop:
+    importance = _open(ctx)
+    samples = datasets.open_training(ctx.resolved)
+    context.commit_run_dir(ctx)
+    every = ctx.config.checkpoint.every
+    ctx.log.bar(done, wanted.batches)
+    with StopRequest(ctx.device.torch_device, deadline=ctx.stop_at) as stop:
         while True:
-            batches = _batches(ground, samples, done)
-            importance.run(batches, lambda hidden, head, batch: _loss(ground, hidden, head, batch))
+            batches = _batches(ctx, samples, done)
+            importance.run(batches, lambda hidden, head, batch: _loss(ctx, hidden, head, batch))
             done += 1
-            ground.log.advance(done, wanted.batches, "scored", ground.config.train.log_every)
+            ctx.log.progress(done, wanted.batches, "scored", ctx.config.train.log_every)
             reason = stop.agreed()
             if reason or done == wanted.batches or (every and done % every == 0):
                 scores = _added(begun, importance.scores())
-                _keep(ground, scores, done)
+                _keep(ctx, scores, done)
             if done == wanted.batches:
                 return scores
             if reason:
-                ground.log.say(f"stopped by {reason} after batch {done}; the same command goes on from there")
-                if ground.log.speaks:
-                    launch.leave_word("stopped")
+                ctx.log.info(f"stopped by {reason} after batch {done}; the same command goes on from there")
+                if ctx.log.is_rank0:
+                    launcher.write_outcome("stopped")
                 return None
 
 
-def _keep(ground: Ground, scores: Scores, done: int) -> None:
+def _keep(ctx: StageContext, scores: Scores, done: int) -> None:
     """Writes RUN/scores.json. Collective."""
-    launch.on_first_rank(lambda: files.write(ground.run_dir, scores, done, facts_of(ground.resolved)))
+    launcher.run_on_rank0(lambda: files.write(ctx.run_dir, scores, done, facts_of(ctx.resolved)))
 
 
 def _added(one: Scores, other: Scores) -> Scores:
     return Scores(**{name: value + getattr(other, name) for name, value in vars(one).items()})
 
 
-def _open(ground: Ground) -> Importance:
+def _open(ctx: StageContext) -> Importance:
     """Builds the teacher and loads its weights. Collective."""
-    resolved, config, source = ground.resolved, ground.config, _teacher(ground.resolved)
-    shape, precision = source.manifest.model, derive.teacher_precision(config)
-    gradient = _wanted(resolved).importance == "gradient"
+    resolved, config, source = ctx.resolved, ctx.config, _teacher(ctx.resolved)
+    shape, precision = source.meta.model, derived.teacher_precision(config)
+    gradient = _requested_shape(resolved).importance == "gradient"
     chunks = gpt.build(
         shape,
-        ground.grid,
+        ctx.parallel,
         precision,
-        ground.device,
+        ctx.device,
         sequence_length=config.data.sequence_length,
         virtual=False,
     )
-    store.load_weights(source.folder, chunks, ground.grid)
-    hold_in_fp8(chunks, precision, backward=gradient)
+    loader.load_weights(source.folder, chunks, ctx.parallel)
+    cast_params_to_fp8(chunks, precision, backward=gradient)
     for chunk in chunks:
-        chunk.register_forward_pre_hook(lambda *_: ground.device.between_micro_batches())
-    return Importance(chunks, ground.grid, shape, gradient=gradient)
+        chunk.register_forward_pre_hook(lambda *_: ctx.device.between_micro_batches())
+    return Importance(chunks, ctx.parallel, shape, gradient=gradient)
 
 
-def _batches(ground: Ground, samples: Samples, done: int) -> list[MicroBatch]:
+def _batches(ctx: StageContext, samples: Samples, done: int) -> list[MicroBatch]:
     """This data-parallel rank's micro-batches of the global batch after `done`: which samples share one does not depend
     on the layout."""
-    numbers = global_batch_samples(done, ground.resolved.global_batch)
-    rows, grid = ground.config.train.micro_batch, ground.grid
-    return list(micro_batches(samples, numbers, rows, grid.data_rank, grid.data_size, ground.device.torch_device))
+    numbers = global_batch_samples(done, ctx.resolved.global_batch)
+    rows, parallel = ctx.config.train.micro_batch, ctx.parallel
+    return list(micro_batches(samples, numbers, rows, parallel.dp_rank, parallel.dp_size, ctx.device.torch_device))
 
 
-def _loss(ground: Ground, hidden: Tensor, head: Tensor, batch: MicroBatch) -> Tensor:
+def _loss(ctx: StageContext, hidden: Tensor, head: Tensor, batch: MicroBatch) -> Tensor:
     """Mean cross-entropy of a micro-batch."""
     out = language_model_loss(
         hidden.flatten(0, 1),
         head,
         *batch.flat(),
-        vocab_size=ground.resolved.student.vocab,
-        group=ground.grid.groups.tp,
-        sequence_parallel=ground.grid.layout.sequence,
+        vocab_size=ctx.resolved.student.vocab,
+        group=ctx.parallel.groups.tp,
+        sequence_parallel=ctx.parallel.layout.sequence,
     )
     return out.loss_sum / out.num_tokens
 
 
-def _cut(ground: Ground, scores: Scores) -> None:
+def _prune(ctx: StageContext, scores: Scores) -> None:
     """Writes the plan and the student's checkpoint. Collective."""
-    resolved, run_dir, source = ground.resolved, ground.run_dir, _teacher(ground.resolved)
-    plan = plans.make(source.manifest.model, resolved.student, scores, _wanted(resolved).layers_by, resolved.budget)
+    resolved, run_dir, source = ctx.resolved, ctx.run_dir, _teacher(ctx.resolved)
+    plan = plans.make(
+        source.meta.model, resolved.student, scores, _requested_shape(resolved).layers_by, resolved.budget
+    )
     staged = run_dir / "checkpoints" / ".step_0.incomplete"
 
     def begin() -> None:
@@ -170,42 +170,42 @@ def _cut(ground: Ground, scores: Scores) -> None:
         staged.mkdir(parents=True)
 
     def finish() -> None:
-        origin = Origin.of(source.folder, source.manifest)
-        words = common.describe(ground, 0)
+        origin = ModelRef.of(source.folder, source.meta)
+        words = context.checkpoint_metadata(ctx, 0)
         manifests.write(replace(words, steps=0, model=plan.student, pruned_from=origin, padding=plan.padding), staged)
         manifests.publish(staged, run_dir, step=0, keep=1)
 
-    launch.on_first_rank(begin)
+    launcher.run_on_rank0(begin)
     apply(source.folder, plan, staged)
-    launch.on_first_rank(finish)
-    _report(ground, plan)
+    launcher.run_on_rank0(finish)
+    _report(ctx, plan)
 
 
-def _report(ground: Ground, plan: Plan) -> None:
+def _report(ctx: StageContext, plan: Plan) -> None:
     """What went, in a table, and what it took. Collective."""
     before, after = plan.teacher, plan.student
     rows = [
         (name, str(getattr(before, name)), str(getattr(after, name))) for name in ("layers", "hidden", "heads", "ffn")
     ]
-    rows.insert(3, ("kv_heads", *(str(derive.kv_heads(shape)) for shape in (before, after))))
+    rows.insert(3, ("kv_heads", *(str(derived.kv_heads(shape)) for shape in (before, after))))
     for name, count in (("parameters", size.parameters), ("non-embedding", size.non_embedding_parameters)):
         rows.append((name, f"{count(before):,}", f"{count(after):,}"))
-    ground.log.table(f"pruned: {ground.run_dir}/checkpoints/step_0", ("", "teacher", "student"), rows)
-    if ground.resolved.budget is not None:
+    ctx.log.table(f"pruned: {ctx.run_dir}/checkpoints/step_0", ("", "teacher", "student"), rows)
+    if ctx.resolved.budget is not None:
         for name, counts in plan.kept_parts.items():
-            ground.log.say(f"{name} kept, layer by layer: {' '.join(map(str, counts))}")
+            ctx.log.info(f"{name} kept, layer by layer: {' '.join(map(str, counts))}")
         stored, share = size.parameters(after), plan.padding / size.parameters(after)
-        ground.log.say(f"parameters: {stored - plan.padding:,} kept, {stored:,} stored ({share:.1%} are zeros)")
-    on_cpu = ground.device.name == "cpu"
-    need = memory.estimate(ground.config, "prune", after, before, ground.resolved.world, on_cpu=on_cpu)
-    ground.log.say(f"{peak_memory(ground.device, ground.memory_at_start, need.total)} for the scores")
+        ctx.log.info(f"parameters: {stored - plan.padding:,} kept, {stored:,} stored ({share:.1%} are zeros)")
+    on_cpu = ctx.device.name == "cpu"
+    need = memory.estimate(ctx.config, "prune", after, before, ctx.resolved.world, on_cpu=on_cpu)
+    ctx.log.info(f"{peak_memory_line(ctx.device, ctx.memory_at_start, need.total)} for the scores")
 
 
-def _wanted(resolved: Resolved) -> Prune:
+def _requested_shape(resolved: ResolvedConfig) -> PruneConfig:
     assert resolved.config.prune is not None, "load refuses a prune configuration without the section"
     return resolved.config.prune
 
 
-def _teacher(resolved: Resolved) -> Source:
+def _teacher(resolved: ResolvedConfig) -> CheckpointSource:
     assert resolved.teacher_source is not None, "load refuses a prune configuration without a teacher"
     return resolved.teacher_source

@@ -7,20 +7,20 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_capgap.checkpoint import manifest
-from megatron_capgap.checkpoint.manifest import Origin
-from megatron_capgap.config import derive
-from megatron_capgap.config.files import write_atomically
-from megatron_capgap.config.schema import Config, Objective
+from megatron_capgap.checkpoint import metadata
+from megatron_capgap.checkpoint.metadata import ModelRef
+from megatron_capgap.common.fileio import write_atomically
+from megatron_capgap.config import derived
+from megatron_capgap.config.schema import Config, ObjectiveConfig
 from megatron_capgap.law.records import Record
 from megatron_capgap.models import size
 from megatron_capgap.runtime.logging import evaluation_after
-from megatron_capgap.stages.resolve import Resolved, Source
+from megatron_capgap.stages.resolve import CheckpointSource, ResolvedConfig
 
 RECORD = "record.json"
 
 
-def write(resolved: Resolved) -> str:
+def write(resolved: ResolvedConfig) -> str:
     """Writes the record of a run that has come to its end; a run that was stopped before leaves none. Rank 0 only.
 
     Returns:
@@ -33,41 +33,41 @@ def write(resolved: Resolved) -> str:
         return "no record for the law: data.valid names no held-out text"
     # Read from disk, for the run may have been stopped between its last evaluation and the record.
     last = evaluation_after(run_dir, steps)
-    if last is None or steps not in manifest.steps_in(run_dir):
+    if last is None or steps not in metadata.steps_in(run_dir):
         return "no record for the law yet: the run has not come to its end"
     record = describe(resolved, last["valid_loss"], last.get("valid_tokens"))
     write_atomically(run_dir / RECORD, record.line())
     return f"record for the law: {run_dir / RECORD}"
 
 
-def describe(resolved: Resolved, valid_loss: float, valid_tokens: int | None) -> Record:
+def describe(resolved: ResolvedConfig, valid_loss: float, valid_tokens: int | None) -> Record:
     """The record of a distillation that took all its steps."""
     config, student, teacher, source = resolved.config, resolved.student, resolved.teacher, resolved.teacher_source
     assert teacher is not None and source is not None
-    tokens, taught = _all(resolved), derive.teacher_runs(config, resolved.stage)
+    tokens, teacher_states = _all(resolved), derived.teacher_runs(config, resolved.stage)
     return Record(
         student_params=resolved.student_kept,
-        teacher_params=source.manifest.kept,
+        teacher_params=source.meta.kept,
         student_params_total=size.embedding_parameters(student) + resolved.student_kept,
-        teacher_params_total=size.embedding_parameters(teacher) + source.manifest.kept,
+        teacher_params_total=size.embedding_parameters(teacher) + source.meta.kept,
         family=student.family,
         tokens=tokens,
         seed=config.seed,
         init=_beginning(resolved),
         valid_loss=valid_loss,
-        objective=in_words(config.objective),
-        flops=tokens * size.training_flops(student, teacher if taught else None, config.data.sequence_length),
+        objective=objective_text(config.objective),
+        flops=tokens * size.training_flops(student, teacher if teacher_states else None, config.data.sequence_length),
         config_hash=fingerprint(config),
-        teacher_tokens=source.manifest.tokens,
+        teacher_tokens=source.meta.tokens,
         teacher_valid_loss=_loss_of(source),
         valid_tokens=valid_tokens,
         tokenizer=resolved.tokenizer.fingerprint[:16],
-        teacher_seed=source.manifest.seed,
-        taught=taught,
+        teacher_seed=source.meta.seed,
+        teacher_states=teacher_states,
     )
 
 
-def _all(resolved: Resolved) -> int:
+def _all(resolved: ResolvedConfig) -> int:
     """Tokens that the whole run is trained on."""
     assert resolved.config.train.steps is not None
     return resolved.config.train.steps * resolved.global_batch * resolved.config.data.sequence_length
@@ -81,21 +81,21 @@ def _tokens(record: Path) -> int | None:
         return None
 
 
-def _beginning(resolved: Resolved) -> str:
+def _beginning(resolved: ResolvedConfig) -> str:
     """Where the student began, in the record's words."""
     if resolved.student_source is None:
         return "random"
-    origin, source = resolved.student_source.manifest.pruned_from, resolved.teacher_source
+    origin, source = resolved.student_source.meta.pruned_from, resolved.teacher_source
     if origin is None or source is None or origin.model != resolved.teacher:
         return "fixed"
-    content = Origin.of(source.folder, source.manifest).content
+    content = ModelRef.of(source.folder, source.meta).content
     return "pruned" if None in (content, origin.content) or content == origin.content else "pruned_other"
 
 
-def _loss_of(source: Source) -> float | None:
+def _loss_of(source: CheckpointSource) -> float | None:
     """What the run that a checkpoint lies in measured after the checkpoint's step; None where it did not."""
     run_dir = source.folder.parents[1]
-    found = evaluation_after(run_dir, source.manifest.step)
+    found = evaluation_after(run_dir, source.meta.step)
     return found["valid_loss"] if found else None
 
 
@@ -105,7 +105,7 @@ def fingerprint(config: Config) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def in_words(objective: Objective) -> str:
+def objective_text(objective: ObjectiveConfig) -> str:
     """The objective as a sum, with the numbers that its divergence looks at."""
     details = [f"temperature {objective.temperature:g}"] if objective.temperature != 1.0 else []
     if objective.divergence.startswith("skew"):

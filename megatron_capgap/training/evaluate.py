@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from megatron_capgap.data.batch import MicroBatch, Samples, micro_batches
+from megatron_capgap.distributed.parallel_context import ParallelContext
 from megatron_capgap.losses import Loss, language_model_loss
 from megatron_capgap.models import schedule
+from megatron_capgap.models.fp8_scales import DelayedScales
 from megatron_capgap.models.gpt import unwrap
-from megatron_capgap.models.scales import DelayedScales
-from megatron_capgap.runtime.layout import Grid
 from megatron_capgap.training.step import reduce_losses
 
 
@@ -50,7 +50,7 @@ class Evaluation:
 
 def evaluate(
     chunks: Sequence[torch.nn.Module],
-    grid: Grid,
+    parallel: ParallelContext,
     sequence: Samples,
     *,
     vocab_size: int,
@@ -67,7 +67,7 @@ def evaluate(
 
     Args:
         chunks: this rank's model chunks.
-        grid: their layout.
+        parallel: their layout.
         sequence: held-out samples.
         vocab_size: columns of the LM head beyond it are padding.
         byte_lengths: UTF-8 bytes of each token, float64 `[vocab_size]`.
@@ -82,7 +82,7 @@ def evaluate(
     """
     samples = len(sequence) if batches is None else min(len(sequence), batches * global_batch)
     losses: list[Loss] = []
-    last_stage = _summing(losses, chunks[-1], grid, vocab_size, byte_lengths.to(device))
+    last_stage = _summing(losses, chunks[-1], parallel, vocab_size, byte_lengths.to(device))
     given_up = False
     with _measuring(chunks):
         for start in range(0, samples, global_batch):
@@ -90,19 +90,19 @@ def evaluate(
                 break
             wanted = range(start, start + global_batch)
             mine = list(
-                micro_batches(sequence, wanted, micro_batch, grid.data_rank, grid.data_size, device, limit=samples)
+                micro_batches(sequence, wanted, micro_batch, parallel.dp_rank, parallel.dp_size, device, limit=samples)
             )
             shape = (mine[0].tokens.shape[1], micro_batch)
-            schedule.run(chunks, grid, mine, last_stage, forward_only=True, shape=shape)
+            schedule.run(chunks, parallel, mine, last_stage, forward_only=True, shape=shape)
     if given_up:
         return None
-    loss, report, tokens = reduce_losses(losses, grid)
+    loss, report, tokens = reduce_losses(losses, parallel)
     bits = loss / math.log(2.0) / report["bytes"] if report.get("bytes") else float("nan")
     return Evaluation(loss, bits, tokens, samples)
 
 
 def _summing(
-    losses: list[Loss], last_chunk: torch.nn.Module, grid: Grid, vocab_size: int, lengths: Tensor
+    losses: list[Loss], last_chunk: torch.nn.Module, parallel: ParallelContext, vocab_size: int, lengths: Tensor
 ) -> schedule.LastStage:
     """What the last pipeline stage does with its hidden states: cross-entropy and bytes of a micro-batch, added to
     `losses`."""
@@ -115,8 +115,8 @@ def _summing(
             labels,
             mask,
             vocab_size=vocab_size,
-            group=grid.groups.tp,
-            sequence_parallel=grid.layout.sequence,
+            group=parallel.groups.tp,
+            sequence_parallel=parallel.layout.sequence,
         )
         count = (lengths[labels.clamp(0, vocab_size - 1)] * mask).sum()
         losses.append(Loss(out.loss_sum, out.num_tokens, {"bytes": count}))

@@ -11,27 +11,27 @@ from pathlib import Path
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
-from megatron_capgap.checkpoint import manifest as manifests
-from megatron_capgap.checkpoint import store
-from megatron_capgap.checkpoint.manifest import Damaged, Manifest
-from megatron_capgap.checkpoint.saving import NotSaved, Saver
-from megatron_capgap.config.errors import UserError
+from megatron_capgap.checkpoint import loader
+from megatron_capgap.checkpoint import metadata as manifests
+from megatron_capgap.checkpoint.metadata import CheckpointCorrupted, CheckpointMetadata
+from megatron_capgap.checkpoint.saver import SaveFailed, Saver
+from megatron_capgap.common.errors import UserError
 from megatron_capgap.config.schema import Config
 from megatron_capgap.data.batch import MicroBatch, Samples, global_batch_samples, micro_batches
+from megatron_capgap.devices import Device
+from megatron_capgap.distributed import launcher
+from megatron_capgap.distributed.parallel_context import ParallelContext
+from megatron_capgap.distributed.watchdog import Watchdog
 from megatron_capgap.losses import Loss
-from megatron_capgap.models.scales import DelayedScales
-from megatron_capgap.runtime import launch
-from megatron_capgap.runtime.devices import Device
-from megatron_capgap.runtime.layout import Grid
-from megatron_capgap.runtime.logging import Log, Meter, count, evaluation_after
+from megatron_capgap.models.fp8_scales import DelayedScales
+from megatron_capgap.runtime.logging import RunLogger, ThroughputMeter, count, evaluation_after
 from megatron_capgap.runtime.signals import StopRequest
-from megatron_capgap.runtime.watch import Watch
-from megatron_capgap.training import stopping
+from megatron_capgap.training import early_stopping
+from megatron_capgap.training.early_stopping import EarlyStopping
 from megatron_capgap.training.evaluate import evaluate
-from megatron_capgap.training.optimizer import Optimization
-from megatron_capgap.training.pace import Pace
+from megatron_capgap.training.optimizer import OptimizerState
 from megatron_capgap.training.step import BadBatch, LossFunction, StepResult, train_step
-from megatron_capgap.training.stopping import Patience
+from megatron_capgap.training.step_timer import StepTimer
 
 
 @dataclass(frozen=True)
@@ -41,22 +41,22 @@ class Run:
     config: Config
     run_dir: Path
     device: Device
-    grid: Grid
+    parallel: ParallelContext
     chunks: Sequence[DistributedDataParallel]
-    optimization: Optimization
+    optimizer: OptimizerState
     train: Samples
     valid: Samples | None
     vocab_size: int
     byte_lengths: Tensor
     """UTF-8 bytes of each token, float64 `[vocab]`."""
     global_batch: int
-    describe: Callable[[int], Manifest]
+    checkpoint_metadata: Callable[[int], CheckpointMetadata]
     """From the number of steps done to what the checkpoint says of itself."""
     prepare: Callable[[Sequence[MicroBatch]], LossFunction]
     """From a global batch's micro-batches to the loss of each: where a teacher runs."""
-    loss_of_layers: Callable[[], Loss] | None
+    matching_loss: Callable[[], Loss] | None
     """What the global batch cost within the layers; see `train_step`."""
-    largest: Callable[[int], int] | None
+    all_reduce_max: Callable[[int], int] | None
     """The largest of a number over all ranks, where a teacher has some of its own. Collective, once a step."""
     flops_a_token: float
     peak_flops: float | None
@@ -67,12 +67,12 @@ class Run:
     """Bytes that --check foresees above that."""
     stop_at: float | None
     """Of `time.monotonic`: when to save and end before the last step; None for never."""
-    log: Log
-    claim: Callable[[], None]
+    log: RunLogger
+    check_ownership: Callable[[], None]
     """Raises UserError where the run directory is no longer this job's. Rank 0 only."""
     saver: Saver
     """Writes checkpoints."""
-    watch: Watch
+    watchdog: Watchdog
     """Says where this rank is."""
     done: int = 0
     """Steps that the state in `chunks` and `optimization` stands for."""
@@ -87,32 +87,40 @@ def train(run: Run) -> None:
     steps = config.train.steps
     assert steps is not None
     done, skipped = run.done, run.skipped
-    patience = stopping.recall(run.run_dir, config.finetune.patience if config.finetune else None, done)
-    if done and _due(done, config.train.eval_every, steps) and not launch.on_first_rank(lambda: _evaluated(run, done)):
+    patience = early_stopping.restore(run.run_dir, config.finetune.patience if config.finetune else None, done)
+    if (
+        done
+        and _is_due(done, config.train.eval_every, steps)
+        and not launcher.run_on_rank0(lambda: _has_evaluation(run, done))
+    ):
         _evaluate(run, done, skipped, patience, saved=True)  # the run was stopped between saving and evaluating
-    if done >= steps or patience.over:
-        why = f"{_in_vain(patience)}; raise finetune.patience" if patience.over else "raise train.steps"
-        log.say(f"nothing to do: all {done if patience.over else steps} steps are done; {why} to go on")
+    if done >= steps or patience.exhausted:
+        why = f"{_no_improvement(patience)}; raise finetune.patience" if patience.exhausted else "raise train.steps"
+        log.info(f"nothing to do: all {done if patience.exhausted else steps} steps are done; {why} to go on")
         return
-    meter, pace = Meter(run.flops_a_token), Pace(run.chunks, run.device)
+    meter, pace = ThroughputMeter(run.flops_a_token), StepTimer(run.chunks, run.device)
     log.bar(done, steps)
-    with StopRequest(run.device.torch_device, run.largest, run.stop_at) as stop, _saving(run), _frozen():
-        while done < steps and not patience.over:
+    with (
+        StopRequest(run.device.torch_device, run.all_reduce_max, run.stop_at) as stop,
+        _finish_saving_on_error(run),
+        _gc_frozen(),
+    ):
+        while done < steps and not patience.exhausted:
             try:
                 result = one_step(run, done, pace)
             except BadBatch as bad:
                 skipped += 1
-                _skip(run, done + 1, skipped, bad)
+                _skip_bad_batch(run, done + 1, skipped, bad)
                 result = None
             done += 1
             run.device.between_steps()
-            _unless_full(run, run.saver.look)
+            _warn_if_save_failed(run, run.saver.poll)
             if result is not None:
                 _report(run, done, result, meter, pace)
             reason, saved = stop.agreed(), False
-            if reason or _due(done, config.checkpoint.every, steps):
+            if reason or _is_due(done, config.checkpoint.every, steps):
                 saved = save(run, done, skipped, last=bool(reason) or done == steps)
-            if _due(done, config.train.eval_every, steps) and not reason:
+            if _is_due(done, config.train.eval_every, steps) and not reason:
                 saved = _evaluate(run, done, skipped, patience, saved=saved, stop=stop)
                 reason = stop.reason
                 if reason and done < steps:
@@ -123,7 +131,7 @@ def train(run: Run) -> None:
                 return
     if not saved:  # early
         save(run, done, skipped, last=True)
-    run.saver.end()
+    run.saver.wait()
     _finish(run, done, patience)
 
 
@@ -131,25 +139,25 @@ def _stop(run: Run, done: int, skipped: int, reason: str, *, saved: bool) -> Non
     """The end of a start before that of the run: its state is on disk, and the batch script is told."""
     if not saved:
         save(run, done, skipped, last=True)
-    run.saver.end()
+    run.saver.wait()
     steps = run.config.train.steps
-    run.log.say(f"stopped by {reason} after step {done} of {steps}; the same command goes on from there")
-    if run.log.speaks:
-        launch.leave_word("stopped")
+    run.log.info(f"stopped by {reason} after step {done} of {steps}; the same command goes on from there")
+    if run.log.is_rank0:
+        launcher.write_outcome("stopped")
 
 
 @contextmanager
-def _saving(run: Run) -> Iterator[None]:
+def _finish_saving_on_error(run: Run) -> Iterator[None]:
     """What is being written gets done, also where a mistake that all ranks see ends the run."""
     try:
         yield
     except UserError:
-        _unless_full(run, run.saver.end)
+        _warn_if_save_failed(run, run.saver.wait)
         raise
 
 
 @contextmanager
-def _frozen() -> Iterator[None]:
+def _gc_frozen() -> Iterator[None]:
     """Keeps what start-up has made out of garbage collection: it lives as long as the run, and looking through it takes
     a third of a second, in every save too, where Megatron-Core collects. Whoever runs several may have frozen more."""
     if gc.get_freeze_count():
@@ -163,21 +171,25 @@ def _frozen() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _finish(run: Run, done: int, patience: Patience) -> None:
+def _finish(run: Run, done: int, patience: EarlyStopping) -> None:
     """The last line of a run."""
-    used = peak_memory(run.device, run.memory_at_start, run.memory_estimate)
+    used = peak_memory_line(run.device, run.memory_at_start, run.memory_estimate)
     folder, steps = f"{run.run_dir}/checkpoints", run.config.train.steps
-    early = f"early, after step {done} of {steps}, for {_in_vain(patience)}" if patience.over else f"{steps} steps"
-    step = done if patience.most is None else patience.best_step
-    run.log.say(f"finished: {early}, checkpoint {folder}/step_{step}; {used}")
+    early = (
+        f"early, after step {done} of {steps}, for {_no_improvement(patience)}"
+        if patience.exhausted
+        else f"{steps} steps"
+    )
+    step = done if patience.patience is None else patience.best_step
+    run.log.info(f"finished: {early}, checkpoint {folder}/step_{step}; {used}")
 
 
-def _in_vain(patience: Patience) -> str:
+def _no_improvement(patience: EarlyStopping) -> str:
     best = f"{patience.best_loss:.4f} after step {patience.best_step}"
     return f"the held-out loss has not fallen below {best} in {patience.waited} evaluations"
 
 
-def peak_memory(device: Device, at_start: int, estimate: int) -> str:
+def peak_memory_line(device: Device, at_start: int, estimate: int) -> str:
     """What the fullest rank took, beside what was foreseen, in words. Collective.
 
     Args:
@@ -185,28 +197,28 @@ def peak_memory(device: Device, at_start: int, estimate: int) -> str:
         at_start: peak bytes of this process before it built a model.
         estimate: bytes that --check foresees above that.
     """
-    above = launch.largest_in_world(device.peak_memory() - at_start, device.torch_device)
+    above = launcher.all_reduce_max(device.peak_memory() - at_start, device.torch_device)
     return (
         f"peak memory of the fullest rank {above / 2**20:.0f} MiB above start-up, estimated {estimate / 2**20:.0f} MiB"
     )
 
 
-def one_step(run: Run, done: int, pace: Pace) -> StepResult:
+def one_step(run: Run, done: int, pace: StepTimer) -> StepResult:
     """Step number `done + 1` on its own samples; a BadBatch leaves the FP8 scales as they were, too. Collective."""
-    pace.begin()
-    run.watch.place = f"step {done + 1}, reading"
-    batches = batches_of(run, done)
-    pace.has_read()
-    run.watch.place = f"step {done + 1}"
+    pace.start()
+    run.watchdog.activity = f"step {done + 1}, reading"
+    batches = read_global_batch(run, done)
+    pace.data_loaded()
+    run.watchdog.activity = f"step {done + 1}"
     scales = DelayedScales(run.chunks)
     try:
         return train_step(
             run.chunks,
-            run.grid,
-            run.optimization,
+            run.parallel,
+            run.optimizer,
             batches,
             run.prepare(batches),
-            run.loss_of_layers,
+            run.matching_loss,
             step=done + 1,
             clip_norm=run.config.optimizer.clip_norm,
             max_norm=run.config.train.max_grad_norm,
@@ -216,7 +228,7 @@ def one_step(run: Run, done: int, pace: Pace) -> StepResult:
         raise
 
 
-def _skip(run: Run, step: int, skipped: int, bad: BadBatch) -> None:
+def _skip_bad_batch(run: Run, step: int, skipped: int, bad: BadBatch) -> None:
     """Leaves a bad batch out: the step counts, with its samples and its place in the schedule, but changes nothing.
 
     Raises:
@@ -227,20 +239,20 @@ def _skip(run: Run, step: int, skipped: int, bad: BadBatch) -> None:
         if most == 0:
             raise bad
         raise UserError(f"{bad}; {most} bad batches were skipped before, train.max_skipped allows no more") from bad
-    run.optimization.schedule.step(1)
+    run.optimizer.schedule.step(1)
     run.log.record({"step": step, "bad_batch": bad.what, "samples": bad.samples, "skipped": skipped})
-    run.log.warn(f"step {step}: {bad.what}; skipped samples {bad.samples}; {skipped} of {most} that may be skipped")
+    run.log.warning(f"step {step}: {bad.what}; skipped samples {bad.samples}; {skipped} of {most} that may be skipped")
 
 
-def batches_of(run: Run, done: int) -> list[MicroBatch]:
+def read_global_batch(run: Run, done: int) -> list[MicroBatch]:
     """This data-parallel rank's micro-batches of the step after `done` steps: the seed and `done` alone decide them."""
     samples = global_batch_samples(done, run.global_batch)
     rows = micro_batches(
         run.train,
         samples,
         run.config.train.micro_batch,
-        run.grid.data_rank,
-        run.grid.data_size,
+        run.parallel.dp_rank,
+        run.parallel.dp_size,
         run.device.torch_device,
     )
     return list(rows)
@@ -255,29 +267,29 @@ def resume(run: Run) -> Run:
     Raises:
         UserError: the run has checkpoints, but none that is whole.
     """
-    folders, reasons = launch.on_first_rank(lambda: manifests.candidates(run.run_dir))
+    folders, reasons = launcher.run_on_rank0(lambda: manifests.candidates(run.run_dir))
     damaged: list[Path] = []
     for reason in reasons:
-        run.log.warn(reason)
+        run.log.warning(reason)
     for folder in folders:
         try:
-            found = store.load_training(folder, run.chunks, run.grid, run.optimization)
-        except Damaged as error:
+            found = loader.load_training(folder, run.chunks, run.parallel, run.optimizer)
+        except CheckpointCorrupted as error:
             reasons.append(str(error))
             damaged.append(folder)
-            run.log.warn(f"{folder.name} is damaged and skipped: {error}")
+            run.log.warning(f"{folder.name} is damaged and skipped: {error}")
             continue
-        launch.on_first_rank(lambda: _make_latest(folder, damaged))  # noqa: B023 (called at once)
-        run.log.say(f"resumed from {folder}: step {found.step} of {run.config.train.steps}")
+        launcher.run_on_rank0(lambda: _make_latest(folder, damaged))  # noqa: B023 (called at once)
+        run.log.info(f"resumed from {folder}: step {found.step} of {run.config.train.steps}")
         return replace(run, done=found.step, skipped=found.skipped)
-    if error := manifests.none_left(run.run_dir, reasons):
+    if error := manifests.no_readable_checkpoint(run.run_dir, reasons):
         raise error
     return run
 
 
 def _make_latest(folder: Path, damaged: list[Path]) -> None:
-    manifests.set_aside(damaged)
-    manifests.point_at(folder)
+    manifests.quarantine(damaged)
+    manifests.set_latest(folder)
 
 
 def save(run: Run, done: int, skipped: int, *, last: bool) -> bool:
@@ -298,48 +310,48 @@ def save(run: Run, done: int, skipped: int, *, last: bool) -> bool:
         NotSaved: the last one could not be written.
         UserError: another job has taken the run directory over.
     """
-    run.watch.place = f"the save after step {done}"
-    launch.on_first_rank(run.claim)
+    run.watchdog.activity = f"the save after step {done}"
+    launcher.run_on_rank0(run.check_ownership)
     # Saving copies the optimizer's state, in the room that the activations leave.
     run.device.release_memory()
-    manifest = replace(run.describe(done), skipped=skipped)
-    _unless_full(run, run.saver.end)  # the one before
+    meta = replace(run.checkpoint_metadata(done), skipped=skipped)
+    _warn_if_save_failed(run, run.saver.wait)  # the one before
     try:
-        run.saver.begin(manifest, run.chunks, run.grid, run.optimization)
+        run.saver.start(meta, run.chunks, run.parallel, run.optimizer)
         if last:
-            run.saver.end()
-    except NotSaved as error:
+            run.saver.wait()
+    except SaveFailed as error:
         if last:
             raise
-        _say_not_saved(run, error)
+        _log_save_failed(run, error)
         return False
     return True
 
 
-def _unless_full(run: Run, work: Callable[[], None]) -> None:
+def _warn_if_save_failed(run: Run, work: Callable[[], None]) -> None:
     """Says what could not be saved; the next save tries again."""
     try:
         work()
-    except NotSaved as error:
-        _say_not_saved(run, error)
+    except SaveFailed as error:
+        _log_save_failed(run, error)
 
 
-def _say_not_saved(run: Run, error: NotSaved) -> None:
-    run.log.warn(f"{error}; training goes on, the next save tries again")
+def _log_save_failed(run: Run, error: SaveFailed) -> None:
+    run.log.warning(f"{error}; training goes on, the next save tries again")
 
 
-def _due(done: int, every: int, steps: int) -> bool:
+def _is_due(done: int, every: int, steps: int) -> bool:
     return done == steps or (every > 0 and done % every == 0)
 
 
-def _evaluated(run: Run, done: int) -> bool:
+def _has_evaluation(run: Run, done: int) -> bool:
     """Whether metrics.jsonl holds the evaluation after step `done`. Rank 0 only."""
     return run.valid is None or evaluation_after(run.run_dir, done) is not None
 
 
-def _report(run: Run, done: int, result: StepResult, meter: Meter, pace: Pace) -> None:
+def _report(run: Run, done: int, result: StepResult, meter: ThroughputMeter, pace: StepTimer) -> None:
     """One line of metrics.jsonl, one on the console. Collective where the step is one to be shown."""
-    rate, flops = meter.tick(result.tokens)
+    rate, flops = meter.update(result.tokens)
     steps, every = run.config.train.steps, run.config.train.log_every
     entry = {"step": done, "loss": result.loss, **result.report, "grad_norm": result.grad_norm, "lr": result.lr}
     run.log.record({**entry, "tokens": result.tokens, "tokens_per_second": round(rate, 1)})
@@ -348,12 +360,12 @@ def _report(run: Run, done: int, result: StepResult, meter: Meter, pace: Pace) -
     speed = f"{count(rate)} tokens/s  {count(flops, 'FLOP/s')}"
     if run.peak_flops is not None:
         speed += f" ({flops / run.peak_flops:.1%} of the peak)"
-    line = f"loss {result.loss:.4f}  norm {result.grad_norm:.3f}  lr {result.lr:.2e}  {speed}  {pace.compared()}"
-    run.log.advance(done, steps, f"{line}  left {meter.left(steps - done)}", every)
+    line = f"loss {result.loss:.4f}  norm {result.grad_norm:.3f}  lr {result.lr:.2e}  {speed}  {pace.summary()}"
+    run.log.progress(done, steps, f"{line}  left {meter.eta(steps - done)}", every)
 
 
 def _evaluate(
-    run: Run, done: int, skipped: int, patience: Patience, *, saved: bool, stop: StopRequest | None = None
+    run: Run, done: int, skipped: int, patience: EarlyStopping, *, saved: bool, stop: StopRequest | None = None
 ) -> bool:
     """Loss on the held-out set, into metrics.jsonl; the best checkpoint is kept where there is patience. Collective.
 
@@ -371,10 +383,10 @@ def _evaluate(
     """
     if run.valid is None:
         return saved
-    run.watch.place = f"the evaluation after step {done}"
+    run.watchdog.activity = f"the evaluation after step {done}"
     result = evaluate(
         run.chunks,
-        run.grid,
+        run.parallel,
         run.valid,
         vocab_size=run.vocab_size,
         byte_lengths=run.byte_lengths,
@@ -387,14 +399,14 @@ def _evaluate(
     if result is None:
         return saved
     run.log.record(result.entry(done))
-    run.log.say(
+    run.log.info(
         f"step {done}  valid loss {result.loss:.4f}  perplexity {result.perplexity:.2f}  "
         f"{result.bits_per_byte:.4f} bits a byte  ({count(result.tokens)} tokens)"
     )
     # Of the first rank alone, whose number decides for all.
-    if patience.see(done, launch.on_first_rank(lambda: result.loss)):
+    if patience.update(done, launcher.run_on_rank0(lambda: result.loss)):
         if not saved:
             saved = save(run, done, skipped, last=False)
-        _unless_full(run, run.saver.end)  # only what is on disk can be the best
-        launch.on_first_rank(lambda: manifests.point_best_at(run.run_dir, done))
+        _warn_if_save_failed(run, run.saver.wait)  # only what is on disk can be the best
+        launcher.run_on_rank0(lambda: manifests.set_best(run.run_dir, done))
     return saved

@@ -17,14 +17,16 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from megatron_capgap.config import derive
-from megatron_capgap.config.schema import Config, Optimizer, Precision
+from megatron_capgap.config import derived
+from megatron_capgap.config.schema import Config, OptimizerConfig, Precision
+from megatron_capgap.devices import Device
+from megatron_capgap.distributed.parallel_context import ParallelContext
 from megatron_capgap.runtime import releases
-from megatron_capgap.runtime.devices import Device
-from megatron_capgap.runtime.layout import Grid
 
 
-def wrap(chunks: list[torch.nn.Module], grid: Grid, precision: Precision) -> list[DistributedDataParallel]:
+def wrap(
+    chunks: list[torch.nn.Module], parallel: ParallelContext, precision: Precision
+) -> list[DistributedDataParallel]:
     """Puts model chunks into Megatron's DistributedDataParallel, with optimizer state cut over data-parallel ranks."""
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -39,7 +41,7 @@ def wrap(chunks: list[torch.nn.Module], grid: Grid, precision: Precision) -> lis
         config = get_model_config(chunk)
         wrapped.append(
             DistributedDataParallel(
-                config=config, ddp_config=ddp, module=chunk, disable_bucketing=index > 0, pg_collection=grid.groups
+                config=config, ddp_config=ddp, module=chunk, disable_bucketing=index > 0, pg_collection=parallel.groups
             )
         )
         config.finalize_model_grads_func = finalize_model_grads
@@ -58,7 +60,7 @@ _FROM_CONFIG = ("max_lr", "min_lr", "betas", "eps", "fused", "foreach")
 
 
 @dataclass(frozen=True)
-class Optimization:
+class OptimizerState:
     """The optimizer and its learning-rate schedule."""
 
     optimizer: MegatronOptimizer
@@ -86,7 +88,7 @@ class Optimization:
         """
         return self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_METADATA)
 
-    def copied(self) -> Optimization:
+    def copied(self) -> OptimizerState:
         """What `sharded_state` reads, in host memory, as it is now; good for nothing else."""
         optimizer = copy.copy(self.optimizer)
         optimizer.chained_optimizers = [_copied(part) for part in self.optimizer.chained_optimizers]
@@ -105,7 +107,9 @@ class Optimization:
         for group in state["optimizer"]["param_groups"]:
             # Megatron-Core 0.19 finds a saved group by the rates that it has now; older ones by its kind alone.
             group.update(
-                next(now for now, own in zip(wanted, self.optimizer.param_groups, strict=True) if _alike(group, own))
+                next(
+                    now for now, own in zip(wanted, self.optimizer.param_groups, strict=True) if _same_group(group, own)
+                )
             )
         inner = list(_torch_optimizers(self.optimizer))
         if not inner:
@@ -118,7 +122,7 @@ class Optimization:
         self.schedule.step(steps)
 
 
-def _alike(group: dict[str, Any], other: dict[str, Any]) -> bool:
+def _same_group(group: dict[str, Any], other: dict[str, Any]) -> bool:
     """Whether two groups hold the same parameters, as those with weight decay or those without."""
     return all(
         group.get(key) == other.get(key) for key in ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
@@ -195,7 +199,7 @@ def _allocate(optimizer: torch.optim.AdamW) -> None:
             }
 
 
-def build(chunks: list[DistributedDataParallel], config: Config, device: Device) -> Optimization:
+def build(chunks: list[DistributedDataParallel], config: Config, device: Device) -> OptimizerState:
     """Makes the optimizer over all chunks of this rank. Collective.
 
     Args:
@@ -204,7 +208,7 @@ def build(chunks: list[DistributedDataParallel], config: Config, device: Device)
         device: switches on its fused kernels.
     """
     wanted = config.optimizer
-    precision = derive.student_precision(config)
+    precision = derived.student_precision(config)
     bf16 = precision.compute == "bf16"
     settings = OptimizerConfig(
         optimizer="adam",
@@ -226,10 +230,10 @@ def build(chunks: list[DistributedDataParallel], config: Config, device: Device)
         device.tune_optimizer(inner)
         _allocate(inner)
     assert config.train.steps is not None
-    return Optimization(optimizer, schedule_of(optimizer, wanted, config.train.steps))
+    return OptimizerState(optimizer, schedule_of(optimizer, wanted, config.train.steps))
 
 
-def schedule_of(optimizer: MegatronOptimizer, wanted: Optimizer, steps: int) -> OptimizerParamScheduler:
+def schedule_of(optimizer: MegatronOptimizer, wanted: OptimizerConfig, steps: int) -> OptimizerParamScheduler:
     """The learning rate of each update, as in the schedules of transformers.
 
     Args:

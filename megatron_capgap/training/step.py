@@ -11,13 +11,13 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from torch import Tensor
 
-from megatron_capgap.config.errors import UserError
+from megatron_capgap.common.errors import UserError
 from megatron_capgap.data.batch import MicroBatch
+from megatron_capgap.distributed.parallel_context import ParallelContext
 from megatron_capgap.losses import Loss
 from megatron_capgap.models import schedule
 from megatron_capgap.models.gpt import unwrap
-from megatron_capgap.runtime.layout import Grid
-from megatron_capgap.training.optimizer import Optimization
+from megatron_capgap.training.optimizer import OptimizerState
 
 LossFunction = Callable[[Tensor, Tensor, MicroBatch], Loss]
 """(final hidden states `[s/tp or s, b, h]`, LM head shard `[v/tp, h]`, micro-batch) to sums over its valid tokens."""
@@ -56,11 +56,11 @@ class StepResult:
 
 def train_step(
     chunks: Sequence[DistributedDataParallel],
-    grid: Grid,
-    optimization: Optimization,
+    parallel: ParallelContext,
+    optimizer: OptimizerState,
     batches: Sequence[MicroBatch],
     loss: LossFunction,
-    loss_of_layers: Callable[[], Loss] | None = None,
+    matching_loss: Callable[[], Loss] | None = None,
     *,
     step: int,
     clip_norm: float,
@@ -70,11 +70,11 @@ def train_step(
 
     Args:
         chunks: the student's chunks on this rank.
-        grid: its layout.
-        optimization: its optimizer and schedule.
+        parallel: its layout.
+        optimizer: its optimizer and schedule.
         batches: this data-parallel rank's micro-batches of the global batch.
         loss: what is minimised, of the final hidden states.
-        loss_of_layers: tells, once all micro-batches have run, the sums over this rank's tokens of what the layers of
+        matching_loss: tells, once all micro-batches have run, the sums over this rank's tokens of what the layers of
             this stage have put into the backward pass themselves; collective over the tensor-parallel ranks.
         step: its number, for messages.
         clip_norm: larger gradients are scaled down to this norm; 0 does not clip.
@@ -86,7 +86,7 @@ def train_step(
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    optimization.optimizer.zero_grad()
+    optimizer.optimizer.zero_grad()
     losses: list[tuple[Loss, MicroBatch]] = []
 
     def last_stage(hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, None]:
@@ -95,21 +95,21 @@ def train_step(
         return out.loss_sum, out.num_tokens.to(torch.int), None
 
     micro_batch, sequence_length = batches[0].tokens.shape
-    schedule.run(chunks, grid, batches, last_stage, forward_only=False, shape=(sequence_length, micro_batch))
-    of_layers = [] if loss_of_layers is None else [loss_of_layers()]
-    loss_mean, report, tokens = reduce_losses([*(out for out, _ in losses), *of_layers], grid)
+    schedule.run(chunks, parallel, batches, last_stage, forward_only=False, shape=(sequence_length, micro_batch))
+    of_layers = [] if matching_loss is None else [matching_loss()]
+    loss_mean, report, tokens = reduce_losses([*(out for out, _ in losses), *of_layers], parallel)
     if not loss_mean - loss_mean == 0.0:  # also true for NaN and infinities
         suspect = [batch for out, batch in losses if not _finite(out)]
         what = f"loss {loss_mean} is not finite"
         raise _bad_batch(what, step, suspect if all(map(_finite, of_layers)) else batches)
-    grad_norm = _clip(optimization, clip_norm, max_norm, step, batches)
-    lr = next(group["lr"] for group in optimization.optimizer.param_groups if group.get("default_config", True))
-    optimization.optimizer.step_with_ready_grads()
-    optimization.schedule.step(1)  # after the update: the first one has the rate that the schedule begins with
+    grad_norm = _clip(optimizer, clip_norm, max_norm, step, batches)
+    lr = next(group["lr"] for group in optimizer.optimizer.param_groups if group.get("default_config", True))
+    optimizer.optimizer.step_with_ready_grads()
+    optimizer.schedule.step(1)  # after the update: the first one has the rate that the schedule begins with
     return StepResult(loss_mean, report, tokens, grad_norm, lr)
 
 
-def reduce_losses(losses: Sequence[Loss], grid: Grid) -> tuple[float, dict[str, float], int]:
+def reduce_losses(losses: Sequence[Loss], parallel: ParallelContext) -> tuple[float, dict[str, float], int]:
     """Means over all valid tokens of all ranks. Collective.
 
     Args:
@@ -119,9 +119,9 @@ def reduce_losses(losses: Sequence[Loss], grid: Grid) -> tuple[float, dict[str, 
         (mean loss, mean of each report entry, number of tokens), the same on every rank.
     """
     names = sorted({name for out in losses for name in out.report})
-    if grid.layout.pipeline > 1:
-        of_stages: list[list[str]] = [[]] * grid.layout.pipeline
-        dist.all_gather_object(of_stages, names, group=grid.groups.pp)
+    if parallel.layout.pipeline > 1:
+        of_stages: list[list[str]] = [[]] * parallel.layout.pipeline
+        dist.all_gather_object(of_stages, names, group=parallel.groups.pp)
         names = sorted({name for of_stage in of_stages for name in of_stage})
     device = losses[0].loss_sum.device if losses else torch.cuda.current_device()
     sums = torch.zeros(2 + len(names), dtype=torch.float64, device=device)
@@ -129,18 +129,18 @@ def reduce_losses(losses: Sequence[Loss], grid: Grid) -> tuple[float, dict[str, 
     for out in losses:
         numbers = (out.loss_sum, out.num_tokens, *(out.report.get(name, nothing) for name in names))
         sums += torch.stack([number.double() for number in numbers])
-    total, tokens, *parts = grid.sum_over_copies_and_stages(sums).tolist()
+    total, tokens, *parts = parallel.all_reduce_over_dp_and_pp(sums).tolist()
     count = max(tokens, 1.0)
     return total / count, {name: part / count for name, part in zip(names, parts, strict=True)}, int(tokens)
 
 
 def _clip(
-    optimization: Optimization, clip_norm: float, max_norm: float | None, step: int, batches: Sequence[MicroBatch]
+    optimizer: OptimizerState, clip_norm: float, max_norm: float | None, step: int, batches: Sequence[MicroBatch]
 ) -> float:
     """Computes the global gradient norm, refuses a bad one, scales the gradients down to `clip_norm`."""
-    optimizer = optimization.optimizer
+    optimizer = optimizer.optimizer
     optimizer.prepare_grads()
-    norm = optimization.grad_norm()
+    norm = optimizer.grad_norm()
     if not norm - norm == 0.0:
         raise _bad_batch(f"gradient norm {norm} is not finite", step, batches)
     if max_norm is not None and norm > max_norm:

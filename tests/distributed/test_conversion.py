@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from megatron_capgap.checkpoint import manifest
+from megatron_capgap.checkpoint import metadata
 from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.data.tokenizer import open_tokenizer
 from megatron_capgap.models import size
@@ -21,7 +21,7 @@ from tests.support import dense, hf_models, runs
 from tests.support.corpus import texts
 from tests.support.pool import RankResult, WorkerPool
 from tests.support.processes import ROOT, environment
-from tests.support.runs import Material
+from tests.support.runs import Fixtures
 from tools import convert_hf
 
 LAYOUTS = {"one": (1, []), "tp2": (2, ["--tensor", "2"]), "pp2": (2, ["--pipeline", "2"])}
@@ -77,7 +77,7 @@ def test_round_trip_is_bit_equal(pool: WorkerPool, tmp_path: Path, name: str, dt
     assert_equal_folders(tmp_path / "back", hf)
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    shape = manifest.read(manifest.locate(str(tmp_path / "run"))).model
+    shape = metadata.read(metadata.locate(str(tmp_path / "run"))).model
     assert size.parameters(shape) == sum(parameter.numel() for parameter in model.parameters())
     text = "Tokens, 1 2 3"
     ours, theirs = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "back", hf))
@@ -153,13 +153,13 @@ def test_verify_finds_the_layer_where_they_part(
 
 @pytest.mark.parametrize("world, cut", [(2, {"tensor": 2, "sequence": True}), (2, {"pipeline": 2}), (2, {})])
 def test_a_trained_model_is_exported(
-    pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path, world: int, cut: dict[str, Any]
+    pool: WorkerPool, fixtures: Fixtures, teacher: Path, tmp_path: Path, world: int, cut: dict[str, Any]
 ) -> None:
     """A padded vocabulary under tensor parallelism, optimizer state beside the weights, a SentencePiece tokenizer."""
     changes = {"student__layout": cut, "train__steps": 2, "train__global_batch": 8}
     if not cut:  # a learned map between hidden states lies in the checkpoint, and is no part of the model
         changes["objective__matching"] = [{"student_layer": 1, "teacher_layer": 2}]
-    raw = runs.distill_config(material, tmp_path / "run", teacher, **changes)
+    raw = runs.distill_config(fixtures, tmp_path / "run", teacher, **changes)
     run_dir = runs.train(pool, "distill", raw, world)
     must(pool, "export", "--checkpoint", run_dir, "--out", tmp_path / "hf", world=world)
     shape = ModelShape(**runs.STUDENT)
@@ -178,11 +178,11 @@ def test_a_trained_model_is_exported(
 
 
 def test_a_sentencepiece_tokenizer_gives_the_same_ids(
-    pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path
+    pool: WorkerPool, fixtures: Fixtures, teacher: Path, tmp_path: Path
 ) -> None:
     must(pool, "export", "--checkpoint", teacher, "--out", tmp_path / "hf")
     ours, theirs = (
-        open_tokenizer(str(material.folder / "tokenizer.model")),
+        open_tokenizer(str(fixtures.folder / "tokenizer.model")),
         AutoTokenizer.from_pretrained(tmp_path / "hf"),
     )
     assert open_tokenizer(str(tmp_path / "hf")).fingerprint == ours.fingerprint
@@ -209,18 +209,18 @@ def test_a_sentencepiece_tokenizer_gives_the_same_ids(
 
 @pytest.mark.parametrize("known", [True, False], ids=["with settings", "the model alone"])
 def test_a_sentencepiece_model_that_came_along(
-    pool: WorkerPool, material: Material, tmp_path: Path, known: bool
+    pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, known: bool
 ) -> None:
     """transformers' own settings of it stay, its chat template too; without any, it would cut texts in another way."""
     hf_models.build("llama").save_pretrained(tmp_path / "hf")
-    shutil.copyfile(material.folder / "tokenizer.model", tmp_path / "hf" / "tokenizer.model")
+    shutil.copyfile(fixtures.folder / "tokenizer.model", tmp_path / "hf" / "tokenizer.model")
     if known:
         settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "chat_template": "{{ messages }}"}
         (tmp_path / "hf" / "tokenizer_config.json").write_text(json.dumps(settings))
     must(pool, "import", "--hf", tmp_path / "hf", "--out", tmp_path / "run")
     must(pool, "export", "--checkpoint", tmp_path / "run", "--out", tmp_path / "back")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "back")
-    expected = open_tokenizer(str(material.folder / "tokenizer.model")).encode("Tokens, 1 2 3")
+    expected = open_tokenizer(str(fixtures.folder / "tokenizer.model")).encode("Tokens, 1 2 3")
     assert tokenizer("Tokens, 1 2 3").input_ids == ([tokenizer.bos_token_id] if known else []) + expected
     assert (tokenizer.chat_template is not None) == known
     assert (tmp_path / "back" / "tokenizer.json").is_file() != known

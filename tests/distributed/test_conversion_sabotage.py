@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_capgap.config import derive
+from megatron_capgap.config import derived
 from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.conversion import family, importing
 from megatron_capgap.conversion.families import llama
@@ -21,14 +21,14 @@ from tests.support.pool import WorkerPool
 from tools import convert_hf
 
 
-def neighbours_turn(shape: ModelShape) -> Iterator[packing.Run]:
+def neighbours_turn(shape: ModelShape) -> Iterator[packing.PackedRows]:
     """Rows of queries and keys in the order of interleaved rotary positions: each row once, in another place."""
-    width = derive.head_dim(shape)
+    width = derived.head_dim(shape)
     for run in packing.qkv(shape):
         for i in range(run.count):
             head, channel = divmod(i, width)
             place = i if run.part == 2 else head * width + channel % 2 * (width // 2) + channel // 2
-            yield packing.Run(run.part, run.start + place, run.packed + i, 1)
+            yield packing.PackedRows(run.part, run.start + place, run.packed + i, 1)
 
 
 def without_biases(self: Any, piece: Any) -> torch.Tensor:

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support import plain_chat, runs
 from tests.support.pool import WorkerPool
-from tests.support.runs import Material
+from tests.support.runs import Fixtures
 
 TOLERANCE = 1e-5
 # name: (ranks, layout)
@@ -30,12 +30,12 @@ Run = Callable[[str, int, dict[str, Any]], Path]
 
 
 @pytest.fixture(scope="module")
-def configure(material: Material, student: Path, teacher: Path) -> Callable[..., dict[str, Any]]:
+def configure(fixtures: Fixtures, student: Path, teacher: Path) -> Callable[..., dict[str, Any]]:
     """A configuration of one of `KINDS`."""
 
     def configure(kind: str, run_dir: Path, **changes: Any) -> dict[str, Any]:
         with_teacher, more = KINDS[kind]
-        config = runs.finetune_config(material, run_dir, student, **{**more, **changes})
+        config = runs.finetune_config(fixtures, run_dir, student, **{**more, **changes})
         return runs.taught(config, teacher) if with_teacher else config
 
     return configure
@@ -114,7 +114,7 @@ def test_rows_of_their_own_have_the_same_loss_and_gradient(
 
 def _rows_of(pool: WorkerPool, raw: dict[str, Any]) -> int:
     """How many rows the conversations take, as a run of one step finds them."""
-    from megatron_capgap.config.load import load
+    from megatron_capgap.config.loader import load
 
     probe = runs.changed(raw, run_dir=f"{raw['run_dir']}_probe", train__global_batch=1, train__micro_batch=1)
     probe = {name: section for name, section in probe.items() if name not in ("teacher", "objective")}

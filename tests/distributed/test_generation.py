@@ -11,20 +11,20 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from megatron_capgap.checkpoint import manifest, store
-from megatron_capgap.config.errors import UserError
+from megatron_capgap.checkpoint import loader, metadata
+from megatron_capgap.common.errors import UserError
 from megatron_capgap.config.schema import Layout, Precision
 from megatron_capgap.data.tokenizer import open_tokenizer
+from megatron_capgap.devices import choose as choose_device
+from megatron_capgap.distributed import parallel_context as layouts
+from megatron_capgap.distributed.parallel_context import ParallelContext
 from megatron_capgap.generation import Sampling, generate
 from megatron_capgap.generation.sampling import choose
 from megatron_capgap.models import gpt, schedule
-from megatron_capgap.runtime import layout as layouts
-from megatron_capgap.runtime.devices import choose as choose_device
-from megatron_capgap.runtime.layout import Grid
 from tests.distributed.test_families import imported
 from tests.support import corpus
 from tests.support.pool import WorkerPool
-from tests.support.runs import VOCAB, Material
+from tests.support.runs import VOCAB, Fixtures
 from tools import generate as generate_tool
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -40,17 +40,17 @@ PROMPTS = [[5, 9, 200, 7, 7, 3, 44], [11], [90, 91], [5, 9, 200, 7, 7, 3, 44], [
 MOST, LONGEST = 9, 24
 
 
-def opened(run: Path, cut: dict[str, Any]) -> tuple[list[torch.nn.Module], Grid]:
+def opened(run: Path, cut: dict[str, Any]) -> tuple[list[torch.nn.Module], ParallelContext]:
     """The model of a run directory in a layout, on this rank."""
     device = choose_device("cpu", 0)
-    grid = layouts.build(Layout(**cut), seed=0)
-    folder = manifest.locate(str(run))
-    chunks = gpt.build(manifest.read(folder).model, grid, Precision(), device, sequence_length=LONGEST)
-    store.load_weights(folder, chunks, grid)
-    return chunks, grid
+    parallel = layouts.build(Layout(**cut), seed=0)
+    folder = metadata.locate(str(run))
+    chunks = gpt.build(metadata.read(folder).model, parallel, Precision(), device, sequence_length=LONGEST)
+    loader.load_weights(folder, chunks, parallel)
+    return chunks, parallel
 
 
-def logits_from_scratch(chunks: list[torch.nn.Module], grid: Grid, tokens: list[int]) -> torch.Tensor:
+def logits_from_scratch(chunks: list[torch.nn.Module], parallel: ParallelContext, tokens: list[int]) -> torch.Tensor:
     """`[v]` after the last token, by the schedule that training runs; the same on every rank."""
     length = len(tokens) + len(tokens) % 2  # sequence parallelism cuts it; what comes behind is not looked at
     ids = torch.tensor([tokens + [0] * (length - len(tokens))])
@@ -59,24 +59,26 @@ def logits_from_scratch(chunks: list[torch.nn.Module], grid: Grid, tokens: list[
 
     def last_stage(hidden: torch.Tensor, batch: Any) -> tuple[torch.Tensor, torch.Tensor, None]:
         parts = [hidden]
-        if grid.layout.sequence:
-            parts = [torch.empty_like(hidden) for _ in range(grid.layout.tensor)]
-            dist.all_gather(parts, hidden.contiguous(), group=grid.groups.tp)
+        if parallel.layout.sequence:
+            parts = [torch.empty_like(hidden) for _ in range(parallel.layout.tensor)]
+            dist.all_gather(parts, hidden.contiguous(), group=parallel.groups.tp)
         shard = torch.cat(parts)[len(tokens) - 1, 0] @ gpt.unwrap(chunks[-1]).lm_head().t()
-        shards = [torch.empty_like(shard) for _ in range(grid.layout.tensor)]
-        dist.all_gather(shards, shard, group=grid.groups.tp)
+        shards = [torch.empty_like(shard) for _ in range(parallel.layout.tensor)]
+        dist.all_gather(shards, shard, group=parallel.groups.tp)
         found.copy_(torch.cat(shards)[:VOCAB])
         return hidden.new_zeros(()), torch.zeros((), dtype=torch.int), None
 
     with torch.no_grad():
-        schedule.run(chunks, grid, [mine] * grid.layout.pipeline, last_stage, forward_only=True, shape=(length, 1))
-    if grid.layout.pipeline > 1:
-        dist.all_reduce(found, group=grid.groups.pp)
+        schedule.run(
+            chunks, parallel, [mine] * parallel.layout.pipeline, last_stage, forward_only=True, shape=(length, 1)
+        )
+    if parallel.layout.pipeline > 1:
+        dist.all_reduce(found, group=parallel.groups.pp)
     return found
 
 
 def from_scratch(
-    chunks: list[torch.nn.Module], grid: Grid, sampling: Sampling, prompts: Sequence[list[int]]
+    chunks: list[torch.nn.Module], parallel: ParallelContext, sampling: Sampling, prompts: Sequence[list[int]]
 ) -> list[list[int]]:
     """Greedy and drawn continuations without any cache, batch or padding."""
     for chunk in chunks:
@@ -85,7 +87,7 @@ def from_scratch(
     for number, prompt in enumerate(prompts):
         new: list[int] = []
         while len(new) < MOST:
-            logits = logits_from_scratch(chunks, grid, prompt + new)
+            logits = logits_from_scratch(chunks, parallel, prompt + new)
             (token,) = choose(logits[None], sampling, [(number, len(new))])
             assert token is not None
             new.append(token)
@@ -95,15 +97,15 @@ def from_scratch(
 
 def both_ways(run: Path, cut: dict[str, Any]) -> list[tuple[list[list[int]], list[list[int]]]]:
     """Greedy, greedy with an end of text, drawn, drawn with an end of text: (generated, from scratch)."""
-    chunks, grid = opened(run, cut)
+    chunks, parallel = opened(run, cut)
     found = []
     for sampling in (Sampling(), DRAWN):
         how: dict[str, Any] = {"vocab_size": VOCAB, "max_new_tokens": MOST, "sampling": sampling, "batch": 3}
-        free = generate(chunks, grid, PROMPTS, ends=frozenset(), **how)
+        free = generate(chunks, parallel, PROMPTS, ends=frozenset(), **how)
         assert all(chunk.training for chunk in chunks)
         eos = free[0][4]  # ends the first prompt early, and others or not
-        ended = generate(chunks, grid, PROMPTS, ends={eos}, **how)
-        expected = from_scratch(chunks, grid, sampling, PROMPTS)
+        ended = generate(chunks, parallel, PROMPTS, ends={eos}, **how)
+        expected = from_scratch(chunks, parallel, sampling, PROMPTS)
         found.append((free, expected))
         found.append((ended, [new[: new.index(eos)] if eos in new else new for new in expected]))
         for chunk in chunks:
@@ -112,13 +114,13 @@ def both_ways(run: Path, cut: dict[str, Any]) -> list[tuple[list[list[int]], lis
 
 
 @pytest.fixture(scope="module")
-def run_of(pool: WorkerPool, material: Material, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def run_of(pool: WorkerPool, fixtures: Fixtures, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The run directory of a family's tiny model, made once."""
     made: dict[str, Path] = {}
 
     def find(name: str) -> Path:
         if name not in made:
-            made[name] = imported(pool, material, name, 0, tmp_path_factory.mktemp(name))
+            made[name] = imported(pool, fixtures, name, 0, tmp_path_factory.mktemp(name))
         return made[name]
 
     return find
@@ -147,9 +149,9 @@ def test_the_cache_changes_nothing(pool: WorkerPool, run_of: Any, name: str, lay
 
 
 def continuations(run: Path, cut: dict[str, Any], batch: int) -> list[list[int]]:
-    chunks, grid = opened(run, cut)
+    chunks, parallel = opened(run, cut)
     how: dict[str, Any] = {"vocab_size": VOCAB, "max_new_tokens": MOST, "ends": frozenset(), "batch": batch}
-    return [generate(chunks, grid, PROMPTS, sampling=sampling, **how) for sampling in (Sampling(), DRAWN)]
+    return [generate(chunks, parallel, PROMPTS, sampling=sampling, **how) for sampling in (Sampling(), DRAWN)]
 
 
 def test_layout_and_batch_change_nothing(pool: WorkerPool, run_of: Any) -> None:
@@ -160,13 +162,13 @@ def test_layout_and_batch_change_nothing(pool: WorkerPool, run_of: Any) -> None:
 
 
 def test_the_tool_says_what_transformers_says(
-    pool: WorkerPool, run_of: Any, material: Material, tmp_path: Path
+    pool: WorkerPool, run_of: Any, fixtures: Fixtures, tmp_path: Path
 ) -> None:
     """Through text, greedy; the prompts differ in length, and two data-parallel ranks share them."""
-    run, tokenizer = run_of("llama3"), open_tokenizer(material.data["tokenizer"])
+    run, tokenizer = run_of("llama3"), open_tokenizer(fixtures.data["tokenizer"])
     texts = ["the green river", "a", "some stone of the old house", "water"]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    words = ["--checkpoint", str(run), "--tokenizer", material.data["tokenizer"], "--device", "cpu", "--tensor", "2"]
+    words = ["--checkpoint", str(run), "--tokenizer", fixtures.data["tokenizer"], "--device", "cpu", "--tensor", "2"]
     words += ["--prompts", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl"), "--max-new-tokens", "6"]
     assert pool.run(generate_tool.main, words, world=4, initialise=False) == [0] * 4
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
@@ -179,11 +181,11 @@ def test_the_tool_says_what_transformers_says(
         assert line == {"prompt": text, "text": tokenizer.decode(new)}
 
 
-def test_what_the_tool_refuses(pool: WorkerPool, run_of: Any, material: Material, tmp_path: Path) -> None:
+def test_what_the_tool_refuses(pool: WorkerPool, run_of: Any, fixtures: Fixtures, tmp_path: Path) -> None:
     other = corpus.save_sentencepiece(tmp_path / "other.model")
     fit = {
         "--checkpoint": str(run_of("gpt2")),
-        "--tokenizer": material.data["tokenizer"],
+        "--tokenizer": fixtures.data["tokenizer"],
         "--prompt": "a",
         "--max-new-tokens": "4",
     }
@@ -204,11 +206,11 @@ def test_what_the_tool_refuses(pool: WorkerPool, run_of: Any, material: Material
 
 
 def stopped(run: Path) -> tuple[list[list[int]], list[list[int]]]:
-    chunks, grid = opened(run, {"pipeline": 2})
+    chunks, parallel = opened(run, {"pipeline": 2})
     how: dict[str, Any] = {"vocab_size": VOCAB, "max_new_tokens": MOST, "ends": frozenset()}
-    free = generate(chunks, grid, PROMPTS, **how)
+    free = generate(chunks, parallel, PROMPTS, **how)
     pair = free[0][2:4]
-    return free, generate(chunks, grid, PROMPTS, stop=lambda new: new[-2:] == pair, **how)
+    return free, generate(chunks, parallel, PROMPTS, stop=lambda new: new[-2:] == pair, **how)
 
 
 def test_stop_ends_one_prompt_and_keeps_its_last_token(pool: WorkerPool, run_of: Any) -> None:
@@ -220,14 +222,14 @@ def test_stop_ends_one_prompt_and_keeps_its_last_token(pool: WorkerPool, run_of:
 
 
 def refused(run: Path) -> list[str]:
-    chunks, grid = opened(run, {})
+    chunks, parallel = opened(run, {})
     found = []
     cases: list[tuple[list[list[int]], int]] = [([[1], []], 3), ([[1, VOCAB]], 3), ([[1]], 0), ([[1] * 20], 45)]
     for prompts, most in [*cases, ([[7]], 3)]:
         if prompts == [[7]]:
             gpt.unwrap(chunks[0]).embedding.word_embeddings.weight.data[7] = float("nan")
         try:
-            generate(chunks, grid, prompts, vocab_size=VOCAB, max_new_tokens=most, ends=frozenset())
+            generate(chunks, parallel, prompts, vocab_size=VOCAB, max_new_tokens=most, ends=frozenset())
         except UserError as error:
             found.append(str(error))
     return found

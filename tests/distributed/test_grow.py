@@ -10,16 +10,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_capgap.checkpoint import grow
-from megatron_capgap.checkpoint import manifest as manifests
+from megatron_capgap.checkpoint import metadata as manifests
+from megatron_capgap.checkpoint import vocab_expansion
 from megatron_capgap.config.schema import Layout, ModelShape
-from megatron_capgap.data import sentencepiece_file
+from megatron_capgap.data import sentencepiece_proto
 from megatron_capgap.data.tokenizer import open_tokenizer
 from tests.support import dense, hf_models, languages, pruning, runs
 from tests.support.corpus import write_jsonl
 from tests.support.plain_steps import Weights
 from tests.support.pool import RankResult, WorkerPool
-from tests.support.runs import Material
+from tests.support.runs import Fixtures
 from tools import convert_hf, expand_vocab, prepare_data
 
 OVER_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -27,13 +27,13 @@ OVER_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 def expand_in_small_blocks(words: list[str]) -> int:
     """Runs in a worker: the tool, with blocks of a few rows, so that new rows take from many."""
-    from megatron_capgap.checkpoint import pieces
+    from megatron_capgap.checkpoint import streaming
 
-    whole, pieces.BLOCK_BYTES = pieces.BLOCK_BYTES, 40 * 48 * 4
+    whole, streaming.BLOCK_BYTES = streaming.BLOCK_BYTES, 40 * 48 * 4
     try:
         return expand_vocab.main(words)
     finally:
-        pieces.BLOCK_BYTES = whole
+        streaming.BLOCK_BYTES = whole
 
 
 def expand(pool: WorkerPool, *words: object, world: int = 1) -> list[RankResult]:
@@ -64,7 +64,7 @@ def assert_grown(pool: WorkerPool, old_dir: Path, new_dir: Path, tokenizer: Path
     """Every weight against a reference written out: old rows as they were, new ones the mean of what they split
     into."""
     (old_shape, old), (shape, new) = weights_of(pool, old_dir), weights_of(pool, new_dir)
-    raw = sentencepiece_file.read(tokenizer).processor_of_pieces()
+    raw = sentencepiece_proto.read(tokenizer).processor_of_pieces()
     grown = open_tokenizer(str(new_dir / "tokenizer.model"))
     known = raw.get_piece_size()
     assert shape == replace(old_shape, vocab=max(grown.vocab_size, old_shape.vocab))
@@ -82,35 +82,35 @@ def assert_grown(pool: WorkerPool, old_dir: Path, new_dir: Path, tokenizer: Path
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_new_rows_are_means_and_the_rest_is_as_it_was(
-    pool: WorkerPool, material: Material, teacher: Path, chinese: Path, tmp_path: Path, world: int
+    pool: WorkerPool, fixtures: Fixtures, teacher: Path, chinese: Path, tmp_path: Path, world: int
 ) -> None:
-    tokenizer = material.folder / "tokenizer.model"
+    tokenizer = fixtures.folder / "tokenizer.model"
     words = ["--tokenizer", tokenizer, "--add", chinese, "--checkpoint", teacher, "--out", tmp_path / "grown"]
     said = must(pool, *words, world=world)
     assert_grown(pool, teacher, tmp_path / "grown", tokenizer)
     found = manifests.read(manifests.locate(str(tmp_path / "grown")))
     assert f"vocabulary {runs.VOCAB} -> {found.model.vocab}" in said
     old = manifests.read(manifests.locate(str(teacher)))
-    assert found.expanded_from == manifests.Origin.of(manifests.locate(str(teacher)), old)
+    assert found.expanded_from == manifests.ModelRef.of(manifests.locate(str(teacher)), old)
     assert found.tokenizer_fingerprint == open_tokenizer(found.tokenizer).fingerprint != old.tokenizer_fingerprint
     assert (found.step, found.tokens, found.stage, found.sequence_length) == (0, 0, "expand_vocab", 32)
 
 
 @pytest.mark.parametrize("name", ["smollm", "gpt2", "qwen2", "gpt_neox"])
 def test_every_family_tied_or_not(
-    pool: WorkerPool, material: Material, chinese: Path, tmp_path: Path, name: str
+    pool: WorkerPool, fixtures: Fixtures, chinese: Path, tmp_path: Path, name: str
 ) -> None:
     model = hf_models.build(name).to(torch.bfloat16 if name == "qwen2" else torch.float32)
-    old, tokenizer = pruning.imported(pool, material, model, tmp_path), tmp_path / "tokenizer"
+    old, tokenizer = pruning.imported(pool, fixtures, model, tmp_path), tmp_path / "tokenizer"
     tokenizer.mkdir()  # without the model, whose class transformers would take for the tokenizer's
-    shutil.copyfile(material.folder / "tokenizer.model", tokenizer / "tokenizer.model")
+    shutil.copyfile(fixtures.folder / "tokenizer.model", tokenizer / "tokenizer.model")
     must(pool, "--tokenizer", tokenizer, "--add", chinese, "--checkpoint", old, "--out", tmp_path / "grown", world=2)
     words = ["export", "--checkpoint", str(tmp_path / "grown"), "--out", str(tmp_path / "hf_grown")]
     (exported,) = pool.run(convert_hf.main, words, world=1, initialise=False, capture=True)
     assert exported.value == 0, exported.stderr
     grown = AutoModelForCausalLM.from_pretrained(tmp_path / "hf_grown")
     assert grown.dtype == model.dtype
-    raw = sentencepiece_file.read(tokenizer / "tokenizer.model").processor_of_pieces()
+    raw = sentencepiece_proto.read(tokenizer / "tokenizer.model").processor_of_pieces()
     spoken = open_tokenizer(str(tmp_path / "grown"))
     for mine, theirs in zip(
         (grown.get_input_embeddings(), grown.get_output_embeddings()),
@@ -129,13 +129,13 @@ def test_every_family_tied_or_not(
 
 
 def test_rows_beyond_the_vocabulary_are_no_tokens(
-    pool: WorkerPool, material: Material, chinese: Path, tmp_path: Path
+    pool: WorkerPool, fixtures: Fixtures, chinese: Path, tmp_path: Path
 ) -> None:
     """A model with more rows than its tokenizer has tokens, written by a layout that pads those too."""
-    tokenizer = material.folder / "tokenizer.model"
+    tokenizer = fixtures.folder / "tokenizer.model"
     for vocab in (309, 2001):
         changes: dict[str, Any] = {"student__model": {**runs.STUDENT, "vocab": vocab}, "train__steps": 1}
-        raw = runs.adapt_config(material, tmp_path / f"old{vocab}", student__layout={"tensor": 2}, **changes)
+        raw = runs.adapt_config(fixtures, tmp_path / f"old{vocab}", student__layout={"tensor": 2}, **changes)
         old, new = runs.train(pool, "adapt", raw, 2), tmp_path / f"grown{vocab}"
         must(pool, "--tokenizer", tokenizer, "--add", chinese, "--checkpoint", old, "--out", new)
         assert_grown(pool, old, new, tokenizer)
@@ -149,17 +149,17 @@ def test_rows_beyond_the_vocabulary_are_no_tokens(
 def logits(run_dir: Path, cut: Layout, ids: torch.Tensor) -> torch.Tensor | None:
     """Runs in a worker: the logits `[b, s, v]` of a checkpoint, on the ranks of the last stage."""
     from megatron_capgap.conversion import verify
-    from megatron_capgap.runtime import layout
-    from megatron_capgap.runtime.devices import choose
+    from megatron_capgap.devices import choose
+    from megatron_capgap.distributed import parallel_context
 
     device, folder = choose("cpu", 0), manifests.locate(str(run_dir))
-    return verify._megatron(folder, manifests.read(folder).model, layout.build(cut, 0), device, ids).logits
+    return verify._megatron(folder, manifests.read(folder).model, parallel_context.build(cut, 0), device, ids).logits
 
 
 def test_old_tokens_keep_their_logits_in_every_layout(
-    pool: WorkerPool, material: Material, teacher: Path, chinese: Path, tmp_path: Path
+    pool: WorkerPool, fixtures: Fixtures, teacher: Path, chinese: Path, tmp_path: Path
 ) -> None:
-    tokenizer = material.folder / "tokenizer.model"
+    tokenizer = fixtures.folder / "tokenizer.model"
     must(pool, "--tokenizer", tokenizer, "--add", chinese, "--checkpoint", teacher, "--out", tmp_path / "grown")
     ids = torch.randint(runs.VOCAB, (2, 24), generator=torch.Generator().manual_seed(3))
     (expected,) = pool.run(logits, teacher, Layout(), ids, world=1)
@@ -176,10 +176,10 @@ def test_old_tokens_keep_their_logits_in_every_layout(
 
 
 def test_adapt_goes_on_in_both_languages(
-    pool: WorkerPool, material: Material, teacher: Path, chinese: Path, tmp_path: Path
+    pool: WorkerPool, fixtures: Fixtures, teacher: Path, chinese: Path, tmp_path: Path
 ) -> None:
     """Equal losses in two layouts, falling on text that the old model knew byte by byte."""
-    grown, tokenizer = tmp_path / "grown", material.folder / "tokenizer.model"
+    grown, tokenizer = tmp_path / "grown", fixtures.folder / "tokenizer.model"
     must(pool, "--tokenizer", tokenizer, "--add", chinese, "--checkpoint", teacher, "--out", grown)
     texts = write_jsonl(tmp_path / "zh.jsonl", languages.chinese())
     words = ["--input", texts, "--tokenizer", str(grown / "tokenizer.model"), "--out", str(tmp_path / "zh")]
@@ -188,7 +188,7 @@ def test_adapt_goes_on_in_both_languages(
     found = []
     for name, world, cut in (("one", 1, {}), ("cut", 4, {"tensor": 2, "pipeline": 2, "sequence": True})):
         changes = {"student": {"checkpoint": str(grown), "layout": cut}, "data": data, "train__steps": 8}
-        raw = runs.adapt_config(material, tmp_path / name, train__eval_batches=None, **changes)
+        raw = runs.adapt_config(fixtures, tmp_path / name, train__eval_batches=None, **changes)
         found.append(runs.steps_of(runs.train(pool, "adapt", raw, world)))
     for mine, theirs in zip(*found, strict=True):
         runs.assert_close(mine, theirs, 2e-5)
@@ -216,13 +216,13 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_one_line_and_nothing_written(
-    pool: WorkerPool, material: Material, teacher: Path, chinese: Path, tmp_path: Path, name: str
+    pool: WorkerPool, fixtures: Fixtures, teacher: Path, chinese: Path, tmp_path: Path, name: str
 ) -> None:
     (tmp_path / "text.txt").write_text("no model")
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text"\n')
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
-    places = {"FOLDER": tmp_path, "FIRST": material.folder / "tokenizer.model", "CHINESE": chinese}
+    places = {"FOLDER": tmp_path, "FIRST": fixtures.folder / "tokenizer.model", "CHINESE": chinese}
     for kind, place in (("unigram", "UNIGRAM"), ("bpe", "PLAIN")):
         if place in str(MISTAKES[name]):
             file = tmp_path / f"{place.lower()}.model"
@@ -246,8 +246,8 @@ def test_one_line_and_nothing_written(
     assert sorted(file.name for file in tmp_path.iterdir() if file.name.startswith(("out", "."))) == []
 
 
-def test_force_replaces_an_earlier_call(pool: WorkerPool, material: Material, chinese: Path, tmp_path: Path) -> None:
-    words = ["--tokenizer", material.folder, "--add", chinese, "--out", tmp_path / "out"]
+def test_force_replaces_an_earlier_call(pool: WorkerPool, fixtures: Fixtures, chinese: Path, tmp_path: Path) -> None:
+    words = ["--tokenizer", fixtures.folder, "--add", chinese, "--out", tmp_path / "out"]
     must(pool, *words)
     first = runs.files_of(tmp_path / "out")
     must(pool, *words, "--force")
@@ -257,7 +257,9 @@ def test_force_replaces_an_earlier_call(pool: WorkerPool, material: Material, ch
 def kept_when_grown(folder: Path) -> tuple[int, int]:
     """Runs in a worker: what a model with zeros keeps, before and after."""
     old = replace(manifests.read(folder), padding=960)
-    return old.kept, grow._manifest(folder, old, grow.NewTokens(old.model.vocab, ((1, 2),), "larger.model", "it")).kept
+    return old.kept, vocab_expansion._manifest(
+        folder, old, vocab_expansion.NewTokens(old.model.vocab, ((1, 2),), "larger.model", "it")
+    ).kept
 
 
 def test_what_is_zero_in_a_pruned_model_stays_counted(pool: WorkerPool, teacher: Path) -> None:

@@ -10,7 +10,7 @@ import yaml
 from tests.support import tasks as local_tasks
 from tests.support.pool import RankResult, WorkerPool
 from tests.support.processes import ROOT
-from tests.support.runs import Material
+from tests.support.runs import Fixtures
 from tools import convert_hf, evaluate_tasks
 
 TENSOR, PIPELINE = ["--tensor", "2"], ["--pipeline", "2"]
@@ -91,7 +91,7 @@ def test_every_request_equals_the_hugging_face_backend(
 
 
 def test_bad_input_is_one_line(
-    pool: WorkerPool, teacher: Path, tasks: dict[str, str], material: Material, tmp_path: Path
+    pool: WorkerPool, teacher: Path, tasks: dict[str, str], fixtures: Fixtures, tmp_path: Path
 ) -> None:
     lost = tmp_path / "lost.yaml"
     text = Path(tasks["choice"]).read_text().replace("choice.jsonl", "nowhere.jsonl")

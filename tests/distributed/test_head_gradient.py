@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from megatron_capgap.config.schema import Layout, ModelShape, Precision
+from megatron_capgap.devices import choose
+from megatron_capgap.distributed import parallel_context
 from megatron_capgap.losses import DistillationObjective, language_model_loss
 from megatron_capgap.models import gpt
-from megatron_capgap.models.state import initialise
-from megatron_capgap.runtime import layout
-from megatron_capgap.runtime.devices import choose
+from megatron_capgap.models.sharded_state import initialise
 from megatron_capgap.training import optimizer
 from tests.support.pool import WorkerPool
 from tests.support.reference_loss import reference_loss
@@ -20,12 +20,16 @@ CROSS_ENTROPY = DistillationObjective(divergence_weight=0.0, cross_entropy_weigh
 
 def accumulated(tied: bool) -> tuple[Tensor, Tensor]:
     """Runs in a worker: the head's main_grad after three micro-batches, and the sum of their exact gradients."""
-    shape, device, grid = ModelShape(**SHAPE, tied_embeddings=tied), choose("cpu", 0), layout.build(Layout(), 0)
-    chunks = gpt.build(shape, grid, Precision(compute="bf16"), device, sequence_length=128)
-    initialise(chunks, shape, grid, 0)
+    shape, device, parallel = (
+        ModelShape(**SHAPE, tied_embeddings=tied),
+        choose("cpu", 0),
+        parallel_context.build(Layout(), 0),
+    )
+    chunks = gpt.build(shape, parallel, Precision(compute="bf16"), device, sequence_length=128)
+    initialise(chunks, shape, parallel, 0)
     with torch.no_grad():  # what all hidden states share makes the chunks' gradients alike, and their rounding small
         gpt.unwrap(chunks[0]).decoder.final_layernorm.bias.normal_()
-    (model,) = optimizer.wrap(chunks, grid, Precision())
+    (model,) = optimizer.wrap(chunks, parallel, Precision())
     embedded: list[Tensor] = []  # the gradients of what the embedding gives
     gpt.unwrap(model).embedding.word_embeddings.register_forward_hook(
         lambda module, inputs, output: output.register_hook(embedded.append) and None  # the output stays as it is

@@ -11,7 +11,7 @@ import torch
 
 from tests.support import hf_models, masked, pruning, runs
 from tests.support.pool import WorkerPool
-from tests.support.runs import Material
+from tests.support.runs import Fixtures
 
 # Grouped queries with a head width of its own, or fewer in the student; tied embeddings; biases of queries alone, or of
 # everything; LayerNorm; learned positions; parallel residuals.
@@ -25,14 +25,14 @@ SHAPES = {
 
 
 @pytest.fixture(scope="module")
-def scored(pool: WorkerPool, material: Material, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def scored(pool: WorkerPool, fixtures: Fixtures, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """(name, kind) to the teacher, and to what the dense model says; made once each."""
     teachers: dict[str, Path] = {}
     expected: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
 
     def scored(name: str, kind: str) -> tuple[Path, Callable[[dict[str, Any]], dict[str, torch.Tensor]]]:
         if name not in teachers:
-            teachers[name] = pruning.imported(pool, material, hf_models.build(name), tmp_path_factory.mktemp(name))
+            teachers[name] = pruning.imported(pool, fixtures, hf_models.build(name), tmp_path_factory.mktemp(name))
 
         def dense(raw: dict[str, Any]) -> dict[str, torch.Tensor]:
             if (name, kind) not in expected:
@@ -61,11 +61,11 @@ CASES += [
 
 @pytest.mark.parametrize("name, kind, layout", CASES, ids=["-".join(case) for case in CASES])
 def test_scores_are_those_of_a_dense_model(
-    pool: WorkerPool, material: Material, scored: Any, tmp_path: Path, name: str, kind: str, layout: str
+    pool: WorkerPool, fixtures: Fixtures, scored: Any, tmp_path: Path, name: str, kind: str, layout: str
 ) -> None:
     teacher, dense = scored(name, kind)
     world, cut = LAYOUTS[layout]
-    raw = pruning.prune_config(material, teacher, tmp_path / "run", {**SHAPES[name], "importance": kind}, cut)
+    raw = pruning.prune_config(fixtures, teacher, tmp_path / "run", {**SHAPES[name], "importance": kind}, cut)
     run_dir = runs.train(pool, "prune", raw, world)
     found = json.loads((run_dir / "scores.json").read_text())
     assert found["batches"] == 2

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_capgap.checkpoint import manifest, store
+from megatron_capgap.checkpoint import loader, metadata
 from megatron_capgap.config.schema import Layout, Precision
+from megatron_capgap.devices import choose
+from megatron_capgap.distributed import parallel_context
 from megatron_capgap.models import gpt
-from megatron_capgap.runtime import layout
-from megatron_capgap.runtime.devices import choose
 from tests.support import hf_models
 from tests.support.pool import WorkerPool
 from tools import convert_hf
@@ -59,11 +59,11 @@ def make_folder(weights: Path, folder: Path, permuted: bool) -> None:
 
 def logits(run_dir: Path, ids: Tensor) -> Tensor:
     """Runs in a worker: what Megatron makes of an imported model, `[b, s, v]`."""
-    grid = layout.build(Layout(), seed=0)
-    folder = manifest.locate(str(run_dir))
-    shape = manifest.read(folder).model
-    chunks = gpt.build(shape, grid, Precision(), choose("cpu", 0), sequence_length=ids.shape[1])
-    store.load_weights(folder, chunks, grid)
+    parallel = parallel_context.build(Layout(), seed=0)
+    folder = metadata.locate(str(run_dir))
+    shape = metadata.read(folder).model
+    chunks = gpt.build(shape, parallel, Precision(), choose("cpu", 0), sequence_length=ids.shape[1])
+    loader.load_weights(folder, chunks, parallel)
     model = gpt.unwrap(chunks[0]).eval()
     with torch.no_grad():
         hidden = model(ids, torch.arange(ids.shape[1]).expand_as(ids), attention_mask=None)

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support import runs
 from tests.support.pool import WorkerPool
-from tests.support.runs import Material
+from tests.support.runs import Fixtures
 
 TOLERANCE = 1e-5
 
@@ -31,7 +31,7 @@ Run = Callable[[str, bool, int, dict[str, Any]], Path]
 
 
 @pytest.fixture(scope="module")
-def run(pool: WorkerPool, material: Material, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(pool: WorkerPool, fixtures: Fixtures, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Trains a student; a run that was asked for before is not made again."""
     done: dict[str, Path] = {}
 
@@ -41,9 +41,9 @@ def run(pool: WorkerPool, material: Material, teacher: Path, tmp_path_factory: p
             changes = {"student__layout": layout, "student__model__tied_embeddings": tied}
             folder = tmp_path_factory.mktemp(stage) / "run"
             if stage == "adapt":
-                config = runs.adapt_config(material, folder, **changes)
+                config = runs.adapt_config(fixtures, folder, **changes)
             else:
-                config = runs.distill_config(material, folder, teacher, **changes)
+                config = runs.distill_config(fixtures, folder, teacher, **changes)
             done[key] = runs.train(pool, stage, config, world)
         return done[key]
 
@@ -62,11 +62,11 @@ def test_every_layout_gives_the_losses_of_one_rank(run: Run, stage: str, name: s
     assert found[0]["loss"] > found[3]["loss"], "four steps that learn nothing would agree in any layout"
 
 
-def test_a_divergence_without_a_chain_rule(pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path) -> None:
+def test_a_divergence_without_a_chain_rule(pool: WorkerPool, fixtures: Fixtures, teacher: Path, tmp_path: Path) -> None:
     found = []
     for name, (world, layout) in (("one", (1, {})), ("tp2_sp", LAYOUTS["tp2_sp"])):
         changes = {"objective__divergence": "jsd", "student__layout": layout, "train__steps": 2, "data__valid": None}
-        config = runs.distill_config(material, tmp_path / name, teacher, **changes)
+        config = runs.distill_config(fixtures, tmp_path / name, teacher, **changes)
         found.append(runs.metrics(runs.train(pool, "distill", config, world)))
     for mine, theirs in zip(*found, strict=True):
         runs.assert_close(mine, theirs, TOLERANCE)
@@ -80,7 +80,7 @@ def test_tied_embeddings_are_another_model(run: Run, stage: str) -> None:
 
 
 def test_evaluate_counts_every_held_out_token_once(
-    pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path
+    pool: WorkerPool, fixtures: Fixtures, teacher: Path, tmp_path: Path
 ) -> None:
     """The last pass over the held-out set is not full, and where its rows of padding lie depends on the layout."""
     found = []
@@ -88,7 +88,7 @@ def test_evaluate_counts_every_held_out_token_once(
     for name, world, global_batch, layout in cases:
         changes = {"student__model": None, "train__eval_batches": None, "train__global_batch": global_batch}
         changes |= {"student__checkpoint": str(teacher), "student__layout": layout}
-        run_dir = runs.train(pool, "evaluate", runs.adapt_config(material, tmp_path / name, **changes), world)
+        run_dir = runs.train(pool, "evaluate", runs.adapt_config(fixtures, tmp_path / name, **changes), world)
         found.append(json.loads((run_dir / "evaluation.json").read_text()))
     samples = found[0]["samples"]
     assert samples % 8 == 0 and samples % 12 != 0

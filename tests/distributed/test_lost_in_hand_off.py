@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from megatron_capgap.config.schema import Config, Data, Layout, Student, Teacher, Train
+from megatron_capgap.config.schema import Config, DataConfig, Layout, StudentConfig, TeacherConfig, TrainConfig
 from tests.support.pool import WorkerError, WorkerPool
 from tests.support.processes import LEAVE, wait_for
 
@@ -24,20 +24,22 @@ def hand_over_without(lost: int, how: str) -> tuple[str, float] | None:
     """
     import torch.distributed as dist
 
-    from megatron_capgap.distillation import plan
-    from megatron_capgap.distillation.handoff import HandOff, HandOffError, within_world
-    from megatron_capgap.distillation.plan import FINAL, Route
+    from megatron_capgap.distillation import transfer_plan
+    from megatron_capgap.distillation.transfer import HiddenStateTransfer, TransferError, batched_p2p
+    from megatron_capgap.distillation.transfer_plan import FINAL_HIDDEN, StageRoute
 
     dist.init_process_group("gloo", timeout=timedelta(seconds=LIMIT))
     rank = dist.get_rank()
-    data, train = Data("tokenizer", sequence_length=12), Train(global_batch=8, micro_batch=2)
-    teacher = Teacher("teacher", layout=Layout(pipeline=4), micro_batch=1)
-    sides = plan.sides(Config("run", Student(layout=Layout()), data, teacher=teacher, train=train), 4)
-    (stream,) = plan.streams(*sides, [Route(FINAL, 3, (0,))], rank)
+    data, train = DataConfig("tokenizer", sequence_length=12), TrainConfig(global_batch=8, micro_batch=2)
+    teacher = TeacherConfig("teacher", layout=Layout(pipeline=4), micro_batch=1)
+    sides = transfer_plan.model_placements(
+        Config("run", StudentConfig(layout=Layout()), data, teacher=teacher, train=train), 4
+    )
+    (stream,) = transfer_plan.streams(*sides, [StageRoute(FINAL_HIDDEN, 3, (0,))], rank)
     kind = {"dtype": torch.float32, "device": torch.device("cpu")}
-    hand_off = HandOff([stream], rank, width=5, transport=within_world, **kind)
+    hand_off = HiddenStateTransfer([stream], rank, width=5, transport=batched_p2p, **kind)
     held = {k: torch.zeros(12, 5) for k in stream.held.samples} if stream.held else {}
-    hand_off.begin({FINAL: held}, 0).finish()  # every connection has been used
+    hand_off.start({FINAL_HIDDEN: held}, 0).wait()  # every connection has been used
     pids: list[int] = [0] * 4
     dist.all_gather_object(pids, os.getpid())
     pid = pids[lost]
@@ -50,8 +52,8 @@ def hand_over_without(lost: int, how: str) -> tuple[str, float] | None:
     elif how == "long dead":  # its connections are closed when the transfer begins
         wait_for(lambda: not psutil.pid_exists(pid), 60, "the end of the lost rank")
     try:
-        hand_off.begin({FINAL: held}, 0).finish()
-    except HandOffError as error:
+        hand_off.start({FINAL_HIDDEN: held}, 0).wait()
+    except TransferError as error:
         return str(error), time.monotonic() - began
     return None
 

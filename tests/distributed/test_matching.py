@@ -10,15 +10,15 @@ import torch
 
 from megatron_capgap.config.schema import LayerPair, Layout, ModelShape, Precision
 from megatron_capgap.data.batch import MicroBatch
-from megatron_capgap.distillation.handoff import Taught
-from megatron_capgap.distillation.matching import Matching
+from megatron_capgap.devices import choose
+from megatron_capgap.distillation.hidden_state_hooks import HiddenStateMatching
+from megatron_capgap.distillation.transfer import TeacherStates
+from megatron_capgap.distributed import parallel_context
 from megatron_capgap.models import gpt, projections
-from megatron_capgap.models.state import initialise
-from megatron_capgap.runtime import layout
-from megatron_capgap.runtime.devices import choose
+from megatron_capgap.models.sharded_state import initialise
 from tests.support import dense, runs
 from tests.support.pool import WorkerPool
-from tests.support.runs import Material
+from tests.support.runs import Fixtures
 
 # On two pipeline ranks with two virtual stages each, the student's layers lie on ranks 0 1 0 1; the teacher's, which
 # has no virtual stages, on 0 0 1 1.
@@ -50,13 +50,13 @@ AS_WIDE = {**runs.STUDENT, "hidden": runs.TEACHER["hidden"]}
 
 
 def configuration(
-    material: Material, run_dir: Path, teacher: Path, pairs: list[dict[str, Any]], **changes: Any
+    fixtures: Fixtures, run_dir: Path, teacher: Path, pairs: list[dict[str, Any]], **changes: Any
 ) -> dict[str, Any]:
     """Three steps at a constant rate; under an epsilon of 1e-4 Adam's first updates are signs, which float32 does not
     always know."""
     fixed = {"train__steps": 3, "optimizer__schedule": "constant", "optimizer__epsilon": 1.0e-4}
     fixed |= {"optimizer__clip_norm": 0.5, "objective__matching": pairs}
-    return runs.distill_config(material, run_dir, teacher, **{**fixed, **changes})
+    return runs.distill_config(fixtures, run_dir, teacher, **{**fixed, **changes})
 
 
 Dense = Callable[[dict[str, Any]], list[dict[str, float]]]
@@ -84,10 +84,10 @@ def assert_steps(run_dir: Path, expected: list[dict[str, float]]) -> None:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_steps_agree_with_a_plain_llama(
-    pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path, dense_steps: Dense, name: str
+    pool: WorkerPool, fixtures: Fixtures, teacher: Path, tmp_path: Path, dense_steps: Dense, name: str
 ) -> None:
     world, cut = LAYOUTS[name]
-    raw = configuration(material, tmp_path / name, teacher, PAIRS, student__layout=cut)
+    raw = configuration(fixtures, tmp_path / name, teacher, PAIRS, student__layout=cut)
     run_dir = runs.train(pool, "distill", raw, world)
     expected = dense_steps(raw)
     assert_steps(run_dir, expected)
@@ -105,7 +105,7 @@ def test_steps_agree_with_a_plain_llama(
 )
 def test_states_travel_to_the_stage_that_matches_them(
     pool: WorkerPool,
-    material: Material,
+    fixtures: Fixtures,
     teacher: Path,
     tmp_path: Path,
     dense_steps: Dense,
@@ -115,7 +115,7 @@ def test_states_travel_to_the_stage_that_matches_them(
 ) -> None:
     world, cut = LAYOUTS[name]
     changes = {"student__layout": cut, "teacher__layout": of_teacher, "teacher__micro_batch": 1, "data__valid": None}
-    raw = configuration(material, tmp_path / name, teacher, pairs, **changes)
+    raw = configuration(fixtures, tmp_path / name, teacher, pairs, **changes)
     run_dir = runs.train(pool, "distill", raw, world)
     assert_steps(run_dir, dense_steps(raw))
 
@@ -124,7 +124,7 @@ def test_states_travel_to_the_stage_that_matches_them(
 @pytest.mark.parametrize("model", [runs.STUDENT, AS_WIDE], ids=["projected", "as_wide"])
 def test_the_last_layer_of_a_stage_and_equal_widths(
     pool: WorkerPool,
-    material: Material,
+    fixtures: Fixtures,
     teacher: Path,
     tmp_path: Path,
     dense_steps: Dense,
@@ -133,7 +133,7 @@ def test_the_last_layer_of_a_stage_and_equal_widths(
 ) -> None:
     world, cut = LAYOUTS[name]
     changes = {"student__layout": cut, "student__model": model, "data__valid": None}
-    raw = configuration(material, tmp_path / name, teacher, AT_THE_END_OF_A_STAGE, **changes)
+    raw = configuration(fixtures, tmp_path / name, teacher, AT_THE_END_OF_A_STAGE, **changes)
     assert_steps(runs.train(pool, "distill", raw, world), dense_steps(raw))
 
 
@@ -141,20 +141,20 @@ def masked_pass(cut: Layout) -> tuple[float, torch.Tensor]:
     """Runs in a worker: sum of the matching losses of two micro-batches with masks, and the projection's gradient."""
     shape, make = ModelShape(**runs.STUDENT), torch.Generator().manual_seed(3)
     device = choose("cpu", 0)
-    grid = layout.build(cut, 0)
-    chunks = gpt.build(shape, grid, Precision(), device, sequence_length=8)
+    parallel = parallel_context.build(cut, 0)
+    chunks = gpt.build(shape, parallel, Precision(), device, sequence_length=8)
     pair = LayerPair(student_layer=2, teacher_layer=1)
     projections.add(chunks, [pair], 10)
-    initialise(chunks, shape, grid, seed=1)
-    matching = Matching(chunks, grid, [pair])
+    initialise(chunks, shape, parallel, seed=1)
+    matching = HiddenStateMatching(chunks, parallel, [pair])
     batches, taught = [], {}
     for ids in ([0, 1, 2], [3, 4, 5]):
         tokens, mask = torch.randint(301, (3, 8), generator=make), (torch.rand(3, 8, generator=make) < 0.6).float()
         batches.append(MicroBatch(tokens, tokens, mask, torch.arange(8).expand(3, -1), ids))
         states = torch.randn(8, 3, 10, generator=make)
-        mine = states.chunk(cut.tensor)[grid.tensor_rank] if cut.sequence else states
+        mine = states.chunk(cut.tensor)[parallel.tp_rank] if cut.sequence else states
         taught.update(zip(ids, mine.unbind(1), strict=True))
-    matching.begin(batches, Taught({1: taught}))
+    matching.start_batch(batches, TeacherStates({1: taught}))
     for batch in batches:
         (0 * chunks[0](batch.tokens, batch.position_ids, attention_mask=None)).sum().backward()
     return matching.loss().loss_sum.item(), chunks[0].projections[pair.name].weight.grad
@@ -171,44 +171,44 @@ def test_masks_are_cut_as_the_sequence_is(pool: WorkerPool) -> None:
 
 
 def test_resuming_is_exact_and_any_layout_goes_on(
-    pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path
+    pool: WorkerPool, fixtures: Fixtures, teacher: Path, tmp_path: Path
 ) -> None:
     changes = {"train__steps": 4, "checkpoint__every": 2, "student__layout": TP2_PP2, "train__dropout": 0.1}
-    whole = runs.train(pool, "distill", configuration(material, tmp_path / "whole", teacher, PAIRS, **changes), 4)
+    whole = runs.train(pool, "distill", configuration(fixtures, tmp_path / "whole", teacher, PAIRS, **changes), 4)
     again = runs.rewind(whole, tmp_path / "again", step=2)
-    runs.train(pool, "distill", configuration(material, again, teacher, PAIRS, **changes), 4)
+    runs.train(pool, "distill", configuration(fixtures, again, teacher, PAIRS, **changes), 4)
     assert runs.metrics(again) == runs.metrics(whole)
     del changes["train__dropout"]
     one = {**changes, "student__layout": {}}
-    expected = runs.train(pool, "distill", configuration(material, tmp_path / "one", teacher, PAIRS, **one))
+    expected = runs.train(pool, "distill", configuration(fixtures, tmp_path / "one", teacher, PAIRS, **one))
     other = runs.rewind(expected, tmp_path / "other", step=2)
-    runs.train(pool, "distill", configuration(material, other, teacher, PAIRS, **changes), 4)
+    runs.train(pool, "distill", configuration(fixtures, other, teacher, PAIRS, **changes), 4)
     for mine, theirs in zip(runs.metrics(other), runs.metrics(expected), strict=True):
         runs.assert_close(mine, theirs, 1e-5)
 
 
 def test_a_checkpoint_is_a_model_without_projections(
-    pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path
+    pool: WorkerPool, fixtures: Fixtures, teacher: Path, tmp_path: Path
 ) -> None:
     """It is measured, taught from and trained on without them; a run with them starts from a checkpoint without."""
-    raw = configuration(material, tmp_path / "run", teacher, PAIRS, student__layout={"pipeline": 2})
+    raw = configuration(fixtures, tmp_path / "run", teacher, PAIRS, student__layout={"pipeline": 2})
     run_dir = runs.train(pool, "distill", raw, 2)
     changes = {"student__model": None, "student__checkpoint": str(run_dir), "train__eval_batches": 2}
-    runs.train(pool, "evaluate", runs.adapt_config(material, tmp_path / "evaluate", **changes))
+    runs.train(pool, "evaluate", runs.adapt_config(fixtures, tmp_path / "evaluate", **changes))
     (measured,) = runs.metrics(tmp_path / "evaluate")
     last = next(entry for entry in runs.metrics(run_dir) if "valid_loss" in entry)
     runs.assert_close(measured, last, 1e-5)
-    runs.train(pool, "distill", runs.distill_config(material, tmp_path / "taught", run_dir, train__steps=1))
-    changes["student__checkpoint"] = str(runs.train(pool, "adapt", runs.adapt_config(material, tmp_path / "adapt")))
-    started = configuration(material, tmp_path / "started", teacher, PAIRS, **changes)
+    runs.train(pool, "distill", runs.distill_config(fixtures, tmp_path / "taught", run_dir, train__steps=1))
+    changes["student__checkpoint"] = str(runs.train(pool, "adapt", runs.adapt_config(fixtures, tmp_path / "adapt")))
+    started = configuration(fixtures, tmp_path / "started", teacher, PAIRS, **changes)
     first = runs.steps_of(runs.train(pool, "distill", started))[0]
     assert first["matching"] > 0
 
 
 def test_a_run_is_not_continued_with_other_projections(
-    pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path
+    pool: WorkerPool, fixtures: Fixtures, teacher: Path, tmp_path: Path
 ) -> None:
-    raw = configuration(material, tmp_path / "run", teacher, PAIRS, train__steps=1)
+    raw = configuration(fixtures, tmp_path / "run", teacher, PAIRS, train__steps=1)
     before = runs.files_of(runs.train(pool, "distill", raw))
     (rank,) = runs.run_stage(pool, "distill", runs.changed(raw, objective__matching=PAIRS[:1], train__steps=2))
     assert rank.value == 2

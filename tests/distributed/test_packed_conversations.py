@@ -24,17 +24,17 @@ LAYOUTS = {
 def losses(shape: ModelShape, cut: Layout) -> list[tuple[float, float, float]]:
     """Runs in a worker: (loss sum, tokens, gradient norm of this rank) of the conversations packed, and in own rows."""
     from megatron_capgap.config.schema import Precision
-    from megatron_capgap.data.instruct import Example, InstructSequence, collate
+    from megatron_capgap.data.conversation_packing import Example, InstructSequence, collate
+    from megatron_capgap.devices import choose
+    from megatron_capgap.distributed import parallel_context
     from megatron_capgap.losses import language_model_loss
     from megatron_capgap.models import gpt, schedule
-    from megatron_capgap.models.state import initialise
-    from megatron_capgap.runtime import layout
-    from megatron_capgap.runtime.devices import choose
+    from megatron_capgap.models.sharded_state import initialise
 
     device = choose("cpu", 0)
-    grid = layout.build(cut, 0)
-    chunks = gpt.build(shape, grid, Precision(), device, sequence_length=24)
-    initialise(chunks, shape, grid, 0)
+    parallel = parallel_context.build(cut, 0)
+    chunks = gpt.build(shape, parallel, Precision(), device, sequence_length=24)
+    initialise(chunks, shape, parallel, 0)
     draw = np.random.default_rng(2)
     examples = [
         Example(draw.integers(shape.vocab, size=n + 1), draw.random(n) < 0.6) for n in (9, 11, 3, 24, 7, 5, 2, 8)
@@ -49,18 +49,18 @@ def losses(shape: ModelShape, cut: Layout) -> list[tuple[float, float, float]]:
         def last_stage(hidden: torch.Tensor, batch: Any, total: torch.Tensor = total) -> Any:
             out = language_model_loss(
                 hidden.flatten(0, 1), gpt.unwrap(chunks[-1]).lm_head(), *batch.flat(), vocab_size=shape.vocab,
-                group=grid.groups.tp, sequence_parallel=cut.sequence,
+                group=parallel.groups.tp, sequence_parallel=cut.sequence,
             )  # fmt: skip
             total += torch.stack([out.loss_sum.detach(), out.num_tokens]).double()
             return out.loss_sum, out.num_tokens.int(), None
 
         for chunk in chunks:
             chunk.zero_grad(set_to_none=True)
-        schedule.run(chunks, grid, batches, last_stage, forward_only=False, shape=(24, 1))
+        schedule.run(chunks, parallel, batches, last_stage, forward_only=False, shape=(24, 1))
         gradients = [p for chunk in chunks for p in chunk.parameters() if p.grad is not None]
         for parameter in gradients:
             if getattr(parameter, "sequence_parallel", False):  # each rank has seen a part of the tokens
-                torch.distributed.all_reduce(parameter.grad, group=grid.groups.tp)
+                torch.distributed.all_reduce(parameter.grad, group=parallel.groups.tp)
         norm = sum(parameter.grad.double().square().sum() for parameter in gradients) ** 0.5
         found.append((*total.tolist(), float(norm)))
     return found

@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_capgap.checkpoint import manifest as manifests
-from megatron_capgap.config import derive
+from megatron_capgap.checkpoint import metadata as manifests
+from megatron_capgap.config import derived
 from tests.distributed.test_pruning import Planted, assert_the_same_logits, assert_what_stays, plant
 from tests.support import hf_models, masked, pruning, runs
 from tests.support.pool import WorkerPool
-from tests.support.runs import Material
+from tests.support.runs import Fixtures
 
 _NEURONS = {0: [*range(32)], 1: [*range(0, 72, 3)], 2: [9, 10, 40, 71], 3: [*range(0, 72, 2)]}  # keep 40, 48, 68, 36
 _WIDE = {0: [*range(0, 104, 2)], 1: [5, 6], 2: [*range(50, 74)], 3: [*range(26)]}  # keep 52, 102, 80, 78
@@ -47,11 +47,11 @@ STORED = {
 
 def tensors(folder: str) -> dict[str, torch.Tensor]:
     """Everything in a checkpoint, optimizer state included, by key. Runs in a worker."""
-    from megatron_capgap.checkpoint.pieces import Entry, Piece, Reader
+    from megatron_capgap.checkpoint.streaming import Block, Reader, TensorEntry
 
     reader = Reader(Path(folder))
     found = {key: kind for key, kind in reader.tensors().items() if kind[0]}
-    return {key: reader.read(Piece(Entry(key, *kind, False), 0, 0, kind[0][0])) for key, kind in found.items()}
+    return {key: reader.read(Block(TensorEntry(key, *kind, False), 0, 0, kind[0][0])) for key, kind in found.items()}
 
 
 def exported(pool: WorkerPool, run_dir: Path, out: Path) -> tuple[int, int]:
@@ -71,17 +71,17 @@ def verify(pool: WorkerPool, hf: Path, run_dir: Path, layout: dict[str, Any]) ->
 @pytest.mark.parametrize("layout, kind", [("one", "activation"), ("tp2_pp2_sp", "gradient")])
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_dead_goes_from_each_layer_alone(
-    pool: WorkerPool, material: Material, tmp_path: Path, name: str, layout: str, kind: str
+    pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, name: str, layout: str, kind: str
 ) -> None:
     planted, (world, cut) = CASES[name], pruning.LAYOUTS[layout]
     model = plant(hf_models.build(name), planted)
-    teacher = pruning.imported(pool, material, model, tmp_path)
+    teacher = pruning.imported(pool, fixtures, model, tmp_path)
     prune = {**planted.numbers, "importance": kind, "per_layer": True}
-    run_dir = runs.train(pool, "prune", pruning.prune_config(material, teacher, tmp_path / "run", prune, cut), world)
+    run_dir = runs.train(pool, "prune", pruning.prune_config(fixtures, teacher, tmp_path / "run", prune, cut), world)
     plan = json.loads((run_dir / "plan.json").read_text())
     assert_what_stays(plan, planted, masked.sizes(model))
     found = manifests.read(manifests.locate(str(run_dir)))
-    assert (derive.kv_heads(found.model), found.model.ffn) == STORED[name, layout]
+    assert (derived.kv_heads(found.model), found.model.ffn) == STORED[name, layout]
     kept, stored = exported(pool, run_dir, tmp_path / "small")
     assert_the_same_logits(tmp_path / "small", model)
     assert (plan["parameters"]["kept"], plan["parameters"]["stored"]) == (kept, stored)
@@ -90,14 +90,14 @@ def test_what_is_dead_goes_from_each_layer_alone(
 
 
 @pytest.mark.parametrize("name", ["llama_grouped", "qwen3_grouped", "gpt2"])
-def test_padding_stays_zero_in_training(pool: WorkerPool, material: Material, tmp_path: Path, name: str) -> None:
+def test_padding_stays_zero_in_training(pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, name: str) -> None:
     """Weights, their fp32 copy and Adam's moments: no gradient reaches it, and weight decay leaves zeros alone."""
     world, cut = pruning.LAYOUTS["tp2_sp"]
-    teacher = pruning.imported(pool, material, hf_models.build(name), tmp_path)
+    teacher = pruning.imported(pool, fixtures, hf_models.build(name), tmp_path)
     prune = {"sparsity": 0.5, "multiple": 2, "per_layer": True}
-    run_dir = runs.train(pool, "prune", pruning.prune_config(material, teacher, tmp_path / "run", prune, cut), world)
+    run_dir = runs.train(pool, "prune", pruning.prune_config(fixtures, teacher, tmp_path / "run", prune, cut), world)
     changes = {"student__model": None, "student__checkpoint": str(run_dir), "student__layout": cut, "train__steps": 5}
-    raw = runs.adapt_config(material, tmp_path / "trained", **changes, optimizer__weight_decay=0.5)
+    raw = runs.adapt_config(fixtures, tmp_path / "trained", **changes, optimizer__weight_decay=0.5)
     trained = runs.train(pool, "adapt", raw, world)
     before, after = (pool.run(tensors, str(manifests.locate(str(d))), world=1)[0] for d in (run_dir, trained))
     seen = 0
@@ -110,10 +110,10 @@ def test_padding_stays_zero_in_training(pool: WorkerPool, material: Material, tm
             assert not tensor[zero].any(), key
         assert (after[key] != weights)[~zero].float().mean() > 0.9, key
         seen += int(zero.sum())
-    manifest = manifests.read(manifests.locate(str(trained)))
-    assert seen == manifest.padding > 0
+    meta = manifests.read(manifests.locate(str(trained)))
+    assert seen == meta.padding > 0
     kept, stored = exported(pool, trained, tmp_path / "small")
-    assert stored - kept == manifest.padding
+    assert stored - kept == meta.padding
     plan = json.loads((run_dir / "plan.json").read_text())
     assert (plan["parameters"]["kept"], plan["parameters"]["stored"]) == (kept, stored)
     assert len(set(plan["kept_by_layer"]["ffn"])) > 1, "layers of one width would prove nothing"
@@ -121,9 +121,9 @@ def test_padding_stays_zero_in_training(pool: WorkerPool, material: Material, tm
 
 
 def test_a_finished_one_is_left_alone_and_another_size_refused(
-    pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path
+    pool: WorkerPool, fixtures: Fixtures, teacher: Path, tmp_path: Path
 ) -> None:
-    raw = pruning.prune_config(material, teacher, tmp_path / "run", {"ffn": 40, "per_layer": True}, {})
+    raw = pruning.prune_config(fixtures, teacher, tmp_path / "run", {"ffn": 40, "per_layer": True}, {})
     (rank,) = runs.run_stage(pool, "prune", raw)
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     counts = " ".join(map(str, plan["kept_by_layer"]["ffn"]))

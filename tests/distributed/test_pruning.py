@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from megatron_capgap.checkpoint import manifest as manifests
+from megatron_capgap.checkpoint import metadata as manifests
 from megatron_capgap.models import size
 from tests.distributed.test_conversion import assert_equal_folders
 from tests.support import hf_models, masked, pruning, runs
 from tests.support.pool import WorkerPool
-from tests.support.runs import Material
+from tests.support.runs import Fixtures
 from tools import convert_hf
 
 
@@ -105,14 +105,14 @@ def stays(dead: list[int], count: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def planted_teacher(pool: WorkerPool, material: Material, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def planted_teacher(pool: WorkerPool, fixtures: Fixtures, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A case to (model, teacher's run directory); made once each."""
     made: dict[str, tuple[PreTrainedModel, Path]] = {}
 
     def planted_teacher(name: str, planted: Planted) -> tuple[PreTrainedModel, Path]:
         if name not in made:
             model = plant(hf_models.build(name), planted)
-            made[name] = model, pruning.imported(pool, material, model, tmp_path_factory.mktemp(name))
+            made[name] = model, pruning.imported(pool, fixtures, model, tmp_path_factory.mktemp(name))
         return made[name]
 
     return planted_teacher
@@ -144,29 +144,29 @@ def assert_the_same_logits(folder: Path, model: PreTrainedModel) -> None:
 @pytest.mark.parametrize("layout", ["one", "tp2_pp2_sp"])
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_dead_goes_and_no_logit_changes(
-    pool: WorkerPool, material: Material, planted_teacher: Any, tmp_path: Path, name: str, layout: str, kind: str
+    pool: WorkerPool, fixtures: Fixtures, planted_teacher: Any, tmp_path: Path, name: str, layout: str, kind: str
 ) -> None:
     planted = CASES[name]
     world, cut = pruning.LAYOUTS[layout]
     if planted.numbers["heads"] % cut.get("tensor", 1):
         cut = {"pipeline": 4}  # as many ranks
     model, teacher = planted_teacher(name, planted)
-    raw = pruning.prune_config(material, teacher, tmp_path / "run", {**planted.numbers, "importance": kind}, cut)
+    raw = pruning.prune_config(fixtures, teacher, tmp_path / "run", {**planted.numbers, "importance": kind}, cut)
     run_dir = runs.train(pool, "prune", raw, world)
     assert_what_stays(json.loads((run_dir / "plan.json").read_text()), planted, masked.sizes(model))
     pruning.convert(pool, "export", "--checkpoint", str(run_dir), "--out", str(tmp_path / "small"))
     assert_the_same_logits(tmp_path / "small", model)
 
 
-def test_a_dead_layer_goes_by_importance(pool: WorkerPool, material: Material, tmp_path: Path) -> None:
+def test_a_dead_layer_goes_by_importance(pool: WorkerPool, fixtures: Fixtures, tmp_path: Path) -> None:
     model = hf_models.build("smollm")
     with torch.no_grad():
         for linear in (model.model.layers[1].self_attn.o_proj, model.model.layers[1].mlp.down_proj):
             linear.weight.zero_()
-    teacher = pruning.imported(pool, material, model, tmp_path)
+    teacher = pruning.imported(pool, fixtures, model, tmp_path)
     for kind in ("gradient", "activation"):
         prune = {"layers": 3, "layers_by": "importance", "importance": kind}
-        run_dir = runs.train(pool, "prune", pruning.prune_config(material, teacher, tmp_path / kind, prune, {}))
+        run_dir = runs.train(pool, "prune", pruning.prune_config(fixtures, teacher, tmp_path / kind, prune, {}))
         assert json.loads((run_dir / "plan.json").read_text())["stays"]["layers"] == [0, 2, 3]
     pruning.convert(pool, "export", "--checkpoint", str(run_dir), "--out", str(tmp_path / "small"))
     assert_the_same_logits(tmp_path / "small", model)
@@ -184,12 +184,12 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_pruned_checkpoint_goes_anywhere(pool: WorkerPool, material: Material, tmp_path: Path, name: str) -> None:
+def test_a_pruned_checkpoint_goes_anywhere(pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, name: str) -> None:
     """Cut in one layout, it has the same loss in all others and the logits of transformers, and trains on."""
-    teacher = pruning.imported(pool, material, hf_models.build(name), tmp_path)
+    teacher = pruning.imported(pool, fixtures, hf_models.build(name), tmp_path)
     world, cut = pruning.LAYOUTS["pp2" if SHAPES[name]["heads"] % 2 else "tp2_pp2_sp"]
     run_dir = runs.train(
-        pool, "prune", pruning.prune_config(material, teacher, tmp_path / "pruned", SHAPES[name], cut), world
+        pool, "prune", pruning.prune_config(fixtures, teacher, tmp_path / "pruned", SHAPES[name], cut), world
     )
     pruning.convert(pool, "export", "--checkpoint", str(run_dir), "--out", str(tmp_path / "small"), world=2)
     pruning.convert(pool, "import", "--hf", str(tmp_path / "small"), "--out", str(tmp_path / "again"))
@@ -203,17 +203,17 @@ def test_a_pruned_checkpoint_goes_anywhere(pool: WorkerPool, material: Material,
     for layout in ("one", "pp2") if SHAPES[name]["heads"] % 2 else ("one", "tp2_sp", "pp2"):
         world, cut = pruning.LAYOUTS[layout]
         changes: dict[str, Any] = {"student__model": None, "student__checkpoint": str(run_dir), "student__layout": cut}
-        raw = runs.distill_config(material, tmp_path / layout, teacher, **changes)
+        raw = runs.distill_config(fixtures, tmp_path / layout, teacher, **changes)
         losses.append(runs.metrics(runs.train(pool, "distill", raw, world)))
     for found in losses[1:]:
         for mine, theirs in zip(found, losses[0], strict=True):
             runs.assert_close(mine, theirs, 2e-5, name)
 
 
-def test_what_transformers_would_not_load_is_not_exported(pool: WorkerPool, material: Material, tmp_path: Path) -> None:
+def test_what_transformers_would_not_load_is_not_exported(pool: WorkerPool, fixtures: Fixtures, tmp_path: Path) -> None:
     """A llama whose heads do not divide hidden, which `prune` does not make, but numbers can."""
     model = {**runs.STUDENT, "hidden": 34, "head_dim": 8}
-    raw = runs.adapt_config(material, tmp_path / "run", student__model=model, train__steps=1)
+    raw = runs.adapt_config(fixtures, tmp_path / "run", student__model=model, train__steps=1)
     words = ["export", "--checkpoint", str(runs.train(pool, "adapt", raw)), "--out", str(tmp_path / "out")]
     (rank,) = pool.run(convert_hf.main, words, world=1, initialise=False, capture=True)
     assert rank.value == 2
@@ -223,12 +223,12 @@ def test_what_transformers_would_not_load_is_not_exported(pool: WorkerPool, mate
 
 
 def test_the_checkpoint_says_where_it_came_from(
-    pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path
+    pool: WorkerPool, fixtures: Fixtures, teacher: Path, tmp_path: Path
 ) -> None:
     numbers = {"hidden": 30, "heads": 3, "ffn": 48, "layers": 2}
-    run_dir = runs.train(pool, "prune", pruning.prune_config(material, teacher, tmp_path / "pruned", numbers, {}))
+    run_dir = runs.train(pool, "prune", pruning.prune_config(fixtures, teacher, tmp_path / "pruned", numbers, {}))
     changes = {"student__model": None, "student__checkpoint": str(run_dir), "train__steps": 2}
-    trained = runs.train(pool, "adapt", runs.adapt_config(material, tmp_path / "trained", **changes))
+    trained = runs.train(pool, "adapt", runs.adapt_config(fixtures, tmp_path / "trained", **changes))
     of_teacher = manifests.read(manifests.locate(str(teacher)))
     for folder, step, stage in ((run_dir, 0, "prune"), (trained, 2, "adapt")):
         found = manifests.read(manifests.locate(str(folder)))
@@ -241,25 +241,25 @@ def test_the_checkpoint_says_where_it_came_from(
 
 
 def test_pruned_weights_begin_below_random_ones(
-    pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path
+    pool: WorkerPool, fixtures: Fixtures, teacher: Path, tmp_path: Path
 ) -> None:
     numbers = {"hidden": 42, "ffn": 64}
-    run_dir = runs.train(pool, "prune", pruning.prune_config(material, teacher, tmp_path / "pruned", numbers, {}))
+    run_dir = runs.train(pool, "prune", pruning.prune_config(fixtures, teacher, tmp_path / "pruned", numbers, {}))
     shape = json.loads((run_dir / "plan.json").read_text())["after"]
     found = {}
     for name, student in (("pruned", {"checkpoint": str(run_dir)}), ("random", {"model": shape})):
-        raw = runs.adapt_config(material, tmp_path / name / "eval", student=student, train__eval_batches=None)
+        raw = runs.adapt_config(fixtures, tmp_path / name / "eval", student=student, train__eval_batches=None)
         evaluated = runs.train(pool, "evaluate", raw)
         found[name] = json.loads((evaluated / "evaluation.json").read_text())["valid_loss"]
     assert found["pruned"] < found["random"] - 0.5, found
 
 
-def test_a_start_goes_on_from_the_scores(pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path) -> None:
+def test_a_start_goes_on_from_the_scores(pool: WorkerPool, fixtures: Fixtures, teacher: Path, tmp_path: Path) -> None:
     """Sums of an earlier start count; a run of other settings is refused; a finished one is left alone."""
     numbers = {"hidden": 42, "ffn": 64, "batches": 4}
-    whole = pruning.prune_config(material, teacher, tmp_path / "whole", numbers, {})
+    whole = pruning.prune_config(fixtures, teacher, tmp_path / "whole", numbers, {})
     expected = json.loads((runs.train(pool, "prune", whole) / "scores.json").read_text())
-    part = pruning.prune_config(material, teacher, tmp_path / "part", {**numbers, "batches": 2}, {})
+    part = pruning.prune_config(fixtures, teacher, tmp_path / "part", {**numbers, "batches": 2}, {})
     run_dir = runs.train(pool, "prune", part)
     # As a run that was stopped after two of four batches leaves it.
     scores = json.loads((run_dir / "scores.json").read_text())
@@ -267,7 +267,7 @@ def test_a_start_goes_on_from_the_scores(pool: WorkerPool, material: Material, t
     begun = tmp_path / "begun"
     (begun / "checkpoints").mkdir(parents=True)
     (begun / "scores.json").write_text(json.dumps(scores))
-    raw = pruning.prune_config(material, teacher, begun, numbers, {})
+    raw = pruning.prune_config(fixtures, teacher, begun, numbers, {})
     found = json.loads((runs.train(pool, "prune", raw, 1) / "scores.json").read_text())
     assert found["facts"] == expected["facts"] and found["batches"] == 4
     for name, sums in expected["sums"].items():

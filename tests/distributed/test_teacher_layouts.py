@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_capgap.config.schema import Config, Data, Layout, Student, Teacher, Train
+from megatron_capgap.config.schema import Config, DataConfig, Layout, StudentConfig, TeacherConfig, TrainConfig
 from tests.support import dense, runs
 from tests.support.pool import WorkerPool
-from tests.support.runs import Material
+from tests.support.runs import Fixtures
 
 TOLERANCE = 1e-5
 
@@ -56,7 +56,7 @@ Distil = Callable[..., list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def teachers(pool: WorkerPool, material: Material, tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
+def teachers(pool: WorkerPool, fixtures: Fixtures, tmp_path_factory: pytest.TempPathFactory) -> Callable[[bool], Path]:
     """Trained teachers with tied or untied embeddings, made when they are asked for."""
     folder, done = tmp_path_factory.mktemp("teachers"), {}
 
@@ -64,7 +64,7 @@ def teachers(pool: WorkerPool, material: Material, tmp_path_factory: pytest.Temp
         if tied not in done:
             changes = {"train__steps": 25, "optimizer__lr": 1.0e-2, "data__valid": None}
             changes["student__model"] = {**TEACHER, "tied_embeddings": tied}
-            done[tied] = runs.train(pool, "adapt", runs.adapt_config(material, folder / f"tied_{tied}", **changes))
+            done[tied] = runs.train(pool, "adapt", runs.adapt_config(fixtures, folder / f"tied_{tied}", **changes))
         return done[tied]
 
     return teacher
@@ -73,7 +73,7 @@ def teachers(pool: WorkerPool, material: Material, tmp_path_factory: pytest.Temp
 @pytest.fixture(scope="module")
 def distil(
     pool: WorkerPool,
-    material: Material,
+    fixtures: Fixtures,
     teachers: Callable[[bool], Path],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Distil:
@@ -88,7 +88,7 @@ def distil(
             model = {**STUDENT, "tied_embeddings": tied}
             fixed = {"student__model": model, "student__layout": student or {}, "teacher__micro_batch": 1}
             run_dir = tmp_path_factory.mktemp("distil") / "run"
-            raw = runs.distill_config(material, run_dir, teachers(tied), **{**fixed, **changes})
+            raw = runs.distill_config(fixtures, run_dir, teachers(tied), **{**fixed, **changes})
             done[key] = runs.metrics(runs.train(pool, "distill", raw, world))
         return done[key]
 
@@ -140,12 +140,12 @@ def test_a_teacher_in_bf16_teaches_a_student_in_fp32(distil: Distil) -> None:
 
 @pytest.mark.parametrize("of_teacher, of_student", [(runs.VOCAB, runs.VOCAB + 3), (runs.VOCAB + 9, runs.VOCAB)])
 def test_vocabularies_padded_to_different_sizes(
-    pool: WorkerPool, material: Material, tmp_path: Path, of_teacher: int, of_student: int
+    pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, of_teacher: int, of_student: int
 ) -> None:
     """Of one tokenizer: the columns that both models have are compared, as dense models in float64 compare them."""
     shape = {**runs.TEACHER, "vocab": of_teacher, "tied_embeddings": True}
     changes: dict[str, Any] = {"student__model": shape, "train__steps": 2, "data__valid": None}
-    teacher = runs.train(pool, "adapt", runs.adapt_config(material, tmp_path / "teacher", **changes))
+    teacher = runs.train(pool, "adapt", runs.adapt_config(fixtures, tmp_path / "teacher", **changes))
     changes["student__model"] = {**runs.STUDENT, "vocab": of_student}
     changes |= {"optimizer__schedule": "constant", "optimizer__epsilon": 1.0e-4}
     for name, (world, layout) in {
@@ -153,7 +153,7 @@ def test_vocabularies_padded_to_different_sizes(
         "tensor": (2, {"tensor": 2}),
         "pipeline": (2, {"pipeline": 2}),
     }.items():
-        raw = runs.distill_config(material, tmp_path / name, teacher, **changes, student__layout=layout)
+        raw = runs.distill_config(fixtures, tmp_path / name, teacher, **changes, student__layout=layout)
         found = runs.steps_of(runs.train(pool, "distill", raw, world))
         for mine, theirs in zip(found, dense.steps(pool, "distill", raw, shape), strict=True):
             del mine["lr"]
@@ -171,10 +171,10 @@ def test_eight_ranks(distil: Distil, micro_batch: int) -> None:
 def configuration(teacher: Layout, student: Layout) -> Config:
     return Config(
         "run",
-        Student(layout=student),
-        Data("tokenizer", sequence_length=12),
-        teacher=Teacher("teacher", layout=teacher, micro_batch=1),
-        train=Train(global_batch=8, micro_batch=2),
+        StudentConfig(layout=student),
+        DataConfig("tokenizer", sequence_length=12),
+        teacher=TeacherConfig("teacher", layout=teacher, micro_batch=1),
+        train=TrainConfig(global_batch=8, micro_batch=2),
     )
 
 
@@ -186,13 +186,15 @@ def hand_over(teacher: Layout, student: Layout) -> tuple[int, int, int, int]:
     """
     import torch.distributed as dist
 
-    from megatron_capgap.distillation import plan
-    from megatron_capgap.distillation.handoff import HandOff, within_world
-    from megatron_capgap.distillation.plan import FINAL, Route
+    from megatron_capgap.distillation import transfer_plan
+    from megatron_capgap.distillation.transfer import HiddenStateTransfer, batched_p2p
+    from megatron_capgap.distillation.transfer_plan import FINAL_HIDDEN, StageRoute
 
     width, first_sample, rank = 5, 24, dist.get_rank()
-    sides = plan.sides(configuration(teacher, student), dist.get_world_size())
-    (stream,) = plan.streams(*sides, [Route(FINAL, teacher.pipeline - 1, (student.pipeline - 1,))], rank)
+    sides = transfer_plan.model_placements(configuration(teacher, student), dist.get_world_size())
+    (stream,) = transfer_plan.streams(
+        *sides, [StageRoute(FINAL_HIDDEN, teacher.pipeline - 1, (student.pipeline - 1,))], rank
+    )
 
     def rows(sample: int, start: int, stop: int) -> torch.Tensor:
         """Every number names its sample, row and column."""
@@ -203,12 +205,14 @@ def hand_over(teacher: Layout, student: Layout) -> tuple[int, int, int, int]:
     def counting(sends: Any, receives: Any) -> Any:
         counted["isend"] += sum(tensor.numel() * tensor.element_size() for tensor, _ in sends)
         counted["irecv"] += sum(tensor.numel() * tensor.element_size() for tensor, _ in receives)
-        return within_world(sends, receives)
+        return batched_p2p(sends, receives)
 
-    hand_off = HandOff([stream], rank, width=width, dtype=torch.float32, device=torch.device("cpu"), transport=counting)
+    hand_off = HiddenStateTransfer(
+        [stream], rank, width=width, dtype=torch.float32, device=torch.device("cpu"), transport=counting
+    )
     have, need = stream.held, stream.needed
     held = {k + first_sample: rows(k + first_sample, have.start, have.stop) for k in have.samples} if have else {}
-    found = hand_off.begin({FINAL: held}, first_sample).finish()[FINAL]
+    found = hand_off.start({FINAL_HIDDEN: held}, first_sample).wait()[FINAL_HIDDEN]
     wanted = {k + first_sample: rows(k + first_sample, need.start, need.stop) for k in need.samples} if need else {}
     assert found.keys() == wanted.keys()
     for sample, states in found.items():

@@ -10,7 +10,7 @@ from megatron_capgap.__main__ import main
 from tests.support import runs
 from tests.support.pool import WorkerPool
 from tests.support.processes import wait_for
-from tests.support.runs import Material
+from tests.support.runs import Fixtures
 
 CHANGES = {"train__steps": 9, "train__dropout": 0.1, "checkpoint__every": 3, "checkpoint__keep": 9}
 LAYOUTS = {"one rank": (1, {}), "tp2 x pp2": (4, {"tensor": 2, "pipeline": 2}), "dp2": (2, {})}
@@ -26,9 +26,9 @@ def write_late(run_dir: Path, last: int, words: list[str]) -> tuple[int, dict[st
     Returns:
         The exit code, and for each checkpoint the steps that were done when the writing began.
     """
-    from megatron_capgap.checkpoint import shards
+    from megatron_capgap.checkpoint import writer
 
-    write, begun = shards.write, {}
+    write, begun = writer.write, {}
 
     def wait_and_write(folder: Path, *rest: Any) -> None:
         step = int(folder.name.split("_")[1].split(".")[0])
@@ -36,22 +36,22 @@ def write_late(run_dir: Path, last: int, words: list[str]) -> tuple[int, dict[st
         begun[folder.name] = steps_done(run_dir)
         write(folder, *rest)
 
-    shards.write = wait_and_write
+    writer.write = wait_and_write
     try:
         return main(words), begun
     finally:
-        shards.write = write
+        writer.write = write
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_training_goes_on_and_the_files_are_those_of_a_run_that_waits(
-    pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path, layout: str
+    pool: WorkerPool, fixtures: Fixtures, teacher: Path, tmp_path: Path, layout: str
 ) -> None:
     world, cut = LAYOUTS[layout]
     changes = {**CHANGES, "student__layout": cut}
-    waits = runs.distill_config(material, tmp_path / "waits", teacher, **changes)
+    waits = runs.distill_config(fixtures, tmp_path / "waits", teacher, **changes)
     runs.train(pool, "distill", waits, world)
-    beside = runs.distill_config(material, tmp_path / "beside", teacher, **changes, checkpoint__async_save=True)
+    beside = runs.distill_config(fixtures, tmp_path / "beside", teacher, **changes, checkpoint__async_save=True)
     words = ["distill", "--config", runs.write_config(beside)]
     work = partial(write_late, tmp_path / "beside", CHANGES["train__steps"], words)
     for rank in pool.run(work, world=world, initialise=False, capture=True):
@@ -71,18 +71,18 @@ def test_training_goes_on_and_the_files_are_those_of_a_run_that_waits(
 
 
 def test_a_run_goes_on_from_it_to_the_last_digit(
-    pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path
+    pool: WorkerPool, fixtures: Fixtures, teacher: Path, tmp_path: Path
 ) -> None:
     changes = {**CHANGES, "student__layout": {"pipeline": 2}, "checkpoint__async_save": True}
-    unbroken = runs.train(pool, "distill", runs.distill_config(material, tmp_path / "run", teacher, **changes), 2)
+    unbroken = runs.train(pool, "distill", runs.distill_config(fixtures, tmp_path / "run", teacher, **changes), 2)
     resumed = runs.rewind(unbroken, tmp_path / "resumed", step=6)
-    runs.train(pool, "distill", runs.distill_config(material, resumed, teacher, **changes), 2)
+    runs.train(pool, "distill", runs.distill_config(fixtures, resumed, teacher, **changes), 2)
     assert runs.metrics(resumed) == runs.metrics(unbroken)
 
 
 def test_the_best_checkpoint_is_on_disk_before_it_is_named(
-    pool: WorkerPool, material: Material, student: Path, tmp_path: Path
+    pool: WorkerPool, fixtures: Fixtures, student: Path, tmp_path: Path
 ) -> None:
     changes = {"train__steps": 4, "train__eval_every": 1, "finetune__patience": 3, "checkpoint__async_save": True}
-    run_dir = runs.train(pool, "finetune", runs.finetune_config(material, tmp_path / "run", student, **changes))
+    run_dir = runs.train(pool, "finetune", runs.finetune_config(fixtures, tmp_path / "run", student, **changes))
     assert (run_dir / "best").read_text().strip() in runs.checkpoints(run_dir)

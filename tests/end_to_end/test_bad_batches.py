@@ -8,7 +8,7 @@ import pytest
 
 from tests.support import runs
 from tests.support.pool import WorkerPool
-from tests.support.runs import Material
+from tests.support.runs import Fixtures
 from tests.support.state import run_poisoned
 
 LAYOUTS = {"pp2": {"pipeline": 2}, "dp2": {}}
@@ -28,10 +28,10 @@ def poison(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("part", ["loss", "gradient"])
 def test_a_bad_batch_is_left_out_and_a_resumed_run_does_the_same(
-    pool: WorkerPool, material: Material, tmp_path: Path, part: str, layout: str
+    pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, part: str, layout: str
 ) -> None:
     changes = {**CHANGES, "train__max_skipped": 2, "student__layout": LAYOUTS[layout]}
-    config = runs.adapt_config(material, tmp_path / "run", **changes)
+    config = runs.adapt_config(fixtures, tmp_path / "run", **changes)
     codes, states, stderr = poison(pool, part, [2, 4], config, 2)
     assert codes == [0, 0]
     for found in states:
@@ -57,10 +57,10 @@ def test_a_bad_batch_is_left_out_and_a_resumed_run_does_the_same(
 
 @pytest.mark.parametrize("beside", [False, True], ids=["saves at once", "saves beside"])
 def test_one_too_many_stops_the_run_over_all_its_starts(
-    pool: WorkerPool, material: Material, tmp_path: Path, beside: bool
+    pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, beside: bool
 ) -> None:
     changes = {**CHANGES, "train__max_skipped": 1, "checkpoint__async_save": beside}
-    config = runs.adapt_config(material, tmp_path / "run", **changes)
+    config = runs.adapt_config(fixtures, tmp_path / "run", **changes)
     assert poison(pool, "loss", [2], config, 1)[0] == [0]
     resumed = runs.changed(config, run_dir=str(runs.rewind(tmp_path / "run", tmp_path / "resumed", step=3)))
     codes, states, stderr = poison(pool, "loss", [5], resumed, 1)
@@ -72,11 +72,11 @@ def test_one_too_many_stops_the_run_over_all_its_starts(
     assert (tmp_path / "resumed" / "latest").read_text() == "step_4\n"
 
 
-def test_a_gradient_norm_above_the_limit_is_a_bad_batch(pool: WorkerPool, material: Material, tmp_path: Path) -> None:
+def test_a_gradient_norm_above_the_limit_is_a_bad_batch(pool: WorkerPool, fixtures: Fixtures, tmp_path: Path) -> None:
     changes = {"train__steps": 8, "data__valid": None}
-    free = runs.metrics(runs.train(pool, "adapt", runs.adapt_config(material, tmp_path / "free", **changes)))
+    free = runs.metrics(runs.train(pool, "adapt", runs.adapt_config(fixtures, tmp_path / "free", **changes)))
     limit = (min(entry["grad_norm"] for entry in free) + max(entry["grad_norm"] for entry in free)) / 2
-    config = runs.adapt_config(material, tmp_path / "run", **changes, train__max_grad_norm=limit)
+    config = runs.adapt_config(fixtures, tmp_path / "run", **changes, train__max_grad_norm=limit)
     (rank,) = runs.run_stage(pool, "adapt", config)
     assert rank.value == 2
     assert f"is above train.max_grad_norm {limit:g}; weights and optimizer are as after step" in rank.stderr

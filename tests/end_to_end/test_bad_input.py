@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from megatron_capgap.__main__ import main
-from megatron_capgap.checkpoint import sealed
+from megatron_capgap.checkpoint import checksummed_json
 from megatron_capgap.data import indexed
 from megatron_capgap.data.tokenizer import open_tokenizer
 from tests.support import corpus, runs
 from tests.support.pool import WorkerPool
 from tests.support.processes import job
-from tests.support.runs import Material
+from tests.support.runs import Fixtures
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ def large_tokenizer(folder: Path) -> None:
 
 def reshaped_teacher(folder: Path) -> None:
     """A teacher whose words say another width than its shards have."""
-    manifest = folder / "teacher" / "checkpoints" / "step_25" / "capgap.json"
-    content = sealed.read(manifest)
+    meta = folder / "teacher" / "checkpoints" / "step_25" / "capgap.json"
+    content = checksummed_json.read(meta)
     content["model"]["ffn"] = 96
-    sealed.write(manifest, content)
+    checksummed_json.write(meta, content)
 
 
 MISTAKES = {
@@ -129,8 +129,8 @@ CASES = [(name, world) for name, mistake in MISTAKES.items() for world in mistak
 def sound_config(stage: str, folder: Path) -> dict[str, Any]:
     """The configuration of a run in a folder with data and teacher."""
     if stage == "distill":
-        return runs.distill_config(Material(folder), folder / "run", folder / "teacher")
-    return runs.adapt_config(Material(folder), folder / "run")
+        return runs.distill_config(Fixtures(folder), folder / "run", folder / "teacher")
+    return runs.adapt_config(Fixtures(folder), folder / "run")
 
 
 def with_mistake(mistake: Mistake, folder: Path) -> dict[str, Any]:
@@ -139,9 +139,9 @@ def with_mistake(mistake: Mistake, folder: Path) -> dict[str, Any]:
     return json.loads(json.dumps(wrong).replace("FOLDER", str(folder)))
 
 
-def set_up(material: Material, teacher: Path, folder: Path) -> None:
+def set_up(fixtures: Fixtures, teacher: Path, folder: Path) -> None:
     """Copies data and teacher into a folder."""
-    for file in material.folder.iterdir():
+    for file in fixtures.folder.iterdir():
         if file.is_file():
             shutil.copy2(file, folder)
     shutil.copytree(teacher, folder / "teacher")
@@ -149,7 +149,7 @@ def set_up(material: Material, teacher: Path, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def begun(
-    pool: WorkerPool, material: Material, teacher: Path, tmp_path_factory: pytest.TempPathFactory
+    pool: WorkerPool, fixtures: Fixtures, teacher: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
     """For each stage a folder with data, teacher and a run of one step; the run is made once, and always lies there."""
     folder = tmp_path_factory.mktemp("begun")
@@ -160,7 +160,7 @@ def begun(
             shutil.rmtree(here)
         if not untouched.exists():
             here.mkdir()
-            set_up(material, teacher, here)
+            set_up(fixtures, teacher, here)
             runs.train(pool, stage, runs.changed(sound_config(stage, here), train__steps=1))
             here.rename(untouched)
         return shutil.copytree(untouched, here)
@@ -177,10 +177,10 @@ def assert_one_line(stderr: str, mistake: Mistake, folder: Path) -> None:
 
 @pytest.mark.parametrize("name, world", CASES, ids=[f"{name}-{world}" for name, world in CASES])
 def test_one_line_exit_code_2_and_no_traces(
-    pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path, name: str, world: int
+    pool: WorkerPool, fixtures: Fixtures, teacher: Path, tmp_path: Path, name: str, world: int
 ) -> None:
     mistake = MISTAKES[name]
-    set_up(material, teacher, tmp_path)
+    set_up(fixtures, teacher, tmp_path)
     wrong = with_mistake(mistake, tmp_path)
     mistake.spoil(tmp_path)
     words = [mistake.stage, "--config", runs.write_config(wrong, tmp_path / "run.yaml")]
@@ -211,10 +211,10 @@ def test_a_run_that_is_there_stays_as_it_was(pool: WorkerPool, begun: Callable[[
     assert runs.files_of(folder) == before
 
 
-def test_a_run_of_another_shape_is_not_continued(pool: WorkerPool, material: Material, tmp_path: Path) -> None:
-    runs.train(pool, "adapt", runs.adapt_config(material, tmp_path / "run", train__steps=1))
+def test_a_run_of_another_shape_is_not_continued(pool: WorkerPool, fixtures: Fixtures, tmp_path: Path) -> None:
+    runs.train(pool, "adapt", runs.adapt_config(fixtures, tmp_path / "run", train__steps=1))
     before = runs.files_of(tmp_path / "run")
-    config = runs.adapt_config(material, tmp_path / "run", student__model__ffn=64)
+    config = runs.adapt_config(fixtures, tmp_path / "run", student__model__ffn=64)
     (rank,) = runs.run_stage(pool, "adapt", config)
     assert rank.value == 2
     (line,) = rank.stderr.splitlines()
@@ -223,10 +223,10 @@ def test_a_run_of_another_shape_is_not_continued(pool: WorkerPool, material: Mat
 
 
 @pytest.mark.slow("starts two interpreters")
-def test_real_processes_leave_with_code_2(material: Material, teacher: Path, tmp_path: Path) -> None:
+def test_real_processes_leave_with_code_2(fixtures: Fixtures, teacher: Path, tmp_path: Path) -> None:
     """What only shows outside the pool: warnings of imports, destructors, the launcher's view."""
     mistake = MISTAKES["truncated .bin"]
-    set_up(material, teacher, tmp_path)
+    set_up(fixtures, teacher, tmp_path)
     wrong = with_mistake(mistake, tmp_path)
     mistake.spoil(tmp_path)
     wrong["run_dir"] = str(tmp_path / "runs" / "of" / "mine")
@@ -239,19 +239,19 @@ def test_real_processes_leave_with_code_2(material: Material, teacher: Path, tmp
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_teacher_of_another_tokenizer(pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path) -> None:
+def test_a_teacher_of_another_tokenizer(pool: WorkerPool, fixtures: Fixtures, teacher: Path, tmp_path: Path) -> None:
     large_tokenizer(tmp_path)
     changes = {"data__tokenizer": str(tmp_path / "large.model"), "student__model__vocab": 400}
-    (rank,) = runs.run_stage(pool, "distill", runs.distill_config(material, tmp_path / "run", teacher, **changes))
+    (rank,) = runs.run_stage(pool, "distill", runs.distill_config(fixtures, tmp_path / "run", teacher, **changes))
     assert rank.value == 2
-    files = (material.folder / "tokenizer.model", tmp_path / "large.model")
+    files = (fixtures.folder / "tokenizer.model", tmp_path / "large.model")
     theirs, ours = (open_tokenizer(str(file)).fingerprint[:12] for file in files)
     assert f"trained with tokenizer {files[0]} ({theirs}), but data.tokenizer is {files[1]} ({ours})" in rank.stderr
 
 
-def test_what_is_wrong_in_several_places_is_told_at_once(pool: WorkerPool, material: Material, tmp_path: Path) -> None:
+def test_what_is_wrong_in_several_places_is_told_at_once(pool: WorkerPool, fixtures: Fixtures, tmp_path: Path) -> None:
     changes = {"data__tokenizer": str(tmp_path / "none.model"), "data__valid": [str(tmp_path / "none")]}
-    config = runs.adapt_config(material, tmp_path / "run", **changes, student__layout={"tensor": 3})
+    config = runs.adapt_config(fixtures, tmp_path / "run", **changes, student__layout={"tensor": 3})
     ranks = runs.run_stage(pool, "adapt", config, world=3)
     assert [rank.value for rank in ranks] == [2, 2, 2]
     lines = ranks[0].stderr.splitlines()
@@ -264,18 +264,18 @@ def test_what_is_wrong_in_several_places_is_told_at_once(pool: WorkerPool, mater
     assert not (tmp_path / "run").exists()
 
 
-def test_a_key_that_is_missing_is_told_in_one_line(pool: WorkerPool, material: Material, tmp_path: Path) -> None:
+def test_a_key_that_is_missing_is_told_in_one_line(pool: WorkerPool, fixtures: Fixtures, tmp_path: Path) -> None:
     """The key's description has several."""
-    (rank,) = runs.run_stage(pool, "adapt", runs.adapt_config(material, tmp_path / "run", data__train=None))
+    (rank,) = runs.run_stage(pool, "adapt", runs.adapt_config(fixtures, tmp_path / "run", data__train=None))
     (line,) = rank.stderr.splitlines()
     assert rank.value == 2 and "data.train: adapt needs it; give a list" in line and "\\n" not in line
 
 
 def test_what_an_evaluation_leaves_out_is_told(
-    pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path
+    pool: WorkerPool, fixtures: Fixtures, teacher: Path, tmp_path: Path
 ) -> None:
     changes = {"student__model": None, "student__checkpoint": str(teacher), "train__eval_batches": None}
-    config = runs.adapt_config(material, tmp_path / "run", **changes)
+    config = runs.adapt_config(fixtures, tmp_path / "run", **changes)
     (rank,) = runs.run_stage(pool, "evaluate", config)
     found = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     held_out = indexed.inspect(config["data"]["valid"][0], None, None).tokens

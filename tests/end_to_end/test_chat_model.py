@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_capgap.data.chat import open_template
+from megatron_capgap.data.chat_template import open_template
+from megatron_capgap.data.conversation_files import read_conversations
 from megatron_capgap.data.tokenizer import open_tokenizer
-from megatron_capgap.data.turns import read_conversations
 from tests.support import runs, tokenizer_zoo
 from tests.support.pool import WorkerPool
-from tests.support.runs import Material
+from tests.support.runs import Fixtures
 from tests.unit.test_chat_zoo import CHATML, MISTRAL
 from tools import convert_hf, generate
 
@@ -27,14 +27,14 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def finetuned(
-    pool: WorkerPool, material: Material, folder: Path, tokenizer: Path, template: str, **changes: Any
+    pool: WorkerPool, fixtures: Fixtures, folder: Path, tokenizer: Path, template: str, **changes: Any
 ) -> Path:
     """A tiny model that knows one conversation by heart."""
     talk = folder / "talk.jsonl"
     talk.write_text((json.dumps({"messages": TALK}) + "\n") * 4)
     base = {"data__tokenizer": str(tokenizer), "data__valid": None, "train__steps": 1}
     base["student__model__vocab"] = open_tokenizer(str(tokenizer)).vocab_size
-    runs.train(pool, "adapt", runs.adapt_config(material, folder / "base", **base))
+    runs.train(pool, "adapt", runs.adapt_config(fixtures, folder / "base", **base))
     changes = {
         "student__model": None,
         "student__checkpoint": str(folder / "base"),
@@ -51,7 +51,7 @@ def finetuned(
         "optimizer__schedule": "constant",
         **changes,
     }
-    return runs.train(pool, "finetune", runs.adapt_config(material, folder / "run", **changes))
+    return runs.train(pool, "finetune", runs.adapt_config(fixtures, folder / "run", **changes))
 
 
 def continued(pool: WorkerPool, run_dir: Path, tokenizer: Path, template: str) -> str:
@@ -75,7 +75,7 @@ def continued(pool: WorkerPool, run_dir: Path, tokenizer: Path, template: str) -
     ],
 )
 def test_a_chat_model_is_served_what_it_was_trained_on_and_stops(
-    pool: WorkerPool, material: Material, zoo: dict[str, Path], tmp_path: Path, kind: str, template: str | None
+    pool: WorkerPool, fixtures: Fixtures, zoo: dict[str, Path], tmp_path: Path, kind: str, template: str | None
 ) -> None:
     tokenizer = tmp_path / "tokenizer"
     if kind == "model file":
@@ -85,7 +85,7 @@ def test_a_chat_model_is_served_what_it_was_trained_on_and_stops(
     if template is not None:
         (tokenizer / "chat_template.jinja").write_text(template)
     name = "default" if template is None else "tokenizer"
-    run_dir = finetuned(pool, material, tmp_path, tokenizer, name)
+    run_dir = finetuned(pool, fixtures, tmp_path, tokenizer, name)
     opened = open_tokenizer(str(tokenizer))
     written = open_template(name, opened, str(tokenizer))
     (conversation, *_) = read_conversations(str(tmp_path / "talk.jsonl"))
@@ -109,7 +109,7 @@ def test_a_chat_model_is_served_what_it_was_trained_on_and_stops(
 
 
 def test_an_instruct_tokenizer_and_a_base_one_are_one(
-    pool: WorkerPool, material: Material, zoo: dict[str, Path], tmp_path: Path
+    pool: WorkerPool, fixtures: Fixtures, zoo: dict[str, Path], tmp_path: Path
 ) -> None:
     """Byte-identical tokenizer.json, another eos: the commonest pair of teacher and student."""
     for name, eos in (("base", "</s>"), ("instruct", "<unk>")):
@@ -118,10 +118,10 @@ def test_an_instruct_tokenizer_and_a_base_one_are_one(
         (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(settings))
     vocab = open_tokenizer(str(tmp_path / "base")).vocab_size
     changes = {"student__model__vocab": vocab, "train__steps": 1, "data__valid": None}
-    teacher = runs.adapt_config(material, tmp_path / "teacher", **changes, data__tokenizer=str(tmp_path / "instruct"))
+    teacher = runs.adapt_config(fixtures, tmp_path / "teacher", **changes, data__tokenizer=str(tmp_path / "instruct"))
     runs.train(pool, "adapt", teacher)
     student = runs.distill_config(
-        material, tmp_path / "run", tmp_path / "teacher", **changes, data__tokenizer=str(tmp_path / "base")
+        fixtures, tmp_path / "run", tmp_path / "teacher", **changes, data__tokenizer=str(tmp_path / "base")
     )
     (rank,) = runs.run_stage(pool, "distill", student)
     assert rank.value == 0, rank
@@ -131,11 +131,11 @@ def test_an_instruct_tokenizer_and_a_base_one_are_one(
 
 
 def test_a_tokenizer_with_a_token_more_than_the_model_has_rows(
-    pool: WorkerPool, material: Material, zoo: dict[str, Path], tmp_path: Path
+    pool: WorkerPool, fixtures: Fixtures, zoo: dict[str, Path], tmp_path: Path
 ) -> None:
     vocab = open_tokenizer(str(zoo["prepend"])).vocab_size
     changes = {"train__steps": 1, "data__tokenizer": str(zoo["prepend"]), "student__model__vocab": vocab}
-    base = runs.train(pool, "adapt", runs.adapt_config(material, tmp_path / "base", **changes))
+    base = runs.train(pool, "adapt", runs.adapt_config(fixtures, tmp_path / "base", **changes))
     hf = tmp_path / "hf"
     words = ["export", "--checkpoint", str(base), "--out", str(hf)]
     assert pool.run(convert_hf.main, words, world=1, initialise=False) == [0]
@@ -144,14 +144,14 @@ def test_a_tokenizer_with_a_token_more_than_the_model_has_rows(
     assert pool.run(convert_hf.main, words, world=1, initialise=False) == [0]
     changes = {"student__model": None, "student__checkpoint": str(tmp_path / "imported"), "data__tokenizer": str(hf)}
     for stage in ("adapt", "evaluate"):
-        config = runs.adapt_config(material, tmp_path / stage, **changes, train__steps=1)
+        config = runs.adapt_config(fixtures, tmp_path / stage, **changes, train__steps=1)
         (rank,) = runs.run_stage(pool, stage, config)
         assert rank.value == 0, rank
         said = " ".join((rank.stdout + rank.stderr).split())
         assert f"1 of the tokens of {hf} have no row in the model's vocab of {vocab} ('[PAD]')" in said
     talk = tmp_path / "talk.jsonl"
     talk.write_text(json.dumps({"messages": [{"role": "user", "content": "[PAD]"}, TALK[1]]}) + "\n")
-    config = runs.adapt_config(material, tmp_path / "finetuned", **changes, train__steps=1)
+    config = runs.adapt_config(fixtures, tmp_path / "finetuned", **changes, train__steps=1)
     config |= {"finetune": {"template": "default"}, "data": {**config["data"], "train": [str(talk)], "valid": None}}
     (rank,) = runs.run_stage(pool, "finetune", runs.changed(config, data__valid=None))
     assert rank.value == 2

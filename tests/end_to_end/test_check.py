@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from megatron_capgap.__main__ import main
-from megatron_capgap.config.load import load
+from megatron_capgap.config.loader import load
 from megatron_capgap.config.schema import Layout, ModelShape, Precision
 from megatron_capgap.models import size
 from tests.support import runs
 from tests.support.pool import WorkerPool
 from tests.support.processes import ROOT, cpu_seconds, environment
-from tests.support.runs import Material
+from tests.support.runs import Fixtures
 
 SEVENTY_BILLION = {"layers": 80, "hidden": 8192, "heads": 64, "kv_heads": 8, "ffn": 28672, "vocab": 128256}
 ODD_HEADS = {"layers": 2, "hidden": 48, "heads": 4, "kv_heads": 2, "head_dim": 20, "ffn": 80, "vocab": 301}
@@ -37,12 +37,12 @@ def check(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
 
 def parameter_counts(shape: ModelShape) -> tuple[int, int]:
     """Runs in a worker of its own world: all parameters of the built model, and those outside of the embeddings."""
+    from megatron_capgap.devices import choose
+    from megatron_capgap.distributed import parallel_context
     from megatron_capgap.models import gpt
-    from megatron_capgap.runtime import layout
-    from megatron_capgap.runtime.devices import choose
 
     device = choose("cpu", 0)
-    (chunk,) = gpt.build(shape, layout.build(Layout(), 0), Precision(), device, sequence_length=8)
+    (chunk,) = gpt.build(shape, parallel_context.build(Layout(), 0), Precision(), device, sequence_length=8)
     counts = {name: parameter.numel() for name, parameter in chunk.named_parameters()}
     inner = sum(n for name, n in counts.items() if not name.startswith(("embedding.", "output_layer.")))
     return sum(counts.values()), inner
@@ -50,25 +50,27 @@ def parameter_counts(shape: ModelShape) -> tuple[int, int]:
 
 def shard_count(shape: ModelShape, layout_of_ranks: Layout, head: bool) -> int:
     """Runs in a worker: parameters that this rank holds."""
+    from megatron_capgap.devices import choose
+    from megatron_capgap.distributed import parallel_context
     from megatron_capgap.models import gpt
-    from megatron_capgap.runtime import layout
-    from megatron_capgap.runtime.devices import choose
 
     device = choose("cpu", 0)
-    chunks = gpt.build(shape, layout.build(layout_of_ranks, 0), Precision(), device, sequence_length=8, head=head)
+    chunks = gpt.build(
+        shape, parallel_context.build(layout_of_ranks, 0), Precision(), device, sequence_length=8, head=head
+    )
     return sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("numbers", [runs.STUDENT, ODD_HEADS], ids=["student", "head_dim"])
 def test_parameters_are_those_of_the_built_model(
-    pool: WorkerPool, material: Material, tmp_path: Path, check, numbers: dict[str, int], tied: bool
+    pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, check, numbers: dict[str, int], tied: bool
 ) -> None:
     shape = ModelShape(**numbers, tied_embeddings=tied)
     ((total, inner),) = pool.run(parameter_counts, shape, world=1)
     assert (size.parameters(shape), size.non_embedding_parameters(shape)) == (total, inner)
     model = {**numbers, "tied_embeddings": tied}
-    report = check("adapt", runs.adapt_config(material, tmp_path / "run", student__model=model), 1)
+    report = check("adapt", runs.adapt_config(fixtures, tmp_path / "run", student__model=model), 1)
     assert re.search(rf"^student +{total:,} +{inner:,} ", report, re.MULTILINE)
 
 
@@ -82,9 +84,9 @@ def test_the_share_of_every_rank_is_what_it_builds(pool: WorkerPool, tied: bool,
         assert found == [size.rank_parameters(shape, layout, stage, head=head) for stage in stages]
 
 
-def test_grid_and_work_of_a_distillation(material: Material, teacher: Path, tmp_path: Path, check) -> None:
+def test_grid_and_work_of_a_distillation(fixtures: Fixtures, teacher: Path, tmp_path: Path, check) -> None:
     layout = {"tensor": 2, "pipeline": 2, "sequence": True}
-    report = check("distill", runs.distill_config(material, tmp_path / "run", teacher, student__layout=layout), 8)
+    report = check("distill", runs.distill_config(fixtures, tmp_path / "run", teacher, student__layout=layout), 8)
     assert report.startswith("distill: the configuration is sound\n")
     lines = report.splitlines()
     assert any(
@@ -98,13 +100,13 @@ def test_grid_and_work_of_a_distillation(material: Material, teacher: Path, tmp_
     assert lines[-1].startswith("  in all") and memory < len(lines) - 1
 
 
-def test_a_teacher_in_a_layout_of_its_own(material: Material, teacher: Path, tmp_path: Path, check) -> None:
+def test_a_teacher_in_a_layout_of_its_own(fixtures: Fixtures, teacher: Path, tmp_path: Path, check) -> None:
     """Weights and waiting hidden states a rank, with sequences long enough to show in MiB."""
     layout = {"tensor": 2, "pipeline": 2, "sequence": True}
     changes = {"student__layout": layout, "data__sequence_length": 65536, "teacher__longer_sequences": True}
     changes |= {"teacher__layout": {"pipeline": 4}, "teacher__placement": "disjoint", "teacher__ranks": 4}
     changes |= {"teacher__ahead": 3, "data__valid": None}
-    lines = check("distill", runs.distill_config(material, tmp_path / "run", teacher, **changes), 8).splitlines()
+    lines = check("distill", runs.distill_config(fixtures, tmp_path / "run", teacher, **changes), 8).splitlines()
     assert "rank grid: 4 ranks = tensor 2 x data 1 x pipeline 2, sequence parallel" in lines
     assert lines[lines.index("the teacher's: 4 ranks = tensor 1 x data 1 x pipeline 4") + 1] == "  stage 0: [4]"
     batch = 8 * 65536 * 48 * 4 / 2**20  # one output of the teacher's
@@ -118,7 +120,7 @@ def test_a_teacher_in_a_layout_of_its_own(material: Material, teacher: Path, tmp
     for key in ("teacher__placement", "teacher__ranks", "teacher__ahead"):
         del changes[key]
     changes |= {"teacher__layout": {"tensor": 2}, "teacher__offload": True}
-    lines = check("distill", runs.distill_config(material, tmp_path / "run", teacher, **changes), 4).splitlines()
+    lines = check("distill", runs.distill_config(fixtures, tmp_path / "run", teacher, **changes), 4).splitlines()
     assert "the teacher's: 4 ranks = tensor 2 x data 2 x pipeline 1" in lines
     assert any(
         line.startswith("teacher a rank: ") and line.endswith("weights in host memory between its turns")
@@ -130,9 +132,9 @@ def test_a_teacher_in_a_layout_of_its_own(material: Material, teacher: Path, tmp
 
 
 def test_sequences_longer_than_the_teacher_s_are_asked_for(
-    material: Material, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fixtures: Fixtures, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = runs.distill_config(material, tmp_path / "run", teacher, data__sequence_length=33)
+    config = runs.distill_config(fixtures, tmp_path / "run", teacher, data__sequence_length=33)
     words = ["distill", "--config", runs.write_config(config), "--check-world=1"]
     assert main(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -148,18 +150,18 @@ def test_the_grid_is_the_one_that_megatron_makes(pool: WorkerPool) -> None:
 
 def place_in_grid(layout_of_ranks: Layout) -> tuple[int, int, int]:
     """Runs in a worker: (tensor, data, pipeline) rank."""
-    from megatron_capgap.runtime import layout
-    from megatron_capgap.runtime.devices import choose
+    from megatron_capgap.devices import choose
+    from megatron_capgap.distributed import parallel_context
 
     choose("cpu", 0)
-    grid = layout.build(layout_of_ranks, 0)
-    return grid.tensor_rank, grid.data_rank, grid.pipeline_rank
+    grid = parallel_context.build(layout_of_ranks, 0)
+    return grid.tp_rank, grid.dp_rank, grid.pp_rank
 
 
 def test_a_run_that_has_begun_says_where_it_goes_on(
-    pool: WorkerPool, material: Material, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = runs.adapt_config(material, tmp_path / "run", train__steps=2)
+    config = runs.adapt_config(fixtures, tmp_path / "run", train__steps=2)
     runs.train(pool, "adapt", config)
     before = runs.files_of(tmp_path / "run")
     words = ["adapt", "--config", runs.write_config(config), "--check-world=1", "--train.steps=9"]
@@ -168,10 +170,10 @@ def test_a_run_that_has_begun_says_where_it_goes_on(
     assert runs.files_of(tmp_path / "run") == before
 
 
-def test_four_thousand_ranks_without_torch_within_ten_seconds(material: Material, tmp_path: Path) -> None:
+def test_four_thousand_ranks_without_torch_within_ten_seconds(fixtures: Fixtures, tmp_path: Path) -> None:
     changes = {"student__model": SEVENTY_BILLION, "student__layout": {"tensor": 8, "pipeline": 16, "sequence": True}}
     changes |= {"train__global_batch": 2048, "train__micro_batch": 1, "data__sequence_length": 4096}
-    config = runs.adapt_config(material, tmp_path / "run", **changes)
+    config = runs.adapt_config(fixtures, tmp_path / "run", **changes)
     program = (
         "import sys; from megatron_capgap.__main__ import main; code = main(sys.argv[1:])\n"
         "heavy = {'torch', 'megatron', 'transformers'} & set(sys.modules)\n"
@@ -194,13 +196,13 @@ def test_four_thousand_ranks_without_torch_within_ten_seconds(material: Material
 
 @pytest.mark.parametrize("stage", ["adapt", "distill"])
 def test_resolved_yaml_loads_back_equal(
-    pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path, stage: str
+    pool: WorkerPool, fixtures: Fixtures, teacher: Path, tmp_path: Path, stage: str
 ) -> None:
     changes = {"train__steps": 1, "optimizer__lr": 1.0e-7, "optimizer__min_lr": None, "data__train_weights": [1]}
     if stage == "adapt":
-        config = runs.adapt_config(material, tmp_path / "run", **changes)
+        config = runs.adapt_config(fixtures, tmp_path / "run", **changes)
     else:
-        config = runs.distill_config(material, tmp_path / "run", teacher, **changes)
+        config = runs.distill_config(fixtures, tmp_path / "run", teacher, **changes)
     overrides = ["--train.log_every=3", "--optimizer.betas=[0.8, 0.99]"]
     (rank,) = runs.run_stage(pool, stage, config, overrides=overrides)
     assert rank.value == 0

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_capgap.checkpoint import contents
-from megatron_capgap.checkpoint.manifest import Damaged
+from megatron_capgap.checkpoint import integrity
+from megatron_capgap.checkpoint.metadata import CheckpointCorrupted
 from tests.support import runs
 from tests.support.pool import WorkerPool
-from tests.support.runs import Material
+from tests.support.runs import Fixtures
 
 CHANGES = {"train__steps": 4, "checkpoint__every": 2, "data__valid": None}
 RANKS = 2
@@ -21,13 +21,13 @@ NAMES = [".metadata", "__0_0.distcp", "__1_0.distcp", "capgap.json", "common.pt"
 
 
 @pytest.fixture(scope="module")
-def sound(pool: WorkerPool, material: Material, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sound(pool: WorkerPool, fixtures: Fixtures, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on two ranks with the checkpoints step_2 and step_4."""
-    return runs.train(pool, "adapt", config(material, tmp_path_factory.mktemp("damage") / "run"), RANKS)
+    return runs.train(pool, "adapt", config(fixtures, tmp_path_factory.mktemp("damage") / "run"), RANKS)
 
 
-def config(material: Material, run_dir: Path) -> dict:
-    return runs.adapt_config(material, run_dir, **CHANGES)
+def config(fixtures: Fixtures, run_dir: Path) -> dict:
+    return runs.adapt_config(fixtures, run_dir, **CHANGES)
 
 
 def flip(file: Path, bit: int) -> None:
@@ -53,8 +53,8 @@ def refusals(folder: Path, flips: int) -> dict[str, str]:
     def said() -> str:
         dist.barrier()
         try:
-            contents.verify(folder)
-        except Damaged as error:
+            integrity.verify(folder)
+        except CheckpointCorrupted as error:
             return str(error)
         finally:
             dist.barrier()
@@ -96,11 +96,11 @@ def test_every_damage_to_every_file_is_seen_on_every_rank(pool: WorkerPool, soun
 @pytest.mark.parametrize("what", DAMAGES)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_previous_checkpoint_is_used(
-    pool: WorkerPool, material: Material, sound: Path, tmp_path: Path, name: str, what: str
+    pool: WorkerPool, fixtures: Fixtures, sound: Path, tmp_path: Path, name: str, what: str
 ) -> None:
     run_dir = shutil.copytree(sound, tmp_path / "run")
     DAMAGES[what](run_dir / "checkpoints" / "step_4" / name)
-    first, _ = runs.run_stage(pool, "adapt", config(material, run_dir), RANKS)
+    first, _ = runs.run_stage(pool, "adapt", config(fixtures, run_dir), RANKS)
     assert first.value == 0, first
     assert first.stderr.startswith(f"capgap: warning: step_4 is damaged and skipped: {run_dir}/checkpoints/step_4")
     assert name in first.stderr
@@ -124,7 +124,7 @@ POINTERS = {
 
 @pytest.mark.parametrize("what", POINTERS)
 def test_damage_to_latest_is_said_and_the_newest_whole_checkpoint_is_used(
-    pool: WorkerPool, material: Material, sound: Path, tmp_path: Path, what: str
+    pool: WorkerPool, fixtures: Fixtures, sound: Path, tmp_path: Path, what: str
 ) -> None:
     run_dir = shutil.copytree(sound, tmp_path / "run")
     content, says = POINTERS[what]
@@ -132,7 +132,7 @@ def test_damage_to_latest_is_said_and_the_newest_whole_checkpoint_is_used(
         (run_dir / "latest").unlink()
     else:
         (run_dir / "latest").write_bytes(content.encode("utf-8", "surrogateescape"))
-    first, _ = runs.run_stage(pool, "adapt", config(material, run_dir), RANKS)
+    first, _ = runs.run_stage(pool, "adapt", config(fixtures, run_dir), RANKS)
     assert first.value == 0, first
     assert f"capgap: warning: {run_dir}/{says}" in first.stderr
     assert f"resumed from {run_dir}/checkpoints/step_{2 if what == 'older' else 4}" in first.stdout
@@ -142,13 +142,13 @@ def test_damage_to_latest_is_said_and_the_newest_whole_checkpoint_is_used(
 
 @pytest.mark.parametrize("name", ["__1_0.distcp", "capgap.json"])
 def test_none_left_is_an_error_and_nothing_is_touched(
-    pool: WorkerPool, material: Material, sound: Path, tmp_path: Path, name: str
+    pool: WorkerPool, fixtures: Fixtures, sound: Path, tmp_path: Path, name: str
 ) -> None:
     run_dir = shutil.copytree(sound, tmp_path / "run")
     for step in (2, 4):
         cut(run_dir / "checkpoints" / f"step_{step}" / name)
     before = runs.files_of(run_dir)
-    ranks = runs.run_stage(pool, "adapt", config(material, run_dir), RANKS)
+    ranks = runs.run_stage(pool, "adapt", config(fixtures, run_dir), RANKS)
     assert [rank.value for rank in ranks] == [2, 2]
     *_, line = ranks[0].stderr.splitlines()
     assert f"{run_dir}: no checkpoint of this run is whole, 2 found damaged, first {run_dir}/checkpoints/step_4" in line
@@ -156,32 +156,32 @@ def test_none_left_is_an_error_and_nothing_is_touched(
 
 
 def test_checkpoints_that_vanished_do_not_make_a_new_run(
-    pool: WorkerPool, material: Material, sound: Path, tmp_path: Path
+    pool: WorkerPool, fixtures: Fixtures, sound: Path, tmp_path: Path
 ) -> None:
     run_dir = shutil.copytree(sound, tmp_path / "run")
     shutil.rmtree(run_dir / "checkpoints")
-    (rank,) = runs.run_stage(pool, "adapt", config(material, run_dir))
+    (rank,) = runs.run_stage(pool, "adapt", config(fixtures, run_dir))
     assert rank.value == 2
     assert f"{run_dir}: no checkpoint of this run is whole" in rank.stderr
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_damaged_teacher_is_an_error_that_names_the_file(
-    pool: WorkerPool, material: Material, sound: Path, tmp_path: Path, world: int
+    pool: WorkerPool, fixtures: Fixtures, sound: Path, tmp_path: Path, world: int
 ) -> None:
     teacher = shutil.copytree(sound, tmp_path / "teacher")
     file = teacher / "checkpoints" / "step_4" / "__1_0.distcp"
     flip_in_the_middle(file)
-    ranks = runs.run_stage(pool, "distill", runs.distill_config(material, tmp_path / "run", teacher), world)
+    ranks = runs.run_stage(pool, "distill", runs.distill_config(fixtures, tmp_path / "run", teacher), world)
     assert [rank.value for rank in ranks] == [2] * world
     says = f"capgap: error: {file}: its checksum is not the one of what was written; use another checkpoint\n"
     assert ranks[0].stderr == says
     assert not (tmp_path / "run").exists()
 
 
-def test_a_whole_run_says_nothing(pool: WorkerPool, material: Material, sound: Path, tmp_path: Path) -> None:
+def test_a_whole_run_says_nothing(pool: WorkerPool, fixtures: Fixtures, sound: Path, tmp_path: Path) -> None:
     run_dir = shutil.copytree(sound, tmp_path / "run")
-    first, second = runs.run_stage(pool, "adapt", config(material, run_dir), RANKS)
+    first, second = runs.run_stage(pool, "adapt", config(fixtures, run_dir), RANKS)
     assert first.stderr == second.stderr == ""
 
 
@@ -195,20 +195,20 @@ def evaluate_what_is_cut_once_verified(file: Path, words: list[str]) -> int:
             os.truncate(file, 100)
         dist.barrier()
 
-    verify, contents.verify = contents.verify, verify_then_cut
+    verify, integrity.verify = integrity.verify, verify_then_cut
     try:
         return main(words)
     finally:
-        contents.verify = verify
+        integrity.verify = verify
 
 
-def test_what_only_one_rank_cannot_read_ends_all(pool: WorkerPool, material: Material, tmp_path: Path) -> None:
+def test_what_only_one_rank_cannot_read_ends_all(pool: WorkerPool, fixtures: Fixtures, tmp_path: Path) -> None:
     """With tensor 2 the second file holds what rank 1 alone reads; from Megatron-Core 0.18 on it alone is told."""
     changes = {**CHANGES, "student__layout": {"tensor": 2}}
-    run_dir = runs.train(pool, "adapt", runs.adapt_config(material, tmp_path / "run", **changes), RANKS)
+    run_dir = runs.train(pool, "adapt", runs.adapt_config(fixtures, tmp_path / "run", **changes), RANKS)
     file = run_dir / "checkpoints" / "step_4" / "__1_0.distcp"
     source = {"student__model": None, "student__checkpoint": str(run_dir), "student__layout": {"tensor": 2}}
-    evaluation = runs.adapt_config(material, tmp_path / "evaluation", **source)
+    evaluation = runs.adapt_config(fixtures, tmp_path / "evaluation", **source)
     words = ["evaluate", "--config", runs.write_config(evaluation)]
     ranks = pool.run(evaluate_what_is_cut_once_verified, file, words, world=RANKS, initialise=False, capture=True)
     assert [rank.value for rank in ranks] == [2, 2]

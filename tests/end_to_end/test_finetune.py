@@ -10,23 +10,23 @@ import pytest
 from transformers import AutoTokenizer
 
 from megatron_capgap.__main__ import main
-from megatron_capgap.checkpoint import manifest as manifests
-from megatron_capgap.data.chat import DefaultTemplate
+from megatron_capgap.checkpoint import metadata as manifests
+from megatron_capgap.data.chat_template import DefaultTemplate
 from megatron_capgap.data.messages import Conversation, Message
 from megatron_capgap.data.tokenizer import open_tokenizer
 from tests.support import corpus, runs
 from tests.support.pool import WorkerPool
-from tests.support.runs import Material
+from tests.support.runs import Fixtures
 from tools import convert_hf
 
 TP2_PP2 = {"tensor": 2, "pipeline": 2, "sequence": True}
 
 
 def test_epochs_read_every_conversation_as_often(
-    pool: WorkerPool, material: Material, student: Path, tmp_path: Path
+    pool: WorkerPool, fixtures: Fixtures, student: Path, tmp_path: Path
 ) -> None:
     changes = {"train__steps": None, "finetune__epochs": 2, "finetune__packed": False, "train__global_batch": 6}
-    config = runs.finetune_config(material, tmp_path / "run", student, **changes)
+    config = runs.finetune_config(fixtures, tmp_path / "run", student, **changes)
     (rank,) = runs.run_stage(pool, "finetune", config)
     assert rank.value == 0 and "8 steps; 2 epochs" in rank.stdout  # 24 conversations in rows of their own
     steps = runs.steps_of(tmp_path / "run")
@@ -43,11 +43,11 @@ def test_epochs_read_every_conversation_as_often(
     ids=["one", "tp2_pp2"],
 )
 def test_a_run_goes_on_to_the_last_digit(
-    pool: WorkerPool, material: Material, student: Path, teacher: Path, tmp_path: Path, layout: Any, world: int
+    pool: WorkerPool, fixtures: Fixtures, student: Path, teacher: Path, tmp_path: Path, layout: Any, world: int
 ) -> None:
     changes = {"finetune__neftune_alpha": 5.0, "train__dropout": 0.1, "student__layout": layout, "train__steps": 6}
     changes |= {"checkpoint__every": 2, "train__eval_every": 3, "checkpoint__keep": 9}
-    config = runs.taught(runs.finetune_config(material, tmp_path / "run", student, **changes), teacher)
+    config = runs.taught(runs.finetune_config(fixtures, tmp_path / "run", student, **changes), teacher)
     unbroken = runs.metrics(runs.train(pool, "finetune", config, world))
     again = runs.rewind(tmp_path / "run", tmp_path / "again", step=2)
     runs.train(pool, "finetune", {**config, "run_dir": str(again)}, world)
@@ -55,7 +55,7 @@ def test_a_run_goes_on_to_the_last_digit(
     assert [entry["step"] for entry in unbroken] == [1, 2, 3, 3, 4, 5, 6, 6]
 
 
-def overfitting(material: Material, run_dir: Path, student: Path, **changes: Any) -> dict[str, Any]:
+def overfitting(fixtures: Fixtures, run_dir: Path, student: Path, **changes: Any) -> dict[str, Any]:
     """A run whose held-out loss soon rises: large steps on few conversations."""
     changes = {
         "train__steps": None,
@@ -66,7 +66,7 @@ def overfitting(material: Material, run_dir: Path, student: Path, **changes: Any
     }
     changes |= {"train__eval_every": 2, "optimizer__schedule": "constant", "checkpoint__keep": 1}
     changes["train__global_batch"] = 4
-    return runs.finetune_config(material, run_dir, student, **changes)
+    return runs.finetune_config(fixtures, run_dir, student, **changes)
 
 
 @pytest.mark.parametrize(
@@ -75,10 +75,10 @@ def overfitting(material: Material, run_dir: Path, student: Path, **changes: Any
     ids=["one", "tp2_pp2"],
 )
 def test_early_stopping_keeps_the_best_checkpoint(
-    pool: WorkerPool, material: Material, student: Path, tmp_path: Path, layout: Any, world: int
+    pool: WorkerPool, fixtures: Fixtures, student: Path, tmp_path: Path, layout: Any, world: int
 ) -> None:
     run_dir = tmp_path / "run"
-    config = overfitting(material, run_dir, student, student__layout=layout)
+    config = overfitting(fixtures, run_dir, student, student__layout=layout)
     ranks = runs.run_stage(pool, "finetune", config, world)
     assert [rank.value for rank in ranks] == [0] * world, ranks
     seen = {entry["step"]: entry["valid_loss"] for entry in runs.metrics(run_dir) if "valid_loss" in entry}
@@ -97,9 +97,9 @@ def test_early_stopping_keeps_the_best_checkpoint(
 
 
 def test_a_run_that_was_stopped_before_remembers_its_best(
-    pool: WorkerPool, material: Material, student: Path, tmp_path: Path
+    pool: WorkerPool, fixtures: Fixtures, student: Path, tmp_path: Path
 ) -> None:
-    config = overfitting(material, tmp_path / "run", student)
+    config = overfitting(fixtures, tmp_path / "run", student)
     config["checkpoint"] = {"every": 1, "keep": 99}
     whole = runs.train(pool, "finetune", config)
     best = int((whole / "best").read_text().strip().removeprefix("step_"))
@@ -125,12 +125,12 @@ def _copy_checkpoint(source: Path, target: Path, step: int) -> None:
 
 
 def test_the_held_out_conversations_can_be_evaluated_alone(
-    pool: WorkerPool, material: Material, student: Path, tmp_path: Path
+    pool: WorkerPool, fixtures: Fixtures, student: Path, tmp_path: Path
 ) -> None:
-    run_dir = runs.train(pool, "finetune", runs.finetune_config(material, tmp_path / "run", student))
+    run_dir = runs.train(pool, "finetune", runs.finetune_config(fixtures, tmp_path / "run", student))
     last = runs.metrics(run_dir)[-1]
     for name, world, changes in (("packed", 1, {}), ("alone", 2, {"finetune__packed": False})):
-        config = runs.finetune_config(material, tmp_path / name, run_dir, train__steps=None, **changes)
+        config = runs.finetune_config(fixtures, tmp_path / name, run_dir, train__steps=None, **changes)
         runs.train(pool, "evaluate", config, world)
         found = json.loads((tmp_path / name / "evaluation.json").read_text())
         numbers = ("step", "valid_loss", "valid_perplexity", "bits_per_byte", "valid_tokens")
@@ -138,10 +138,10 @@ def test_the_held_out_conversations_can_be_evaluated_alone(
 
 
 def test_check_tells_without_reading_conversations(
-    material: Material, student: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fixtures: Fixtures, student: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes = {"train__steps": None, "train__global_batch": 16}
-    config = runs.taught(runs.finetune_config(material, tmp_path / "run", student, **changes), teacher)
+    config = runs.taught(runs.finetune_config(fixtures, tmp_path / "run", student, **changes), teacher)
     assert main(["finetune", "--config", runs.write_config(config), "--check-world", "4"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("finetune: the configuration is sound")
@@ -234,16 +234,16 @@ MISTAKES = {
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_bad_input_is_one_line_and_exit_code_2(
-    pool: WorkerPool, material: Material, student: Path, teacher: Path, tmp_path: Path, name: str
+    pool: WorkerPool, fixtures: Fixtures, student: Path, teacher: Path, tmp_path: Path, name: str
 ) -> None:
     mistake, world = MISTAKES[name], 2
-    for file in material.folder.iterdir():
+    for file in fixtures.folder.iterdir():
         if file.is_file():
             (tmp_path / file.name).write_bytes(file.read_bytes())
     if mistake.lines is not None:
         corpus.write_lines(tmp_path / "chat_train.jsonl", mistake.lines)
     mistake.spoil(tmp_path)
-    config = runs.finetune_config(Material(tmp_path), tmp_path / "run", student)
+    config = runs.finetune_config(Fixtures(tmp_path), tmp_path / "run", student)
     config = runs.changed(runs.taught(config, teacher) if mistake.taught else config, **mistake.changes)
     config = json.loads(json.dumps(config).replace("FOLDER", str(tmp_path)))
     words = ["finetune", "--config", runs.write_config(config, tmp_path / "run.yaml")]
@@ -257,13 +257,13 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert runs.files_of(tmp_path) == before
 
 
-def test_another_template_does_not_go_on(pool: WorkerPool, material: Material, student: Path, tmp_path: Path) -> None:
+def test_another_template_does_not_go_on(pool: WorkerPool, fixtures: Fixtures, student: Path, tmp_path: Path) -> None:
     folder = corpus.save_sentencepiece_as_folder(tmp_path / "words", runs.VOCAB)
     (Path(folder) / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}</s>{% endfor %}")
     changes = {"student__checkpoint": None, "data__tokenizer": folder}
-    start = runs.adapt_config(material, tmp_path / "start", train__steps=1, data__tokenizer=folder, data__valid=None)
+    start = runs.adapt_config(fixtures, tmp_path / "start", train__steps=1, data__tokenizer=folder, data__valid=None)
     begun = runs.train(pool, "adapt", start)
-    config = runs.finetune_config(material, tmp_path / "run", begun, **{**changes, "student__checkpoint": str(begun)})
+    config = runs.finetune_config(fixtures, tmp_path / "run", begun, **{**changes, "student__checkpoint": str(begun)})
     runs.train(pool, "finetune", config)
     (rank,) = runs.run_stage(pool, "finetune", runs.changed(config, finetune__template="tokenizer", train__steps=9))
     assert rank.value == 2
@@ -272,8 +272,8 @@ def test_another_template_does_not_go_on(pool: WorkerPool, material: Material, s
 
 
 @pytest.fixture(scope="module")
-def finetuned(pool: WorkerPool, material: Material, student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = runs.finetune_config(material, tmp_path_factory.mktemp("finetuned") / "run", student, train__steps=1)
+def finetuned(pool: WorkerPool, fixtures: Fixtures, student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = runs.finetune_config(fixtures, tmp_path_factory.mktemp("finetuned") / "run", student, train__steps=1)
     return runs.train(pool, "finetune", config)
 
 
@@ -283,20 +283,20 @@ def export(pool: WorkerPool, run_dir: Path, out: Path) -> None:
 
 
 def test_the_default_template_is_exported_along(
-    pool: WorkerPool, material: Material, finetuned: Path, tmp_path: Path
+    pool: WorkerPool, fixtures: Fixtures, finetuned: Path, tmp_path: Path
 ) -> None:
     export(pool, finetuned, tmp_path / "hf")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     said = [{"role": "system", "content": "mi lo"}, {"role": "user", "content": "ka lo mi"}]
-    ours = DefaultTemplate(open_tokenizer(material.data["tokenizer"]))
+    ours = DefaultTemplate(open_tokenizer(fixtures.data["tokenizer"]))
     (asked,) = ours.encode(Conversation(tuple(Message(message["role"], message["content"]) for message in said)))
     assert theirs.apply_chat_template(said, add_generation_prompt=True, return_dict=False) == list(asked.tokens)
 
 
 def test_the_template_stays_with_the_model(
-    pool: WorkerPool, material: Material, finetuned: Path, student: Path, tmp_path: Path
+    pool: WorkerPool, fixtures: Fixtures, finetuned: Path, student: Path, tmp_path: Path
 ) -> None:
-    config = runs.adapt_config(material, tmp_path / "on", student__model=None, student__checkpoint=str(finetuned))
+    config = runs.adapt_config(fixtures, tmp_path / "on", student__model=None, student__checkpoint=str(finetuned))
     further = runs.train(pool, "adapt", runs.changed(config, train__steps=1, data__valid=None))
     assert manifests.read(manifests.locate(str(further))).chat_template == DefaultTemplate.jinja
     assert manifests.read(manifests.locate(str(student))).chat_template is None
@@ -304,17 +304,17 @@ def test_the_template_stays_with_the_model(
     assert not (tmp_path / "plain" / "chat_template.jinja").exists()
 
 
-def test_a_tokenizer_s_own_template_is_used_and_exported(pool: WorkerPool, material: Material, tmp_path: Path) -> None:
+def test_a_tokenizer_s_own_template_is_used_and_exported(pool: WorkerPool, fixtures: Fixtures, tmp_path: Path) -> None:
     folder = Path(corpus.save_sentencepiece_as_folder(tmp_path / "words", runs.VOCAB))
     template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
     template += "{% if add_generation_prompt %}<s>assistant: {% endif %}"
     (folder / "chat_template.jinja").write_text(template)
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}" + template)
-    start = runs.adapt_config(material, tmp_path / "start", train__steps=1, data__valid=None)
+    start = runs.adapt_config(fixtures, tmp_path / "start", train__steps=1, data__valid=None)
     start["data"]["tokenizer"] = str(folder)
     begun = runs.train(pool, "adapt", start)
-    config = runs.finetune_config(material, tmp_path / "run", begun, finetune__template="tokenizer", train__steps=1)
+    config = runs.finetune_config(fixtures, tmp_path / "run", begun, finetune__template="tokenizer", train__steps=1)
     config["data"]["tokenizer"] = str(folder)
     run_dir = runs.train(pool, "finetune", config)
     both = {"default": template, "tool_use": "{{ tools }}" + template}

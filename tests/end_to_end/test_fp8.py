@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_capgap.checkpoint import safe
-from megatron_capgap.config.fp8 import gemm_count
+from megatron_capgap.checkpoint import safe_unpickle
 from megatron_capgap.config.schema import FP8, ModelShape, Precision
+from megatron_capgap.config.validation.fp8 import gemm_count
 from tests.support import runs
 from tests.support.engine import RECIPES, needs_files, run_counted
 from tests.support.pool import RankResult, WorkerPool
-from tests.support.runs import Material, assert_close
+from tests.support.runs import Fixtures, assert_close
 from tests.support.state import run_engine, run_pickling, scales_of, state_of
 from tools import convert_hf
 
@@ -35,9 +35,9 @@ def fp8(recipe: str, **options: Any) -> dict[str, Any]:
 DELAYED = fp8("delayed", amax_history=16)
 
 
-def config_of(material: Material, run_dir: Path, **changes: Any) -> dict[str, Any]:
+def config_of(fixtures: Fixtures, run_dir: Path, **changes: Any) -> dict[str, Any]:
     return runs.adapt_config(
-        material, run_dir, **{**BATCH, "student__model": SHAPE, "train__steps": STEPS, "data__valid": None, **changes}
+        fixtures, run_dir, **{**BATCH, "student__model": SHAPE, "train__steps": STEPS, "data__valid": None, **changes}
     )
 
 
@@ -49,9 +49,9 @@ def run(pool: WorkerPool, stage: str, config: dict[str, Any], world: int = 1) ->
     return [RankResult(rank.value[1], rank.stdout, rank.stderr) for rank in ranks]
 
 
-def adapt(pool: WorkerPool, material: Material, run_dir: Path, world: int = 1, **changes: Any) -> list[dict[str, Any]]:
+def adapt(pool: WorkerPool, fixtures: Fixtures, run_dir: Path, world: int = 1, **changes: Any) -> list[dict[str, Any]]:
     """Four steps of next-token training in Transformer Engine's layers."""
-    run(pool, "adapt", config_of(material, run_dir, **changes), world)
+    run(pool, "adapt", config_of(fixtures, run_dir, **changes), world)
     return runs.steps_of(run_dir)
 
 
@@ -59,38 +59,38 @@ Whole = Callable[[str], list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def whole(fresh_pool: WorkerPool, material: Material) -> Whole:
+def whole(fresh_pool: WorkerPool, fixtures: Fixtures) -> Whole:
     """From a recipe to the steps of its run on one rank."""
 
     @cache
     def steps(recipe: str) -> list[dict[str, Any]]:
         precision = DELAYED if recipe == "delayed" else fp8(recipe)
-        return adapt(fresh_pool, material, material.folder / "fp8" / recipe, precision=precision)
+        return adapt(fresh_pool, fixtures, fixtures.folder / "fp8" / recipe, precision=precision)
 
     return steps
 
 
 @pytest.fixture(scope="module")
-def local(pool: WorkerPool, material: Material) -> list[dict[str, Any]]:
+def local(pool: WorkerPool, fixtures: Fixtures) -> list[dict[str, Any]]:
     """The run with Megatron's local layers."""
-    return runs.steps_of(runs.train(pool, "adapt", config_of(material, material.folder / "fp8" / "local")))
+    return runs.steps_of(runs.train(pool, "adapt", config_of(fixtures, fixtures.folder / "fp8" / "local")))
 
 
 @pytest.fixture(scope="module")
-def saved(fresh_pool: WorkerPool, material: Material) -> Path:
+def saved(fresh_pool: WorkerPool, fixtures: Fixtures) -> Path:
     """A run under delayed scaling, of which every second step is saved and evaluated."""
-    run_dir = material.folder / "fp8" / "saved"
+    run_dir = fixtures.folder / "fp8" / "saved"
     often = {"train__eval_every": 2, "checkpoint__every": 2, "checkpoint__keep": 3}
-    adapt(fresh_pool, material, run_dir, precision=DELAYED, data__valid=material.data["valid"], **often)
+    adapt(fresh_pool, fixtures, run_dir, precision=DELAYED, data__valid=fixtures.data["valid"], **often)
     return run_dir
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_without_fp8_the_engine_changes_nothing(
-    fresh_pool: WorkerPool, material: Material, tmp_path: Path, local: list[dict[str, Any]], layout: str
+    fresh_pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, local: list[dict[str, Any]], layout: str
 ) -> None:
     changes = {"precision": {"engine": "transformer_engine"}, "student__layout": LAYOUTS[layout]}
-    for found, expected in zip(adapt(fresh_pool, material, tmp_path / "run", 2, **changes), local, strict=True):
+    for found, expected in zip(adapt(fresh_pool, fixtures, tmp_path / "run", 2, **changes), local, strict=True):
         assert_close(found, expected, 1e-5, layout)
 
 
@@ -102,11 +102,11 @@ FIRST_STEP = {"delayed": 2.0e-5, "tensorwise": 5.0e-3, "blockwise": 2.0e-5, "mxf
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_layouts_agree_as_far_as_the_recipe_promises(
-    fresh_pool: WorkerPool, material: Material, tmp_path: Path, local: list[dict[str, Any]], whole: Whole, recipe: str
+    fresh_pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, local: list[dict[str, Any]], whole: Whole, recipe: str
 ) -> None:
     one, precision = whole(recipe), DELAYED if recipe == "delayed" else fp8(recipe)
     found = {
-        name: adapt(fresh_pool, material, tmp_path / name, 2, precision=precision, student__layout=layout)
+        name: adapt(fresh_pool, fixtures, tmp_path / name, 2, precision=precision, student__layout=layout)
         for name, layout in LAYOUTS.items()
     }
     for index, step in enumerate(one):
@@ -120,11 +120,11 @@ def test_layouts_agree_as_far_as_the_recipe_promises(
     assert (first > FIRST_STEP["mxfp8"]) == (recipe == "tensorwise")
 
 
-def test_as_many_products_as_were_announced(fresh_pool: WorkerPool, material: Material, tmp_path: Path) -> None:
+def test_as_many_products_as_were_announced(fresh_pool: WorkerPool, fixtures: Fixtures, tmp_path: Path) -> None:
     shape, precision = {**SHAPE, "layers": 3}, fp8("mxfp8", first_last_layers_bf16=1)
     changes = {"student__model": shape, "precision": precision, "train__steps": 1}
     said = gemm_count(Precision(fp8=FP8("mxfp8", first_last_layers_bf16=1)), ModelShape(**shape), trains=True)
-    (rank,) = run(fresh_pool, "adapt", config_of(material, tmp_path / "run", **changes))
+    (rank,) = run(fresh_pool, "adapt", config_of(fixtures, tmp_path / "run", **changes))
     line = f"{said.fp8} matrix products of a micro-batch in FP8, {said.others} in fp32"
     assert line in " ".join(rank.stdout.split())
     exact = {(part, "fp32", "fp32"): 2 * 4 * MICRO_BATCHES for part in ("fprop", "dgrad", "wgrad")}
@@ -139,13 +139,13 @@ FAMILIES = {"gpt2": "delayed", "gpt_neox": "blockwise", "qwen3": "mxfp8"}
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_families(
-    pool: WorkerPool, fresh_pool: WorkerPool, material: Material, tmp_path: Path, family: str
+    pool: WorkerPool, fresh_pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, family: str
 ) -> None:
     shape = {"family": family, "layers": 2, "hidden": 128, "heads": 4, "ffn": 256, "vocab": runs.VOCAB}
     changes = {"student__model": {**shape, "max_positions": 32}, "train__steps": 2}
-    runs.train(pool, "adapt", config_of(material, tmp_path / "plain", **changes))
+    runs.train(pool, "adapt", config_of(fixtures, tmp_path / "plain", **changes))
     precision = fp8(FAMILIES[family])
-    (rank,) = run(fresh_pool, "adapt", config_of(material, tmp_path / "fp8", precision=precision, **changes))
+    (rank,) = run(fresh_pool, "adapt", config_of(fixtures, tmp_path / "fp8", precision=precision, **changes))
     for found, plain in zip(runs.steps_of(tmp_path / "fp8"), runs.steps_of(tmp_path / "plain"), strict=True):
         assert 0 < abs(found["loss"] / plain["loss"] - 1) < 1e-2
         assert found["grad_norm"] == pytest.approx(plain["grad_norm"], rel=5e-2)
@@ -157,45 +157,45 @@ def test_evaluations_leave_delayed_scales_alone(whole: Whole, saved: Path) -> No
     assert whole("delayed") == runs.steps_of(saved)
 
 
-def test_a_bad_batch_leaves_delayed_scales_alone(fresh_pool: WorkerPool, material: Material, tmp_path: Path) -> None:
+def test_a_bad_batch_leaves_delayed_scales_alone(fresh_pool: WorkerPool, fixtures: Fixtures, tmp_path: Path) -> None:
     words = ["adapt", "--config"]
-    words += [runs.write_config(config_of(material, tmp_path / "run", precision=DELAYED, train__max_skipped=1))]
+    words += [runs.write_config(config_of(fixtures, tmp_path / "run", precision=DELAYED, train__max_skipped=1))]
     ((code, states),) = fresh_pool.run(run_engine, [3], state_of, words, world=1, initialise=False)
     assert code == 0
     assert [states[step] == states[step - 1] for step in range(1, 5)] == [False, False, True, False]
 
 
 def test_copies_of_a_model_have_the_same_delayed_scales(
-    fresh_pool: WorkerPool, material: Material, tmp_path: Path
+    fresh_pool: WorkerPool, fixtures: Fixtures, tmp_path: Path
 ) -> None:
     words = ["adapt", "--config"]
-    words += [runs.write_config(config_of(material, tmp_path / "run", precision=DELAYED, train__steps=1))]
+    words += [runs.write_config(config_of(fixtures, tmp_path / "run", precision=DELAYED, train__steps=1))]
     (code, states), other = fresh_pool.run(run_engine, [], scales_of, words, world=2, initialise=False)
     assert (code, states) == other and code == 0
     assert len(states[1]) == 4 * SHAPE["layers"] * 2 * 2 and states[1] != states[0]
 
 
 def test_delayed_scales_are_resumed(
-    pool: WorkerPool, fresh_pool: WorkerPool, material: Material, tmp_path: Path, saved: Path, whole: Whole
+    pool: WorkerPool, fresh_pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, saved: Path, whole: Whole
 ) -> None:
     def resumed(name: str, world: int, **changes: Any) -> list[dict[str, Any]]:
-        return adapt(fresh_pool, material, runs.rewind(saved, tmp_path / name, 2), world, **changes)
+        return adapt(fresh_pool, fixtures, runs.rewind(saved, tmp_path / name, 2), world, **changes)
 
     assert resumed("same", 1, precision=DELAYED) == whole("delayed")
     for name, layout in LAYOUTS.items():
         steps = resumed(name, 2, precision=DELAYED, student__layout=layout)
         assert steps[2]["loss"] == pytest.approx(whole("delayed")[2]["loss"], rel=1e-6 if name == "pipeline" else 1e-3)
-    run_dir = runs.train(pool, "adapt", config_of(material, runs.rewind(saved, tmp_path / "local", 2)))
+    run_dir = runs.train(pool, "adapt", config_of(fixtures, runs.rewind(saved, tmp_path / "local", 2)))
     assert 1e-6 < abs(runs.steps_of(run_dir)[2]["loss"] / whole("delayed")[2]["loss"] - 1) < 1e-2
 
 
 def entries_of(checkpoint: Path) -> dict[str, list[int] | None]:
     """The size of every entry of a checkpoint that speaks of scales; None where it is a pickle."""
-    entries = safe.read_metadata(checkpoint).metadata.state_dict_metadata.items()
+    entries = safe_unpickle.read_metadata(checkpoint).metadata.state_dict_metadata.items()
     return {
         name: list(entry.size) if isinstance(entry, TensorStorageMetadata) else None
         for name, entry in entries
-        if safe.SCALES in name or name.startswith("delayed_scaling.")
+        if safe_unpickle.SCALES in name or name.startswith("delayed_scaling.")
     }
 
 
@@ -212,11 +212,11 @@ def test_delayed_scales_are_plain_tensors_in_a_checkpoint(saved: Path) -> None:
 
 
 def test_older_checkpoints_with_pickled_scales_are_resumed(
-    fresh_pool: WorkerPool, material: Material, tmp_path: Path, whole: Whole
+    fresh_pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, whole: Whole
 ) -> None:
     old = tmp_path / "old"
     often = {"checkpoint__every": 2, "checkpoint__keep": 3}
-    words = ["adapt", "--config", runs.write_config(config_of(material, old, precision=DELAYED, **often))]
+    words = ["adapt", "--config", runs.write_config(config_of(fixtures, old, precision=DELAYED, **often))]
     assert fresh_pool.run(run_pickling, words, world=1, initialise=False) == [0]
     there = entries_of(old / "checkpoints" / "step_2")
     pickled = {f"decoder.layers.{linear}._extra_state/shard_{i}_2" for linear in LINEARS for i in range(2)}
@@ -224,20 +224,20 @@ def test_older_checkpoints_with_pickled_scales_are_resumed(
 
     for name, layout in {"same": {}, **LAYOUTS}.items():
         run_dir = runs.rewind(old, tmp_path / name, 2)
-        steps = adapt(fresh_pool, material, run_dir, 2 if layout else 1, precision=DELAYED, student__layout=layout)
+        steps = adapt(fresh_pool, fixtures, run_dir, 2 if layout else 1, precision=DELAYED, student__layout=layout)
         if name == "same":
             assert steps == whole("delayed")
         rel = 1e-3 if name == "tensor" else 1e-6
         assert steps[2]["loss"] == pytest.approx(whole("delayed")[2]["loss"], rel=rel)
-        assert not any(safe.SCALES in entry for entry in entries_of(run_dir / "checkpoints" / "step_4"))
+        assert not any(safe_unpickle.SCALES in entry for entry in entries_of(run_dir / "checkpoints" / "step_4"))
 
 
 def test_a_history_may_become_longer(
-    fresh_pool: WorkerPool, material: Material, tmp_path: Path, saved: Path, whole: Whole
+    fresh_pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, saved: Path, whole: Whole
 ) -> None:
     """Four steps of two micro-batches fill neither length."""
     run_dir = runs.rewind(saved, tmp_path / "run", 2)
-    assert adapt(fresh_pool, material, run_dir, precision=fp8("delayed", amax_history=24)) == whole("delayed")
+    assert adapt(fresh_pool, fixtures, run_dir, precision=fp8("delayed", amax_history=24)) == whole("delayed")
     name = "delayed_scaling.decoder.layers.mlp.linear_fc1.amax_history_fwd"
     assert entries_of(run_dir / "checkpoints" / "step_4")[name] == [SHAPE["layers"], 24, 3]
 
@@ -258,14 +258,14 @@ TAUGHT["teacher"] = {"teacher__precision": fp8("mxfp8")}
 
 
 def test_distilling_and_evaluating_in_every_layout(
-    fresh_pool: WorkerPool, material: Material, tmp_path: Path, saved: Path
+    fresh_pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, saved: Path
 ) -> None:
     losses: dict[tuple[str, str], dict[str, Any]] = {}
     for who, precision in TAUGHT.items():
         for name, layout in {"one": {}, **(LAYOUTS if who != "neither" else {})}.items():
             changes = {**BATCH, "student__model": SHAPE, "student__layout": layout, "teacher__micro_batch": 8}
             changes |= {"train__steps": 1, "train__eval_batches": 1, "precision": {"engine": "transformer_engine"}}
-            config = runs.distill_config(material, tmp_path / f"{who}_{name}", saved, **{**changes, **precision})
+            config = runs.distill_config(fixtures, tmp_path / f"{who}_{name}", saved, **{**changes, **precision})
             ranks = run(fresh_pool, "distill", config, world=2 if layout else 1)
             step, evaluation = runs.metrics(Path(config["run_dir"]))
             losses[who, name] = {**step, **evaluation}

@@ -12,7 +12,7 @@ from tests.end_to_end.test_fp8 import BATCH, LAYOUTS, SHAPE, adapt, config_of, r
 from tests.support import pruning, runs
 from tests.support.engine import needs_files
 from tests.support.pool import WorkerPool
-from tests.support.runs import Material, assert_close
+from tests.support.runs import Fixtures, assert_close
 from tests.support.state import kinds_of, run_engine, run_scoring, written_of
 from tools import convert_hf
 
@@ -30,14 +30,14 @@ def precision(recipe: str, held: bool) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def trained(fresh_pool: WorkerPool, material: Material) -> Callable[..., Path]:
+def trained(fresh_pool: WorkerPool, fixtures: Fixtures) -> Callable[..., Path]:
     """From a recipe, whether it holds the weights, and a number of ranks to the folder of a run."""
 
     @cache
     def folder(recipe: str, held: bool, world: int = 1) -> Path:
-        run_dir = material.folder / "fp8_weights" / f"{recipe}_{held}_{world}"
+        run_dir = fixtures.folder / "fp8_weights" / f"{recipe}_{held}_{world}"
         often = {"checkpoint__every": 2, "checkpoint__keep": 3, **UNCLIPPED}
-        adapt(fresh_pool, material, run_dir, world, precision=precision(recipe, held), **often)
+        adapt(fresh_pool, fixtures, run_dir, world, precision=precision(recipe, held), **often)
         return run_dir
 
     return folder
@@ -54,10 +54,10 @@ def test_they_learn_as_weights_in_bf16_do(trained: Callable[..., Path], recipe: 
         assert_close(found, wanted, 1e-6)
 
 
-def test_they_are_there_and_masters_begin_exact(fresh_pool: WorkerPool, material: Material, tmp_path: Path) -> None:
+def test_they_are_there_and_masters_begin_exact(fresh_pool: WorkerPool, fixtures: Fixtures, tmp_path: Path) -> None:
     changes = {"precision": precision("tensorwise", True), "student__model": {**SHAPE, "layers": 3}, "train__steps": 1}
     changes["precision"]["fp8"]["first_last_layers_bf16"] = 1
-    words = ["adapt", "--config", runs.write_config(config_of(material, tmp_path / "run", **changes))]
+    words = ["adapt", "--config", runs.write_config(config_of(fixtures, tmp_path / "run", **changes))]
     ((code, seen),) = fresh_pool.run(run_engine, [], kinds_of, words, world=1, initialise=False)
     assert code == 0
     for step, kinds in seen.items():
@@ -72,10 +72,10 @@ def test_they_are_there_and_masters_begin_exact(fresh_pool: WorkerPool, material
 RESUMED = {"tensor": 2e-3, "pipeline": 1e-5, "without": 1e-6}
 
 
-def test_only_who_writes_them_makes_copies(fresh_pool: WorkerPool, material: Material, tmp_path: Path) -> None:
+def test_only_who_writes_them_makes_copies(fresh_pool: WorkerPool, fixtures: Fixtures, tmp_path: Path) -> None:
     """The first of two data-parallel ranks, which hold the same weights: the other would fill its GPU for nothing."""
     changes = {"precision": precision("tensorwise", True), "student__model": SHAPE, "train__steps": 1}
-    words = ["adapt", "--config", runs.write_config(config_of(material, tmp_path / "run", **changes))]
+    words = ["adapt", "--config", runs.write_config(config_of(fixtures, tmp_path / "run", **changes))]
     ranks = fresh_pool.run(run_engine, [], written_of, words, world=2, initialise=False)
     for (code, seen), device in zip(ranks, ("cpu", "meta"), strict=True):
         assert code == 0 and len(seen[1]) == len(LINEARS) * SHAPE["layers"]
@@ -83,10 +83,10 @@ def test_only_who_writes_them_makes_copies(fresh_pool: WorkerPool, material: Mat
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_resume(fresh_pool: WorkerPool, material: Material, tmp_path: Path, trained: Any, recipe: str) -> None:
+def test_resume(fresh_pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, trained: Any, recipe: str) -> None:
     def resumed(name: str, saved: Path, world: int = 1, held: bool = True, **changes: Any) -> list[dict[str, Any]]:
         run_dir = runs.rewind(saved, tmp_path / name, 2)
-        return adapt(fresh_pool, material, run_dir, world, precision=precision(recipe, held), **changes, **UNCLIPPED)
+        return adapt(fresh_pool, fixtures, run_dir, world, precision=precision(recipe, held), **changes, **UNCLIPPED)
 
     saved = trained(recipe, True)
     unbroken = runs.steps_of(saved)
@@ -104,25 +104,25 @@ def test_resume(fresh_pool: WorkerPool, material: Material, tmp_path: Path, trai
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_saved_beside_the_training(
-    fresh_pool: WorkerPool, material: Material, tmp_path: Path, trained: Any, recipe: str
+    fresh_pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, trained: Any, recipe: str
 ) -> None:
     """On two data-parallel ranks, each of which has masters and moments of its own."""
     changes = {"precision": precision(recipe, True), "checkpoint__async_save": True, **UNCLIPPED}
     saved, unbroken = tmp_path / "saved", runs.steps_of(trained(recipe, True, 2))
     often = {"checkpoint__every": 2, "checkpoint__keep": 3}
-    assert adapt(fresh_pool, material, saved, 2, **changes, **often) == unbroken
-    assert adapt(fresh_pool, material, runs.rewind(saved, tmp_path / "resumed", 2), 2, **changes) == unbroken
+    assert adapt(fresh_pool, fixtures, saved, 2, **changes, **often) == unbroken
+    assert adapt(fresh_pool, fixtures, runs.rewind(saved, tmp_path / "resumed", 2), 2, **changes) == unbroken
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
 def test_scores_by_gradient(
-    fresh_pool: WorkerPool, material: Material, tmp_path: Path, trained: Any, recipe: str
+    fresh_pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, trained: Any, recipe: str
 ) -> None:
     """A backward pass reads weights that were cast once as it reads those that every pass casts anew."""
     scores = []
     for held in (False, True):
         wanted = {"hidden": 128, "heads": 4, "kv_heads": 2, "importance": "gradient", "batches": 1}
-        config = pruning.prune_config(material, trained(recipe, False), tmp_path / str(held), wanted, {})
+        config = pruning.prune_config(fixtures, trained(recipe, False), tmp_path / str(held), wanted, {})
         config["teacher"]["precision"] = precision(recipe, held)
         words = ["prune", "--config", runs.write_config(config)]
         ((code, kinds),) = fresh_pool.run(run_scoring, words, world=1, initialise=False)
@@ -131,7 +131,7 @@ def test_scores_by_gradient(
     assert scores[0] == scores[1]
 
 
-def test_a_teacher_and_an_evaluation(fresh_pool: WorkerPool, material: Material, tmp_path: Path, trained: Any) -> None:
+def test_a_teacher_and_an_evaluation(fresh_pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, trained: Any) -> None:
     """Without training the same casts are made, once."""
     saved, found = trained("blockwise", True), {}
     for held in (False, True):
@@ -140,7 +140,7 @@ def test_a_teacher_and_an_evaluation(fresh_pool: WorkerPool, material: Material,
             changes |= {"train__steps": 1, "train__eval_batches": 1, "precision": {"engine": "transformer_engine"}}
             run_dir = tmp_path / f"{name}_{held}"
             config = runs.distill_config(
-                material, run_dir, saved, **changes, teacher__precision=precision("blockwise", held)
+                fixtures, run_dir, saved, **changes, teacher__precision=precision("blockwise", held)
             )
             run(fresh_pool, "distill", config, world=2 if layout else 1)
             found[name, held] = runs.metrics(run_dir)

@@ -12,12 +12,12 @@ import pytest
 import torch.distributed as dist
 
 from megatron_capgap.__main__ import main
-from megatron_capgap.checkpoint import contents
-from megatron_capgap.runtime.logging import Log
+from megatron_capgap.checkpoint import integrity
+from megatron_capgap.runtime.logging import RunLogger
 from tests.support import runs
 from tests.support.pool import WorkerPool
 from tests.support.processes import job, wait_for
-from tests.support.runs import Material
+from tests.support.runs import Fixtures
 
 CHANGES = {"train__steps": 6, "checkpoint__every": 2, "data__valid": None}
 
@@ -79,18 +79,18 @@ def empty_after(staged: Path, disk: Path) -> None:
 
 def whole(folder: Path) -> None:
     """Raises where a checkpoint is not."""
-    contents.verify(folder)
+    integrity.verify(folder)
 
 
 @pytest.mark.parametrize("beside", [False, True], ids=["at once", "beside"])
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_full_disk_is_said_and_the_next_save_is_a_good_one(
-    pool: WorkerPool, material: Material, small_disk: Path, tmp_path: Path, world: int, beside: bool
+    pool: WorkerPool, fixtures: Fixtures, small_disk: Path, tmp_path: Path, world: int, beside: bool
 ) -> None:
     changes = {**CHANGES, "checkpoint__async_save": beside}
-    unbroken = runs.train(pool, "adapt", runs.adapt_config(material, tmp_path / "unbroken", **changes), world)
+    unbroken = runs.train(pool, "adapt", runs.adapt_config(fixtures, tmp_path / "unbroken", **changes), world)
     run_dir = small_disk / "run"
-    words = ["adapt", "--config", runs.write_config(runs.adapt_config(material, run_dir, **changes))]
+    words = ["adapt", "--config", runs.write_config(runs.adapt_config(fixtures, run_dir, **changes))]
     staged = run_dir / "checkpoints" / ".step_4.incomplete"
     saved = run_dir / "checkpoints" / "step_2"
     work = {3: partial(fill_after, saved, small_disk), 5: partial(empty_after, staged, small_disk)}
@@ -107,11 +107,11 @@ def test_a_full_disk_is_said_and_the_next_save_is_a_good_one(
 
 
 def test_a_disk_that_stays_full_ends_the_run_with_an_error_and_a_good_checkpoint(
-    pool: WorkerPool, material: Material, small_disk: Path, tmp_path: Path
+    pool: WorkerPool, fixtures: Fixtures, small_disk: Path, tmp_path: Path
 ) -> None:
-    unbroken = runs.train(pool, "adapt", runs.adapt_config(material, tmp_path / "unbroken", **CHANGES))
+    unbroken = runs.train(pool, "adapt", runs.adapt_config(fixtures, tmp_path / "unbroken", **CHANGES))
     run_dir = small_disk / "run"
-    words = ["adapt", "--config", runs.write_config(runs.adapt_config(material, run_dir, **CHANGES))]
+    words = ["adapt", "--config", runs.write_config(runs.adapt_config(fixtures, run_dir, **CHANGES))]
     (rank,) = pool.run(
         partial(at_steps, {3: partial(fill, small_disk)}), words, world=1, initialise=False, capture=True
     )
@@ -128,7 +128,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_an_error_and_a_good_checkpoint
 
 
 def test_metrics_wait_for_space(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    log = Log(small_disk, speaks=True)
+    log = RunLogger(small_disk, speaks=True)
     log.record({"step": 1})
     fill(small_disk)
     for step in range(2, 1000):
@@ -144,20 +144,20 @@ def test_metrics_wait_for_space(small_disk: Path, capsys: pytest.CaptureFixture[
 
 def block(name: str, step: int, words: list[str]) -> int:
     """Runs a command in which the saves of one step find a folder where they want to write a file."""
-    from megatron_capgap.checkpoint import saving
+    from megatron_capgap.checkpoint import saver
 
-    fresh = saving._fresh_folder
+    fresh = saver._fresh_folder
 
     def fresh_but_for_one(folder: Path) -> None:
         fresh(folder)
         if folder.name == f".step_{step}.incomplete":
             (folder / name).mkdir(parents=True)
 
-    saving._fresh_folder = fresh_but_for_one
+    saver._fresh_folder = fresh_but_for_one
     try:
         return main(words)
     finally:
-        saving._fresh_folder = fresh
+        saver._fresh_folder = fresh
 
 
 FILES = ("__0_0.distcp", "__1_0.distcp", ".metadata.tmp", "common.pt", "metadata.json", "contents.json", "capgap.json")
@@ -166,11 +166,11 @@ FILES = ("__0_0.distcp", "__1_0.distcp", ".metadata.tmp", "common.pt", "metadata
 @pytest.mark.parametrize("beside", [False, True], ids=["at once", "beside"])
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_that_cannot_be_written_is_loud_and_latest_stays(
-    pool: WorkerPool, material: Material, tmp_path: Path, name: str, beside: bool
+    pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, name: str, beside: bool
 ) -> None:
     run_dir = tmp_path / "run"
     changes = {**CHANGES, "train__steps": 4, "checkpoint__keep": 1, "checkpoint__async_save": beside}
-    words = ["adapt", "--config", runs.write_config(runs.adapt_config(material, run_dir, **changes))]
+    words = ["adapt", "--config", runs.write_config(runs.adapt_config(fixtures, run_dir, **changes))]
     ranks = pool.run(partial(block, name, 4), words, world=2, initialise=False, capture=True)
     assert [rank.value for rank in ranks] == [2, 2], ranks
     (line,) = ranks[0].stderr.splitlines()
@@ -205,10 +205,10 @@ def limit_size(rank: int, words: list[str]) -> int:
 @pytest.mark.slow("four ranks train twice")
 @pytest.mark.parametrize("rank", range(4))
 def test_each_rank_that_finds_no_room_stops_the_save_on_all(
-    pool: WorkerPool, material: Material, tmp_path: Path, rank: int
+    pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, rank: int
 ) -> None:
     changes = {**CHANGES, "train__steps": 4, "student__layout": {"tensor": 2, "pipeline": 2}}
-    words = ["adapt", "--config", runs.write_config(runs.adapt_config(material, tmp_path / "run", **changes))]
+    words = ["adapt", "--config", runs.write_config(runs.adapt_config(fixtures, tmp_path / "run", **changes))]
     ranks = pool.run(partial(limit_size, rank), words, world=4, initialise=False, capture=True)
     assert [one.value for one in ranks] == [2] * 4, ranks
     (line,) = ranks[0].stderr.splitlines()
@@ -219,7 +219,7 @@ def test_each_rank_that_finds_no_room_stops_the_save_on_all(
 
 def lose(name: str, size: int | None, words: list[str]) -> int:
     """Runs a command in which a file of step 4 is gone, or short, after a save that reported no error."""
-    seal = contents.seal
+    seal = integrity.write_checksums
 
     def lose_and_seal(folder: Path, *group: Any) -> None:
         if dist.get_rank() == 0 and folder.name == ".step_4.incomplete":
@@ -227,19 +227,19 @@ def lose(name: str, size: int | None, words: list[str]) -> int:
         dist.barrier()
         seal(folder, *group)
 
-    contents.seal = lose_and_seal
+    integrity.write_checksums = lose_and_seal
     try:
         return main(words)
     finally:
-        contents.seal = seal
+        integrity.write_checksums = seal
 
 
 @pytest.mark.parametrize("size, says", [(None, "missing after writing"), (1000, "1000 bytes after writing")])
 def test_a_file_that_got_lost_while_saving_is_seen(
-    pool: WorkerPool, material: Material, tmp_path: Path, size: int | None, says: str
+    pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, size: int | None, says: str
 ) -> None:
     changes = {**CHANGES, "train__steps": 4}
-    words = ["adapt", "--config", runs.write_config(runs.adapt_config(material, tmp_path / "run", **changes))]
+    words = ["adapt", "--config", runs.write_config(runs.adapt_config(fixtures, tmp_path / "run", **changes))]
     ranks = pool.run(partial(lose, "__1_0.distcp", size), words, world=2, initialise=False, capture=True)
     assert [rank.value for rank in ranks] == [2, 2], ranks
     assert (
@@ -250,9 +250,9 @@ def test_a_file_that_got_lost_while_saving_is_seen(
 
 @pytest.mark.slow("the first job has to be at work while the second one starts")
 def test_a_second_job_on_a_run_is_refused_and_the_first_goes_on(
-    pool: WorkerPool, material: Material, tmp_path: Path
+    pool: WorkerPool, fixtures: Fixtures, tmp_path: Path
 ) -> None:
-    config = runs.adapt_config(material, tmp_path / "run", train__steps=5000, data__valid=None)
+    config = runs.adapt_config(fixtures, tmp_path / "run", train__steps=5000, data__valid=None)
     words = ["adapt", "--config", runs.write_config(config)]
     with job(words, 1, tmp_path / "job") as first:
         first.wait_until(lambda: len(runs.steps_of(tmp_path / "run")) >= 2)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_capgap.runtime.launch import held_port
+from megatron_capgap.distributed.launcher import reserved_port
 from tests.support import debian, runs
 from tests.support.processes import environment
-from tests.support.runs import Material
+from tests.support.runs import Fixtures
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
@@ -32,7 +32,7 @@ LEFT = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     ids=["plain", "torchrun", "mpirun"],
 )
 def test_a_launcher_starts_a_run(
-    material: Material, tmp_path: Path, launcher: Sequence[str], world: int, left: dict[str, str]
+    fixtures: Fixtures, tmp_path: Path, launcher: Sequence[str], world: int, left: dict[str, str]
 ) -> None:
     if launcher[0] == "mpirun":
         try:
@@ -40,7 +40,7 @@ def test_a_launcher_starts_a_run(
         except debian.Unavailable as reason:
             pytest.skip(str(reason))
     changes = {"train__steps": 1, "data__valid": None, "student__layout": {"tensor": world}}
-    config = runs.write_config(runs.adapt_config(material, tmp_path / "run", **changes))
+    config = runs.write_config(runs.adapt_config(fixtures, tmp_path / "run", **changes))
     done = subprocess.run(
         [*launcher, "-m", "megatron_capgap", "adapt", "--config", config],
         env={**environment(), **left, "GLOO_SOCKET_IFNAME": "lo"},
@@ -54,9 +54,9 @@ def test_a_launcher_starts_a_run(
 
 
 def test_ranks_that_a_batch_script_exports_for_all_tasks_are_refused_at_once(
-    material: Material, tmp_path: Path
+    fixtures: Fixtures, tmp_path: Path
 ) -> None:
-    config = runs.write_config(runs.adapt_config(material, tmp_path / "run"))
+    config = runs.write_config(runs.adapt_config(fixtures, tmp_path / "run"))
     task = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_LOCALID": "2"}
     done = subprocess.run(
         [sys.executable, "-m", "megatron_capgap", "adapt", "--config", config],
@@ -89,8 +89,8 @@ def rank_of_two(config: str, rank: int, address: str, port: int) -> Iterator[sub
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_host_that_is_none_is_refused_at_once(material: Material, tmp_path: Path, rank: int) -> None:
-    config = runs.write_config(runs.adapt_config(material, tmp_path / "run", student__layout={"tensor": 2}))
+def test_a_host_that_is_none_is_refused_at_once(fixtures: Fixtures, tmp_path: Path, rank: int) -> None:
+    config = runs.write_config(runs.adapt_config(fixtures, tmp_path / "run", student__layout={"tensor": 2}))
     with rank_of_two(config, rank, "no-such-host.invalid", 29500) as process:
         _, said = process.communicate(timeout=60)
     assert process.returncode == 2
@@ -107,10 +107,10 @@ def told(process: subprocess.Popen[str]) -> str:
 
 @pytest.mark.slow("waits until a rank says that it waits")
 @pytest.mark.parametrize("first", [0, 1])
-def test_a_rank_that_waits_for_the_other_says_where(material: Material, tmp_path: Path, first: int) -> None:
+def test_a_rank_that_waits_for_the_other_says_where(fixtures: Fixtures, tmp_path: Path, first: int) -> None:
     changes = {"train__steps": 1, "data__valid": None, "student__layout": {"tensor": 2}}
-    config = runs.write_config(runs.adapt_config(material, tmp_path / "run", **changes))
-    with held_port() as port, rank_of_two(config, first, "127.0.0.1", port) as waiting:
+    config = runs.write_config(runs.adapt_config(fixtures, tmp_path / "run", **changes))
+    with reserved_port() as port, rank_of_two(config, first, "127.0.0.1", port) as waiting:
         line = told(waiting)
         place = f"127.0.0.1 port {port}"
         if first == 1:
@@ -126,12 +126,12 @@ def test_a_rank_that_waits_for_the_other_says_where(material: Material, tmp_path
 
 
 @pytest.mark.parametrize("joins", [True, False])
-def test_what_an_earlier_torchrun_left_is_refused_at_once(material: Material, tmp_path: Path, joins: bool) -> None:
+def test_what_an_earlier_torchrun_left_is_refused_at_once(fixtures: Fixtures, tmp_path: Path, joins: bool) -> None:
     """With torchrun's store, whose agent is gone; and without it below mpirun, where it beat mpirun's ranks."""
-    config = runs.write_config(runs.adapt_config(material, tmp_path / "run"))
+    config = runs.write_config(runs.adapt_config(fixtures, tmp_path / "run"))
     left = {"TORCHELASTIC_RUN_ID": "none", "RANK": "0", "WORLD_SIZE": "1"}
     mpi = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
-    with held_port() as port:
+    with reserved_port() as port:
         store = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         done = subprocess.run(
             [sys.executable, "-m", "megatron_capgap", "adapt", "--config", config],

@@ -13,11 +13,11 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from megatron_capgap.config.schema import Optimizer
+from megatron_capgap.config.schema import OptimizerConfig
 from megatron_capgap.training.optimizer import schedule_of, warmup_steps
 from tests.support import runs
 from tests.support.pool import WorkerPool
-from tests.support.runs import Material
+from tests.support.runs import Fixtures
 
 PEAK = 3.0e-3
 THEIRS = {
@@ -57,7 +57,7 @@ def test_the_warm_up_has_the_steps_of_transformers(tmp_path: Path) -> None:
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 10, 100, 997])
 def test_the_rates_of_transformers_at_many_lengths(schedule: str, steps: int) -> None:
     for fraction in (*FRACTIONS, 1.0):
-        wanted = Optimizer(
+        wanted = OptimizerConfig(
             lr=PEAK,
             min_lr=PEAK / 10 if schedule == "cosine" else 0.0,
             schedule=schedule,  # type: ignore[arg-type]
@@ -77,33 +77,33 @@ def test_the_rates_of_transformers_at_many_lengths(schedule: str, steps: int) ->
     "schedule, warmup", [("cosine", 8), ("cosine", 2), ("cosine", 0), ("linear", 2), ("constant", 0)]
 )
 def test_every_update_has_the_rate_of_transformers(
-    pool: WorkerPool, material: Material, tmp_path: Path, schedule: str, warmup: int
+    pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, schedule: str, warmup: int
 ) -> None:
     steps = 8
     expected = rates_of_transformers(schedule, warmup, steps)
     changes = {"train__steps": steps, "optimizer__schedule": schedule, "optimizer__warmup_fraction": warmup / steps}
     changes |= {"optimizer__lr": PEAK, "optimizer__min_lr": PEAK / 10 if schedule == "cosine" else 0.0}
-    run_dir = runs.train(pool, "adapt", runs.adapt_config(material, tmp_path / "run", data__valid=None, **changes))
+    run_dir = runs.train(pool, "adapt", runs.adapt_config(fixtures, tmp_path / "run", data__valid=None, **changes))
     assert [step["lr"] for step in runs.steps_of(run_dir)] == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("changes", [{}, {"optimizer__min_lr": 0.0, "optimizer__warmup_fraction": 0.01}])
 def test_a_run_of_one_step_learns(
-    pool: WorkerPool, material: Material, tmp_path: Path, changes: dict[str, float]
+    pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, changes: dict[str, float]
 ) -> None:
     losses = []
     for peak in (PEAK, 1e-12):
         one = {**changes, "train__steps": 1, "optimizer__lr": peak, "optimizer__min_lr": 0.0}
-        run_dir = runs.train(pool, "adapt", runs.adapt_config(material, tmp_path / f"{peak}", **one))
+        run_dir = runs.train(pool, "adapt", runs.adapt_config(fixtures, tmp_path / f"{peak}", **one))
         assert [step["lr"] for step in runs.steps_of(run_dir)] == [peak]
         losses.append(runs.metrics(run_dir)[-1]["valid_loss"])
     assert losses[0] < losses[1] - 0.01, losses
 
 
 def test_finetuning_one_epoch_of_fewer_rows_than_a_batch_learns(
-    pool: WorkerPool, material: Material, student: Path, tmp_path: Path
+    pool: WorkerPool, fixtures: Fixtures, student: Path, tmp_path: Path
 ) -> None:
     changes = {"train__steps": None, "finetune__epochs": 1, "train__global_batch": 64, "train__micro_batch": 2}
-    run_dir = runs.train(pool, "finetune", runs.finetune_config(material, tmp_path / "run", student, **changes))
+    run_dir = runs.train(pool, "finetune", runs.finetune_config(fixtures, tmp_path / "run", student, **changes))
     (step,) = runs.steps_of(run_dir)
     assert step["lr"] == PEAK

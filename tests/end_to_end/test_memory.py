@@ -9,7 +9,7 @@ import pytest
 from tests.support import pruning, runs
 from tests.support.pool import WorkerPool
 from tests.support.processes import job
-from tests.support.runs import Material
+from tests.support.runs import Fixtures
 
 pytestmark = pytest.mark.memory
 SHAPE = {"layers": 6, "hidden": 256, "heads": 8, "ffn": 704, "vocab": 2000}
@@ -25,7 +25,7 @@ CASES = {
 
 @pytest.mark.slow("models large enough that their memory stands out from the interpreter's")
 @pytest.mark.parametrize("name", CASES)
-def test_the_estimate_is_within_15_percent(pool: WorkerPool, material: Material, tmp_path: Path, name: str) -> None:
+def test_the_estimate_is_within_15_percent(pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, name: str) -> None:
     world, changes = CASES[name]
     common: dict[str, Any] = {
         "student__model": SHAPE,
@@ -35,21 +35,21 @@ def test_the_estimate_is_within_15_percent(pool: WorkerPool, material: Material,
         "train__steps": 16,  # gaps in the heap grow over the first ones
         **changes,
     }
-    config = runs.adapt_config(material, tmp_path / "run", **common)
+    config = runs.adapt_config(fixtures, tmp_path / "run", **common)
     stage = name.split(",")[0]
     if stage == "finetune":
         start = {**common, "train__steps": 1, "data__sequence_length": 32, "data__valid": None}
-        runs.train(pool, "adapt", runs.adapt_config(material, tmp_path / "student", **start))
+        runs.train(pool, "adapt", runs.adapt_config(fixtures, tmp_path / "student", **start))
         del common["student__model"]
-        config = runs.finetune_config(material, tmp_path / "run", tmp_path / "student", **common)
+        config = runs.finetune_config(fixtures, tmp_path / "run", tmp_path / "student", **common)
     if stage in ("distill", "prune"):
         teacher = runs.adapt_config(
-            material, tmp_path / "teacher", **{**common, "train__steps": 1, "student__layout": {}}
+            fixtures, tmp_path / "teacher", **{**common, "train__steps": 1, "student__layout": {}}
         )
         config["teacher"] = {"checkpoint": str(runs.train(pool, "adapt", teacher))}
     if stage == "prune":
         smaller = {"hidden": 192, "ffn": 352}
-        config = pruning.prune_config(material, Path(teacher["run_dir"]), tmp_path / "run", smaller, {})
+        config = pruning.prune_config(fixtures, Path(teacher["run_dir"]), tmp_path / "run", smaller, {})
         del common["student__model"]
         config = runs.changed(config, **common)
     # Processes of their own: a resident set remembers the largest run of a worker.

@@ -11,21 +11,21 @@ import pytest
 import torch
 
 from megatron_capgap.__main__ import main
-from megatron_capgap.checkpoint import manifest as manifests
+from megatron_capgap.checkpoint import metadata as manifests
 from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.models import size
 from tests.support import engine, pruning, runs
 from tests.support.pool import WorkerPool
 from tests.support.processes import job
-from tests.support.runs import Material
+from tests.support.runs import Fixtures
 
 SMALL = {"layers": 2, "hidden": 42, "ffn": 64}
 
 
 def test_check_tells_the_shape_before_and_after(
-    material: Material, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fixtures: Fixtures, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    raw = pruning.prune_config(material, teacher, tmp_path / "run", SMALL, {"tensor": 2, "pipeline": 2})
+    raw = pruning.prune_config(fixtures, teacher, tmp_path / "run", SMALL, {"tensor": 2, "pipeline": 2})
     assert main(["prune", "--config", runs.write_config(raw), "--check-world", "8"]) == 0
     out = capsys.readouterr().out
     before = ModelShape(**runs.TEACHER)
@@ -43,11 +43,11 @@ def test_check_tells_the_shape_before_and_after(
 
 
 def test_check_tells_what_layers_keep_together(
-    material: Material, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    fixtures: Fixtures, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What they store is known by the scores; the teacher is compared with what is kept."""
     prune = {"hidden": 42, "ffn": 64, "heads": 3, "per_layer": True}
-    raw = pruning.prune_config(material, teacher, tmp_path / "run", prune, {"tensor": 2})
+    raw = pruning.prune_config(fixtures, teacher, tmp_path / "run", prune, {"tensor": 2})
     assert main(["prune", "--config", runs.write_config(raw), "--check-world", "2"]) == 0
     out = capsys.readouterr().out
     wide = {**runs.TEACHER, "hidden": 42, "ffn": 64, "head_dim": 8}
@@ -77,9 +77,9 @@ MISTAKES: dict[str, tuple[dict[str, Any], int, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_one_line_and_no_traces(pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path, name: str) -> None:
+def test_one_line_and_no_traces(pool: WorkerPool, fixtures: Fixtures, teacher: Path, tmp_path: Path, name: str) -> None:
     changes, world, says = MISTAKES[name]
-    raw = runs.changed(pruning.prune_config(material, teacher, tmp_path / "run", SMALL, {}), **changes)
+    raw = runs.changed(pruning.prune_config(fixtures, teacher, tmp_path / "run", SMALL, {}), **changes)
     raw = json.loads(json.dumps(raw).replace("FOLDER", str(tmp_path)))
     ranks = runs.run_stage(pool, "prune", raw, world)
     assert [rank.value for rank in ranks] == [2] * world
@@ -91,11 +91,11 @@ def test_one_line_and_no_traces(pool: WorkerPool, material: Material, teacher: P
 
 
 def test_a_damaged_teacher_leaves_no_checkpoint(
-    pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path
+    pool: WorkerPool, fixtures: Fixtures, teacher: Path, tmp_path: Path
 ) -> None:
     """Scores are there from an earlier start, so that the damage shows while the student is written."""
     mine = Path(shutil.copytree(teacher, tmp_path / "teacher"))
-    raw = pruning.prune_config(material, mine, tmp_path / "run", SMALL, {})
+    raw = pruning.prune_config(fixtures, mine, tmp_path / "run", SMALL, {})
     run_dir = runs.train(pool, "prune", raw)
     (run_dir / "latest").unlink()
     shutil.rmtree(run_dir / "checkpoints")
@@ -116,7 +116,7 @@ def test_a_damaged_teacher_leaves_no_checkpoint(
 @pytest.mark.slow("scores a teacher once for each kind of score and of layer")
 @engine.needs_files
 def test_transformer_engine_s_layers_have_the_scores_of_local_ones(
-    pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path
+    pool: WorkerPool, fixtures: Fixtures, teacher: Path, tmp_path: Path
 ) -> None:
     """Their norms live in the linears behind them."""
     for importance in ("gradient", "activation"):
@@ -124,7 +124,7 @@ def test_transformer_engine_s_layers_have_the_scores_of_local_ones(
         for name in ("local", "transformer_engine"):
             run_dir = tmp_path / f"{name}_{importance}"
             prune = {**SMALL, "batches": 1, "importance": importance}
-            raw = pruning.prune_config(material, teacher, run_dir, prune, {"tensor": 2, "sequence": True})
+            raw = pruning.prune_config(fixtures, teacher, run_dir, prune, {"tensor": 2, "sequence": True})
             raw["precision"] = {"engine": name}
             if name == "local":
                 runs.train(pool, "prune", raw, 2)
@@ -141,9 +141,9 @@ def test_transformer_engine_s_layers_have_the_scores_of_local_ones(
 
 @pytest.mark.slow("a run long enough to be signalled in its middle, twice")
 def test_a_signal_keeps_the_scores_and_the_same_command_goes_on(
-    pool: WorkerPool, material: Material, teacher: Path, tmp_path: Path
+    pool: WorkerPool, fixtures: Fixtures, teacher: Path, tmp_path: Path
 ) -> None:
-    raw = pruning.prune_config(material, teacher, tmp_path / "run", {**SMALL, "batches": 30}, {"tensor": 2})
+    raw = pruning.prune_config(fixtures, teacher, tmp_path / "run", {**SMALL, "batches": 30}, {"tensor": 2})
     raw["checkpoint"]["every"] = 1
     words, scores = ["prune", "--config", runs.write_config(raw)], tmp_path / "run" / "scores.json"
     with job(words, 2, tmp_path / "first") as ranks:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_capgap.config.load import load
+from megatron_capgap.config.loader import load
 from tests.support import languages, tasks
 from tests.support.corpus import conversations, texts, write_jsonl, write_lines
 from tests.support.processes import ROOT, environment

@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from megatron_capgap.checkpoint import contents, sealed
+from megatron_capgap.checkpoint import checksummed_json, integrity
 from tests.support import runs
 from tests.support.pool import WorkerPool
-from tests.support.runs import Material
+from tests.support.runs import Fixtures
 
 CHANGES = {"train__steps": 2, "data__valid": None}
 
@@ -35,9 +35,9 @@ class Evil:
 def reseal(folder: Path) -> None:
     """Lists the files anew, as one would who has put something into the folder on purpose."""
     files = {
-        file.name: list(contents.sum_of(file)) for file in folder.iterdir() if file.name[:4] not in ("capg", "cont")
+        file.name: list(integrity.checksum(file)) for file in folder.iterdir() if file.name[:4] not in ("capg", "cont")
     }
-    sealed.write(folder / contents.CONTENTS, {"files": files})
+    checksummed_json.write(folder / integrity.CONTENTS, {"files": files})
 
 
 def change_metadata(folder: Path, change: Callable[[Any], None]) -> None:
@@ -216,10 +216,10 @@ USES = [
 
 
 @pytest.fixture(scope="module")
-def sound(pool: WorkerPool, material: Material, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sound(pool: WorkerPool, fixtures: Fixtures, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with the checkpoint step_2."""
     run_dir = tmp_path_factory.mktemp("safe") / "run"
-    return runs.train(pool, "adapt", runs.adapt_config(material, run_dir, **CHANGES))
+    return runs.train(pool, "adapt", runs.adapt_config(fixtures, run_dir, **CHANGES))
 
 
 def craft(sound: Path, folder: Path, crafted: Callable[[Path, Evil], None]) -> tuple[Path, Path]:
@@ -240,15 +240,15 @@ def test_the_crafted_pickle_works(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("use, crafted", USES)
 def test_no_code_runs_and_nothing_is_loaded(
-    pool: WorkerPool, material: Material, sound: Path, tmp_path: Path, use: str, crafted: Callable[[Path, Evil], None]
+    pool: WorkerPool, fixtures: Fixtures, sound: Path, tmp_path: Path, use: str, crafted: Callable[[Path, Evil], None]
 ) -> None:
     run_dir, marker = craft(sound, tmp_path, crafted)
     before = runs.files_of(run_dir)
     if use == "resume":
-        stage, config = "adapt", runs.adapt_config(material, run_dir, **{**CHANGES, "train__steps": 3})
+        stage, config = "adapt", runs.adapt_config(fixtures, run_dir, **{**CHANGES, "train__steps": 3})
     else:
         apart = {} if use == "teach" else {"teacher__placement": "disjoint", "teacher__ranks": 1}
-        stage, config = "distill", runs.distill_config(material, tmp_path / "taught", run_dir, **CHANGES, **apart)
+        stage, config = "distill", runs.distill_config(fixtures, tmp_path / "taught", run_dir, **CHANGES, **apart)
     rank, other = runs.run_stage(pool, stage, config, world=2)
     assert rank.value == other.value == 2, rank
     *_, line = rank.stderr.splitlines()
@@ -276,16 +276,16 @@ def test_nor_is_it_exported(
 
 
 def test_what_lies_behind_the_metadata_is_never_read(
-    pool: WorkerPool, material: Material, sound: Path, tmp_path: Path
+    pool: WorkerPool, fixtures: Fixtures, sound: Path, tmp_path: Path
 ) -> None:
     run_dir, marker = craft(sound, tmp_path, evil_beyond_metadata)
-    runs.train(pool, "adapt", runs.adapt_config(material, run_dir, **{**CHANGES, "train__steps": 3}))
+    runs.train(pool, "adapt", runs.adapt_config(fixtures, run_dir, **{**CHANGES, "train__steps": 3}))
     assert not marker.exists()
 
 
 @pytest.mark.parametrize("kind", ["a bare pickle", "an array of objects"])
 def test_indices_of_the_data_are_numbers(
-    pool: WorkerPool, material: Material, sound: Path, tmp_path: Path, kind: str
+    pool: WorkerPool, fixtures: Fixtures, sound: Path, tmp_path: Path, kind: str
 ) -> None:
     run_dir, marker = shutil.copytree(sound, tmp_path / "run"), tmp_path / "code_has_run"
     file = next((run_dir / "data_cache").rglob("*.npy"))
@@ -293,7 +293,7 @@ def test_indices_of_the_data_are_numbers(
         file.write_bytes(pickle.dumps(Evil(marker)))
     else:
         np.save(file, np.array([Evil(marker)], dtype=object), allow_pickle=True)
-    (rank,) = runs.run_stage(pool, "adapt", runs.adapt_config(material, run_dir, **{**CHANGES, "train__steps": 3}))
+    (rank,) = runs.run_stage(pool, "adapt", runs.adapt_config(fixtures, run_dir, **{**CHANGES, "train__steps": 3}))
     assert rank.value == 2
     assert f"capgap: error: {file}: is no array of numbers" in rank.stderr
     assert not marker.exists()

@@ -16,19 +16,19 @@ import pytest
 import torch.distributed as dist
 
 from megatron_capgap.__main__ import main
-from megatron_capgap.runtime.launch import held_port
+from megatron_capgap.distributed.launcher import reserved_port
 from tests.support import runs
 from tests.support.pool import WorkerPool
 from tests.support.processes import environment, has_torch, job, wait_for
-from tests.support.runs import Material
+from tests.support.runs import Fixtures
 
 CHANGES = {"train__steps": 6, "train__eval_every": 2, "checkpoint__every": 2, "train__dropout": 0.1}
 
 
 @pytest.fixture(scope="module")
-def unbroken(pool: WorkerPool, material: Material, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def unbroken(pool: WorkerPool, fixtures: Fixtures, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What metrics.jsonl holds after a run of two replicas."""
-    config = runs.adapt_config(material, tmp_path_factory.mktemp("unbroken") / "run", **CHANGES)
+    config = runs.adapt_config(fixtures, tmp_path_factory.mktemp("unbroken") / "run", **CHANGES)
     return runs.metrics(runs.train(pool, "adapt", config, world=2))
 
 
@@ -51,10 +51,10 @@ def signal_in(where: str, number: int, words: list[str], rank: int = 1) -> int:
 
 
 @pytest.fixture(scope="module")
-def unbroken_pair(pool: WorkerPool, material: Material, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unbroken_pair(pool: WorkerPool, fixtures: Fixtures, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run under tensor 2 that no signal reaches."""
     run_dir = tmp_path_factory.mktemp("pair") / "run"
-    return runs.train(pool, "adapt", runs.adapt_config(material, run_dir, student__layout={"tensor": 2}), world=2)
+    return runs.train(pool, "adapt", runs.adapt_config(fixtures, run_dir, student__layout={"tensor": 2}), world=2)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -69,7 +69,7 @@ def unbroken_pair(pool: WorkerPool, material: Material, tmp_path_factory: pytest
 )
 def test_a_run_that_is_signalled_has_saved_one_step_later(
     pool: WorkerPool,
-    material: Material,
+    fixtures: Fixtures,
     unbroken: list[dict[str, Any]],
     tmp_path: Path,
     where: str,
@@ -77,7 +77,7 @@ def test_a_run_that_is_signalled_has_saved_one_step_later(
     number: signal.Signals,
 ) -> None:
     """In a step, the first save and the first evaluation, both after the second step; its second batch is left out."""
-    config = runs.adapt_config(material, tmp_path / "run", **CHANGES)
+    config = runs.adapt_config(fixtures, tmp_path / "run", **CHANGES)
     work = partial(signal_in, where, number, ["adapt", "--config", runs.write_config(config)])
     ranks = pool.run(work, world=2, initialise=False, capture=True)
     assert [rank.value for rank in ranks] == [0, 0], ranks
@@ -91,9 +91,9 @@ def test_a_run_that_is_signalled_has_saved_one_step_later(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("phase", ["start-up", "data building"])
 def test_before_the_first_step_it_ends_at_once(
-    pool: WorkerPool, material: Material, unbroken_pair: Path, tmp_path: Path, phase: str, number: signal.Signals
+    pool: WorkerPool, fixtures: Fixtures, unbroken_pair: Path, tmp_path: Path, phase: str, number: signal.Signals
 ) -> None:
-    config = runs.adapt_config(material, tmp_path / "run", student__layout={"tensor": 2})
+    config = runs.adapt_config(fixtures, tmp_path / "run", student__layout={"tensor": 2})
     with job(["adapt", "--config", runs.write_config(config)], 2, tmp_path / "job", cold=phase == "start-up") as ranks:
         if phase == "data building":
             ranks.wait_until((tmp_path / "run" / "data_cache").exists)
@@ -154,13 +154,13 @@ PHASES: dict[str, tuple[dict[str, Any], Callable[[Path, psutil.Process], bool]]]
     ],
 )
 def test_torchrun_passes_a_signal_on_and_leaves_nobody(
-    material: Material, tmp_path: Path, phase: str, number: signal.Signals
+    fixtures: Fixtures, tmp_path: Path, phase: str, number: signal.Signals
 ) -> None:
     """The evaluation is over all of the training text: it is stopped in its midst."""
     changes, reached = PHASES[phase]
-    run_dir, valid = tmp_path / "run", material.data["train"] if "evaluation" in phase else []
+    run_dir, valid = tmp_path / "run", fixtures.data["train"] if "evaluation" in phase else []
     changes = {"train__steps": 10**6, "train__eval_batches": 10**6, "data__valid": valid, **changes}
-    config = runs.adapt_config(material, run_dir, **changes)
+    config = runs.adapt_config(fixtures, run_dir, **changes)
     words = ["--standalone", "--nproc-per-node", "2", "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]
     output = tmp_path / "output"
     with torchrun(words, config, output) as agent:
@@ -184,12 +184,12 @@ def test_torchrun_passes_a_signal_on_and_leaves_nobody(
 
 
 @pytest.mark.slow("starts two agents of torchrun and their ranks")
-def test_two_agents_of_torchrun_are_one_job(pool: WorkerPool, material: Material, tmp_path: Path) -> None:
-    config = runs.adapt_config(material, tmp_path / "run", student__layout={"tensor": 2})
+def test_two_agents_of_torchrun_are_one_job(pool: WorkerPool, fixtures: Fixtures, tmp_path: Path) -> None:
+    config = runs.adapt_config(fixtures, tmp_path / "run", student__layout={"tensor": 2})
     words = ["--nnodes", "2", "--nproc-per-node", "1", "--local-addr", "127.0.0.1"]
     words += ["--rdzv-backend", "c10d", "--rdzv-id", "1", "--rdzv-endpoint"]
     with (
-        held_port() as port,
+        reserved_port() as port,
         torchrun([*words, f"127.0.0.1:{port}"], config, tmp_path / "output_0") as one,
         torchrun([*words, f"127.0.0.1:{port}"], config, tmp_path / "output_1") as other,
     ):
@@ -197,5 +197,5 @@ def test_two_agents_of_torchrun_are_one_job(pool: WorkerPool, material: Material
     said = [(tmp_path / f"output_{agent}").read_text() for agent in range(2)]
     assert codes == [0, 0], said
     assert sum("finished: 4 steps" in text for text in said) == 1, said
-    alone = runs.adapt_config(material, tmp_path / "alone", student__layout={"tensor": 2})
+    alone = runs.adapt_config(fixtures, tmp_path / "alone", student__layout={"tensor": 2})
     assert runs.metrics(tmp_path / "run") == runs.metrics(runs.train(pool, "adapt", alone, world=2))

@@ -14,8 +14,8 @@ from megatron_capgap.__main__ import main
 from tests.support import runs
 from tests.support.pool import WorkerPool
 from tests.support.processes import job
-from tests.support.runs import Material
-from tests.support.state import Poison, state_of
+from tests.support.runs import Fixtures
+from tests.support.state import NaNGradient, state_of
 
 LAYOUTS = {"pp2": {"pipeline": 2}, "dp2": {}}
 
@@ -23,10 +23,10 @@ LAYOUTS = {"pp2": {"pipeline": 2}, "dp2": {}}
 @pytest.mark.slow("a run is stopped, goes on, and is compared with one that never was")
 @pytest.mark.parametrize("number, rank", [(signal.SIGTERM, 1), (signal.SIGUSR1, 0)], ids=["SIGTERM", "SIGUSR1"])
 def test_a_signal_to_one_rank_stops_all_at_a_step(
-    pool: WorkerPool, material: Material, tmp_path: Path, number: signal.Signals, rank: int
+    pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, number: signal.Signals, rank: int
 ) -> None:
     changes = {"train__steps": 2000, "student__layout": LAYOUTS["pp2"], "data__valid": None}
-    config = runs.adapt_config(material, tmp_path / "run", **changes)
+    config = runs.adapt_config(fixtures, tmp_path / "run", **changes)
     run_dir = tmp_path / "run"
     with job(["adapt", "--config", runs.write_config(config)], 2, tmp_path / "job") as ranks:
         ranks.wait_until(lambda: len(runs.steps_of(run_dir)) >= 3)
@@ -63,10 +63,10 @@ def signal_myself(step: int, number: int, words: list[str]) -> int:
         loop._report = report
 
 
-def test_a_stopped_run_goes_on_to_the_last_digit(pool: WorkerPool, material: Material, tmp_path: Path) -> None:
+def test_a_stopped_run_goes_on_to_the_last_digit(pool: WorkerPool, fixtures: Fixtures, tmp_path: Path) -> None:
     changes = {"train__steps": 5, "train__dropout": 0.1}
-    unbroken = runs.train(pool, "adapt", runs.adapt_config(material, tmp_path / "unbroken", **changes))
-    stopped = runs.adapt_config(material, tmp_path / "stopped", **changes)
+    unbroken = runs.train(pool, "adapt", runs.adapt_config(fixtures, tmp_path / "unbroken", **changes))
+    stopped = runs.adapt_config(fixtures, tmp_path / "stopped", **changes)
     handler = pool.run(signal.getsignal, signal.SIGTERM, world=1, initialise=False)
     work = partial(signal_myself, 2, signal.SIGTERM, ["adapt", "--config", runs.write_config(stopped)])
     assert pool.run(work, world=1, initialise=False) == [0]
@@ -75,11 +75,11 @@ def test_a_stopped_run_goes_on_to_the_last_digit(pool: WorkerPool, material: Mat
     assert runs.metrics(runs.train(pool, "adapt", stopped)) == runs.metrics(unbroken)
 
 
-def test_the_end_of_its_time_stops_a_run_as_a_signal_does(pool: WorkerPool, material: Material, tmp_path: Path) -> None:
+def test_the_end_of_its_time_stops_a_run_as_a_signal_does(pool: WorkerPool, fixtures: Fixtures, tmp_path: Path) -> None:
     """A run whose time is up at once takes one step a start, saves and ends; it comes to the same end."""
     changes = {"train__steps": 12, "train__dropout": 0.1, "student__layout": LAYOUTS["pp2"]}
-    unbroken = runs.train(pool, "adapt", runs.adapt_config(material, tmp_path / "unbroken", **changes), world=2)
-    limited = runs.adapt_config(material, tmp_path / "limited", train__exit_after_minutes=1e-6, **changes)
+    unbroken = runs.train(pool, "adapt", runs.adapt_config(fixtures, tmp_path / "unbroken", **changes), world=2)
+    limited = runs.adapt_config(fixtures, tmp_path / "limited", train__exit_after_minutes=1e-6, **changes)
     for done in range(1, 4):
         ranks = runs.run_stage(pool, "adapt", limited, world=2)
         assert [rank.value for rank in ranks] == [0, 0], ranks
@@ -102,10 +102,10 @@ def run_poisoned(part: str, sample: int, words: list[str]) -> tuple[int, list[st
     Returns:
         The exit code, and a digest of the state before training, after each step and at the end.
     """
-    from megatron_capgap.stages import adapt, common
+    from megatron_capgap.stages import adapt, context
     from megatron_capgap.training import loop
 
-    report, train, loss = loop._report, adapt.train, common.language_model_loss
+    report, train, loss = loop._report, adapt.train, context.language_model_loss
     seen: list[loop.Run] = []
     digests: list[str] = []
     batches: list[Any] = []
@@ -128,27 +128,27 @@ def run_poisoned(part: str, sample: int, words: list[str]) -> tuple[int, list[st
     ) -> Any:
         (batch,) = (batch for batch in batches if torch.equal(batch.flat()[0], labels))
         if sample in batch.sample_ids and part == "gradient":
-            hidden = Poison.apply(hidden)
+            hidden = NaNGradient.apply(hidden)
         out = loss(hidden, head, labels, *rest, **options)
         if sample in batch.sample_ids and part == "loss":
             out.loss_sum.mul_(float("nan"))
         return out
 
-    loop._report, adapt.train, common.language_model_loss = report_and_digest, remember_and_train, poisoned_loss
+    loop._report, adapt.train, context.language_model_loss = report_and_digest, remember_and_train, poisoned_loss
     try:
         code = main(words)
     finally:
-        loop._report, adapt.train, common.language_model_loss = report, train, loss
+        loop._report, adapt.train, context.language_model_loss = report, train, loss
     return code, [*digests, digest_of(seen[0])]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("part", ["loss", "gradient"])
 def test_what_is_not_finite_stops_the_run_before_the_optimizer(
-    pool: WorkerPool, material: Material, tmp_path: Path, part: str, layout: str
+    pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, part: str, layout: str
 ) -> None:
     changes = {"train__steps": 6, "checkpoint__every": 2, "student__layout": LAYOUTS[layout], "data__valid": None}
-    config = runs.adapt_config(material, tmp_path / "run", **changes)
+    config = runs.adapt_config(fixtures, tmp_path / "run", **changes)
     sample = 3 * 8 + 5  # in the third micro-batch of the fourth step
     work = partial(run_poisoned, part, sample, ["adapt", "--config", runs.write_config(config)])
     ranks = pool.run(work, world=2, initialise=False, capture=True)

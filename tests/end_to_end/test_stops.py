@@ -10,7 +10,7 @@ import pytest
 from megatron_capgap.data.tokenizer import open_tokenizer
 from tests.support import runs, tokenizer_zoo
 from tests.support.pool import WorkerPool
-from tests.support.runs import Material
+from tests.support.runs import Fixtures
 from tools import convert_hf, generate
 
 
@@ -32,7 +32,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 )
 def test_an_export_lists_every_end_and_no_other(
     pool: WorkerPool,
-    material: Material,
+    fixtures: Fixtures,
     zoo: dict[str, Path],
     tmp_path: Path,
     config: dict[str, Any],
@@ -47,7 +47,7 @@ def test_an_export_lists_every_end_and_no_other(
         (tokenizer / "generation_config.json").write_text(json.dumps(generation))
     vocab = open_tokenizer(str(tokenizer)).vocab_size
     changes = {"train__steps": 1, "student__model__vocab": vocab, "data__valid": None}
-    runs.train(pool, "adapt", runs.adapt_config(material, run_dir, **changes, data__tokenizer=str(tokenizer)))
+    runs.train(pool, "adapt", runs.adapt_config(fixtures, run_dir, **changes, data__tokenizer=str(tokenizer)))
     words = ["export", "--checkpoint", str(run_dir), "--out", str(hf)]
     (rank,) = pool.run(convert_hf.main, words, world=1, initialise=False, capture=True)
     assert rank.value == 0, rank

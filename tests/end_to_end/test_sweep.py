@@ -14,24 +14,24 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_capgap.checkpoint import manifest
+from megatron_capgap.checkpoint import metadata
 from megatron_capgap.law import records
 from megatron_capgap.law.sweep import SECTIONS
 from tests.support.processes import ROOT, environment, group_lives, wait_for
-from tests.support.runs import STUDENT, TEACHER, Material, files_of, metrics, train_apart
+from tests.support.runs import STUDENT, TEACHER, Fixtures, files_of, metrics, train_apart
 from tools import make_sweep
 
 SMALL = {**STUDENT, "layers": 2}
 
 
-def grid(material: Material, out: Path, **changes: Any) -> dict[str, Any]:
+def grid(fixtures: Fixtures, out: Path, **changes: Any) -> dict[str, Any]:
     """Two teachers, two students, one of them with a fixed start and cut out of a teacher as well: 2 + 4 + 1 + 2 + 3
     runs of a few steps."""
     found = {
         "out": str(out),
         "common": {
             "device": "cpu",
-            "data": material.data,
+            "data": fixtures.data,
             "train": {"global_batch": 8, "micro_batch": 4, "eval_batches": 2},
             "optimizer": {"lr": 3.0e-3, "warmup_fraction": 0.0},
             "runtime": {"timeout_seconds": 60, "tensorboard": False},
@@ -87,11 +87,11 @@ def finished(out: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def killed(material: Material, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def killed(fixtures: Fixtures, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A sweep that was killed in the middle of a run, and then called again, for two runs at a time."""
     folder = tmp_path_factory.mktemp("sweep")
     out, file = folder / "work", folder / "grid.yaml"
-    file.write_text(yaml.safe_dump(grid(material, out)))
+    file.write_text(yaml.safe_dump(grid(fixtures, out)))
     with sweep(file, "--run") as process:
         wait_in(process, lambda: len(finished(out)) == 2, "two records")
         third = out / "runs" / "random-s2-t1-seed1"
@@ -161,8 +161,8 @@ def test_a_finished_sweep_runs_nothing(killed: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow("its fixture trains a grid, killed half-way")
-def test_a_changed_grid_is_refused(killed: dict[str, Any], material: Material, tmp_path: Path) -> None:
-    changed = grid(material, killed["out"])
+def test_a_changed_grid_is_refused(killed: dict[str, Any], fixtures: Fixtures, tmp_path: Path) -> None:
+    changed = grid(fixtures, killed["out"])
     changed["distill"]["train"]["steps"] = 7
     file = tmp_path / "grid.yaml"
     file.write_text(yaml.safe_dump(changed))
@@ -212,8 +212,8 @@ def test_a_lost_record_is_written_anew(killed: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow("a sweep starts, is stopped and goes on")
-def test_sigterm_saves_the_current_run_and_stops(material: Material, tmp_path: Path) -> None:
-    long = grid(material, tmp_path / "work", rows=[{"init": "random", "students": ["s1"], "seeds": [1]}])
+def test_sigterm_saves_the_current_run_and_stops(fixtures: Fixtures, tmp_path: Path) -> None:
+    long = grid(fixtures, tmp_path / "work", rows=[{"init": "random", "students": ["s1"], "seeds": [1]}])
     long["teach"]["train"]["steps"] = 2000
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(long))
     first = tmp_path / "work" / "runs" / "teacher-t1"
@@ -222,15 +222,15 @@ def test_sigterm_saves_the_current_run_and_stops(material: Material, tmp_path: P
         process.send_signal(signal.SIGTERM)
         said, _ = process.communicate(timeout=120)
         assert process.returncode == 130 and "stopped; the same command goes on from here" in said
-    assert 2 < json.loads((manifest.latest(first) / manifest.MANIFEST).read_text())["step"] < 2000
+    assert 2 < json.loads((metadata.latest(first) / metadata.METADATA).read_text())["step"] < 2000
     assert [path.name for path in (tmp_path / "work" / "runs").iterdir()] == ["teacher-t1"]
     refused = array_task(tmp_path / "work", task=0, folder=tmp_path)
     assert refused.returncode == 2, refused.stderr
     assert refused.stderr.startswith(f"array.sbatch: error: {first} has not come to its end; ")
 
 
-def test_keys_that_are_no_configuration_are_refused(material: Material, tmp_path: Path) -> None:
-    wrong = grid(material, tmp_path / "work")
+def test_keys_that_are_no_configuration_are_refused(fixtures: Fixtures, tmp_path: Path) -> None:
+    wrong = grid(fixtures, tmp_path / "work")
     wrong["distill"]["train"]["step"] = 7
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(wrong))
     code, _, complained = call(tmp_path / "grid.yaml")
@@ -248,7 +248,7 @@ def test_keys_that_are_no_configuration_are_refused(material: Material, tmp_path
     ids=["tokenizer", "dataset", "teacher"],
 )
 def test_what_runs_read_is_there_before_they_begin(
-    material: Material,
+    fixtures: Fixtures,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -259,7 +259,7 @@ def test_what_runs_read_is_there_before_they_begin(
 ) -> None:
     """A grid's paths begin in the current folder: called in another one, no run of it could begin."""
     monkeypatch.chdir(tmp_path)
-    wrong = grid(material, Path("sweep"), rows=[{"init": "random", "students": ["s1"], "seeds": [1]}])
+    wrong = grid(fixtures, Path("sweep"), rows=[{"init": "random", "students": ["s1"], "seeds": [1]}])
     for name, value in given.items():
         wrong[section][name] = {**wrong[section][name], **value}
     Path("grid.yaml").write_text(text := yaml.safe_dump(wrong))
@@ -277,9 +277,9 @@ def test_what_runs_read_is_there_before_they_begin(
     assert refused.returncode == 2 and f"error: {tmp_path / 'work'}/" in refused.stderr, refused.stderr
 
 
-def test_what_is_there_is_submitted(material: Material, tmp_path: Path) -> None:
+def test_what_is_there_is_submitted(fixtures: Fixtures, tmp_path: Path) -> None:
     """With an sbatch that takes everything: an array a phase."""
-    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid(material, tmp_path / "sweep")))
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid(fixtures, tmp_path / "sweep")))
     assert make_sweep.main([str(tmp_path / "grid.yaml")]) == 0
     (tmp_path / "sbatch").write_text("#!/bin/sh\necho 7\n")
     (tmp_path / "sbatch").chmod(0o755)
@@ -298,8 +298,8 @@ def test_the_help_lists_every_key_of_a_grid(capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.slow("a sweep of several runs")
-def test_a_failed_run_leaves_out_those_behind_it(material: Material, tmp_path: Path) -> None:
-    wrong = grid(material, tmp_path / "work", rows=[{"init": "random", "students": ["s1"], "seeds": [1]}])
+def test_a_failed_run_leaves_out_those_behind_it(fixtures: Fixtures, tmp_path: Path) -> None:
+    wrong = grid(fixtures, tmp_path / "work", rows=[{"init": "random", "students": ["s1"], "seeds": [1]}])
     wrong["teachers"]["t1"] = {"model": {**TEACHER, "heads": 7}}
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(wrong))
     code, said, _ = call(tmp_path / "grid.yaml", "--run")

@@ -15,7 +15,7 @@ from megatron_capgap.__main__ import main
 from tests.support import runs
 from tests.support.pool import WorkerPool
 from tests.support.processes import LEAVE, job
-from tests.support.runs import Material
+from tests.support.runs import Fixtures
 
 SECONDS = 0.4
 
@@ -44,10 +44,10 @@ def slow(part: str, rank: int, words: list[str]) -> int:
 @pytest.mark.alone
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("part", ["reading", "forward"])
-def test_the_slow_rank_is_named(pool: WorkerPool, material: Material, tmp_path: Path, part: str, rank: int) -> None:
+def test_the_slow_rank_is_named(pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, part: str, rank: int) -> None:
     """Two replicas; one is late at the reduction of gradients, by its data or by itself."""
     changes = {"train__log_every": 3, "train__steps": 4, "data__valid": None}
-    config = runs.adapt_config(material, tmp_path / "run", **changes)
+    config = runs.adapt_config(fixtures, tmp_path / "run", **changes)
     work = partial(slow, part, rank, ["adapt", "--config", runs.write_config(config)])
     ranks = pool.run(work, world=2, initialise=False, capture=True)
     assert [one.value for one in ranks] == [0, 0], ranks
@@ -60,9 +60,9 @@ def test_the_slow_rank_is_named(pool: WorkerPool, material: Material, tmp_path: 
         assert (int(data) > 40) == (part == "reading")
 
 
-def test_the_share_of_the_peak(pool: WorkerPool, material: Material, tmp_path: Path) -> None:
+def test_the_share_of_the_peak(pool: WorkerPool, fixtures: Fixtures, tmp_path: Path) -> None:
     """One rank: it has none to wait for, and its peak is the only one."""
-    config = runs.adapt_config(material, tmp_path / "run", runtime__peak_tflops=1.0e-3)
+    config = runs.adapt_config(fixtures, tmp_path / "run", runtime__peak_tflops=1.0e-3)
     (rank,) = runs.run_stage(pool, "adapt", config)
     assert rank.value == 0 and "slowest" not in rank.stdout
     lines = re.findall(r"([\d.]+) ([kMG])FLOP/s \(([\d.]+)% of the peak\)", rank.stdout)
@@ -80,12 +80,12 @@ LOST = {
 
 @pytest.mark.slow("waits until the others give a silent rank up")
 @pytest.mark.parametrize("name", LOST)
-def test_a_lost_rank_is_named_with_what_the_others_waited_in(name: str, material: Material, tmp_path: Path) -> None:
+def test_a_lost_rank_is_named_with_what_the_others_waited_in(name: str, fixtures: Fixtures, tmp_path: Path) -> None:
     number, lost, words = LOST[name]
     limit = 20
     changes = {"train__steps": 2000, "data__valid": None, "runtime__timeout_seconds": limit}
     layout = {"student__layout": {"tensor": 2, "pipeline": 2}}
-    config = runs.adapt_config(material, tmp_path / "run", **changes, **layout)
+    config = runs.adapt_config(fixtures, tmp_path / "run", **changes, **layout)
     with job(["adapt", "--config", runs.write_config(config)], 4, tmp_path / "job") as ranks:
         ranks.wait_until(lambda: len(runs.steps_of(tmp_path / "run")) >= 3)
         ranks.wait_until(lambda: all(place.startswith("step ") for place in ranks.places()), every=0.2)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_capgap.config import fp8
+from megatron_capgap.config.validation import fp8
 from tests.support import fp8_reference as reference
 from tests.support.fp8_inputs import DTYPES, TARGETS, double, expected_buffers, inputs, quantiser
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_capgap.config import fp8
-from megatron_capgap.config.families import FAMILIES
+from megatron_capgap.config.architectures import ARCHITECTURES
+from megatron_capgap.config.validation import fp8
 from tests.support import runs
 from tests.support.processes import job
-from tests.support.runs import Material
+from tests.support.runs import Fixtures
 
 GPUS = torch.cuda.device_count() if torch.cuda.is_available() else 0
 CAPABILITY = torch.cuda.get_device_capability() if GPUS else (0, 0)
@@ -30,10 +30,10 @@ two_gpus = pytest.mark.skipif(GPUS < 2, reason=f"needs 2 GPUs, {GPUS} visible")
 SHAPE = {"layers": 4, "hidden": 256, "heads": 4, "kv_heads": 2, "ffn": 512, "vocab": runs.VOCAB}
 
 
-def config(material: Material, run_dir: Path, **changes: Any) -> dict[str, Any]:
+def config(fixtures: Fixtures, run_dir: Path, **changes: Any) -> dict[str, Any]:
     """Four steps of next-token training on the GPU."""
     common = {"device": "cuda", "student__model": SHAPE, "data__sequence_length": 128, "optimizer__lr": 1.0e-3}
-    return runs.adapt_config(material, run_dir, **{**common, **changes})
+    return runs.adapt_config(fixtures, run_dir, **{**common, **changes})
 
 
 def run(stage: str, settings: dict[str, Any], world: int = 1) -> list[dict[str, Any]]:
@@ -56,9 +56,9 @@ def assert_near(found: list[dict[str, Any]], expected: list[dict[str, Any]], tol
 
 
 @pytest.fixture(scope="module")
-def on_the_cpu(material: Material) -> list[dict[str, Any]]:
+def on_the_cpu(fixtures: Fixtures) -> list[dict[str, Any]]:
     """The same run in fp32 on the CPU."""
-    return run("adapt", config(material, material.folder / "gpu" / "cpu", device="cpu"))
+    return run("adapt", config(fixtures, fixtures.folder / "gpu" / "cpu", device="cpu"))
 
 
 @pytest.mark.parametrize(
@@ -71,16 +71,16 @@ def on_the_cpu(material: Material) -> list[dict[str, Any]]:
     ],
 )
 def test_a_gpu_trains_as_the_cpu_does(
-    engine: str, compute: str, tolerance: float, material: Material, tmp_path: Path, on_the_cpu: list[dict[str, Any]]
+    engine: str, compute: str, tolerance: float, fixtures: Fixtures, tmp_path: Path, on_the_cpu: list[dict[str, Any]]
 ) -> None:
-    settings = config(material, tmp_path / "run", precision={"engine": engine, "compute": compute})
+    settings = config(fixtures, tmp_path / "run", precision={"engine": engine, "compute": compute})
     assert_near(run("adapt", settings), on_the_cpu, tolerance)
 
 
 @with_engine
 @pytest.mark.parametrize("name", [recipe(name) for name in fp8.CAPABILITY])
-def test_fp8_trains_near_bf16(name: str, material: Material, tmp_path: Path, on_the_cpu: list[dict[str, Any]]) -> None:
-    settings = config(material, tmp_path / "run", precision={"compute": "bf16", "fp8": {"recipe": name}})
+def test_fp8_trains_near_bf16(name: str, fixtures: Fixtures, tmp_path: Path, on_the_cpu: list[dict[str, Any]]) -> None:
+    settings = config(fixtures, tmp_path / "run", precision={"compute": "bf16", "fp8": {"recipe": name}})
     steps = run("adapt", settings)
     assert [step["loss"] for step in steps] == pytest.approx([step["loss"] for step in on_the_cpu], rel=2e-2)
     assert steps[0]["loss"] != on_the_cpu[0]["loss"]
@@ -88,10 +88,10 @@ def test_fp8_trains_near_bf16(name: str, material: Material, tmp_path: Path, on_
 
 @with_engine
 @pytest.mark.parametrize("name", [recipe("delayed"), recipe("tensorwise")])
-def test_an_fp8_run_goes_on_to_the_last_digit(name: str, material: Material, tmp_path: Path) -> None:
+def test_an_fp8_run_goes_on_to_the_last_digit(name: str, fixtures: Fixtures, tmp_path: Path) -> None:
     precision = {"compute": "bf16", "fp8": {"recipe": name}}
     changes = {"precision": precision, "train__steps": 6, "checkpoint__every": 3, "checkpoint__keep": 3}
-    whole = config(material, tmp_path / "whole", **changes)
+    whole = config(fixtures, tmp_path / "whole", **changes)
     unbroken = run("adapt", whole)
     runs.rewind(tmp_path / "whole", tmp_path / "resumed", 3)
     resumed = run("adapt", {**whole, "run_dir": str(tmp_path / "resumed")})
@@ -100,12 +100,12 @@ def test_an_fp8_run_goes_on_to_the_last_digit(name: str, material: Material, tmp
 
 @with_engine
 @pytest.mark.parametrize("name", [recipe("delayed"), recipe("tensorwise"), recipe("blockwise")])
-def test_weights_in_fp8_learn_as_weights_in_bf16_do(name: str, material: Material, tmp_path: Path) -> None:
+def test_weights_in_fp8_learn_as_weights_in_bf16_do(name: str, fixtures: Fixtures, tmp_path: Path) -> None:
     # As on the CPU (tests/end_to_end/test_fp8_weights.py).
     changes = {"optimizer__clip_norm": 0.0, "train__steps": 6, "checkpoint__every": 3, "checkpoint__keep": 3}
     settings = {
         held: config(
-            material,
+            fixtures,
             tmp_path / str(held),
             precision={"compute": "bf16", "fp8": {"recipe": name, "param_gather": held}},
             **changes,
@@ -130,10 +130,10 @@ WIDE = {"layers": 4, "hidden": 2048, "heads": 16, "kv_heads": 8, "ffn": 5632, "v
         pytest.param({"recipe": "delayed", "param_gather": True}, id="delayed, weights too"),
     ],
 )
-def test_the_memory_estimate_is_within_15_percent(fp8: Any, material: Material, tmp_path: Path) -> None:
+def test_the_memory_estimate_is_within_15_percent(fp8: Any, fixtures: Fixtures, tmp_path: Path) -> None:
     changes = {"student__model": WIDE, "data__sequence_length": 1024, "data__valid": None}
     changes |= {"train__steps": 3, "train__global_batch": 8, "train__micro_batch": 8}
-    settings = config(material, tmp_path / "run", precision={"compute": "bf16", "fp8": fp8}, **changes)
+    settings = config(fixtures, tmp_path / "run", precision={"compute": "bf16", "fp8": fp8}, **changes)
     with job(["adapt", "--config", runs.write_config(settings)], 1, tmp_path / "output", cold=True) as ranks:
         assert ranks.wait(300) == [0], ranks.stderr()
         numbers = re.findall(r"fullest rank (\d+) MiB above start-up, estimated (\d+) MiB", ranks.stdout())
@@ -142,8 +142,8 @@ def test_the_memory_estimate_is_within_15_percent(fp8: Any, material: Material, 
 
 
 @with_engine
-def test_a_teacher_in_fp8_teaches_a_student_in_bf16(material: Material, tmp_path: Path) -> None:
-    run("adapt", config(material, tmp_path / "teacher", precision={"compute": "bf16"}))
+def test_a_teacher_in_fp8_teaches_a_student_in_bf16(fixtures: Fixtures, tmp_path: Path) -> None:
+    run("adapt", config(fixtures, tmp_path / "teacher", precision={"compute": "bf16"}))
     changes = {"student__model": SHAPE, "data__sequence_length": 128, "device": "cuda", "optimizer__lr": 1.0e-3}
     precisions = {
         "bf16": {"compute": "bf16"},
@@ -152,7 +152,7 @@ def test_a_teacher_in_fp8_teaches_a_student_in_bf16(material: Material, tmp_path
     }
     steps = {}
     for name, precision in precisions.items():
-        settings = runs.distill_config(material, tmp_path / name, tmp_path / "teacher", **changes)
+        settings = runs.distill_config(fixtures, tmp_path / name, tmp_path / "teacher", **changes)
         settings["precision"] = {"compute": "bf16"}
         settings["teacher"]["precision"] = precision
         steps[name] = run("distill", settings)
@@ -165,9 +165,9 @@ def test_a_teacher_in_fp8_teaches_a_student_in_bf16(material: Material, tmp_path
 @two_gpus
 @pytest.mark.parametrize("layout", [{"tensor": 2, "sequence": True}, {"pipeline": 2}, {}])
 def test_layouts_agree_under_nccl(
-    layout: dict[str, Any], material: Material, tmp_path: Path, on_the_cpu: list[dict[str, Any]]
+    layout: dict[str, Any], fixtures: Fixtures, tmp_path: Path, on_the_cpu: list[dict[str, Any]]
 ) -> None:
-    settings = config(material, tmp_path / "run", student__layout=layout, precision={"engine": "local"})
+    settings = config(fixtures, tmp_path / "run", student__layout=layout, precision={"engine": "local"})
     assert_near(run("adapt", settings, world=2), on_the_cpu, 1e-3)
 
 
@@ -176,12 +176,12 @@ def test_layouts_agree_under_nccl(
 @with_engine
 @pytest.mark.parametrize("layout", [{"tensor": 2, "sequence": True}, {"pipeline": 2}])
 @pytest.mark.parametrize("name", [recipe(name) for name in fp8.CAPABILITY])
-def test_fp8_layouts_agree_under_nccl(name: str, layout: dict[str, Any], material: Material, tmp_path: Path) -> None:
+def test_fp8_layouts_agree_under_nccl(name: str, layout: dict[str, Any], fixtures: Fixtures, tmp_path: Path) -> None:
     steps = [
         run(
             "adapt",
             config(
-                material,
+                fixtures,
                 tmp_path / str(world),
                 student__layout=layout if world > 1 else {},
                 precision={"compute": "bf16", "fp8": {"recipe": name}},
@@ -193,8 +193,8 @@ def test_fp8_layouts_agree_under_nccl(name: str, layout: dict[str, Any], materia
     assert_near(*steps, 2e-2)
 
 
-def test_a_checkpoint_of_the_gpu_loads_on_the_cpu(material: Material, tmp_path: Path) -> None:
-    settings = config(material, tmp_path / "run", precision={"engine": "local"})
+def test_a_checkpoint_of_the_gpu_loads_on_the_cpu(fixtures: Fixtures, tmp_path: Path) -> None:
+    settings = config(fixtures, tmp_path / "run", precision={"engine": "local"})
     run("adapt", settings)
     losses = []
     for device in ("cuda", "cpu"):
@@ -206,15 +206,15 @@ def test_a_checkpoint_of_the_gpu_loads_on_the_cpu(material: Material, tmp_path: 
 
 
 @with_engine
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_engine_builds_every_family(family: str, material: Material, tmp_path: Path) -> None:
-    grouped = {"kv_heads": 2} if FAMILIES[family].grouped_queries else {}
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_the_engine_builds_every_family(family: str, fixtures: Fixtures, tmp_path: Path) -> None:
+    grouped = {"kv_heads": 2} if ARCHITECTURES[family].grouped_queries else {}
     shape = {"family": family, "layers": 2, "hidden": 128, "heads": 4, "ffn": 256, "vocab": runs.VOCAB} | grouped
     steps = [
         run(
             "adapt",
             config(
-                material,
+                fixtures,
                 tmp_path / engine,
                 student__model={**shape, "max_positions": 128},
                 precision={"engine": engine},

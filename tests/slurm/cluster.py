@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_capgap.runtime.launch import held_port
+from megatron_capgap.distributed.launcher import reserved_port
 from tests.slurm import namespaces
 from tests.slurm.namespaces import Network
 from tests.support import debian
@@ -133,7 +133,7 @@ class Cluster:
         kernel and held: SLURM's daemons set SO_REUSEADDR."""
         if self._apart:
             return [6817, *[6818] * len(self.nodes)]
-        return [self._held.enter_context(held_port()) for _ in range(len(self.nodes) + 1)]
+        return [self._held.enter_context(reserved_port()) for _ in range(len(self.nodes) + 1)]
 
     def start(self) -> None:
         """Starts the daemons and waits until all nodes are there."""

@@ -21,7 +21,7 @@ from tests.support.debian import Unavailable
 from tests.support.failures import on_failure
 from tests.support.pool import WorkerPool
 from tests.support.processes import ROOT, seed_of, wait_for
-from tests.support.runs import Material
+from tests.support.runs import Fixtures
 from tools import make_sweep
 
 SCRIPT = str(ROOT / "examples" / "slurm" / "stage.sbatch")
@@ -43,20 +43,20 @@ def cluster() -> Iterator[Cluster]:
         yield running
 
 
-def config_of(material: Material, run_dir: Path, teacher: Path, **changes: Any) -> dict[str, Any]:
+def config_of(fixtures: Fixtures, run_dir: Path, teacher: Path, **changes: Any) -> dict[str, Any]:
     """A run that a job is still busy with when something happens to it, and a checkpoint that it goes back to."""
     whole = {"train__steps": STEPS, "train__dropout": 0.1, "checkpoint__every": 4, "student__layout": LAYOUT}
     whole |= {"train__eval_batches": 1, "optimizer__schedule": "constant"}
-    return runs.distill_config(material, run_dir, teacher, **{**whole, **changes})
+    return runs.distill_config(fixtures, run_dir, teacher, **{**whole, **changes})
 
 
 @pytest.fixture(scope="module")
 def undisturbed(
-    pool: WorkerPool, material: Material, teacher: Path, tmp_path_factory: pytest.TempPathFactory
+    pool: WorkerPool, fixtures: Fixtures, teacher: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Any]]:
     """What metrics.jsonl holds after the run."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    return runs.metrics(runs.train(pool, "distill", config_of(material, folder / "run", teacher), world=4))
+    return runs.metrics(runs.train(pool, "distill", config_of(fixtures, folder / "run", teacher), world=4))
 
 
 class Submitted:
@@ -119,9 +119,9 @@ class Submitted:
 
 
 def test_a_preempted_job_saves_comes_back_and_finishes(
-    cluster: Cluster, material: Material, teacher: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
+    cluster: Cluster, fixtures: Fixtures, teacher: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    job = Submitted(cluster, tmp_path, config_of(material, tmp_path / "run", teacher))
+    job = Submitted(cluster, tmp_path, config_of(fixtures, tmp_path / "run", teacher))
     job.wait_for_step(6)
     cluster.run("sbatch", "--partition=urgent", "--nodes=4", "--exclusive", "--output=/dev/null", "--wrap=true")
     assert job.wait_for_end() == "COMPLETED", job.output()
@@ -133,11 +133,11 @@ def test_a_preempted_job_saves_comes_back_and_finishes(
 
 
 def test_a_job_whose_own_time_is_up_and_that_lost_a_node_goes_on(
-    cluster: Cluster, material: Material, teacher: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
+    cluster: Cluster, fixtures: Fixtures, teacher: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     """The first start may take one step; the next one has all the time, loses a node, and what came after its last
     checkpoint is done again."""
-    config = config_of(material, tmp_path / "run", teacher)
+    config = config_of(fixtures, tmp_path / "run", teacher)
     job = Submitted(cluster, tmp_path, runs.changed(config, train__exit_after_minutes=1e-6))
     afterwards = ["sbatch", "--parsable", f"--dependency=afterok:{job.number}", "--kill-on-invalid-dep=yes"]
     next_job = cluster.run(*afterwards, "--output=/dev/null", "--wrap=true")
@@ -158,13 +158,13 @@ def test_a_job_whose_own_time_is_up_and_that_lost_a_node_goes_on(
 
 
 def test_a_job_that_lost_a_rank_comes_back_as_often_as_it_may(
-    cluster: Cluster, material: Material, teacher: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
+    cluster: Cluster, fixtures: Fixtures, teacher: Path, undisturbed: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     """The first time it stands still: the others leave after the time-out, and SLURM kills what does not go by itself
     KillWait seconds later. The second time it is killed."""
     limit = 20
     job = Submitted(
-        cluster, tmp_path, config_of(material, tmp_path / "run", teacher, runtime__timeout_seconds=limit), starts=2
+        cluster, tmp_path, config_of(fixtures, tmp_path / "run", teacher, runtime__timeout_seconds=limit), starts=2
     )
     job.wait_for_step(6)
     began = time.monotonic()
@@ -187,13 +187,13 @@ def test_a_job_that_lost_a_rank_comes_back_as_often_as_it_may(
 def test_the_end_of_the_time_is_no_end_of_the_run(
     cluster: Cluster,
     pool: WorkerPool,
-    material: Material,
+    fixtures: Fixtures,
     teacher: Path,
     undisturbed: list[dict[str, Any]],
     tmp_path: Path,
 ) -> None:
     """SLURM looks at its limits, which are whole minutes, every half a minute: this run goes on until it does."""
-    config = config_of(material, tmp_path / "run", teacher, train__steps=10**6, checkpoint__every=0)
+    config = config_of(fixtures, tmp_path / "run", teacher, train__steps=10**6, checkpoint__every=0)
     job = Submitted(cluster, tmp_path, config, "--time=60", "--signal=B:USR1@600")
     job.wait_for_step(6)
     cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=5")  # less than the notice
@@ -227,9 +227,9 @@ def test_the_end_of_the_time_is_no_end_of_the_run(
     ids=["configuration", "unequal nodes", "left ranks", "environment"],
 )
 def test_what_would_be_refused_again_is_not_requeued(
-    cluster: Cluster, material: Material, teacher: Path, tmp_path: Path, options: Any, how: Any, message: str
+    cluster: Cluster, fixtures: Fixtures, teacher: Path, tmp_path: Path, options: Any, how: Any, message: str
 ) -> None:
-    config = config_of(material, tmp_path / "run", teacher)
+    config = config_of(fixtures, tmp_path / "run", teacher)
     job = Submitted(cluster, tmp_path, config, *options, **how)
     assert job.wait_for_end() == "FAILED", job.output()
     assert cluster.job(job.number, "ExitCode") == "2:0"
@@ -252,21 +252,21 @@ exit 127
 
 
 def test_a_node_without_the_program_is_no_wrong_environment(
-    cluster: Cluster, material: Material, teacher: Path, tmp_path: Path
+    cluster: Cluster, fixtures: Fixtures, teacher: Path, tmp_path: Path
 ) -> None:
     """One of four: the ranks die, and the job comes back until it may no longer. The node finds out when the others
     run: a task that ends while SLURM still starts them may leave them to their own time-out."""
     python = tmp_path / "python"
     python.write_text(LACKING.format(begun=tmp_path / "begun", python=sys.executable))
     python.chmod(0o755)
-    config = config_of(material, tmp_path / "run", teacher, runtime__timeout_seconds=20)
+    config = config_of(fixtures, tmp_path / "run", teacher, runtime__timeout_seconds=20)
     job = Submitted(cluster, tmp_path, config, starts=2, python=str(python))
     assert job.wait_for_end() == "FAILED", job.output()
     assert job.says(r"start 1 died \(exit code \d+\); requeued") and job.says("not requeued, CAPGAP_MOST_STARTS is 2")
     assert job.restarts() == 1
 
 
-def test_the_recipe_s_stages_follow_each_other(cluster: Cluster, material: Material, tmp_path: Path) -> None:
+def test_the_recipe_s_stages_follow_each_other(cluster: Cluster, fixtures: Fixtures, tmp_path: Path) -> None:
     """Its script, with stages of its own: what comes next waits for a stage that comes back once, and is cancelled
     where it fails."""
     recipe = tmp_path / "examples" / "minima_3b"
@@ -274,7 +274,7 @@ def test_the_recipe_s_stages_follow_each_other(cluster: Cluster, material: Mater
     (tmp_path / "examples" / "slurm").mkdir()
     shutil.copy(SCRIPT, tmp_path / "examples" / "slurm")
     shutil.copy(ROOT / "examples" / "minima_3b" / "run.sh", recipe)
-    adapt = runs.adapt_config(material, tmp_path / "run", train__steps=2, train__exit_after_minutes=1e-6)
+    adapt = runs.adapt_config(fixtures, tmp_path / "run", train__steps=2, train__exit_after_minutes=1e-6)
     runs.write_config(adapt, recipe / "adapt.yaml")
     evaluate = runs.changed(adapt, run_dir=str(tmp_path / "evaluate"), train=None, optimizer=None, checkpoint=None)
     evaluate["student"] = {"checkpoint": adapt["run_dir"]}
@@ -301,17 +301,17 @@ def test_the_recipe_s_stages_follow_each_other(cluster: Cluster, material: Mater
 
 
 def test_a_sweep_has_as_many_runs_at_a_time_as_it_may(
-    cluster: Cluster, pool: WorkerPool, material: Material, tmp_path: Path
+    cluster: Cluster, pool: WorkerPool, fixtures: Fixtures, tmp_path: Path
 ) -> None:
     """A teacher, then three students of which two may run at a time. The last one, whose number is the array's too, is
     signalled in its first evaluation, and comes back alone."""
     out, file = tmp_path / "sweep", tmp_path / "grid.yaml"
     row = {"init": "random", "teachers": ["t1"], "seeds": [1, 2, 3], "labels": False}
-    grid = small_grid(material, out, rows=[row])
+    grid = small_grid(fixtures, out, rows=[row])
     grid["students"].pop("s2")
     grid["teachers"].pop("t2")
     grid["distill"]["train"] = {"steps": 8, "eval_every": 4, "eval_batches": 200}
-    grid["distill"]["data"] = {"valid": material.data["train"] * 3}  # seconds to be signalled in
+    grid["distill"]["data"] = {"valid": fixtures.data["train"] * 3}  # seconds to be signalled in
     file.write_text(yaml.safe_dump(grid))
     assert make_sweep.main([str(file)]) == 0
     said = cluster.run("bash", str(out / "slurm" / "submit.sh"), variables={"LIMIT": "2"})

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_capgap.config.load import load
+from megatron_capgap.config.loader import load
 from megatron_capgap.config.schema import LayerPair, Layout, ModelShape, Precision
 from tests.support import plain_steps, runs
 from tests.support.plain_steps import Weights
@@ -27,20 +27,20 @@ class Source:
 
 def megatron_weights(source: Source) -> Weights:
     """Runs in a worker of its own world: the weights by the names of Megatron's local modules."""
-    from megatron_capgap.checkpoint import manifest, store
+    from megatron_capgap.checkpoint import loader, metadata
+    from megatron_capgap.devices import choose
+    from megatron_capgap.distributed import parallel_context
     from megatron_capgap.models import gpt, projections
-    from megatron_capgap.models.state import initialise
-    from megatron_capgap.runtime import layout
-    from megatron_capgap.runtime.devices import choose
+    from megatron_capgap.models.sharded_state import initialise
 
     device = choose("cpu", 0)
-    grid = layout.build(Layout(), source.seed)
-    chunks = gpt.build(source.shape, grid, Precision(), device, sequence_length=8)
+    parallel = parallel_context.build(Layout(), source.seed)
+    chunks = gpt.build(source.shape, parallel, Precision(), device, sequence_length=8)
     projections.add(chunks, source.pairs, source.taught_width)
     if source.checkpoint is None:
-        initialise(chunks, source.shape, grid, source.seed)
+        initialise(chunks, source.shape, parallel, source.seed)
     else:
-        store.load_weights(manifest.locate(str(source.checkpoint)), chunks, grid)
+        loader.load_weights(metadata.locate(str(source.checkpoint)), chunks, parallel)
     return {name: parameter.detach().clone() for name, parameter in chunks[0].named_parameters()}
 
 

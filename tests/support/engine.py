@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_capgap.runtime.devices.transformer_engine_cpu import files
+from megatron_capgap.devices.transformer_engine_cpu import files
 
 needs_files = pytest.mark.skipif(
     files.installed() is None,
@@ -23,7 +23,7 @@ RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 
 def start() -> None:
     """Transformer Engine and Megatron-Core on this worker's CPU."""
-    from megatron_capgap.runtime.devices import cpu, transformer_engine_cpu
+    from megatron_capgap.devices import cpu, transformer_engine_cpu
 
     cpu.prepare(with_engine=True)
     transformer_engine_cpu.reset_counts()
@@ -33,7 +33,7 @@ def run_counted(words: list[str]) -> tuple[int, dict[tuple[str, str, str], int]]
     """Runs a stage; its exit code, and the products of this worker by part and formats."""
     start()
     from megatron_capgap.__main__ import main
-    from megatron_capgap.runtime.devices.transformer_engine_cpu import counts
+    from megatron_capgap.devices.transformer_engine_cpu import counts
 
     code = main(words)
     return code, {tuple(gemm): times for gemm, times in counts().items()}
@@ -76,7 +76,7 @@ def train(case: Case) -> Outcome:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from megatron_capgap.runtime.devices.transformer_engine_cpu import counts
+    from megatron_capgap.devices.transformer_engine_cpu import counts
 
     torch.set_num_threads(1)
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=case.tensor)

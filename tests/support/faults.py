@@ -52,7 +52,7 @@ def schedule(seed: int, count: int) -> list[Fault]:
 
 
 def config(
-    material: runs.Material, run_dir: Path, count: int, teacher: Path | None = None, *, beside: bool = False
+    fixtures: runs.Fixtures, run_dir: Path, count: int, teacher: Path | None = None, *, beside: bool = False
 ) -> dict[str, Any]:
     """Two ranks with dropout, long enough for a number of faults: replicas, or with a teacher two pipeline stages.
 
@@ -67,8 +67,8 @@ def config(
     changes |= {"checkpoint__every": EVERY, "checkpoint__async_save": beside, "train__eval_every": 5}
     changes |= {"train__log_every": 1}  # this start's steps are read off what it says
     if teacher is None:
-        return runs.adapt_config(material, run_dir, **changes)
-    return runs.distill_config(material, run_dir, teacher, student__layout={"pipeline": 2}, **changes)
+        return runs.adapt_config(fixtures, run_dir, **changes)
+    return runs.distill_config(fixtures, run_dir, teacher, student__layout={"pipeline": 2}, **changes)
 
 
 def stage_of(settings: dict[str, Any]) -> str:

@@ -13,8 +13,8 @@ from typing import Any
 
 import sentencepiece
 
-from megatron_capgap.data import sentencepiece_file, vocabulary
-from megatron_capgap.data.sentencepiece_file import NORMAL, Piece
+from megatron_capgap.data import sentencepiece_proto, vocab_merge
+from megatron_capgap.data.sentencepiece_proto import NORMAL, Piece
 from tools import wheels
 
 
@@ -79,14 +79,14 @@ def merged(folder: Path, kind: str) -> Merged:
     first = train(folder / "en.model", english(), kind, 600)
     if kind == "bpe":
         runs = [Piece("\u2581" * length, -1e9, NORMAL) for length in (2, 4, 8)]
-        first.write_bytes(sentencepiece_file.read(first).with_pieces(runs).content)
+        first.write_bytes(sentencepiece_proto.read(first).with_pieces(runs).content)
     second = train(folder / "zh.model", [*chinese(), *english()[1500:]], kind, 1200)
     return merge(first, second, folder / "both.model")
 
 
 def merge(first: Path, second: Path, out: Path) -> Merged:
     """Two models in one."""
-    found = vocabulary.expand(first, second)
+    found = vocab_merge.expand(first, second)
     out.write_bytes(found.model)
     before, after = (sentencepiece.SentencePieceProcessor(model_file=str(file)) for file in (first, out))
     return Merged(first, second, out, found.known, found.splits, before, after)

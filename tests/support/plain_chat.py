@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from megatron_capgap.config.load import load
-from megatron_capgap.config.schema import Config, ModelShape, Objective
-from megatron_capgap.data.chat import open_template
-from megatron_capgap.data.conversations import Conversations
-from megatron_capgap.data.instruct import Example, InstructSequence
+from megatron_capgap.config.loader import load
+from megatron_capgap.config.schema import Config, ModelShape, ObjectiveConfig
+from megatron_capgap.data.chat_template import open_template
+from megatron_capgap.data.conversation_dataset import Conversations
+from megatron_capgap.data.conversation_packing import Example, InstructSequence
 from megatron_capgap.data.tokenizer import open_tokenizer
 from tests.support import dense, plain_steps, runs
 from tests.support.pool import WorkerPool
@@ -90,7 +90,7 @@ def steps(pool: WorkerPool, raw: dict[str, Any], student: Path) -> list[dict[str
     return plain_steps.train(config, config.train.steps, list(model.parameters()), measure)
 
 
-def _parts(cross_entropy: Tensor, divergence: Tensor, objective: Objective | None) -> dict[str, Tensor]:
+def _parts(cross_entropy: Tensor, divergence: Tensor, objective: ObjectiveConfig | None) -> dict[str, Tensor]:
     if objective is None:
         return {"loss": cross_entropy, "cross_entropy": cross_entropy}
     total = objective.divergence_weight * divergence + objective.cross_entropy_weight * cross_entropy

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from megatron_capgap.config.schema import Config, Data, LayerPair, Objective
+from megatron_capgap.config.schema import Config, DataConfig, LayerPair, ObjectiveConfig
 from tests.support.pool import WorkerPool
 
 Weights = dict[str, Tensor]
 
 
-def samples(data: Data, seed: int, cache_dir: Path, first: int, count: int) -> Tensor:
+def samples(data: DataConfig, seed: int, cache_dir: Path, first: int, count: int) -> Tensor:
     """Runs in a worker: consecutive training samples, int64 `[count, sequence_length + 1]`."""
     from megatron_capgap.data import pretrain
 
@@ -23,7 +23,7 @@ def samples(data: Data, seed: int, cache_dir: Path, first: int, count: int) -> T
     return torch.stack([torch.from_numpy(sequence.tokens(k)) for k in range(first, first + count)])
 
 
-def run_model(model: PreTrainedModel, tokens: Tensor, objective: Objective) -> tuple[Tensor, list[Tensor]]:
+def run_model(model: PreTrainedModel, tokens: Tensor, objective: ObjectiveConfig) -> tuple[Tensor, list[Tensor]]:
     """Logits `[b, s, v]`, and what comes out of each layer, `[b, s, h]`, where the objective matches any."""
     outputs: list[Tensor] = []
 
@@ -54,7 +54,7 @@ def matching(learned: list[Tensor], taught: list[Tensor], pairs: Sequence[LayerP
 
 
 def loss(
-    student: PreTrainedModel, teacher: PreTrainedModel | None, rows: Tensor, objective: Objective, maps: Weights
+    student: PreTrainedModel, teacher: PreTrainedModel | None, rows: Tensor, objective: ObjectiveConfig, maps: Weights
 ) -> dict[str, Tensor]:
     """Means over all tokens of `rows`, `[b, s + 1]`; with a teacher the divergence is its forward KL."""
     tokens, labels = rows[:, :-1], rows[:, 1:]

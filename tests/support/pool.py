@@ -23,7 +23,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from megatron_capgap.runtime.launch import held_port
+from megatron_capgap.distributed.launcher import reserved_port
 from tests.support import forks
 
 STREAMS = ("stdout", "stderr")
@@ -130,7 +130,7 @@ class WorkerPool:
         folder = Path(tempfile.mkdtemp(prefix="capgap-pool-"))
         try:
             work = _dumps((function, args))
-            with held_port() as port:
+            with reserved_port() as port:
                 for rank in range(world):
                     call = _Call(work, rank, world, initialise, limit, port, folder, tuple(sys.path))
                     self._workers[rank][1].send_bytes(pickle.dumps(call))

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import yaml
 
 import megatron_capgap
-from megatron_capgap.runtime.launch import held_port
+from megatron_capgap.distributed.launcher import reserved_port
 from tests.support import forks
 from tests.support.failures import last_lines, on_failure
 
@@ -42,7 +42,7 @@ class Job:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._words, self._cold = folder, words, cold
         self._port = ExitStack()
-        self.port = self._port.enter_context(held_port())
+        self.port = self._port.enter_context(reserved_port())
         self.ranks = [self._start(words, rank, world, str(self.port)) for rank in range(world)]
         on_failure(f"{world} ranks of capgap {words[0]}", self.report)
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from megatron_capgap.checkpoint import manifest
-from megatron_capgap.config.load import load
+from megatron_capgap.checkpoint import metadata
+from megatron_capgap.config.loader import load
 from megatron_capgap.data.tokenizer import open_tokenizer
 from tests.support import plain_steps, runs
 from tests.support.pool import WorkerPool
-from tests.support.runs import Material
+from tests.support.runs import Fixtures
 from tools import convert_hf
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -26,24 +26,24 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 """Ranks and layout by name."""
 
 
-def imported(pool: WorkerPool, material: Material, model: PreTrainedModel, folder: Path) -> Path:
+def imported(pool: WorkerPool, fixtures: Fixtures, model: PreTrainedModel, folder: Path) -> Path:
     """The run directory of a model that speaks the material's tokenizer."""
-    tokenizer, run_dir = material.folder / "tokenizer.model", folder / "teacher"
+    tokenizer, run_dir = fixtures.folder / "tokenizer.model", folder / "teacher"
     model.save_pretrained(folder / "hf")
     shutil.copyfile(tokenizer, folder / "hf" / "tokenizer.model")
     convert(pool, "import", "--hf", str(folder / "hf"), "--out", str(run_dir))
     # transformers opens such a folder with the class of the model's family, which may add tokens of its own.
-    checkpoint = manifest.locate(str(run_dir))
+    checkpoint = metadata.locate(str(run_dir))
     speaks = open_tokenizer(str(tokenizer)).fingerprint
-    manifest.write(replace(manifest.read(checkpoint), tokenizer_fingerprint=speaks), checkpoint)
+    metadata.write(replace(metadata.read(checkpoint), tokenizer_fingerprint=speaks), checkpoint)
     return run_dir
 
 
 def prune_config(
-    material: Material, teacher: Path, run_dir: Path, prune: dict[str, Any], layout: dict[str, Any]
+    fixtures: Fixtures, teacher: Path, run_dir: Path, prune: dict[str, Any], layout: dict[str, Any]
 ) -> dict[str, Any]:
     """Two global batches of eight samples in micro-batches of two."""
-    config = runs.adapt_config(material, run_dir, train__steps=None, train__eval_batches=None, data__valid=None)
+    config = runs.adapt_config(fixtures, run_dir, train__steps=None, train__eval_batches=None, data__valid=None)
     config["teacher"] = {"checkpoint": str(teacher)}
     config["student"] = {"layout": layout}
     config["prune"] = {"batches": 2, **prune}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_capgap.config.schema import Objective
+from megatron_capgap.config.schema import ObjectiveConfig
 from megatron_capgap.losses import TeacherHidden, TeacherLogits, TeacherTopK
 
 
@@ -20,12 +20,12 @@ def mixture(log_p: Tensor, log_q: Tensor, share_of_p: float) -> Tensor:
     return torch.logaddexp(log_p + math.log(share_of_p), log_q + math.log(1 - share_of_p))
 
 
-def jsd(log_p: Tensor, log_q: Tensor, o: Objective) -> Tensor:
+def jsd(log_p: Tensor, log_q: Tensor, o: ObjectiveConfig) -> Tensor:
     log_m = mixture(log_p, log_q, o.jsd_beta)
     return o.jsd_beta * kl(log_p, log_m) + (1 - o.jsd_beta) * kl(log_q, log_m)
 
 
-DENSE: dict[str, Callable[[Tensor, Tensor, Objective], Tensor]] = {
+DENSE: dict[str, Callable[[Tensor, Tensor, ObjectiveConfig], Tensor]] = {
     "forward_kl": lambda log_p, log_q, o: kl(log_p, log_q),
     "reverse_kl": lambda log_p, log_q, o: kl(log_q, log_p),
     "jsd": jsd,
@@ -55,7 +55,7 @@ def reference_loss(
     teacher: TeacherHidden | TeacherLogits | TeacherTopK | None,
     labels: Tensor,
     mask: Tensor,
-    objective: Objective,
+    objective: ObjectiveConfig,
     vocab_size: int,
 ) -> Expected:
     """Whole tensors: hidden [n, h], head [padded v, h], the teacher's likewise, labels and mask [n]."""

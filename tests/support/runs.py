@@ -21,7 +21,7 @@ TEACHER = {"layers": 4, "hidden": 48, "heads": 6, "kv_heads": 2, "ffn": 80, "voc
 
 
 @dataclass(frozen=True)
-class Material:
+class Fixtures:
     """A tokenizer, two indexed datasets made by tools/prepare_data.py, and two files of conversations, in a folder."""
 
     folder: Path
@@ -43,7 +43,7 @@ class Material:
         return {**self.data, **files, "sequence_length": 160}
 
 
-def make_material(folder: Path) -> Material:
+def make_material(folder: Path) -> Fixtures:
     """Trains a tokenizer of exactly `VOCAB` tokens, cuts a corpus into samples and makes up conversations."""
     from tools import prepare_data
 
@@ -52,10 +52,10 @@ def make_material(folder: Path) -> Material:
     assert prepare_data.main([*words, "--out", str(folder / "corpus"), "--workers", "1"]) == 0
     write_lines(folder / "chat_train.jsonl", conversations(24, seed=1))
     write_lines(folder / "chat_valid.jsonl", conversations(9, seed=2))
-    return Material(folder)
+    return Fixtures(folder)
 
 
-def adapt_config(material: Material, run_dir: Path, **changes: Any) -> dict[str, Any]:
+def adapt_config(fixtures: Fixtures, run_dir: Path, **changes: Any) -> dict[str, Any]:
     """Four steps of next-token training on global batches of 8, in fp32 without dropout.
 
     Args:
@@ -65,7 +65,7 @@ def adapt_config(material: Material, run_dir: Path, **changes: Any) -> dict[str,
         "run_dir": str(run_dir),
         "device": "cpu",
         "student": {"model": dict(STUDENT), "layout": {}},
-        "data": material.data,
+        "data": fixtures.data,
         "train": {"steps": 4, "global_batch": 8, "micro_batch": 2, "eval_batches": 2},
         "optimizer": {"lr": 3.0e-3, "min_lr": 3.0e-4, "warmup_fraction": 0.0},
         "checkpoint": {"every": 0},
@@ -74,18 +74,18 @@ def adapt_config(material: Material, run_dir: Path, **changes: Any) -> dict[str,
     return changed(config, **changes)
 
 
-def distill_config(material: Material, run_dir: Path, teacher: Path, **changes: Any) -> dict[str, Any]:
+def distill_config(fixtures: Fixtures, run_dir: Path, teacher: Path, **changes: Any) -> dict[str, Any]:
     """As `adapt_config`, taught by a checkpoint in forward passes of four sequences where the student has two."""
-    config = adapt_config(material, run_dir)
+    config = adapt_config(fixtures, run_dir)
     config["teacher"] = {"checkpoint": str(teacher), "micro_batch": 4}
     config["objective"] = {"temperature": 2.0}
     return changed(config, **changes)
 
 
-def finetune_config(material: Material, run_dir: Path, student: Path, **changes: Any) -> dict[str, Any]:
+def finetune_config(fixtures: Fixtures, run_dir: Path, student: Path, **changes: Any) -> dict[str, Any]:
     """As `adapt_config`, from a checkpoint, three steps of eight packed rows of conversations each."""
-    config = adapt_config(material, run_dir, student__model=None, student__checkpoint=str(student))
-    config |= {"data": material.conversations, "finetune": {"template": "default"}}
+    config = adapt_config(fixtures, run_dir, student__model=None, student__checkpoint=str(student))
+    config |= {"data": fixtures.conversations, "finetune": {"template": "default"}}
     return changed(config, **{"train__steps": 3, "train__eval_batches": None, **changes})
 
 
@@ -95,10 +95,10 @@ def taught(config: dict[str, Any], teacher: Path) -> dict[str, Any]:
     return {**config, "teacher": section, "objective": {"temperature": 2.0}}
 
 
-def make_student(pool: WorkerPool, material: Material) -> Path:
+def make_student(pool: WorkerPool, fixtures: Fixtures) -> Path:
     """`STUDENT` after two steps of next-token training."""
     changes = {"train__steps": 2, "data__valid": None}
-    return train(pool, "adapt", adapt_config(material, material.folder / "runs" / "student", **changes))
+    return train(pool, "adapt", adapt_config(fixtures, fixtures.folder / "runs" / "student", **changes))
 
 
 def changed(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -149,10 +149,10 @@ def train_apart(stage: str, config: dict[str, Any], world: int = 1, limit: float
     return steps_of(run_dir)
 
 
-def make_teacher(pool: WorkerPool, material: Material) -> Path:
+def make_teacher(pool: WorkerPool, fixtures: Fixtures) -> Path:
     """Trains `TEACHER` until its predictions differ clearly from those of random weights."""
     changes = {"student__model": TEACHER, "train__steps": 25, "optimizer__lr": 1.0e-2, "data__valid": None}
-    return train(pool, "adapt", adapt_config(material, material.folder / "runs" / "teacher", **changes))
+    return train(pool, "adapt", adapt_config(fixtures, fixtures.folder / "runs" / "teacher", **changes))
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:

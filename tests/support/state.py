@@ -9,7 +9,7 @@ from megatron_capgap.__main__ import main
 from tests.support.engine import start
 
 
-class Poison(torch.autograd.Function):
+class NaNGradient(torch.autograd.Function):
     """Leaves a tensor as it is and makes NaN of its gradient."""
 
     @staticmethod
@@ -52,10 +52,10 @@ def kinds_of(run: Any) -> dict[str, tuple[str, float]]:
 
 def written_of(run: Any) -> dict[str, tuple[str, str]]:
     """Of every weight that lives in FP8: the device and type of what this rank gives to a checkpoint in its place."""
-    from megatron_capgap.checkpoint import store
+    from megatron_capgap.checkpoint import loader
     from megatron_capgap.models.gpt import unwrap
 
-    state = store.training_state(run.chunks, run.grid, run.optimization, copied=False)()
+    state = loader.training_state(run.chunks, run.parallel, run.optimization, copied=False)()
     held = {name for name, one in unwrap(run.chunks[0]).named_parameters() if type(one).__name__ == "Float8Tensor"}
     return {name: (state["model"][name].data.device.type, str(state["model"][name].data.dtype)) for name in held}
 
@@ -68,10 +68,10 @@ def run_poisoned(
     Returns:
         The exit code, and what `look` sees before training (0) and after each step.
     """
-    from megatron_capgap.stages import common
+    from megatron_capgap.stages import context
     from megatron_capgap.training import loop
 
-    one_step, loss = loop.one_step, common.language_model_loss
+    one_step, loss = loop.one_step, context.language_model_loss
     states: dict[int, Any] = {}
     poisoned = []
 
@@ -85,16 +85,16 @@ def run_poisoned(
 
     def poisoned_loss(hidden: torch.Tensor, *rest: Any, **options: Any) -> Any:
         now = poisoned and poisoned.pop()
-        out = loss(Poison.apply(hidden) if now and part == "gradient" else hidden, *rest, **options)
+        out = loss(NaNGradient.apply(hidden) if now and part == "gradient" else hidden, *rest, **options)
         if now and part == "loss":
             out.loss_sum.mul_(float("nan"))
         return out
 
-    loop.one_step, common.language_model_loss = step_and_look, poisoned_loss
+    loop.one_step, context.language_model_loss = step_and_look, poisoned_loss
     try:
         return main(words), states
     finally:
-        loop.one_step, common.language_model_loss = one_step, loss
+        loop.one_step, context.language_model_loss = one_step, loss
 
 
 def run_engine(poisoned: list[int], look: Callable[[Any], Any], words: list[str]) -> Any:
@@ -125,18 +125,18 @@ def run_scoring(words: list[str]) -> tuple[int, set[str]]:
 def run_pickling(words: list[str]) -> int:
     """Runs a stage whose checkpoints hold scales as older ones do: in Transformer Engine's own pickles."""
     start()
-    from megatron_capgap.checkpoint import scales
+    from megatron_capgap.checkpoint import fp8_scales
     from megatron_capgap.models.gpt import unwrap
 
-    def pickled(chunks: Any, grid: Any) -> dict[str, Any]:
-        states = [unwrap(chunk).sharded_state_dict(metadata={"dp_cp_group": grid.groups.dp_cp}) for chunk in chunks]
+    def pickled(chunks: Any, parallel: Any) -> dict[str, Any]:
+        states = [unwrap(chunk).sharded_state_dict(metadata={"dp_cp_group": parallel.groups.dp_cp}) for chunk in chunks]
         return {
             f"model{index}": {key: value for key, value in state.items() if key.endswith("_extra_state")}
             for index, state in enumerate(states)
         }
 
-    written, scales.written = scales.written, pickled
+    written, fp8_scales.to_save = fp8_scales.to_save, pickled
     try:
         return main(words)
     finally:
-        scales.written = written
+        fp8_scales.to_save = written

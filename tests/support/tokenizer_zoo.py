@@ -14,7 +14,7 @@ import sentencepiece
 import transformers
 from transformers import AutoTokenizer
 
-from megatron_capgap.conversion.tokenizer import translate
+from megatron_capgap.conversion.tokenizer_files import translate
 from megatron_capgap.data.tokenizer import SentencePieceTokenizer, Tokenizer, open_tokenizer
 from tests.support.corpus import byte_level, texts
 

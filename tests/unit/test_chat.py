@@ -9,11 +9,11 @@ import pytest
 import tokenizers
 import transformers
 
-from megatron_capgap.config.errors import UserError
-from megatron_capgap.data.chat import DefaultTemplate, open_template
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.data.chat_template import DefaultTemplate, open_template
+from megatron_capgap.data.conversation_files import read_conversations
 from megatron_capgap.data.messages import Conversation, Message
 from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
-from megatron_capgap.data.turns import read_conversations
 from tests.support import corpus
 
 TALK = Conversation((Message("user", "Is it raining?"), Message("assistant", "Not yet.")))

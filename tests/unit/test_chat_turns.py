@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from megatron_capgap.config.errors import UserError
-from megatron_capgap.data.chat import DefaultTemplate, JinjaTemplate
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.data.chat_template import DefaultTemplate, JinjaTemplate
+from megatron_capgap.data.conversation_files import read_turns
 from megatron_capgap.data.messages import Conversation
 from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
-from megatron_capgap.data.turns import read_turns
 from tests.support import chat_templates, tokenizer_zoo
 from tests.support.corpus import byte_level, texts
 

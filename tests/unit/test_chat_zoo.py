@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_capgap.config.errors import UserError
-from megatron_capgap.conversion.tokenizer import Copied, write
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.conversion.tokenizer_files import Copied, write
 from megatron_capgap.data import tokenizer_folder
-from megatron_capgap.data.chat import DefaultTemplate, JinjaTemplate, Template, open_template
+from megatron_capgap.data.chat_template import DefaultTemplate, JinjaTemplate, Template, open_template
+from megatron_capgap.data.conversation_files import read_conversations
 from megatron_capgap.data.messages import Conversation, Message
 from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
-from megatron_capgap.data.turns import read_conversations
 from tests.support import tokenizer_zoo
 
 CHATML = (

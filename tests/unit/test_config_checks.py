@@ -5,10 +5,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_capgap.config import checks, derive
-from megatron_capgap.config.errors import ConfigError
-from megatron_capgap.config.load import Loaded, load
-from megatron_capgap.config.schema import Config, Data, Layout, ModelShape, Student, Teacher, Train
+from megatron_capgap.common.errors import ConfigError
+from megatron_capgap.config import derived
+from megatron_capgap.config.loader import LoadedConfig, load
+from megatron_capgap.config.schema import (
+    Config,
+    DataConfig,
+    Layout,
+    ModelShape,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+)
+from megatron_capgap.config.validation import checks
 
 STUDENT = ModelShape(layers=4, hidden=64, heads=8, kv_heads=4, ffn=160, vocab=1000)
 TEACHER = ModelShape(layers=8, hidden=96, heads=8, kv_heads=4, ffn=256, vocab=1000)
@@ -568,24 +577,32 @@ def test_all_problems_at_once(problems_of):
 
 def test_a_default_that_clashes_is_named_as_default():
     config = Config(
-        "r", Student(model=STUDENT, layout=Layout()), Data("t", ("a",)), train=Train(steps=1, global_batch=1)
+        "r",
+        StudentConfig(model=STUDENT, layout=Layout()),
+        DataConfig("t", ("a",)),
+        train=TrainConfig(steps=1, global_batch=1),
     )
     with pytest.raises(ConfigError, match=r"^train.global_batch \(the default\): 1 is not a multiple"):
-        checks.check(Loaded(config, {}), "adapt", 2, STUDENT, None)
+        checks.check(LoadedConfig(config, {}), "adapt", 2, STUDENT, None)
 
 
 def test_derived_numbers():
     layout = Layout(tensor=2, pipeline=2, virtual_pipeline=2, sequence=True)
-    config = Config("r", Student(model=STUDENT, layout=layout), Data("t"), train=Train(global_batch=24, micro_batch=3))
-    assert derive.ranks_per_model(layout) == 4
-    assert derive.data_parallel(layout, 16) == 4
-    assert derive.global_batch(config, layout, 16) == 24
-    assert derive.micro_batches(config, layout, 16) == 2
-    config = Config("r", config.student, Data("t"), train=Train(micro_batch=3), teacher=Teacher("c"))
-    assert derive.global_batch(config, layout, 16) == 12
-    assert derive.micro_batches(config, layout, 16) == 1
-    assert derive.teacher_layout(config) == Layout(tensor=2, pipeline=2, sequence=True)
-    assert derive.teacher_micro_batch(config) == 3
+    config = Config(
+        "r",
+        StudentConfig(model=STUDENT, layout=layout),
+        DataConfig("t"),
+        train=TrainConfig(global_batch=24, micro_batch=3),
+    )
+    assert derived.ranks_per_model(layout) == 4
+    assert derived.data_parallel(layout, 16) == 4
+    assert derived.global_batch(config, layout, 16) == 24
+    assert derived.micro_batches(config, layout, 16) == 2
+    config = Config("r", config.student, DataConfig("t"), train=TrainConfig(micro_batch=3), teacher=TeacherConfig("c"))
+    assert derived.global_batch(config, layout, 16) == 12
+    assert derived.micro_batches(config, layout, 16) == 1
+    assert derived.teacher_layout(config) == Layout(tensor=2, pipeline=2, sequence=True)
+    assert derived.teacher_micro_batch(config) == 3
 
 
 def test_a_tensor_size_that_is_offered_suits_every_model_that_is_cut_so(problems_of):

@@ -12,11 +12,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_capgap.common.errors import ConfigError
 from megatron_capgap.config import help, schema
-from megatron_capgap.config.errors import ConfigError
-from megatron_capgap.config.keys import table
-from megatron_capgap.config.load import NEEDS, Loaded, dump, load
-from megatron_capgap.config.schema import STAGES, Config, Data, Layout, ModelShape, Student, Teacher, Train
+from megatron_capgap.config.fields import table
+from megatron_capgap.config.loader import STAGE_REQUIREMENTS, LoadedConfig, dump, load
+from megatron_capgap.config.schema import (
+    STAGES,
+    Config,
+    DataConfig,
+    Layout,
+    ModelShape,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 
 GOOD = """\
 run_dir: runs/distill
@@ -44,7 +53,7 @@ def read(tmp_path, monkeypatch):
     """Loads a text as distill.yaml; gives the lines of the error as a list where there is one."""
     monkeypatch.chdir(tmp_path)
 
-    def read(text: str, *overrides: str, stage: str = "distill") -> Loaded | list[str]:
+    def read(text: str, *overrides: str, stage: str = "distill") -> LoadedConfig | list[str]:
         Path("distill.yaml").write_text(text, encoding="utf-8")
         try:
             return load("distill.yaml", overrides, stage)
@@ -58,11 +67,11 @@ def read(tmp_path, monkeypatch):
 def test_values_types_and_sources(read):
     loaded = read(GOOD, "--train.micro_batch=4", "--teacher.layout.tensor=2")
     config = loaded.config
-    assert config.student == Student("runs/small", None, Layout(tensor=2, sequence=True))
+    assert config.student == StudentConfig("runs/small", None, Layout(tensor=2, sequence=True))
     assert config.data.train == ("data/train",)
     assert config.optimizer.lr == 0.0003 and isinstance(config.optimizer.lr, float)
-    assert config.train == Train(steps=300, global_batch=32, micro_batch=4)
-    assert config.teacher == Teacher("runs/large", Layout(tensor=2))
+    assert config.train == TrainConfig(steps=300, global_batch=32, micro_batch=4)
+    assert config.teacher == TeacherConfig("runs/large", Layout(tensor=2))
     assert loaded.sources["student.layout.tensor"] == "distill.yaml:5"
     assert loaded.sources["optimizer.lr"] == "distill.yaml:17"
     assert loaded.sources["train.micro_batch"] == "--train.micro_batch"
@@ -195,8 +204,8 @@ def test_needs_of_evaluate(read):
 
 
 def test_needs_of_finetune(read):
-    assert isinstance(read(GOOD, "--train.steps=null", stage="finetune"), Loaded)
-    assert isinstance(read(GOOD, "--teacher=null", "--finetune={}", stage="finetune"), Loaded)
+    assert isinstance(read(GOOD, "--train.steps=null", stage="finetune"), LoadedConfig)
+    assert isinstance(read(GOOD, "--teacher=null", "--finetune={}", stage="finetune"), LoadedConfig)
     (problem,) = read(GOOD, "--student.checkpoint=null", stage="finetune")
     assert problem.startswith("--student.checkpoint: finetune needs it; give a string: Where the weights")
     (problem,) = read(GOOD, "--finetune.epochs=0", stage="finetune")
@@ -205,7 +214,7 @@ def test_needs_of_finetune(read):
 
 
 def test_every_stage_has_its_needs():
-    assert tuple(NEEDS) == STAGES == tuple(help.STAGES)
+    assert tuple(STAGE_REQUIREMENTS) == STAGES == tuple(help.STAGES)
 
 
 @pytest.mark.parametrize(
@@ -352,19 +361,20 @@ shapes = st.builds(
 configs = st.builds(
     Config,
     run_dir=texts,
-    student=st.builds(Student, checkpoint=texts, layout=layouts) | st.builds(Student, model=shapes, layout=layouts),
+    student=st.builds(StudentConfig, checkpoint=texts, layout=layouts)
+    | st.builds(StudentConfig, model=shapes, layout=layouts),
     data=st.builds(
-        Data,
+        DataConfig,
         tokenizer=st.sampled_from(["3e-4", "no", "null", "010", "1_000", "~", "<<", "2020-01-01", "a: b", "'", ""]),
         train=st.lists(texts, min_size=1, max_size=3).map(tuple),
         train_weights=st.none() | st.lists(rates, max_size=3).map(tuple),
     ),
     seed=counts,
-    teacher=st.builds(Teacher, checkpoint=texts, layout=st.none() | layouts, micro_batch=st.none() | counts),
-    train=st.builds(Train, steps=counts, global_batch=st.none() | counts, dropout=st.floats(0, 0.99)),
-    optimizer=st.builds(schema.Optimizer, lr=rates, betas=st.tuples(shares, shares)),
+    teacher=st.builds(TeacherConfig, checkpoint=texts, layout=st.none() | layouts, micro_batch=st.none() | counts),
+    train=st.builds(TrainConfig, steps=counts, global_batch=st.none() | counts, dropout=st.floats(0, 0.99)),
+    optimizer=st.builds(schema.OptimizerConfig, lr=rates, betas=st.tuples(shares, shares)),
     objective=st.builds(
-        schema.Objective,
+        schema.ObjectiveConfig,
         divergence=st.sampled_from(schema.DIVERGENCES),
         temperature=rates,
         matching=st.lists(st.builds(schema.LayerPair, counts, counts, weight=rates), max_size=2).map(tuple),

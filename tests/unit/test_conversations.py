@@ -8,30 +8,30 @@ import numpy as np
 import pytest
 from tokenizers import processors
 
-from megatron_capgap.config.errors import UserError
-from megatron_capgap.config.schema import Data
-from megatron_capgap.data import conversations as module
-from megatron_capgap.data.chat import DefaultTemplate, JinjaTemplate
-from megatron_capgap.data.conversations import Conversations
-from megatron_capgap.data.instruct import encode
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.config.schema import DataConfig
+from megatron_capgap.data import conversation_dataset as module
+from megatron_capgap.data.chat_template import DefaultTemplate, JinjaTemplate
+from megatron_capgap.data.conversation_dataset import Conversations
+from megatron_capgap.data.conversation_files import read_conversations
+from megatron_capgap.data.conversation_packing import encode
 from megatron_capgap.data.tokenizer import open_tokenizer
-from megatron_capgap.data.turns import read_conversations
 from tests.support import corpus
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Data:
+def data(tmp_path: Path) -> DataConfig:
     tokenizer = corpus.save_sentencepiece(tmp_path / "t.model")
     files = [corpus.write_lines(tmp_path / f"{i}.jsonl", corpus.conversations(7, seed=i)) for i in range(3)]
-    return Data(tokenizer, train=(files[0], files[1]), valid=(files[2],), sequence_length=80)
+    return DataConfig(tokenizer, train=(files[0], files[1]), valid=(files[2],), sequence_length=80)
 
 
-def opened(data: Data, cache: Path) -> Conversations:
+def opened(data: DataConfig, cache: Path) -> Conversations:
     tokenizer = open_tokenizer(data.tokenizer)
     return Conversations(data, tokenizer, DefaultTemplate(tokenizer), cache)
 
 
-def test_what_comes_back_is_what_was_encoded(data: Data, tmp_path: Path) -> None:
+def test_what_comes_back_is_what_was_encoded(data: DataConfig, tmp_path: Path) -> None:
     found = opened(data, tmp_path / "cache")
     found.build(10**6)
     training = found.open_training(3, packed=False)
@@ -48,7 +48,7 @@ def test_what_comes_back_is_what_was_encoded(data: Data, tmp_path: Path) -> None
     assert sum(len(held_out.conversations(k)) for k in range(len(held_out))) == 7
 
 
-def test_it_is_done_once(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_done_once(data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "cache"
     opened(data, cache).build(10**6)
     folders = sorted(cache.iterdir())
@@ -66,7 +66,7 @@ def test_it_is_done_once(data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(list(cache.iterdir())) == 5
 
 
-def test_what_did_not_fit_is_said_every_time(data: Data, tmp_path: Path) -> None:
+def test_what_did_not_fit_is_said_every_time(data: DataConfig, tmp_path: Path) -> None:
     short = opened(replace(data, sequence_length=45), tmp_path / "cache")
     lines = short.build(10**6)
     assert len(lines) == 2 and lines[0].startswith(f"{data.train[0]}, {data.train[1]}: of 14 conversations ")
@@ -75,7 +75,7 @@ def test_what_did_not_fit_is_said_every_time(data: Data, tmp_path: Path) -> None
     assert opened(replace(data, sequence_length=400), tmp_path / "cache").build(10**6) == []
 
 
-def test_a_cache_is_checked_against_a_smaller_model(data: Data, tmp_path: Path) -> None:
+def test_a_cache_is_checked_against_a_smaller_model(data: DataConfig, tmp_path: Path) -> None:
     data = replace(data, sequence_length=10_000)  # nothing is cut
     opened(data, tmp_path / "cache").build(10**6)
     largest = max(
@@ -116,21 +116,21 @@ def test_answers_that_begin_within_a_token_are_counted(tmp_path: Path) -> None:
                 )
                 differs = whole[: len(asked)] != asked
                 assert any(segment.joined for segment in written.encode(talk)) == differs, (end, trims)
-            data = Data(str(folder), (file,), sequence_length=99)
+            data = DataConfig(str(folder), (file,), sequence_length=99)
             for _ in range(2):  # of the cache, too
                 said = Conversations(data, tokenizer, written, tmp_path / "cache").build(10**6)
                 assert len(said) == bool(joined), (end, trims, said)
                 assert not joined or said[0].startswith(f"{file}: in {joined} of 3 conversations a token spans the")
 
 
-def test_a_bad_file_leaves_nothing(data: Data, tmp_path: Path) -> None:
+def test_a_bad_file_leaves_nothing(data: DataConfig, tmp_path: Path) -> None:
     (tmp_path / "2.jsonl").write_text('{"messages": []}\n')
     with pytest.raises(UserError, match=r"2.jsonl:1: does not end with an assistant message"):
         opened(data, tmp_path / "cache").build(10**6)
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_cache_that_is_not_there_or_is_damaged(data: Data, tmp_path: Path) -> None:
+def test_a_cache_that_is_not_there_or_is_damaged(data: DataConfig, tmp_path: Path) -> None:
     found = opened(data, tmp_path / "cache")
     with pytest.raises(UserError, match="is not there: put run_dir and the data on a file system that all hosts share"):
         found.open_training(3, packed=True)
@@ -141,7 +141,7 @@ def test_a_cache_that_is_not_there_or_is_damaged(data: Data, tmp_path: Path) -> 
         found.open_training(3, packed=True)
 
 
-def test_pickles_are_not_opened(data: Data, tmp_path: Path) -> None:
+def test_pickles_are_not_opened(data: DataConfig, tmp_path: Path) -> None:
     found = opened(data, tmp_path / "cache")
     found.build(10**6)
     for file in (tmp_path / "cache").glob("*/ends.npy"):

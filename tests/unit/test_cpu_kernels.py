@@ -4,7 +4,7 @@ import pytest
 import torch
 from megatron.core.models.common.embeddings import rope_utils
 
-from megatron_capgap.runtime.devices import cpu_kernels
+from megatron_capgap.devices import cpu_kernels
 from tests.support.pool import WorkerPool
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_capgap.config.errors import UserError
+from megatron_capgap.common.errors import UserError
 from megatron_capgap.config.schema import Layout, ModelShape, Precision
+from megatron_capgap.devices import choose, cuda
 from megatron_capgap.runtime import releases
-from megatron_capgap.runtime.devices import choose, cuda
 from tests.support import runs
 from tests.support.pool import WorkerPool
 from tests.support.processes import environment
@@ -76,7 +76,7 @@ def test_the_start_up_table_says_what_of_apex_is_used(monkeypatch: pytest.Monkey
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name in present else None)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    rows = {row.name: row for row in cuda.prepare(0, [Precision()]).parts}
+    rows = {row.name: row for row in cuda.prepare(0, [Precision()]).components}
     for name, package in APEX.items():
         assert rows[name].active == (package in present)
         absent = f"{package} is not installed; torch's own kernels are used"
@@ -85,11 +85,11 @@ def test_the_start_up_table_says_what_of_apex_is_used(monkeypatch: pytest.Monkey
 
 def apex_on_a_cpu() -> list[tuple[bool, str]]:
     """The row of the start-up table on a machine where everything can be imported."""
-    from megatron_capgap.runtime.devices import cpu
+    from megatron_capgap.devices import cpu
 
     find, importlib.util.find_spec = importlib.util.find_spec, lambda name: name
     try:
-        return [(row.active, row.why) for row in cpu.prepare().parts if row.name.startswith("Apex")]
+        return [(row.active, row.why) for row in cpu.prepare().components if row.name.startswith("Apex")]
     finally:
         importlib.util.find_spec = find
 
@@ -100,7 +100,7 @@ def test_a_cpu_has_no_use_for_apex(pool: WorkerPool) -> None:
 
 def prepare_twice() -> tuple[bool, str]:
     """Whether a second call leaves every name in torch alone."""
-    from megatron_capgap.runtime.devices import cpu
+    from megatron_capgap.devices import cpu
 
     places = (torch, torch.cuda, torch.cuda.random, torch.Tensor, torch.nn.Module)
     first = cpu.prepare()
@@ -108,7 +108,7 @@ def prepare_twice() -> tuple[bool, str]:
     second = cpu.prepare()
     after = [dict(vars(place)) for place in places]
     same = all(a.keys() == b.keys() and all(a[k] is b[k] for k in a) for a, b in zip(before, after, strict=True))
-    return same and first.parts == second.parts, second.name
+    return same and first.components == second.components, second.name
 
 
 def test_preparing_twice_is_preparing_once(pool: WorkerPool) -> None:
@@ -117,7 +117,7 @@ def test_preparing_twice_is_preparing_once(pool: WorkerPool) -> None:
 
 def ask_for_cuda() -> dict[str, str]:
     """The device of tensors that were asked for on the GPU, by how."""
-    from megatron_capgap.runtime.devices import cpu
+    from megatron_capgap.devices import cpu
 
     cpu.prepare()
     like = torch.zeros(2)
@@ -145,7 +145,7 @@ def test_what_is_asked_for_on_the_gpu_is_made_on_the_cpu(pool: WorkerPool) -> No
 
 
 def ask_for_types() -> dict[str, Any]:
-    from megatron_capgap.runtime.devices import cpu
+    from megatron_capgap.devices import cpu
 
     cpu.prepare()
     numbers = torch.tensor([1.5, -2.5])
@@ -180,11 +180,11 @@ def random_numbers() -> tuple[list[float], list[float], list[float]]:
     """Draws before and after Megatron's random state was saved and restored, and from a named stream."""
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-    from megatron_capgap.runtime import layout
-    from megatron_capgap.runtime.devices import cpu
+    from megatron_capgap.devices import cpu
+    from megatron_capgap.distributed import parallel_context
 
     cpu.prepare()
-    layout.build(Layout(tensor=2), seed=1)
+    parallel_context.build(Layout(tensor=2), seed=1)
     torch.cuda.manual_seed(3)
     state = torch.cuda.get_rng_state()
     first = torch.rand(3).tolist()
@@ -202,16 +202,16 @@ def test_the_random_state_of_the_gpu_is_the_cpus(pool: WorkerPool) -> None:
 
 def initial_shards(shape: ModelShape, layout: Layout) -> list[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]]:
     """(name, shape of the whole, offset in it, values) of each shard that a rank holds after initialisation."""
+    from megatron_capgap.devices import choose
+    from megatron_capgap.distributed import parallel_context as layouts
     from megatron_capgap.models import gpt
-    from megatron_capgap.models.state import initialise, shards
-    from megatron_capgap.runtime import layout as layouts
-    from megatron_capgap.runtime.devices import choose
+    from megatron_capgap.models.sharded_state import initialise, shards
 
     device = choose("cpu", 0)
-    grid = layouts.build(layout, seed=7)
-    chunks = gpt.build(shape, grid, Precision(), device, sequence_length=8)
-    initialise(chunks, shape, grid, seed=7)
-    return [(s.key, s.global_shape, s.global_offset, s.data.detach().clone()) for s in shards(chunks, grid)]
+    parallel = layouts.build(layout, seed=7)
+    chunks = gpt.build(shape, parallel, Precision(), device, sequence_length=8)
+    initialise(chunks, shape, parallel, seed=7)
+    return [(s.key, s.global_shape, s.global_offset, s.data.detach().clone()) for s in shards(chunks, parallel)]
 
 
 def whole(pool: WorkerPool, shape: ModelShape, layout: Layout, world: int) -> dict[str, Tensor]:
@@ -263,7 +263,7 @@ def test_initial_weights_do_not_depend_on_the_layout(
 
 def make_groups() -> tuple[int, list[float]]:
     """How many event loops gloo runs in this process when it has five more groups, and what each group sums up."""
-    from megatron_capgap.runtime.devices import cpu
+    from megatron_capgap.devices import cpu
 
     cpu.prepare()
     groups = [torch.distributed.new_group([0, 1], timeout=timedelta(seconds=number + 30)) for number in range(5)]

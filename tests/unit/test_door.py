@@ -12,9 +12,9 @@ import pytest
 
 import megatron_capgap
 from megatron_capgap import __main__ as door
+from megatron_capgap.common.errors import UserError
 from megatron_capgap.config import help
-from megatron_capgap.config.errors import UserError
-from megatron_capgap.config.keys import table
+from megatron_capgap.config.fields import table
 from megatron_capgap.config.schema import STAGES
 from tests.support.processes import cpu_seconds, environment
 
@@ -53,7 +53,7 @@ def stages(tmp_path, monkeypatch):
     for stage in STAGES:
         monkeypatch.setitem(sys.modules, f"megatron_capgap.stages.{stage}", SimpleNamespace(run=run))
     devices = SimpleNamespace(choose=lambda name, local_rank, precisions, place: f"cpu of {local_rank}")
-    monkeypatch.setitem(sys.modules, "megatron_capgap.runtime.devices", devices)
+    monkeypatch.setitem(sys.modules, "megatron_capgap.devices", devices)
     monkeypatch.setitem(sys.modules, "megatron_capgap.stages.check", SimpleNamespace(report=report))
     monkeypatch.setattr(door.time, "sleep", calls.slept.append)
     return calls
@@ -166,7 +166,7 @@ def test_every_problem_has_its_own_line(stages, capsys):
 
 def test_one_rank_speaks_for_all_that_have_met(stages, capsys, monkeypatch):
     stages.answer = UserError("data.train: a.bin is cut short; prepare it again")
-    stages.answer.on_every_rank = True
+    stages.answer.raised_on_all_ranks = True
     for rank in range(4):
         as_rank(monkeypatch, rank, 4)
         assert door.main(["adapt", "--config", "adapt.yaml"]) == 2

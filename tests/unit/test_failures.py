@@ -8,7 +8,7 @@ import pytest
 
 from tests.support import failures, runs
 from tests.support.processes import ROOT, job
-from tests.support.runs import Material
+from tests.support.runs import Fixtures
 
 OUTER = """
 def test_that_fails(tmp_path):
@@ -32,8 +32,8 @@ def test_it_prints_what_was_registered_once(pytester: pytest.Pytester, monkeypat
     assert done.outlines.count("its last words") == 1
 
 
-def test_a_job_that_hangs_tells_its_seed_and_every_rank_s_stacks(material: Material, tmp_path: Path) -> None:
-    config = runs.adapt_config(material, tmp_path / "run", train__steps=10**6, data__valid=None, seed=77)
+def test_a_job_that_hangs_tells_its_seed_and_every_rank_s_stacks(fixtures: Fixtures, tmp_path: Path) -> None:
+    config = runs.adapt_config(fixtures, tmp_path / "run", train__steps=10**6, data__valid=None, seed=77)
     words = ["adapt", "--config", runs.write_config(config)]
     with (
         pytest.raises(AssertionError, match=r"ranks \[0, 1\] have not ended after 0\.5 s"),
@@ -50,8 +50,8 @@ def test_a_job_that_hangs_tells_its_seed_and_every_rank_s_stacks(material: Mater
         assert "Current thread" in stacks and "megatron_capgap/training/loop.py" in stacks, stacks
 
 
-def test_a_rank_that_is_stopped_is_killed(material: Material, tmp_path: Path) -> None:
-    config = runs.adapt_config(material, tmp_path / "run", train__steps=10**6, data__valid=None)
+def test_a_rank_that_is_stopped_is_killed(fixtures: Fixtures, tmp_path: Path) -> None:
+    config = runs.adapt_config(fixtures, tmp_path / "run", train__steps=10**6, data__valid=None)
     with pytest.raises(ZeroDivisionError), job(["adapt", "--config", runs.write_config(config)], 1, tmp_path) as ranks:
         os.kill(ranks.ranks[0].pid, signal.SIGSTOP)
         raise ZeroDivisionError

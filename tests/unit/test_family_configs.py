@@ -8,14 +8,14 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig
 
-from megatron_capgap.checkpoint.manifest import Manifest
-from megatron_capgap.config import derive
-from megatron_capgap.config.errors import UserError
+from megatron_capgap.checkpoint.metadata import CheckpointMetadata
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.config import derived
 from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.conversion.exporting import config_of
+from megatron_capgap.conversion.hf_folder import read_config
 from megatron_capgap.conversion.registry import FAMILIES
-from megatron_capgap.conversion.source import read_config
-from megatron_capgap.conversion.tokenizer import Copied
+from megatron_capgap.conversion.tokenizer_files import Copied
 from megatron_capgap.data.tokenizer_folder import Reading
 
 SIZES = {"hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 6}
@@ -102,16 +102,16 @@ def test_numbers_are_those_of_transformers(tmp_path: Path, family: str, changes:
     if ours.rope_scaling:
         assert ours.rope_scaling.factor == rope["factor"]
     if family != "gpt_neox":
-        assert derive.kv_heads(ours) == theirs.num_key_value_heads
-        assert derive.head_dim(ours) == getattr(theirs, "head_dim", 8)
+        assert derived.kv_heads(ours) == theirs.num_key_value_heads
+        assert derived.head_dim(ours) == getattr(theirs, "head_dim", 8)
         assert ours.norm_epsilon == theirs.rms_norm_eps
     assert ours.rotary_share == rope.get("partial_rotary_factor", 1.0)
     assert ours.tied_embeddings == theirs.tie_word_embeddings
     assert ours.attention_window == (theirs.sliding_window if family == "mistral" else None)
 
 
-def manifest(shape: ModelShape) -> Manifest:
-    return Manifest(
+def meta(shape: ModelShape) -> CheckpointMetadata:
+    return CheckpointMetadata(
         step=1,
         steps=1,
         tokens=64,
@@ -133,12 +133,12 @@ def test_a_student_takes_no_numbers_from_the_model_whose_tokenizer_it_speaks(tmp
     (tmp_path / "config.json").write_text(json.dumps(teacher))
     words = words_with(7, 8)
     student = ModelShape(family=family, layers=1, hidden=32, heads=4, ffn=24, vocab=301)
-    found = config_of(FAMILIES[family], manifest(student), tmp_path, words)
+    found = config_of(FAMILIES[family], meta(student), tmp_path, words)
     assert read_config(Path("config.json"), found)[1].hidden == 32
     assert found.get("head_dim") in (None, 8) and "num_nextn_predict_layers" not in found
     assert [found[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [7, 8, 9]
     same = read_config(Path("config.json"), teacher)[1]
-    kept = config_of(FAMILIES[family], manifest(same), tmp_path, words)
+    kept = config_of(FAMILIES[family], meta(same), tmp_path, words)
     assert kept["attention_dropout"] == 0.1 and kept["head_dim"] == 16 and kept["num_nextn_predict_layers"] == 1
 
 
@@ -151,10 +151,10 @@ def words_with(bos: int | None, eos: int | None) -> Copied:
 def test_a_llama_that_transformers_would_not_load_is_not_exported() -> None:
     shape = ModelShape(layers=2, hidden=50, heads=6, head_dim=8, ffn=72, vocab=301)
     with pytest.raises(UserError, match="transformers loads no llama whose heads do not divide hidden"):
-        config_of(FAMILIES["llama"], manifest(shape), None, words_with(None, None))
+        config_of(FAMILIES["llama"], meta(shape), None, words_with(None, None))
     config_of(
         FAMILIES["mistral"],
-        manifest(ModelShape(**{**vars(shape), "family": "mistral"})),
+        meta(ModelShape(**{**vars(shape), "family": "mistral"})),
         None,
         words_with(None, None),
     )

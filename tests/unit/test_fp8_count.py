@@ -2,8 +2,8 @@
 
 import pytest
 
-from megatron_capgap.config.fp8 import GemmCount, gemm_count
 from megatron_capgap.config.schema import FP8, ModelShape, Precision
+from megatron_capgap.config.validation.fp8 import GemmCount, gemm_count
 
 
 @pytest.mark.parametrize(

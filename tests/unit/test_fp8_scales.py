@@ -12,10 +12,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from megatron_capgap.checkpoint import safe
-from megatron_capgap.checkpoint.scales import _check
-from megatron_capgap.config.errors import UserError
-from megatron_capgap.models.scales import _of_length
+from megatron_capgap.checkpoint import safe_unpickle
+from megatron_capgap.checkpoint.fp8_scales import _check
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.models.fp8_scales import _of_length
 
 MODULE = "transformer_engine.common.recipe"
 
@@ -64,11 +64,11 @@ def pickled(monkeypatch: pytest.MonkeyPatch, recipe: object) -> torch.Tensor:
 
 
 def test_pickled_scales_are_read_without_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = safe.scales_in(pickled(monkeypatch, DelayedScaling()))
+    found = safe_unpickle.load_scales(pickled(monkeypatch, DelayedScaling()))
     assert found.keys() == {"scale_fwd", "amax_history_fwd"}
     assert found["scale_fwd"].tolist() == [0.0, 1.0, 2.0] and found["amax_history_fwd"].shape == (4, 3)
     with pytest.raises(Exception, match=f"{MODULE}.Stranger"):
-        safe.scales_in(pickled(monkeypatch, Stranger()))
+        safe_unpickle.load_scales(pickled(monkeypatch, Stranger()))
 
 
 def test_tensors_that_newer_megatrons_pickled_are_read_by_our_own_loader(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,12 +88,12 @@ def test_tensors_that_newer_megatrons_pickled_are_read_by_our_own_loader(monkeyp
         patch.setitem(sys.modules, name, types.ModuleType(name))
         sys.modules[name].safe_load_from_bytes = safe_load_from_bytes
         held = torch.frombuffer(bytearray(pickle.dumps({"scale_fwd": Stored()})), dtype=torch.uint8)
-    assert safe.scales_in(held)["scale_fwd"].tolist() == [0.0, 1.0, 2.0]
+    assert safe_unpickle.load_scales(held)["scale_fwd"].tolist() == [0.0, 1.0, 2.0]
 
 
 @pytest.mark.parametrize("held", [None, torch.empty(0, dtype=torch.uint8)])
 def test_a_module_that_has_not_run_has_none(held: object) -> None:
-    assert safe.scales_in(held) == {}
+    assert safe_unpickle.load_scales(held) == {}
 
 
 SIZES = {"scale_fwd": (3,), "amax_history_fwd": (4, 3), "scale_bwd": (2,), "amax_history_bwd": (4, 2)}

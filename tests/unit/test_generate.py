@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_capgap.config.errors import UserError
-from megatron_capgap.data.chat import DefaultTemplate
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.data.chat_template import DefaultTemplate
 from megatron_capgap.data.messages import Conversation, Message
 from megatron_capgap.data.prompts import encode_prompt, read_prompts
 from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer

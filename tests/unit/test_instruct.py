@@ -6,9 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_capgap.config.errors import UserError
-from megatron_capgap.data.chat import Segment, Template
-from megatron_capgap.data.instruct import Example, InstructSequence, collate, encode, pack
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.data.chat_template import Segment, Template
+from megatron_capgap.data.conversation_packing import Example, InstructSequence, collate, encode, pack
 from megatron_capgap.data.messages import Conversation, Message
 
 CPU = torch.device("cpu")

@@ -10,10 +10,16 @@ import pytest
 import torch.distributed as dist
 
 from megatron_capgap.__main__ import main
-from megatron_capgap.config.errors import UserError
-from megatron_capgap.runtime import agent
-from megatron_capgap.runtime.devices import choose
-from megatron_capgap.runtime.launch import Environment, held_port, join, leave_word, read_environment
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.devices import choose
+from megatron_capgap.distributed import torchrun
+from megatron_capgap.distributed.launcher import (
+    Environment,
+    init_process_group,
+    read_environment,
+    reserved_port,
+    write_outcome,
+)
 
 TORCHRUN = {
     "RANK": "5",
@@ -61,7 +67,7 @@ def test_rank_and_world_size_are_enough_for_one_rank() -> None:
 def test_a_port_that_is_none(port: int) -> None:
     environment = read_environment({**TORCHRUN, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
     with pytest.raises(UserError, match=f"environment variable MASTER_PORT is {port}; .* 1 to 65535"):
-        join(environment, choose("cpu", 0), timeout_seconds=1)
+        init_process_group(environment, choose("cpu", 0), timeout_seconds=1)
 
 
 def test_alone() -> None:
@@ -94,11 +100,11 @@ def test_the_tasks_of_a_node(given: str, each: int) -> None:
 
 def test_a_word_for_the_script_around_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CAPGAP_OUTCOME", raising=False)
-    leave_word("stopped")
+    write_outcome("stopped")
     monkeypatch.setenv("CAPGAP_OUTCOME", str(tmp_path / "outcome"))
     assert main(["adapt", "--config", str(tmp_path / "none.yaml")]) == 2
     assert (tmp_path / "outcome").read_text() == "refused\n"
-    leave_word("stopped")
+    write_outcome("stopped")
     assert (tmp_path / "outcome").read_text() == "stopped\n"
 
 
@@ -248,26 +254,26 @@ def test_what_an_earlier_torchrun_left_does_not_beat_srun() -> None:
 
 
 def test_a_store_of_an_agent_that_is_gone_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agent, "_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(torchrun, "_PAUSE_SECONDS", 0.01)
     for name in [name for name in os.environ if name.startswith("TORCHELASTIC_")]:
         monkeypatch.delenv(name)
     for name, value in {**AGENT, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
-    with held_port() as port:
+    with reserved_port() as port:
         monkeypatch.setenv("MASTER_PORT", str(port))
         with pytest.raises(UserError) as caught:
-            agent.settle(read_environment())
+            torchrun.drop_stale_agent_variables(read_environment())
         text = str(caught.value)
         assert f"no agent of torchrun's listens at 127.0.0.1 port {port} (Connection refused)" in text
         for name in (*AGENT, "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             assert name in text.partition("unset what an earlier one left: ")[2].split()
         with socket.create_server(("127.0.0.1", port)):
-            agent.settle(read_environment())
+            torchrun.drop_stale_agent_variables(read_environment())
     monkeypatch.setenv("MASTER_PORT", "77777")
     with pytest.raises(UserError, match=r"no agent of torchrun's .* port 77777"):
-        agent.settle(read_environment())
+        torchrun.drop_stale_agent_variables(read_environment())
     assert os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True"
-    agent.settle(read_environment({}))
+    torchrun.drop_stale_agent_variables(read_environment({}))
     assert "TORCHELASTIC_USE_AGENT_STORE" not in os.environ, "torch would join a store that is none of this job's"
 
 
@@ -305,7 +311,7 @@ def test_what_contradicts_is_one_line(variables: dict[str, str], message: str) -
 
 
 def test_a_port_is_held_for_the_store_that_will_listen_on_it() -> None:
-    with held_port() as one, held_port() as other:
+    with reserved_port() as one, reserved_port() as other:
         assert one != other
         with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
             stranger.bind(("127.0.0.1", one))

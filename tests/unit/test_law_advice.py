@@ -5,7 +5,7 @@ import pytest
 
 from megatron_capgap.law.advice import advise
 from megatron_capgap.law.cells import cells
-from megatron_capgap.law.process import Process
+from megatron_capgap.law.gaussian_process import Process
 from tests.support import law as made
 
 CATALOGUE = {f"{size / 1e6:g}m": size for size in (1e6, 2e6, 4e6, 7.5e6, 1.5e7, 3e7, 6e7, 5e8)}

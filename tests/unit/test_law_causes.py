@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_capgap.law import causes, study
+from megatron_capgap.law import analysis, causes
 from megatron_capgap.law.records import Record
 from tests.support import law as made
 from tools import fit_law
@@ -74,7 +74,7 @@ def test_runs_of_other_conditions_are_no_counterparts() -> None:
 def test_teaching_that_gives_nothing_is_advised_against() -> None:
     for share, advised in ((1.0, 0), (0.0, 3)):
         some = both_arms(share=share, noise=0.0003)
-        found = study.study([each for each in some if each.taught], "non-embedding", some)
+        found = analysis.analyse([each for each in some if each.taught], "non-embedding", some)
         assert sum("do not distil it; no teacher gives 0.002 nats" in text for text in found.remarks) == advised
 
 
@@ -86,5 +86,5 @@ def test_the_report_has_them(tmp_path: Path) -> None:
     assert "## What the start costs and what the teaching gives" in report and "![the start and" in report
     assert "only the same starts trained without a teacher" not in report
     assert (tmp_path / "law" / "causes.png").stat().st_size > 10_000
-    alone = study.study([each for each in both_arms() if each.taught], "non-embedding")
+    alone = analysis.analyse([each for each in both_arms() if each.taught], "non-embedding")
     assert alone.causes == [] and any("only the same starts" in text for text in alone.remarks)

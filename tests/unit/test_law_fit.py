@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from megatron_capgap.law import curves, fit, reading
-from megatron_capgap.law.reading import Reading
+from megatron_capgap.law import curves, fit, paper_reading
+from megatron_capgap.law.paper_reading import Reading
 from megatron_capgap.law.records import Record
 from tests.support import law as made
 
@@ -20,7 +20,7 @@ def generator(seed: int = 0) -> np.random.Generator:
 
 
 def studies(draw: Callable[[np.random.Generator], list[Record]]) -> list[Reading]:
-    return [reading.read(draw(generator(1000 + number)), "non-embedding") for number in range(DRAWS)]
+    return [paper_reading.read(draw(generator(1000 + number)), "non-embedding") for number in range(DRAWS)]
 
 
 def share_within(found: Sequence[Reading], name: str, symbol: str, truth: float) -> float:
@@ -31,7 +31,7 @@ def share_within(found: Sequence[Reading], name: str, symbol: str, truth: float)
 
 
 def test_without_noise_the_law_is_found_exactly() -> None:
-    found = reading.read(made.draw(made.exact, generator(), noise=0.0), "non-embedding")
+    found = paper_reading.read(made.draw(made.exact, generator(), noise=0.0), "non-embedding")
     assert [best.status for _, best in found.optima] == ["optimum"] * 4
     assert found.laws["proportional"].values()["k"] == pytest.approx(2.5, rel=1e-9)
     assert found.laws["affine"].values() == pytest.approx({"k": 2.5, "b": 0.0}, abs=1e-3)
@@ -50,10 +50,10 @@ def test_an_intercept_and_a_power_are_found() -> None:
     def bent(student: float, teacher: float) -> float:
         return 3 + 0.05 * np.log(teacher / (2.0 * (student / 1e6) ** 1.4 * 1e6)) ** 2
 
-    found = reading.read(made.draw(line, generator(), noise=0.0), "non-embedding")
+    found = paper_reading.read(made.draw(line, generator(), noise=0.0), "non-embedding")
     assert found.laws["affine"].values() == pytest.approx({"k": 3.0, "b": -1e6}, rel=1e-4)
     assert found.chosen is found.laws["affine"]
-    found = reading.read(made.draw(bent, generator(), noise=0.0), "non-embedding")
+    found = paper_reading.read(made.draw(bent, generator(), noise=0.0), "non-embedding")
     assert found.laws["power"].values()["g"] == pytest.approx(1.4, rel=1e-6)
     assert found.chosen is found.laws["power"]
 
@@ -113,7 +113,7 @@ def test_no_optimum_is_said() -> None:
 
 def test_edges_are_censored_and_left_out() -> None:
     # Optima at 2.5M, 5M, 10M and 20M.
-    found = reading.read(
+    found = paper_reading.read(
         made.draw(made.exact, generator(), 0.0, teachers=[3.6e6, 6.5e6, 1.1e7, 1.8e7]), "non-embedding"
     )
     assert [(best.status, best.censored) for _, best in found.optima] == [
@@ -128,7 +128,7 @@ def test_edges_are_censored_and_left_out() -> None:
     assert "student of 8,000,000: 2 teacher(s); a curve needs at least 3" in text
     assert "the law stands on 2 student(s); with fewer than 3" in text
     # The same students below their optimum: the loss only falls.
-    found = reading.read(made.draw(made.exact, generator(), 0.0, teachers=[1.1e6, 1.5e6, 2e6]), "non-embedding")
+    found = paper_reading.read(made.draw(made.exact, generator(), 0.0, teachers=[1.1e6, 1.5e6, 2e6]), "non-embedding")
     assert (found.optima[0][1].status, found.optima[0][1].censored) == ("no curse seen", "above")
     assert "no curse seen; the largest teacher, of 2,000,000, is the best" in found.remarks[0]
 
@@ -137,14 +137,14 @@ def test_a_censored_student_that_contradicts_the_law_is_named() -> None:
     def loss(student: float, teacher: float) -> float:
         return made.exact(student, teacher, 2.5 if student < 8e6 else 20.0)
 
-    found = reading.read(made.draw(loss, generator(), 0.0), "non-embedding")
+    found = paper_reading.read(made.draw(loss, generator(), 0.0), "non-embedding")
     assert len(found.chosen.students) == 3
     assert found.remarks[-1] == ("student of 8,000,000: the law says 20,000,000, its own runs say 80,000,000 or more")
 
 
 def test_one_seed_and_three_teachers_leave_the_interval_open() -> None:
     some = made.draw(made.exact, generator(), 0.001, students=[2e6], teachers=[2.5e6, 5e6, 1e7], seeds=(1,))
-    found = reading.read(some, "non-embedding")
+    found = paper_reading.read(some, "non-embedding")
     assert found.optima[0][1].interval is None and found.chosen.intervals() is None
     assert any("do not tell how sure its optimum is" in text for text in found.remarks)
     assert found.optima[0][1].chance is None and found.optima[0][1].rise > 0

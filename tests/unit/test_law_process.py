@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_capgap.law import cells, process, verdict
+from megatron_capgap.law import cells, gaussian_process, verdict
 from megatron_capgap.law.cells import Cells
-from megatron_capgap.law.process import Process
+from megatron_capgap.law.gaussian_process import Process
 from megatron_capgap.law.records import LawError, Record
 from tests.support import law as made
 
@@ -53,9 +53,9 @@ def test_likelihood_and_gradient_are_those_of_a_dense_reference() -> None:
     h = np.log([0.2, 1.3, 0.02, 0.01, 0.006, 0.004])
     scales, n = np.exp(h).tolist(), len(found)
     matrix = np.array([[naive_covariance(found, scales, i, j) for j in range(n)] for i in range(n)])
-    matrix += (scales[-1] ** 2 + process.JITTER) * np.eye(n)
+    matrix += (scales[-1] ** 2 + gaussian_process.JITTER) * np.eye(n)
     y = found.loss - found.loss.mean()
-    prior = [(x - np.log(median)) / sd for x, (median, sd) in zip(h, process.PRIOR.values(), strict=True)]
+    prior = [(x - np.log(median)) / sd for x, (median, sd) in zip(h, gaussian_process.PRIOR.values(), strict=True)]
     wanted = 0.5 * y @ np.linalg.inv(matrix) @ y + 0.5 * np.linalg.slogdet(matrix)[1] + 0.5 * np.sum(np.square(prior))
     value, gradient = fitted.objective(h)
     assert value == pytest.approx(wanted, rel=1e-9)
@@ -81,7 +81,7 @@ def test_draws_have_the_mean_and_covariance_of_the_posterior() -> None:
     )
     full = np.array([[naive_covariance(everything, scales, i, j) for j in range(n + m)] for i in range(n + m)])
     full[n:, n:] -= np.eye(m) * (5.0**2 + scales[4] ** 2)  # a curve has no level and no luck
-    data = full[:n, :n] + (scales[-1] ** 2 + process.JITTER) * np.eye(n)
+    data = full[:n, :n] + (scales[-1] ** 2 + gaussian_process.JITTER) * np.eye(n)
     solved = np.linalg.solve(data, full[:n, n:])
     mean = solved.T @ (found.loss - found.loss.mean())
     spread = full[n:, n:] - full[n:, :n] @ solved

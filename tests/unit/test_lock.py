@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from megatron_capgap.config.errors import UserError
-from megatron_capgap.runtime import lock
-from megatron_capgap.runtime.lock import RunLock
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.runtime import run_lock
+from megatron_capgap.runtime.run_lock import RunLock
 
 
 def left_by(run_dir: Path, **changes: Any) -> Path:
     """A lock file of this process, changed into another's."""
-    file = run_dir / lock.NAME
-    file.write_text(json.dumps({**lock._myself(), **changes}))
+    file = run_dir / run_lock.LOCK_FILE
+    file.write_text(json.dumps({**run_lock._this_job(), **changes}))
     return file
 
 
@@ -30,16 +30,16 @@ def ended_process() -> int:
 
 def test_the_second_is_refused_in_one_line_and_the_first_goes_on(tmp_path: Path) -> None:
     first, second = RunLock(tmp_path), RunLock(tmp_path)
-    assert first.take() is None
+    assert first.acquire() is None
     with pytest.raises(UserError) as refusal:
-        second.take()
+        second.acquire()
     assert "\n" not in str(refusal.value)
     assert f"run_dir: {tmp_path} is in use by process {os.getpid()} on" in str(refusal.value)
     second.release()
-    first.claim()
+    first.check_ownership()
     first.release()
     assert list(tmp_path.iterdir()) == []
-    assert second.take() is None
+    assert second.acquire() is None
     second.release()
 
 
@@ -48,9 +48,9 @@ def test_the_place_of_a_dead_job_of_this_machine_is_taken(tmp_path: Path, what: 
     changes = {"pid": ended_process()} if "ended" in what else {"pid": os.getppid(), "started": 1.0}
     left_by(tmp_path, **changes)
     mine = RunLock(tmp_path)
-    said = mine.take()
+    said = mine.acquire()
     assert said is not None and f"was in use by process {changes['pid']} on" in said and "has died" in said
-    mine.claim()
+    mine.check_ownership()
     mine.release()
     assert list(tmp_path.iterdir()) == []
 
@@ -59,12 +59,12 @@ def test_the_place_of_a_dead_job_of_this_machine_is_taken(tmp_path: Path, what: 
 def test_a_job_elsewhere_is_alive_as_long_as_it_touches_its_file(tmp_path: Path, elsewhere: dict[str, str]) -> None:
     file = left_by(tmp_path, pid=ended_process(), job="4711", **elsewhere)
     with pytest.raises(UserError, match=r"is in use by process \d+ on .* of SLURM job 4711 since"):
-        RunLock(tmp_path).take()
+        RunLock(tmp_path).acquire()
     assert [file] == list(tmp_path.iterdir())
-    old = time.time() - lock.STALE_SECONDS - 5
+    old = time.time() - run_lock.STALE_SECONDS - 5
     os.utime(file, (old, old))
     mine = RunLock(tmp_path)
-    assert "which was last seen 18" in str(mine.take())
+    assert "which was last seen 18" in str(mine.acquire())
     mine.release()
 
 
@@ -72,41 +72,41 @@ def test_a_requeued_slurm_job_takes_its_own_place(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     left_by(tmp_path, host="node17")
     with pytest.raises(UserError, match="in use"):
-        RunLock(tmp_path).take()  # another step of this very start
+        RunLock(tmp_path).acquire()  # another step of this very start
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     mine = RunLock(tmp_path)
-    assert "an earlier start of this SLURM job" in str(mine.take())
+    assert "an earlier start of this SLURM job" in str(mine.acquire())
     mine.release()
 
 
 def test_an_unfinished_file_is_a_job_that_begins_until_it_is_old(tmp_path: Path) -> None:
-    file = tmp_path / lock.NAME
+    file = tmp_path / run_lock.LOCK_FILE
     file.touch()
     with pytest.raises(UserError, match="in use by a job that has just begun"):
-        RunLock(tmp_path).take()
+        RunLock(tmp_path).acquire()
     os.utime(file, (1.0, 1.0))
     mine = RunLock(tmp_path)
-    assert mine.take() is not None
+    assert mine.acquire() is not None
     mine.release()
 
 
 def test_who_has_lost_its_place_is_told_and_leaves_it_alone(tmp_path: Path) -> None:
     slept, awake = RunLock(tmp_path), RunLock(tmp_path)
-    slept.take()
+    slept.acquire()
     left_by(tmp_path, host="node17", pid=1)
     with pytest.raises(UserError, match=r"process 1 on node17 since .* has taken this run directory"):
-        slept.claim()
+        slept.check_ownership()
     slept.release()
-    assert (tmp_path / lock.NAME).is_file()
+    assert (tmp_path / run_lock.LOCK_FILE).is_file()
     with pytest.raises(UserError, match="in use"):
-        awake.take()
+        awake.acquire()
 
 
 def test_the_file_is_touched_while_the_job_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.02)
     mine = RunLock(tmp_path)
-    mine.take()
-    file = tmp_path / lock.NAME
+    mine.acquire()
+    file = tmp_path / run_lock.LOCK_FILE
     os.utime(file, (1.0, 1.0))
     deadline = time.monotonic() + 20
     while file.stat().st_mtime == 1.0:
@@ -158,7 +158,7 @@ def test_who_is_late_to_a_dead_job_s_place_leaves_the_new_one_s_alone(
     def meanwhile(found: dict[str, Any]) -> str | None:
         monkeypatch.setattr(late, "_why_stale", why)
         said = why(found)
-        early.take()
+        early.acquire()
         for name, act in (("unlink", unlink), ("rename", rename)):
             monkeypatch.setattr(Path, name, lambda self, *rest, act=act, **more: taken.append(self) or act(self, *rest))
         return said
@@ -166,20 +166,20 @@ def test_who_is_late_to_a_dead_job_s_place_leaves_the_new_one_s_alone(
     taken: list[Path] = []
     monkeypatch.setattr(late, "_why_stale", meanwhile)
     with pytest.raises(UserError, match=r"another job, which began at the same time, has taken .* over from process"):
-        late.take()
+        late.acquire()
     assert taken and file not in taken
-    early.claim()
+    early.check_ownership()
     early.release()
 
 
 def test_a_turn_of_one_that_died_in_it_passes(tmp_path: Path) -> None:
     left_by(tmp_path, pid=ended_process())
-    turn = tmp_path / f".{lock.NAME}.turn"
+    turn = tmp_path / f".{run_lock.LOCK_FILE}.turn"
     turn.touch()
     with pytest.raises(UserError, match="began at the same time"):
-        RunLock(tmp_path).take()
+        RunLock(tmp_path).acquire()
     os.utime(turn, (1.0, 1.0))
     mine = RunLock(tmp_path)
-    assert "has died" in str(mine.take())
+    assert "has died" in str(mine.acquire())
     mine.release()
     assert list(tmp_path.iterdir()) == []

@@ -7,21 +7,21 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from megatron_capgap.runtime import devices
-from megatron_capgap.runtime.logging import Log
+from megatron_capgap import devices
+from megatron_capgap.runtime.logging import RunLogger
 
 
-def shown(speaks: bool = True, terminal: bool = False) -> tuple[Log, io.StringIO]:
+def shown(speaks: bool = True, terminal: bool = False) -> tuple[RunLogger, io.StringIO]:
     """A log without files, and what it shows."""
-    log, screen = Log(None, speaks), io.StringIO()
+    log, screen = RunLogger(None, speaks), io.StringIO()
     log.console = Console(file=screen, quiet=not speaks, force_terminal=terminal, width=120, highlight=False)
     return log, screen
 
 
-def four_steps(log: Log) -> None:
+def four_steps(log: RunLogger) -> None:
     log.bar(0, 4)
     for step in range(1, 5):
-        log.advance(step, 4, f"loss {step}.5 1k tokens/s", every=2)
+        log.progress(step, 4, f"loss {step}.5 1k tokens/s", every=2)
     log.close()
 
 
@@ -47,9 +47,12 @@ def test_other_ranks_are_silent(terminal: bool) -> None:
 
 
 def test_the_table_says_what_is_in_use_and_why_not() -> None:
-    parts = (devices.Part("fused AdamW", True, "torch"), devices.Part("Apex kernels", False, "need an NVIDIA GPU"))
+    parts = (
+        devices.Component("fused AdamW", True, "torch"),
+        devices.Component("Apex kernels", False, "need an NVIDIA GPU"),
+    )
     log, screen = shown()
-    log.parts(SimpleNamespace(name="cpu", backend="gloo", parts=parts))
+    log.device_table(SimpleNamespace(name="cpu", backend="gloo", parts=parts))
     title, header, *rows = (line.split() for line in screen.getvalue().splitlines())
     assert (title, header) == ("device cpu, backend gloo".split(), ["part", "in", "use"])
     assert [" ".join(row) for row in rows] == ["fused AdamW yes torch", "Apex kernels no need an NVIDIA GPU"]

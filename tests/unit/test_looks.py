@@ -13,12 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_capgap.config.errors import UserError
-from megatron_capgap.data import jsonl, vocabulary
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.data import jsonl, vocab_merge
+from megatron_capgap.data.conversation_files import read_conversations
 from megatron_capgap.data.corpus import parse
-from megatron_capgap.data.looks import START_BYTES, kind_of_bytes, kind_of_lines
+from megatron_capgap.data.file_kinds import START_BYTES, kind_of_bytes, kind_of_lines
 from megatron_capgap.data.prompts import read_prompts
-from megatron_capgap.data.turns import read_conversations
 from tests.support import corpus
 from tools import prepare_data
 
@@ -192,4 +192,4 @@ def test_plain_text_may_look_like_a_table(tmp_path: Path) -> None:
     """A vocabulary is counted on text of any shape."""
     file = tmp_path / "plain.txt"
     file.write_text("text,label\n'single', quotes\n<p>\n")
-    assert list(vocabulary._documents(str(file))) == ["text,label", "'single', quotes", "<p>"]
+    assert list(vocab_merge._documents(str(file))) == ["text,label", "'single', quotes", "<p>"]

@@ -7,11 +7,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_capgap.config.schema import DIVERGENCES as NAMES
-from megatron_capgap.config.schema import Objective
+from megatron_capgap.config.schema import ObjectiveConfig
 from megatron_capgap.losses.divergences import DIVERGENCES
 from tests.support.reference_loss import DENSE
 
-OBJECTIVE = Objective(skew_alpha=0.3, jsd_beta=0.2)
+OBJECTIVE = ObjectiveConfig(skew_alpha=0.3, jsd_beta=0.2)
 every_row = pytest.mark.parametrize("name", DIVERGENCES)
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_capgap.config.errors import UserError
+from megatron_capgap.common.errors import UserError
 from megatron_capgap.losses import (
     DistillationObjective,
     Loss,
@@ -21,7 +21,7 @@ from megatron_capgap.losses import (
     language_model_loss,
 )
 from megatron_capgap.losses.divergences import DIVERGENCES
-from megatron_capgap.losses.shard import BLOCK_OF_A_CORE, blocks_in_cache
+from megatron_capgap.losses.vocab_shard import BLOCK_OF_A_CORE, blocks_in_cache
 from tests.support.memory import allocations
 from tests.support.reference_loss import reference_loss
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_capgap.config import schema
-from megatron_capgap.losses.matching import MATCHINGS, match
+from megatron_capgap.losses.hidden_matching import MATCHINGS, match
 from tests.support.memory import allocations
 
 

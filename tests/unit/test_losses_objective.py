@@ -4,13 +4,13 @@ import dataclasses
 
 import pytest
 
-from megatron_capgap.config.errors import UserError
-from megatron_capgap.config.schema import Objective
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.config.schema import ObjectiveConfig
 from megatron_capgap.losses import DistillationObjective
 
 
 def test_it_is_the_section_of_the_configuration() -> None:
-    section = Objective(divergence="jsd", temperature=2.0, jsd_beta=0.1)
+    section = ObjectiveConfig(divergence="jsd", temperature=2.0, jsd_beta=0.1)
     objective = DistillationObjective(**dataclasses.asdict(section))
     assert dataclasses.asdict(objective) == dataclasses.asdict(section)
 

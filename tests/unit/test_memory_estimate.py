@@ -7,17 +7,17 @@ import pytest
 
 from megatron_capgap.config.schema import (
     FP8,
-    Checkpoint,
+    CheckpointConfig,
     Config,
-    Data,
+    DataConfig,
     LayerPair,
     Layout,
     ModelShape,
-    Objective,
+    ObjectiveConfig,
     Precision,
-    Student,
-    Teacher,
-    Train,
+    StudentConfig,
+    TeacherConfig,
+    TrainConfig,
 )
 from megatron_capgap.models.memory import Memory, estimate, estimate_teacher
 from megatron_capgap.models.size import padded_vocab, parameters
@@ -26,10 +26,10 @@ STUDENT = ModelShape(layers=4, hidden=64, heads=8, ffn=160, vocab=1000)
 TEACHER = ModelShape(layers=8, hidden=96, heads=8, ffn=256, vocab=1000)
 CONFIG = Config(
     run_dir="run",
-    student=Student(model=STUDENT),
-    teacher=Teacher(checkpoint="large"),
-    data=Data(tokenizer="tokenizer.model", sequence_length=32),
-    train=Train(steps=1, global_batch=8, micro_batch=2),
+    student=StudentConfig(model=STUDENT),
+    teacher=TeacherConfig(checkpoint="large"),
+    data=DataConfig(tokenizer="tokenizer.model", sequence_length=32),
+    train=TrainConfig(steps=1, global_batch=8, micro_batch=2),
 )
 A_LAYER = 8 * 32 * 96 * 4  # of a global batch on one rank
 A_PROJECTION = 64 * 96
@@ -37,7 +37,7 @@ A_PROJECTION = 64 * 96
 
 def with_pairs(*pairs: tuple[int, int], layout: Layout, student: ModelShape = STUDENT) -> Memory:
     objective = replace(CONFIG.objective, matching=tuple(LayerPair(*pair) for pair in pairs))
-    config = replace(CONFIG, objective=objective, student=Student(model=student, layout=layout))
+    config = replace(CONFIG, objective=objective, student=StudentConfig(model=student, layout=layout))
     world = layout.tensor * layout.pipeline
     return estimate(config, "distill", student, TEACHER, world, on_cpu=True)
 
@@ -82,8 +82,8 @@ def test_logits_are_counted(
     divergence: str, temperature: float, weight: float, tensor: int, tokens: int, matrices: int
 ) -> None:
     """Of the student, of the teacher, and at a temperature the student's once more."""
-    objective = Objective(divergence, temperature, weight)
-    student = Student(model=STUDENT, layout=Layout(tensor=tensor))
+    objective = ObjectiveConfig(divergence, temperature, weight)
+    student = StudentConfig(model=STUDENT, layout=Layout(tensor=tensor))
     data = replace(CONFIG.data, sequence_length=512)
     found = estimate(
         replace(CONFIG, objective=objective, student=student, data=data),
@@ -108,7 +108,7 @@ def test_layers_in_fp8_keep_their_inputs_and_weights_in_bytes(recipe: Any) -> No
         "cast": FP8(recipe, first_last_layers_bf16=1),
         "held": FP8(recipe, first_last_layers_bf16=1, param_gather=True),
     }.items():
-        student = Student(model=shape, precision=Precision(compute="bf16", fp8=fp8))
+        student = StudentConfig(model=shape, precision=Precision(compute="bf16", fp8=fp8))
         found[name] = estimate(replace(CONFIG, student=student), "adapt", shape, None, 1, on_cpu=False)
     saved = tokens * layers * ((64 + 64 + 160) * (2 - 1) - (64 if recipe == "delayed" else 0))
     assert found["bf16"].activations - found["cast"].activations == saved
@@ -123,7 +123,7 @@ def test_weights_in_fp8_are_counted_where_they_are() -> None:
     shape, held = replace(STUDENT, layers=8, ffn=160), FP8("tensorwise", first_last_layers_bf16=2, param_gather=True)
     a_layer, ends, width = (3 * 64 + 64 + 3 * 160) * 64, parameters(shape), 2
     precision, layout = Precision(compute="bf16", fp8=held), Layout(pipeline=4)
-    config = replace(CONFIG, student=Student(model=shape, precision=precision, layout=layout))
+    config = replace(CONFIG, student=StudentConfig(model=shape, precision=precision, layout=layout))
     found = estimate(config, "evaluate", shape, None, 4, on_cpu=False)
     # The fullest stage is one of the ends, with the embedding or the LM head.
     assert found.weights >= width * 2 * a_layer and found.fp8_copies == found.until_cast == 0
@@ -137,7 +137,7 @@ def test_weights_in_fp8_are_loaded_in_bf16() -> None:
     """A model that is only run takes more while it is loaded than ever after."""
     shape, held = replace(STUDENT, layers=4, ffn=160), FP8("tensorwise", param_gather=True)
     weights = 4 * (3 * 64 + 64 + 3 * 160) * 64
-    student = Student(model=shape, precision=Precision(compute="bf16", fp8=held))
+    student = StudentConfig(model=shape, precision=Precision(compute="bf16", fp8=held))
     found = estimate(replace(CONFIG, student=student), "evaluate", shape, None, 1, on_cpu=False)
     assert found.until_cast == weights
     small = replace(found, activations=0, loss=0)
@@ -147,13 +147,13 @@ def test_weights_in_fp8_are_loaded_in_bf16() -> None:
     trained = estimate(replace(CONFIG, student=student), "adapt", shape, None, 1, on_cpu=False)
     assert trained.until_cast == 0
     teacher = replace(CONFIG.teacher, precision=student.precision, layout=Layout(), placement="disjoint", ranks=1)
-    config = replace(CONFIG, student=Student(model=STUDENT), teacher=teacher)
+    config = replace(CONFIG, student=StudentConfig(model=STUDENT), teacher=teacher)
     alone = estimate_teacher(config, STUDENT, shape, 2)
     assert alone.until_cast == weights and alone.total >= alone.teacher_weights + weights
 
 
 def test_saving_beside_the_training_takes_a_copy_in_host_memory() -> None:
-    config = replace(CONFIG, checkpoint=Checkpoint(every=1, async_save=True))
+    config = replace(CONFIG, checkpoint=CheckpointConfig(every=1, async_save=True))
     for on_cpu in (True, False):
         beside, waits = (estimate(one, "distill", STUDENT, TEACHER, 1, on_cpu=on_cpu).total for one in (config, CONFIG))
         assert beside - waits == (12 * parameters(STUDENT) if on_cpu else 0)

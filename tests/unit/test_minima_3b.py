@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from megatron_capgap.config.load import load
+from megatron_capgap.config.loader import load
 from megatron_capgap.stages import check
 from tests.support.processes import ROOT
 from tools import convert_hf, expand_vocab, prepare_data

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_capgap.data.batch import MicroBatch
-from megatron_capgap.data.instruct import Example, collate
+from megatron_capgap.data.conversation_packing import Example, collate
 from tests.support.pool import WorkerPool
 
 CPU = torch.device("cpu")
@@ -22,10 +22,10 @@ def batch(*ids: int) -> MicroBatch:
 
 def drawn(*ids: int, alpha: float = 5.0, seed: int = 3) -> torch.Tensor:
     """Runs in a worker, for Megatron is imported once a device was chosen."""
-    from megatron_capgap.runtime.devices import choose
+    from megatron_capgap.devices import choose
 
     choose("cpu", 0)
-    from megatron_capgap.training.noise import noise
+    from megatron_capgap.training.neftune import noise
 
     return noise(batch(*ids), HIDDEN, alpha, seed)
 

@@ -2,10 +2,10 @@
 
 import torch
 
-from megatron_capgap.distillation.offload import InHostMemory
+from megatron_capgap.distillation.offload import HostOffload
 
 
-class Elsewhere(InHostMemory):
+class Elsewhere(HostOffload):
     """Its device is other memory of the same machine."""
 
     def _on_device(self, host: torch.Tensor) -> torch.Tensor:
@@ -31,6 +31,6 @@ def test_weights_visit_the_device_for_a_turn() -> None:
 def test_on_a_cpu_nothing_moves() -> None:
     model = torch.nn.Linear(3, 2)
     before = places(model)
-    with InHostMemory(model.parameters(), torch.device("cpu")):
+    with HostOffload(model.parameters(), torch.device("cpu")):
         assert places(model) == before
     assert places(model) == before

@@ -8,7 +8,7 @@ from megatron_capgap.models import packing
 SHAPE = ModelShape(layers=1, hidden=12, heads=6, kv_heads=2, head_dim=3, ffn=5, vocab=7)
 
 
-def rows(runs: list[packing.Run]) -> list[tuple[int, int]]:
+def rows(runs: list[packing.PackedRows]) -> list[tuple[int, int]]:
     """(part, row in the part) of each packed row."""
     return [(run.part, run.start + i) for run in runs for i in range(run.count)]
 
@@ -29,7 +29,7 @@ def test_gate_lies_above_up() -> None:
 
 
 @pytest.mark.parametrize("runs", [packing.qkv(SHAPE), packing.qkv_stacked(SHAPE), packing.gate_up(SHAPE)])
-def test_any_block_of_rows_is_cut_out(runs: list[packing.Run]) -> None:
+def test_any_block_of_rows_is_cut_out(runs: list[packing.PackedRows]) -> None:
     total = len(rows(runs))
     for start in range(total):
         for count in range(total - start + 1):

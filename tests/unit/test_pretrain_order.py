@@ -12,10 +12,10 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_capgap.config.errors import UserError
-from megatron_capgap.config.schema import Data
-from megatron_capgap.data.order import Blend, shuffled, training_order, validation_order
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.config.schema import DataConfig
 from megatron_capgap.data.pretrain import build_indices, open_training, open_validation
+from megatron_capgap.data.sampler import Blend, shuffled, training_order, validation_order
 from tests.support import corpus
 from tests.support.pool import WorkerPool
 
@@ -112,21 +112,21 @@ def numbered(start: int, lengths: list[int]) -> list[list[int]]:
 
 
 @pytest.fixture
-def data(tmp_path: Path) -> Data:
+def data(tmp_path: Path) -> DataConfig:
     lengths = np.random.default_rng(0).integers(1, 40, 30).tolist()
     train = [
         corpus.write_dataset(tmp_path / "data" / "a", numbered(0, lengths)),
         corpus.write_dataset(tmp_path / "data" / "b", numbered(5000, lengths[:11])),
     ]
     valid = corpus.write_dataset(tmp_path / "data" / "c", numbered(8000, [7, 1, 30, 5, 12]))
-    return Data(tokenizer="", train=tuple(train), valid=(valid,), sequence_length=SEQUENCE)
+    return DataConfig(tokenizer="", train=tuple(train), valid=(valid,), sequence_length=SEQUENCE)
 
 
 def tokens_of(prefix: str) -> int:
     return Path(f"{prefix}.bin").stat().st_size // 2
 
 
-def test_an_epoch_reads_each_token_once(data: Data, tmp_path: Path) -> None:
+def test_an_epoch_reads_each_token_once(data: DataConfig, tmp_path: Path) -> None:
     build_indices(data, VOCAB, 5, tmp_path / "cache")
     train = open_training(data, 5, tmp_path / "cache")
     samples = [(tokens_of(prefix) - 1) // SEQUENCE for prefix in data.train]
@@ -142,7 +142,7 @@ def test_an_epoch_reads_each_token_once(data: Data, tmp_path: Path) -> None:
     assert sorted(map(tuple, again)) == sorted(map(tuple, epoch)) and not np.array_equal(again, epoch)
 
 
-def test_samples_run_through_whole_documents(data: Data, tmp_path: Path) -> None:
+def test_samples_run_through_whole_documents(data: DataConfig, tmp_path: Path) -> None:
     build_indices(data, VOCAB, 0, tmp_path / "cache")
     valid = open_validation(data, tmp_path / "cache")
     assert len(valid) == (55 - 1) // SEQUENCE
@@ -154,7 +154,7 @@ def test_samples_run_through_whole_documents(data: Data, tmp_path: Path) -> None
         valid.tokens(len(valid))
 
 
-def test_sources_name_the_dataset(data: Data, tmp_path: Path) -> None:
+def test_sources_name_the_dataset(data: DataConfig, tmp_path: Path) -> None:
     build_indices(data, VOCAB, 5, tmp_path)
     train, valid = open_training(data, 5, tmp_path), open_validation(data, tmp_path)
     assert valid.source(2) == f"{data.valid[0]} sample 2 (epoch 1)"
@@ -163,7 +163,7 @@ def test_sources_name_the_dataset(data: Data, tmp_path: Path) -> None:
     assert train.source(len(train)).endswith("(epoch 2)")
 
 
-def test_a_dataset_made_anew_gets_new_indices(data: Data, tmp_path: Path) -> None:
+def test_a_dataset_made_anew_gets_new_indices(data: DataConfig, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     build_indices(data, VOCAB, 5, cache)
     before = {file: file.stat().st_mtime_ns for file in cache.rglob("*")}
@@ -178,14 +178,14 @@ def test_a_dataset_made_anew_gets_new_indices(data: Data, tmp_path: Path) -> Non
     assert len(train) == 80 // SEQUENCE + (tokens_of(data.train[1]) - 1) // SEQUENCE
 
 
-def test_nothing_is_written_beside_the_data(data: Data, tmp_path: Path) -> None:
+def test_nothing_is_written_beside_the_data(data: DataConfig, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     build_indices(data, VOCAB, 5, tmp_path / "cache")
     open_training(data, 5, tmp_path / "cache")
     assert [file for file in sorted(tmp_path.rglob("*")) if "cache" not in file.parts] == before
 
 
-def test_a_bad_dataset_is_refused_also_after_a_good_start(data: Data, tmp_path: Path) -> None:
+def test_a_bad_dataset_is_refused_also_after_a_good_start(data: DataConfig, tmp_path: Path) -> None:
     build_indices(data, VOCAB, 5, tmp_path / "cache")
     with pytest.raises(UserError, match=r"a\.bin: token \d+ \(document \d+\) is 100, not below"):
         build_indices(data, 100, 5, tmp_path / "cache")
@@ -195,13 +195,13 @@ def test_a_bad_dataset_is_refused_also_after_a_good_start(data: Data, tmp_path: 
         build_indices(data, VOCAB, 5, tmp_path / "cache")
 
 
-def test_a_cache_that_cannot_be_written(data: Data, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written(data: DataConfig, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(UserError, match="cache cannot hold the sample indices of"):
         build_indices(data, VOCAB, 5, tmp_path / "cache")
 
 
-def read_on_a_rank(data: Data, cache: Path) -> list[list[int]]:
+def read_on_a_rank(data: DataConfig, cache: Path) -> list[list[int]]:
     if dist.get_rank() == 0:
         build_indices(data, VOCAB, 5, cache)
     dist.barrier()
@@ -209,7 +209,7 @@ def read_on_a_rank(data: Data, cache: Path) -> list[list[int]]:
     return [train.tokens(k).tolist() for k in range(len(train))]
 
 
-def test_every_rank_reads_the_same_samples(pool: WorkerPool, data: Data, tmp_path: Path) -> None:
+def test_every_rank_reads_the_same_samples(pool: WorkerPool, data: DataConfig, tmp_path: Path) -> None:
     first, second = pool.run(read_on_a_rank, data, tmp_path / "cache", world=2)
     alone = tmp_path / "alone"
     build_indices(data, VOCAB, 5, alone)

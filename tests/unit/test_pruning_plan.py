@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_capgap.config import derive
-from megatron_capgap.config.errors import UserError
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.config import derived
 from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.models import packing, size
-from megatron_capgap.pruning import plan as plans
-from megatron_capgap.pruning import scores as files
-from megatron_capgap.pruning.scores import Scores
-from megatron_capgap.pruning.target import Budget
+from megatron_capgap.pruning import importance_scores as files
+from megatron_capgap.pruning import prune_plan as plans
+from megatron_capgap.pruning.importance_scores import Scores
+from megatron_capgap.pruning.student_shape import Budget
 
 TEACHER = ModelShape(layers=5, hidden=6, heads=6, kv_heads=2, head_dim=2, ffn=4, vocab=7)
 CPU = torch.device("cpu")
@@ -84,7 +84,7 @@ def test_parts_are_ranked_over_all_layers() -> None:
     assert found.neurons == ((0, 1), (0, 1, 2, 3), (0, 1), (0, 1, 2, 3), (0, 1))
     assert found.groups == ((0,), (0,), (0,), (0, 1), (1,)) and found.heads[3] == (0, 1, 2, 3, 4, 5)
     assert (found.student.heads, found.student.kv_heads, found.student.ffn) == (6, 2, 4)
-    assert derive.head_dim(found.student) == 2
+    assert derived.head_dim(found.student) == 2
     assert found.kept_parts == {"kv_heads": [1, 1, 1, 2, 1], "heads": [3, 3, 3, 6, 3], "ffn": [2, 4, 2, 4, 2]}
     # Four groups: 3 queries, a key, a value and 3 outputs, 2 wide each; six neurons: gate, up and down. 6 channels.
     assert found.padding == 4 * (3 + 1 + 1 + 3) * 2 * 6 + 6 * 3 * 6

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_capgap.config import checks, derive
-from megatron_capgap.config.errors import ConfigError
-from megatron_capgap.config.load import Loaded, load
+from megatron_capgap.common.errors import ConfigError
+from megatron_capgap.config import derived
+from megatron_capgap.config.loader import LoadedConfig, load
 from megatron_capgap.config.schema import ModelShape
+from megatron_capgap.config.validation import checks
 from megatron_capgap.models import size
-from megatron_capgap.pruning.target import target
+from megatron_capgap.pruning.student_shape import student_target
 
 LLAMA2 = ModelShape(layers=32, hidden=4096, heads=32, ffn=11008, vocab=49216)
 GROUPED = ModelShape(layers=8, hidden=96, heads=12, kv_heads=4, ffn=256, vocab=1000)
@@ -25,7 +26,7 @@ def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A configuration of the stage prune with a section and a layout."""
     monkeypatch.chdir(tmp_path)
 
-    def loaded(prune: dict[str, Any], layout: dict[str, Any] | None = None, **more: Any) -> Loaded:
+    def loaded(prune: dict[str, Any], layout: dict[str, Any] | None = None, **more: Any) -> LoadedConfig:
         config = {"run_dir": "runs/pruned", "teacher": {"checkpoint": "runs/large"}, "prune": prune}
         config |= {"student": {"layout": layout or {}}, "data": {"tokenizer": "t.model", "train": ["a"]}, **more}
         Path("prune.yaml").write_text(yaml.safe_dump(config, sort_keys=False, default_flow_style=None))
@@ -34,12 +35,12 @@ def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return loaded
 
 
-def student_shape(loaded: Loaded, teacher: ModelShape) -> ModelShape:
-    return target(loaded, teacher).shape
+def student_shape(loaded: LoadedConfig, teacher: ModelShape) -> ModelShape:
+    return student_target(loaded, teacher).shape
 
 
 def numbers(shape: ModelShape) -> tuple[int, ...]:
-    return shape.layers, shape.hidden, shape.heads, derive.kv_heads(shape), shape.ffn
+    return shape.layers, shape.hidden, shape.heads, derived.kv_heads(shape), shape.ffn
 
 
 def test_the_shape_of_the_paper(loaded: Any) -> None:
@@ -68,7 +69,7 @@ def test_numbers(
 ) -> None:
     found = student_shape(loaded(prune), teacher)
     assert numbers(found) == expected and found.head_dim == head_dim
-    assert derive.head_dim(found) == derive.head_dim(teacher)
+    assert derived.head_dim(found) == derived.head_dim(teacher)
 
 
 def test_epsilon_grows_as_the_mean_square_of_dead_channels_going(loaded: Any) -> None:
@@ -92,7 +93,7 @@ def layers_of(shape: ModelShape) -> int:
 def test_a_sparsity_makes_what_the_layout_divides(
     loaded: Any, teacher: ModelShape, tensor: int, sparsity: float
 ) -> None:
-    if derive.kv_heads(teacher) % tensor:
+    if derived.kv_heads(teacher) % tensor:
         tensor = 1
     said = loaded({"sparsity": sparsity}, {"tensor": tensor})
     found = student_shape(said, teacher)
@@ -108,10 +109,10 @@ def test_layers_with_numbers_of_their_own_keep_what_the_sparsity_leaves(
     loaded: Any, teacher: ModelShape, tensor: int, sparsity: float
 ) -> None:
     """Of all layers together, for hidden alone is rounded by much."""
-    if derive.kv_heads(teacher) % tensor:
+    if derived.kv_heads(teacher) % tensor:
         tensor = 1
     said = loaded({"sparsity": sparsity, "per_layer": True}, {"tensor": tensor})
-    found = target(said, teacher)
+    found = student_target(said, teacher)
     checks.check(said, "prune", tensor, found.shape, teacher)
     budget = found.budget
     assert budget is not None and budget.unit == 8 and budget.neurons % 8 == 0
@@ -123,7 +124,7 @@ def test_layers_with_numbers_of_their_own_keep_what_the_sparsity_leaves(
 
 
 def test_numbers_are_means_where_layers_differ(loaded: Any) -> None:
-    found = target(loaded({"kv_heads": 3, "ffn": 57, "layers": 6, "per_layer": True}, {"tensor": 2}), GROUPED)
+    found = student_target(loaded({"kv_heads": 3, "ffn": 57, "layers": 6, "per_layer": True}, {"tensor": 2}), GROUPED)
     budget = found.budget
     assert budget is not None
     assert (budget.groups, budget.widths, budget.neurons, budget.unit, budget.most) == (18, (2, 4), 342, 2, 256)
@@ -134,7 +135,7 @@ def test_numbers_are_means_where_layers_differ(loaded: Any) -> None:
 
 def test_a_count_of_parameters_where_layers_differ(loaded: Any) -> None:
     for teacher, wanted in ((LLAMA2, 2_700_000_000), (GROUPED, 300_000), (GPT2, 40_000_000)):
-        found = target(loaded({"parameters": wanted, "per_layer": True}), teacher)
+        found = student_target(loaded({"parameters": wanted, "per_layer": True}), teacher)
         assert found.kept == pytest.approx(wanted, rel=0.003)
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from megatron_capgap.config.errors import UserError
+from megatron_capgap.common.errors import UserError
 from megatron_capgap.generation.sampling import Sampling, choose
 
 CHANCES = torch.tensor([0.1, 0.4, 0.05, 0.25, 0.2], dtype=torch.float64)

@@ -4,20 +4,20 @@ from pathlib import Path
 
 import pytest
 
-from megatron_capgap.checkpoint import manifest as manifests
-from megatron_capgap.checkpoint.manifest import Damaged
+from megatron_capgap.checkpoint import metadata as manifests
+from megatron_capgap.checkpoint.metadata import CheckpointCorrupted
 from tests.support.pool import WorkerPool
 
 
 def told(most: int | None, losses: list[float]) -> list[tuple[bool, bool]]:
     """Runs in a worker: (best so far, over) after each evaluation."""
-    from megatron_capgap.runtime.devices import choose
+    from megatron_capgap.devices import choose
 
     choose("cpu", 0)
-    from megatron_capgap.training.stopping import Patience
+    from megatron_capgap.training.early_stopping import EarlyStopping
 
-    patience = Patience(most)
-    return [(patience.see(step, loss), patience.over) for step, loss in enumerate(losses)]
+    patience = EarlyStopping(most)
+    return [(patience.update(step, loss), patience.exhausted) for step, loss in enumerate(losses)]
 
 
 def test_patience(pool: WorkerPool) -> None:
@@ -37,17 +37,17 @@ def run_dir(tmp_path: Path) -> Path:
 
 def test_a_run_directory_stands_for_its_best_checkpoint(run_dir: Path) -> None:
     assert manifests.locate(str(run_dir)).name == "step_6"
-    manifests.point_best_at(run_dir, 2)
+    manifests.set_best(run_dir, 2)
     assert manifests.locate(str(run_dir)).name == "step_2"
     assert manifests.latest(run_dir).name == "step_6", "what a run goes on from"
-    manifests.point_best_at(run_dir, 5)
+    manifests.set_best(run_dir, 5)
     assert manifests.locate(str(run_dir)).name == "step_2", "a checkpoint that could not be written is not named"
-    manifests.point_best_at(run_dir, None)
+    manifests.set_best(run_dir, None)
     assert manifests.locate(str(run_dir)).name == "step_6"
 
 
 def test_the_best_one_stays_among_the_newest(run_dir: Path) -> None:
-    manifests.point_best_at(run_dir, 2)
+    manifests.set_best(run_dir, 2)
     (run_dir / "staged").mkdir()
     manifests.publish(run_dir / "staged", run_dir, 8, keep=1)
     assert manifests.steps_in(run_dir) == [2, 8]
@@ -65,5 +65,5 @@ def test_the_best_one_stays_among_the_newest(run_dir: Path) -> None:
 )
 def test_a_best_that_is_gone_or_damaged_is_said(run_dir: Path, content: bytes, says: str) -> None:
     (run_dir / "best").write_bytes(content)
-    with pytest.raises(Damaged, match=f"best: {says}"):
+    with pytest.raises(CheckpointCorrupted, match=f"best: {says}"):
         manifests.locate(str(run_dir))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_capgap.config.errors import UserError
-from megatron_capgap.runtime.devices.transformer_engine_cpu import files, install
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.devices.transformer_engine_cpu import files, install
 from tests.support.engine import needs_files
 from tests.support.processes import environment
 

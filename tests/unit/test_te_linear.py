@@ -53,7 +53,7 @@ def recipe_of(module: Module) -> Any:
     return classes[module.recipe](fp8_format=target)
 
 
-def material(module: Module, step: int) -> dict[str, Tensor]:
+def fixtures(module: Module, step: int) -> dict[str, Tensor]:
     """Input `[tokens, in]`, weight `[out, in]`, bias, and the output's gradient `[tokens, out]` of one step."""
     tokens, inner, outer = SHAPES.get(module.recipe or "", (TOKENS, IN, OUT))
     if module.sequence_parallel:
@@ -71,10 +71,10 @@ def run_module(module: Module) -> list[dict[str, Any]]:
     start()
     import transformer_engine.pytorch as te
 
-    from megatron_capgap.runtime.devices.transformer_engine_cpu import counts, reset_counts
+    from megatron_capgap.devices.transformer_engine_cpu import counts, reset_counts
 
     torch.set_num_threads(1)
-    first = material(module, 0)
+    first = fixtures(module, 0)
     options: dict[str, Any] = {"bias": module.bias, "device": "cpu", "params_dtype": first["w"].dtype}
     if module.norm is None:
         layer = te.Linear(first["w"].shape[1], first["w"].shape[0], **options)
@@ -82,7 +82,7 @@ def run_module(module: Module) -> list[dict[str, Any]]:
         layer = te.LayerNormLinear(first["w"].shape[1], first["w"].shape[0], normalization=module.norm, **options)
     found = []
     for step in range(STEPS):
-        given = material(module, step)
+        given = fixtures(module, step)
         with torch.no_grad():
             layer.weight.copy_(given["w"])
             if module.bias:
@@ -169,7 +169,7 @@ def test_the_three_products_of_a_linear(fresh_pool: WorkerPool, module: Module) 
     }
     (steps,) = fresh_pool.run(run_module, module, world=1)
     for step, found in enumerate(steps):
-        given = {name: double(values) for name, values in material(module, step).items()}
+        given = {name: double(values) for name, values in fixtures(module, step).items()}
         x, w = (both(module, given[name], forward, name == "w", twins[name]) for name in ("x", "w"))
         dy = both(module, given["dy"], backward, False, twins["dy"])
         # Transformer Engine rounds the bias of an FP8 product to bfloat16.
@@ -208,7 +208,7 @@ def test_a_norm_before_the_linear(fresh_pool: WorkerPool, norm: str, recipe: str
     for step, found in enumerate(steps):
         if recipe == "delayed" and step < 2:
             continue  # it starts with scale 1, and its scales follow a step later
-        given = {name: values.double() for name, values in material(module, step).items()}
+        given = {name: values.double() for name, values in fixtures(module, step).items()}
         x, gain, weight = (given[name].requires_grad_() for name in ("x", "gain", "w"))
         wide = (x,) if norm == "RMSNorm" else (x - x.mean(-1, keepdim=True),)
         normalised = wide[0] * torch.rsqrt(wide[0].square().mean(-1, keepdim=True) + 1e-5) * gain
@@ -231,7 +231,7 @@ def run_sharded(module: Module) -> dict[str, Any]:
     rank, group = torch.distributed.get_rank(), torch.distributed.group.WORLD
     column = module.sequence_parallel == "column"
     found: dict[str, Any] = {}
-    first = material(module, 0)
+    first = fixtures(module, 0)
     layer = te.Linear(
         first["w"].shape[1],
         first["w"].shape[0],
@@ -244,7 +244,7 @@ def run_sharded(module: Module) -> dict[str, Any]:
         tp_size=2,
     )
     for step in range(2):
-        given = material(module, step)
+        given = fixtures(module, step)
         cut = {name: values.chunk(2, dim)[rank] for name, values, dim in shards(given, column)}
         with torch.no_grad():
             layer.weight.copy_(cut["w"])
@@ -281,7 +281,7 @@ def test_sequence_parallelism_over_two_ranks(fresh_pool: WorkerPool, mode: str, 
         name: reference.Delayed(t, 1, "most_recent") for name, t in (("x", forward), ("w", forward), ("dy", backward))
     }
     for step in range(2):
-        given = {name: double(values) for name, values in material(module, step).items()}
+        given = {name: double(values) for name, values in fixtures(module, step).items()}
         cut = {
             name: np.split(given[name], 2, dim) for name, _, dim in shards({k: torch.empty(0) for k in given}, column)
         }

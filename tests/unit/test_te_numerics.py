@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_capgap.runtime.devices.transformer_engine_cpu import formats, quantize
+from megatron_capgap.devices.transformer_engine_cpu import formats, quantize
 from tests.support import fp8_reference as reference
 from tests.support.engine import needs_files, start
 from tests.support.fp8_inputs import DTYPES, INFINITY, double, expected_buffers, inputs, quantiser

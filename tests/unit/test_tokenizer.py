@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import models
 
-from megatron_capgap.config.errors import UserError
+from megatron_capgap.common.errors import UserError
 from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
 from tests.support import corpus
 

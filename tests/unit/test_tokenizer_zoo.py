@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.models.auto import tokenization_auto
 
-from megatron_capgap.config.errors import UserError
+from megatron_capgap.common.errors import UserError
 from megatron_capgap.conversion.registry import FAMILIES
-from megatron_capgap.conversion.same_ids import AsTrained, settle
-from megatron_capgap.conversion.tokenizer import Copied, Words
+from megatron_capgap.conversion.tokenizer_check import AsTrained, settle
+from megatron_capgap.conversion.tokenizer_files import Copied, Words
 from megatron_capgap.data import tokenizer_folder
 from megatron_capgap.data.tokenizer import open_tokenizer
 from megatron_capgap.data.tokenizer_classes import class_of

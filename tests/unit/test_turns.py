@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from megatron_capgap.config.errors import UserError
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.data.conversation_files import read_conversations, read_turns
 from megatron_capgap.data.messages import Conversation, Message
 from megatron_capgap.data.prompts import read_prompts
-from megatron_capgap.data.turns import read_conversations, read_turns
 
 SAID = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 SHARED = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]

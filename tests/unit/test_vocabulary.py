@@ -8,8 +8,8 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_capgap.data import sentencepiece_file, vocabulary
-from megatron_capgap.data.sentencepiece_file import NORMAL
+from megatron_capgap.data import sentencepiece_proto, vocab_merge
+from megatron_capgap.data.sentencepiece_proto import NORMAL
 from megatron_capgap.data.tokenizer import open_tokenizer
 from tests.support import languages
 from tests.support.languages import Merged
@@ -81,10 +81,10 @@ def test_bpe_merges_neighbours_and_does_nothing_else(merge: Merge, text: str) ->
 def test_unigram_takes_new_pieces_where_the_old_model_would_cut(merge: Merge) -> None:
     """Cut back into old pieces, the new encoding is as good as the old one, but for what its saved tokens are worth."""
     merged = merge("unigram")
-    base = sentencepiece_file.read(merged.first)
+    base = sentencepiece_proto.read(merged.first)
     score = {piece.text: piece.score for piece in base.pieces if piece.kind == NORMAL}
     before = base.processor_of_pieces()
-    after = sentencepiece_file.read(merged.out).processor_of_pieces()
+    after = sentencepiece_proto.read(merged.out).processor_of_pieces()
 
     def worth(ids: list[int]) -> float:
         return sum(score.get(before.id_to_piece(i), 0.0) for i in ids)
@@ -103,11 +103,11 @@ def test_unigram_takes_new_pieces_where_the_old_model_would_cut(merge: Merge) ->
 @pytest.mark.parametrize("kind", KINDS)
 def test_pieces_scores_and_specials_of_the_first_stay(kind: str, merge: Merge) -> None:
     merged = merge(kind)
-    before, after = sentencepiece_file.read(merged.first), sentencepiece_file.read(merged.out)
+    before, after = sentencepiece_proto.read(merged.first), sentencepiece_proto.read(merged.out)
     assert after.pieces[: merged.known] == before.pieces
     assert after.content.startswith(before.content)
     assert len(after.pieces) == merged.after.get_piece_size() == merged.known + len(merged.splits)
-    other = sentencepiece_file.read(merged.second)
+    other = sentencepiece_proto.read(merged.second)
     added = {piece.text for piece in after.pieces[merged.known :]}
     there = {piece.text for piece in before.pieces}
     assert added == {piece.text for piece in other.pieces if piece.kind == NORMAL} - there
@@ -160,7 +160,7 @@ def test_pieces_are_not_normalised(tmp_path: Path) -> None:
     merged = languages.merge(first, second, tmp_path / "both.model")
     commas = [split for split in merged.splits if "\uff0c" in written(merged, split)]
     assert commas and merged.before.piece_to_id(",") not in {part for split in commas for part in split}
-    pieces = sentencepiece_file.read(second).pieces
+    pieces = sentencepiece_proto.read(second).pieces
     assert {written(merged, split) for split in merged.splits} <= {piece.text for piece in pieces}
     assert merged.after.encode("\uff0c  ") == merged.before.encode(",")
 
@@ -191,7 +191,7 @@ def test_new_text_takes_fewer_tokens_and_old_text_no_more(kind: str, merge: Merg
     for name, texts, least in (("zh", languages.chinese(), 0.4), ("en", languages.english(), 0.0)):
         file = tmp_path / f"{name}.txt"
         file.write_text("\n".join(texts[-300:]), encoding="utf-8")
-        found = vocabulary.count(str(file), before, after)
+        found = vocab_merge.count(str(file), before, after)
         assert found.characters == sum(map(len, texts[-300:]))
         assert found.before == sum(len(before.encode(text)) for text in texts[-300:])
         assert found.after <= (1 - least) * found.before

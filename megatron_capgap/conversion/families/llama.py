@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_capgap.config import derive
+from megatron_capgap.config import derived
 from megatron_capgap.config.schema import ModelShape, RopeScaling
 from megatron_capgap.conversion.family import Family, Row, Settings
 
@@ -121,7 +121,7 @@ def sizes_config(shape: ModelShape, max_positions: int) -> dict[str, Any]:
         "num_hidden_layers": shape.layers,
         "hidden_size": shape.hidden,
         "num_attention_heads": shape.heads,
-        "num_key_value_heads": derive.kv_heads(shape),
+        "num_key_value_heads": derived.kv_heads(shape),
         "intermediate_size": shape.ffn,
         "vocab_size": shape.vocab,
         "hidden_act": "silu",
@@ -142,7 +142,7 @@ def _shape(settings: Settings) -> dict[str, Any]:
 def _config(shape: ModelShape, max_positions: int) -> dict[str, Any]:
     return {
         **sizes_config(shape, max_positions),
-        "head_dim": derive.head_dim(shape),
+        "head_dim": derived.head_dim(shape),
         "attention_bias": False,
         "mlp_bias": False,
     }

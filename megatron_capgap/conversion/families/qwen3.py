@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_capgap.config import derive
+from megatron_capgap.config import derived
 from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.conversion.families import llama
 from megatron_capgap.conversion.families.qwen2 import full_attention, full_attention_config
@@ -28,7 +28,7 @@ def _shape(settings: Settings) -> dict[str, Any]:
 def _config(shape: ModelShape, max_positions: int) -> dict[str, Any]:
     return {
         **llama.sizes_config(shape, max_positions),
-        "head_dim": derive.head_dim(shape),
+        "head_dim": derived.head_dim(shape),
         "attention_bias": False,
         **full_attention_config(shape),
     }

@@ -1,0 +1,168 @@
+"""A checkpoint whose vocabulary has grown: block by block, no rank holds a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_capgap.checkpoint import metadata as manifests
+from megatron_capgap.checkpoint import streaming as storage
+from megatron_capgap.checkpoint.metadata import CheckpointMetadata, ModelRef
+from megatron_capgap.checkpoint.streaming import Block, Reader, TensorEntry
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.distributed.launcher import run_on_rank0
+
+STAGE = "expand_vocab"
+_LAYERS = "decoder.layers."
+# What a checkpoint holds besides these is the state of the run that wrote it.
+_MODEL = ("embedding", "decoder", "output_layer")
+_OVER_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """The tokens that come in, and the tokenizer that speaks them."""
+
+    known: int
+    """Ids below this stay; new ones follow."""
+    splits: Sequence[Sequence[int]]
+    """For each new token the old ones whose rows its own is the mean of."""
+    tokenizer: str
+    """Where the tokenizer will be."""
+    fingerprint: str
+    """What it is."""
+
+
+def expand_vocab(checkpoint: Path, run_dir: Path, new: NewTokens) -> CheckpointMetadata:
+    """Writes a checkpoint with rows for new tokens in embedding and LM head. Collective; each rank reads and writes its
+    share of the bytes.
+
+    Every other tensor stays as it is, in its type. Optimizer state stays behind.
+
+    Args:
+        checkpoint: the old one, RUN/checkpoints/step_N.
+        run_dir: an empty folder; the new one becomes its only checkpoint, step 0.
+        new: the tokens.
+
+    Returns:
+        What the new checkpoint says of itself.
+
+    Raises:
+        UserError: the checkpoint does not hold what its words say or cannot be read, or a file cannot be written; on
+            every rank alike.
+    """
+    old = manifests.read(checkpoint)
+    grown = _manifest(checkpoint, old, new)
+    growing = _VocabExpander(checkpoint, old, new, grown.model.vocab)
+    pieces = [
+        piece
+        for entry in growing.entries
+        for layer in range(entry.shape[0] if entry.layered else 1)
+        for piece in storage.blocks(entry, layer)
+    ]
+    mine = storage.blocks_of_rank(pieces, dist.get_rank(), dist.get_world_size())
+    staged = run_dir / "checkpoints" / ".step_0.incomplete"
+    run_on_rank0(lambda: staged.mkdir(parents=True))
+    storage.write(staged, mine, growing)
+
+    def finish() -> None:
+        manifests.write(grown, staged)
+        manifests.publish(staged, run_dir, step=0, keep=1)
+
+    run_on_rank0(finish)
+    return grown
+
+
+def _manifest(checkpoint: Path, old: CheckpointMetadata, new: NewTokens) -> CheckpointMetadata:
+    return CheckpointMetadata(
+        step=0,
+        steps=0,
+        tokens=0,
+        # A model that had been padded has rows for the first new tokens.
+        model=replace(old.model, vocab=max(old.model.vocab, new.known + len(new.splits))),
+        tokenizer=new.tokenizer,
+        tokenizer_fingerprint=new.fingerprint,
+        stage=STAGE,
+        seed=old.seed,
+        ranks=(1, 1, 1, dist.get_world_size()),
+        sequence_length=old.sequence_length,
+        pruned_from=old.pruned_from,
+        padding=old.padding,
+        expanded_from=ModelRef.of(checkpoint, old),
+    )
+
+
+class _VocabExpander:
+    """Makes pieces of the new checkpoint out of rows of the old one.
+
+    Args:
+        checkpoint: the old one.
+        old: what it says of itself.
+        new: the tokens that come in.
+        vocab: rows of the new embedding.
+
+    Raises:
+        UserError: see `grow`.
+    """
+
+    def __init__(self, checkpoint: Path, old: CheckpointMetadata, new: NewTokens, vocab: int) -> None:
+        self._reader, self._new = Reader(checkpoint), new
+        there = self._reader.tensors()
+        self._sources = {
+            key: TensorEntry(key, size, dtype, key.startswith(_LAYERS))
+            for key, (size, dtype) in there.items()
+            if key.partition(".")[0] in _MODEL and not key.endswith("_extra_state")
+        }
+        for key in _OVER_VOCABULARY[: 1 if old.model.tied_embeddings else 2]:
+            if key not in self._sources:
+                raise UserError(f"{checkpoint}: {key} is missing; use a checkpoint of this model")
+            size = self._sources[key].shape
+            # Rows beyond the vocabulary are padding of the layout that wrote them.
+            if len(size) != 2 or size[0] < old.model.vocab or size[1] != old.model.hidden:
+                wanted = [old.model.vocab, old.model.hidden]
+                raise UserError(f"{checkpoint}: {key} is {list(size)}, the model's is {wanted}; use a whole checkpoint")
+        self.entries = [
+            replace(entry, shape=(vocab, *entry.shape[1:])) if key in _OVER_VOCABULARY else entry
+            for key, entry in self._sources.items()
+        ]
+        """Of the new checkpoint."""
+
+    def __call__(self, piece: Block) -> Tensor:
+        """The piece's rows `[count, ...]`, in the old type."""
+        source = self._sources[piece.entry.key]
+        if piece.entry.key not in _OVER_VOCABULARY:
+            return self._reader.read(replace(piece, entry=source))
+        rows = torch.empty((piece.count, *source.inner), dtype=source.dtype)
+        first, end = self._new.known, self._new.known + len(self._new.splits)
+        last = piece.start + piece.count
+        self._copy(source, rows, piece.start, piece.start, min(last, first))
+        self._copy(source, rows, piece.start, max(piece.start, end), last)
+        start, stop = max(piece.start, first), min(last, end)
+        if start < stop:
+            rows[start - piece.start : stop - piece.start] = self._means(source, start - first, stop - first)
+        return rows
+
+    def _copy(self, source: TensorEntry, rows: Tensor, origin: int, start: int, stop: int) -> None:
+        """Old rows `start` to `stop` into `rows`, whose first one is row `origin`."""
+        if start < stop:
+            rows[start - origin : stop - origin] = self._reader.read(Block(source, 0, start, stop - start))
+
+    def _means(self, source: TensorEntry, start: int, stop: int) -> Tensor:
+        """The rows of new tokens `start` to `stop`, counted from the first one: float64 `[stop - start, h]`.
+
+        The old matrix passes by in blocks.
+        """
+        splits = self._new.splits[start:stop]
+        sums = torch.zeros((len(splits), *source.inner), dtype=torch.float64)
+        for block in storage.blocks(source, 0):
+            rows = self._reader.read(block)
+            for total, split in zip(sums, splits, strict=True):
+                inside = [i - block.start for i in split if 0 <= i - block.start < block.count]
+                if inside:
+                    total += rows[inside].double().sum(0)
+        return sums / torch.tensor([[len(split)] for split in splits])

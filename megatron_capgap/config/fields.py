@@ -1,0 +1,116 @@
+"""The schema as a flat table made from the dataclasses: a row for each dotted key, for loader and help."""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from megatron_capgap.config.schema import Config
+
+Node = dict[str, Any]  # a piece of JSON schema
+
+_BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+
+
+@dataclass(frozen=True)
+class Field:
+    """One key of a configuration file."""
+
+    name: str
+    """Dotted, for example student.layout.tensor; the whole file is the empty string."""
+    type: str
+    """What may stand there, in words."""
+    doc: str
+    """The docstring below the field."""
+    required: bool
+    """Whether the section it belongs to is incomplete without it."""
+    default: str | None
+    """The default as YAML would have it; None for required keys and for sections that are never null."""
+    children: tuple[str, ...]
+    """The keys inside, for a section; empty for a value."""
+    choices: tuple[str, ...]
+    """The allowed words, where only a few are."""
+
+
+@cache
+def adapter() -> TypeAdapter[Config]:
+    """The validator of the whole schema; building it takes a tenth of a second, hence once."""
+    return TypeAdapter(Config)
+
+
+@cache
+def table() -> dict[str, Field]:
+    """Every key by its dotted name, in the schema's order, sections before their keys; the root is `""`."""
+    schema = adapter().json_schema()
+    rows: dict[str, Field] = {}
+    _add_rows(rows, "", schema, schema["$defs"], required=True)
+    return rows
+
+
+def join(section: str, key: str) -> str:
+    """The dotted name of `key` in `section`."""
+    return f"{section}.{key}" if section else key
+
+
+DEFAULT = "default"
+"""The source of a key that nobody gave."""
+
+
+def location(source: str, key: str) -> str:
+    """How a message begins: `distill.yaml:7: train.steps`, `--train.steps` alone, or `train.steps (the default)`."""
+    if source == DEFAULT:
+        return f"{key} (the default)"
+    return source if not key or source == f"--{key}" else f"{source}: {key}"
+
+
+def section_name(section: str) -> str:
+    """How a message speaks of a section."""
+    return section or "the top level"
+
+
+def _add_rows(rows: dict[str, Field], name: str, node: Node, definitions: Node, required: bool) -> None:
+    target = _target(node, definitions)
+    properties = target.get("properties", {})
+    rows[name] = Field(
+        name=name,
+        type=_words(node, definitions),
+        doc=node.get("description", target.get("description", "")),
+        required=required,
+        default=json.dumps(node["default"]).strip('"') if "default" in node else None,
+        children=tuple(properties),
+        choices=_choices(target),
+    )
+    for child, inner in properties.items():
+        _add_rows(rows, join(name, child), inner, definitions, child in target.get("required", ()))
+
+
+def _target(node: Node, definitions: Node) -> Node:
+    """The node without its references, without `or null`, and of a list its entries."""
+    if "anyOf" in node:
+        node = next(option for option in node["anyOf"] if option.get("type") != "null")
+    node = node.get("items", node)
+    return definitions[node["$ref"].rpartition("/")[2]] if "$ref" in node else node
+
+
+def _choices(node: Node) -> tuple[str, ...]:
+    return tuple(node.get("enum", [node["const"]] if "const" in node else []))
+
+
+def _words(node: Node, definitions: Node) -> str:
+    """What a JSON-schema node allows, in words."""
+    if "anyOf" in node:
+        return " or ".join(_words(option, definitions) for option in node["anyOf"])
+    if "$ref" in node or "properties" in node:
+        return "a section"
+    if choices := _choices(node):
+        return "one of " + ", ".join(choices) if len(choices) > 1 else choices[0]
+    if "prefixItems" in node:
+        items = [_words(item, definitions) for item in node["prefixItems"]]
+        return f"a list of {len(items)}: {', '.join(items)}"
+    if node["type"] == "array":
+        return f"a list, each entry {_words(node['items'], definitions)}"
+    bounds = " and ".join(f"{sign} {node[bound]:g}" for bound, sign in _BOUNDS.items() if bound in node)
+    word = {"integer": "an integer", "number": "a number", "boolean": "true or false", "string": "a string"}
+    return f"{word.get(node['type'], node['type'])} {bounds}".rstrip()

@@ -1,0 +1,1 @@
+"""What several keys, or keys and the world size, must agree on."""

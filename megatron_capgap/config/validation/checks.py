@@ -1,0 +1,323 @@
+"""What two keys, or a key and the world size, must agree on: a row of `CHECKS` is one function, and all run.
+
+Each problem says where the key was said, the key, its value, what it clashes with and what would do instead.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+
+from megatron_capgap.common.errors import ConfigError, UserError
+from megatron_capgap.config import derived
+from megatron_capgap.config.architectures import ARCHITECTURES
+from megatron_capgap.config.loader import STAGE_REQUIREMENTS, LoadedConfig
+from megatron_capgap.config.schema import Layout, ModelShape, ObjectiveConfig
+from megatron_capgap.config.validation import fp8, teacher
+from megatron_capgap.config.validation.context import ValidationContext, build, divisors, multiples, spans
+
+
+def check(
+    loaded: LoadedConfig,
+    stage: str,
+    world: int,
+    student: ModelShape,
+    teacher: ModelShape | None,
+    capability: tuple[int, int] | None = None,
+) -> None:
+    """Runs every check.
+
+    Args:
+        loaded: from `load`.
+        stage: a name from `schema.STAGES`.
+        world: number of ranks of the run, or the one that `--check-world` supposes.
+        student: student.model, or the shape found in student.checkpoint.
+        teacher: the shape found in teacher.checkpoint; None in a stage without a teacher.
+        capability: compute capability of the GPUs; None where there are none, or nobody knows.
+
+    Raises:
+        ConfigError: with one line for every problem of every check.
+    """
+    ctx = build(loaded, stage, world, student, teacher, capability)
+    if problems := [problem for row in CHECKS for problem in row(ctx)]:
+        raise ConfigError(problems)
+
+
+def check_flags(shape: ModelShape, layout: Layout, world: int) -> None:
+    """What a tool's --tensor and --pipeline must agree with.
+
+    Args:
+        shape: the model's.
+        layout: what the flags say.
+        world: number of ranks.
+
+    Raises:
+        UserError: the model, or the world, cannot be cut so.
+    """
+    ranks = derived.ranks_per_model(layout)
+    if world % ranks:
+        raise UserError(
+            f"--tensor {layout.tensor} times --pipeline {layout.pipeline} does not divide the world of {world} ranks; "
+            f"start with torchrun --nproc-per-node {ranks}"
+        )
+    for name, number in _cut_by_tensor(shape).items():
+        if number % layout.tensor:
+            raise UserError(f"--tensor: {layout.tensor} does not divide {name} {number}")
+    if shape.layers % layout.pipeline:
+        raise UserError(f"--pipeline: {layout.pipeline} does not divide layers {shape.layers}")
+
+
+def world_holds_whole_models(ctx: ValidationContext) -> Iterator[str]:
+    """What tensor, pipeline and context leave of the world is the data-parallel size, a whole number."""
+    disjoint = ctx.world - derived.student_world(ctx.config, ctx.world)
+    for key, layout in ctx.layouts:
+        ranks = derived.ranks_per_model(layout)
+        if disjoint and (key == "teacher.layout" or disjoint >= ctx.world):
+            continue  # `teaching` looks at teacher.ranks
+        if (ctx.world - disjoint) % ranks:
+            product = f"tensor {layout.tensor} * pipeline {layout.pipeline} * context {layout.context} = {ranks}"
+            of_all = f" less teacher.ranks {disjoint}" if disjoint else ""
+            would = multiples(ctx.world - disjoint, ranks)
+            yield ctx.error(
+                key,
+                f"{product} does not divide the world of {ctx.world} ranks{of_all}; {would} ranks would do "
+                "(torchrun --nproc-per-node, or --check-world to plan), or a smaller layout",
+            )
+
+
+def tensor_divides_shape(ctx: ValidationContext) -> Iterator[str]:
+    """Attention is cut by heads and groups of heads, the feed-forward layer by columns."""
+    for model in ctx.models:
+        shape, size = model.shape, model.layout.tensor
+        wrong = [model.number(name) for name in _cut_by_tensor(shape) if (getattr(shape, name) or size) % size]
+        if wrong:
+            # What suits every model that is cut so, lest the next line, or the next start, refuses it for another one.
+            alike = [other.shape for other in ctx.models if other.layout_key == model.layout_key]
+            numbers = [number for other in alike for number in _cut_by_tensor(other).values()]
+            text = f"{size} does not divide {' and '.join(wrong)}; {divisors(*numbers)} would do"
+            yield ctx.error(f"{model.layout_key}.tensor", text)
+
+
+def _cut_by_tensor(shape: ModelShape) -> dict[str, int]:
+    return {"heads": shape.heads, "kv_heads": derived.kv_heads(shape), "ffn": shape.ffn}
+
+
+def key_value_heads_divide_heads(ctx: ValidationContext) -> Iterator[str]:
+    """Every key/value head serves as many query heads."""
+    for model in ctx.models:
+        heads, kv_heads = model.shape.heads, derived.kv_heads(model.shape)
+        if heads % kv_heads:
+            text = f"{kv_heads} does not divide heads {heads}; {divisors(heads)} would do"
+            yield f"{model.error_prefix('kv_heads')}{text}"
+
+
+def family_has_the_numbers(ctx: ValidationContext) -> Iterator[str]:
+    """A family computes what some numbers of the shape speak of, and not others."""
+    for model in ctx.models:
+        shape, traits = model.shape, ARCHITECTURES[model.shape.family]
+        if not traits.grouped_queries and shape.kv_heads not in (None, shape.heads):
+            text = f"{shape.kv_heads} differs from heads {shape.heads}, and {shape.family} groups no queries"
+            yield f"{model.error_prefix('kv_heads')}{text}; {shape.heads} would do"
+        if not traits.free_head_dim and (shape.head_dim or 0) * shape.heads not in (0, shape.hidden):
+            text = (
+                f"{shape.head_dim} times heads {shape.heads} is not hidden {shape.hidden}, as it is in {shape.family}"
+            )
+            yield f"{model.error_prefix('head_dim')}{text}; leave it out"
+        if traits.learned_positions and shape.max_positions is None:
+            text = f"null, but {shape.family} learns an embedding for each position; give the longest sequence"
+            yield f"{model.error_prefix('max_positions')}{text}"
+        unread = ["rope_scaling", "rope_theta"] if traits.learned_positions else []
+        for name in [*unread, *([] if traits.partial_rotary else ["rotary_share"])]:
+            if (value := getattr(shape, name)) != _default(name):
+                yield f"{model.error_prefix(name)}{value}: nothing in {shape.family} reads this; remove the key"
+
+
+def sequences_fit_the_models(ctx: ValidationContext) -> Iterator[str]:
+    """Beyond the last learned position there is none, and a window shorter than the sequence changes attention."""
+    length = ctx.config.data.sequence_length
+    for model in ctx.models:
+        learned = ARCHITECTURES[model.shape.family].learned_positions
+        names = ("max_positions", "attention_window") if learned else ("attention_window",)
+        for name in names:
+            most = getattr(model.shape, name)
+            if most is not None and length > most:
+                text = f"{length} is longer than {model.number(name)}; {most} would do, or another model"
+                yield ctx.error("data.sequence_length", text)
+
+
+def _default(name: str) -> object:
+    return next(field.default for field in fields(ModelShape) if field.name == name)
+
+
+def heads_have_an_even_width(ctx: ValidationContext) -> Iterator[str]:
+    """Rotary positions turn pairs of channels within a head."""
+    for model in ctx.models:
+        hidden, heads, given = model.shape.hidden, model.shape.heads, model.shape.head_dim
+        width = given or hidden // heads
+        if given is None and hidden % heads:
+            text = f"{hidden} is not divisible by heads {heads}"
+            yield f"{model.error_prefix('hidden')}{text}; {multiples(hidden, heads)} would do, or give head_dim"
+        elif ARCHITECTURES[model.shape.family].learned_positions:
+            continue
+        elif (turned := int(width * model.shape.rotary_share)) % 2 or not turned:
+            name, value = ("head_dim", given) if given else ("hidden", hidden)
+            text = f"{value} makes heads {width} wide, and rotary positions turn pairs"
+            yield f"{model.error_prefix(name)}{text}; head_dim {multiples(width, 2)} would do"
+
+
+def layers_fill_the_pipeline(ctx: ValidationContext) -> Iterator[str]:
+    """Every pipeline rank, and every virtual stage on it, holds as many layers."""
+    for model in ctx.models:
+        layers, pipeline, virtual = model.shape.layers, model.layout.pipeline, model.layout.virtual_pipeline
+        if layers % pipeline:
+            text = f"{pipeline} does not divide {model.number('layers')}; {divisors(layers)} would do"
+            yield ctx.error(f"{model.layout_key}.pipeline", text)
+        elif layers % (pipeline * virtual):
+            text = f"{virtual} times pipeline {pipeline} does not divide {model.number('layers')}"
+            key = f"{model.layout_key}.virtual_pipeline"
+            yield ctx.error(key, f"{text}; {divisors(layers // pipeline)} would do")
+
+
+def virtual_stages_have_a_pipeline(ctx: ValidationContext) -> Iterator[str]:
+    """Megatron's interleaved schedule walks over the micro-batches in groups of the pipeline size."""
+    layout, train = ctx.config.student.layout, ctx.config.train
+    key, virtual = "student.layout.virtual_pipeline", layout.virtual_pipeline
+    if virtual > 1 and layout.pipeline == 1:
+        yield ctx.error(key, f"{virtual} needs pipeline > 1; 1 would do, or a larger pipeline")
+    elif virtual > 1 and ctx.dp_size:
+        portion = train.micro_batch * ctx.dp_size * layout.pipeline
+        batch = derived.global_batch(ctx.config, layout, derived.student_world(ctx.config, ctx.world))
+        if batch % portion:
+            product = f"micro_batch {train.micro_batch} * data parallel {ctx.dp_size} * pipeline {layout.pipeline}"
+            text = f"{virtual} needs a train.global_batch, now {batch}, that {product} = {portion} divides"
+            yield ctx.error(key, f"{text}; global_batch {multiples(batch, portion)} would do, or 1 here")
+
+
+def sequence_parallel_has_tensor_ranks(ctx: ValidationContext) -> Iterator[str]:
+    """Sequence parallelism cuts the sequence over the tensor-parallel ranks."""
+    length = ctx.config.data.sequence_length
+    for key, layout in ctx.layouts:
+        if layout.sequence and layout.tensor == 1:
+            yield ctx.error(f"{key}.sequence", "true needs tensor > 1; false would do, or a larger tensor")
+        elif layout.sequence and length % layout.tensor:
+            text = f"{length} is not divisible by {key}.tensor {layout.tensor}, and {key}.sequence is true"
+            yield ctx.error("data.sequence_length", f"{text}; {multiples(length, layout.tensor)} would do")
+
+
+def context_parallel_is_not_there_yet(ctx: ValidationContext) -> Iterator[str]:
+    """Megatron's own attention works on whole sequences."""
+    reason = "needs Transformer Engine's attention, which this release does not wire up yet; set context: 1"
+    for key, layout in ctx.layouts:
+        if layout.context > 1:
+            yield ctx.error(f"{key}.context", f"{layout.context}: context parallelism {reason}")
+
+
+def batch_divides_over_ranks(ctx: ValidationContext) -> Iterator[str]:
+    """Every copy of the student runs as many micro-batches."""
+    train, copies = ctx.config.train, ctx.dp_size
+    if train.global_batch and copies and train.global_batch % (train.micro_batch * copies):
+        portion = train.micro_batch * copies
+        product = f"train.micro_batch {train.micro_batch} * data parallel {copies} = {portion}"
+        text = f"{train.global_batch} is not a multiple of {product}"
+        yield ctx.error("train.global_batch", f"{text}; {multiples(train.global_batch, portion)} would do")
+
+
+def learning_rate_falls(ctx: ValidationContext) -> Iterator[str]:
+    """The schedule goes down from lr to min_lr."""
+    lr, min_lr = ctx.config.optimizer.lr, ctx.config.optimizer.min_lr
+    if min_lr > lr:
+        yield ctx.error("optimizer.min_lr", f"{min_lr} is above optimizer.lr {lr}; at most {lr} would do")
+
+
+def every_training_set_has_a_weight(ctx: ValidationContext) -> Iterator[str]:
+    """Weights belong to data sets by their position."""
+    weights, count = ctx.config.data.train_weights, len(ctx.config.data.train)
+    if weights is not None and len(weights) != count:
+        text = f"{len(weights)} weights for the {count} entries of data.train; {count} weights would do"
+        yield ctx.error("data.train_weights", text)
+
+
+def evaluations_have_data(ctx: ValidationContext) -> Iterator[str]:
+    """An evaluation that was asked for must be possible."""
+    every = ctx.config.train.eval_every
+    if every and not ctx.config.data.valid:
+        yield ctx.error("train.eval_every", f"{every} needs data.valid, which is empty; 0 would do, or give it")
+
+
+def objective_is_used(ctx: ValidationContext) -> Iterator[str]:
+    """With a teacher there is something to minimise; without one nothing reads the objective."""
+    objective = ctx.config.objective
+    if ctx.config.teacher is not None and "objective" not in STAGE_REQUIREMENTS[ctx.stage].unread:
+        if objective.divergence_weight == objective.cross_entropy_weight == 0 and not objective.matching:
+            text = "0, and cross_entropy_weight is 0 too: nothing to minimise; any number > 0 would do"
+            yield ctx.error("objective.divergence_weight", text)
+        return
+    for name, default in vars(ObjectiveConfig()).items():
+        given = getattr(objective, name)
+        # A default is harmless: resolved.yaml of an earlier run holds them all.
+        if f"objective.{name}" in ctx.loaded.sources and given != default:
+            shown = f"{len(given)} pairs" if isinstance(given, tuple) else given
+            why = "has no teacher" if ctx.config.teacher is None else "minimises nothing"
+            text = f"{shown}: {ctx.stage} {why}, so nothing reads this; remove the key"
+            yield ctx.error(f"objective.{name}", text)
+
+
+def matched_layers_exist(ctx: ValidationContext) -> Iterator[str]:
+    """A pair names a layer of each model, and no two pairs say the same."""
+    pairs = ctx.config.objective.matching
+    for index, pair in enumerate(pairs):
+        key = f"objective.matching.{index}"
+        for model in ctx.models:
+            layer, layers = getattr(pair, f"{model.role}_layer"), model.shape.layers
+            if layer > layers:
+                text = f"{layer} is beyond {model.number('layers')}; {spans(range(1, layers + 1))} would do"
+                yield ctx.error(f"{key}.{model.role}_layer", text)
+        if any(replace(other, weight=pair.weight) == pair for other in pairs[:index]):
+            said = f"student layer {pair.student_layer}, teacher layer {pair.teacher_layer}, {pair.kind}"
+            yield ctx.error(key, f"{said} was said before; keep one of them, with the sum of their weights")
+
+
+def conversations_are_read_once_an_epoch(ctx: ValidationContext) -> Iterator[str]:
+    """Shares of files would read some conversations more often than others."""
+    if ctx.stage == "finetune" and ctx.config.data.train_weights is not None:
+        text = "finetune reads every conversation once an epoch, from whichever file; remove the key"
+        yield ctx.error("data.train_weights", text)
+
+
+def patience_has_evaluations(ctx: ValidationContext) -> Iterator[str]:
+    """What does not fall must be looked at now and then."""
+    wanted, train = ctx.config.finetune, ctx.config.train
+    if ctx.stage == "finetune" and wanted and wanted.patience and not train.eval_every:
+        text = f"{wanted.patience} evaluations need train.eval_every, which is 0; give it, or no patience"
+        yield ctx.error("finetune.patience", text)
+
+
+def finetuning_shares_all_ranks(ctx: ValidationContext) -> Iterator[str]:
+    """Early stopping and steps that the conversations decide are not told to ranks of the teacher's own."""
+    teacher = ctx.config.teacher
+    if ctx.stage == "finetune" and teacher is not None and teacher.placement == "disjoint":
+        text = "disjoint: in finetune the teacher has no ranks of its own yet; colocated would do"
+        yield ctx.error("teacher.placement", text)
+
+
+CHECKS: tuple[Callable[[ValidationContext], Iterator[str]], ...] = (
+    world_holds_whole_models,
+    tensor_divides_shape,
+    key_value_heads_divide_heads,
+    family_has_the_numbers,
+    sequences_fit_the_models,
+    heads_have_an_even_width,
+    layers_fill_the_pipeline,
+    virtual_stages_have_a_pipeline,
+    sequence_parallel_has_tensor_ranks,
+    context_parallel_is_not_there_yet,
+    batch_divides_over_ranks,
+    *teacher.CHECKS,
+    learning_rate_falls,
+    every_training_set_has_a_weight,
+    evaluations_have_data,
+    objective_is_used,
+    matched_layers_exist,
+    conversations_are_read_once_an_epoch,
+    patience_has_evaluations,
+    finetuning_shares_all_ranks,
+    *fp8.CHECKS,
+)

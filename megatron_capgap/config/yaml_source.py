@@ -1,0 +1,225 @@
+"""What the user said: YAML and command-line overrides as nested dicts, with the place of every key.
+
+Scalars follow YAML 1.2: `3e-4` is a number, `no` is a word, `010` is ten. Whole floats come out as integers,
+so that `1e6` may stand where an integer is wanted.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from megatron_capgap.config.fields import join, location
+
+_NULL, _BOOL, _INT, _FLOAT, _STRING, _LIST, _MAPPING = (
+    f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")
+)
+_AFTER_THE_FILE = 1 << 30
+_LARGEST_EXACT = 2**53
+
+
+class Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with the scalars of YAML 1.2."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's own attribute)
+
+
+class Dumper(yaml.SafeDumper):
+    """Quotes every string that `Loader`, or a YAML 1.1 reader, would take for something else."""
+
+
+for _tag, _pattern, _first in (
+    (_NULL, r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    (_BOOL, r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    (_INT, r"[-+]?[0-9](_?[0-9]){0,19}", list("-+0123456789")),  # 64 bits; what is longer is a float
+    (_FLOAT, r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
+    ("tag:yaml.org,2002:merge", r"<<", ["<"]),
+):
+    for _class in (Loader, Dumper):
+        _class.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), _first)
+
+
+@dataclass(frozen=True, order=True)
+class SourceLocation:
+    """A place in the file or on the command line; sorts by line, the command line last."""
+
+    line: int
+    text: str
+    """How messages name it: `distill.yaml:7` or `--student.layout.tensor`."""
+
+
+@dataclass
+class ConfigTree:
+    """A configuration as it was said, not yet validated."""
+
+    path: str
+    values: dict[str, Any] = field(default_factory=dict)
+    marks: dict[str, SourceLocation] = field(default_factory=dict)
+    """Where each dotted key, sections included, was said last."""
+    problems: list[tuple[SourceLocation, str]] = field(default_factory=list)
+    """What could not be read, and where."""
+
+    def mark(self, key: str) -> SourceLocation:
+        """Where `key` was said, or the nearest section around it that was; else the file itself."""
+        while key and key not in self.marks:
+            key = key.rpartition(".")[0]
+        return self.marks.get(key, SourceLocation(0, self.path))
+
+    def get(self, key: str) -> Any:
+        """The value of a dotted key; None where it was not said."""
+        value: Any = self.values
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+    def report(self, mark: SourceLocation, key: str, problem: str) -> None:
+        """Adds a problem with a dotted key, or "" for none; what would break the line is escaped."""
+        text = f"{location(mark.text, key)}: {problem}"
+        self.problems.append((mark, "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)))
+
+
+def read_file(path: str) -> ConfigTree:
+    """Reads one YAML file; all that is wrong with it is in the tree's `problems`."""
+    tree, start = ConfigTree(path), SourceLocation(0, path)
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        tree.report(start, "", f"cannot read the configuration: {reason}; give --config a YAML file")
+        return tree
+    reader = _Reader(tree, lambda line: SourceLocation(line, f"{path}:{line}"))
+    node = reader.compose(text)
+    if isinstance(node, yaml.MappingNode):
+        tree.values = reader.mapping(node, "", ())
+    elif not tree.problems:
+        tree.report(start, "", "the file is empty or not a mapping; write keys such as `run_dir: runs/one`")
+    return tree
+
+
+def override(tree: ConfigTree, words: str, number: int) -> None:
+    """Applies one `--section.key=value`; the value is YAML, missing sections are created, a later one wins.
+
+    Args:
+        tree: changed in place.
+        words: the override as it stood on the command line.
+        number: its position among the overrides.
+    """
+    name, equals, text = words.partition("=")
+    key, mark = name.removeprefix("--"), SourceLocation(_AFTER_THE_FILE + number, name)
+    if not equals:
+        tree.report(mark, "", f"no value given; write {name}=VALUE")
+        return
+    reader = _Reader(tree, lambda line: mark)
+    node = reader.compose(text)
+    if node is None and text.strip():
+        return
+    *sections, last = key.split(".")
+    inside, prefix = tree.values, ""
+    for section in sections:
+        prefix = join(prefix, section)
+        if inside.get(section) is None:
+            inside[section] = {}
+            tree.marks[prefix] = mark
+        inside = inside[section]
+        if not isinstance(inside, dict):
+            said = tree.mark(prefix).text
+            tree.report(mark, key, f"{prefix} is {inside!r} ({said}), not a section; remove one of them")
+            return
+    tree.marks = {said: where for said, where in tree.marks.items() if not f"{said}.".startswith(f"{key}.")}
+    tree.marks[key] = mark
+    inside[last] = None if node is None else reader.value(node, key, ())
+
+
+class _Reader:
+    """Turns YAML nodes into plain values and records in a tree where each key stood."""
+
+    def __init__(self, tree: ConfigTree, mark: Callable[[int], SourceLocation]) -> None:
+        self.tree = tree
+        self.mark = mark
+        self.flattened: set[yaml.MappingNode] = set()
+
+    def compose(self, text: str) -> yaml.Node | None:
+        """The root node; None for an empty text, or after reporting why there is none."""
+        try:
+            self.loader = Loader(text)
+            return self.loader.get_single_node()
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else 1
+            problem = f"not YAML: {error.problem}; mend the syntax here or just above"
+        except yaml.reader.ReaderError as error:
+            line = text.count("\n", 0, error.position) + 1
+            problem = f"not YAML: the character {chr(error.character)!a} is not allowed; remove it"
+        self.tree.report(self.mark(line), "", problem)
+        return None
+
+    def mapping(self, node: yaml.MappingNode, section: str, around: tuple[yaml.Node, ...]) -> dict[str, Any]:
+        """A mapping with its keys as plain words; a key said twice is a problem, `<<` merges an anchor."""
+        if node not in self.flattened:
+            self._flatten(node, section)
+        values = {}
+        for name, inner in node.value:
+            if isinstance(name, yaml.ScalarNode):
+                key = join(section, name.value)
+                self.tree.marks[key] = self._mark(name)
+                values[name.value] = self.value(inner, key, (*around, node))
+        return values
+
+    def _flatten(self, node: yaml.MappingNode, section: str) -> None:
+        """Reports wrong keys of a mapping and merges its `<<`; once a node, however often it is aliased."""
+        self.flattened.add(node)
+        first: dict[str, SourceLocation] = {}
+        for name, _ in node.value:
+            mark = self._mark(name)
+            if not isinstance(name, yaml.ScalarNode):
+                self.tree.report(mark, section, "a key must be one word")
+            elif name.value in first:
+                key, before = join(section, name.value), first[name.value].text
+                self.tree.report(mark, key, f"said twice, first at {before}; keep one of them")
+            else:
+                first[name.value] = mark
+        try:
+            self.loader.flatten_mapping(node)
+        except yaml.MarkedYAMLError as error:
+            self.tree.report(self._mark(node), section, f"cannot merge: {error.problem}")
+
+    def value(self, node: yaml.Node, key: str, around: tuple[yaml.Node, ...]) -> Any:
+        """The plain value of any node.
+
+        Args:
+            node: from this reader's `compose`.
+            key: its dotted name.
+            around: the nodes it lies in; an anchor that holds itself is a problem.
+        """
+        if any(node is outer for outer in around):
+            self.tree.report(self._mark(node), key, "the anchor holds itself")
+            return None
+        if isinstance(node, yaml.ScalarNode):
+            return self._scalar(node, key)
+        if node.tag != (_MAPPING if isinstance(node, yaml.MappingNode) else _LIST):
+            self.tree.report(self._mark(node), key, f"the tag {node.tag} is not read; remove it")
+        if isinstance(node, yaml.MappingNode):
+            return self.mapping(node, key, around)
+        return [self.value(item, join(key, str(i)), (*around, node)) for i, item in enumerate(node.value)]
+
+    def _scalar(self, node: yaml.ScalarNode, key: str) -> Any:
+        plain = node.style is None
+        tag = self.loader.resolve(yaml.ScalarNode, node.value, (plain, not plain))
+        if node.tag != tag:
+            self.tree.report(self._mark(node), key, f"the tag {node.tag} is not read; quote it instead")
+            return node.value
+        if tag == _NULL:
+            return None
+        if tag == _BOOL:
+            return node.value.lower() == "true"
+        if tag == _INT:
+            return int(node.value)
+        if tag == _FLOAT:
+            number = float(node.value)
+            return int(number) if number.is_integer() and abs(number) <= _LARGEST_EXACT else number
+        return node.value
+
+    def _mark(self, node: yaml.Node) -> SourceLocation:
+        return self.mark(node.start_mark.line + 1)

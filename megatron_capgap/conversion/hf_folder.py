@@ -1,0 +1,186 @@
+"""A Hugging Face folder as it is found: nothing in it is believed before it was checked, nothing of it is executed."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.config import derived
+from megatron_capgap.config.architectures import ARCHITECTURES as TRAITS
+from megatron_capgap.config.schema import ModelShape
+from megatron_capgap.conversion.family import Family, Settings
+from megatron_capgap.conversion.registry import FAMILIES
+from megatron_capgap.conversion.safetensors import Stored, read_header, refuse_other_types, shown
+from megatron_capgap.models import size
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_LARGEST_JSON = 32 << 20
+_IMPLAUSIBLE = 1000
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class HfFolder:
+    """A model in a Hugging Face folder."""
+
+    folder: Path
+    family: Family
+    shape: ModelShape
+    config: dict[str, Any]
+    """config.json."""
+    tensors: dict[str, Stored]
+    """Every weight by its full name, buffers left out."""
+    skipped: tuple[str, ...]
+    """Buffers that were left out."""
+
+
+def open_hf_folder(folder: Path) -> HfFolder:
+    """Reads config.json, the index and every header.
+
+    Raises:
+        UserError: a file is missing, damaged or leads out of the folder; or the model is one that is not computed here.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; give a folder with config.json and safetensors files")
+    config = read_json(folder / "config.json")
+    family, shape = read_config(folder / "config.json", config)
+    tensors = _full_names(_tensors(folder, _tied(family, shape)), family)
+    buffers = [name for name in tensors if any(re.fullmatch(pattern, name) for pattern in family.buffers)]
+    kept = {name: stored for name, stored in tensors.items() if name not in buffers}
+    refuse_other_types(kept)
+    _check_size(Settings(folder / "config.json", config), shape, kept)
+    return HfFolder(folder, family, shape, config, kept, tuple(buffers))
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a small JSON file.
+
+    Raises:
+        UserError: it is missing or holds no object.
+    """
+    try:
+        if file.stat().st_size > _LARGEST_JSON:
+            raise UserError(f"{file}: larger than {_LARGEST_JSON} bytes; it is no such file")
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file}: is not there; give a folder that save_pretrained has written") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); copy or download it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: holds {type(content).__name__}, not an object; copy or download it again")
+    return content
+
+
+def read_config(file: Path, config: dict[str, Any]) -> tuple[Family, ModelShape]:
+    """Family and shape that a config.json speaks of.
+
+    Args:
+        file: for messages.
+        config: its content.
+
+    Raises:
+        UserError: an architecture or a value that this project does not compute.
+    """
+    settings = Settings(file, config)
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise settings.wrong("model_type", f"{kind!r} is not known; convert one of {', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
+    for name in settings.names("architectures"):
+        if name not in (family.architecture, family.architecture.replace("ForCausalLM", "Model").replace("LMHead", "")):
+            raise settings.wrong("architectures", f"{name!r} is not supported, {family.architecture} is")
+    if config.get("quantization_config") is not None:
+        raise settings.wrong("quantization_config", "quantised weights are not supported; convert the model before it")
+    try:
+        shape = TypeAdapter(ModelShape).validate_python({"family": kind, **family.shape(settings)})
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise settings.wrong(".".join(map(str, first["loc"])), f"{first['input']!r}: {first['msg']}") from None
+    _check_heads(settings, shape)
+    return family, shape
+
+
+def _check_heads(settings: Settings, shape: ModelShape) -> None:
+    if shape.heads % derived.kv_heads(shape):
+        raise settings.wrong("num_key_value_heads", f"{shape.kv_heads} does not divide {shape.heads} heads")
+    if shape.head_dim is None and shape.hidden % shape.heads:
+        raise settings.wrong("hidden_size", f"{shape.hidden} is not a multiple of {shape.heads} heads")
+    width = derived.head_dim(shape)
+    turned = int(width * shape.rotary_share)
+    if not TRAITS[shape.family].learned_positions and (turned == 0 or turned % 2):
+        raise settings.wrong("head_dim", f"rotary positions turn {turned} channels of a head; they turn pairs")
+
+
+def _check_size(settings: Settings, shape: ModelShape, tensors: dict[str, Stored]) -> None:
+    """Before anything is laid out by these numbers: names and shapes are compared later, one by one."""
+    told, held = size.parameters(shape), sum(stored.elements for stored in tensors.values())
+    if told > _IMPLAUSIBLE * max(1, held):
+        raise settings.wrong("num_hidden_layers", f"this model would have {told:,} parameters, the files have {held:,}")
+
+
+def _tied(family: Family, shape: ModelShape) -> frozenset[str]:
+    """Names that an index may hold without a file having them: an LM head that is the embedding."""
+    names = {name for row in family.rows for name in row.hf if not name.startswith(family.prefix)}
+    return frozenset(names) if shape.tied_embeddings else frozenset()
+
+
+def _tensors(folder: Path, tied: frozenset[str]) -> dict[str, Stored]:
+    """Every tensor of the folder's safetensors files, as one index or one file says."""
+    index = folder / _INDEX
+    if index.is_file():
+        found = _indexed(folder, index, tied)
+        if (folder / _SINGLE).is_file() and folder / _SINGLE not in {stored.file for stored in found.values()}:
+            raise UserError(f"{folder}: has {_SINGLE}, and {_INDEX} without it; remove the one that is not the model")
+        return found
+    if (folder / _SINGLE).is_file():
+        return read_header(folder / _SINGLE)
+    pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
+    if pickles:
+        raise UserError(
+            f"{folder / pickles[0]}: a pickle can run any program and is not opened; convert it where you trust it, "
+            "with AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., safe_serialization=True)"
+        )
+    raise UserError(f"{folder}: has neither {_INDEX} nor {_SINGLE}; give a folder that save_pretrained has written")
+
+
+def _indexed(folder: Path, index: Path, tied: frozenset[str]) -> dict[str, Stored]:
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
+        raise UserError(f"{index}: has no weight_map of names; copy or download it again")
+    for name in sorted(set(where.values())):
+        if name != Path(name).name or "\\" in name or name in ("", ".", ".."):
+            raise UserError(f"{index}: names the file {name!r}, which leads out of the folder; do not trust this model")
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: is not there, but {index.name} names it; copy or download it")
+    found: dict[str, Stored] = {}
+    for name in sorted(set(where.values())):
+        for tensor, stored in read_header(folder / name).items():
+            if where.get(tensor) != name:
+                raise UserError(
+                    f"{index}: says {shown(tensor)} is in {where.get(tensor)}, it is in {name}; mend the index"
+                )
+            found[tensor] = stored
+    if missing := sorted(where.keys() - found.keys() - tied):
+        raise UserError(f"{index}: names {listed(missing)}, which no file has; copy or download the files again")
+    return found
+
+
+def _full_names(tensors: dict[str, Stored], family: Family) -> dict[str, Stored]:
+    """Names as the model with an LM head has them: a file of the bare model leaves the prefix out."""
+    if any(name.startswith(family.prefix) for name in tensors):
+        return tensors
+    heads = {name for row in family.rows for name in row.hf if not name.startswith(family.prefix)}
+    return {name if name in heads else family.prefix + name: stored for name, stored in tensors.items()}
+
+
+def listed(names: list[str]) -> str:
+    """The first names of a list, and how many there are."""
+    names = [shown(name) for name in names]
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more

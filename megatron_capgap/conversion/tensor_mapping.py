@@ -1,0 +1,85 @@
+"""Which rows of which tensor become which rows of which: a family's table, unfolded over the layers of one model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from megatron_capgap.checkpoint.streaming import BLOCK_BYTES, Block, TensorEntry
+from megatron_capgap.config.schema import Layout, ModelShape, Precision
+from megatron_capgap.conversion.family import PACKINGS, Family, Row
+from megatron_capgap.devices import Device
+from megatron_capgap.distributed import parallel_context
+from megatron_capgap.models import gpt, packing
+from megatron_capgap.models.packing import PackedRows
+from megatron_capgap.models.sharded_state import shards
+
+
+@dataclass(frozen=True)
+class TensorTarget:
+    """One tensor of one layer of the Megatron model, and what it is made of."""
+
+    row: Row
+    key: str
+    layer: int
+    layered: bool
+    shape: tuple[int, ...]
+    """`[rows, ...]`, without padding of the vocabulary."""
+    runs: Sequence[PackedRows]
+    parts: tuple[str, ...]
+    """Full names of the parts in Hugging Face's model."""
+
+    def part_shapes(self) -> list[tuple[int, ...]]:
+        """Shape of each part as Hugging Face keeps it."""
+        shapes = [(rows, *self.shape[1:]) for rows in packing.part_rows(self.runs)]
+        return [tuple(reversed(shape)) for shape in shapes] if self.row.transposed else shapes
+
+    def entry(self, layers: int, dtype: torch.dtype) -> TensorEntry:
+        """The tensor of all layers in a distributed checkpoint."""
+        shape = (layers, *self.shape) if self.layered else self.shape
+        return TensorEntry(self.key, shape, dtype, self.layered)
+
+    def pieces(self, entry: TensorEntry) -> Iterator[Block]:
+        """The tensor in blocks of rows; in one where it is kept transposed."""
+        rows = self.shape[0]
+        step = rows if self.row.transposed else max(1, BLOCK_BYTES // max(1, entry.bytes_a_row()))
+        for start in range(0, rows, step):
+            yield Block(entry, self.layer, start, min(step, rows - start))
+
+
+def unfold(family: Family, shape: ModelShape, device: Device) -> list[TensorTarget]:
+    """Every tensor of a model, in the order of its layers. Collective.
+
+    What has to be filled is asked of Megatron's model itself, not of the table.
+    """
+    wanted = _tensors_of(shape, device)
+    rows = family.rows_of(shape)
+    told = {row.megatron for row in rows}
+    assert told == wanted.keys(), f"{family.name}: the table and the model differ in {sorted(told ^ wanted.keys())}"
+    layered = [row for row in rows if "{layer}" in row.hf[0]]
+    single = [row for row in rows if row not in layered]
+    first = [row for row in single if row.megatron.startswith("embedding.")]
+    last = [row for row in single if row not in first]
+    found = [_target(row, 0, False, wanted[row.megatron], shape) for row in first]
+    for layer in range(shape.layers):
+        found += [_target(row, layer, True, wanted[row.megatron], shape) for row in layered]
+    return found + [_target(row, 0, False, wanted[row.megatron], shape) for row in last]
+
+
+def _target(row: Row, layer: int, layered: bool, size: tuple[int, ...], shape: ModelShape) -> TensorTarget:
+    runs = PACKINGS[row.packing](shape) if row.packing else packing.whole(size[0])
+    assert sum(run.count for run in runs) == size[0], (row, size)
+    return TensorTarget(
+        row, row.megatron, layer, layered, size, runs, tuple(name.format(layer=layer) for name in row.hf)
+    )
+
+
+def _tensors_of(shape: ModelShape, device: Device) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of one layer, and of those outside the layers, by key; nothing is filled. Collective."""
+    parallel = parallel_context.build(Layout(), seed=0)
+    chunks = gpt.build(replace(shape, layers=1), parallel, Precision(), device, sequence_length=1)
+    found = {shard.key: tuple(shard.global_shape[shard.prepend_axis_num :]) for shard in shards(chunks, parallel)}
+    parallel_context.destroy()
+    return found

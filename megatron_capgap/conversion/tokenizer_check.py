@@ -1,0 +1,227 @@
+"""Whether transformers reads in an exported folder the ids that its model was trained with, and what makes it do so.
+
+Which class AutoTokenizer opens a folder with depends on the model beside the tokenizer, and the class decides how text
+is cut. So the folder is written on trial and read again. Where it is read otherwise than the tokenizer was in training,
+tokenizer.json gets the steps as they were applied then, and tokenizer_config.json the class that takes them as they
+stand.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from megatron_capgap.common.errors import UserError, in_one_line
+from megatron_capgap.conversion.tokenizer_files import FROM_JSON, Words, write
+from megatron_capgap.data import tokenizer_folder
+from megatron_capgap.data.template_files import Jinja
+from megatron_capgap.data.tokenizer_folder import Reading
+
+# Where the steps of tokenizers part: spaces at the ends, elisions, digits, letters in one character or two, ligatures,
+# capitals, marks, ends of lines, scripts, characters outside the basic plane; and a text longer than is cut to.
+_PROBES = (
+    "a",
+    " ",
+    "",
+    "hello world",
+    "The quick brown fox, 1234 times; jumps!",
+    "  two spaces,\ttab\nnew line  ",
+    "\n\n  a \n b\r\n\r\n",
+    "caf\u00e9 cafe\u0301 x\u0327\u0301 \u01c4 \ufb01 \u00bd \u0130stanbul STRASSE stra\u00dfe",
+    "\u4e2d\u6587 \u65e5\u672c\u8a9e \uff21\uff11 \ud55c\uad6d \u0939\u093f\u0928\u094d",
+    "\U0001f600 \U0001f468\u200d\U0001f469 \u2764\ufe0f",
+    "They're DON'T we'LL 12345 3.14 5\u0966\u093e",
+    "x=f(a[0])/2 # 'quoted' \"text\" <tag> \u2581x y\u00a0z \u200b\ufeff",
+    "the cat sat on the mat " * 1000,
+)
+_AROUND = 48  # of the added tokens, those that are probed: as many of the first and of the last
+# What a class did with the vocabulary, which tokenizer.json says now, and what would undo it.
+_DONE = (
+    "tokenizer_class auto_map add_bos_token add_eos_token add_prefix_space added_tokens_decoder legacy from_slow "
+    "backend tokenizer_file vocab_file merges_file fix_mistral_regex"
+).split()
+_SAYING_OTHERWISE = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tekken.json")
+_PROGRAM = "tokenization_as_trained"
+_SOURCE = f'''"""Takes tokenizer.json as it stands, whatever the type of the model beside it."""
+
+from transformers import {FROM_JSON}
+
+
+class AsTrained({FROM_JSON}):
+    """Nothing of its own."""
+'''
+
+
+@dataclass(frozen=True)
+class AsTrained(Words):
+    """The files of another, with a tokenizer.json that holds the steps as they were applied in training."""
+
+    base: Words | None = None
+    program: bool = False
+    """Whether tokenizer_config.json names a program, which keeps AutoTokenizer from looking at the model's type."""
+
+    def write(self, folder: Path) -> None:
+        """Writes over what the other writes."""
+        assert self.base is not None
+        self.base.write(folder)
+        settings = {key: value for key, value in tokenizer_folder.settings_of(folder).items() if key not in _DONE}
+        settings |= {"tokenizer_class": FROM_JSON}
+        settings |= {name: text for name, text in self.special.items() if name in tokenizer_folder.NAMED}
+        if self.program:
+            settings["auto_map"] = {"AutoTokenizer": [None, f"{_PROGRAM}.{AsTrained.__name__}"]}
+            (folder / f"{_PROGRAM}.py").write_text(_SOURCE, encoding="utf-8")
+        for name in _SAYING_OTHERWISE:
+            (folder / name).unlink(missing_ok=True)
+        _write_json(folder / "tokenizer_config.json", settings)
+        _write_json(folder / "tokenizer.json", _recipe(self.reading))
+
+
+def settle(files: Mapping[str, Any], words: Words, template: Jinja | None) -> tuple[Words, str | None]:
+    """The tokenizer as it must be written to be read with the ids that the model was trained with, and what whoever
+    loads the folder must know of it.
+
+    Args:
+        files: config.json and generation_config.json of the export.
+        words: the tokenizer that the model speaks.
+        template: the chat template that is written with it.
+
+    Raises:
+        UserError: nothing does it.
+    """
+    if _apart(files, words, template) is None:
+        return words, None
+    if _apart(files, found := AsTrained(words.reading, words.ends, words), template) is None:
+        return found, None
+    found = AsTrained(words.reading, words.ends, words, program=True)
+    why = _apart(files, found, template)
+    model_type = files["config.json"]["model_type"]
+    if why is not None:
+        raise UserError(
+            f"AutoTokenizer of transformers 5 would not read in this {model_type} the ids that it was trained with "
+            f"({why}): export the checkpoint with a tokenizer that transformers opens as {FROM_JSON}"
+        )
+    return found, (
+        f"AutoTokenizer of transformers 5 opens every {model_type} with the class of that family, which cuts text "
+        f"otherwise than this model was trained with; auto_map in tokenizer_config.json, with {_PROGRAM}.py, has "
+        "tokenizer.json taken as it stands"
+    )
+
+
+def _apart(files: Mapping[str, Any], words: Words, template: Jinja | None) -> str | None:
+    """How a folder is read otherwise than the tokenizer was in training; None where it is not."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        write(folder, words, template)
+        for file, content in files.items():
+            _write_json(folder / file, content)
+        try:
+            ours = tokenizer_folder.read(folder)
+        except UserError as error:
+            return in_one_line(str(error))
+        whole = (ours.before, ours.after)
+        if whole != (words.reading.before, words.reading.after):
+            return f"{whole} stands around a text"
+        vocabulary = ours.tokenizer.get_vocab(with_added_tokens=True)
+        return _unequal(words.reading, vocabulary, (ours.bos, ours.eos), _encoder(ours)) or _theirs(
+            folder, words.reading
+        )
+
+
+def _theirs(folder: Path, meant: Reading) -> str | None:
+    """How AutoTokenizer reads a folder otherwise, where transformers is there to be asked."""
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        return None
+    with _quiet():
+        try:
+            found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            ends = (found.bos_token_id, found.eos_token_id)
+            encode = lambda text, around: found(text, add_special_tokens=around)["input_ids"]  # noqa: E731
+            return _unequal(meant, found.get_vocab(), ends, encode)
+        except Exception as error:  # of any kind, such as a class that wants another model
+            return f"it fails with {in_one_line(str(error))[:120]}"
+
+
+def _unequal(
+    meant: Reading,
+    vocabulary: Mapping[str, int],
+    ends: tuple[int | None, int | None],
+    encode: Callable[[str, bool], list[int]],
+) -> str | None:
+    expected = meant.tokenizer.get_vocab(with_added_tokens=True)
+    if vocabulary != expected:
+        return f"its vocabulary has {len(vocabulary)} tokens, or others, in place of {len(expected)}"
+    for name, found, named, own in zip(("bos", "eos"), ends, meant.named, (meant.bos, meant.eos), strict=True):
+        if found not in (named, own):
+            return f"its {name} is {found} in place of {own}"
+    own_encode = _encoder(meant)
+    for text in (*_PROBES, *_with_added(meant)):
+        for around in (False, True):
+            if encode(text, around) != own_encode(text, around):
+                return f"it cuts {text[:40]!r} otherwise"
+    return None
+
+
+def _encoder(reading: Reading) -> Callable[[str, bool], list[int]]:
+    def encode(text: str, around: bool) -> list[int]:
+        ids = reading.tokenizer.encode(text, add_special_tokens=False).ids
+        return [*reading.before, *ids, *reading.after] if around else ids
+
+    return encode
+
+
+def _with_added(reading: Reading) -> Iterator[str]:
+    """Texts in which added tokens stand."""
+    added = [token.content for _, token in sorted(reading.tokenizer.get_added_tokens_decoder().items())]
+    some = dict.fromkeys([*reading.special.values(), *added[:_AROUND], *added[-_AROUND:]])
+    for token in some:
+        yield f"a{token}b {token} c\n{token}"
+
+
+def _recipe(reading: Reading) -> dict[str, Any]:
+    """tokenizer.json of a tokenizer, with what stands around a text."""
+    recipe = json.loads(reading.tokenizer.to_str())
+    if reading.tokenizer.encode("a", add_special_tokens=True).ids != _encoder(reading)("a", True):
+        tokens = {str(reading.tokenizer.id_to_token(i)): i for i in (*reading.before, *reading.after)}
+        text_of = {number: text for text, number in tokens.items()}
+
+        def part(sequence: str, number: int) -> list[dict[str, Any]]:
+            before, after = (
+                [{"SpecialToken": {"id": text_of[i], "type_id": number}} for i in ids]
+                for ids in (reading.before, reading.after)
+            )
+            return [*before, {"Sequence": {"id": sequence, "type_id": number}}, *after]
+
+        recipe["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": part("A", 0),
+            "pair": [*part("A", 0), *part("B", 1)],
+            "special_tokens": {text: {"id": text, "ids": [i], "tokens": [text]} for text, i in tokens.items()},
+        }
+    return recipe
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what transformers says of a folder that is only tried."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _write_json(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,192 @@
+"""Conversations of jsonl files as samples: encoded once, into arrays that every rank maps into its memory.
+
+A run that is started again reads the tokens that it read before, whatever its template makes of today's date.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from megatron_capgap.common.errors import UserError, in_one_line
+from megatron_capgap.config.schema import DataConfig
+from megatron_capgap.data import conversation_packing
+from megatron_capgap.data.chat_template import Template
+from megatron_capgap.data.conversation_files import read_conversations
+from megatron_capgap.data.conversation_packing import Example, InstructSequence
+from megatron_capgap.data.tokenizer import Tokenizer
+
+_CUT = "cut.json"  # in the folder of a list of files: what did not fit
+_ARRAYS = {"tokens": np.int32, "learned": np.bool_, "ends": np.int64}
+_HELD_OUT_ORDER = 0  # held-out rows come in the same order in every run
+
+
+class _Examples(Sequence[Example]):
+    """Conversations in arrays, one behind the other."""
+
+    def __init__(self, folder: Path) -> None:
+        self._tokens, self._learned, self._ends = (_array(folder / f"{name}.npy") for name in _ARRAYS)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @property
+    def largest(self) -> int:
+        """Of all ids."""
+        return int(self._tokens.max())
+
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start, end = int(self._ends[index - 1]) if index else 0, int(self._ends[index])
+        return Example(np.array(self._tokens[start:end], dtype=np.int64), np.array(self._learned[start + 1 : end]))
+
+
+class Conversations:
+    """The conversations that a configuration names, as one template writes them down.
+
+    Args:
+        data: which files; rows have its sequence_length.
+        tokenizer: opened from data.tokenizer.
+        template: how they are written down.
+        cache_dir: where the arrays are kept.
+    """
+
+    def __init__(self, data: DataConfig, tokenizer: Tokenizer, template: Template, cache_dir: Path) -> None:
+        self._data, self._tokenizer, self._template, self._cache_dir = data, tokenizer, template, cache_dir
+
+    def build(self, vocab: int) -> list[str]:
+        """Reads and encodes what is not in the cache yet. One process does this before any opens them.
+
+        Args:
+            vocab: ids must be smaller.
+
+        Returns:
+            What is to be said of conversations that did not fit, or whose answers begin within a token.
+
+        Raises:
+            UserError: a file is missing or holds something else, no conversation fits into a row, an id has no row in
+                the model, or the cache cannot be written.
+        """
+        missing = {}
+        for files in self._lists():  # all are read before anything is written
+            if self._folder(files).is_dir():
+                # Perhaps written for a model with more rows.
+                self._check_ids(files, _Examples(self._folder(files)).largest, vocab)
+            else:
+                conversations = [conversation for file in files for conversation in read_conversations(file)]
+                missing[files] = conversation_packing.encode(conversations, self._template, self._data.sequence_length)
+        for files, (examples, _) in missing.items():
+            self._check_ids(files, max(int(example.tokens.max()) for example in examples), vocab)
+        for files, (examples, cut) in missing.items():
+            self._write(self._folder(files), examples, cut)
+        return [line for files in self._lists() for line in self._said(files)]
+
+    def open_training(self, seed: int, *, packed: bool) -> InstructSequence:
+        """Endless rows of data.train, in another order in each epoch; see `InstructSequence`.
+
+        Raises:
+            UserError: `build` has not been where this host looks.
+        """
+        return InstructSequence(self._open(self._data.train), self._data.sequence_length, seed, packed=packed)
+
+    def open_validation(self, *, packed: bool) -> InstructSequence:
+        """Every row of data.valid once, in a shuffled order that is always the same, so that the first ones are a fair
+        portion.
+
+        Raises:
+            UserError: as `open_training`.
+        """
+        examples, length = self._open(self._data.valid), self._data.sequence_length
+        return InstructSequence(examples, length, _HELD_OUT_ORDER, packed=packed)
+
+    def _lists(self) -> Iterator[tuple[str, ...]]:
+        return (files for files in dict.fromkeys((self._data.train, self._data.valid)) if files)
+
+    def _folder(self, files: tuple[str, ...]) -> Path:
+        """Where the arrays of some files are kept: a name for all that decides their content."""
+        content = {
+            "files": [_identity(Path(file)) for file in files],
+            "tokenizer": [self._tokenizer.fingerprint, _identity(Path(self._data.tokenizer))],
+            "template": self._template.jinja,
+            "sequence_length": self._data.sequence_length,
+        }
+        digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return self._cache_dir / f"conversations_{digest[:16]}"
+
+    def _write(self, folder: Path, examples: Sequence[Example], cut: conversation_packing.PackingCounts) -> None:
+        """A killed job leaves only the partial folder, and of two jobs with one cache either may finish first."""
+        nothing = np.zeros(1, dtype=np.bool_)
+        arrays = {
+            "tokens": np.concatenate([example.tokens for example in examples]),
+            "learned": np.concatenate([part for example in examples for part in (nothing, example.learned)]),
+            "ends": np.cumsum([len(example.tokens) for example in examples]),
+        }
+        partial = folder.with_name(f"{folder.name}.partial.{os.getpid()}")
+        try:
+            partial.mkdir(parents=True)
+            for name, dtype in _ARRAYS.items():
+                np.save(partial / f"{name}.npy", arrays[name].astype(dtype), allow_pickle=False)
+            (partial / _CUT).write_text(json.dumps({**vars(cut), "kept": len(examples)}))
+            if not folder.is_dir():
+                partial.rename(folder)
+        except OSError as error:
+            raise UserError(
+                f"{self._cache_dir} cannot hold the encoded conversations ({error.strerror}): "
+                "choose a run_dir that is writable and has space"
+            ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _check_ids(self, files: tuple[str, ...], largest: int, vocab: int) -> None:
+        if largest >= vocab:
+            raise UserError(
+                f"{', '.join(files)}: hold the token {self._tokenizer.pieces()[largest]!r} ({largest}), which has no "
+                f"row in the model's vocab of {vocab}; use the model's own tokenizer and template, or other texts"
+            )
+
+    def _said(self, files: tuple[str, ...]) -> Iterator[str]:
+        cut = json.loads((self._folder(files) / _CUT).read_text())
+        if cut["shortened"] or cut["dropped"]:
+            yield (
+                f"{', '.join(files)}: of {cut['kept'] + cut['dropped']} conversations {cut['shortened']} lost their "
+                f"end, {cut['dropped']} were dropped, with no word of the assistant's within data.sequence_length "
+                f"{self._data.sequence_length}"
+            )
+        if cut.get("joined"):  # a cache of an earlier version does not say
+            yield (
+                f"{', '.join(files)}: in {cut['joined']} of {cut['kept']} conversations a token spans the place at "
+                "which an answer begins, so that generation begins with other ids than are learned here; a template "
+                "whose prompt ends with a special token or a line end keeps them apart"
+            )
+
+    def _open(self, files: tuple[str, ...]) -> _Examples:
+        folder = self._folder(files)
+        if not folder.is_dir():
+            raise UserError(
+                f"{folder} with the conversations of {', '.join(files)} is not there: put run_dir and the data on a "
+                "file system that all hosts share, and leave the data alone while a run starts"
+            )
+        return _Examples(folder)
+
+
+def _identity(path: Path) -> list[object]:
+    """What tells a file, or the files of a folder, from others of the name."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    found = [(str(file), file.stat()) for file in files if file.is_file()]
+    return [os.path.abspath(path), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in found)]
+
+
+def _array(file: Path) -> np.ndarray:
+    try:
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{file}: is no array of numbers ({in_one_line(error)}); remove {file.parent}, it is built anew"
+        ) from None

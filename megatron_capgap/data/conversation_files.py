@@ -1,0 +1,227 @@
+"""Conversations from jsonl files, in each of the ways in which they are written down."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_capgap.common.errors import UserError, in_one_line
+from megatron_capgap.data.jsonl import find, rows
+from megatron_capgap.data.messages import THOUGHTS, Conversation, Message
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# ShareGPT's names, and those of the data sets that followed it.
+_SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
+_SPEAKERS |= {"function_call": "assistant", "observation": "tool", "function_response": "tool", "function": "tool"}
+_SPEAKERS |= {"tool_call": "assistant", "tool_response": "tool"}
+_SILENT = ("system", "developer", "tool")
+"""Those who may say an empty text."""
+_TURNS = {"messages": "role", "conversations": "from"}
+"""Where a line has its turns, and what says there who speaks unless a turn itself says so by the other key."""
+_AS_MESSAGES = '{"messages": [{"role": "user", "content": %s}, {"role": "assistant", "content": %s}]}'
+_FORMS = {
+    ("instruction", "output"): "it is an Alpaca row: write it as "
+    + _AS_MESSAGES % ("INSTRUCTION, or with INPUT behind it", "OUTPUT"),
+    ("prompt", "completion"): "it is a prompt with its completion: write it as "
+    + _AS_MESSAGES % ("PROMPT", "COMPLETION"),
+    ("prompt", "response"): "it is a prompt with its response: write it as " + _AS_MESSAGES % ("PROMPT", "RESPONSE"),
+    ("question", "answer"): "it is a question with its answer: write it as " + _AS_MESSAGES % ("QUESTION", "ANSWER"),
+    ("chosen", "rejected"): 'it is a pair of preferences: write the turns of one as {"messages": [...]}',
+    ("text",): "it is plain text, as adapt and distill read it",
+}
+"""Keys of rows in other forms, and what is to be done."""
+
+
+def read_conversations(path: str) -> list[Conversation]:
+    """Every conversation of a jsonl file. A line is `{"messages": [{"role": ..., "content": ...}, ...]}`, ShareGPT's
+    `{"conversations": [{"from": ..., "value": ...}, ...]}`, or, as in the original's files,
+    `[{"User": ..., "Assistant": ...}, ...]`. An assistant's message with `weight` 0 or `train` false is context only.
+
+    Raises:
+        UserError: the file is missing or empty, or a line is no conversation; with its number.
+    """
+    conversations_file(path)
+    found = [_conversation(*row) for row in rows(path)]
+    if not found:
+        raise UserError(f'{path}: holds no conversation; a line is {{"messages": [{{"role": ..., "content": ...}}]}}')
+    return found
+
+
+def conversations_file(path: str) -> Path:
+    """Where the conversations are.
+
+    Raises:
+        UserError: the file is missing.
+    """
+    return find(path, "a jsonl file of conversations")
+
+
+def _conversation(place: str, content: Any) -> Conversation:
+    found = read_turns(place, content)
+    if not found or found.messages[-1].role != "assistant":
+        raise UserError(f"{place}: does not end with an assistant message; add it or remove the line")
+    if not any(message.learned for message in found if message.role == "assistant"):
+        raise UserError(f"{place}: nothing is learned of it, with weight 0 or train false throughout; remove the line")
+    return found
+
+
+def read_turns(place: str, content: Any) -> Conversation:
+    """The messages of a line that was read from JSON; the user and the assistant take turns, whoever is last, and what
+    tools say stands between two words of the assistant's.
+
+    Args:
+        place: what messages call it.
+        content: as in `read_conversations`.
+
+    Raises:
+        UserError: it is no conversation.
+    """
+    messages = tuple(_messages(place, content))
+    tools = _tools(place, content) if isinstance(content, dict) else None
+    first = 1 if messages and messages[0].role in ("system", "developer") else 0
+    due = {"user"}
+    for turn, message in enumerate(messages[first:], start=first + 1):
+        if message.role not in due:
+            raise UserError(
+                f"{place}: message {turn} is the {message.role}'s, the {' or '.join(sorted(due))}'s is due; turns "
+                "alternate, a system message may only come first"
+            )
+        called = message.role == "tool" or bool(message.fields.get("tool_calls"))
+        due = {"user": {"assistant"}, "assistant": {"user"}, "tool": {"assistant", "tool"}}[message.role]
+        if message.role == "assistant" and (called or _answered_by_a_tool(messages, turn)):
+            due = {"tool"}
+    return Conversation(messages, tools)
+
+
+def _answered_by_a_tool(messages: Sequence[Message], turn: int) -> bool:
+    """Whether the message after this one, counted from 1, is a tool's."""
+    return turn < len(messages) and messages[turn].role == "tool"
+
+
+def _tools(place: str, content: dict[str, Any]) -> list[Any] | None:
+    """The tools beside the turns; data sets in ShareGPT's form have them as JSON in a string, empty without any."""
+    if content.get("functions") is not None:
+        raise UserError(f"{place}: functions are OpenAI's old tools, which templates do not read; write tools")
+    found = content.get("tools")
+    if isinstance(found, str):
+        try:
+            found = json.loads(found) if found.strip() else None
+        except (ValueError, RecursionError):
+            pass
+    if found is not None and not (isinstance(found, list) and all(isinstance(tool, dict) for tool in found)):
+        raise UserError(f"{place}: tools is no list of objects, nor JSON of one in a string; mend the line")
+    return found
+
+
+def _messages(place: str, content: Any) -> Iterator[Message]:
+    if isinstance(content, list) and content and isinstance(content[0], dict):
+        key = next((key for key in _TURNS.values() if key in content[0]), None)
+        if key is not None:
+            yield from _each(place, content, key)
+            return
+    if isinstance(content, list):
+        yield from _pairs(place, content)
+        return
+    for key, speaker in _TURNS.items():
+        found = content.get(key) if isinstance(content, dict) else None
+        if isinstance(found, list):
+            said = content.get("system")
+            if isinstance(said, str) and said.strip():
+                yield Message("system", said)
+            yield from _each(place, found, speaker)
+            return
+    raise UserError(
+        f'{place}: neither {{"messages": [...]}}, {{"conversations": [...]}} nor a list of User and Assistant turns; '
+        f"{other_form(content) or 'mend the line'}"
+    )
+
+
+def other_form(content: Any) -> str | None:
+    """What is to be done with a row in another form, where it is a known one."""
+    if not isinstance(content, dict):
+        return None
+    for key, found in content.items():
+        first = found[0] if isinstance(found, list) and found else None
+        if key not in (*_TURNS, *sum(_FORMS, ())) and isinstance(first, dict) and {"role", "from"} & first.keys():
+            return f"its turns are called {in_one_line(json.dumps(key))[:60]}: call them messages"
+    return next((what for keys, what in _FORMS.items() if all(key in content for key in keys)), None)
+
+
+def _each(place: str, turns: list[Any], speaker: str) -> Iterator[Message]:
+    for number, turn in enumerate(turns, start=1):
+        yield _message(place, f"message {number}", turn, speaker)
+
+
+def _pairs(place: str, content: list[Any]) -> Iterator[Message]:
+    for turn, pair in enumerate(content, start=1):
+        for role, name in (("user", "User"), ("assistant", "Assistant")):
+            if not isinstance(pair, dict) or name not in pair:
+                raise UserError(f"{place}: turn {turn} has no {name}; each holds User and Assistant")
+            yield Message(role, _words(place, f"turn {turn}", role, pair[name], {}))
+
+
+def _message(place: str, what: str, message: Any, speaker: str) -> Message:
+    if not isinstance(message, dict):
+        message = {}
+    speaker = next((key for key in _TURNS.values() if key in message), speaker)
+    said = next((key for key in ("content", "value") if key in message), "content")
+    role = _role(place, what, message.get(speaker), speaker)
+    fields = {key: value for key, value in message.items() if key not in (speaker, said) and value is not None}
+    if "function_call" in fields:
+        raise UserError(
+            f"{place}: {what}: function_call is OpenAI's old way to call a tool, which templates do not read; write "
+            "it as tool_calls"
+        )
+    calls = fields.get("tool_calls", [])
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise UserError(f"{place}: {what}: its tool_calls are no list of objects; mend the line")
+    words = _words(place, what, role, message.get(said), fields)
+    return Message(role, words, fields, learned=role != "assistant" or _learned(place, what, fields))
+
+
+def _role(place: str, what: str, role: Any, key: str) -> str:
+    known = {**(_SPEAKERS if key == "from" else {}), **dict(zip(ROLES, ROLES, strict=True))}
+    name = role.casefold() if isinstance(role, str) and key == "from" else role
+    if not isinstance(name, str) or name not in known:
+        shown = "is missing" if role is None else f"{role!r} is unknown"
+        raise UserError(f"{place}: {what}: its {key} {shown}; one of {', '.join(known)} would do")
+    return known[name]
+
+
+def _learned(place: str, what: str, fields: Mapping[str, Any]) -> bool:
+    """Whether an assistant's message is more than context."""
+    for key, known in (("weight", (0, 1)), ("train", (False, True))):
+        if fields.get(key, 1) not in known:
+            raise UserError(f"{place}: {what}: its {key} is {fields[key]!r}; {known[0]} or {known[1]} would do")
+    return bool(fields.get("weight", 1)) and bool(fields.get("train", True))
+
+
+def _words(
+    place: str, what: str, role: str, content: Any, fields: Mapping[str, Any]
+) -> str | tuple[str | dict[str, Any], ...] | None:
+    if isinstance(content, list):
+        content = tuple(_part(place, what, part) for part in content)
+    elif content is not None and not isinstance(content, str):
+        raise UserError(
+            f"{place}: {what}: the {role}'s content is no text but {type(content).__name__}; write it as a string"
+        )
+    may_be_silent = role in _SILENT and content is not None
+    if role == "assistant":
+        may_be_silent = bool(fields.get("tool_calls")) or any(fields.get(key) for key in THOUGHTS)
+    if not may_be_silent and not Message(role, content).text.strip():
+        raise UserError(f"{place}: {what}: the {role} says nothing; remove the line, or give it words")
+    return content
+
+
+def _part(place: str, what: str, part: Any) -> str | dict[str, Any]:
+    """One part of a content in parts, which holds text."""
+    if isinstance(part, str):
+        return part
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
+        raise UserError(
+            f"{place}: {what}: a part of its content is of type {kind!r}; only text can be read, remove the line"
+        )
+    return part

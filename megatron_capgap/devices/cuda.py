@@ -1,0 +1,58 @@
+"""Megatron-Core at home: NCCL, Transformer Engine where importable, Apex's kernels where importable."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+
+from megatron_capgap.common.errors import UserError, not_installed
+from megatron_capgap.config import derived
+from megatron_capgap.config.schema import Precision
+from megatron_capgap.devices.device import Component, Device, library
+
+
+def prepare(local_rank: int, precisions: Sequence[Precision]) -> Device:
+    """Takes this rank's GPU; the table says what Megatron-Core finds of Apex and Transformer Engine.
+
+    Raises:
+        UserError: a model wants Transformer Engine, which is not installed.
+    """
+    torch.cuda.set_device(local_rank)
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    default = "transformer_engine" if installed else "local"
+    engines = {derived.engine(precision, default) for precision in precisions}
+    if "transformer_engine" in engines and not installed:
+        reason = not_installed("transformer_engine", "fp8")
+        raise UserError(f"precision.engine: {reason}, or give engine: local and no fp8")
+    used = "transformer_engine" in engines
+    absent = "not asked for" if installed else "transformer_engine is not installed"
+    return Device(
+        name="cuda",
+        backend="nccl",
+        torch_device=torch.device("cuda", local_rank),
+        default_engine=default,
+        capability=torch.cuda.get_device_capability(local_rank),
+        send_keeps_data=True,
+        components=(
+            Component("Transformer Engine layers", used, "fused norms, linears and attention" if used else absent),
+            Component(
+                "scaled-dot-product attention",
+                "local" in engines,
+                "torch" if "local" in engines else "Transformer Engine's own is used",
+            ),
+            library(
+                "Apex fused weight gradient",
+                "fused_weight_gradient_mlp_cuda",
+                "gradients accumulate in fp32 inside the GEMM",
+            ),
+            library("Apex fused Adam", "apex", "used where Transformer Engine's is absent"),
+        ),
+        peak_memory=torch.cuda.max_memory_allocated,
+        release_memory=torch.cuda.empty_cache,
+        finish=torch.cuda.synchronize,
+        between_steps=lambda: None,
+        between_micro_batches=lambda: None,
+        tune_optimizer=lambda optimizer: None,
+    )

@@ -1,0 +1,93 @@
+"""Hidden-state matching within the models: hooks on the student's layers, of which no schedule needs to know."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.utils import make_viewless_tensor
+from torch import Tensor
+
+from megatron_capgap.config.schema import LayerPair
+from megatron_capgap.data.batch import MicroBatch
+from megatron_capgap.distillation.transfer import TeacherStates
+from megatron_capgap.distributed.parallel_context import ParallelContext
+from megatron_capgap.losses import Loss
+from megatron_capgap.losses.hidden_matching import match
+from megatron_capgap.models.gpt import unwrap
+
+
+class HiddenStateMatching:
+    """The matched pairs of layers of a run, as far as they are on this pipeline stage.
+
+    Args:
+        chunks: the student's on this rank, with their projections.
+        parallel: its layout.
+        pairs: of the whole run.
+    """
+
+    def __init__(
+        self, chunks: Sequence[torch.nn.Module], parallel: ParallelContext, pairs: Sequence[LayerPair]
+    ) -> None:
+        self._parallel = parallel
+        self._sum = torch.zeros((), dtype=torch.float64, device=next(chunks[0].parameters()).device)
+        # Every schedule takes a chunk through the micro-batches in their order: a queue tells which of them it is.
+        self._waiting: dict[LayerPair, deque[tuple[Tensor, Tensor]]] = {}
+        for model in map(unwrap, chunks):
+            for layer in model.decoder.layers:
+                for pair in pairs:
+                    if pair.student_layer == layer.layer_number:
+                        self._waiting[pair] = deque()
+                        projection = model.projections[pair.name].weight if pair.name in model.projections else None
+                        layer.register_forward_hook(partial(self._match, pair, projection))
+
+    def start_batch(self, batches: Sequence[MicroBatch], taught: TeacherStates) -> None:
+        """Takes over what the teacher left of a global batch.
+
+        Args:
+            batches: the student's micro-batches.
+            taught: with the outputs of the teacher's layers that are matched on this stage.
+        """
+        if not self._waiting:
+            return
+        masks = [self._part(batch.loss_mask.t()).reshape(-1) for batch in batches]
+        of_layers = {
+            layer: [taught.pop(layer, batch.sample_ids) for batch in batches]
+            for layer in {pair.teacher_layer for pair in self._waiting}
+        }
+        for pair, waiting in self._waiting.items():
+            assert not waiting, f"{len(waiting)} micro-batches of the last step were not matched"
+            waiting.extend(zip(of_layers[pair.teacher_layer], masks, strict=True))
+
+    def loss(self) -> Loss:
+        """What was added to the loss since the last call: sums over this data-parallel rank's valid tokens.
+
+        Collective over the tensor-parallel ranks under sequence parallelism. The tokens are the last stage's to count.
+        """
+        total, self._sum = self._sum, torch.zeros_like(self._sum)
+        if self._parallel.layout.sequence:
+            dist.all_reduce(total, group=self._parallel.groups.tp)
+        return Loss(total, torch.zeros_like(total), {"matching": total})
+
+    def _part(self, rows: Tensor) -> Tensor:
+        """`[s, ...]` to this rank's `[s/tp, ...]` under sequence parallelism."""
+        layout = self._parallel.layout
+        return rows.chunk(layout.tensor)[self._parallel.tp_rank] if layout.sequence else rows
+
+    def _match(
+        self, pair: LayerPair, projection: Tensor | None, layer: torch.nn.Module, _: Any, output: tuple[Tensor, Any]
+    ) -> tuple[Tensor, Any] | None:
+        """The forward hook: `(hidden states [s, b, h], context)` with the loss attached; nothing while evaluating."""
+        if not layer.training:
+            return None
+        hidden, context = output
+        taught, mask = self._waiting[pair].popleft()
+        flat, loss = match(hidden.flatten(0, 1), taught.flatten(0, 1), mask, pair.kind, pair.weight, projection)
+        self._sum += loss
+        # Megatron frees what a stage has sent on, and cannot free a view.
+        matched = make_viewless_tensor(flat.view_as(hidden), requires_grad=True, keep_graph=True)
+        return matched, context

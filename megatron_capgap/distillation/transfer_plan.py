@@ -1,0 +1,189 @@
+"""Which rank hands which hidden states to which rank: worked out once, from both models' layouts. No torch.
+
+A global batch is samples 0 to n - 1, each of them `length` rows of hidden states. Of a pipeline stage's output every
+rank holds a slab: the samples of its data-parallel rank, and of each all rows or, under sequence parallelism, its
+part of them. What a rank of the student needs and does not hold comes from a rank of the teacher that does.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from megatron_capgap.config import derived
+from megatron_capgap.config.schema import Config, Layout, ModelShape
+from megatron_capgap.data.sampler import dp_shard
+
+
+@dataclass(frozen=True)
+class RankSlice:
+    """What one rank holds, or needs, of a global batch."""
+
+    rank: int
+    samples: tuple[int, ...]
+    """In the order in which the rank works on them."""
+    start: int
+    stop: int
+    """The same rows of every sample."""
+
+
+@dataclass(frozen=True)
+class RowRange:
+    """Rows `start` to `stop` of one sample, from one rank to another."""
+
+    sample: int
+    start: int
+    stop: int
+    source: int
+    target: int
+
+    @property
+    def rows(self) -> int:
+        """How many rows it is."""
+        return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class ModelPlacement:
+    """One model among the ranks."""
+
+    layout: Layout
+    first_rank: int
+    """Its ranks are consecutive; this is the first one's number."""
+    samples: tuple[tuple[int, ...], ...]
+    """Those of each data-parallel rank, in its order."""
+    length: int
+    """Rows of a sample: the tokens of a sequence."""
+
+    def rank_slices(self, stage: int) -> list[RankSlice]:
+        """What the ranks of one pipeline stage hold of its output, in Megatron's order of ranks: tensor fastest, then
+        data, then pipeline."""
+        tensor, part = self.layout.tensor, self.length // self.layout.tensor
+        first = self.first_rank + stage * tensor * len(self.samples)
+        found = []
+        for data_rank, samples in enumerate(self.samples):
+            for tensor_rank in range(tensor):
+                rank = first + data_rank * tensor + tensor_rank
+                rows = (tensor_rank * part, (tensor_rank + 1) * part) if self.layout.sequence else (0, self.length)
+                found.append(RankSlice(rank, samples, *rows))
+        return found
+
+
+def student_samples(global_batch: int, micro_batch: int, copies: int) -> tuple[tuple[int, ...], ...]:
+    """The samples of each data-parallel rank of the student, as the data deals them out."""
+    ranks = (dp_shard(range(global_batch), micro_batch, rank, copies) for rank in range(copies))
+    return tuple(tuple(sample for ids in batches for sample in ids) for batches in ranks)
+
+
+def teacher_samples(of_student: Sequence[Sequence[int]], copies: int) -> tuple[tuple[int, ...], ...]:
+    """The samples of each data-parallel rank of the teacher: neighbours of the student's, so that little has to move.
+
+    Args:
+        of_student: the samples of each of its data-parallel ranks.
+        copies: data-parallel size of the teacher; divides the global batch.
+    """
+    everything = [sample for samples in of_student for sample in samples]
+    share, rest = divmod(len(everything), copies)
+    assert rest == 0, f"{len(everything)} samples over {copies} copies of the teacher"
+    return tuple(tuple(everything[start : start + share]) for start in range(0, len(everything), share))
+
+
+def row_ranges(held: Iterable[RankSlice], needed: Iterable[RankSlice]) -> list[RowRange]:
+    """Covers every needed slab exactly once: by what its rank holds itself, else by the holder that gives least so far.
+
+    Args:
+        held: slabs of the teacher; several ranks may hold the same rows.
+        needed: slabs of the student.
+
+    Returns:
+        Pieces in the same order on every rank; those with `source == target` do not travel.
+    """
+    holders: dict[int, list[RankSlice]] = defaultdict(list)
+    for slab in held:
+        for sample in slab.samples:
+            holders[sample].append(slab)
+    given: dict[int, int] = defaultdict(int)
+    found = []
+    for slab in needed:
+        for sample in slab.samples:
+            start = slab.start
+            while start < slab.stop:
+                able = [holder for holder in holders[sample] if holder.start <= start < holder.stop]
+                best = min(able, key=lambda holder: (holder.rank != slab.rank, given[holder.rank], holder.rank))
+                stop = min(best.stop, slab.stop)
+                found.append(RowRange(sample, start, stop, best.rank, slab.rank))
+                if best.rank != slab.rank:
+                    given[best.rank] += stop - start
+                start = stop
+    return found
+
+
+FINAL_HIDDEN = 0
+"""The stream of the states behind the final norm; other streams have the number of the teacher's layer, from 1."""
+
+
+@dataclass(frozen=True)
+class TensorStream:
+    """What one output of the teacher's has to do with one rank."""
+
+    key: int
+    """`FINAL` or the number of a teacher's layer."""
+    held: RankSlice | None
+    """What the teacher leaves on this rank."""
+    needed: RankSlice | None
+    """What the student needs on this rank."""
+    row_ranges: tuple[RowRange, ...]
+    """Those that this rank gives or takes, in the same order as on the other side."""
+
+
+@dataclass(frozen=True)
+class StageRoute:
+    """From the teacher's stage that makes an output to the student's stages that need it."""
+
+    key: int
+    """`FINAL` or the number of a teacher's layer."""
+    teacher_stage: int
+    student_stages: tuple[int, ...]
+
+
+def streams(
+    teacher: ModelPlacement, student: ModelPlacement, routes: Iterable[StageRoute], rank: int
+) -> list[TensorStream]:
+    """The part of one rank in the hand-off of every output; the same order of streams on all ranks."""
+    found = []
+    for route in routes:
+        held = teacher.rank_slices(route.teacher_stage)
+        needed = [slab for stage in route.student_stages for slab in student.rank_slices(stage)]
+        mine = tuple(piece for piece in row_ranges(held, needed) if rank in (piece.source, piece.target))
+        of_rank = (next((slab for slab in slabs if slab.rank == rank), None) for slabs in (held, needed))
+        found.append(TensorStream(route.key, *of_rank, mine))
+    return found
+
+
+def model_placements(config: Config, world: int) -> tuple[ModelPlacement, ModelPlacement]:
+    """The teacher's and the student's place in a run.
+
+    Args:
+        config: checked.
+        world: number of ranks, the teacher's own included.
+    """
+    cut, ranks = derived.teacher_layout(config), derived.teacher_ranks(config, world)
+    student, length = config.student.layout, config.data.sequence_length
+    students = derived.student_world(config, world)
+    batch, copies = derived.global_batch(config, student, students), derived.data_parallel(student, students)
+    samples = student_samples(batch, config.train.micro_batch, copies)
+    shares = teacher_samples(samples, derived.data_parallel(cut, len(ranks)))
+    return ModelPlacement(cut, ranks.start, shares, length), ModelPlacement(student, 0, samples, length)
+
+
+def routes(config: Config, teacher: ModelShape, student: ModelShape) -> list[StageRoute]:
+    """Every output of the teacher that a run needs: the last one, and those of matched layers in ascending order."""
+    cut = derived.teacher_layout(config)
+    of_teacher = derived.stages_of_layers(teacher.layers, cut)
+    of_student = derived.stages_of_layers(student.layers, config.student.layout)
+    stages: dict[int, set[int]] = defaultdict(set)
+    for pair in config.objective.matching:
+        stages[pair.teacher_layer].add(of_student[pair.student_layer - 1])
+    found = [StageRoute(FINAL_HIDDEN, cut.pipeline - 1, (config.student.layout.pipeline - 1,))]
+    return found + [StageRoute(layer, of_teacher[layer - 1], tuple(sorted(stages[layer]))) for layer in sorted(stages)]

@@ -1,0 +1,72 @@
+"""What a model thinks of given tokens, one by one: their log-probabilities, and whether it would have said them."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_capgap.config import derived
+from megatron_capgap.losses.vocab_shard import LOG_OF_NOTHING, VocabShard, log_sum_exp
+
+
+@torch.no_grad()
+def token_logprobs(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    *,
+    vocab_size: int,
+    group: dist.ProcessGroup | None,
+    sequence_parallel: bool = False,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The log-probability of each label, and whether it is the likeliest token of the whole vocabulary.
+
+    Logits exist for a chunk of tokens at a time, each rank's columns alone. One all-gather of four numbers a token
+    over the tensor-parallel group; with sequence parallelism one more, of the chunk's hidden states.
+
+    Args:
+        hidden: [n, h] replicated, or with sequence_parallel [n/tp, h], as in `language_model_loss`.
+        head: [v/tp, h] local shard of the LM head, padding included.
+        labels: [n] int64 ids of the vocabulary.
+        vocab_size: real columns of the vocabulary; padding is never the likeliest.
+        group: the tensor-parallel group; None for one rank.
+        sequence_parallel: whether hidden states arrive cut along the sequence.
+        chunk_tokens: tokens whose logits exist at a time; None leaves it to `derive.loss_chunk_tokens`.
+
+    Returns:
+        log_probs [n] fp32 (float64 for float64 inputs) and greedy [n] bool, the same on every tensor-parallel rank.
+        Of equal logits the lowest id is the likeliest.
+    """
+    shard = VocabShard.of(head.shape[0], vocab_size, group)
+    parts = shard.size if sequence_parallel else 1
+    chunk_tokens = derived.loss_chunk_tokens(labels.is_cpu) if chunk_tokens is None else chunk_tokens
+    exact = torch.promote_types(hidden.dtype, torch.float32)
+    step = max(1, min(chunk_tokens // parts, hidden.shape[0]))
+    log_probs, greedy = labels.new_empty(labels.shape, dtype=exact), labels.new_empty(labels.shape, dtype=torch.bool)
+    by_part = [x.unflatten(0, (parts, -1)) for x in (labels, log_probs, greedy)]
+    for first in range(0, hidden.shape[0], step):
+        part = hidden[first : first + step]
+        rows = slice(first, first + part.shape[0])
+        wanted, to_log_probs, to_greedy = (x[:, rows] for x in by_part)
+        chunk = part if parts == 1 else shard.gather_rows(part)
+        logits = torch.mm(chunk, head[: shard.width].t()).to(exact)
+        lse, at_label, top, top_id = shard.gather(_statistics(logits, wanted.flatten(), shard)).unbind(1)
+        to_log_probs.copy_((at_label.sum(0) - lse.logsumexp(0)).view_as(wanted))
+        likeliest = top_id.masked_fill(top < top.amax(0), torch.inf).amin(0)
+        to_greedy.copy_((likeliest == wanted.flatten()).view_as(wanted))
+    return log_probs, greedy
+
+
+def _statistics(logits: Tensor, labels: Tensor, shard: VocabShard) -> Tensor:
+    """[4, c] of the shard's logits [c, w]: log-sum-exp, the logit at the label, the largest and its id.
+
+    An id below 2^24 is exact in fp32; no vocabulary is that large.
+    """
+    at_label = shard.pick(logits, labels[:, None]).squeeze(1)
+    if shard.width == 0:
+        nothing = torch.full_like(at_label, LOG_OF_NOTHING)
+        return torch.stack([nothing, at_label, nothing, torch.zeros_like(at_label)])
+    top, column = logits.max(1)
+    return torch.stack([log_sum_exp(logits), at_label, top, (column + shard.start).to(top.dtype)])

@@ -1,0 +1,214 @@
+"""Which parts of the teacher stay: the plan, and its file, made to be read."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_capgap.config import derived
+from megatron_capgap.config.schema import ModelShape
+from megatron_capgap.models import size
+from megatron_capgap.pruning.importance_scores import Facts, Scores
+from megatron_capgap.pruning.student_shape import Budget
+
+FILE = "plan.json"
+
+Rows = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What stays, numbered from 0 as in the teacher and ascending; a row for each layer that stays."""
+
+    teacher: ModelShape
+    student: ModelShape
+    layers: tuple[int, ...]
+    channels: tuple[int, ...]
+    groups: Rows
+    """Key/value heads."""
+    heads: Rows
+    """Query heads, those of a group beside each other."""
+    neurons: Rows
+    gains: tuple[float, ...]
+    """Factors of the norms' gains: attention and feed-forward of each layer in turn, then the last norm. A norm divides
+    by the root mean square of the channels it is given; those that stay may be larger or smaller than all were."""
+    tensor: int = 1
+    """Tensor-parallel size that a layer's parts are spread over where it keeps fewer than the student stores."""
+
+    @property
+    def kept_parts(self) -> dict[str, list[int]]:
+        """How many parts each layer keeps, by their name in a shape."""
+        rows = {"kv_heads": self.groups, "heads": self.heads, "ffn": self.neurons}
+        return {name: [len(row) for row in parts] for name, parts in rows.items()}
+
+    @property
+    def padding(self) -> int:
+        """Parameters that are zero, since a layer keeps fewer parts than the student stores."""
+        kept = [sum(map(len, rows)) for rows in (self.groups, self.neurons)]
+        return size.non_embedding_parameters(self.student) - size.kept_parameters(self.student, *kept)
+
+
+def make(
+    teacher: ModelShape, student: ModelShape, scores: Scores, layers_by: str, budget: Budget | None = None
+) -> Plan:
+    """Takes the best of everything.
+
+    Args:
+        teacher, student: the shapes before and after; with a budget the plan's student stores what its largest layer
+            keeps.
+        scores: of the teacher.
+        layers_by: `position` keeps the middle layers, `importance` those of the highest scores.
+        budget: what layers keep together, ranked over all of them; None leaves each as many as the student has.
+    """
+    if layers_by == "importance":
+        layers = _best(scores.layers, student.layers)
+    else:
+        first = (teacher.layers - student.layers) // 2
+        layers = tuple(range(first, first + student.layers))
+    channels = _best(scores.channels, student.hidden)
+    tensor = 1
+    if budget is None:
+        groups = tuple(_best(scores.groups[layer], derived.kv_heads(student)) for layer in layers)
+        neurons = tuple(_best(scores.neurons[layer], student.ffn) for layer in layers)
+    else:
+        scaled, tensor = scores.normalised(), budget.tensor
+        groups = _best_over_layers(scaled.groups[list(layers)], 1, budget.groups, budget.widths[-1])
+        neurons = _best_over_layers(scaled.neurons[list(layers)], budget.unit, budget.neurons, budget.most)
+        student = _storing(student, budget.stored_groups(max(map(len, groups))), max(map(len, neurons)))
+    norms = [norm for layer in layers for norm in (2 * layer, 2 * layer + 1)]
+    return Plan(
+        teacher=teacher,
+        student=student,
+        layers=layers,
+        channels=channels,
+        groups=groups,
+        heads=tuple(_heads(teacher, student, scores.heads[i], kept) for i, kept in zip(layers, groups, strict=True)),
+        neurons=neurons,
+        gains=tuple(_gain(scores.squares[norm], channels) for norm in [*norms, 2 * teacher.layers]),
+        tensor=tensor,
+    )
+
+
+def _best(scores: Tensor, count: int) -> tuple[int, ...]:
+    """Where the `count` highest scores stand, ascending; of equal ones the first."""
+    order = scores.sort(descending=True, stable=True).indices
+    return tuple(sorted(order[:count].tolist()))
+
+
+def _best_over_layers(scores: Tensor, unit: int, total: int, most: int) -> Rows:
+    """The best parts of all layers together.
+
+    Args:
+        scores: `[layers, parts]`, comparable between layers.
+        unit: each layer keeps a multiple of so many parts, and one unit at least.
+        total: parts of all layers, a multiple of unit.
+        most: parts that a layer keeps at most, a multiple of unit.
+    """
+    ranked = scores.sort(dim=1, descending=True, stable=True)
+    # A layer's units hold its parts from the best on, so that the best units of all are the first ones of each.
+    units = ranked.values[:, :most].unflatten(1, (-1, unit)).sum(-1)
+    units[:, 0] = torch.inf
+    chosen = Counter(i // units.shape[1] for i in _best(units.flatten(), total // unit))
+    return tuple(tuple(sorted(row[: chosen[i] * unit].tolist())) for i, row in enumerate(ranked.indices))
+
+
+def _storing(student: ModelShape, groups: int, neurons: int) -> ModelShape:
+    """The student with so many key/value heads, of its width and queries, and neurons in every layer."""
+    stored, width = derived.kv_heads(student), derived.head_dim(student)
+    if groups != stored:
+        heads = groups * student.heads // stored
+        student = replace(student, heads=heads, kv_heads=groups, head_dim=width)
+    return replace(student, ffn=neurons)
+
+
+def spread(kept: Sequence[int], stored: int, shards: int) -> list[int]:
+    """Where the parts that a layer keeps stand in the width that is stored; -1 stands for zeros.
+
+    Padding costs the same wherever it stands, and every layout loads it. In the one that was asked for each shard gets
+    as many kept parts, give or take one, so that whoever cuts the zeros off finds the work balanced over ranks.
+
+    Args:
+        kept: parts, ascending, at most `stored`.
+        stored: a multiple of `shards`.
+        shards: tensor-parallel size.
+    """
+    rows: list[int] = []
+    for shard in range(shards):
+        mine = kept[len(kept) * shard // shards : len(kept) * (shard + 1) // shards]
+        rows += [*mine, *[-1] * (stored // shards - len(mine))]
+    return rows
+
+
+def _heads(teacher: ModelShape, student: ModelShape, scores: Tensor, groups: tuple[int, ...]) -> tuple[int, ...]:
+    """The best queries of each group that stays, as many of each."""
+    queries = teacher.heads // derived.kv_heads(teacher)
+    count = student.heads // derived.kv_heads(student)
+    return tuple(g * queries + i for g in groups for i in _best(scores[g * queries : (g + 1) * queries], count))
+
+
+def _gain(squares: Tensor, channels: tuple[int, ...]) -> float:
+    """Root mean square behind a norm over the channels that stay, to that over all: 1 where all stay, and for channels
+    that were always 0 what makes their going unseen."""
+    if len(channels) == len(squares) or not squares.sum() > 0:
+        return 1.0
+    return float((squares[list(channels)].mean() / squares.mean()).sqrt())
+
+
+def text(plan: Plan, scores: Scores, facts: Facts) -> str:
+    """plan.json: a line for each row of numbers.
+
+    Args:
+        plan: what stays.
+        scores: why.
+        facts: what the scores were made from.
+    """
+    kept = {name: getattr(plan, name) for name in ("layers", "channels", "groups", "heads", "neurons")}
+    scaled = scores.normalised()
+    content = {
+        "made_from": dict(facts),
+        "before": asdict(plan.teacher),
+        "after": asdict(plan.student),
+        "stays": kept,
+        "norm_gains": plan.gains,
+        "kept_by_layer": plan.kept_parts,
+        "parameters": {
+            "kept": size.parameters(plan.student) - plan.padding,
+            "stored": size.parameters(plan.student),
+            "kept_non_embedding": size.non_embedding_parameters(plan.student) - plan.padding,
+            "stored_non_embedding": size.non_embedding_parameters(plan.student),
+        },
+        "scores": {
+            field.name: _short(getattr(scaled, field.name)) for field in fields(scaled) if field.name != "squares"
+        },
+    }
+    return "\n".join(_lines(content, "")) + "\n"
+
+
+def _short(scores: Tensor) -> list[Any]:
+    """Six digits of each number."""
+    if scores.dim() == 2:
+        return [_short(row) for row in scores]
+    return [float(f"{score:.6g}") for score in scores.tolist()]
+
+
+def _lines(value: Any, indent: str) -> Iterator[str]:
+    """JSON with what holds other lists or sections spread over lines, and plain lists in one line each."""
+    inner = list(value.values()) if isinstance(value, dict) else value
+    if not isinstance(value, dict | list | tuple) or not any(isinstance(one, dict | list | tuple) for one in inner):
+        yield json.dumps(value)
+        return
+    names = [f"{json.dumps(name)}: " for name in value] if isinstance(value, dict) else [""] * len(value)
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    yield opening
+    for number, (name, one) in enumerate(zip(names, inner, strict=True), start=1):
+        first, *rest = _lines(one, indent + " ")
+        last = [*[f"{indent} {name}{first}"], *rest]
+        last[-1] += "," if number < len(inner) else ""
+        yield from last
+    yield f"{indent}{closing}"

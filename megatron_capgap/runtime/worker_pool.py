@@ -1,0 +1,140 @@
+"""Processes that run one command after the other: what they import, they import once.
+
+The ranks of a run are started by torchrun or SLURM; a series of short runs on one machine would spend most of its time
+in starting up. Here the ranks stay.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from megatron_capgap.distributed import launcher
+
+Command = Callable[[Sequence[str]], int]
+CRASHED = 70
+"""Exit code of a command that raised (EX_SOFTWARE)."""
+
+
+class WorkerPool:
+    """The ranks of one run at a time.
+
+    Args:
+        command: what each rank runs, from words to an exit code; a function that can be imported by name.
+        world: number of ranks.
+    """
+
+    def __init__(self, command: Command, world: int) -> None:
+        self._command, self._world = command, world
+        # Not forked: a worker must not inherit this process's threads, signal handlers or the other workers' pipes.
+        self._context = multiprocessing.get_context("spawn")
+        # The last of the three is held open by this process alone: it closes when this process dies, however it dies.
+        self._ranks: list[tuple[multiprocessing.process.BaseProcess, Connection, Connection]] = []
+
+    def run(self, words: Sequence[str], output: Path) -> int:
+        """Runs one command on every rank.
+
+        Args:
+            words: of the command.
+            output: file that what the ranks write is added to.
+
+        Returns:
+            The highest exit code of the ranks; `CRASHED` where one raised or died. Then the ranks are replaced.
+        """
+        while len(self._ranks) < self._world:
+            self._start(len(self._ranks))
+        codes = []
+        with launcher.reserved_port() as port:
+            for _, pipe, _ in self._ranks:
+                pipe.send((list(words), str(output), port))
+            for process, pipe, _ in self._ranks:
+                try:
+                    codes.append(pipe.recv())
+                except EOFError:
+                    process.join()
+                    codes.append(CRASHED)
+                if codes[-1] == CRASHED:
+                    break  # the others may wait for this one for ever
+        if CRASHED in codes:
+            self.close()
+        return max(codes)
+
+    def signal(self, number: int) -> None:
+        """Passes a signal on to all ranks."""
+        for process, _, _ in self._ranks:
+            if process.pid is not None and process.is_alive():
+                os.kill(process.pid, number)
+
+    def close(self) -> None:
+        """Ends the ranks."""
+        for process, pipe, life in self._ranks:
+            process.kill()
+            process.join()
+            pipe.close()
+            life.close()
+        self._ranks = []
+
+    def _start(self, rank: int) -> None:
+        ours, theirs = self._context.Pipe()
+        alive, life = self._context.Pipe(duplex=False)
+        process = self._context.Process(target=_serve, args=(self._command, rank, self._world, theirs, alive))
+        process.start()
+        theirs.close()
+        alive.close()
+        self._ranks.append((process, ours, life))
+
+
+def _serve(command: Command, rank: int, world: int, pipe: Connection, alive: Connection) -> None:
+    """The life of a rank: one command after the other, until the pipe closes or the starter is gone."""
+    threading.Thread(target=_exit_with_parent, args=(alive,), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the starter decides what an interrupt means
+    for name in [name for name in os.environ if name.startswith(launcher.OF_LAUNCHERS)]:  # who started the starter
+        del os.environ[name]
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        LOCAL_WORLD_SIZE=str(world),
+        MASTER_ADDR="127.0.0.1",
+    )
+    while True:
+        try:
+            words, output, port = pipe.recv()
+        except EOFError:
+            return
+        os.environ["MASTER_PORT"] = str(port)
+        _redirect_output(output)
+        try:
+            code = command(words)
+        except BaseException:
+            traceback.print_exc()
+            code = CRASHED
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pipe.send(code)
+
+
+def _exit_with_parent(alive: Connection) -> None:
+    """Ends this process, in the middle of whatever it does, when the starter has died: nobody may restart the series
+    while a rank of the old one still writes."""
+    try:
+        alive.recv()
+    except (EOFError, OSError):
+        os._exit(CRASHED)
+
+
+def _redirect_output(output: str) -> None:
+    """Sends what this process and its libraries write to the end of a file."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    os.close(file)
