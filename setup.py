@@ -52,5 +52,5 @@ setup(
         "smollm2": SMOLLM2,
         "dev": DEV,
     },
-    entry_points={"console_scripts": ["capgap=megatron_capgap.__main__:main"]},
+    entry_points={"console_scripts": ["capgap=megatron_capgap.cli:main"]},
 )

@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from megatron_capgap.__main__ import main as capgap
+from megatron_capgap.cli import main as capgap
 from tests.support import runs
 from tests.support.pool import WorkerPool
 

@@ -32,7 +32,7 @@ CALL = """
 import sys, time
 import megatron_capgap.conversion.exporting
 from tools import convert_hf
-from megatron_capgap.runtime.devices.cpu import peak_resident_bytes
+from megatron_capgap.devices.cpu import peak_resident_bytes
 began = time.monotonic()
 code = convert_hf.main(sys.argv[1:])
 print(time.monotonic() - began, peak_resident_bytes())

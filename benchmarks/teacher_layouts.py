@@ -124,7 +124,7 @@ def run(name: str, folder: Path, steps: int) -> dict[str, float]:
     import megatron.core  # noqa: F401
     import torch  # noqa: F401
 
-    from megatron_capgap.__main__ import main as capgap
+    from megatron_capgap.cli import main as capgap
     from megatron_capgap.devices.cpu import peak_resident_bytes
 
     base = peak_resident_bytes()
@@ -226,9 +226,10 @@ def sleep_through(case: Schedule, steps: int) -> dict[str, float]:
 
     from megatron_capgap.config.schema import Layout
     from megatron_capgap.distributed import launcher, parallel_context
+    from megatron_capgap.distributed.environment import read_environment
     from megatron_capgap.models import schedule
 
-    launcher.init_process_group(launcher.read_environment(), device, 600)
+    launcher.init_process_group(read_environment(), device, 600)
     parallel = parallel_context.build(Layout(pipeline=case.stages, virtual_pipeline=case.virtual), 0)
     config = TransformerConfig(
         num_layers=case.stages * case.virtual,

@@ -126,7 +126,7 @@ def ours(layout: dict[str, object]) -> object:
     """A contender: the distill stage itself."""
 
     def baseline(folder: Path, steps: int) -> dict[str, float]:
-        from megatron_capgap.__main__ import main as capgap
+        from megatron_capgap.cli import main as capgap
         from megatron_capgap.runtime import third_party
 
         # What `capgap` itself imports, in its order, so that the memory begins where the run does.

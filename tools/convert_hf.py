@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works wi
 
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.distributed import launcher
+from megatron_capgap.distributed.environment import Environment, read_environment
 from megatron_capgap.runtime import third_party
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     first = True
     try:
-        environment = launcher.read_environment()
+        environment = read_environment()
         first = environment.rank == 0
         return run(args, environment)
     except UserError as error:
@@ -104,7 +105,7 @@ def bytes_of(value: str) -> int:
     return int(float(found[1]) * UNITS[found[2]])
 
 
-def run(args: argparse.Namespace, environment: launcher.Environment) -> int:
+def run(args: argparse.Namespace, environment: Environment) -> int:
     third_party.prepare()
     import torch
 

@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works wi
 
 from megatron_capgap.common.errors import UserError, not_installed
 from megatron_capgap.common.fileio import write_atomically
-from megatron_capgap.distributed import launcher
+from megatron_capgap.distributed import collectives, launcher
+from megatron_capgap.distributed.environment import Environment, read_environment
 from megatron_capgap.runtime import third_party
 
 
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     first = True
     try:
-        environment = launcher.read_environment()
+        environment = read_environment()
         first = environment.rank == 0
         return run(args, environment)
     except UserError as error:
@@ -69,7 +70,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace, environment: launcher.Environment) -> int:
+def run(args: argparse.Namespace, environment: Environment) -> int:
     check(args)
     third_party.prepare()
     from megatron_capgap.config.schema import Precision
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace, environment: launcher.Environment) -> int:
         ranks = gather_ranks(args, device, precision)
         if environment.rank > 0:
             ranks.worker_loop()
-        results = launcher.run_on_rank0(lambda: lead(args, ranks))
+        results = collectives.run_on_rank0(lambda: lead(args, ranks))
     finally:
         parallel_context.destroy()
     if environment.rank == 0:
@@ -115,8 +116,7 @@ def check(args: argparse.Namespace) -> None:
 
 def gather_ranks(args: argparse.Namespace, device: Any, precision: Any) -> Rank0Dispatcher:
     """Loads the checkpoint into its layout. Collective."""
-    from megatron_capgap.checkpoint import loader
-    from megatron_capgap.checkpoint import metadata as manifests
+    from megatron_capgap.checkpoint import loader, metadata, run_directory
     from megatron_capgap.config.schema import Layout
     from megatron_capgap.config.validation.checks import check_flags
     from megatron_capgap.data.chat_template import stop_tokens
@@ -126,10 +126,10 @@ def gather_ranks(args: argparse.Namespace, device: Any, precision: Any) -> Rank0
     from megatron_capgap.evaluation.scoring import Scorer
     from megatron_capgap.models import gpt
 
-    folder = manifests.locate(args.checkpoint)
-    meta = manifests.read(folder)
+    folder = run_directory.locate(args.checkpoint)
+    meta = metadata.read(folder)
     shape, cut = meta.model, Layout(tensor=args.tensor, pipeline=args.pipeline, sequence=args.sequence)
-    check_flags(shape, cut, launcher.read_environment().world)
+    check_flags(shape, cut, read_environment().world)
     tokenizer = open_tokenizer(args.tokenizer or meta.tokenizer)
     if tokenizer.special_ids_of(meta.tokenizer_fingerprint) is None:
         raise UserError(f"--tokenizer: is not the one that {args.checkpoint} was trained with; give that one")
@@ -142,7 +142,7 @@ def gather_ranks(args: argparse.Namespace, device: Any, precision: Any) -> Rank0
     for chunk in chunks:
         chunk.eval()
     ends, warning = stop_tokens(tokenizer, meta.chat_template, shape.vocab)
-    if warning and launcher.read_environment().rank == 0:
+    if warning and read_environment().rank == 0:
         print(warning, file=sys.stderr)
     return Rank0Dispatcher(
         Scorer(chunks, parallel, shape.vocab, args.micro_batch, longest, device.torch_device), tokenizer, ends

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
 from megatron_capgap.common.errors import UserError
-from megatron_capgap.distributed import launcher
+from megatron_capgap.distributed import collectives, launcher
+from megatron_capgap.distributed.environment import Environment, read_environment
 from megatron_capgap.runtime import third_party
 
 TOKENIZER = "tokenizer.model"
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     first = True
     try:
-        environment = launcher.read_environment()
+        environment = read_environment()
         first = environment.rank == 0
         return run(args, environment)
     except UserError as error:
@@ -79,9 +80,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace, environment: launcher.Environment) -> int:
+def run(args: argparse.Namespace, environment: Environment) -> int:
     third_party.prepare()
-    from megatron_capgap.checkpoint import metadata as manifests
+    from megatron_capgap.checkpoint import run_directory
     from megatron_capgap.data import vocab_merge
     from megatron_capgap.devices import choose
 
@@ -91,7 +92,7 @@ def run(args: argparse.Namespace, environment: launcher.Environment) -> int:
     out = Path(args.out)
     refuse_existing(out, made_here, args.force)
     first, second = (vocab_merge.model_file(path) for path in (args.tokenizer, args.add))
-    checkpoint = manifests.locate(args.checkpoint) if args.checkpoint else None
+    checkpoint = run_directory.locate(args.checkpoint) if args.checkpoint else None
     if checkpoint:
         refuse_other_tokenizer(checkpoint, first)
     for source in (first, second, checkpoint):
@@ -99,7 +100,7 @@ def run(args: argparse.Namespace, environment: launcher.Environment) -> int:
             refuse_to_lose(source, out)
     expansion = vocab_merge.expand(first, second)
     with replacing(out, made_here, force=args.force) as staged:
-        fingerprint, counts = launcher.run_on_rank0(lambda: write_tokenizer(staged, first, expansion, args.text))
+        fingerprint, counts = collectives.run_on_rank0(lambda: write_tokenizer(staged, first, expansion, args.text))
         grown = grow(checkpoint, staged, out, expansion, fingerprint) if checkpoint else None
     if environment.rank == 0:
         report(args, expansion, counts, grown)
@@ -117,10 +118,10 @@ def made_here(folder: Path) -> bool:
 
 def refuse_other_tokenizer(checkpoint: Path, first: Path) -> None:
     """Raises a UserError where a checkpoint speaks another vocabulary."""
-    from megatron_capgap.checkpoint import metadata as manifests
+    from megatron_capgap.checkpoint import metadata
     from megatron_capgap.data.tokenizer import open_tokenizer
 
-    meta, tokenizer = manifests.read(checkpoint), open_tokenizer(str(first))
+    meta, tokenizer = metadata.read(checkpoint), open_tokenizer(str(first))
     if meta.tokenizer_fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"{checkpoint} was trained with tokenizer {meta.tokenizer} ({meta.tokenizer_fingerprint[:12]}), "

@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from megatron_capgap.checkpoint import metadata as manifests
+from megatron_capgap.checkpoint import metadata, run_directory
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.common.fileio import write_atomically
 from megatron_capgap.config.schema import Layout, ModelShape, Precision
@@ -27,6 +27,7 @@ from megatron_capgap.data.chat_template import open_template, stop_tokens
 from megatron_capgap.data.prompts import Prompt, encode_prompt, read_prompts
 from megatron_capgap.data.tokenizer import open_tokenizer
 from megatron_capgap.distributed import launcher
+from megatron_capgap.distributed.environment import Environment, read_environment
 from megatron_capgap.runtime import third_party
 
 
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     first = True
     try:
-        environment = launcher.read_environment()
+        environment = read_environment()
         first = environment.rank == 0
         return run(args, environment)
     except UserError as error:
@@ -81,9 +82,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace, environment: launcher.Environment) -> int:
-    folder = manifests.locate(args.checkpoint)
-    meta = manifests.read(folder)
+def run(args: argparse.Namespace, environment: Environment) -> int:
+    folder = run_directory.locate(args.checkpoint)
+    meta = metadata.read(folder)
     tokenizer = open_tokenizer(args.tokenizer)
     if tokenizer.special_ids_of(meta.tokenizer_fingerprint) is None:
         raise UserError(f"--tokenizer: {args.tokenizer} has another vocabulary than {args.checkpoint} was trained with")
@@ -121,7 +122,7 @@ def longest(prompts: list[list[int]], new: int, shape: ModelShape) -> int:
 
 def continuations(
     args: argparse.Namespace,
-    environment: launcher.Environment,
+    environment: Environment,
     folder: Path,
     shape: ModelShape,
     layout: Layout,

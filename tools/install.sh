@@ -19,7 +19,7 @@ extras="$1"
 releases="$repository/megatron_capgap/runtime/releases.py"
 engine="$repository/tools/install_transformer_engine_cpu.py"
 decisive=("$repository/setup.py" "$releases" "${BASH_SOURCE[0]}" "$engine"
-    "$repository/megatron_capgap/runtime/devices/transformer_engine_cpu/files.py")
+    "$repository/megatron_capgap/devices/transformer_engine_cpu/files.py")
 stamp="$environment/.installed-$extras-$(cat "${decisive[@]}" | sha256sum | cut -c1-16)"
 
 # unsuitable PYTHON: says in some words why an environment cannot be made with it; nothing where it can.

@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works wi
 
 import yaml
 
-from megatron_capgap import __main__ as door
-from megatron_capgap.checkpoint import metadata
+from megatron_capgap import cli
+from megatron_capgap.checkpoint import metadata, run_directory
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.common.fileio import write_atomically
 from megatron_capgap.config.fields import location
@@ -81,13 +81,15 @@ CAPGAP_PYTHON={python}
 # What it begins from may have failed in the phase before, halfway: half a teacher teaches something else.
 "$CAPGAP_PYTHON" - "$config" <<'END' || exit 2
 import sys, yaml
-from megatron_capgap.checkpoint import manifest
+from pathlib import Path
+from megatron_capgap.checkpoint import metadata
+from megatron_capgap.checkpoint import run_directory
 config = yaml.safe_load(open(sys.argv[1]))
 for model in (config.get("teacher"), config.get("student")):
     run = (model or {{}}).get("checkpoint")
     if run and run.startswith({runs!r}):
-        newest = manifest.latest(manifest.Path(run))
-        if newest is None or (found := manifest.read(newest)).step < found.steps:
+        newest = run_directory.latest(Path(run))
+        if newest is None or (found := metadata.read(newest)).step < found.steps:
             sys.exit(f"array.sbatch: error: {{run}} has not come to its end; mend it and call submit.sh again")
 END
 source {script}
@@ -178,7 +180,7 @@ def reads(sweep: Sweep) -> list[tuple[str, str]]:
 def missing(sweep: Sweep, path: Path) -> str | None:
     """What to say of the first of these that is not there: where the grid names it, and what would do; None where all
     of them are."""
-    look = {"data.tokenizer": open_tokenizer, "checkpoint": metadata.locate}
+    look = {"data.tokenizer": open_tokenizer, "checkpoint": run_directory.locate}
     tree = read_file(str(path))
     for end, value in reads(sweep):
         try:
@@ -250,7 +252,7 @@ def finished(sweep: Sweep, cell: SweepRun) -> bool:
         )
     if cell.stage == "distill":
         return (folder / RECORD).is_file()
-    newest = metadata.latest(folder)
+    newest = run_directory.latest(folder)
     if cell.stage == "prune":
         return newest is not None
     return newest is not None and metadata.read(newest).step == wanted.config.train.steps
@@ -288,14 +290,14 @@ class Queue:
 
 def run(sweep: Sweep, jobs: int) -> int:
     """Runs what is missing, `jobs` at a time, in processes that stay; returns the exit code."""
-    from megatron_capgap.runtime.worker_pool import WorkerPool
+    from megatron_capgap.distributed.worker_pool import WorkerPool
 
     queue = Queue(sweep)
     if queue.done:
         print(f"{len(queue.done)} of {len(sweep.cells)} runs are finished already")
     if jobs > 1:  # read by the processes that are started below
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (jobs * sweep.ranks))))
-    pools = [WorkerPool(door.main, sweep.ranks) for _ in range(jobs)]
+    pools = [WorkerPool(cli.main, sweep.ranks) for _ in range(jobs)]
     idle, busy = list(pools), {}
     try:
         with ThreadPoolExecutor(jobs) as threads, stopping(pools) as stop:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a clone works wi
 
 import sentencepiece
 
-from megatron_capgap.checkpoint import metadata as manifests
+from megatron_capgap.checkpoint import metadata, run_directory
 from megatron_capgap.checkpoint.metadata import CheckpointMetadata
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.config.loader import load
@@ -95,8 +95,8 @@ def pretend(run_dir: Path, shape: ModelShape, sequence_length: int) -> None:
         ranks=(1, 1, 1, 1),
         sequence_length=sequence_length,
     )
-    manifests.write(meta, folder)
-    manifests.set_latest(folder)
+    metadata.write(meta, folder)
+    run_directory.set_latest(folder)
 
 
 if __name__ == "__main__":

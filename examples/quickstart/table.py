@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_capgap.checkpoint import metadata
+from megatron_capgap.checkpoint import metadata, run_directory
 from megatron_capgap.models import size
 
 NAMES = {
@@ -30,7 +30,7 @@ def main(runs: Path, names: list[str]) -> None:
     for column in ("parameters", "non-embedding", "tokens seen", "valid loss", "perplexity", "bits a byte", "tokens/s"):
         table.add_column(column, justify="right")
     for name in names:
-        folder = metadata.latest(runs / SHAPE_OF.get(name, name))
+        folder = run_directory.latest(runs / SHAPE_OF.get(name, name))
         assert folder is not None, f"{name} has no checkpoint"
         facts = metadata.read(folder)
         result = json.loads((runs / f"evaluate_{name}" / "evaluation.json").read_text())

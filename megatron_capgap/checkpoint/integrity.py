@@ -15,14 +15,13 @@ from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
 
-from megatron_capgap.checkpoint import checksummed_json, safe_unpickle
-from megatron_capgap.checkpoint import metadata as manifests
+from megatron_capgap.checkpoint import checksummed_json, metadata, safe_unpickle
 from megatron_capgap.checkpoint.metadata import CONTENTS, CheckpointCorrupted
 from megatron_capgap.common.errors import UserError
-from megatron_capgap.distributed.launcher import gather_from_ranks, run_on_rank0
+from megatron_capgap.distributed.collectives import gather_from_ranks, run_on_rank0
 
 _BLOCK = 1 << 20
-Result = TypeVar("Answer")
+Result = TypeVar("Result")
 
 
 class FileChecksum(NamedTuple):
@@ -99,7 +98,7 @@ def verify(folder: Path) -> None:
     """
 
     def check() -> None:
-        manifests.read(folder)
+        metadata.read(folder)
         listed = _listed(folder)
         for name in _files_of_rank(listed, dist.get_rank(), dist.get_world_size()):
             _check_file(folder / name, listed[name])

@@ -24,12 +24,11 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_capgap.checkpoint import fp8_scales, integrity
-from megatron_capgap.checkpoint import metadata as manifests
+from megatron_capgap.checkpoint import fp8_scales, integrity, metadata
 from megatron_capgap.checkpoint.metadata import CheckpointMetadata
 from megatron_capgap.common.errors import UserError, in_one_line
 from megatron_capgap.config.schema import ModelShape
-from megatron_capgap.distributed.launcher import run_on_all_ranks
+from megatron_capgap.distributed.collectives import run_on_all_ranks
 from megatron_capgap.distributed.parallel_context import ParallelContext
 from megatron_capgap.models import size
 from megatron_capgap.models.fp8_weights import in_compute_type, written_in_compute_type
@@ -118,7 +117,7 @@ def load_training(
         Damaged: a file of the checkpoint is not what was written; nothing of it was used. On every rank alike.
     """
     integrity.verify(folder)
-    meta = manifests.read(folder)
+    meta = metadata.read(folder)
     same_ranks = meta.ranks == ranks(parallel) and meta.device == chunks_device(chunks)
     # Without its own scales, delayed scaling starts as a new run would; other recipes keep none.
     config = unwrap(chunks[0]).config

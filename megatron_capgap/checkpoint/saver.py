@@ -13,11 +13,10 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 
-from megatron_capgap.checkpoint import loader, writer
-from megatron_capgap.checkpoint import metadata as manifests
+from megatron_capgap.checkpoint import loader, metadata, run_directory, writer
 from megatron_capgap.checkpoint.metadata import CheckpointMetadata
 from megatron_capgap.common.errors import UserError
-from megatron_capgap.distributed.launcher import run_on_rank0
+from megatron_capgap.distributed.collectives import run_on_rank0
 from megatron_capgap.distributed.parallel_context import ParallelContext
 
 State = Callable[[], ShardedStateDict]
@@ -108,8 +107,8 @@ class Saver:
 
     def _write(self, meta: CheckpointMetadata, staged: Path, state: State) -> None:
         def finish() -> None:
-            manifests.write(meta, staged)
-            manifests.publish(staged, self._run_dir, meta.step, self._keep)
+            metadata.write(meta, staged)
+            run_directory.publish(staged, self._run_dir, meta.step, self._keep)
 
         try:
             writer.write(staged, writer.rank_shards(state(), self._group), self._group)

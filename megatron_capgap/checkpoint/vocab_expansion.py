@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_capgap.checkpoint import metadata as manifests
+from megatron_capgap.checkpoint import metadata, run_directory
 from megatron_capgap.checkpoint import streaming as storage
 from megatron_capgap.checkpoint.metadata import CheckpointMetadata, ModelRef
 from megatron_capgap.checkpoint.streaming import Block, Reader, TensorEntry
 from megatron_capgap.common.errors import UserError
-from megatron_capgap.distributed.launcher import run_on_rank0
+from megatron_capgap.distributed.collectives import run_on_rank0
 
 STAGE = "expand_vocab"
 _LAYERS = "decoder.layers."
@@ -56,7 +56,7 @@ def expand_vocab(checkpoint: Path, run_dir: Path, new: NewTokens) -> CheckpointM
         UserError: the checkpoint does not hold what its words say or cannot be read, or a file cannot be written; on
             every rank alike.
     """
-    old = manifests.read(checkpoint)
+    old = metadata.read(checkpoint)
     grown = _manifest(checkpoint, old, new)
     growing = _VocabExpander(checkpoint, old, new, grown.model.vocab)
     pieces = [
@@ -71,8 +71,8 @@ def expand_vocab(checkpoint: Path, run_dir: Path, new: NewTokens) -> CheckpointM
     storage.write(staged, mine, growing)
 
     def finish() -> None:
-        manifests.write(grown, staged)
-        manifests.publish(staged, run_dir, step=0, keep=1)
+        metadata.write(grown, staged)
+        run_directory.publish(staged, run_dir, step=0, keep=1)
 
     run_on_rank0(finish)
     return grown

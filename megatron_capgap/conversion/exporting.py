@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_capgap.checkpoint import metadata as manifests
+from megatron_capgap.checkpoint import metadata, run_directory
 from megatron_capgap.checkpoint.metadata import CheckpointMetadata
 from megatron_capgap.checkpoint.streaming import Reader, TensorEntry
 from megatron_capgap.common.errors import UserError
@@ -27,7 +27,7 @@ from megatron_capgap.conversion.registry import FAMILIES
 from megatron_capgap.conversion.safetensors import Writer, cast
 from megatron_capgap.conversion.tensor_mapping import TensorTarget
 from megatron_capgap.devices import Device
-from megatron_capgap.distributed.launcher import gather_from_ranks, run_on_all_ranks, run_on_rank0
+from megatron_capgap.distributed.collectives import gather_from_ranks, run_on_all_ranks, run_on_rank0
 from megatron_capgap.models import fp8_scales, packing, projections
 
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -83,19 +83,19 @@ def export_checkpoint(
     refuse_existing(out, _exported, force)
 
     def look() -> tuple[CheckpointMetadata, tokenizer_files.Words, Reader, dict[str, dict[str, Any]], str, str | None]:
-        folder = manifests.locate(checkpoint)
+        folder = run_directory.locate(checkpoint)
         refuse_to_lose(folder, out)
-        meta = manifests.read(folder)
+        meta = metadata.read(folder)
         carried = _carried(folder, meta)
         words, warning = tokenizer_files.find(carried, meta)
         config = config_of(FAMILIES[meta.model.family], meta, carried, words)
         files = {"config.json": config, GENERATION: _generation(carried, config, words)}
         words, note = tokenizer_check.settle(files, words, meta.chat_template)
         caution = ". ".join(filter(None, (warning, note))) or None
-        model_card = model_card.text(folder, meta, FAMILIES[meta.model.family], caution)
-        return meta, words, Reader(folder), files, model_card, caution
+        card = model_card.text(folder, meta, FAMILIES[meta.model.family], caution)
+        return meta, words, Reader(folder), files, card, caution
 
-    meta, words, reader, written, model_card, caution = run_on_all_ranks(look)
+    meta, words, reader, written, card, caution = run_on_all_ranks(look)
     targets = tensor_mapping.unfold(FAMILIES[meta.model.family], meta.model, device)
     entries = run_on_all_ranks(lambda: _entries(checkpoint, reader, targets, meta.model.layers))
     files = _files(_tensors(targets, entries, dtype), max_shard_bytes)
@@ -108,7 +108,7 @@ def export_checkpoint(
             for name, content in written.items():
                 _write_json(staged / name, content)
             tokenizer_files.write(staged, words, meta.chat_template)
-            (staged / "README.md").write_text(model_card, encoding="utf-8")
+            (staged / "README.md").write_text(card, encoding="utf-8")
 
         run_on_rank0(finish)
     return caution

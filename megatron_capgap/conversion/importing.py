@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_capgap.checkpoint import metadata as manifests
+from megatron_capgap.checkpoint import metadata, run_directory
 from megatron_capgap.checkpoint import streaming as storage
 from megatron_capgap.checkpoint.metadata import CheckpointMetadata
 from megatron_capgap.checkpoint.streaming import Block
@@ -23,7 +23,7 @@ from megatron_capgap.conversion.tensor_mapping import TensorTarget
 from megatron_capgap.data.template_files import TEMPLATES
 from megatron_capgap.data.tokenizer import open_tokenizer
 from megatron_capgap.devices import Device
-from megatron_capgap.distributed.launcher import run_on_all_ranks, run_on_rank0
+from megatron_capgap.distributed.collectives import run_on_all_ranks, run_on_rank0
 from megatron_capgap.models import packing
 
 STAGE = "import"
@@ -95,8 +95,8 @@ def import_folder(
             produce.close()
 
         def finish() -> None:
-            manifests.write(_manifest(source, out, fingerprint), checkpoint)
-            manifests.publish(checkpoint, staged, step=0, keep=1)
+            metadata.write(_manifest(source, out, fingerprint), checkpoint)
+            run_directory.publish(checkpoint, staged, step=0, keep=1)
             _carry(hf, staged / CARRIED)
 
         run_on_rank0(finish)
@@ -106,8 +106,8 @@ def import_folder(
 def _imported(run_dir: Path) -> bool:
     """Whether a run directory is an import's, not a training run's."""
     try:
-        newest = manifests.latest(run_dir)
-        return newest is not None and manifests.read(newest).stage == STAGE
+        newest = run_directory.latest(run_dir)
+        return newest is not None and metadata.read(newest).stage == STAGE
     except UserError:
         return False
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from megatron_capgap.checkpoint import metadata as manifests
+from megatron_capgap.checkpoint import metadata, run_directory
 from megatron_capgap.checkpoint.metadata import CheckpointMetadata
 from megatron_capgap.common.errors import UserError, in_one_line
 from megatron_capgap.conversion.family import Family
@@ -78,7 +78,7 @@ def _teacher(checkpoint: str, meta: CheckpointMetadata) -> dict[str, str]:
     """The teacher's name and, where it is still there, its size."""
     facts = {"teacher": f"`{Path(checkpoint).name}`"}
     try:
-        inner = manifests.read(manifests.locate(checkpoint)).kept
+        inner = metadata.read(run_directory.locate(checkpoint)).kept
     except UserError:  # the run is over; its teacher may be gone
         return facts
     ratio = inner / meta.kept

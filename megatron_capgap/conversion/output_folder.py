@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.common.fileio import put_in_place
-from megatron_capgap.distributed.launcher import run_on_rank0
+from megatron_capgap.distributed.collectives import run_on_rank0
 
 
 @contextmanager

@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_capgap.checkpoint import loader
-from megatron_capgap.checkpoint import metadata as manifests
+from megatron_capgap.checkpoint import loader, metadata, run_directory
 from megatron_capgap.common.errors import UserError, in_one_line, not_installed
 from megatron_capgap.config.schema import Layout, ModelShape, Precision
 from megatron_capgap.config.validation.checks import check_flags
@@ -22,7 +21,7 @@ from megatron_capgap.conversion.family import Family
 from megatron_capgap.conversion.hf_folder import open_hf_folder
 from megatron_capgap.devices import Device
 from megatron_capgap.distributed import parallel_context as layouts
-from megatron_capgap.distributed.launcher import run_on_all_ranks, run_on_rank0
+from megatron_capgap.distributed.collectives import run_on_all_ranks, run_on_rank0
 from megatron_capgap.distributed.parallel_context import ParallelContext
 from megatron_capgap.models import gpt, schedule
 
@@ -93,8 +92,8 @@ def compare(hf: Path, checkpoint: str, layout: Layout, device: Device, *, tokens
     """
 
     def look() -> tuple[Family, Path, ModelShape]:
-        source, folder = open_hf_folder(hf), manifests.locate(checkpoint)
-        shape = manifests.read(folder).model
+        source, folder = open_hf_folder(hf), run_directory.locate(checkpoint)
+        shape = metadata.read(folder).model
         _check(source.shape, shape, layout)
         return source.family, folder, shape
 

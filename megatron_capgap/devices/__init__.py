@@ -4,6 +4,7 @@
 device it is on: it passes the `Device` along and reads its fields.
 """
 
-from megatron_capgap.devices.device import Component, Device, choose
+from megatron_capgap.devices.base import Component, Device
+from megatron_capgap.devices.select import choose
 
 __all__ = ["Component", "Device", "choose"]

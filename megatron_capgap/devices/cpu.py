@@ -21,7 +21,7 @@ import torch
 from torch.utils._device import _device_constructors
 
 from megatron_capgap.devices import cpu_kernels, transformer_engine_cpu
-from megatron_capgap.devices.device import Component, Device
+from megatron_capgap.devices.base import Component, Device
 
 _CPU = torch.device("cpu")
 _FACTORIES = (

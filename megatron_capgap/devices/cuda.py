@@ -10,7 +10,7 @@ import torch
 from megatron_capgap.common.errors import UserError, not_installed
 from megatron_capgap.config import derived
 from megatron_capgap.config.schema import Precision
-from megatron_capgap.devices.device import Component, Device, library
+from megatron_capgap.devices.base import Component, Device, library
 
 
 def prepare(local_rank: int, precisions: Sequence[Precision]) -> Device:

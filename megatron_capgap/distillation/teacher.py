@@ -68,7 +68,7 @@ class Teacher:
             found.setdefault(FINAL_HIDDEN, {}).update(split_by_sample(hidden, batch.sample_ids))
             return hidden.new_zeros(()), torch.zeros((), dtype=torch.int), None
 
-        with torch.no_grad(), self.parallel.active(), self.weights:
+        with torch.no_grad(), self.parallel.activate(), self.weights:
             shape = (batches[0].tokens.shape[1], self.micro_batch)
             schedule.run(self.chunks, self.parallel, batches, last_stage, forward_only=True, shape=shape)
         for hook in hooks:

@@ -1,229 +1,24 @@
-"""Who am I among the ranks: what torchrun, SLURM or mpirun left in the environment, or one rank alone; and the first
-collective words.
-
-Nothing here imports torch before `join` is called, so that `--help` and `--check` answer at once.
-"""
+"""The default process group: opened, closed, aborted; and how a batch script learns how a start of a run ended."""
 
 from __future__ import annotations
 
 import os
 import socket
 import sys
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn
 
-from megatron_capgap.common.errors import UserError
-from megatron_capgap.distributed import slurm, torchrun
+from megatron_capgap.distributed import torchrun
+from megatron_capgap.distributed.environment import Environment
 from megatron_capgap.distributed.rendezvous import report_rendezvous_problems
 
 if TYPE_CHECKING:
-    import torch
     import torch.distributed as dist
 
     from megatron_capgap.devices import Device
-
-Result = TypeVar("Answer")
-
-# srun numbers real steps from 0; the batch script itself and a bare salloc shell carry huge or no step ids.
-_LARGEST_STEP_ID = 1 << 30
-# Below the ports that Linux hands out by itself, which begin at 32768.
-_FIRST_PORT, _PORTS = 20000, 12000
-
-
-class _Mpi(NamedTuple):
-    """How an mpirun calls what it tells its ranks."""
-
-    rank: str
-    world: str
-    local_rank: str
-    local_world: str
-
-
-_MPI = (
-    _Mpi("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-    _Mpi("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
-    _Mpi("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH's and Intel's; SLURM's too, for MPI
-)
-OF_LAUNCHERS = ("TORCHELASTIC_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "PMI_")
-"""Beginnings of variables that torchrun and mpirun set, and that tell of no other process than theirs."""
-_MPI_JOB = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID", "SLURM_JOB_ID")
-
-
-@dataclass(frozen=True)
-class Environment:
-    """This process among all processes of the job."""
-
-    rank: int
-    world: int
-    local_rank: int
-    local_world: int
-    master_addr: str
-    master_port: int
-    launcher: str
-    """torchrun (or whoever else sets RANK and WORLD_SIZE), slurm, mpirun or alone."""
-    joins_store: bool = False
-    """Whether the launcher keeps the job's store itself, at the master's address, and every rank is a client."""
-
-
-def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
-    """Reads rank and world size from what the launcher exported; a variable that is empty is none.
-
-    Args:
-        variables: the environment; `os.environ` by default.
-
-    Raises:
-        UserError: the launcher's variables contradict each other or one is missing.
-    """
-    given = os.environ if variables is None else variables
-    env = {name: value for name, value in given.items() if value.strip()}
-    mpi = next((names for names in _MPI if names.rank in env or names.world in env), None)
-    if mpi == _MPI[-1] and _check_consistent(env, mpi.rank, mpi.world, "SLURM_PROCID", "SLURM_NTASKS"):
-        mpi = None
-    # torchrun's own ranks: what SLURM and mpirun say is about its agents. It always sets both.
-    if "TORCHELASTIC_RUN_ID" in env and "TORCHELASTIC_USE_AGENT_STORE" in env:
-        if mpi:
-            _check_agents(env, mpi)
-        return _from_torchrun(env)
-    if mpi:
-        return _from_mpirun(env, mpi)
-    in_step = 0 <= _number(env, "SLURM_STEP_ID", _LARGEST_STEP_ID) < _LARGEST_STEP_ID and "SLURM_PROCID" in env
-    if in_step and "RANK" not in env and env.get("WORLD_SIZE") == env.get("SLURM_NTASKS"):
-        return _from_slurm(env)  # a batch script that exports WORLD_SIZE and leaves RANK to each task
-    if "RANK" in env or "WORLD_SIZE" in env:
-        if in_step:
-            _check_against_slurm(env)
-        return _from_torchrun(env)
-    if in_step:
-        return _from_slurm(env)
-    return Environment(0, 1, 0, 1, "127.0.0.1", 0, "alone")
-
-
-def _check_consistent(env: Mapping[str, str], rank: str, world: str, other_rank: str, other_world: str) -> bool:
-    return env.get(rank) == env.get(other_rank) and env.get(world) == env.get(other_world)
-
-
-def _number(env: Mapping[str, str], key: str, default: int | None = None) -> int:
-    value = env.get(key)
-    if value is None and default is not None:
-        return default
-    if value is None:
-        raise UserError(
-            f"environment variable {key} is not set; start the ranks with torchrun or srun, or unset RANK and "
-            "WORLD_SIZE"
-        )
-    if not value.isdecimal() or len(value) > slurm.DIGITS:
-        raise UserError(
-            f"environment variable {key} is {value[:40]!r}, not a number; unset it, or start the ranks with torchrun "
-            "or srun, which set what is needed"
-        )
-    return int(value)
-
-
-def _rank_and_world(env: Mapping[str, str], rank_key: str, world_key: str) -> tuple[int, int]:
-    rank, world = _number(env, rank_key), _number(env, world_key)
-    if rank >= world:
-        raise UserError(
-            f"environment variable {rank_key} is {rank} but {world_key} is {world}; "
-            f"ranks count from 0 to {world_key} - 1"
-        )
-    return rank, world
-
-
-def _from_torchrun(env: Mapping[str, str]) -> Environment:
-    rank, world = _rank_and_world(env, "RANK", "WORLD_SIZE")
-    if world > 1:
-        for key in ("MASTER_ADDR", "MASTER_PORT"):
-            if key not in env:
-                raise UserError(f"environment variable {key} is not set; start the ranks with torchrun or srun")
-    return Environment(
-        rank,
-        world,
-        _number(env, "LOCAL_RANK", rank),
-        _number(env, "LOCAL_WORLD_SIZE", world),
-        env.get("MASTER_ADDR", "127.0.0.1"),
-        _number(env, "MASTER_PORT", 0),
-        "torchrun",
-        env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
-    )
-
-
-def _check_against_slurm(env: Mapping[str, str]) -> None:
-    """RANK and WORLD_SIZE inside of a step: each task may have set its own, or a launcher of each task's the ranks that
-    it has started; what a batch script exported for all tasks would give them one rank."""
-    rank, world = _rank_and_world(env, "RANK", "WORLD_SIZE")
-    task, tasks = _rank_and_world(env, "SLURM_PROCID", "SLURM_NTASKS")
-    each = _number(env, "LOCAL_WORLD_SIZE", 1) or 1
-    own = (rank, world) == (task, tasks)
-    launched = "LOCAL_RANK" in env and world == tasks * each and rank // each == task
-    if not (own or launched):
-        raise UserError(
-            f"environment variables RANK is {rank} and WORLD_SIZE is {world}, but srun says task {task} of {tasks}; "
-            "unset RANK and WORLD_SIZE before srun, which sets what is needed"
-        )
-
-
-def _check_agents(env: Mapping[str, str], names: _Mpi) -> None:
-    """torchrun's variables below mpirun: it started one agent for each of its ranks, or they are an earlier
-    torchrun's, which would give all of mpirun's ranks one number."""
-    rank, world = _rank_and_world(env, "RANK", "WORLD_SIZE")
-    process, processes = _rank_and_world(env, names.rank, names.world)
-    if world != processes * _number(env, "LOCAL_WORLD_SIZE", 1):
-        raise UserError(
-            f"environment variables RANK is {rank} and WORLD_SIZE is {world}, but mpirun's {names.rank} and "
-            f"{names.world} are {process} and {processes}; unset RANK, WORLD_SIZE and TORCHELASTIC_RUN_ID before "
-            f"mpirun, or {names.rank} and {names.world} before torchrun"
-        )
-
-
-def _from_mpirun(env: Mapping[str, str], names: _Mpi) -> Environment:
-    rank, world = _rank_and_world(env, names.rank, names.world)
-    for key, value in (("RANK", rank), ("WORLD_SIZE", world)):
-        if key in env and _number(env, key) != value:
-            raise UserError(
-                f"environment variable {key} is {env[key]} but mpirun's {names.rank} and {names.world} are {rank} and "
-                f"{world}; unset RANK and WORLD_SIZE before mpirun"
-            )
-    local_world = _number(env, names.local_world, world)
-    address = env.get("MASTER_ADDR")
-    if address is None and local_world < world:
-        raise UserError(
-            f"environment variable MASTER_ADDR is not set, and mpirun started {world} ranks on several hosts; give the "
-            "first one, as in mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500"
-        )
-    # One port for all ranks of this job, and most likely another one for a second job on this host.
-    job = next((env[name] for name in _MPI_JOB if name in env), "")
-    port = _FIRST_PORT + zlib.crc32(job.encode()) % _PORTS
-    return Environment(
-        rank,
-        world,
-        _number(env, names.local_rank, rank),
-        local_world,
-        address or "127.0.0.1",
-        _number(env, "MASTER_PORT", port),
-        "mpirun",
-    )
-
-
-def _from_slurm(env: Mapping[str, str]) -> Environment:
-    rank, world = _rank_and_world(env, "SLURM_PROCID", "SLURM_NTASKS")
-    local_world = slurm.tasks_of_a_node(env) or world
-    nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))
-    # Every task derives the same port from the job and step, so that two jobs on one node do not meet.
-    port = _FIRST_PORT + (_number(env, "SLURM_JOB_ID") * 7 + _number(env, "SLURM_STEP_ID")) % _PORTS
-    return Environment(
-        rank,
-        world,
-        _number(env, "SLURM_LOCALID"),
-        local_world,
-        env.get("MASTER_ADDR") or slurm.first_host(nodes),
-        _number(env, "MASTER_PORT", port),
-        "slurm",
-    )
 
 
 def write_outcome(word: str) -> None:
@@ -287,77 +82,6 @@ def abort(error: Exception) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1)
-
-
-def run_on_rank0(work: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
-    """Runs `work` on rank 0 while the others wait, and gives its answer to all of them. Collective.
-
-    Args:
-        work: returns something that can be pickled. A `UserError` it raises is raised on every rank.
-        group: of all ranks, where the default one is busy with something else.
-    """
-    import torch.distributed as dist
-
-    outcome = [_catch_user_error(work) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(outcome, src=0, group=group)
-    error, answer = outcome[0]  # type: ignore[misc]
-    if error is not None:
-        raise error
-    return answer  # type: ignore[return-value]
-
-
-def gather_from_ranks(work: Callable[[], Result], group: dist.ProcessGroup | None = None) -> list[Result]:
-    """Does each rank's own work and gives all answers to all ranks. Collective.
-
-    What fails on one rank fails on all, before they wait for each other: the first `UserError` is raised on every rank.
-
-    Args:
-        work: returns something that can be pickled.
-        group: of all ranks, where the default one is busy with something else.
-    """
-    import torch.distributed as dist
-
-    outcomes: list[tuple[UserError | None, Result | None]] = [(None, None)] * dist.get_world_size()
-    dist.all_gather_object(outcomes, _catch_user_error(work), group=group)
-    for error, _ in outcomes:
-        if error is not None:
-            raise error
-    return [answer for _, answer in outcomes]  # type: ignore[misc]
-
-
-def run_on_all_ranks(work: Callable[[], Result]) -> Result:
-    """Does the same work on every rank, and gives each its own answer. Collective.
-
-    What fails on one rank, whose disk is not that of the others, fails on all: as `on_every_rank`.
-    """
-    answers: list[Result] = []
-    gather_from_ranks(lambda: answers.append(work()))
-    return answers[0]
-
-
-def _catch_user_error(work: Callable[[], Result]) -> tuple[UserError | None, Result | None]:
-    try:
-        return None, work()
-    except UserError as error:
-        return error, None
-    except OSError as error:  # a full or broken disk: the others must not wait for an answer
-        name, what = error.filename or "file system", error.strerror or error
-        return UserError(f"{name}: {what}; free space or mend it, then start again"), None
-
-
-def all_reduce_max(number: int, device: torch.device) -> int:
-    """The largest of a number over the ranks of the default process group. Collective.
-
-    Args:
-        number: this rank's.
-        device: where the group's tensors live.
-    """
-    import torch
-    import torch.distributed as dist
-
-    value = torch.tensor(number, device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return int(value)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from megatron_capgap.common.errors import UserError, in_one_line
 
 if TYPE_CHECKING:
-    from megatron_capgap.distributed.launcher import Environment
+    from megatron_capgap.distributed.environment import Environment
 
 _FIRST_MESSAGE_SECONDS = 20.0
 _CONNECT_SECONDS = 5.0

@@ -19,11 +19,11 @@ from torch.distributed.rendezvous import rendezvous
 
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.devices import Device
-from megatron_capgap.distributed.launcher import Environment
+from megatron_capgap.distributed.environment import Environment
 from megatron_capgap.distributed.rendezvous import report_rendezvous_problems
 from megatron_capgap.distributed.watchdog import Watchdog
 
-Result = TypeVar("Answer")
+Result = TypeVar("Result")
 
 # Whoever is ahead waits as long as the others work; a rank that is gone ends the wait at once, its connections close.
 _NO_TIMEOUT = timedelta(days=365)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from megatron_capgap.common.errors import UserError, in_one_line
 
 if TYPE_CHECKING:
-    from megatron_capgap.distributed.launcher import Environment
+    from megatron_capgap.distributed.environment import Environment
 
 _TRIES, _PAUSE_SECONDS, _KNOCK_SECONDS = 3, 1.0, 5.0
 _JOINS = "TORCHELASTIC_USE_AGENT_STORE"

@@ -296,7 +296,8 @@ def _check_single_size_option(order: PruneSpec) -> Iterator[str]:
         text = "says nothing of the student's size; give layers, hidden, heads and ffn, or sparsity, or parameters"
         yield order.problem("", text)
     if config.teacher is not None and config.teacher.layout is not None:
-        yield f"{order.loaded.location('teacher.layout')}: prune cuts the teacher as student.layout says; remove the key"
+        place = order.loaded.location("teacher.layout")
+        yield f"{place}: prune runs the teacher in student.layout; remove the key"
 
 
 def _check_within_teacher(order: PruneSpec) -> Iterator[str]:

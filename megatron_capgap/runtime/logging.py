@@ -1,6 +1,6 @@
-"""What a run says: a table at the start, a line or a bar while it goes, metrics.jsonl and TensorBoard for later.
+"""Output of a run: console lines and a progress bar, metrics.jsonl and TensorBoard.
 
-Only rank 0 speaks. A `Log` on another rank takes the same calls and is silent.
+Only rank 0 writes. A `RunLogger` on another rank takes the same calls and does nothing.
 """
 
 from __future__ import annotations
@@ -19,23 +19,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from megatron_capgap.common.fileio import write_atomically
-from megatron_capgap.devices import Device
-
 
 class RunLogger:
-    """The voice of a run.
+    """Console, metrics.jsonl and TensorBoard of a run.
 
     Args:
         run_dir: where metrics.jsonl and tensorboard/ go, from the first record on; None writes no files.
-        speaks: whether this is rank 0.
+        is_rank0: whether this is rank 0; the others write nothing.
         tensorboard: whether to write TensorBoard events.
     """
 
-    def __init__(self, run_dir: Path | None, speaks: bool, tensorboard: bool = False) -> None:
-        self.is_rank0 = speaks
-        self.console = Console(file=sys.stdout, quiet=not speaks, highlight=False, soft_wrap=True)
-        self._run_dir = run_dir if speaks else None
+    def __init__(self, run_dir: Path | None, is_rank0: bool, tensorboard: bool = False) -> None:
+        self.is_rank0 = is_rank0
+        self.console = Console(file=sys.stdout, quiet=not is_rank0, highlight=False, soft_wrap=True)
+        self._run_dir = run_dir if is_rank0 else None
         self._writer = None
         if self._run_dir is not None and tensorboard:
             # Loaded before memory is measured: TensorBoard alone weighs as much as a small model.
@@ -63,11 +60,6 @@ class RunLogger:
         for row in rows:
             table.add_row(*row)
         self.console.print(table)
-
-    def device_table(self, device: Device) -> None:
-        """The start-up table: which engine and which fused parts are in use, and why not."""
-        rows = [(part.name, "yes" if part.active else "no", part.why) for part in device.components]
-        self.table(f"device {device.name}, backend {device.backend}", ("part", "in use", ""), rows)
 
     def record(self, entry: Mapping[str, Any]) -> None:
         """One object to metrics.jsonl, its numbers to TensorBoard under their names.
@@ -135,36 +127,6 @@ class RunLogger:
             self._progress.update(self._progress.task_ids[0], completed=step, line=line)
         elif step % every == 0 or step == total:
             self.info(f"step {step}/{total}  {line}")
-
-
-def evaluation_after(run_dir: Path, step: int) -> dict[str, Any] | None:
-    """The last entry of metrics.jsonl with the held-out loss after a step; None where there is none. Rank 0 only."""
-    path = run_dir / "metrics.jsonl"
-    entries = map(json.loads, path.read_text().splitlines()) if path.is_file() else ()
-    found = [entry for entry in entries if entry["step"] == step and "valid_loss" in entry]
-    return found[-1] if found else None
-
-
-def evaluations(run_dir: Path) -> list[tuple[int, float]]:
-    """Step and held-out loss of every evaluation in metrics.jsonl, in their order. Rank 0 only."""
-    path = run_dir / "metrics.jsonl"
-    entries = map(json.loads, path.read_text().splitlines()) if path.is_file() else ()
-    return [(entry["step"], entry["valid_loss"]) for entry in entries if "valid_loss" in entry]
-
-
-def drop_metrics_after(run_dir: Path, step: int) -> None:
-    """Cuts off what a killed run recorded beyond its last checkpoint, and a line it did not finish. Rank 0 only."""
-    path = run_dir / "metrics.jsonl"
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            continue
-    write_atomically(path, "".join(kept))
 
 
 class ThroughputMeter:

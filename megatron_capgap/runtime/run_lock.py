@@ -64,8 +64,8 @@ class RunLock:
         found = _read(self._path)
         if found != self._mine:
             raise UserError(
-                f"{self._path}: {_describe_owner(found)} has taken this run directory while this job slept or its disk was away; "
-                "this one stops without saving"
+                f"{self._path}: {_describe_owner(found)} has taken this run directory while this job slept or its disk "
+                "was away; this one stops without saving"
             )
 
     def release(self) -> None:
@@ -93,8 +93,8 @@ class RunLock:
         why = self._why_stale(found)
         if why is None:
             raise UserError(
-                f"run_dir: {self._path.parent} is in use by {_describe_owner(found)}; wait for it, stop it, or choose another "
-                f"run_dir (if it is gone for certain, remove {self._path})"
+                f"run_dir: {self._path.parent} is in use by {_describe_owner(found)}; wait for it, stop it, or choose "
+                f"another run_dir (if it is gone for certain, remove {self._path})"
             )
         # One job at a time removes a dead one's file, having looked again: another may have had its turn in between.
         turn = self._path.with_name(f".{LOCK_FILE}.turn")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_capgap.config.loader import LoadedConfig
 from megatron_capgap.devices import Device
-from megatron_capgap.distributed.launcher import Environment
+from megatron_capgap.distributed.environment import Environment
 from megatron_capgap.stages import context
 from megatron_capgap.training.loop import train
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from megatron_capgap.checkpoint import loader
-from megatron_capgap.checkpoint.metadata import CheckpointMetadata, begin_training_run
+from megatron_capgap.checkpoint.metadata import CheckpointMetadata
+from megatron_capgap.checkpoint.run_directory import begin_training_run
 from megatron_capgap.checkpoint.saver import Saver
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.config import derived
@@ -22,8 +23,9 @@ from megatron_capgap.config.loader import LoadedConfig, changes, dump
 from megatron_capgap.config.schema import Config, Layout
 from megatron_capgap.data.batch import MicroBatch
 from megatron_capgap.devices import Device
-from megatron_capgap.distributed import launcher, parallel_context
-from megatron_capgap.distributed.launcher import Environment
+from megatron_capgap.distillation.transfer import TeacherStates
+from megatron_capgap.distributed import collectives, launcher, parallel_context
+from megatron_capgap.distributed.environment import Environment
 from megatron_capgap.distributed.parallel_context import ParallelContext
 from megatron_capgap.distributed.role_groups import RoleGroups
 from megatron_capgap.distributed.watchdog import Watchdog
@@ -31,13 +33,15 @@ from megatron_capgap.losses import Loss, language_model_loss
 from megatron_capgap.models import gpt, memory, projections, size
 from megatron_capgap.models.fp8_weights import cast_params_to_fp8
 from megatron_capgap.models.sharded_state import initialise
-from megatron_capgap.runtime.logging import RunLogger, count, drop_metrics_after
+from megatron_capgap.runtime.logging import RunLogger, count
+from megatron_capgap.runtime.metrics import drop_metrics_after
 from megatron_capgap.runtime.run_lock import RunLock
 from megatron_capgap.stages import check, datasets
 from megatron_capgap.stages.resolve import ResolvedConfig, resolve
 from megatron_capgap.training import optimizer
-from megatron_capgap.training.loop import Run, resume
+from megatron_capgap.training.checkpointing import resume
 from megatron_capgap.training.neftune import Neftune
+from megatron_capgap.training.run import CheckpointPolicy, Run, RunCosts, TrainingData, TrainingObjective
 from megatron_capgap.training.step import LossFunction
 
 _RESOLVED = "resolved.yaml"
@@ -100,7 +104,7 @@ def stage_context(loaded: LoadedConfig, stage: str, environment: Environment, de
     new = _missing_parents(Path(config.run_dir)) if environment.rank == 0 else []
 
     def open_run_dir() -> tuple[list[str], int | None]:
-        return launcher.run_on_rank0(lambda: _open_run_dir(resolved, lock))
+        return collectives.run_on_rank0(lambda: _open_run_dir(resolved, lock))
 
     try:
         warnings, steps = [], config.train.steps
@@ -184,26 +188,27 @@ def language_model_run(ctx: StageContext) -> Run:
             sequence_parallel=parallel.layout.sequence,
         )
 
-    return training_run(ctx, build_student(ctx), lambda batches: loss)
+    return training_run(ctx, build_student(ctx), TrainingObjective(lambda batches, teacher_states: loss))
 
 
-def training_run(
-    ctx: StageContext,
-    student: list[torch.nn.Module],
-    prepare: Callable[[Sequence[MicroBatch]], LossFunction],
-    loss_of_layers: Callable[[], Loss] | None = None,
-) -> Run:
-    """Optimizer and data, ready for the loop, where the run's newest checkpoint left them; begins the run. Collective.
+def training_run(ctx: StageContext, student: list[torch.nn.Module], objective: TrainingObjective) -> Run:
+    """Optimizer and data, ready for the loop, where the run's newest checkpoint left them; commits the run directory.
+    Collective.
 
     Args:
-        ctx: what the stage stands on.
+        ctx: of the stage.
         student: its chunks on this rank.
-        prepare: gives the loss of each global batch; a teacher runs in it.
-        loss_of_layers: see `train_step`.
+        objective: what is minimised.
     """
     config, resolved = ctx.config, ctx.resolved
-    peak = config.runtime.peak_tflops
     chunks = optimizer.wrap(student, ctx.parallel, derived.student_precision(config))
+    checkpointing = config.checkpoint
+    saver = Saver(
+        ctx.run_dir,
+        checkpointing.keep,
+        async_save=checkpointing.async_save,
+        timeout_seconds=config.runtime.timeout_seconds,
+    )
     run = Run(
         config=config,
         run_dir=ctx.run_dir,
@@ -211,56 +216,49 @@ def training_run(
         parallel=ctx.parallel,
         chunks=chunks,
         optimizer=optimizer.build(chunks, config, ctx.device),
-        train=datasets.open_training(resolved),
-        valid=datasets.open_validation(resolved),
-        vocab_size=resolved.student.vocab,
-        byte_lengths=padded_byte_lengths(resolved),
-        global_batch=resolved.global_batch,
-        checkpoint_metadata=lambda done: checkpoint_metadata(ctx, done),
-        prepare=_with_neftune(ctx, student, prepare),
-        matching_loss=loss_of_layers,
-        all_reduce_max=None,
-        flops_a_token=size.training_flops(resolved.student, resolved.teacher, config.data.sequence_length),
-        peak_flops=None if peak is None else peak * 1e12 * resolved.world,
-        memory_at_start=ctx.memory_at_start,
-        memory_estimate=memory.estimate(
-            config,
-            resolved.stage,
-            resolved.student,
-            resolved.teacher,
-            resolved.world,
-            on_cpu=ctx.device.name == "cpu",
-        ).total,
-        stop_at=ctx.stop_at,
-        log=ctx.log,
-        check_ownership=ctx.lock.check_ownership,
-        watchdog=ctx.watchdog,
-        saver=Saver(
-            ctx.run_dir,
-            config.checkpoint.keep,
-            async_save=config.checkpoint.async_save,
-            timeout_seconds=config.runtime.timeout_seconds,
+        data=TrainingData(
+            train=datasets.open_training(resolved),
+            valid=datasets.open_validation(resolved),
+            vocab_size=resolved.student.vocab,
+            byte_lengths=padded_byte_lengths(resolved),
+            global_batch=resolved.global_batch,
         ),
+        objective=_with_neftune(ctx, student, objective),
+        costs=_costs(ctx),
+        checkpoints=CheckpointPolicy(saver, lambda done: checkpoint_metadata(ctx, done), ctx.lock.check_ownership),
+        log=ctx.log,
+        watchdog=ctx.watchdog,
+        stop_at=ctx.stop_at,
     )
     run = resume(run)
     commit_run_dir(ctx, run.done)
     return run
 
 
-def _with_neftune(
-    ctx: StageContext, student: list[torch.nn.Module], prepare: Callable[[Sequence[MicroBatch]], LossFunction]
-) -> Callable[[Sequence[MicroBatch]], LossFunction]:
-    """`prepare`, with noise on the student's embeddings where finetune.neftune_alpha asks for it."""
+def _costs(ctx: StageContext) -> RunCosts:
+    config, resolved = ctx.config, ctx.resolved
+    peak, models = config.runtime.peak_tflops, (resolved.student, resolved.teacher)
+    on_cpu = ctx.device.name == "cpu"
+    return RunCosts(
+        flops_per_token=size.training_flops(*models, config.data.sequence_length),
+        peak_flops=None if peak is None else peak * 1e12 * resolved.world,
+        memory_at_start=ctx.memory_at_start,
+        memory_estimate=memory.estimate(config, resolved.stage, *models, resolved.world, on_cpu=on_cpu).total,
+    )
+
+
+def _with_neftune(ctx: StageContext, student: list[torch.nn.Module], objective: TrainingObjective) -> TrainingObjective:
+    """The objective, with noise on the student's embeddings where finetune.neftune_alpha asks for it."""
     alpha = ctx.resolved.finetune.neftune_alpha
     if not alpha:
-        return prepare
-    noise = Neftune(student, ctx.parallel, alpha, ctx.config.seed)
+        return objective
+    neftune = Neftune(student, ctx.parallel, alpha, ctx.config.seed)
 
-    def prepare_noise_too(batches: Sequence[MicroBatch]) -> LossFunction:
-        noise.start_batch(batches)
-        return prepare(batches)
+    def loss_function(batches: Sequence[MicroBatch], teacher_states: TeacherStates | None) -> LossFunction:
+        neftune.start_batch(batches)
+        return objective.loss_function(batches, teacher_states)
 
-    return prepare_noise_too
+    return replace(objective, loss_function=loss_function)
 
 
 def padded_byte_lengths(resolved: ResolvedConfig) -> torch.Tensor:
@@ -290,7 +288,7 @@ def commit_run_dir(ctx: StageContext, done: int = 0) -> None:
             dump(ctx.config, str(path))
         return changed
 
-    if changed := launcher.run_on_rank0(write):
+    if changed := collectives.run_on_rank0(write):
         ctx.log.info(f"not as at the last start: {'; '.join(changed)}")
 
 
@@ -332,7 +330,7 @@ def _remove_if_uncommitted(new: list[Path]) -> None:
 
 def _log_summary(log: RunLogger, resolved: ResolvedConfig, device: Device) -> None:
     """The first lines of a run."""
-    log.device_table(device)
+    log.table(*device.component_table())
     for name, shape in (("student", resolved.student), ("teacher", resolved.teacher)):
         if shape is not None:
             total, inner = size.parameters(shape), size.non_embedding_parameters(shape)

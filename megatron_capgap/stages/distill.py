@@ -15,7 +15,7 @@ from megatron_capgap.config.loader import LoadedConfig
 from megatron_capgap.data.batch import MicroBatch
 from megatron_capgap.devices import Device
 from megatron_capgap.distillation import transfer_plan
-from megatron_capgap.distillation.disjoint import run_teacher_ahead
+from megatron_capgap.distillation.disjoint import StudentSide, run_teacher_ahead
 from megatron_capgap.distillation.hidden_state_hooks import HiddenStateMatching
 from megatron_capgap.distillation.offload import HostOffload
 from megatron_capgap.distillation.teacher import Teacher, freeze
@@ -27,16 +27,17 @@ from megatron_capgap.distillation.transfer import (
     Transport,
     batched_p2p,
 )
-from megatron_capgap.distributed import launcher, parallel_context
-from megatron_capgap.distributed.launcher import Environment
+from megatron_capgap.distributed import collectives, launcher, parallel_context
+from megatron_capgap.distributed.environment import Environment
 from megatron_capgap.distributed.role_groups import FAILED, RoleGroups
+from megatron_capgap.distributed.signals import StopRequest
 from megatron_capgap.losses import DistillationObjective, Loss, TeacherHidden, distillation_loss
 from megatron_capgap.models import gpt, size
 from megatron_capgap.models.fp8_weights import cast_params_to_fp8
 from megatron_capgap.models.gpt import DTYPES, unwrap
-from megatron_capgap.runtime.signals import StopRequest
 from megatron_capgap.stages import context, datasets, record
-from megatron_capgap.training.loop import Run, train
+from megatron_capgap.training.loop import train
+from megatron_capgap.training.run import Run, TrainingObjective
 from megatron_capgap.training.step import LossFunction
 
 
@@ -58,7 +59,7 @@ def run(loaded: LoadedConfig, environment: Environment, device: Device) -> int:
 
 def _write_record(ctx: context.StageContext) -> None:
     """Leaves what the law reads of a run. Collective over the student's ranks."""
-    ctx.log.info(launcher.run_on_rank0(lambda: record.write(ctx.resolved)))
+    ctx.log.info(collectives.run_on_rank0(lambda: record.write(ctx.resolved)))
 
 
 def colocated_run(ctx: context.StageContext) -> Run:
@@ -71,32 +72,34 @@ def colocated_run(ctx: context.StageContext) -> Run:
     return distillation_run(ctx, load_teacher_head(ctx, teacher), _colocated_teacher(ctx, teacher))
 
 
-def distillation_run(ctx: context.StageContext, head: Tensor | None, teach: Callable[[int], TeacherStates]) -> Run:
+def distillation_run(
+    ctx: context.StageContext, head: Tensor | None, teacher_forward: Callable[[int], TeacherStates]
+) -> Run:
     """The student's run. Collective over its ranks.
 
     Args:
-        ctx: what the stage stands on.
-        head: the teacher's LM head `[v/tp, h_teacher]`, cut as the student is, on the student's last stage.
-        teach: from a global batch's first sample to the teacher's states that this rank needs.
+        ctx: of the stage.
+        head: the teacher's LM head `[v/tp, h_teacher]`, a shard as the student's is, on the student's last stage.
+        teacher_forward: from a global batch's first sample to the teacher's states that this rank needs.
     """
     student = context.build_student(ctx)
     objective = DistillationObjective(**vars(ctx.config.objective))
-    resolved, batch_size, parallel = ctx.resolved, ctx.resolved.global_batch, ctx.parallel
+    resolved, parallel = ctx.resolved, ctx.parallel
     # The tokenizer is one; what a model's vocabulary has beyond it, the other's may lack, and counts on neither side.
     vocab_size = min(resolved.student.vocab, resolved.teacher.vocab)
     matching = HiddenStateMatching(student, parallel, objective.matching)
 
-    def prepare(batches: Sequence[MicroBatch]) -> LossFunction:
-        teacher_states = teach(batches[0].sample_ids[0] // batch_size * batch_size)
+    def loss_function(batches: Sequence[MicroBatch], teacher_states: TeacherStates | None) -> LossFunction:
+        assert teacher_states is not None, "the objective has a teacher_forward"
         matching.start_batch(batches, teacher_states)
 
         def loss(hidden: Tensor, student_head: Tensor, batch: MicroBatch) -> Loss:
-            # Taken, so that the teacher's states of a micro-batch go as soon as its loss is known.
-            teaching = teacher_states.pop(transfer_plan.FINAL_HIDDEN, batch.sample_ids).flatten(0, 1)
+            # Popped, so that the teacher's states of a micro-batch are freed as soon as its loss is known.
+            hidden_of_teacher = teacher_states.pop(transfer_plan.FINAL_HIDDEN, batch.sample_ids).flatten(0, 1)
             return distillation_loss(
                 hidden.flatten(0, 1),
                 student_head,
-                TeacherHidden(hidden=teaching, head=head),
+                TeacherHidden(hidden=hidden_of_teacher, head=head),
                 *batch.flat(),
                 objective=objective,
                 vocab_size=vocab_size,
@@ -106,7 +109,8 @@ def distillation_run(ctx: context.StageContext, head: Tensor | None, teach: Call
 
         return loss
 
-    return context.training_run(ctx, student, prepare, matching.loss if objective.matching else None)
+    matching_loss = matching.loss if objective.matching else None
+    return context.training_run(ctx, student, TrainingObjective(loss_function, teacher_forward, matching_loss))
 
 
 def load_teacher(ctx: context.StageContext) -> Teacher:
@@ -118,7 +122,7 @@ def load_teacher(ctx: context.StageContext) -> Teacher:
     parallel = parallel_context.build_additional(
         ctx.parallel, derived.teacher_layout(config), config.runtime.timeout_seconds
     )
-    with parallel.active():
+    with parallel.activate():
         chunks = gpt.build(
             shape,
             parallel,
@@ -192,45 +196,32 @@ def teacher_forward(ctx: context.StageContext, teacher: Teacher) -> Callable[[in
 
 def _colocated_teacher(ctx: context.StageContext, teacher: Teacher) -> Callable[[int], TeacherStates]:
     """Teacher and student share all ranks."""
-    transfer, speak = _hidden_state_transfer(ctx, batched_p2p), teacher_forward(ctx, teacher)
-    return lambda first_sample: TeacherStates(transfer.start(speak(first_sample), first_sample).wait())
+    transfer, forward = _hidden_state_transfer(ctx, batched_p2p), teacher_forward(ctx, teacher)
+    return lambda first_sample: TeacherStates(transfer.start(forward(first_sample), first_sample).wait())
 
 
 def student_loop(ctx: context.StageContext, roles: RoleGroups) -> None:
     """The student's ranks, with a teacher on others."""
-    transfer, batch_size = _hidden_state_transfer(ctx, roles.start_send_recv), ctx.resolved.global_batch
-    steps, ahead = ctx.config.train.steps, ctx.config.teacher.ahead
-    taken = agreed = 0  # batches of the teacher's, and ends of steps
-
-    def teach(first_sample: int) -> TeacherStates:
-        nonlocal taken
-        taken = first_sample // batch_size + 1
-        return TeacherStates(transfer.start({}, first_sample).wait())
-
-    def largest(number: int) -> int:
-        nonlocal agreed
-        agreed += 1
-        return roles.start_all_reduce_max(number).wait()
-
+    assert ctx.config.train.steps is not None and ctx.config.teacher is not None
+    side = StudentSide(
+        roles,
+        _hidden_state_transfer(ctx, roles.start_send_recv),
+        batch_size=ctx.resolved.global_batch,
+        steps=ctx.config.train.steps,
+        ahead=ctx.config.teacher.ahead,
+    )
     head = roles.barrier_with_errors(lambda: load_teacher_head(ctx, None))
-    run = roles.barrier_with_errors(
-        lambda: distillation_run(ctx, head, teach)
-    )  # the run begins once the teacher is there
-    taken = agreed = run.done
-    roles.start_all_reduce_max(run.done).wait()
+    # The run directory is committed once the teacher is there.
+    run = roles.barrier_with_errors(lambda: distillation_run(ctx, head, side.teacher_forward))
+    side.start(run.done)
     failed: UserError | None = None
     try:
-        train(replace(run, largest=largest))
+        train(replace(run, all_reduce_max=side.all_reduce_max))
         _write_record(ctx)
     except UserError as error:
         failed = error
-        agreed += 1
-        roles.abort_peers(error)
-    # What the teacher has begun: process groups with open work would not close.
-    for step in range(taken, min(agreed + ahead, steps)):
-        teach(step * batch_size)
-    for _ in range(agreed, min(agreed + ahead, steps)):
-        roles.start_all_reduce_max(0).wait()
+        side.abort(error)
+    side.drain()
     if failed is not None:
         raise failed
 
@@ -240,16 +231,15 @@ def teacher_loop(ctx: context.StageContext, roles: RoleGroups) -> None:
     batch_size = ctx.resolved.global_batch
     transfer = _hidden_state_transfer(ctx, roles.start_send_recv)
     teacher = roles.barrier_with_errors(lambda: load_teacher(ctx))
-    speak = roles.barrier_with_errors(lambda: teacher_forward(ctx, teacher))
+    forward = roles.barrier_with_errors(lambda: teacher_forward(ctx, teacher))
 
     def teach(step: int) -> PendingTransfer:
         first_sample = step * batch_size
         ctx.watchdog.activity = f"the teacher's turn in step {step + 1}"
-        return transfer.start(speak(first_sample), first_sample)
+        return transfer.start(forward(first_sample), first_sample)
 
-    done = roles.start_all_reduce_max(
-        0
-    ).wait()  # only the student knows: it may have had to go back to an earlier checkpoint
+    # Only the student knows its step: it may have gone back to an earlier checkpoint.
+    done = roles.start_all_reduce_max(0).wait()
     with StopRequest(ctx.device.torch_device) as stop:
         steps = range(done, ctx.config.train.steps)
         end = run_teacher_ahead(steps, ctx.config.teacher.ahead, teach, lambda: roles.start_all_reduce_max(stop.seen))

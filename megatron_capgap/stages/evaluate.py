@@ -7,7 +7,7 @@ import json
 from megatron_capgap.common.fileio import write_atomically
 from megatron_capgap.config.loader import LoadedConfig
 from megatron_capgap.devices import Device
-from megatron_capgap.distributed.launcher import Environment
+from megatron_capgap.distributed.environment import Environment
 from megatron_capgap.stages import context, datasets
 from megatron_capgap.training.evaluate import evaluate
 

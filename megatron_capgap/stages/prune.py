@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_capgap.checkpoint import loader
-from megatron_capgap.checkpoint import metadata as manifests
+from megatron_capgap.checkpoint import loader, metadata, run_directory
 from megatron_capgap.checkpoint.metadata import ModelRef
 from megatron_capgap.common.fileio import write_atomically
 from megatron_capgap.config import derived
@@ -17,8 +16,9 @@ from megatron_capgap.config.loader import LoadedConfig
 from megatron_capgap.config.schema import PruneConfig
 from megatron_capgap.data.batch import MicroBatch, Samples, global_batch_samples, micro_batches
 from megatron_capgap.devices import Device
-from megatron_capgap.distributed import launcher
-from megatron_capgap.distributed.launcher import Environment
+from megatron_capgap.distributed import collectives, launcher
+from megatron_capgap.distributed.environment import Environment
+from megatron_capgap.distributed.signals import StopRequest
 from megatron_capgap.losses import language_model_loss
 from megatron_capgap.models import gpt, memory, size
 from megatron_capgap.models.fp8_weights import cast_params_to_fp8
@@ -28,7 +28,6 @@ from megatron_capgap.pruning.apply import apply
 from megatron_capgap.pruning.importance import Importance
 from megatron_capgap.pruning.importance_scores import Scores
 from megatron_capgap.pruning.prune_plan import Plan
-from megatron_capgap.runtime.signals import StopRequest
 from megatron_capgap.stages import context, datasets
 from megatron_capgap.stages.context import StageContext
 from megatron_capgap.stages.resolve import CheckpointSource, ResolvedConfig
@@ -40,7 +39,7 @@ def run(loaded: LoadedConfig, environment: Environment, device: Device) -> int:
     with context.stage_context(loaded, "prune", environment, device) as ctx:
         teacher = ctx.resolved.teacher
         assert teacher is not None
-        begun = launcher.run_on_rank0(lambda: files.read(ctx.run_dir, teacher, facts_of(ctx.resolved)))
+        begun = collectives.run_on_rank0(lambda: files.read(ctx.run_dir, teacher, facts_of(ctx.resolved)))
         if ctx.resolved.resumed is not None:
             ctx.log.info(f"nothing to do: {ctx.run_dir} holds the pruned student; choose another run_dir to prune anew")
             return 0
@@ -108,7 +107,7 @@ def score(ctx: StageContext, begun: Scores, done: int) -> Scores | None:
 
 def _keep(ctx: StageContext, scores: Scores, done: int) -> None:
     """Writes RUN/scores.json. Collective."""
-    launcher.run_on_rank0(lambda: files.write(ctx.run_dir, scores, done, facts_of(ctx.resolved)))
+    collectives.run_on_rank0(lambda: files.write(ctx.run_dir, scores, done, facts_of(ctx.resolved)))
 
 
 def _added(one: Scores, other: Scores) -> Scores:
@@ -172,12 +171,12 @@ def _prune(ctx: StageContext, scores: Scores) -> None:
     def finish() -> None:
         origin = ModelRef.of(source.folder, source.meta)
         words = context.checkpoint_metadata(ctx, 0)
-        manifests.write(replace(words, steps=0, model=plan.student, pruned_from=origin, padding=plan.padding), staged)
-        manifests.publish(staged, run_dir, step=0, keep=1)
+        metadata.write(replace(words, steps=0, model=plan.student, pruned_from=origin, padding=plan.padding), staged)
+        run_directory.publish(staged, run_dir, step=0, keep=1)
 
-    launcher.run_on_rank0(begin)
+    collectives.run_on_rank0(begin)
     apply(source.folder, plan, staged)
-    launcher.run_on_rank0(finish)
+    collectives.run_on_rank0(finish)
     _report(ctx, plan)
 
 

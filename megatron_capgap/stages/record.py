@@ -7,14 +7,14 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_capgap.checkpoint import metadata
+from megatron_capgap.checkpoint import run_directory
 from megatron_capgap.checkpoint.metadata import ModelRef
 from megatron_capgap.common.fileio import write_atomically
 from megatron_capgap.config import derived
 from megatron_capgap.config.schema import Config, ObjectiveConfig
 from megatron_capgap.law.records import Record
 from megatron_capgap.models import size
-from megatron_capgap.runtime.logging import evaluation_after
+from megatron_capgap.runtime.metrics import evaluation_after
 from megatron_capgap.stages.resolve import CheckpointSource, ResolvedConfig
 
 RECORD = "record.json"
@@ -33,7 +33,7 @@ def write(resolved: ResolvedConfig) -> str:
         return "no record for the law: data.valid names no held-out text"
     # Read from disk, for the run may have been stopped between its last evaluation and the record.
     last = evaluation_after(run_dir, steps)
-    if last is None or steps not in metadata.steps_in(run_dir):
+    if last is None or steps not in run_directory.steps_in(run_dir):
         return "no record for the law yet: the run has not come to its end"
     record = describe(resolved, last["valid_loss"], last.get("valid_tokens"))
     write_atomically(run_dir / RECORD, record.line())

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from megatron_capgap.checkpoint import metadata as manifests
+from megatron_capgap.checkpoint import metadata, run_directory
 from megatron_capgap.checkpoint.metadata import CheckpointMetadata, ModelRef, Provenance
 from megatron_capgap.common.errors import ConfigError, UserError
 from megatron_capgap.config import derived
@@ -22,7 +22,7 @@ from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_capgap.pruning.student_shape import Budget, StudentTarget, student_target
 from megatron_capgap.stages.resume_checks import check_resume
 
-T = TypeVar("Found")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -183,8 +183,8 @@ def _source(loaded: LoadedConfig, key: str, checkpoint: str | None) -> Checkpoin
     if checkpoint is None:
         return None
     try:
-        folder = manifests.locate(checkpoint)
-        return CheckpointSource(folder, manifests.read(folder))
+        folder = run_directory.locate(checkpoint)
+        return CheckpointSource(folder, metadata.read(folder))
     except UserError as error:
         raise ConfigError([f"{loaded.location(key)}: {error}"]) from error
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from megatron_capgap.checkpoint import metadata as manifests
+from megatron_capgap.checkpoint import run_directory
 from megatron_capgap.checkpoint.metadata import CheckpointMetadata, ModelRef, Provenance
 from megatron_capgap.common.errors import ConfigError
 from megatron_capgap.config import derived
@@ -39,9 +39,9 @@ def check_resume(
     """
     config = loaded.config
     where = f"{loaded.location('run_dir')}: {config.run_dir}"
-    if stage == "evaluate" and manifests.is_training_run(Path(config.run_dir)):
+    if stage == "evaluate" and run_directory.is_training_run(Path(config.run_dir)):
         raise ConfigError([f"{where} is a training run; give the evaluation a run_dir of its own"])
-    found = manifests.newest_readable(Path(config.run_dir))
+    found = run_directory.newest_readable(Path(config.run_dir))
     if found is None:
         return None
     problems = [

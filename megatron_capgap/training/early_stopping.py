@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_capgap.checkpoint import metadata as manifests
-from megatron_capgap.distributed import launcher
-from megatron_capgap.runtime.logging import evaluations
+from megatron_capgap.checkpoint import run_directory
+from megatron_capgap.distributed import collectives
+from megatron_capgap.runtime.metrics import evaluations
 
 
 @dataclass
@@ -44,10 +44,10 @@ def restore(run_dir: Path, most: int | None, done: int) -> EarlyStopping:
 
     def read() -> EarlyStopping:
         patience = _after(most, ((step, loss) for step, loss in evaluations(run_dir) if step <= done))
-        manifests.set_best(run_dir, patience.best_step if most is not None else None)
+        run_directory.set_best(run_dir, patience.best_step if most is not None else None)
         return patience
 
-    return launcher.run_on_rank0(read)
+    return collectives.run_on_rank0(read)
 
 
 def _after(most: int | None, seen: Iterable[tuple[int, float]]) -> EarlyStopping:

@@ -1,127 +1,61 @@
-"""The loop: teach, step, record, evaluate, save, until the last step, a signal or the end of the time."""
+"""The training loop: read, teacher forward, student step, report, save, evaluate; until the last step, a signal or the
+end of the time."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
 
-from megatron.core.distributed import DistributedDataParallel
-from torch import Tensor
-
-from megatron_capgap.checkpoint import loader
-from megatron_capgap.checkpoint import metadata as manifests
-from megatron_capgap.checkpoint.metadata import CheckpointCorrupted, CheckpointMetadata
-from megatron_capgap.checkpoint.saver import SaveFailed, Saver
+from megatron_capgap.checkpoint import run_directory
 from megatron_capgap.common.errors import UserError
-from megatron_capgap.config.schema import Config
-from megatron_capgap.data.batch import MicroBatch, Samples, global_batch_samples, micro_batches
+from megatron_capgap.data.batch import MicroBatch, global_batch_samples, micro_batches
 from megatron_capgap.devices import Device
-from megatron_capgap.distributed import launcher
-from megatron_capgap.distributed.parallel_context import ParallelContext
-from megatron_capgap.distributed.watchdog import Watchdog
-from megatron_capgap.losses import Loss
+from megatron_capgap.distillation.transfer import TeacherStates
+from megatron_capgap.distributed import collectives, launcher
+from megatron_capgap.distributed.signals import StopRequest
 from megatron_capgap.models.fp8_scales import DelayedScales
-from megatron_capgap.runtime.logging import RunLogger, ThroughputMeter, count, evaluation_after
-from megatron_capgap.runtime.signals import StopRequest
+from megatron_capgap.runtime.logging import ThroughputMeter, count
+from megatron_capgap.runtime.metrics import evaluation_after
 from megatron_capgap.training import early_stopping
+from megatron_capgap.training.checkpointing import finish_saving_on_error, save, warn_if_save_failed
 from megatron_capgap.training.early_stopping import EarlyStopping
 from megatron_capgap.training.evaluate import evaluate
-from megatron_capgap.training.optimizer import OptimizerState
-from megatron_capgap.training.step import BadBatch, LossFunction, StepResult, train_step
+from megatron_capgap.training.run import Run
+from megatron_capgap.training.step import BadBatch, StepResult, train_step
 from megatron_capgap.training.step_timer import StepTimer
-
-
-@dataclass(frozen=True)
-class Run:
-    """Everything a training run consists of."""
-
-    config: Config
-    run_dir: Path
-    device: Device
-    parallel: ParallelContext
-    chunks: Sequence[DistributedDataParallel]
-    optimizer: OptimizerState
-    train: Samples
-    valid: Samples | None
-    vocab_size: int
-    byte_lengths: Tensor
-    """UTF-8 bytes of each token, float64 `[vocab]`."""
-    global_batch: int
-    checkpoint_metadata: Callable[[int], CheckpointMetadata]
-    """From the number of steps done to what the checkpoint says of itself."""
-    prepare: Callable[[Sequence[MicroBatch]], LossFunction]
-    """From a global batch's micro-batches to the loss of each: where a teacher runs."""
-    matching_loss: Callable[[], Loss] | None
-    """What the global batch cost within the layers; see `train_step`."""
-    all_reduce_max: Callable[[int], int] | None
-    """The largest of a number over all ranks, where a teacher has some of its own. Collective, once a step."""
-    flops_a_token: float
-    peak_flops: float | None
-    """FLOP/s of all ranks at best, where the configuration says it."""
-    memory_at_start: int
-    """Peak bytes of this process before the model was built: the interpreter, its libraries, communication buffers."""
-    memory_estimate: int
-    """Bytes that --check foresees above that."""
-    stop_at: float | None
-    """Of `time.monotonic`: when to save and end before the last step; None for never."""
-    log: RunLogger
-    check_ownership: Callable[[], None]
-    """Raises UserError where the run directory is no longer this job's. Rank 0 only."""
-    saver: Saver
-    """Writes checkpoints."""
-    watchdog: Watchdog
-    """Says where this rank is."""
-    done: int = 0
-    """Steps that the state in `chunks` and `optimization` stands for."""
-    skipped: int = 0
-    """Those among them that were bad batches and changed nothing."""
 
 
 def train(run: Run) -> None:
     """Trains from where the run stands to its last step, to the step boundary at which it is to stop, or to the end of
     finetune.patience. Collective."""
-    config, log = run.config, run.log
-    steps = config.train.steps
+    config, log, steps = run.config, run.log, run.config.train.steps
     assert steps is not None
     done, skipped = run.done, run.skipped
-    patience = early_stopping.restore(run.run_dir, config.finetune.patience if config.finetune else None, done)
-    if (
-        done
-        and _is_due(done, config.train.eval_every, steps)
-        and not launcher.run_on_rank0(lambda: _has_evaluation(run, done))
-    ):
-        _evaluate(run, done, skipped, patience, saved=True)  # the run was stopped between saving and evaluating
-    if done >= steps or patience.exhausted:
-        why = f"{_no_improvement(patience)}; raise finetune.patience" if patience.exhausted else "raise train.steps"
-        log.info(f"nothing to do: all {done if patience.exhausted else steps} steps are done; {why} to go on")
+    stopping = early_stopping.restore(run.run_dir, config.finetune.patience if config.finetune else None, done)
+    if done and _evaluation_is_missing(run, done):
+        _evaluate(run, done, skipped, stopping, saved=True)  # the run was stopped between saving and evaluating
+    if done >= steps or stopping.exhausted:
+        _log_nothing_to_do(run, done, stopping)
         return
-    meter, pace = ThroughputMeter(run.flops_a_token), StepTimer(run.chunks, run.device)
+    meter, timer = ThroughputMeter(run.costs.flops_per_token), StepTimer(run.chunks, run.device)
+    stop_request = StopRequest(run.device.torch_device, run.all_reduce_max, run.stop_at)
     log.bar(done, steps)
-    with (
-        StopRequest(run.device.torch_device, run.all_reduce_max, run.stop_at) as stop,
-        _finish_saving_on_error(run),
-        _gc_frozen(),
-    ):
-        while done < steps and not patience.exhausted:
-            try:
-                result = one_step(run, done, pace)
-            except BadBatch as bad:
-                skipped += 1
-                _skip_bad_batch(run, done + 1, skipped, bad)
-                result = None
-            done += 1
+    with stop_request as stop, finish_saving_on_error(run), _gc_frozen():
+        while done < steps and not stopping.exhausted:
+            batches = read_global_batch(run, done, timer)
+            teacher_states = teacher_forward(run, done)
+            result = student_step(run, done, skipped, batches, teacher_states)
+            done, skipped = done + 1, skipped + (result is None)
             run.device.between_steps()
-            _warn_if_save_failed(run, run.saver.poll)
+            warn_if_save_failed(run, run.checkpoints.saver.poll)
             if result is not None:
-                _report(run, done, result, meter, pace)
+                _report(run, done, result, meter, timer)
             reason, saved = stop.agreed(), False
             if reason or _is_due(done, config.checkpoint.every, steps):
                 saved = save(run, done, skipped, last=bool(reason) or done == steps)
             if _is_due(done, config.train.eval_every, steps) and not reason:
-                saved = _evaluate(run, done, skipped, patience, saved=saved, stop=stop)
+                saved = _evaluate(run, done, skipped, stopping, saved=saved, stop=stop)
                 reason = stop.reason
                 if reason and done < steps:
                     stop.agreed()  # tells a teacher on ranks of its own
@@ -129,31 +63,74 @@ def train(run: Run) -> None:
             if reason:
                 _stop(run, done, skipped, reason, saved=saved)
                 return
-    if not saved:  # early
+    if not saved:  # stopped early
         save(run, done, skipped, last=True)
-    run.saver.wait()
-    _finish(run, done, patience)
+    run.checkpoints.saver.wait()
+    _log_finished(run, done, stopping)
+
+
+def read_global_batch(run: Run, done: int, timer: StepTimer) -> list[MicroBatch]:
+    """This data-parallel rank's micro-batches of the step after `done` steps: the seed and `done` alone decide them."""
+    timer.start()
+    run.watchdog.activity = f"step {done + 1}, reading"
+    rows = micro_batches(
+        run.data.train,
+        global_batch_samples(done, run.data.global_batch),
+        run.config.train.micro_batch,
+        run.parallel.dp_rank,
+        run.parallel.dp_size,
+        run.device.torch_device,
+    )
+    batches = list(rows)
+    timer.data_loaded()
+    return batches
+
+
+def teacher_forward(run: Run, done: int) -> TeacherStates | None:
+    """The teacher's hidden states of the global batch after `done` steps, as far as this rank needs them; None without
+    a teacher. Collective."""
+    run.watchdog.activity = f"step {done + 1}"
+    forward = run.objective.teacher_forward
+    return None if forward is None else forward(done * run.data.global_batch)
+
+
+def student_step(
+    run: Run, done: int, skipped: int, batches: Sequence[MicroBatch], teacher_states: TeacherStates | None
+) -> StepResult | None:
+    """Step number `done + 1`: forward, backward, update; None for a bad batch that was skipped, which leaves weights,
+    optimizer and FP8 scales as they were. Collective.
+
+    Raises:
+        UserError: a bad batch more than train.max_skipped allows.
+    """
+    scales = DelayedScales(run.chunks)
+    try:
+        return train_step(
+            run.chunks,
+            run.parallel,
+            run.optimizer,
+            batches,
+            run.objective.loss_function(batches, teacher_states),
+            run.objective.matching_loss,
+            step=done + 1,
+            clip_norm=run.config.optimizer.clip_norm,
+            max_norm=run.config.train.max_grad_norm,
+        )
+    except BadBatch as bad:
+        scales.restore()
+        _skip_bad_batch(run, done + 1, skipped + 1, bad)
+        return None
 
 
 def _stop(run: Run, done: int, skipped: int, reason: str, *, saved: bool) -> None:
     """The end of a start before that of the run: its state is on disk, and the batch script is told."""
     if not saved:
         save(run, done, skipped, last=True)
-    run.saver.wait()
+    run.checkpoints.saver.wait()
     steps = run.config.train.steps
     run.log.info(f"stopped by {reason} after step {done} of {steps}; the same command goes on from there")
     if run.log.is_rank0:
         launcher.write_outcome("stopped")
-
-
-@contextmanager
-def _finish_saving_on_error(run: Run) -> Iterator[None]:
-    """What is being written gets done, also where a mistake that all ranks see ends the run."""
-    try:
-        yield
-    except UserError:
-        _warn_if_save_failed(run, run.saver.wait)
-        raise
 
 
 @contextmanager
@@ -171,22 +148,26 @@ def _gc_frozen() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _finish(run: Run, done: int, patience: EarlyStopping) -> None:
+def _log_nothing_to_do(run: Run, done: int, stopping: EarlyStopping) -> None:
+    why = f"{_no_improvement(stopping)}; raise finetune.patience" if stopping.exhausted else "raise train.steps"
+    steps = done if stopping.exhausted else run.config.train.steps
+    run.log.info(f"nothing to do: all {steps} steps are done; {why} to go on")
+
+
+def _log_finished(run: Run, done: int, stopping: EarlyStopping) -> None:
     """The last line of a run."""
-    used = peak_memory_line(run.device, run.memory_at_start, run.memory_estimate)
+    used = peak_memory_line(run.device, run.costs.memory_at_start, run.costs.memory_estimate)
     folder, steps = f"{run.run_dir}/checkpoints", run.config.train.steps
-    early = (
-        f"early, after step {done} of {steps}, for {_no_improvement(patience)}"
-        if patience.exhausted
-        else f"{steps} steps"
-    )
-    step = done if patience.patience is None else patience.best_step
+    early = f"{steps} steps"
+    if stopping.exhausted:
+        early = f"early, after step {done} of {steps}, for {_no_improvement(stopping)}"
+    step = done if stopping.patience is None else stopping.best_step
     run.log.info(f"finished: {early}, checkpoint {folder}/step_{step}; {used}")
 
 
-def _no_improvement(patience: EarlyStopping) -> str:
-    best = f"{patience.best_loss:.4f} after step {patience.best_step}"
-    return f"the held-out loss has not fallen below {best} in {patience.waited} evaluations"
+def _no_improvement(stopping: EarlyStopping) -> str:
+    best = f"{stopping.best_loss:.4f} after step {stopping.best_step}"
+    return f"the held-out loss has not fallen below {best} in {stopping.waited} evaluations"
 
 
 def peak_memory_line(device: Device, at_start: int, estimate: int) -> str:
@@ -197,35 +178,10 @@ def peak_memory_line(device: Device, at_start: int, estimate: int) -> str:
         at_start: peak bytes of this process before it built a model.
         estimate: bytes that --check foresees above that.
     """
-    above = launcher.all_reduce_max(device.peak_memory() - at_start, device.torch_device)
+    above = collectives.all_reduce_max(device.peak_memory() - at_start, device.torch_device)
     return (
         f"peak memory of the fullest rank {above / 2**20:.0f} MiB above start-up, estimated {estimate / 2**20:.0f} MiB"
     )
-
-
-def one_step(run: Run, done: int, pace: StepTimer) -> StepResult:
-    """Step number `done + 1` on its own samples; a BadBatch leaves the FP8 scales as they were, too. Collective."""
-    pace.start()
-    run.watchdog.activity = f"step {done + 1}, reading"
-    batches = read_global_batch(run, done)
-    pace.data_loaded()
-    run.watchdog.activity = f"step {done + 1}"
-    scales = DelayedScales(run.chunks)
-    try:
-        return train_step(
-            run.chunks,
-            run.parallel,
-            run.optimizer,
-            batches,
-            run.prepare(batches),
-            run.matching_loss,
-            step=done + 1,
-            clip_norm=run.config.optimizer.clip_norm,
-            max_norm=run.config.train.max_grad_norm,
-        )
-    except BadBatch:
-        scales.restore()
-        raise
 
 
 def _skip_bad_batch(run: Run, step: int, skipped: int, bad: BadBatch) -> None:
@@ -244,112 +200,19 @@ def _skip_bad_batch(run: Run, step: int, skipped: int, bad: BadBatch) -> None:
     run.log.warning(f"step {step}: {bad.what}; skipped samples {bad.samples}; {skipped} of {most} that may be skipped")
 
 
-def read_global_batch(run: Run, done: int) -> list[MicroBatch]:
-    """This data-parallel rank's micro-batches of the step after `done` steps: the seed and `done` alone decide them."""
-    samples = global_batch_samples(done, run.global_batch)
-    rows = micro_batches(
-        run.train,
-        samples,
-        run.config.train.micro_batch,
-        run.parallel.dp_rank,
-        run.parallel.dp_size,
-        run.device.torch_device,
-    )
-    return list(rows)
-
-
-def resume(run: Run) -> Run:
-    """Loads the run's newest checkpoint that is whole, if it has one. Collective.
-
-    Returns:
-        The run, knowing what its state stands for.
-
-    Raises:
-        UserError: the run has checkpoints, but none that is whole.
-    """
-    folders, reasons = launcher.run_on_rank0(lambda: manifests.candidates(run.run_dir))
-    damaged: list[Path] = []
-    for reason in reasons:
-        run.log.warning(reason)
-    for folder in folders:
-        try:
-            found = loader.load_training(folder, run.chunks, run.parallel, run.optimizer)
-        except CheckpointCorrupted as error:
-            reasons.append(str(error))
-            damaged.append(folder)
-            run.log.warning(f"{folder.name} is damaged and skipped: {error}")
-            continue
-        launcher.run_on_rank0(lambda: _make_latest(folder, damaged))  # noqa: B023 (called at once)
-        run.log.info(f"resumed from {folder}: step {found.step} of {run.config.train.steps}")
-        return replace(run, done=found.step, skipped=found.skipped)
-    if error := manifests.no_readable_checkpoint(run.run_dir, reasons):
-        raise error
-    return run
-
-
-def _make_latest(folder: Path, damaged: list[Path]) -> None:
-    manifests.quarantine(damaged)
-    manifests.set_latest(folder)
-
-
-def save(run: Run, done: int, skipped: int, *, last: bool) -> bool:
-    """Writes a checkpoint of the state after `done` steps. Collective.
-
-    A full disk in the middle of a run is no reason to stop: it says so, and the next save tries again.
-
-    Args:
-        run: the run.
-        done: its steps.
-        skipped: those among them that changed nothing.
-        last: there will be no next save.
-
-    Returns:
-        Whether it is on disk, or on its way.
-
-    Raises:
-        NotSaved: the last one could not be written.
-        UserError: another job has taken the run directory over.
-    """
-    run.watchdog.activity = f"the save after step {done}"
-    launcher.run_on_rank0(run.check_ownership)
-    # Saving copies the optimizer's state, in the room that the activations leave.
-    run.device.release_memory()
-    meta = replace(run.checkpoint_metadata(done), skipped=skipped)
-    _warn_if_save_failed(run, run.saver.wait)  # the one before
-    try:
-        run.saver.start(meta, run.chunks, run.parallel, run.optimizer)
-        if last:
-            run.saver.wait()
-    except SaveFailed as error:
-        if last:
-            raise
-        _log_save_failed(run, error)
-        return False
-    return True
-
-
-def _warn_if_save_failed(run: Run, work: Callable[[], None]) -> None:
-    """Says what could not be saved; the next save tries again."""
-    try:
-        work()
-    except SaveFailed as error:
-        _log_save_failed(run, error)
-
-
-def _log_save_failed(run: Run, error: SaveFailed) -> None:
-    run.log.warning(f"{error}; training goes on, the next save tries again")
-
-
 def _is_due(done: int, every: int, steps: int) -> bool:
     return done == steps or (every > 0 and done % every == 0)
 
 
-def _has_evaluation(run: Run, done: int) -> bool:
-    """Whether metrics.jsonl holds the evaluation after step `done`. Rank 0 only."""
-    return run.valid is None or evaluation_after(run.run_dir, done) is not None
+def _evaluation_is_missing(run: Run, done: int) -> bool:
+    """Whether an evaluation is due after step `done` that metrics.jsonl lacks. Collective where one is due."""
+    assert run.config.train.steps is not None
+    if run.data.valid is None or not _is_due(done, run.config.train.eval_every, run.config.train.steps):
+        return False
+    return collectives.run_on_rank0(lambda: evaluation_after(run.run_dir, done) is None)
 
 
-def _report(run: Run, done: int, result: StepResult, meter: ThroughputMeter, pace: StepTimer) -> None:
+def _report(run: Run, done: int, result: StepResult, meter: ThroughputMeter, timer: StepTimer) -> None:
     """One line of metrics.jsonl, one on the console. Collective where the step is one to be shown."""
     rate, flops = meter.update(result.tokens)
     steps, every = run.config.train.steps, run.config.train.log_every
@@ -358,14 +221,14 @@ def _report(run: Run, done: int, result: StepResult, meter: ThroughputMeter, pac
     if done % every and done != steps:
         return
     speed = f"{count(rate)} tokens/s  {count(flops, 'FLOP/s')}"
-    if run.peak_flops is not None:
-        speed += f" ({flops / run.peak_flops:.1%} of the peak)"
-    line = f"loss {result.loss:.4f}  norm {result.grad_norm:.3f}  lr {result.lr:.2e}  {speed}  {pace.summary()}"
+    if run.costs.peak_flops is not None:
+        speed += f" ({flops / run.costs.peak_flops:.1%} of the peak)"
+    line = f"loss {result.loss:.4f}  norm {result.grad_norm:.3f}  lr {result.lr:.2e}  {speed}  {timer.summary()}"
     run.log.progress(done, steps, f"{line}  left {meter.eta(steps - done)}", every)
 
 
 def _evaluate(
-    run: Run, done: int, skipped: int, patience: EarlyStopping, *, saved: bool, stop: StopRequest | None = None
+    run: Run, done: int, skipped: int, stopping: EarlyStopping, *, saved: bool, stop: StopRequest | None = None
 ) -> bool:
     """Loss on the held-out set, into metrics.jsonl; the best checkpoint is kept where there is patience. Collective.
 
@@ -374,24 +237,24 @@ def _evaluate(
     Args:
         run: the run.
         done, skipped: its steps, and those among them that changed nothing.
-        patience: takes note of the loss.
+        stopping: takes note of the loss.
         saved: whether there is a checkpoint of this step.
         stop: may end it.
 
     Returns:
         Whether there is one now.
     """
-    if run.valid is None:
+    if run.data.valid is None:
         return saved
     run.watchdog.activity = f"the evaluation after step {done}"
     result = evaluate(
         run.chunks,
         run.parallel,
-        run.valid,
-        vocab_size=run.vocab_size,
-        byte_lengths=run.byte_lengths,
+        run.data.valid,
+        vocab_size=run.data.vocab_size,
+        byte_lengths=run.data.byte_lengths,
         micro_batch=run.config.train.micro_batch,
-        global_batch=run.global_batch,
+        global_batch=run.data.global_batch,
         batches=run.config.train.eval_batches,
         device=run.device.torch_device,
         halted=(lambda: stop.heard() is not None) if stop else (lambda: False),
@@ -404,9 +267,9 @@ def _evaluate(
         f"{result.bits_per_byte:.4f} bits a byte  ({count(result.tokens)} tokens)"
     )
     # Of the first rank alone, whose number decides for all.
-    if patience.update(done, launcher.run_on_rank0(lambda: result.loss)):
+    if stopping.update(done, collectives.run_on_rank0(lambda: result.loss)):
         if not saved:
             saved = save(run, done, skipped, last=False)
-        _warn_if_save_failed(run, run.saver.wait)  # only what is on disk can be the best
-        launcher.run_on_rank0(lambda: manifests.set_best(run.run_dir, done))
+        warn_if_save_failed(run, run.checkpoints.saver.wait)  # only what is on disk can be the best
+        collectives.run_on_rank0(lambda: run_directory.set_best(run.run_dir, done))
     return saved

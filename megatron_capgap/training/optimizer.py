@@ -17,8 +17,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from megatron_capgap.config import derived
-from megatron_capgap.config.schema import Config, OptimizerConfig, Precision
+from megatron_capgap.config import derived, schema
+from megatron_capgap.config.schema import Config, Precision
 from megatron_capgap.devices import Device
 from megatron_capgap.distributed.parallel_context import ParallelContext
 from megatron_capgap.runtime import releases
@@ -233,7 +233,7 @@ def build(chunks: list[DistributedDataParallel], config: Config, device: Device)
     return OptimizerState(optimizer, schedule_of(optimizer, wanted, config.train.steps))
 
 
-def schedule_of(optimizer: MegatronOptimizer, wanted: OptimizerConfig, steps: int) -> OptimizerParamScheduler:
+def schedule_of(optimizer: MegatronOptimizer, wanted: schema.OptimizerConfig, steps: int) -> OptimizerParamScheduler:
     """The learning rate of each update, as in the schedules of transformers.
 
     Args:

@@ -70,7 +70,7 @@ def train_step(
 
     Args:
         chunks: the student's chunks on this rank.
-        parallel: its layout.
+        parallel: its layout and process groups.
         optimizer: its optimizer and schedule.
         batches: this data-parallel rank's micro-batches of the global batch.
         loss: what is minimised, of the final hidden states.
@@ -138,15 +138,15 @@ def _clip(
     optimizer: OptimizerState, clip_norm: float, max_norm: float | None, step: int, batches: Sequence[MicroBatch]
 ) -> float:
     """Computes the global gradient norm, refuses a bad one, scales the gradients down to `clip_norm`."""
-    optimizer = optimizer.optimizer
-    optimizer.prepare_grads()
+    inner = optimizer.optimizer
+    inner.prepare_grads()
     norm = optimizer.grad_norm()
     if not norm - norm == 0.0:
         raise _bad_batch(f"gradient norm {norm} is not finite", step, batches)
     if max_norm is not None and norm > max_norm:
         raise _bad_batch(f"gradient norm {norm:.6g} is above train.max_grad_norm {max_norm:g}", step, batches)
     if clip_norm > 0.0:
-        for part in optimizer.chained_optimizers:
+        for part in inner.chained_optimizers:
             clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=clip_norm, total_norm=norm)
     return norm
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from megatron_capgap.checkpoint import metadata
+from megatron_capgap.checkpoint import metadata, run_directory
 from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.data.tokenizer import open_tokenizer
 from megatron_capgap.models import size
@@ -77,7 +77,7 @@ def test_round_trip_is_bit_equal(pool: WorkerPool, tmp_path: Path, name: str, dt
     assert_equal_folders(tmp_path / "back", hf)
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    shape = metadata.read(metadata.locate(str(tmp_path / "run"))).model
+    shape = metadata.read(run_directory.locate(str(tmp_path / "run"))).model
     assert size.parameters(shape) == sum(parameter.numel() for parameter in model.parameters())
     text = "Tokens, 1 2 3"
     ours, theirs = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "back", hf))

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_capgap.__main__ import main
+from megatron_capgap.cli import main
 from tests.end_to_end.test_signal_phases import signal_in
 from tests.support import dense, runs
 from tests.support.pool import WorkerError, WorkerPool

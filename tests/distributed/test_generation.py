@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from megatron_capgap.checkpoint import loader, metadata
+from megatron_capgap.checkpoint import loader, metadata, run_directory
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.config.schema import Layout, Precision
 from megatron_capgap.data.tokenizer import open_tokenizer
@@ -44,7 +44,7 @@ def opened(run: Path, cut: dict[str, Any]) -> tuple[list[torch.nn.Module], Paral
     """The model of a run directory in a layout, on this rank."""
     device = choose_device("cpu", 0)
     parallel = layouts.build(Layout(**cut), seed=0)
-    folder = metadata.locate(str(run))
+    folder = run_directory.locate(str(run))
     chunks = gpt.build(metadata.read(folder).model, parallel, Precision(), device, sequence_length=LONGEST)
     loader.load_weights(folder, chunks, parallel)
     return chunks, parallel

@@ -10,8 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_capgap.checkpoint import metadata as manifests
-from megatron_capgap.checkpoint import vocab_expansion
+from megatron_capgap.checkpoint import metadata, run_directory, vocab_expansion
 from megatron_capgap.config.schema import Layout, ModelShape
 from megatron_capgap.data import sentencepiece_proto
 from megatron_capgap.data.tokenizer import open_tokenizer
@@ -56,7 +55,7 @@ def chinese(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def weights_of(pool: WorkerPool, run_dir: Path) -> tuple[ModelShape, Weights]:
-    shape = manifests.read(manifests.locate(str(run_dir))).model
+    shape = metadata.read(run_directory.locate(str(run_dir))).model
     return shape, pool.run(dense.megatron_weights, dense.Source(shape, 0, run_dir), world=1)[0]
 
 
@@ -88,10 +87,10 @@ def test_new_rows_are_means_and_the_rest_is_as_it_was(
     words = ["--tokenizer", tokenizer, "--add", chinese, "--checkpoint", teacher, "--out", tmp_path / "grown"]
     said = must(pool, *words, world=world)
     assert_grown(pool, teacher, tmp_path / "grown", tokenizer)
-    found = manifests.read(manifests.locate(str(tmp_path / "grown")))
+    found = metadata.read(run_directory.locate(str(tmp_path / "grown")))
     assert f"vocabulary {runs.VOCAB} -> {found.model.vocab}" in said
-    old = manifests.read(manifests.locate(str(teacher)))
-    assert found.expanded_from == manifests.ModelRef.of(manifests.locate(str(teacher)), old)
+    old = metadata.read(run_directory.locate(str(teacher)))
+    assert found.expanded_from == metadata.ModelRef.of(run_directory.locate(str(teacher)), old)
     assert found.tokenizer_fingerprint == open_tokenizer(found.tokenizer).fingerprint != old.tokenizer_fingerprint
     assert (found.step, found.tokens, found.stage, found.sequence_length) == (0, 0, "expand_vocab", 32)
 
@@ -152,8 +151,8 @@ def logits(run_dir: Path, cut: Layout, ids: torch.Tensor) -> torch.Tensor | None
     from megatron_capgap.devices import choose
     from megatron_capgap.distributed import parallel_context
 
-    device, folder = choose("cpu", 0), manifests.locate(str(run_dir))
-    return verify._megatron(folder, manifests.read(folder).model, parallel_context.build(cut, 0), device, ids).logits
+    device, folder = choose("cpu", 0), run_directory.locate(str(run_dir))
+    return verify._megatron(folder, metadata.read(folder).model, parallel_context.build(cut, 0), device, ids).logits
 
 
 def test_old_tokens_keep_their_logits_in_every_layout(
@@ -164,7 +163,7 @@ def test_old_tokens_keep_their_logits_in_every_layout(
     ids = torch.randint(runs.VOCAB, (2, 24), generator=torch.Generator().manual_seed(3))
     (expected,) = pool.run(logits, teacher, Layout(), ids, world=1)
     assert expected is not None and expected.std() > 0.1
-    vocab = manifests.read(manifests.locate(str(tmp_path / "grown"))).model.vocab
+    vocab = metadata.read(run_directory.locate(str(tmp_path / "grown"))).model.vocab
     for tensor, pipeline in ((1, 1), (2, 1), (1, 2), (2, 2)):
         cut = Layout(tensor=tensor, pipeline=pipeline)
         parts = pool.run(logits, tmp_path / "grown", cut, ids, world=tensor * pipeline)
@@ -194,8 +193,8 @@ def test_adapt_goes_on_in_both_languages(
         runs.assert_close(mine, theirs, 2e-5)
     losses = [step["loss"] for step in found[0]]
     assert losses[-1] < losses[0] - 0.5 and all(map(math.isfinite, losses))
-    trained = manifests.read(manifests.locate(str(tmp_path / "cut")))
-    assert trained.step == 8 and trained.expanded_from == manifests.read(manifests.locate(str(grown))).expanded_from
+    trained = metadata.read(run_directory.locate(str(tmp_path / "cut")))
+    assert trained.step == 8 and trained.expanded_from == metadata.read(run_directory.locate(str(grown))).expanded_from
 
 
 MISTAKES = {
@@ -256,12 +255,12 @@ def test_force_replaces_an_earlier_call(pool: WorkerPool, fixtures: Fixtures, ch
 
 def kept_when_grown(folder: Path) -> tuple[int, int]:
     """Runs in a worker: what a model with zeros keeps, before and after."""
-    old = replace(manifests.read(folder), padding=960)
+    old = replace(metadata.read(folder), padding=960)
     return old.kept, vocab_expansion._manifest(
         folder, old, vocab_expansion.NewTokens(old.model.vocab, ((1, 2),), "larger.model", "it")
     ).kept
 
 
 def test_what_is_zero_in_a_pruned_model_stays_counted(pool: WorkerPool, teacher: Path) -> None:
-    folder = manifests.locate(str(teacher))
-    assert pool.run(kept_when_grown, folder, world=1) == [(manifests.read(folder).kept - 960,) * 2]
+    folder = run_directory.locate(str(teacher))
+    assert pool.run(kept_when_grown, folder, world=1) == [(metadata.read(folder).kept - 960,) * 2]

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_capgap.checkpoint import loader, metadata
+from megatron_capgap.checkpoint import loader, metadata, run_directory
 from megatron_capgap.config.schema import Layout, Precision
 from megatron_capgap.devices import choose
 from megatron_capgap.distributed import parallel_context
@@ -60,7 +60,7 @@ def make_folder(weights: Path, folder: Path, permuted: bool) -> None:
 def logits(run_dir: Path, ids: Tensor) -> Tensor:
     """Runs in a worker: what Megatron makes of an imported model, `[b, s, v]`."""
     parallel = parallel_context.build(Layout(), seed=0)
-    folder = metadata.locate(str(run_dir))
+    folder = run_directory.locate(str(run_dir))
     shape = metadata.read(folder).model
     chunks = gpt.build(shape, parallel, Precision(), choose("cpu", 0), sequence_length=ids.shape[1])
     loader.load_weights(folder, chunks, parallel)

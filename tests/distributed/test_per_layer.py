@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_capgap.checkpoint import metadata as manifests
+from megatron_capgap.checkpoint import metadata, run_directory
 from megatron_capgap.config import derived
 from tests.distributed.test_pruning import Planted, assert_the_same_logits, assert_what_stays, plant
 from tests.support import hf_models, masked, pruning, runs
@@ -80,7 +80,7 @@ def test_what_is_dead_goes_from_each_layer_alone(
     run_dir = runs.train(pool, "prune", pruning.prune_config(fixtures, teacher, tmp_path / "run", prune, cut), world)
     plan = json.loads((run_dir / "plan.json").read_text())
     assert_what_stays(plan, planted, masked.sizes(model))
-    found = manifests.read(manifests.locate(str(run_dir)))
+    found = metadata.read(run_directory.locate(str(run_dir)))
     assert (derived.kv_heads(found.model), found.model.ffn) == STORED[name, layout]
     kept, stored = exported(pool, run_dir, tmp_path / "small")
     assert_the_same_logits(tmp_path / "small", model)
@@ -99,7 +99,7 @@ def test_padding_stays_zero_in_training(pool: WorkerPool, fixtures: Fixtures, tm
     changes = {"student__model": None, "student__checkpoint": str(run_dir), "student__layout": cut, "train__steps": 5}
     raw = runs.adapt_config(fixtures, tmp_path / "trained", **changes, optimizer__weight_decay=0.5)
     trained = runs.train(pool, "adapt", raw, world)
-    before, after = (pool.run(tensors, str(manifests.locate(str(d))), world=1)[0] for d in (run_dir, trained))
+    before, after = (pool.run(tensors, str(run_directory.locate(str(d))), world=1)[0] for d in (run_dir, trained))
     seen = 0
     for key, weights in before.items():
         if not key.startswith("decoder.layers."):
@@ -110,7 +110,7 @@ def test_padding_stays_zero_in_training(pool: WorkerPool, fixtures: Fixtures, tm
             assert not tensor[zero].any(), key
         assert (after[key] != weights)[~zero].float().mean() > 0.9, key
         seen += int(zero.sum())
-    meta = manifests.read(manifests.locate(str(trained)))
+    meta = metadata.read(run_directory.locate(str(trained)))
     assert seen == meta.padding > 0
     kept, stored = exported(pool, trained, tmp_path / "small")
     assert stored - kept == meta.padding

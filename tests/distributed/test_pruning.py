@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from megatron_capgap.checkpoint import metadata as manifests
+from megatron_capgap.checkpoint import metadata, run_directory
 from megatron_capgap.models import size
 from tests.distributed.test_conversion import assert_equal_folders
 from tests.support import hf_models, masked, pruning, runs
@@ -229,9 +229,9 @@ def test_the_checkpoint_says_where_it_came_from(
     run_dir = runs.train(pool, "prune", pruning.prune_config(fixtures, teacher, tmp_path / "pruned", numbers, {}))
     changes = {"student__model": None, "student__checkpoint": str(run_dir), "train__steps": 2}
     trained = runs.train(pool, "adapt", runs.adapt_config(fixtures, tmp_path / "trained", **changes))
-    of_teacher = manifests.read(manifests.locate(str(teacher)))
+    of_teacher = metadata.read(run_directory.locate(str(teacher)))
     for folder, step, stage in ((run_dir, 0, "prune"), (trained, 2, "adapt")):
-        found = manifests.read(manifests.locate(str(folder)))
+        found = metadata.read(run_directory.locate(str(folder)))
         assert (found.step, found.stage) == (step, stage)
         origin = found.pruned_from
         assert origin is not None and origin.model == of_teacher.model

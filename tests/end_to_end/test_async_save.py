@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_capgap.__main__ import main
+from megatron_capgap.cli import main
 from tests.support import runs
 from tests.support.pool import WorkerPool
 from tests.support.processes import wait_for

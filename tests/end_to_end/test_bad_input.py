@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from megatron_capgap.__main__ import main
 from megatron_capgap.checkpoint import checksummed_json
+from megatron_capgap.cli import main
 from megatron_capgap.data import indexed
 from megatron_capgap.data.tokenizer import open_tokenizer
 from tests.support import corpus, runs

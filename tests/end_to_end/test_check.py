@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_capgap.__main__ import main
+from megatron_capgap.cli import main
 from megatron_capgap.config.loader import load
 from megatron_capgap.config.schema import Layout, ModelShape, Precision
 from megatron_capgap.models import size
@@ -175,7 +175,7 @@ def test_four_thousand_ranks_without_torch_within_ten_seconds(fixtures: Fixtures
     changes |= {"train__global_batch": 2048, "train__micro_batch": 1, "data__sequence_length": 4096}
     config = runs.adapt_config(fixtures, tmp_path / "run", **changes)
     program = (
-        "import sys; from megatron_capgap.__main__ import main; code = main(sys.argv[1:])\n"
+        "import sys; from megatron_capgap.cli import main; code = main(sys.argv[1:])\n"
         "heavy = {'torch', 'megatron', 'transformers'} & set(sys.modules)\n"
         "raise SystemExit(code or (f'imported {heavy}' if heavy else 0))"
     )

@@ -16,28 +16,30 @@ CUT = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-from megatron_capgap.runtime import launch
-from megatron_capgap.runtime.devices import choose
-from megatron_capgap.runtime.devices.cpu import peak_resident_bytes
+from megatron_capgap.distributed import launcher
+from megatron_capgap.distributed.environment import read_environment
+from megatron_capgap.devices import choose
+from megatron_capgap.devices.cpu import peak_resident_bytes
 device = choose("cpu", 0)
-launch.join(launch.read_environment({}), device, 60)
+launcher.init_process_group(read_environment({}), device, 60)
 import torch
-from megatron_capgap.checkpoint import manifest
-from megatron_capgap.pruning import plan
+from megatron_capgap.checkpoint import metadata
+from megatron_capgap.checkpoint import run_directory
+from megatron_capgap.pruning import prune_plan
 from megatron_capgap.pruning.apply import apply
-from megatron_capgap.pruning.scores import Scores
-teacher = manifest.locate(sys.argv[1])
-shape = manifest.read(teacher).model
+from megatron_capgap.pruning.importance_scores import Scores
+teacher = run_directory.locate(sys.argv[1])
+shape = metadata.read(teacher).model
 names = ("hidden", "heads", "kv_heads", "ffn")
 student = replace(shape, head_dim=64, **{name: getattr(shape, name) * 3 // 4 for name in names})
 sizes = vars(Scores.zeros(shape, torch.device("cpu")))
 scores = Scores(**{name: torch.rand_like(value) for name, value in sizes.items()})
-wanted = plan.make(shape, student, scores, "position")
+wanted = prune_plan.make(shape, student, scores, "position")
 Path(sys.argv[2]).mkdir()
 before = peak_resident_bytes()
 apply(teacher, wanted, Path(sys.argv[2]))
 print(peak_resident_bytes() - before)
-launch.leave()
+launcher.destroy_process_group()
 """
 
 

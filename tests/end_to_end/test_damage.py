@@ -187,7 +187,7 @@ def test_a_whole_run_says_nothing(pool: WorkerPool, fixtures: Fixtures, sound: P
 
 def evaluate_what_is_cut_once_verified(file: Path, words: list[str]) -> int:
     """The file of one rank breaks between the check of all sums and the reading; the exit code."""
-    from megatron_capgap.__main__ import main
+    from megatron_capgap.cli import main
 
     def verify_then_cut(folder: Path) -> None:
         verify(folder)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_capgap.__main__ import main
-from megatron_capgap.checkpoint import metadata as manifests
+from megatron_capgap.checkpoint import metadata, run_directory
+from megatron_capgap.cli import main
 from megatron_capgap.data.chat_template import DefaultTemplate
 from megatron_capgap.data.messages import Conversation, Message
 from megatron_capgap.data.tokenizer import open_tokenizer
@@ -88,7 +88,7 @@ def test_early_stopping_keeps_the_best_checkpoint(
     assert f"checkpoint {run_dir}/checkpoints/step_{best};" in ranks[0].stdout
     assert runs.checkpoints(run_dir) == sorted([f"step_{best}", f"step_{last}"])
     assert (run_dir / "latest").read_text() == f"step_{last}\n"
-    assert manifests.read(manifests.locate(str(run_dir))).step == best
+    assert metadata.read(run_directory.locate(str(run_dir))).step == best
     before = runs.files_of(run_dir)
     ranks = runs.run_stage(pool, "finetune", config, world)
     assert [rank.value for rank in ranks] == [0] * world
@@ -298,8 +298,8 @@ def test_the_template_stays_with_the_model(
 ) -> None:
     config = runs.adapt_config(fixtures, tmp_path / "on", student__model=None, student__checkpoint=str(finetuned))
     further = runs.train(pool, "adapt", runs.changed(config, train__steps=1, data__valid=None))
-    assert manifests.read(manifests.locate(str(further))).chat_template == DefaultTemplate.jinja
-    assert manifests.read(manifests.locate(str(student))).chat_template is None
+    assert metadata.read(run_directory.locate(str(further))).chat_template == DefaultTemplate.jinja
+    assert metadata.read(run_directory.locate(str(student))).chat_template is None
     export(pool, student, tmp_path / "plain")
     assert not (tmp_path / "plain" / "chat_template.jinja").exists()
 
@@ -318,6 +318,6 @@ def test_a_tokenizer_s_own_template_is_used_and_exported(pool: WorkerPool, fixtu
     config["data"]["tokenizer"] = str(folder)
     run_dir = runs.train(pool, "finetune", config)
     both = {"default": template, "tool_use": "{{ tools }}" + template}
-    assert manifests.read(manifests.locate(str(run_dir))).chat_template == both
+    assert metadata.read(run_directory.locate(str(run_dir))).chat_template == both
     export(pool, run_dir, tmp_path / "hf")
     assert AutoTokenizer.from_pretrained(tmp_path / "hf").chat_template == both

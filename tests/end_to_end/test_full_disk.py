@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatron_capgap.__main__ import main
 from megatron_capgap.checkpoint import integrity
+from megatron_capgap.cli import main
 from megatron_capgap.runtime.logging import RunLogger
 from tests.support import runs
 from tests.support.pool import WorkerPool
@@ -128,7 +128,7 @@ def test_a_disk_that_stays_full_ends_the_run_with_an_error_and_a_good_checkpoint
 
 
 def test_metrics_wait_for_space(small_disk: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    log = RunLogger(small_disk, speaks=True)
+    log = RunLogger(small_disk, is_rank0=True)
     log.record({"step": 1})
     fill(small_disk)
     for step in range(2, 1000):
@@ -187,18 +187,18 @@ def limit_size(rank: int, words: list[str]) -> int:
 
     from megatron_capgap.training import loop
 
-    step, before = loop.one_step, resource.getrlimit(resource.RLIMIT_FSIZE)
+    step, before = loop.student_step, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def step_and_limit(run: loop.Run, done: int, *rest: Any) -> Any:
         if done == 3 and dist.get_rank() == rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
         return step(run, done, *rest)
 
-    loop.one_step = step_and_limit
+    loop.student_step = step_and_limit
     try:
         return main(words)
     finally:
-        loop.one_step = step
+        loop.student_step = step
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 

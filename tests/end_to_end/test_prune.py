@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_capgap.__main__ import main
-from megatron_capgap.checkpoint import metadata as manifests
+from megatron_capgap.checkpoint import run_directory
+from megatron_capgap.cli import main
 from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.models import size
 from tests.support import engine, pruning, runs
@@ -106,11 +106,11 @@ def test_a_damaged_teacher_leaves_no_checkpoint(
     ranks = runs.run_stage(pool, "prune", raw, 2)
     assert [rank.value for rank in ranks] == [2, 2]
     assert "use another checkpoint" in ranks[0].stderr
-    assert manifests.latest(run_dir) is None
+    assert run_directory.latest(run_dir) is None
     for file, content in zip(files, whole, strict=True):
         file.write_bytes(content)
     assert [rank.value for rank in runs.run_stage(pool, "prune", raw, 2)] == [0, 0]
-    assert manifests.latest(run_dir) is not None
+    assert run_directory.latest(run_dir) is not None
 
 
 @pytest.mark.slow("scores a teacher once for each kind of score and of layer")
@@ -152,7 +152,7 @@ def test_a_signal_keeps_the_scores_and_the_same_command_goes_on(
         assert ranks.wait() == [0, 0], ranks.stderr()
         assert "stopped by SIGTERM after batch" in ranks.stdout()
     begun = json.loads(scores.read_text())["batches"]
-    assert 0 < begun < 30 and manifests.latest(tmp_path / "run") is None
+    assert 0 < begun < 30 and run_directory.latest(tmp_path / "run") is None
     assert [rank.value for rank in runs.run_stage(pool, "prune", raw, 2, ["--checkpoint.every=0"])] == [0, 0]
     assert json.loads(scores.read_text())["batches"] == 30
-    assert manifests.latest(tmp_path / "run") is not None
+    assert run_directory.latest(tmp_path / "run") is not None

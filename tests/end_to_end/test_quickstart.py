@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_capgap.__main__ import main
+from megatron_capgap.cli import main
 from tests.support.corpus import texts, write_jsonl
 from tests.support.pool import WorkerPool
 from tests.support.processes import ROOT, environment

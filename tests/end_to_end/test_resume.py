@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_capgap.__main__ import main
+from megatron_capgap.cli import main
 from tests.support import runs
 from tests.support.pool import WorkerError, WorkerPool
 from tests.support.processes import job
@@ -148,8 +148,8 @@ def test_the_newest_checkpoints_stay(pool: WorkerPool, fixtures: Fixtures, tmp_p
     assert (run_dir / "latest").read_text() == "step_5\n"
 
 
-MOMENTS = ("checkpoint.shards write", "checkpoint.contents seal", "checkpoint.manifest write")
-MOMENTS += ("checkpoint.manifest put_in_place", "checkpoint.manifest point_at")
+MOMENTS = ("checkpoint.writer write", "checkpoint.integrity write_checksums", "checkpoint.metadata write")
+MOMENTS += ("checkpoint.run_directory put_in_place", "checkpoint.run_directory set_latest")
 SIX_STEPS = {"train__steps": 6, "checkpoint__every": 2, "data__valid": None}
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_capgap.__main__ import main
+from megatron_capgap.cli import main
 from tests.support import runs
 from tests.support.pool import WorkerPool
 from tests.support.runs import Fixtures
@@ -23,8 +23,8 @@ def watched(words: list[str]) -> tuple[dict[int, list[int]], list[bytes]]:
     samples: dict[int, list[int]] = {}
     last: list[list[bytes]] = [[]]
 
-    def read_and_note(run: loop.Run, done: int) -> Any:
-        batches = read(run, done)
+    def read_and_note(run: loop.Run, done: int, *rest: Any) -> Any:
+        batches = read(run, done, *rest)
         samples[done + 1] = [number for batch in batches for number in batch.sample_ids]
         return batches
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch.distributed as dist
 
-from megatron_capgap.__main__ import main
+from megatron_capgap.cli import main
 from megatron_capgap.distributed.launcher import reserved_port
 from tests.support import runs
 from tests.support.pool import WorkerPool

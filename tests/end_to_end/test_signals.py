@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_capgap.__main__ import main
+from megatron_capgap.cli import main
 from tests.support import runs
 from tests.support.pool import WorkerPool
 from tests.support.processes import job
@@ -92,7 +92,7 @@ def test_the_end_of_its_time_stops_a_run_as_a_signal_does(pool: WorkerPool, fixt
 def digest_of(run: Any) -> str:
     """A digest of this rank's weights, Adam's moments and step counters, and the place in the schedule."""
     digest = hashlib.sha256(b"".join(state_of(run)))
-    digest.update(str(run.optimization.schedule.num_steps).encode())
+    digest.update(str(run.optimizer.schedule.num_steps).encode())
     return digest.hexdigest()
 
 
@@ -115,13 +115,13 @@ def run_poisoned(part: str, sample: int, words: list[str]) -> tuple[int, list[st
         digests.append(digest_of(run))
 
     def remember_and_train(run: loop.Run) -> None:
-        def prepare_and_remember(mine: Any) -> Any:
+        def remember(mine: Any, teacher_states: Any) -> Any:
             batches[:] = mine
-            return run.prepare(mine)
+            return run.objective.loss_function(mine, teacher_states)
 
         seen.append(run)
         digests.append(digest_of(run))
-        train(replace(run, prepare=prepare_and_remember))
+        train(replace(run, objective=replace(run.objective, loss_function=remember)))
 
     def poisoned_loss(
         hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, *rest: Any, **options: Any

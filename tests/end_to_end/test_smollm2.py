@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_capgap.__main__ import main
+from megatron_capgap.cli import main
 from tests.support import hf_models
 from tests.support.corpus import write_jsonl
 from tests.support.pool import WorkerPool

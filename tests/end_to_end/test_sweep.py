@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from megatron_capgap.checkpoint import metadata
+from megatron_capgap.checkpoint import metadata, run_directory
 from megatron_capgap.law import records
 from megatron_capgap.law.sweep import SECTIONS
 from tests.support.processes import ROOT, environment, group_lives, wait_for
@@ -222,7 +222,7 @@ def test_sigterm_saves_the_current_run_and_stops(fixtures: Fixtures, tmp_path: P
         process.send_signal(signal.SIGTERM)
         said, _ = process.communicate(timeout=120)
         assert process.returncode == 130 and "stopped; the same command goes on from here" in said
-    assert 2 < json.loads((metadata.latest(first) / metadata.METADATA).read_text())["step"] < 2000
+    assert 2 < json.loads((run_directory.latest(first) / metadata.METADATA).read_text())["step"] < 2000
     assert [path.name for path in (tmp_path / "work" / "runs").iterdir()] == ["teacher-t1"]
     refused = array_task(tmp_path / "work", task=0, folder=tmp_path)
     assert refused.returncode == 2, refused.stderr

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatron_capgap.__main__ import main
+from megatron_capgap.cli import main
 from tests.support import runs
 from tests.support.pool import WorkerPool
 from tests.support.processes import LEAVE, job
@@ -24,7 +24,7 @@ def slow(part: str, rank: int, words: list[str]) -> int:
     """Runs a command in which one rank reads slowly, or is slow in its forward passes."""
     from megatron_capgap.training import loop, step
 
-    module, name = {"reading": (loop, "batches_of"), "forward": (step.schedule, "run")}[part]
+    module, name = {"reading": (loop, "read_global_batch"), "forward": (step.schedule, "run")}[part]
     work = getattr(module, name)
 
     def slowly(*arguments: Any, **options: Any) -> Any:

@@ -27,7 +27,7 @@ class Source:
 
 def megatron_weights(source: Source) -> Weights:
     """Runs in a worker of its own world: the weights by the names of Megatron's local modules."""
-    from megatron_capgap.checkpoint import loader, metadata
+    from megatron_capgap.checkpoint import loader, run_directory
     from megatron_capgap.devices import choose
     from megatron_capgap.distributed import parallel_context
     from megatron_capgap.models import gpt, projections
@@ -40,7 +40,7 @@ def megatron_weights(source: Source) -> Weights:
     if source.checkpoint is None:
         initialise(chunks, source.shape, parallel, source.seed)
     else:
-        loader.load_weights(metadata.locate(str(source.checkpoint)), chunks, parallel)
+        loader.load_weights(run_directory.locate(str(source.checkpoint)), chunks, parallel)
     return {name: parameter.detach().clone() for name, parameter in chunks[0].named_parameters()}
 
 

@@ -32,7 +32,7 @@ def start() -> None:
 def run_counted(words: list[str]) -> tuple[int, dict[tuple[str, str, str], int]]:
     """Runs a stage; its exit code, and the products of this worker by part and formats."""
     start()
-    from megatron_capgap.__main__ import main
+    from megatron_capgap.cli import main
     from megatron_capgap.devices.transformer_engine_cpu import counts
 
     code = main(words)

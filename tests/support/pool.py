@@ -203,11 +203,11 @@ def _serve(pipe: connection.Connection) -> None:
     """The life of a worker: one call after the other until the pool closes the pipe."""
     import torch
 
-    from megatron_capgap import __main__ as door
+    from megatron_capgap import cli
 
     faulthandler.enable(file=2)  # SIGABRT writes all stacks to whatever descriptor 2 is then
     torch.set_num_threads(1)
-    door._GRACE_SECONDS = GRACE_SECONDS
+    cli._GRACE_SECONDS = GRACE_SECONDS
     # Daemonic, so that a worker never outlives the tests; but Megatron's checkpoint writer forks children of its own.
     multiprocessing.current_process()._config["daemon"] = False
     for stream in (sys.stdout, sys.stderr):

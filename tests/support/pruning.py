@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from megatron_capgap.checkpoint import metadata
+from megatron_capgap.checkpoint import metadata, run_directory
 from megatron_capgap.config.loader import load
 from megatron_capgap.data.tokenizer import open_tokenizer
 from tests.support import plain_steps, runs
@@ -33,7 +33,7 @@ def imported(pool: WorkerPool, fixtures: Fixtures, model: PreTrainedModel, folde
     shutil.copyfile(tokenizer, folder / "hf" / "tokenizer.model")
     convert(pool, "import", "--hf", str(folder / "hf"), "--out", str(run_dir))
     # transformers opens such a folder with the class of the model's family, which may add tokens of its own.
-    checkpoint = metadata.locate(str(run_dir))
+    checkpoint = run_directory.locate(str(run_dir))
     speaks = open_tokenizer(str(tokenizer)).fingerprint
     metadata.write(replace(metadata.read(checkpoint), tokenizer_fingerprint=speaks), checkpoint)
     return run_dir

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from megatron_capgap.__main__ import main
+from megatron_capgap.cli import main
 from tests.support.corpus import conversations, texts, write_jsonl, write_lines
 from tests.support.pool import RankResult, WorkerPool
 from tests.support.processes import job

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from megatron_capgap.__main__ import main
+from megatron_capgap.cli import main
 from tests.support.engine import start
 
 
@@ -24,7 +24,7 @@ class NaNGradient(torch.autograd.Function):
 def state_of(run: Any) -> list[bytes]:
     """This rank's weights, Adam's moments and step counters, and the scales of `scales_of`."""
     parts = [parameter.detach() for chunk in run.chunks for parameter in chunk.parameters()]
-    for part in run.optimization.optimizer.chained_optimizers:
+    for part in run.optimizer.optimizer.chained_optimizers:
         parts += [entry[name].detach() for entry in part.optimizer.state.values() for name in sorted(entry)]
     return [tensor.numpy().tobytes() for tensor in parts] + scales_of(run)
 
@@ -55,7 +55,7 @@ def written_of(run: Any) -> dict[str, tuple[str, str]]:
     from megatron_capgap.checkpoint import loader
     from megatron_capgap.models.gpt import unwrap
 
-    state = loader.training_state(run.chunks, run.parallel, run.optimization, copied=False)()
+    state = loader.training_state(run.chunks, run.parallel, run.optimizer, copied=False)()
     held = {name for name, one in unwrap(run.chunks[0]).named_parameters() if type(one).__name__ == "Float8Tensor"}
     return {name: (state["model"][name].data.device.type, str(state["model"][name].data.dtype)) for name in held}
 
@@ -71,7 +71,7 @@ def run_poisoned(
     from megatron_capgap.stages import context
     from megatron_capgap.training import loop
 
-    one_step, loss = loop.one_step, context.language_model_loss
+    student_step, loss = loop.student_step, context.language_model_loss
     states: dict[int, Any] = {}
     poisoned = []
 
@@ -79,7 +79,7 @@ def run_poisoned(
         states.setdefault(done, look(run))
         poisoned[:] = [done + 1 in steps]
         try:
-            return one_step(run, done, *rest)
+            return student_step(run, done, *rest)
         finally:
             states[done + 1] = look(run)
 
@@ -90,11 +90,11 @@ def run_poisoned(
             out.loss_sum.mul_(float("nan"))
         return out
 
-    loop.one_step, context.language_model_loss = step_and_look, poisoned_loss
+    loop.student_step, context.language_model_loss = step_and_look, poisoned_loss
     try:
         return main(words), states
     finally:
-        loop.one_step, context.language_model_loss = one_step, loss
+        loop.student_step, context.language_model_loss = student_step, loss
 
 
 def run_engine(poisoned: list[int], look: Callable[[Any], Any], words: list[str]) -> Any:

@@ -79,8 +79,11 @@ def test_values_types_and_sources(read):
     assert "optimizer.min_lr" not in loaded.sources and "seed" not in loaded.sources
     assert loaded.source("optimizer.min_lr") == "distill.yaml:16"
     assert loaded.source("seed") == "default"
-    assert loaded.place("optimizer.min_lr") == "distill.yaml:16: optimizer.min_lr"
-    assert loaded.place("train.micro_batch") == "--train.micro_batch" and loaded.place("seed") == "seed (the default)"
+    assert loaded.location("optimizer.min_lr") == "distill.yaml:16: optimizer.min_lr"
+    assert (
+        loaded.location("train.micro_batch") == "--train.micro_batch"
+        and loaded.location("seed") == "seed (the default)"
+    )
 
 
 def test_overrides_win_and_the_last_one_most(read):
@@ -426,8 +429,9 @@ def test_dump_replaces_at_once(read, tmp_path, monkeypatch):
 def test_help_and_load_import_nothing_heavy(tmp_path):
     (tmp_path / "distill.yaml").write_text(GOOD)
     program = (
-        "import json, sys; from megatron_capgap.config import checks, help, load\n"
-        "help.stage_help('distill'); load.load('distill.yaml', (), 'distill')\n"
+        "import json, sys; from megatron_capgap.config import help, loader\n"
+        "from megatron_capgap.config.validation import checks\n"
+        "help.stage_help('distill'); loader.load('distill.yaml', (), 'distill')\n"
         "print(json.dumps(sorted(sys.modules)))"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(schema.__file__).parents[2])}

@@ -286,7 +286,7 @@ def test_groups_share_an_event_loop(pool: WorkerPool) -> None:
 def test_models_can_still_be_made_on_the_meta_device() -> None:
     """transformers loads every model there first."""
     program = (
-        "from megatron_capgap.runtime.devices import choose; choose('cpu', 0); import torch\n"
+        "from megatron_capgap.devices import choose; choose('cpu', 0); import torch\n"
         "with torch.device('meta'): assert torch.empty(3).is_meta and torch.arange(3).is_meta and torch.ones(3).is_meta"
     )
     # A process of its own: whether torch has made its list of factories depends on what ran before.
@@ -296,7 +296,7 @@ def test_models_can_still_be_made_on_the_meta_device() -> None:
 
 def test_peak_memory_is_this_process_s_own() -> None:
     """A child started by a large process; `ru_maxrss` would report the parent's peak in it."""
-    child = "from megatron_capgap.runtime.devices.cpu import peak_resident_bytes as peak; print(peak())"
+    child = "from megatron_capgap.devices.cpu import peak_resident_bytes as peak; print(peak())"
     parent = (
         "import subprocess, sys; block = bytearray(b'x') * (1500 << 20); "
         f"subprocess.run([sys.executable, '-c', {child!r}], check=True)"

@@ -9,17 +9,12 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megatron_capgap.__main__ import main
+from megatron_capgap.cli import main
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.devices import choose
 from megatron_capgap.distributed import torchrun
-from megatron_capgap.distributed.launcher import (
-    Environment,
-    init_process_group,
-    read_environment,
-    reserved_port,
-    write_outcome,
-)
+from megatron_capgap.distributed.environment import Environment, read_environment
+from megatron_capgap.distributed.launcher import init_process_group, reserved_port, write_outcome
 
 TORCHRUN = {
     "RANK": "5",

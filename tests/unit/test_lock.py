@@ -103,7 +103,7 @@ def test_who_has_lost_its_place_is_told_and_leaves_it_alone(tmp_path: Path) -> N
 
 
 def test_the_file_is_touched_while_the_job_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(run_lock, "HEARTBEAT_SECONDS", 0.02)
     mine = RunLock(tmp_path)
     mine.acquire()
     file = tmp_path / run_lock.LOCK_FILE
@@ -121,12 +121,12 @@ def test_of_many_that_find_a_dead_job_one_gets_its_place(tmp_path: Path) -> None
     program = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from megatron_capgap.config.errors import UserError\n"
-        "from megatron_capgap.runtime.lock import RunLock\n"
+        "from megatron_capgap.common.errors import UserError\n"
+        "from megatron_capgap.runtime.run_lock import RunLock\n"
         "print('ready', flush=True)\n"
         "sys.stdin.readline()\n"
         "try:\n"
-        "    RunLock(Path(sys.argv[1])).take()\n"
+        "    RunLock(Path(sys.argv[1])).acquire()\n"
         "except UserError:\n"
         "    print('refused', flush=True)\n"
         "else:\n"

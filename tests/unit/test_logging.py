@@ -52,7 +52,8 @@ def test_the_table_says_what_is_in_use_and_why_not() -> None:
         devices.Component("Apex kernels", False, "need an NVIDIA GPU"),
     )
     log, screen = shown()
-    log.device_table(SimpleNamespace(name="cpu", backend="gloo", parts=parts))
+    device = SimpleNamespace(name="cpu", backend="gloo", components=parts)
+    log.table(*devices.Device.component_table(device))
     title, header, *rows = (line.split() for line in screen.getvalue().splitlines())
     assert (title, header) == ("device cpu, backend gloo".split(), ["part", "in", "use"])
     assert [" ".join(row) for row in rows] == ["fused AdamW yes torch", "Apex kernels no need an NVIDIA GPU"]

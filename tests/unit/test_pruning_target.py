@@ -191,7 +191,7 @@ def test_heads_that_the_layout_does_not_divide(loaded: Any) -> None:
 
 def test_a_layout_of_the_teacher_is_not_read(loaded: Any) -> None:
     said = loaded({"ffn": 8}, teacher={"checkpoint": "runs/large", "layout": {"tensor": 2}})
-    with pytest.raises(ConfigError, match=r"teacher.layout: prune cuts the teacher as student.layout says; remove"):
+    with pytest.raises(ConfigError, match=r"teacher.layout: prune runs the teacher in student.layout; remove"):
         student_shape(said, LLAMA2)
 
 

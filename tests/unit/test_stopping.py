@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_capgap.checkpoint import metadata as manifests
+from megatron_capgap.checkpoint import run_directory
 from megatron_capgap.checkpoint.metadata import CheckpointCorrupted
 from tests.support.pool import WorkerPool
 
@@ -36,21 +36,21 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def test_a_run_directory_stands_for_its_best_checkpoint(run_dir: Path) -> None:
-    assert manifests.locate(str(run_dir)).name == "step_6"
-    manifests.set_best(run_dir, 2)
-    assert manifests.locate(str(run_dir)).name == "step_2"
-    assert manifests.latest(run_dir).name == "step_6", "what a run goes on from"
-    manifests.set_best(run_dir, 5)
-    assert manifests.locate(str(run_dir)).name == "step_2", "a checkpoint that could not be written is not named"
-    manifests.set_best(run_dir, None)
-    assert manifests.locate(str(run_dir)).name == "step_6"
+    assert run_directory.locate(str(run_dir)).name == "step_6"
+    run_directory.set_best(run_dir, 2)
+    assert run_directory.locate(str(run_dir)).name == "step_2"
+    assert run_directory.latest(run_dir).name == "step_6", "what a run goes on from"
+    run_directory.set_best(run_dir, 5)
+    assert run_directory.locate(str(run_dir)).name == "step_2", "a checkpoint that could not be written is not named"
+    run_directory.set_best(run_dir, None)
+    assert run_directory.locate(str(run_dir)).name == "step_6"
 
 
 def test_the_best_one_stays_among_the_newest(run_dir: Path) -> None:
-    manifests.set_best(run_dir, 2)
+    run_directory.set_best(run_dir, 2)
     (run_dir / "staged").mkdir()
-    manifests.publish(run_dir / "staged", run_dir, 8, keep=1)
-    assert manifests.steps_in(run_dir) == [2, 8]
+    run_directory.publish(run_dir / "staged", run_dir, 8, keep=1)
+    assert run_directory.steps_in(run_dir) == [2, 8]
 
 
 @pytest.mark.parametrize(
@@ -66,4 +66,4 @@ def test_the_best_one_stays_among_the_newest(run_dir: Path) -> None:
 def test_a_best_that_is_gone_or_damaged_is_said(run_dir: Path, content: bytes, says: str) -> None:
     (run_dir / "best").write_bytes(content)
     with pytest.raises(CheckpointCorrupted, match=f"best: {says}"):
-        manifests.locate(str(run_dir))
+        run_directory.locate(str(run_dir))

@@ -40,7 +40,7 @@ def test_another_release_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
 PROGRAM = """
 import importlib.util, json, sys
 found = {"before": importlib.util.find_spec("transformer_engine") is not None}
-from megatron_capgap.runtime.devices import cpu, transformer_engine_cpu
+from megatron_capgap.devices import cpu, transformer_engine_cpu
 transformer_engine_cpu.install()
 import torch
 names = [dict(vars(place)) for place in (torch.cuda, torch.distributed, torch.Tensor)]
@@ -80,9 +80,7 @@ def test_a_process_before_and_after() -> None:
 
 @needs_files
 def test_too_late_is_told() -> None:
-    program = (
-        "import megatron.core.fp8_utils\nfrom megatron_capgap.runtime.devices.transformer_engine_cpu import install\n"
-    )
+    program = "import megatron.core.fp8_utils\nfrom megatron_capgap.devices.transformer_engine_cpu import install\n"
     words = [sys.executable, "-W", "ignore", "-c", f"{program}install()"]
     done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and "looked for Transformer Engine before install() was called" in done.stderr

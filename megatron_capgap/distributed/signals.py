@@ -9,7 +9,7 @@ from types import FrameType
 
 import torch
 
-from megatron_capgap.distributed.launcher import all_reduce_max
+from megatron_capgap.distributed.collectives import all_reduce_max
 
 WATCHED = (signal.SIGTERM, signal.SIGUSR1)
 _TIME_IS_UP = 1

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from megatron_capgap.distributed import launcher
+from megatron_capgap.distributed import environment, launcher
 
 Command = Callable[[Sequence[str]], int]
 CRASHED = 70
@@ -95,7 +95,7 @@ def _serve(command: Command, rank: int, world: int, pipe: Connection, alive: Con
     """The life of a rank: one command after the other, until the pipe closes or the starter is gone."""
     threading.Thread(target=_exit_with_parent, args=(alive,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the starter decides what an interrupt means
-    for name in [name for name in os.environ if name.startswith(launcher.OF_LAUNCHERS)]:  # who started the starter
+    for name in [name for name in os.environ if name.startswith(environment.OF_LAUNCHERS)]:  # who started the starter
         del os.environ[name]
     os.environ.update(
         RANK=str(rank),

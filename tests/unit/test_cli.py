@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import megatron_capgap
-from megatron_capgap import __main__ as door
+from megatron_capgap import cli
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.config import help
 from megatron_capgap.config.fields import table
@@ -55,7 +55,7 @@ def stages(tmp_path, monkeypatch):
     devices = SimpleNamespace(choose=lambda name, local_rank, precisions, place: f"cpu of {local_rank}")
     monkeypatch.setitem(sys.modules, "megatron_capgap.devices", devices)
     monkeypatch.setitem(sys.modules, "megatron_capgap.stages.check", SimpleNamespace(report=report))
-    monkeypatch.setattr(door.time, "sleep", calls.slept.append)
+    monkeypatch.setattr(cli.time, "sleep", calls.slept.append)
     return calls
 
 
@@ -67,7 +67,7 @@ def as_rank(monkeypatch, rank: int, world: int) -> None:
 
 def test_a_stage_runs_with_its_configuration_and_its_exit_code_is_returned(stages, capsys):
     stages.answer = 7
-    assert door.main(["adapt", "--config", "adapt.yaml", "--train.steps", "9", "--seed=3"]) == 7
+    assert cli.main(["adapt", "--config", "adapt.yaml", "--train.steps", "9", "--seed=3"]) == 7
     ((loaded, environment),) = stages.run
     assert (loaded.config.train.steps, loaded.config.seed) == (9, 3)
     assert loaded.sources["train.steps"] == "--train.steps"
@@ -77,20 +77,20 @@ def test_a_stage_runs_with_its_configuration_and_its_exit_code_is_returned(stage
 
 @pytest.mark.parametrize("words", [["--check-world", "16"], ["--check-world=16"], ["--check", "--check-world=16"]])
 def test_check_world_reports_and_runs_nothing(stages, capsys, words):
-    assert door.main(["adapt", "--config=adapt.yaml", *words]) == 0
+    assert cli.main(["adapt", "--config=adapt.yaml", *words]) == 0
     assert stages.report == [("adapt", 16, None)] and stages.run == []
     assert capsys.readouterr().out == "adapt at 16 is right\n"
 
 
 @pytest.mark.parametrize("words", [["--check-capability", "9.0"], ["--check", "--check-capability=9.0"]])
 def test_check_capability_supposes_gpus(stages, words):
-    assert door.main(["adapt", "--config=adapt.yaml", *words]) == 0
+    assert cli.main(["adapt", "--config=adapt.yaml", *words]) == 0
     assert stages.report == [("adapt", 1, (9, 0))] and stages.run == []
 
 
 @pytest.mark.parametrize("given", ["9", "h100", "9.x", ""])
 def test_a_capability_has_two_numbers(stages, capsys, given):
-    assert door.main(["adapt", "--config=adapt.yaml", f"--check-capability={given}"]) == 2
+    assert cli.main(["adapt", "--config=adapt.yaml", f"--check-capability={given}"]) == 2
     assert (
         f"--check-capability: {given} given; 8.0 (A100), 9.0 (H100) or 10.0 (B200) would do" in capsys.readouterr().err
     )
@@ -100,7 +100,7 @@ def test_a_capability_has_two_numbers(stages, capsys, given):
 def test_check_takes_the_world_of_the_launcher_and_only_the_first_rank_prints(stages, capsys, monkeypatch):
     for rank in range(2):
         as_rank(monkeypatch, rank, 4)
-        assert door.main(["--check", "adapt", "--config", "adapt.yaml"]) == 0
+        assert cli.main(["--check", "adapt", "--config", "adapt.yaml"]) == 0
     assert stages.report == [("adapt", 4, None)] * 2
     assert capsys.readouterr().out == "adapt at 4 is right\n"
 
@@ -151,7 +151,7 @@ def test_check_takes_the_world_of_the_launcher_and_only_the_first_rank_prints(st
     ],
 )
 def test_a_wrong_command_is_one_line_and_exit_code_2(stages, capsys, words, message):
-    assert door.main(words) == 2
+    assert cli.main(words) == 2
     out, err = capsys.readouterr()
     assert out == "" and message in err
     assert err.startswith("capgap: error: ") and err.count("\n") == 1
@@ -159,7 +159,7 @@ def test_a_wrong_command_is_one_line_and_exit_code_2(stages, capsys, words, mess
 
 
 def test_every_problem_has_its_own_line(stages, capsys):
-    assert door.main(["adapt", "--config", "adapt.yaml", "--train.stesp=3", "--optimizer.lr=0", "--device=gpu"]) == 2
+    assert cli.main(["adapt", "--config", "adapt.yaml", "--train.stesp=3", "--optimizer.lr=0", "--device=gpu"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and all(line.startswith("capgap: error: --") for line in lines)
 
@@ -169,7 +169,7 @@ def test_one_rank_speaks_for_all_that_have_met(stages, capsys, monkeypatch):
     stages.answer.raised_on_all_ranks = True
     for rank in range(4):
         as_rank(monkeypatch, rank, 4)
-        assert door.main(["adapt", "--config", "adapt.yaml"]) == 2
+        assert cli.main(["adapt", "--config", "adapt.yaml"]) == 2
     assert capsys.readouterr().err == "capgap: error: data.train: a.bin is cut short; prepare it again\n"
     assert len(stages.slept) == 3  # the silent ranks leave the first one time to speak
 
@@ -180,26 +180,26 @@ def test_one_rank_speaks_for_all_that_have_met(stages, capsys, monkeypatch):
 def test_a_rank_that_is_alone_with_its_mistake_says_so(stages, capsys, monkeypatch, words):
     stages.answer = UserError("student.checkpoint: runs/a: no such checkpoint; name one")
     as_rank(monkeypatch, 0, 4)
-    assert door.main(words) == 2
+    assert cli.main(words) == 2
     first = capsys.readouterr().err
     as_rank(monkeypatch, 3, 4)
-    assert door.main(words) == 2
+    assert cli.main(words) == 2
     assert len(stages.slept) == 1  # a launcher ends it here where the first rank has the same mistake
     assert capsys.readouterr().err == first.replace("error: ", f"error: rank 3 on {socket.gethostname()}: ")
 
 
 def test_a_broken_launcher_is_one_line(stages, capsys, monkeypatch):
     monkeypatch.setenv("RANK", "0")
-    assert door.main(["adapt", "--config", "adapt.yaml"]) == 2
+    assert cli.main(["adapt", "--config", "adapt.yaml"]) == 2
     assert capsys.readouterr().err.startswith("capgap: error: environment variable WORLD_SIZE is not set")
 
 
 def test_an_interrupt_is_130_and_a_bug_keeps_its_traceback(stages):
     stages.answer = KeyboardInterrupt()
-    assert door.main(["adapt", "--config", "adapt.yaml"]) == 130
+    assert cli.main(["adapt", "--config", "adapt.yaml"]) == 130
     stages.answer = ZeroDivisionError()
     with pytest.raises(ZeroDivisionError):
-        door.main(["adapt", "--config", "adapt.yaml"])
+        cli.main(["adapt", "--config", "adapt.yaml"])
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -223,7 +223,7 @@ def python(*words: str, **options) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("words", [["--help"], ["-h"], *([stage, "--help"] for stage in STAGES), ["--version"]])
 def test_help_answers_without_anything_heavy(words):
     program = (
-        "import sys; from megatron_capgap.__main__ import main; code = main(sys.argv[1:])\n"
+        "import sys; from megatron_capgap.cli import main; code = main(sys.argv[1:])\n"
         "heavy = {'torch', 'megatron', 'numpy', 'transformers'} & set(sys.modules)\n"
         "raise SystemExit(code or (f'imported {heavy}' if heavy else 0))"
     )

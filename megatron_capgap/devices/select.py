@@ -1,60 +1,18 @@
-"""What a device is, and which one this rank takes."""
+"""Which device this rank takes."""
 
 from __future__ import annotations
 
-import importlib.util
 import queue
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.config import derived
 from megatron_capgap.config.schema import Precision
+from megatron_capgap.devices import cpu, cuda
+from megatron_capgap.devices.base import Device
 from megatron_capgap.runtime import releases
-
-
-@dataclass(frozen=True)
-class Component:
-    """One row of the start-up table: a kernel or library that may or may not be in use."""
-
-    name: str
-    active: bool
-    why: str
-
-
-@dataclass(frozen=True)
-class Device:
-    """What the rest of the project needs to know of the ground it runs on."""
-
-    name: str
-    """cpu or cuda."""
-    backend: str
-    """torch.distributed backend: gloo or nccl."""
-    torch_device: torch.device
-    """Where tensors live."""
-    default_engine: str
-    """Whose layers precision.engine auto means, without FP8: local or transformer_engine."""
-    capability: tuple[int, int] | None
-    """CUDA compute capability; None on a CPU, whose emulation knows every FP8 recipe."""
-    send_keeps_data: bool
-    """Whether a tensor may be freed while its asynchronous send is under way: NCCL's stream order allows it, gloo reads
-    the freed memory."""
-    components: tuple[Component, ...]
-    """The start-up table."""
-    peak_memory: Callable[[], int]
-    """Peak bytes of this process on the device since it started."""
-    release_memory: Callable[[], None]
-    """Gives memory that the allocator keeps for later back to the system."""
-    finish: Callable[[], None]
-    """Returns when all work that was given to the device is done."""
-    between_steps: Callable[[], None]
-    """Called after each step: keeps the memory of a long run what it was in a short one."""
-    between_micro_batches: Callable[[], None]
-    """Called between micro-batches that no optimizer step follows: what one has freed is no burden to the next."""
-    tune_optimizer: Callable[[torch.optim.Optimizer], None]
-    """Switches on what this device can fuse in the optimizer Megatron made."""
 
 
 def choose(name: str, local_rank: int, precisions: Sequence[Precision] = (), place: str = "--device") -> Device:
@@ -92,11 +50,7 @@ def _prepare(name: str, local_rank: int, precisions: Sequence[Precision], place:
                 f"{place}: {name}, but rank {local_rank} of this node sees {gpus} GPUs; "
                 f"cpu would do, or at most {gpus} ranks a node"
             )
-        from megatron_capgap.devices import cuda
-
         return cuda.prepare(index, precisions)
-    from megatron_capgap.devices import cpu
-
     return cpu.prepare(any(derived.engine(wanted, "local") == "transformer_engine" for wanted in precisions))
 
 
@@ -110,9 +64,3 @@ def _save_in_this_process() -> None:
 
     if filesystem_async._results_queue is None:
         filesystem_async._results_queue = queue.Queue()
-
-
-def library(name: str, package: str, use: str) -> Component:
-    """A table row for an optional library that Megatron-Core picks up by itself where it can be imported."""
-    present = importlib.util.find_spec(package) is not None
-    return Component(name, present, use if present else f"{package} is not installed; torch's own kernels are used")

@@ -1,0 +1,204 @@
+"""The command line: `python -m megatron_capgap STAGE --config FILE [--section.key=value ...] [--check]`.
+
+Nothing heavy is imported before the command line and the configuration are known to be right.
+"""
+
+import gc
+import importlib
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_capgap import __version__
+from megatron_capgap.common.errors import UserError
+from megatron_capgap.config import derived, help
+from megatron_capgap.config.fields import table
+from megatron_capgap.config.loader import LoadedConfig, load, nearest
+from megatron_capgap.config.schema import STAGES
+from megatron_capgap.distributed import launcher, torchrun
+from megatron_capgap.distributed.environment import Environment, read_environment
+from megatron_capgap.runtime import third_party
+
+if TYPE_CHECKING:
+    from megatron_capgap.devices import Device
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+_FLAGS = {"-h": "help", "--help": "help", "--version": "version", "--check": "check"}
+_OPTIONS = ("--config", "--check-world", "--check-capability")
+# Launchers end all ranks as soon as one exits; the other ranks stay this long, so that the first can speak. One that is
+# still there then may be the only one with this mistake, as on a node without the data, and says so itself.
+_GRACE_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the command line asks for."""
+
+    stage: str | None
+    flags: frozenset[str]
+    """Of help, version, check."""
+    options: dict[str, str]
+    """The values of --config, --check-world and --check-capability, where given."""
+    overrides: tuple[str, ...]
+    """`--section.key=value` each."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: the words after the program's name; those of this process by default.
+
+    Returns:
+        The exit code: 0, or what the stage says; 2 after mistakes of the user's, which the first rank tells
+        in one line each, and so does another one that has not met it yet; 130 after an interrupt from the keyboard.
+    """
+    try:
+        return _obey(parse(sys.argv[1:] if argv is None else argv))
+    except UserError as error:
+        if _speaks():
+            _tell(error)
+        else:
+            time.sleep(_GRACE_SECONDS)
+            if not error.raised_on_all_ranks:
+                _tell(error, f"rank {read_environment().rank} on {socket.gethostname()}: ")
+        return USER_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _tell(error: UserError, who: str = "") -> None:
+    sys.stderr.write("".join(f"capgap: error: {who}{line}\n" for line in str(error).split("\n")))
+    sys.stderr.flush()
+    launcher.write_outcome("refused")
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """Reads the command line; `--name value` and `--name=value` are the same.
+
+    Raises:
+        UserError: a word that is no stage, option or key, or a missing value.
+    """
+    stage, flags, options, overrides = None, set(), {}, []
+    words = list(argv)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        if name in _FLAGS:
+            if equals:
+                raise UserError(f"{word}: {name} takes no value; write {name} alone")
+            flags.add(_FLAGS[name])
+        elif not name.startswith("-"):
+            if stage is not None:
+                file = name.endswith((".yaml", ".yml")) or Path(word).is_file()
+                way = f"did you mean --config {word}?" if file else "write --KEY=VALUE for a key of the configuration"
+                raise UserError(f"{word}: {stage} is the stage already; {way}")
+            stage = word
+        else:
+            _known(name)
+            if not equals:
+                if not words or words[0].startswith("--"):
+                    raise UserError(f"{name}: no value given; write {name}=VALUE")
+                value = words.pop(0)
+            if name in _OPTIONS:
+                options[name] = value
+            else:
+                overrides.append(f"{name}={value}")
+    return Command(stage, frozenset(flags), options, tuple(overrides))
+
+
+def _known(name: str) -> None:
+    """Refuses what is neither an option with a value nor, as far as its first word goes, a configuration key.
+
+    Dotted names are left to the loader, which knows every key and reports all mistakes at once.
+    """
+    keys = [f"--{key}" for key in table()[""].children]
+    if name not in _OPTIONS and name not in keys and "." not in name:
+        near = nearest(name, [*_FLAGS, *_OPTIONS, *keys])
+        raise UserError(f"{name}: no such option or key; {f'did you mean {near}?' if near else 'see --help'}")
+
+
+def _obey(command: Command) -> int:
+    if "version" in command.flags:
+        sys.stdout.write(f"capgap {__version__}\n")
+        return 0
+    if command.stage is not None and command.stage not in STAGES:
+        near = nearest(command.stage, STAGES)
+        hint = f"did you mean {near}? " if near else ""
+        raise UserError(f"{command.stage}: no such stage; {hint}one of {', '.join(STAGES)} would do")
+    if "help" in command.flags:
+        sys.stdout.write(help.stage_help(command.stage) if command.stage else help.overview())
+        return 0
+    if command.stage is None:
+        raise UserError(f"no stage given; one of {', '.join(STAGES)} would do, and --help explains them")
+    if "--config" not in command.options:
+        raise UserError(f"--config: missing; write {command.stage} --config FILE with the YAML file of the run")
+    environment = read_environment()
+    supposed, capability = _world(command.options), _capability(command.options)
+    loaded = load(command.options["--config"], command.overrides, command.stage)
+    if "check" in command.flags or supposed or capability:
+        checker = importlib.import_module("megatron_capgap.stages.check")
+        report = checker.report(loaded, command.stage, supposed or environment.world, capability)
+        if environment.rank == 0:
+            sys.stdout.write(f"{report.rstrip()}\n")
+        return 0
+    torchrun.drop_stale_agent_variables(environment)
+    third_party.prepare()
+    with _importing():
+        device = _choose_device(loaded, environment)
+        stage = importlib.import_module(f"megatron_capgap.stages.{command.stage}")
+    return stage.run(loaded, environment, device)
+
+
+@contextmanager
+def _importing() -> Iterator[None]:
+    """Collects no garbage: what torch and Megatron-Core make while they are imported stays, and looking through it
+    again and again takes a fifth of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _choose_device(loaded: LoadedConfig, environment: Environment) -> "Device":
+    """The device comes before the stages, which import Megatron-Core."""
+    devices = importlib.import_module("megatron_capgap.devices")
+    precisions, place = derived.precisions(loaded.config), loaded.location("device")
+    return devices.choose(loaded.config.device, environment.local_rank, precisions, place)
+
+
+def _world(options: dict[str, str]) -> int | None:
+    """The world that --check-world supposes; None where it was not given."""
+    given = options.get("--check-world")
+    if given is not None and not (given.isdecimal() and int(given) > 0):
+        raise UserError(f"--check-world: {given} given; a number of ranks > 0 would do")
+    return None if given is None else int(given)
+
+
+def _capability(options: dict[str, str]) -> tuple[int, int] | None:
+    """The GPUs' compute capability that --check-capability supposes; None where it was not given."""
+    given = options.get("--check-capability")
+    if given is None:
+        return None
+    major, dot, minor = given.partition(".")
+    if not (dot and major.isdecimal() and minor.isdecimal()):
+        raise UserError(f"--check-capability: {given} given; 8.0 (A100), 9.0 (H100) or 10.0 (B200) would do")
+    return int(major), int(minor)
+
+
+def _speaks() -> bool:
+    """Whether this rank tells of mistakes: the first; all where the launcher's variables are wrong."""
+    try:
+        return read_environment().rank == 0
+    except UserError:
+        return True
