@@ -66,17 +66,22 @@ def compare(releases: list[str], precision: dict[str, Any], work: Path, folder: 
 
 
 def fetch(release: str, work: Path) -> None:
-    """Puts a release of Megatron-Core into a folder of its own, once."""
+    """Puts a release of Megatron-Core into a folder of its own, once; the folder has its name when it is whole."""
     folder = work / f"megatron_core_{release}"
-    if not folder.exists():
-        words = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+    if folder.exists():
+        return
+    with tempfile.TemporaryDirectory(dir=work) as place:
+        part = Path(place) / folder.name
+        words = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(part)]
         subprocess.run([*words, f"megatron-core=={release}"], check=True)
+        part.rename(folder)
 
 
 def config_of(material: runs.Material, run_dir: Path, precision: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """Four steps of next-token training."""
+    """Four steps of next-token training. FP8 needs multiples of 16 in each rank's part of a weight."""
     changes = {
         "student__layout": LAYOUT,
+        "student__model__ffn": 64,
         "precision": precision,
         "checkpoint__every": 2,
         "data__valid": None,
