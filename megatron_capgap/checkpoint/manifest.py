@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_capgap.checkpoint import sealed
+from megatron_capgap.checkpoint import foreign, sealed
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.files import put_in_place, write_atomically
 from megatron_capgap.config.schema import ModelShape, Objective
@@ -308,7 +308,7 @@ def locate(checkpoint: str) -> Path:
     was stopped early or could have been, else its latest.
 
     Raises:
-        UserError: nothing there is a finished checkpoint.
+        UserError: nothing there is a finished checkpoint of this project.
     """
     path = Path(checkpoint)
     if not path.exists():
@@ -317,6 +317,7 @@ def locate(checkpoint: str) -> Path:
         return path
     named = best(path) or latest(path)
     if named is None:
+        foreign.refuse(path)
         raise UserError(
             f"{checkpoint}: holds no finished checkpoint; name a run directory that has one, or RUN/checkpoints/step_N"
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from megatron_capgap.checkpoint import foreign
 from megatron_capgap.config import derive
 from megatron_capgap.config.errors import UserError
 from megatron_capgap.config.families import FAMILIES as TRAITS
@@ -48,6 +49,8 @@ def open_source(folder: Path) -> Source:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a folder with config.json and safetensors files")
+    if not (folder / "config.json").exists():
+        foreign.refuse(folder)
     config = read_json(folder / "config.json")
     family, shape = read_config(folder / "config.json", config)
     tensors = _full_names(_tensors(folder, _tied(family, shape)), family)
