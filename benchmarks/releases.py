@@ -3,11 +3,11 @@
     python benchmarks/releases.py --work DIR [--releases 0.16.1,0.17.1,0.18.2,0.19.2] [--fp8 delayed]
 
 Under Python 3.12 or 3.13, which all releases run on. pip puts each into a folder of its own below DIR, where imports
-find it before the one of this Python. Under each release a tiny model trains on 4 ranks (tensor 2 x pipeline 2), and
-saves after steps 2 and 4. Every release then evaluates every checkpoint of step 4 on one rank, without FP8, and goes
-on from every one of step 2 on 4 ranks. A cell holds the largest relative difference of the evaluation, and of the
-resumed steps' losses and gradient norms, from those of the release that wrote the checkpoint; `=` says that all digits
-are equal. The exit code is 1 where a cell is not `=`.
+find it before the one of this Python; a DIR serves one Python, for there are compiled helpers in it. Under each release
+a tiny model trains on 4 ranks (tensor 2 x pipeline 2), and saves after steps 2 and 4. Every release then evaluates
+every checkpoint of step 4 on one rank, without FP8, and goes on from every one of step 2 on 4 ranks. A cell holds the
+largest relative difference of the evaluation, and of the resumed steps' losses and gradient norms, from those of the
+release that wrote the checkpoint; `=` says that all digits are equal. The exit code is 1 where a cell is not `=`.
 
     python benchmarks/releases.py --compare RUNS RUNS
 
