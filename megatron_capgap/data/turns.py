@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_capgap.config.errors import UserError, in_one_line
 from megatron_capgap.data.jsonl import find, rows
-from megatron_capgap.data.messages import THOUGHTS, Conversation, Message
+from megatron_capgap.data.messages import ROLES, THOUGHTS, Conversation, Message
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-# ShareGPT's names, and those of the data sets that followed it.
-_SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
-_SPEAKERS |= {"function_call": "assistant", "observation": "tool", "function_response": "tool", "function": "tool"}
-_SPEAKERS |= {"tool_call": "assistant", "tool_response": "tool"}
-_SILENT = ("system", "developer", "tool")
+# The names of ShareGPT, of the data sets that followed it, and of models whose messages call the speakers otherwise.
+_SPEAKERS = {name: "user" for name in ("human", "prompter")}
+_SPEAKERS |= dict.fromkeys(("gpt", "chatgpt", "bard", "bing", "claude", "ai", "bot", "chatbot", "model"), "assistant")
+_SPEAKERS |= dict.fromkeys(("function_call", "tool_call"), "assistant")
+_TOOLS = ("ipython", "observation", "function", "function_response", "tool_response", "environment")
+_SPEAKERS |= dict.fromkeys(_TOOLS, "tool")
+_SPEAKERS |= {role: role for role in ROLES}
+_SILENT = ("system", "developer", "tool", *_TOOLS)
 """Those who may say an empty text."""
 _TURNS = {"messages": "role", "conversations": "from"}
 """Where a line has its turns, and what says there who speaks unless a turn itself says so by the other key."""
@@ -68,8 +70,8 @@ def _conversation(place: str, content: Any) -> Conversation:
 
 
 def read_turns(place: str, content: Any) -> Conversation:
-    """The messages of a line that was read from JSON; the user and the assistant take turns, whoever is last, and what
-    tools say stands between two words of the assistant's.
+    """The messages of a line that was read from JSON; in which order the speakers may come is the chat template's
+    matter.
 
     Args:
         place: what messages call it.
@@ -78,26 +80,8 @@ def read_turns(place: str, content: Any) -> Conversation:
     Raises:
         UserError: it is no conversation.
     """
-    messages = tuple(_messages(place, content))
     tools = _tools(place, content) if isinstance(content, dict) else None
-    first = 1 if messages and messages[0].role in ("system", "developer") else 0
-    due = {"user"}
-    for turn, message in enumerate(messages[first:], start=first + 1):
-        if message.role not in due:
-            raise UserError(
-                f"{place}: message {turn} is the {message.role}'s, the {' or '.join(sorted(due))}'s is due; turns "
-                "alternate, a system message may only come first"
-            )
-        called = message.role == "tool" or bool(message.fields.get("tool_calls"))
-        due = {"user": {"assistant"}, "assistant": {"user"}, "tool": {"assistant", "tool"}}[message.role]
-        if message.role == "assistant" and (called or _answered_by_a_tool(messages, turn)):
-            due = {"tool"}
-    return Conversation(messages, tools)
-
-
-def _answered_by_a_tool(messages: Sequence[Message], turn: int) -> bool:
-    """Whether the message after this one, counted from 1, is a tool's."""
-    return turn < len(messages) and messages[turn].role == "tool"
+    return Conversation(tuple(_messages(place, content)), tools, place)
 
 
 def _tools(place: str, content: dict[str, Any]) -> list[Any] | None:
@@ -182,12 +166,13 @@ def _message(place: str, what: str, message: Any, speaker: str) -> Message:
 
 
 def _role(place: str, what: str, role: Any, key: str) -> str:
-    known = {**(_SPEAKERS if key == "from" else {}), **dict(zip(ROLES, ROLES, strict=True))}
-    name = role.casefold() if isinstance(role, str) and key == "from" else role
-    if not isinstance(name, str) or name not in known:
+    """Who speaks, as templates call the speaker. What a `role` calls a tool is kept, since some templates know a tool
+    by such a name alone."""
+    name = role.casefold() if isinstance(role, str) else None
+    if name not in _SPEAKERS:
         shown = "is missing" if role is None else f"{role!r} is unknown"
-        raise UserError(f"{place}: {what}: its {key} {shown}; one of {', '.join(known)} would do")
-    return known[name]
+        raise UserError(f"{place}: {what}: its {key} {shown}; valid values: {', '.join(sorted(_SPEAKERS))}")
+    return name if key == "role" and name in _TOOLS else _SPEAKERS[name]
 
 
 def _learned(place: str, what: str, fields: Mapping[str, Any]) -> bool:
