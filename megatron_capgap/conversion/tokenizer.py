@@ -103,6 +103,7 @@ def find(carried: Path | None, manifest: Manifest) -> tuple[Words, str | None]:
         raise UserError(f"{place}: is not the tokenizer that the checkpoint was trained with; put that one there")
     # Files that transformers reads itself go out as they came in.
     known = carried is not None and any((carried / name).is_file() for name in ("tokenizer_config.json", _JSON))
+    known = known or not (Path(place) / "tokenizer.model").is_file()
     ends, warning = stop_tokens(opened, manifest.chat_template, manifest.model.vocab)
     if not Path(place).is_dir():
         return translate(Path(place), opened, ends), warning

@@ -17,13 +17,15 @@ from megatron_capgap.config.errors import UserError, in_one_line
 from megatron_capgap.data import sentencepiece_file
 from megatron_capgap.data.sentencepiece_file import CONTROL, USER_DEFINED
 from megatron_capgap.data.tokenizer_classes import class_of
-from megatron_capgap.data.tokenizer_steps import SPECIAL, of_class, of_sentencepiece
+from megatron_capgap.data.tokenizer_steps import OF_PARTS, SPECIAL, of_class, of_sentencepiece
 
 if TYPE_CHECKING:
     import tokenizers
 
 SAVE = "save it with transformers, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OTHER), without config.json"
 """Makes a tokenizer.json that holds the steps of a class."""
+FORMS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""Files that hold a vocabulary, the first before the others; the last one's merges are in merges.txt."""
 _GENERATION, _OWN = "generation_config.json", "model_specific_special_tokens"
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -62,15 +64,15 @@ def read_model(file: Path) -> Reading:
 
 
 def read(folder: Path) -> Reading:
-    """Reads a folder with tokenizer.json or tokenizer.model.
+    """Reads a folder with one of `FORMS`.
 
     Raises:
         UserError: one of its files is damaged, or contradicts another.
     """
     settings = settings_of(folder)
-    file = folder / "tokenizer.json"
     legacy = "added_tokens_decoder" not in settings  # written before transformers 4.34
-    return _reading(folder, file if file.is_file() else folder / "tokenizer.model", settings, legacy)
+    form = next(name for name in FORMS if (folder / name).is_file())
+    return _reading(folder, folder / form, settings, legacy)
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
@@ -116,7 +118,7 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
     """
     Args:
         folder: with the other files, which count where `beside` says so.
-        file: tokenizer.json or a SentencePiece model.
+        file: tokenizer.json, a SentencePiece model, or vocab.json.
         settings: of tokenizer_config.json.
         legacy: whether they list no added tokens.
     """
@@ -125,7 +127,7 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
         if content is not None and not isinstance(content, str):
             where = folder / "tokenizer_config.json"
             raise UserError(f"tokenizer {where}: {key} {content!r} is no text: save the tokenizer again")
-    has_json = file.suffix == ".json"
+    has_json = file.name == FORMS[0]
     made_by = _class_of(folder, settings) if beside else None
     user_defined: frozenset[int] = frozenset()
     given, settings = settings, {**SPECIAL.get(made_by or "", {}), **settings}
@@ -133,6 +135,8 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
         if has_json:
             built, listed, padding = _from_json(file, settings, made_by)
             settings = {**padding, **settings}
+        elif file.name == FORMS[2]:
+            built, listed = _from_vocabulary(file, settings, made_by), []
         else:
             model = sentencepiece_file.read(file)
             built, listed = of_sentencepiece(model, file, settings, made_by), []
@@ -144,7 +148,7 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
             settings = settings if made_by else {**defaults, **settings}
         built.encode_special_tokens = bool(settings.get("split_special_tokens", False))
         added = _added_tokens(read_json(folder / "added_tokens.json") if beside else {}, given, legacy, listed)
-        if not has_json and not made_by:
+        if not (has_json or made_by):
             added = {number: _unnormalized(token) for number, token in added.items()}
         _add(built, settings, added)
         before, after = _around(built, settings, has_json)
@@ -229,6 +233,26 @@ def _from_json(
     if built.post_processor is not None and made_by != "GPTNeoXTokenizer":  # which makes its own, of no tokens
         rebuilt.post_processor = built.post_processor
     return rebuilt, recipe.get("added_tokens", []), padding
+
+
+def _from_vocabulary(file: Path, settings: Mapping[str, Any], made_by: str | None) -> tokenizers.Tokenizer:
+    """The tokenizer whose vocabulary is in a file and whose merges are in merges.txt beside it; a class says how text
+    is cut.
+
+    Raises:
+        UserError: the folder names none, or one that reads other files.
+    """
+    from tokenizers import models
+
+    if made_by not in OF_PARTS:
+        named = f"{made_by} of transformers does not read them" if made_by else "no class is named that reads them"
+        raise UserError(
+            f"tokenizer {file.parent}: vocab.json and merges.txt do not say how text is cut, and {named}; set "
+            "tokenizer_class in tokenizer_config.json to the one that they were made with, without a config.json that "
+            f"says otherwise; valid values: {', '.join(OF_PARTS)}"
+        )
+    vocabulary, merges = models.BPE.read_file(str(file), str(file.parent / "merges.txt"))
+    return of_class(made_by, vocabulary, merges, settings)
 
 
 def _added_tokens(

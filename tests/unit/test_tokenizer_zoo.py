@@ -234,7 +234,6 @@ def exported(folder: Path, family: str, out: Path) -> tuple[Any, str | None]:
 @pytest.mark.parametrize(
     "files",
     [
-        {"vocab.json": {}, "merges.txt": "#version: 0.2"},
         {"vocab.txt": "[PAD]"},
         {"spiece.model": ""},
     ],
@@ -250,18 +249,53 @@ def test_other_forms_are_refused_with_what_makes_them_readable(tmp_path: Path, f
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["CodeLlamaTokenizer", "GPT2Tokenizer"])
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({"vocab.json": "{}"}, "has vocab.json without merges.txt: copy that there too, or save it with transformers"),
+        ({"merges.txt": ""}, "has merges.txt without vocab.json: copy that there too, or save it with transformers"),
+        ({}, "and no class is named that reads them; set tokenizer_class in tokenizer_config.json to"),
+        ({"tokenizer_config.json": '{"tokenizer_class": "PreTrainedTokenizerFast"}'}, "and no class is named"),
+        (
+            {"tokenizer_config.json": '{"tokenizer_class": "LlamaTokenizer"}'},
+            "and LlamaTokenizer of transformers does not",
+        ),
+        ({"config.json": '{"model_type": "qwen3_5"}'}, "and Qwen3_5Tokenizer of transformers does not read them"),
+        ({"config.json": '{"model_type": "mistral"}'}, "and no class is named that reads them"),
+        ({"tokenizer_config.json": '{"tokenizer_class": "RobertaTokenizer"}'}, "opens it as RobertaTokenizer"),
+        (
+            {"merges.txt": "a b c"},
+            "vocab.json cannot be read (Error while reading vocab & merges files: Merges text file invalid",
+        ),
+        ({"vocab.json": "["}, "vocab.json cannot be read ("),
+    ],
+)
+def test_parts_that_cannot_be_read(zoo: dict[str, Path], tmp_path: Path, files: dict[str, str], expected: str) -> None:
+    if " without " not in expected:
+        for name in ("vocab.json", "merges.txt"):
+            shutil.copy(zoo["GPT2Tokenizer_parts"] / name, tmp_path)
+    if "cannot be read" in expected:
+        files = {"tokenizer_config.json": '{"tokenizer_class": "GPT2Tokenizer"}', **files}
+    for file, content in files.items():
+        (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match=re.escape(expected)) as caught:
+        open_tokenizer(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["CodeLlamaTokenizer", "T5Tokenizer", "BertTokenizer"])
 def test_the_advice_keeps_the_ids(zoo: dict[str, Path], tmp_path: Path, name: str) -> None:
-    """Of a class that is not known, and of a form that is not read."""
+    """Of a class that is not known, and of forms that are not read."""
     folder, other = tmp_path / "folder", tmp_path / "other"
-    shutil.copytree(zoo["no_config" if name == "CodeLlamaTokenizer" else "byte_level"], folder)
+    folder.mkdir()
+    if name == "CodeLlamaTokenizer":
+        shutil.copy(zoo["no_config"] / "tokenizer.json", folder)
+    elif name == "BertTokenizer":
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "hel", "##lo", "a", "b", ",", "##s"]
+        (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    else:
+        shutil.copy(zoo["unigram"] / "tokenizer.model", folder / "spiece.model")
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
-    if name == "GPT2Tokenizer":
-        recipe = json.loads((folder / "tokenizer.json").read_text())["model"]
-        (folder / "tokenizer.json").unlink()
-        (folder / "vocab.json").write_text(json.dumps(recipe["vocab"]))
-        lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in recipe["merges"]]
-        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *lines]))
     with pytest.raises(UserError, match="save it with transformers"):
         open_tokenizer(str(folder))
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
