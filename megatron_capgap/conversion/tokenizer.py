@@ -65,8 +65,12 @@ class Copied(Words):
     folder: Path = Path()
 
     def write(self, folder: Path) -> None:
-        """Copies those that are there."""
+        """Copies those that are there; not the name of a program, which stays behind."""
         copy_files(self.folder, folder, TOKENIZER_FILES)
+        file = folder / "tokenizer_config.json"
+        settings = tokenizer_folder.read_json(file)
+        if settings.pop("auto_map", None):
+            file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)

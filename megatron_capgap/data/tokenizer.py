@@ -45,6 +45,8 @@ class Tokenizer(ABC):
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
     """Ids that the tokenizer itself puts around a text, as transformers does unless it is asked not to."""
+    remarks: tuple[str, ...] = ()
+    """What is to be said of how it was read, a line each."""
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -183,6 +185,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(self._ids.values()) + 1
         self.bos, self.eos, self.stops = found.bos, found.eos, found.stops
         self.before, self.after, self.special = found.before, found.after, found.special
+        self.remarks = found.remarks
         self.whole = found.own | frozenset(self._tokenizer.get_added_tokens_decoder())
 
     def encode(self, text: str) -> list[int]:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_capgap.config.errors import UserError, in_one_line
-from megatron_capgap.data import sentencepiece_file
+from megatron_capgap.data import mistral_regex, sentencepiece_file
 from megatron_capgap.data.sentencepiece_file import CONTROL, USER_DEFINED
-from megatron_capgap.data.tokenizer_classes import class_of
+from megatron_capgap.data.tokenizer_classes import class_of, program_of
 from megatron_capgap.data.tokenizer_steps import OF_PARTS, SPECIAL, of_class, of_sentencepiece
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ class Reading:
     """Ids of the pieces of a SentencePiece model that its user defined, which are never cut."""
     made_by: str | None = None
     """The class of transformers whose steps stand around the vocabulary, whatever tokenizer.json says."""
+    remarks: tuple[str, ...] = ()
+    """What is to be said of how it was read."""
 
 
 def read_model(file: Path) -> Reading:
@@ -127,9 +129,8 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
         if content is not None and not isinstance(content, str):
             where = folder / "tokenizer_config.json"
             raise UserError(f"tokenizer {where}: {key} {content!r} is no text: save the tokenizer again")
-    has_json = file.name == FORMS[0]
     made_by = _class_of(folder, settings) if beside else None
-    user_defined: frozenset[int] = frozenset()
+    has_json, user_defined = file.name == FORMS[0], frozenset[int]()
     given, settings = settings, {**SPECIAL.get(made_by or "", {}), **settings}
     try:
         if has_json:
@@ -151,6 +152,7 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
         if not (has_json or made_by):
             added = {number: _unnormalized(token) for number, token in added.items()}
         _add(built, settings, added)
+        remarks = _remarks(folder, settings, built) if beside else ()
         before, after = _around(built, settings, has_json)
     except UserError:
         raise
@@ -172,7 +174,8 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
             special[name] = text
             built.add_special_tokens([text])
     stops = {*([] if eos is None else [eos]), *(_stops_of_model(folder) if beside else [])}
-    return Reading(built, bos, eos, frozenset(stops), before, after, special, named, user_defined, made_by)
+    ends = (bos, eos, frozenset(stops))
+    return Reading(built, *ends, before, after, special, named, user_defined, made_by, remarks)
 
 
 def _class_of(folder: Path, settings: Mapping[str, Any]) -> str | None:
@@ -188,6 +191,18 @@ def _class_of(folder: Path, settings: Mapping[str, Any]) -> str | None:
             f"here; {SAVE}, and name PreTrainedTokenizerFast as tokenizer_class in OTHER/tokenizer_config.json"
         )
     return name
+
+
+def _remarks(folder: Path, settings: Mapping[str, Any], built: tokenizers.Tokenizer) -> tuple[str, ...]:
+    """What is to be said of a folder; the pattern of Mistral's is mended where the folder asks for it."""
+    file = folder / "config.json"
+    about_mistral = mistral_regex.mend(built, settings, read_json(file) if file.is_file() else None)
+    program = program_of(settings)
+    about_program = program and (
+        f"auto_map in tokenizer_config.json names a program, {program}, which is not run here: text is cut as the "
+        "other files say, and perhaps otherwise by AutoTokenizer with trust_remote_code"
+    )
+    return tuple(f"tokenizer {folder}: {text}" for text in (about_mistral, about_program) if text)
 
 
 def _types(recipe: dict[str, Any]) -> set[str]:
