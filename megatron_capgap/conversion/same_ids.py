@@ -74,6 +74,9 @@ class AsTrained(Words):
         settings = {key: value for key, value in tokenizer_folder.settings_of(folder).items() if key not in _DONE}
         settings |= {"tokenizer_class": FROM_JSON}
         settings |= {name: text for name, text in self.special.items() if name in tokenizer_folder.NAMED}
+        own = settings.get(tokenizer_folder.OWN) or {}
+        if own:  # as text alone, since how they are looked for stands in tokenizer.json
+            settings[tokenizer_folder.OWN] = {name: self.special[name] for name in own}
         if self.program:
             settings["auto_map"] = {"AutoTokenizer": [None, AS_TRAINED]}
             (folder / f"{_PROGRAM}.py").write_text(_SOURCE, encoding="utf-8")

@@ -26,7 +26,8 @@ SAVE = "save it with transformers, AutoTokenizer.from_pretrained(FOLDER).save_pr
 """Makes a tokenizer.json that holds the steps of a class."""
 FORMS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """Files that hold a vocabulary, the first before the others; the last one's merges are in merges.txt."""
-_GENERATION, _OWN = "generation_config.json", "model_specific_special_tokens"
+OWN = "model_specific_special_tokens"
+_GENERATION = "generation_config.json"
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -92,22 +93,22 @@ def settings_of(folder: Path) -> dict[str, Any]:
     if isinstance(found.get(extra), dict):
         own |= found.pop(extra)
     if own:
-        found[_OWN] = own
+        found[OWN] = own
     if isinstance(special.get(extra), list):
         there = list(found.get(extra) or [])
         special[extra] = [*there, *(token for token in special[extra] if token not in there)]
     found |= special
     if isinstance(found.get(extra), dict):
-        found[_OWN] = {**(found.get(_OWN) or {}), **found.pop(extra)}
+        found[OWN] = {**(found.get(OWN) or {}), **found.pop(extra)}
     if additional in found and extra not in found:
         found[extra] = found.pop(additional)
-    own = {**_taken(found, lambda value: isinstance(_content(value), str)), **(found.pop(_OWN, None) or {})}
+    own = {**_taken(found, lambda value: isinstance(_content(value), str)), **(found.pop(OWN, None) or {})}
     if not isinstance(found.get(extra) or [], list):
         raise UserError(
             f"tokenizer {folder / 'tokenizer_config.json'}: {extra} {found[extra]!r} is no list of tokens: save the "
             "tokenizer again"
         )
-    return {**found, _OWN: own} if own else found
+    return {**found, OWN: own} if own else found
 
 
 def _taken(settings: dict[str, Any], is_token: Callable[[Any], bool]) -> dict[str, Any]:
@@ -298,7 +299,7 @@ def _extra(settings: Mapping[str, Any]) -> list[Any]:
 
 def _roles(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Special tokens with a role, those that every model can have first."""
-    return {key: settings[key] for key in NAMED if _content(settings.get(key))} | dict(settings.get(_OWN) or {})
+    return {key: settings[key] for key in NAMED if _content(settings.get(key))} | dict(settings.get(OWN) or {})
 
 
 def _add(built: tokenizers.Tokenizer, settings: Mapping[str, Any], added: dict[int, tokenizers.AddedToken]) -> None:
