@@ -18,6 +18,7 @@ from megatron_capgap.data.messages import ROLES, Conversation, Message
 from megatron_capgap.data.template_files import DEFAULT, TOOL_USE, Jinja
 from megatron_capgap.data.tokenizer import Tokenizer
 
+_CALL = {"id": "aaaaaaaaa", "type": "function", "function": {"name": "f", "arguments": {"a": "B"}}}
 _SOMETHING = "\ue0f2"  # a private character, which no text holds: stands for a message
 
 
@@ -107,14 +108,23 @@ class JinjaTemplate(Template):
         found = set()
         for name in self._sources:
             for asked, said in (("A", "B"), (_parts("A"), _parts("B"))):
-                talk = (Message("user", asked), Message("assistant", said))
-                try:
-                    turn = self._end_of_turn(Conversation(talk, [] if name == TOOL_USE else None), 1)
-                except UserError:  # it wants more than a question and an answer
-                    continue
-                ids, _ = self._tokenizer.encode_with_places(turn)
-                found.update([token for token in ids if token in self._tokenizer.whole][:1])
+                found.update(self._tokens_at_the_end(name, asked, Message("assistant", said))[:1])
+        for name in self._sources:
+            # Some templates end a turn that calls a tool otherwise; what stands before the end belongs to the call.
+            closing = self._tokens_at_the_end(name, "A", Message("assistant", None, {"tool_calls": [_CALL]}))
+            if found.isdisjoint(closing):
+                found.update(closing[-1:])
         return frozenset(found)
+
+    def _tokens_at_the_end(self, name: str, asked: Any, said: Message) -> list[int]:
+        """Ids of the tokens, among those that are never cut, which a template writes behind the assistant's words."""
+        try:
+            talk = Conversation((Message("user", asked), said), [] if name == TOOL_USE else None)
+            turn = self._end_of_turn(talk, 1)
+        except UserError:  # it wants more than a question and an answer
+            return []
+        ids, _ = self._tokenizer.encode_with_places(turn)
+        return [token for token in ids if token in self._tokenizer.whole]
 
     def _tools_by_name(self, conversation: Conversation) -> Conversation:
         """The conversation with tools called `tool` where the template leaves out, or fails at, what they are called
@@ -160,6 +170,9 @@ class JinjaTemplate(Template):
         spoken = [number for number, message in enumerate(messages) if message.role == "assistant"]
         wanted = [number for number in spoken if messages[number].learned != marked]
         spans: list[Span] = []
+        for number in spoken if marked else ():
+            if messages[number].learned:
+                self._check_said(conversation, number, text, answer)
         for number in wanted:
             start, end = self._turn(conversation, number, text, answer)
             spans.append((max(start, spans[-1][1] if spans else 0), end))
@@ -254,10 +267,9 @@ class JinjaTemplate(Template):
         if self._part(conversation, answer=False) is None:
             return ""
         text, said = self._render(conversation, answer=False)
-        if self._source(conversation).marked:
-            last = text[slice(*said[-1])] if said else ""
-            return last[_common(last, conversation.messages[number].text) :]
         words = self._words(conversation, number, text, answer=False)
+        if self._source(conversation).marked:  # the mark may hold the header of the turn too
+            return text[words[1] : said[-1][1]] if words and said else ""
         return text[words[1] :] if words else ""
 
     def _source(self, conversation: Conversation) -> Source:

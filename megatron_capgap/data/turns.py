@@ -39,7 +39,8 @@ _FORMS = {
 def read_conversations(path: str) -> list[Conversation]:
     """Every conversation of a jsonl file. A line is `{"messages": [{"role": ..., "content": ...}, ...]}`, ShareGPT's
     `{"conversations": [{"from": ..., "value": ...}, ...]}`, or, as in the original's files,
-    `[{"User": ..., "Assistant": ...}, ...]`. An assistant's message with `weight` 0 or `train` false is context only.
+    `[{"User": ..., "Assistant": ...}, ...]`. An assistant's message with `weight` 0, or `train` or `loss` false,
+    is context only.
 
     Raises:
         UserError: the file is missing or empty, or a line is no conversation; with its number.
@@ -112,7 +113,7 @@ def _messages(place: str, content: Any) -> Iterator[Message]:
         found = content.get(key) if isinstance(content, dict) else None
         if isinstance(found, list):
             said = content.get("system")
-            if isinstance(said, str) and said.strip():
+            if isinstance(said, str) and said.strip() and not _begins_with(found, said):
                 yield Message("system", said)
             yield from _each(place, found, speaker)
             return
@@ -120,6 +121,12 @@ def _messages(place: str, content: Any) -> Iterator[Message]:
         f'{place}: neither {{"messages": [...]}}, {{"conversations": [...]}} nor a list of User and Assistant turns; '
         f"{other_form(content) or 'mend the line'}"
     )
+
+
+def _begins_with(turns: list[Any], said: str) -> bool:
+    """Whether the turns hold the system's words themselves."""
+    first = turns[0] if turns and isinstance(turns[0], dict) else {}
+    return "system" in (first.get("role"), first.get("from")) and said in (first.get("content"), first.get("value"))
 
 
 def other_form(content: Any) -> str | None:
@@ -161,6 +168,10 @@ def _message(place: str, what: str, message: Any, speaker: str) -> Message:
     calls = fields.get("tool_calls", [])
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise UserError(f"{place}: {what}: its tool_calls are no list of objects; mend the line")
+    if said not in message and not calls and not any(key in fields for key in THOUGHTS):
+        raise UserError(
+            f"{place}: {what}: has no content, but {', '.join(map(str, message)) or 'nothing'}; call its words content"
+        )
     words = _words(place, what, role, message.get(said), fields)
     return Message(role, words, fields, learned=role != "assistant" or _learned(place, what, fields))
 
@@ -177,10 +188,10 @@ def _role(place: str, what: str, role: Any, key: str) -> str:
 
 def _learned(place: str, what: str, fields: Mapping[str, Any]) -> bool:
     """Whether an assistant's message is more than context."""
-    for key, known in (("weight", (0, 1)), ("train", (False, True))):
+    for key, known in (("weight", (0, 1)), ("train", (False, True)), ("loss", (False, True))):
         if fields.get(key, 1) not in known:
             raise UserError(f"{place}: {what}: its {key} is {fields[key]!r}; {known[0]} or {known[1]} would do")
-    return bool(fields.get("weight", 1)) and bool(fields.get("train", True))
+    return all(fields.get(key, True) for key in ("weight", "train", "loss"))
 
 
 def _words(

@@ -152,3 +152,16 @@ OBSERVATION = (
     "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
 )
 TOOL = OBSERVATION.replace("tool", "ipython").replace("observation", "tool")
+# As SmolLM3's: what is marked begins with the header of the turn, and calls are left out.
+MARKED_WHOLE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}<|im_start|>assistant\n"
+    "{{ m.content or '' }}<|im_end|>\n{% endgeneration %}{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# As gpt-oss's: a turn that calls a tool ends otherwise.
+CALLS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.tool_calls %}{% for c in m.tool_calls %}"
+    " to={{ c.function.name }}\n<tool_call>{{ c.function.arguments | tojson }}</tool_call>{% endfor %}<|call|>"
+    "{% else %}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+)

@@ -263,3 +263,26 @@ def test_a_tool_by_the_name_that_the_template_knows(pair: Any, name: str, role: 
     assert ("drops" in told) == ((name, role) != ("OBSERVATION", "tool"))
     if "drops" in theirs.apply_chat_template(messages, chat_template=source, tokenize=False):
         assert ids == theirs.apply_chat_template(messages, chat_template=source, return_dict=False)
+
+
+@pytest.mark.parametrize(
+    "source, ends",
+    [
+        (chat_templates.MARKED_WHOLE, ["<|im_end|>"]),
+        (chat_templates.MARKED, ["<|im_end|>"]),
+        (chat_templates.CALLS, ["<|call|>", "<|im_end|>"]),
+        (chat_templates.CALLS.replace("<|call|>", "<|im_end|>\n"), ["<|im_end|>"]),
+        (chat_templates.LLAMA_3_1, ["<|eot_id|>"]),
+        (chat_templates.MISTRAL_V3, ["</s>"]),
+    ],
+    ids=["marked with its header", "marked", "a call", "a call with the same end", "LLaMA 3.1", "Mistral v3"],
+)
+def test_what_ends_a_text(pair: Any, source: str, ends: list[str]) -> None:
+    ours, theirs = pair("<|im_start|>", "<|im_end|>", "<|call|>", "<tool_call>", "</tool_call>", "<|eot_id|>")
+    assert sorted(theirs.convert_ids_to_tokens(sorted(JinjaTemplate(source, ours, "t").ends()))) == ends
+
+
+def test_a_marked_template_that_leaves_calls_out(pair: Any) -> None:
+    ours, _ = pair("<|im_start|>", "<|im_end|>")
+    with pytest.raises(UserError, match="t: leaves out what the assistant calls in message 2"):
+        JinjaTemplate(chat_templates.MARKED_WHOLE, ours, "t").encode(read(LOOKED))

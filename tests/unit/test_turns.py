@@ -77,6 +77,15 @@ def test_an_empty_system_message_is_one() -> None:
         assert read({"conversations": [first, *SHARED]}) == Conversation((Message("system", ""), *WANTED))
 
 
+def test_a_system_message_that_stands_twice_is_one() -> None:
+    first = {"role": "system", "content": "s"}
+    wanted = (Message("system", "s"), *WANTED)
+    assert read({"system": "s", "messages": [first, *SAID]}) == read({"messages": [first, *SAID]})
+    assert read({"system": "s", "conversations": SHARED}) == Conversation(wanted)
+    both = read({"system": "t", "messages": [first, *SAID]})
+    assert both == Conversation((Message("system", "t"), *wanted)), "the template decides"
+
+
 def test_what_else_a_message_holds_is_handed_on() -> None:
     answer = {**SAID[1], "name": "bob", "weight": 1, "mood": "fine", "refusal": None, "tool_calls": None}
     assert read([SAID[0], answer]).messages[1].content() == {**SAID[1], "name": "bob", "weight": 1, "mood": "fine"}
@@ -92,7 +101,7 @@ def test_tools_may_be_json_in_a_string(tools: Any, wanted: Any) -> None:
 
 
 def test_weights_and_train() -> None:
-    for out in ({"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": 1, "train": False}):
+    for out in ({"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": 1, "train": False}, {"loss": False}):
         answers = [{**SAID[1], **out}, SAID[1]]
         found = read([SAID[0], answers[0], SAID[0], answers[1]])
         assert [message.learned for message in found] == [True, False, True, True]
