@@ -139,8 +139,8 @@ def gather_ranks(args: argparse.Namespace, device: Any, precision: Any) -> Ranks
     for chunk in chunks:
         chunk.eval()
     ends, warning = stop_tokens(tokenizer, manifest.chat_template, shape.vocab)
-    if warning and launch.read_environment().rank == 0:
-        print(warning, file=sys.stderr)
+    for line in filter(None, (*tokenizer.remarks, warning) if launch.read_environment().rank == 0 else ()):
+        print(line, file=sys.stderr)
     return Ranks(Scorer(chunks, grid, shape.vocab, args.micro_batch, longest, device.torch_device), tokenizer, ends)
 
 

@@ -39,6 +39,8 @@ class Source:
     """Every weight by its full name, buffers left out."""
     skipped: tuple[str, ...]
     """Buffers that were left out."""
+    remarks: tuple[str, ...] = ()
+    """What is to be said of how its tokenizer was read."""
 
 
 def open_source(folder: Path) -> Source:
