@@ -119,6 +119,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default=records.COUNTS[0],
         help="which parameters are counted, here and in --student-params and the catalogue (non-embedding)",
     )
+    add_questions(parser)
+    args = parser.parse_args(argv)
+    if (args.grid or args.teacher_tokens) and not args.next:
+        parser.error("--grid and --teacher-tokens: without --next there is nothing to plan; give it as well")
+    if args.tokens and not args.student_params:
+        parser.error("--tokens: without --student-params there is no student to price; give both")
+    return args
+
+
+def add_questions(parser: argparse.ArgumentParser) -> None:
+    """What can be asked beyond the verdicts."""
     parser.add_argument("--student-params", type=number, metavar="N", help="foretell the teacher of this student: 3B")
     parser.add_argument(
         "--catalogue", type=Path, default=CATALOGUE, metavar="FILE", help="teachers that can be had, a YAML file"
@@ -134,7 +145,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--gpu-peak", type=number, default=cost.GPU_PEAK, metavar="FLOPS", help="peak operations a second (312T, A100)"
     )
     parser.add_argument(
-        "--compare", action="store_true", help="say which of several models foretells unseen students and teachers (up to a minute)"
+        "--compare",
+        action="store_true",
+        help="say which of several models foretells unseen students and teachers (up to a minute)",
     )
     parser.add_argument(
         "--next",
@@ -147,12 +160,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--teacher-tokens", type=number, metavar="N", help="what a new teacher is trained on (as the records' were)"
     )
-    args = parser.parse_args(argv)
-    if (args.grid or args.teacher_tokens) and not args.next:
-        parser.error("--grid and --teacher-tokens: without --next there is nothing to plan; give it as well")
-    if args.tokens and not args.student_params:
-        parser.error("--tokens: without --student-params there is no student to price; give both")
-    return args
 
 
 def number(value: str) -> float:
