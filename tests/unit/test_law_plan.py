@@ -112,7 +112,7 @@ def test_where_all_is_known_nothing_is_proposed() -> None:
     process.draws = np.log([[0.05, 1.5, 0.01, 0.02, 1e-5, 1e-5]] * 2)
     process._factors = [process._factor(h) for h in process.draws]
     found = plan.plan(process, records, "non-embedding", targets, [], 1e18)
-    assert found.regret < plan.LEAST and found.steps == () and found.then == found.regret
+    assert found.regret < 1e-7 and found.steps == () and found.then == found.regret
     assert found.considered > 5
 
 
