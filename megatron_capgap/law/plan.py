@@ -29,6 +29,7 @@ from megatron_capgap.law import cost
 from megatron_capgap.law.cells import SAME_SIZE, Array, Cells, Training, trainings
 from megatron_capgap.law.process import Process, root_of
 from megatron_capgap.law.records import LawError, Record
+from megatron_capgap.law.verdict import DRAWS
 from megatron_capgap.law.words import short
 
 SCALES, SIMULATIONS = 20, 400
@@ -306,10 +307,11 @@ class _Belief:
         normal = [random.standard_normal((each, ends[-1] + len(runs))) for _ in moments]
         drawn = [mean + x @ _root(spread).T for x, (mean, spread) in zip(normal, moments, strict=True)]
         outcome = np.concatenate(drawn)
-        points = outcome[:, : ends[-1]]
         mean, spread = (np.array(part) for part in zip(*moments, strict=True))
-        picked = [part.start + mean.mean(axis=0)[part].argmin() for part in slices]
-        lost = [points[:, at] - points[:, part].min(axis=1) for at, part in zip(picked, slices, strict=True)]
+        lost = []
+        for student, ratios in curves:
+            drawn_curves = process.curves(student, ratios, DRAWS)
+            lost.append(drawn_curves[:, drawn_curves.mean(axis=0).argmin()] - drawn_curves.min(axis=1))
         log = np.zeros((len(chosen), len(outcome)))
         everywhere = np.repeat(mean[:, None], len(outcome), axis=1)
         return _Belief(everywhere, spread, log, outcome[:, ends[-1] :], slices, float(np.mean(lost)))
