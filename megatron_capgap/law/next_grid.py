@@ -68,6 +68,7 @@ class _Names:
         self.students: dict[str, Any] = {}
 
     def student(self, run: Run, init: str) -> str:
+        """The name of a run's student, whose entry is kept."""
         name = self._close(self._grid["students"], run.student)
         if name is None:
             raise LawError(f"--grid: no student of {short(run.student)} is in it; give the grid of these records")
@@ -78,6 +79,7 @@ class _Names:
         return name
 
     def teacher(self, run: Run) -> str:
+        """The name of a run's teacher; a new training gets an entry."""
         if run.training >= self._plan.known:
             if run.training not in self._new:
                 self._new[run.training] = self._add(run)

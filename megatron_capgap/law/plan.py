@@ -96,6 +96,7 @@ class Plan:
 
     @property
     def flops(self) -> float:
+        """Operations of all steps."""
         return sum(step.flops for step in self.steps)
 
     @property
@@ -288,12 +289,21 @@ class _Belief:
 
     @property
     def points(self) -> int:
+        """Number of the points that are chosen among."""
         return self.slices[-1].stop
 
     @staticmethod
     def begin(
         process: Process, targets: Mapping[float, Sequence[float]], runs: Sequence[Run], simulations: int
     ) -> _Belief:
+        """Before any of the runs is told.
+
+        Args:
+            process: the model.
+            targets: teachers to choose among, parameters, for each student.
+            runs: that could be made.
+            simulations: number of simulated outcomes.
+        """
         curves = [(student, np.log(np.array(sizes) / student)) for student, sizes in targets.items()]
         ends = np.cumsum([0, *(len(ratios) for _, ratios in curves)]).tolist()
         slices = tuple(slice(*pair) for pair in pairwise(ends))
