@@ -1,5 +1,5 @@
-// Browsers start no Worker from a file on disk. For pages opened as file://, this runs a worker script in a hidden frame
-// instead, so that the search works without a server. It answers to the part of Worker's interface that the search uses.
+// Browsers start no Worker from a file on disk. For pages opened as file://, this runs a worker script in a hidden
+// frame instead, so that the search works without a server. It has the part of Worker's interface that the search uses.
 if (location.protocol === "file:") {
   window.Worker = class extends EventTarget {
     constructor(url) {
