@@ -37,9 +37,10 @@ def pages() -> list[Path]:
 
 
 def commands() -> list[str]:
-    """The lines of their bash blocks, each once."""
+    """The commands of their bash blocks, each once; a backslash continues a line."""
     blocks = [block for page in pages() for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.S)]
-    return list(dict.fromkeys(line for block in blocks for line in block.splitlines() if line.strip()))
+    lines = [line for block in blocks for line in re.sub(r" \\\n +", " ", block).splitlines()]
+    return list(dict.fromkeys(line for line in lines if line.strip()))
 
 
 def run(line: str, folder: Path) -> None:
