@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_capgap.checkpoint import checksummed_json
+from megatron_capgap.checkpoint import checksummed_json, foreign
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.common.fileio import put_in_place, write_atomically
 from megatron_capgap.config.schema import ModelShape, ObjectiveConfig
@@ -310,7 +310,7 @@ def locate(checkpoint: str) -> Path:
     was stopped early or could have been, else its latest.
 
     Raises:
-        UserError: nothing there is a finished checkpoint.
+        UserError: nothing there is a finished checkpoint of this project.
     """
     path = Path(checkpoint)
     if not path.exists():
@@ -319,6 +319,7 @@ def locate(checkpoint: str) -> Path:
         return path
     named = best(path) or latest(path)
     if named is None:
+        foreign.refuse(path)
         raise UserError(
             f"{checkpoint}: holds no finished checkpoint; name a run directory that has one, or RUN/checkpoints/step_N"
         )
