@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 RELEASES = runpy.run_path(str(ROOT / "megatron_capgap/runtime/releases.py"))
+(_, LOW), (_, BELOW) = RELEASES["PYTHON"]
 
 CORE = [
     "torch>=2.6",
@@ -31,17 +32,36 @@ EVAL = [*HF, "lm-eval>=0.4.12", "accelerate"]
 FP8 = ["transformer-engine[pytorch]"]  # needs an NVIDIA GPU
 QUICKSTART = [*HF]
 SMOLLM2 = [*HF, "gguf"]
-DEV = [*EVAL, *PLOT, "gguf", "glassllm", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff"]
+DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
+LINT = ["ruff", "codespell"]
+PACKAGING = ["build", "setuptools>=70.1"]  # the wheel is built without isolation; 70.1 needs no wheel package
+TESTS = ["gguf", "glassllm", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis"]
+DEV = [*EVAL, *PLOT, *DOCS, *LINT, *PACKAGING, *TESTS]
 
 setup(
     name="megatron_capgap",
     version=re.search(r'__version__ = "(.+)"', (ROOT / "megatron_capgap/__init__.py").read_text())[1],
-    description="Distil small language models out of large ones at cluster scale, with the teacher that the law "
-    "of capacity gap chooses.",
-    long_description=(ROOT / "README.md").read_text(),
+    description="Knowledge distillation of language models at cluster scale, on stock Megatron-Core.",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    author="The megatron_capgap contributors",
+    project_urls={"Paper": "https://arxiv.org/abs/2311.07052"},
+    keywords="knowledge distillation, language models, Megatron-Core, pruning, FP8, scaling laws",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(LOW, BELOW)),
+        "Programming Language :: Python :: 3 :: Only",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=RELEASES["bounds"](RELEASES["PYTHON"]),
     packages=find_packages(include=["megatron_capgap", "megatron_capgap.*"]),
+    package_data={"megatron_capgap": ["py.typed"]},
     install_requires=CORE,
     extras_require={
         "hf": HF,
@@ -50,6 +70,7 @@ setup(
         "fp8": FP8,
         "quickstart": QUICKSTART,
         "smollm2": SMOLLM2,
+        "docs": DOCS,
         "dev": DEV,
     },
     entry_points={"console_scripts": ["capgap=megatron_capgap.cli:main"]},

@@ -36,7 +36,7 @@ import numpy as np  # noqa: E402
 
 from megatron_capgap.law import paper_reading, verdict  # noqa: E402
 from megatron_capgap.law.advice import advise  # noqa: E402
-from megatron_capgap.law.cells import cells  # noqa: E402
+from megatron_capgap.law.cells import SAME_SIZE, cells  # noqa: E402
 from megatron_capgap.law.gaussian_process import Process  # noqa: E402
 from megatron_capgap.law.records import Record  # noqa: E402
 from megatron_capgap.law.verdict import Finding  # noqa: E402
@@ -110,7 +110,9 @@ def draw(cell: Cell, number: int) -> tuple[list[Record], float, Callable[[float]
                     totals = {f"{name}_total": int(1.3 * size) for name, size in sizes_.items()}
                     one = made.record(**sizes_, **totals, seed=seed + 1, teacher_seed=training + 1)
                     found.append(replace(one, valid_loss=float(value + truth.noise * random.standard_normal())))
-    return found, new, lambda teacher: float(losses[-1](new, teacher))
+    # To the model, a student as close as this to one of the data is that student, and has its scatter.
+    twin = next((index for index, each in enumerate(every) if abs(np.log(new / each)) < SAME_SIZE), -1)
+    return found, new, lambda teacher: float(losses[twin](new, teacher))
 
 
 def once(job: tuple[Cell, int]) -> dict[str, Any]:

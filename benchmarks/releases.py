@@ -3,11 +3,16 @@
     python benchmarks/releases.py --work DIR [--releases 0.16.1,0.17.1,0.18.2,0.19.2] [--fp8 delayed]
 
 Under Python 3.12 or 3.13, which all releases run on. pip puts each into a folder of its own below DIR, where imports
-find it before the one of this Python. Under each release a tiny model trains on 4 ranks (tensor 2 x pipeline 2), and
-saves after steps 2 and 4. Every release then evaluates every checkpoint of step 4 on one rank, and goes on from every
-one of step 2 on 4 ranks. A cell holds the largest relative difference of the evaluation, and of the resumed steps'
-losses and gradient norms, from those of the release that wrote the checkpoint; `=` says that all digits are equal. The
-exit code is 1 where a cell is not `=`.
+find it before the one of this Python; a DIR serves one Python, for there are compiled helpers in it. Under each release
+a tiny model trains on 4 ranks (tensor 2 x pipeline 2), and saves after steps 2 and 4. Every release then evaluates
+every checkpoint of step 4 on one rank, without FP8, and goes on from every one of step 2 on 4 ranks. A cell holds the
+largest relative difference of the evaluation, and of the resumed steps' losses and gradient norms, from those of the
+release that wrote the checkpoint; `=` says that all digits are equal. The exit code is 1 where a cell is not `=`.
+
+    python benchmarks/releases.py --compare RUNS RUNS
+
+reads the metrics.jsonl of runs that both folders have, of one example under two releases, and says how far all steps
+and evaluations of each are apart. The exit code is 1 where one is by more than 1e-5.
 """
 
 import argparse
@@ -31,10 +36,14 @@ LAYOUT = {"tensor": 2, "pipeline": 2, "sequence": True}
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, metavar="DIR")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--work", type=Path, metavar="DIR")
+    what.add_argument("--compare", type=Path, nargs=2, metavar="RUNS")
     parser.add_argument("--releases", default="0.16.1,0.17.1,0.18.2,0.19.2")
     parser.add_argument("--fp8", metavar="RECIPE", help="train in FP8, in Transformer Engine's layers")
     args = parser.parse_args()
+    if args.compare:
+        return 0 if compare_runs(*args.compare) else 1
     third_party.prepare()
     releases = args.releases.split(",")
     args.work.mkdir(parents=True, exist_ok=True)
@@ -65,18 +74,35 @@ def compare(releases: list[str], precision: dict[str, Any], work: Path, folder: 
     return equal
 
 
+def compare_runs(one: Path, other: Path) -> bool:
+    """Prints how far the runs below two folders are apart; whether all of them are closer than 1e-5."""
+    names = sorted(file.parent.name for file in one.glob("*/metrics.jsonl") if (other / file.parent.name).is_dir())
+    worst = 0.0 if names else float("inf")
+    for name in names:
+        found, expected = (runs.metrics(folder / name) for folder in (one, other))
+        apart = difference(numbers(found), numbers(expected))
+        print(f"{name}: {len(expected)} lines, largest relative difference {apart:.1e}")
+        worst = max(worst, apart)
+    return worst <= 1e-5
+
+
 def fetch(release: str, work: Path) -> None:
-    """Puts a release of Megatron-Core into a folder of its own, once."""
+    """Puts a release of Megatron-Core into a folder of its own, once; the folder has its name when it is whole."""
     folder = work / f"megatron_core_{release}"
-    if not folder.exists():
-        words = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder)]
+    if folder.exists():
+        return
+    with tempfile.TemporaryDirectory(dir=work) as place:
+        part = Path(place) / folder.name
+        words = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(part)]
         subprocess.run([*words, f"megatron-core=={release}"], check=True)
+        part.rename(folder)
 
 
 def config_of(fixtures: runs.Fixtures, run_dir: Path, precision: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """Four steps of next-token training."""
+    """Four steps of next-token training. FP8 needs multiples of 16 in each rank's part of a weight."""
     changes = {
         "student__layout": LAYOUT,
+        "student__model__ffn": 64,
         "precision": precision,
         "checkpoint__every": 2,
         "data__valid": None,
@@ -95,7 +121,8 @@ def read(
     stage("adapt", config_of(fixtures, copy, precision), reader, work, ranks=4)
     evaluated = folder / f"{writer}_evaluated_under_{reader}"
     changes = {"student__model": None, "student__checkpoint": str(trained), "student__layout": {}}
-    config = runs.changed(config_of(fixtures, evaluated, precision, **changes), data__valid=fixtures.data["valid"])
+    plain = {"compute": precision["compute"]}  # delayed scaling has no scales for a model that only runs forward
+    config = runs.changed(config_of(fixtures, evaluated, plain, **changes), data__valid=fixtures.data["valid"])
     stage("evaluate", config, reader, work, ranks=1)
     evaluation = json.loads((evaluated / "evaluation.json").read_text())
     return numbers([evaluation]), steps_after_the_second(copy)

@@ -13,6 +13,8 @@ source tools/install.sh dev
 echo "== ruff"
 "$python" -m ruff check .
 "$python" -m ruff format --check .
+echo "== codespell"
+"$python" -m codespell_lib
 
 processes="${CAPGAP_TEST_PROCESSES:-$((2 * $(nproc)))}"
 reports="$(mktemp -d)"

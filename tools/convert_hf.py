@@ -123,6 +123,8 @@ def run(args: argparse.Namespace, environment: Environment) -> int:
 
             hf, out = Path(args.hf), Path(os.path.abspath(args.out))
             source = import_folder(hf, out, device, dtype=dtype, force=args.force, progress=progress)
+            for remark in source.remarks if environment.rank == 0 else ():
+                print(f"warning: {remark}")
             if source.skipped and environment.rank == 0:
                 print(f"left out {len(source.skipped)} buffers that are no weights, like {source.skipped[0]}")
         else:

@@ -142,8 +142,8 @@ def gather_ranks(args: argparse.Namespace, device: Any, precision: Any) -> Rank0
     for chunk in chunks:
         chunk.eval()
     ends, warning = stop_tokens(tokenizer, meta.chat_template, shape.vocab)
-    if warning and read_environment().rank == 0:
-        print(warning, file=sys.stderr)
+    for line in filter(None, (*tokenizer.remarks, warning) if read_environment().rank == 0 else ()):
+        print(line, file=sys.stderr)
     return Rank0Dispatcher(
         Scorer(chunks, parallel, shape.vocab, args.micro_batch, longest, device.torch_device), tokenizer, ends
     )

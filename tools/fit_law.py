@@ -5,15 +5,30 @@
         --student-params 3B --tokens 126B
 
 writes OUT/law.json (the same records give the same bytes), report.md, the same as one page, report.html, and curse.png,
-optimum.png, law.png and compute.png; and causes.png where the same starts were trained on labels alone.
+optimum.png, law.png and compute.png; causes.png where the same starts were trained on labels alone, and price.png where
+a student was asked for. Whether labels alone would do better for the same FLOPs is told where runs on labels alone are
+among the records, of several numbers of tokens.
+
+    python tools/fit_law.py --records sweep/records.jsonl --where init=pruned --out law --next 1e18 --grid grid.yaml
+
+says which cells to run next within 1e18 FLOPs. The gain of a run is by how much it is expected to lower the expected
+regret of the recommendation: its loss is simulated from the posterior (draws of the model's scales and of the losses),
+and the teacher recommended before it is compared with the one recommended after it. Cells are students of the records
+under teachers of the records, the grid and the catalogue: another seed, or another training of the teacher, whose FLOPs
+are counted once. The largest gain for each FLOP comes first. With the grid that the records come from, the cells are
+written as OUT/next.yaml, a grid for tools/make_sweep.py; give its records to --records beside the old ones.
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # matrices of a hundred rows: threads would only wait for each other
@@ -21,15 +36,31 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # matrices of a hundred rows
 from megatron_capgap.common.errors import UserError, not_installed
 from megatron_capgap.common.fileio import write_atomically
 from megatron_capgap.law.records import LawError
+from tools.catalogue import parameters, read_catalogue, read_models, read_yaml
 
 try:
-    from megatron_capgap.law import analysis, cost, html_page, plot, records, report
-    from megatron_capgap.law.advice import Advice, advise
+    from megatron_capgap.law import analysis, cost, html_page, plan, plot, records, report
+    from megatron_capgap.law.advice import Advice, advise, beside_labels
     from megatron_capgap.law.formatting import short
+    from megatron_capgap.law.next_grid import next_grid
+    from megatron_capgap.law.sweep import expand
+    from megatron_capgap.law.verdict import span
 except ImportError as missing:
     print(f"fit_law: error: {not_installed(str(missing.name).partition('.')[0], 'plot')}", file=sys.stderr)
     sys.exit(2)
 
+WANDB = """
+runs of Weights & Biases: `Export as CSV` of the table of runs, a column for each setting and metric, or in Python
+
+    runs = wandb.Api().runs("ENTITY/PROJECT")
+    told = [{"config": run.config, "summary": dict(run.summary)} for run in runs]
+    json.dump(told, open("runs.json", "w"), default=str)
+
+    python tools/fit_law.py --records runs.json --out law \\
+        --rename 'config.*=*' summary.eval/loss=valid_loss config.model.size=student_params
+
+with a name for what is nested, and PREFIX.*=* for all fields of a record that have their own name below PREFIX.
+"""
 CATALOGUE = Path(__file__).resolve().with_name("catalogue.yaml")
 SUFFIXES = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
@@ -54,11 +85,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="fit_law",
         description=__doc__,
-        epilog=f"fields of a record, those in brackets may be missing:\n{records.schema()}",
+        epilog=f"fields of a record, those in brackets may be missing:\n{records.schema()}\n{WANDB}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--records", nargs="+", required=True, metavar="FILE", help=".jsonl, .csv or .tsv files, or runs' record.json"
+        "--records",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help=".jsonl, .json, .csv or .tsv files, or runs' record.json",
     )
     parser.add_argument(
         "--rename",
@@ -66,7 +101,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default=[],
         type=condition,
         metavar="NAME=FIELD",
-        help="read a column NAME of other people's tables as a FIELD of a record; fields are listed below",
+        help="read a column or key NAME of other people's files as a FIELD of a record (dots for what is nested: "
+        "summary.loss=valid_loss); fields, and an example for Weights & Biases, are listed below",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where everything is written")
     parser.add_argument(
@@ -83,24 +119,47 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default=records.COUNTS[0],
         help="which parameters are counted, here and in --student-params and the catalogue (non-embedding)",
     )
+    add_questions(parser)
+    args = parser.parse_args(argv)
+    if (args.grid or args.teacher_tokens) and not args.next:
+        parser.error("--grid and --teacher-tokens: without --next there is nothing to plan; give it as well")
+    if args.tokens and not args.student_params:
+        parser.error("--tokens: without --student-params there is no student to price; give both")
+    return args
+
+
+def add_questions(parser: argparse.ArgumentParser) -> None:
+    """What can be asked beyond the verdicts."""
     parser.add_argument("--student-params", type=number, metavar="N", help="foretell the teacher of this student: 3B")
     parser.add_argument(
         "--catalogue", type=Path, default=CATALOGUE, metavar="FILE", help="teachers that can be had, a YAML file"
     )
     parser.add_argument(
-        "--tokens", type=number, metavar="N", help="what the student is to be distilled on, for its cost"
+        "--tokens",
+        type=number,
+        metavar="N",
+        help="what the student is to be distilled on (as the runs were), for its cost",
     )
     parser.add_argument("--mfu", type=share, default=cost.MFU, help=f"share of the GPU's peak reached ({cost.MFU})")
     parser.add_argument(
         "--gpu-peak", type=number, default=cost.GPU_PEAK, metavar="FLOPS", help="peak operations a second (312T, A100)"
     )
     parser.add_argument(
-        "--compare", action="store_true", help="say which of several models foretells unseen students (some seconds)"
+        "--compare",
+        action="store_true",
+        help="say which of several models foretells unseen students and teachers (up to a minute)",
     )
-    args = parser.parse_args(argv)
-    if args.tokens and not args.student_params:
-        parser.error("--tokens: without --student-params there is no student to price; give both")
-    return args
+    parser.add_argument(
+        "--next",
+        type=number,
+        metavar="FLOPS",
+        help="say which cells to run next within so many operations, so that the recommendation (for --student-params; "
+        "without it, for every student of the records) improves most for each of them (up to a minute)",
+    )
+    parser.add_argument("--grid", type=Path, metavar="GRID.yaml", help="of the sweep that the records come from")
+    parser.add_argument(
+        "--teacher-tokens", type=number, metavar="N", help="what a new teacher is trained on (as the records' were)"
+    )
 
 
 def number(value: str) -> float:
@@ -136,33 +195,47 @@ def fit_law(args: argparse.Namespace) -> None:
     """
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out}: is a file; give a folder")
-    everything = records.read(args.records, dict(args.rename))
+    places = records.located(args.records, dict(args.rename))
+    everything = list(places)
     if twice := [name for name, _ in args.where if [given for given, _ in args.where].count(name) > 1]:
         raise UserError(f"--where {twice[0]}: given twice; one value would do")
-    found = analysis.analyse(records.select(everything, dict(args.where)), args.count, everything)
+    found = analysis.analyse(records.select(everything, dict(args.where)), args.count, everything, places)
     advice = None
     if args.student_params:
         teachers, init = read_catalogue(args.catalogue, args.count), found.records[0].init
-        advice = advise(found.process, args.student_params, teachers, args.tokens, init)
+        tokens = args.tokens or found.records[0].tokens
+        advice = advise(found.process, args.student_params, teachers, tokens, init)
+        advice = beside_labels(advice, found.records, everything, args.count, tokens)
     scores = analysis.compared(found) if args.compare else []
+    proposed, grid = propose(args, found, advice) if args.next else (None, None)
     args.out.mkdir(parents=True, exist_ok=True)
     plot.curse(found, args.out / "curse.png")
     plot.optimum(found, args.out / "optimum.png")
     plot.law(found, args.out / "law.png", advice)
     plot.compute(found, args.out / "compute.png")
+    (args.out / "price.png").unlink(missing_ok=True)
+    if advice is not None and advice.refusal is None:
+        plot.price(advice, args.out / "price.png")
     (args.out / "causes.png").unlink(missing_ok=True)
     if found.causes:
         plot.causes(found, args.out / "causes.png")
-    text = report.write(found, advice, scores, args.mfu, args.gpu_peak)
+    text = report.write(found, advice, scores, args.mfu, args.gpu_peak, proposed)
     write_atomically(args.out / "report.md", text)
     write_atomically(args.out / "report.html", html_page.page(text, args.out))
-    write_atomically(args.out / "law.json", analysis.as_json(found, advice, scores))
+    write_atomically(args.out / "law.json", analysis.as_json(found, advice, scores, proposed))
+    (args.out / "next.yaml").unlink(missing_ok=True)
+    if grid is not None:
+        write_atomically(args.out / "next.yaml", grid)
     if advice is not None:
         recommend(advice)
     print(report.headline(found))
     for remark in found.remarks:
         print(f"note: {remark}")
     pictures = "curse.png, optimum.png, law.png, compute.png" + ", causes.png" * bool(found.causes)
+    pictures += ", price.png" * bool(advice and advice.refusal is None)
+    if proposed is not None:
+        print(report.plan_table(proposed))
+        pictures += ", next.yaml" * bool(grid)
     print(f"wrote {args.out}/law.json, report.md, report.html, {pictures}")
 
 
@@ -171,6 +244,7 @@ def recommend(advice: Advice) -> None:
     if advice.refusal is not None:
         print(f"no recommendation: {advice.refusal}")
         return
+    print(report.at_equal_flops(advice))
     for text in advice.warnings:
         print(f"warning: {text}")
     first = advice.candidates[0]
@@ -184,36 +258,50 @@ def recommend(advice: Advice) -> None:
         print(f"the best teacher within {within}, of which these runs tell: {short(advice.best)} ({interval})")
 
 
-def read_catalogue(path: Path, count: str) -> dict[str, float]:
-    """Teachers' parameters by `line/member`.
+def propose(args: argparse.Namespace, found: analysis.Analysis, advice: Advice | None) -> tuple[plan.Plan, str | None]:
+    """The plan for --next, and the grid of its cells where --grid is given.
 
     Raises:
-        UserError: no such file, or a member that is no model.
+        UserError, LawError: nothing can be planned, or the grid is not that of the records.
     """
-    import yaml
-    from pydantic import TypeAdapter, ValidationError
+    if not found.records[0].taught:
+        raise UserError("--next: these runs had no teacher; choose those that had one with --where taught=true")
+    if advice is not None and advice.refusal is not None:
+        raise UserError(f"--next: {advice.refusal}; leave out --student-params, or add runs near that student")
+    counted, total = (read_catalogue(args.catalogue, count) for count in (args.count, "total"))
+    models = read_models(args.catalogue)
+    further = [plan.Teacher(name, size, total[name]) for name, size in counted.items()]
+    if args.grid:
+        grid = read_yaml("--grid", args.grid)
+        expand(grid)
+        models |= {f"grid/{name}": each["model"] for name, each in _teachers_of(grid).items() if "model" in each}
+        named = {name: model for name, model in models.items() if name.startswith("grid/")}
+        sizes = {name: [parameters(model, count) for count in (args.count, "total")] for name, model in named.items()}
+        further = [*(plan.Teacher(name, *both) for name, both in sizes.items()), *further]
+    targets = {}
+    students = [advice.student] if advice is not None else found.process.cells.students()
+    for student in students:
+        within = span(found.process, student)
+        ends = student * np.exp(within[[0, -1]]) * [1 - 1e-9, 1 + 1e-9]
+        had = [size for size in counted.values() if ends[0] <= size <= ends[1]]
+        had = had or sorted({each.size for each in found.trainings if ends[0] <= each.size <= ends[1]})
+        if len(had) > 1:
+            targets[student] = had
+    if not targets:
+        raise UserError("--next: no student has two teachers to choose among; give a --catalogue that has them")
+    proposed = plan.plan(found.process, found.records, args.count, targets, further, args.next, args.teacher_tokens)
+    if not args.grid or not proposed.steps:
+        return proposed, None
+    cells = next_grid(proposed, grid, found.records[0].init, lambda model: parameters(model, args.count), models)
+    head = "".join(f"# {line}\n" for line in report.plan_table(proposed).splitlines())
+    return proposed, head + yaml.safe_dump(
+        json.loads(json.dumps(cells)), sort_keys=False, width=110, default_flow_style=None
+    )
 
-    from megatron_capgap.config.schema import ModelShape
-    from megatron_capgap.models import size
 
-    try:
-        lines: Any = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--catalogue {path}: cannot be read ({reason}); give a YAML file of lines of models") from None
-    counted = size.non_embedding_parameters if count == "non-embedding" else size.parameters
-    adapter, sizes = TypeAdapter(ModelShape), {}
-    if not isinstance(lines, Mapping) or not all(isinstance(members, Mapping) for members in lines.values()):
-        raise UserError(f"--catalogue {path}: LINE: {{MEMBER: {{layers: ..., hidden: ..., ...}}}} would do")
-    for line, members in lines.items():
-        for member, shape in members.items():
-            try:
-                sizes[f"{line}/{member}"] = float(counted(adapter.validate_python(shape)))
-            except ValidationError as error:
-                first = error.errors()[0]
-                key = ".".join(map(str, (line, member, *first["loc"])))
-                raise UserError(f"--catalogue {path}: {key}: {first['msg']}; mend or remove that member") from None
-    return sizes
+def _teachers_of(grid: Any) -> Mapping[str, Any]:
+    teachers = grid.get("teachers") if isinstance(grid, Mapping) else None
+    return teachers if isinstance(teachers, Mapping) else {}
 
 
 if __name__ == "__main__":

@@ -150,6 +150,8 @@ def prepare(args: argparse.Namespace, targets: list[str]) -> None:
             trained.write_bytes(train_vocabulary(args.input, args.text_key, args.train_tokenizer))
         path = str(trained or args.tokenizer)
         tokenizer = open_tokenizer(path)
+        for remark in tokenizer.remarks:
+            say(f"warning: {remark}")
         if tokenizer.eos is None and not args.no_eos:
             raise UserError(f"tokenizer {path} has no eos to end a document: give one that has, or --no-eos")
         if tokenizer.bos is None and args.bos:

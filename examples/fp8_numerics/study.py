@@ -1,4 +1,4 @@
-"""The same distillation in several arithmetics: runs what is missing, then a table and a picture.
+"""The same distillation in several precisions: runs what is missing, then a table and a picture.
 
 python study.py --config study.yaml --runs runs/fp8 --out results
 python study.py --config study.yaml --runs runs/fp8_h100 --out results/h100 --device cuda --without mxfp8

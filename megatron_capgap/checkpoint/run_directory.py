@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from megatron_capgap.checkpoint import metadata
+from megatron_capgap.checkpoint import foreign, metadata
 from megatron_capgap.checkpoint.metadata import CheckpointCorrupted
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.common.fileio import put_in_place, write_atomically
@@ -141,7 +141,7 @@ def locate(checkpoint: str) -> Path:
     was stopped early or could have been, else its latest.
 
     Raises:
-        UserError: nothing there is a finished checkpoint.
+        UserError: nothing there is a finished checkpoint of this project.
     """
     path = Path(checkpoint)
     if not path.exists():
@@ -150,6 +150,7 @@ def locate(checkpoint: str) -> Path:
         return path
     named = best(path) or latest(path)
     if named is None:
+        foreign.refuse(path)
         raise UserError(
             f"{checkpoint}: holds no finished checkpoint; name a run directory that has one, or RUN/checkpoints/step_N"
         )

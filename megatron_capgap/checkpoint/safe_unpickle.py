@@ -42,7 +42,7 @@ _OF_METADATA = {
         "_MEM_FORMAT_ENCODING",
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "pathlib": {"PosixPath"},
+    "pathlib": {"PosixPath"},  # older checkpoints have it
 }
 _OF_SCALES = {
     "torch._utils": {"_rebuild_tensor_v2"},

@@ -23,7 +23,7 @@ from megatron.core.dist_checkpointing.validation import validate_sharding_integr
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint import FileSystemWriter, SavePlanner
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_capgap.checkpoint import integrity, safe_unpickle
@@ -99,6 +99,10 @@ class _Writer(FileSystemWriter):
         for name in {result.storage_data.relative_path for result in written.value()}:
             _sync(self._folder / name)
         return written
+
+    def storage_meta(self) -> StorageMeta:
+        """PyTorch's own holds a Path, which Python 3.13 pickles by a name that no other Python knows."""
+        return StorageMeta(checkpoint_id=str(self._folder), save_id=self.save_id)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Writes, on the first rank, what stands beside the tensors."""

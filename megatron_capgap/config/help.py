@@ -1,4 +1,4 @@
-"""The text of `--help`, made from the schema's docstrings. No torch: it answers at once."""
+"""The text of `--help` and of the configuration reference, made from the schema's docstrings. Imports no torch."""
 
 import textwrap
 
@@ -57,6 +57,24 @@ def stage_help(stage: str) -> str:
     model = "student.checkpoint or student.model, and " if free else ""
     lines += [f"{stage} needs {model}{', '.join(needs.required)}.", ""]
     lines += ["configuration keys, by section", "", *_section(table()[""], stage)]
+    return "\n".join(lines)
+
+
+def reference() -> str:
+    """Every configuration key in Markdown, a table for each section, for the documentation."""
+    lines = []
+    for section in (key for key in table().values() if key.children):
+        keys = [table()[join(section.name, child)] for child in section.children]
+        unread = [stage for stage in STAGES if section.name in STAGE_REQUIREMENTS[stage].unread]
+        lines += [f"## {section.name or 'Top level'}", "", section.doc]
+        lines += [f"Not read by {', '.join(unread)}." if unread else "", ""]
+        lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+        for key in keys:
+            name, default = key.name.rpartition(".")[2], f"`{key.default}`" if key.default else ""
+            link = f"[`{name}`](#{key.name.replace('.', '')})" if key.children else f"`{name}`"
+            words = [link, key.type, "required" if key.required else default, " ".join(key.doc.split())]
+            lines.append(f"| {' | '.join(word.replace('|', chr(92) + '|') for word in words)} |")
+        lines.append("")
     return "\n".join(lines)
 
 

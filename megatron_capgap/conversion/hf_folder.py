@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from megatron_capgap.checkpoint import foreign
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.config import derived
 from megatron_capgap.config.architectures import ARCHITECTURES as TRAITS
@@ -38,6 +39,8 @@ class HfFolder:
     """Every weight by its full name, buffers left out."""
     skipped: tuple[str, ...]
     """Buffers that were left out."""
+    remarks: tuple[str, ...] = ()
+    """What is to be said of how its tokenizer was read."""
 
 
 def open_hf_folder(folder: Path) -> HfFolder:
@@ -48,6 +51,8 @@ def open_hf_folder(folder: Path) -> HfFolder:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a folder with config.json and safetensors files")
+    if not (folder / "config.json").exists():
+        foreign.refuse(folder)
     config = read_json(folder / "config.json")
     family, shape = read_config(folder / "config.json", config)
     tensors = _full_names(_tensors(folder, _tied(family, shape)), family)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -69,7 +70,8 @@ def import_folder(
     def look() -> tuple[HfFolder, str]:
         if (hf / GENERATION).is_file():
             read_json(hf / GENERATION)  # it goes along unread, and out again
-        return open_hf_folder(hf), open_tokenizer(str(hf)).fingerprint
+        source, tokenizer = open_hf_folder(hf), open_tokenizer(str(hf))
+        return replace(source, remarks=tokenizer.remarks), tokenizer.fingerprint
 
     source, fingerprint = run_on_all_ranks(look)
     targets = tensor_mapping.unfold(source.family, source.shape, device)

@@ -21,6 +21,7 @@ from megatron_capgap.common.errors import UserError, in_one_line
 from megatron_capgap.conversion.tokenizer_files import FROM_JSON, Words, write
 from megatron_capgap.data import tokenizer_folder
 from megatron_capgap.data.template_files import Jinja
+from megatron_capgap.data.tokenizer_classes import AS_TRAINED
 from megatron_capgap.data.tokenizer_folder import Reading
 
 # Where the steps of tokenizers part: spaces at the ends, elisions, digits, letters in one character or two, ligatures,
@@ -47,13 +48,13 @@ _DONE = (
     "backend tokenizer_file vocab_file merges_file fix_mistral_regex"
 ).split()
 _SAYING_OTHERWISE = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tekken.json")
-_PROGRAM = "tokenization_as_trained"
+_PROGRAM, _CLASS = AS_TRAINED.split(".")
 _SOURCE = f'''"""Takes tokenizer.json as it stands, whatever the type of the model beside it."""
 
 from transformers import {FROM_JSON}
 
 
-class AsTrained({FROM_JSON}):
+class {_CLASS}({FROM_JSON}):
     """Nothing of its own."""
 '''
 
@@ -73,8 +74,11 @@ class AsTrained(Words):
         settings = {key: value for key, value in tokenizer_folder.settings_of(folder).items() if key not in _DONE}
         settings |= {"tokenizer_class": FROM_JSON}
         settings |= {name: text for name, text in self.special.items() if name in tokenizer_folder.NAMED}
+        own = settings.get(tokenizer_folder.OWN) or {}
+        if own:  # as text alone, since how they are looked for stands in tokenizer.json
+            settings[tokenizer_folder.OWN] = {name: self.special[name] for name in own}
         if self.program:
-            settings["auto_map"] = {"AutoTokenizer": [None, f"{_PROGRAM}.{AsTrained.__name__}"]}
+            settings["auto_map"] = {"AutoTokenizer": [None, AS_TRAINED]}
             (folder / f"{_PROGRAM}.py").write_text(_SOURCE, encoding="utf-8")
         for name in _SAYING_OTHERWISE:
             (folder / name).unlink(missing_ok=True)

@@ -65,8 +65,12 @@ class Copied(Words):
     folder: Path = Path()
 
     def write(self, folder: Path) -> None:
-        """Copies those that are there."""
+        """Copies those that are there; not the name of a program, which stays behind."""
         copy_files(self.folder, folder, TOKENIZER_FILES)
+        file = folder / "tokenizer_config.json"
+        settings = tokenizer_folder.read_json(file)
+        if settings.pop("auto_map", None):
+            file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,7 @@ def find(carried: Path | None, meta: CheckpointMetadata) -> tuple[Words, str | N
         raise UserError(f"{place}: is not the tokenizer that the checkpoint was trained with; put that one there")
     # Files that transformers reads itself go out as they came in.
     known = carried is not None and any((carried / name).is_file() for name in ("tokenizer_config.json", _JSON))
+    known = known or not (Path(place) / "tokenizer.model").is_file()
     ends, warning = stop_tokens(opened, meta.chat_template, meta.model.vocab)
     if not Path(place).is_dir():
         return translate(Path(place), opened, ends), warning

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from jinja2.exceptions import TemplateError
 from megatron_capgap.common.errors import UserError, in_one_line
 from megatron_capgap.data import template_files
 from megatron_capgap.data.jinja import Rendering, Span, TemplateSource
-from megatron_capgap.data.messages import Conversation, Message
+from megatron_capgap.data.messages import ROLES, Conversation, Message
 from megatron_capgap.data.template_files import DEFAULT, TOOL_USE, Jinja
 from megatron_capgap.data.tokenizer import Tokenizer
 
+_CALL = {"id": "aaaaaaaaa", "type": "function", "function": {"name": "f", "arguments": {"a": "B"}}}
 _SOMETHING = "\ue0f2"  # a private character, which no text holds: stands for a message
 
 
@@ -79,7 +80,7 @@ class JinjaTemplate(Template):
             raise UserError(f"{place}: is no Jinja ({error}); mend it, or use the default template") from None
 
     def encode(self, conversation: Conversation) -> list[Segment]:
-        conversation = self._readable(conversation)
+        conversation = self._readable(self._tools_by_name(conversation))
         text, spans = self._written(conversation)
         ids, places = self._tokenizer.encode_with_places(text)
         if self._source(conversation).marked:
@@ -107,14 +108,35 @@ class JinjaTemplate(Template):
         found = set()
         for name in self._sources:
             for asked, said in (("A", "B"), (_parts("A"), _parts("B"))):
-                talk = (Message("user", asked), Message("assistant", said))
-                try:
-                    turn = self._end_of_turn(Conversation(talk, [] if name == TOOL_USE else None), 1)
-                except UserError:  # it wants more than a question and an answer
-                    continue
-                ids, _ = self._tokenizer.encode_with_places(turn)
-                found.update([token for token in ids if token in self._tokenizer.whole][:1])
+                found.update(self._tokens_at_the_end(name, asked, Message("assistant", said))[:1])
+        for name in self._sources:
+            # Some templates end a turn that calls a tool otherwise; what stands before the end belongs to the call.
+            closing = self._tokens_at_the_end(name, "A", Message("assistant", None, {"tool_calls": [_CALL]}))
+            if found.isdisjoint(closing):
+                found.update(closing[-1:])
         return frozenset(found)
+
+    def _tokens_at_the_end(self, name: str, asked: Any, said: Message) -> list[int]:
+        """Ids of the tokens, among those that are never cut, which a template writes behind the assistant's words."""
+        try:
+            talk = Conversation((Message("user", asked), said), [] if name == TOOL_USE else None)
+            turn = self._end_of_turn(talk, 1)
+        except UserError:  # it wants more than a question and an answer
+            return []
+        ids, _ = self._tokenizer.encode_with_places(turn)
+        return [token for token in ids if token in self._tokenizer.whole]
+
+    def _tools_by_name(self, conversation: Conversation) -> Conversation:
+        """The conversation with tools called `tool` where the template leaves out, or fails at, what they are called
+        otherwise."""
+        numbers = [number for number, message in enumerate(conversation) if message.role not in ROLES]
+        answer = conversation.messages[-1].role != "assistant"
+        text = self._part(conversation, answer) if numbers else None
+        if text is not None and all(self._changed(conversation, n, answer, calls=False) != text for n in numbers):
+            return conversation
+        for number in numbers:
+            conversation = conversation.exchanged(number, replace(conversation.messages[number], role="tool"))
+        return conversation
 
     def _readable(self, conversation: Conversation) -> Conversation:
         """The conversation as the template can read it: where it fails at content in parts, or at none, each content
@@ -148,6 +170,9 @@ class JinjaTemplate(Template):
         spoken = [number for number, message in enumerate(messages) if message.role == "assistant"]
         wanted = [number for number in spoken if messages[number].learned != marked]
         spans: list[Span] = []
+        for number in spoken if marked else ():
+            if messages[number].learned:
+                self._check_said(conversation, number, text, answer)
         for number in wanted:
             start, end = self._turn(conversation, number, text, answer)
             spans.append((max(start, spans[-1][1] if spans else 0), end))
@@ -159,22 +184,28 @@ class JinjaTemplate(Template):
         """Where one turn of the assistant's stands in the text of all: from where it is left to begin, in a prompt that
         ends before it, up to what the template writes at the end of a turn."""
         before, after = conversation.upto(number), conversation.upto(number + 1)
-        asked = self._render(before, answer=True).text
-        said = self._render(after, answer=False).text if len(after) < len(conversation) else text
+        asked = self._part(before, answer=True)
+        said = self._part(after, answer=False) if len(after) < len(conversation) else text
         self._check_said(conversation, number, text, answer)
-        if text.startswith(asked) and text.startswith(said) and len(asked) < len(said):
+        apart = asked is not None and said is not None and len(asked) < len(said)
+        if apart and text.startswith(asked) and text.startswith(said):
             return len(asked), len(said)
         # What changes with the words is where they stand; a template may write the same turn otherwise once more
         # follows, such as without the thoughts before an answer.
         start, end = self._words(conversation, number, text, answer) or (len(text), len(text))
         turns = self._turns(conversation, answer, text)
+        if asked is None:  # such as where the assistant speaks first; a header is the same behind any question
+            before = Conversation((Message("user", "A"),), conversation.tools)
+            asked = self._part(before, answer=True) or ""
         start = self._begins(before, asked, text, start, turns)
-        closing = self._end_of_turn(after, number)
+        if said is None:  # such as where the user has not spoken yet
+            after = Conversation((Message("user", "A"), conversation.messages[number]), conversation.tools)
+        closing = self._end_of_turn(after, len(after) - 1)
         shared = _common(text[end:], closing)
         if shared == len(closing):
             return start, end + shared
         # A template may end the last turn otherwise than those before.
-        follows = self._words(conversation, number + 1, text, answer) if len(after) < len(conversation) else None
+        follows = self._words(conversation, number + 1, text, answer) if number + 1 < len(conversation) else None
         limit = len(text) if follows is None else follows[0]
         ends = [place for place in turns if end <= place <= limit]
         return start, ends[0] if ends else end + self._whole(text[end : end + shared])
@@ -191,9 +222,16 @@ class JinjaTemplate(Template):
                 "or writes it so that it cannot be told apart; use the default template"
             )
 
+    def _part(self, conversation: Conversation, answer: bool) -> str | None:
+        """The text of the beginning of a conversation, or None where the template fails at it."""
+        try:
+            return self._render(conversation, answer).text
+        except UserError:
+            return None
+
     def _begins(self, before: Conversation, asked: str, text: str, start: int, turns: list[int]) -> int:
         """Where the turn begins whose words begin at `start`."""
-        if text.startswith(asked) and len(asked) <= start:
+        if asked and text.startswith(asked) and len(asked) <= start:
             return len(asked)
         here = max((place for place in turns if place <= start), default=start)
         header = asked[max(self._turns(before, True, asked), default=len(asked)) :]
@@ -224,12 +262,14 @@ class JinjaTemplate(Template):
         return self._source(conversation).turns(self._values(conversation, answer), text)
 
     def _end_of_turn(self, conversation: Conversation, number: int) -> str:
-        """What the template writes after the assistant's words, where they are the last."""
+        """What the template writes after the assistant's words, where they are the last; nothing where it fails at
+        a conversation that ends there."""
+        if self._part(conversation, answer=False) is None:
+            return ""
         text, said = self._render(conversation, answer=False)
-        if self._source(conversation).marked:
-            last = text[slice(*said[-1])] if said else ""
-            return last[_common(last, conversation.messages[number].text) :]
         words = self._words(conversation, number, text, answer=False)
+        if self._source(conversation).marked:  # the mark may hold the header of the turn too
+            return text[words[1] : said[-1][1]] if words and said else ""
         return text[words[1] :] if words else ""
 
     def _source(self, conversation: Conversation) -> TemplateSource:

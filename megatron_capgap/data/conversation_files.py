@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_capgap.common.errors import UserError, in_one_line
 from megatron_capgap.data.jsonl import find, rows
-from megatron_capgap.data.messages import THOUGHTS, Conversation, Message
+from megatron_capgap.data.messages import ROLES, THOUGHTS, Conversation, Message
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-# ShareGPT's names, and those of the data sets that followed it.
-_SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
-_SPEAKERS |= {"function_call": "assistant", "observation": "tool", "function_response": "tool", "function": "tool"}
-_SPEAKERS |= {"tool_call": "assistant", "tool_response": "tool"}
-_SILENT = ("system", "developer", "tool")
+# The names of ShareGPT, of the data sets that followed it, and of models whose messages call the speakers otherwise.
+_SPEAKERS = {name: "user" for name in ("human", "prompter")}
+_SPEAKERS |= dict.fromkeys(("gpt", "chatgpt", "bard", "bing", "claude", "ai", "bot", "chatbot", "model"), "assistant")
+_SPEAKERS |= dict.fromkeys(("function_call", "tool_call"), "assistant")
+_TOOLS = ("ipython", "observation", "function", "function_response", "tool_response", "environment")
+_SPEAKERS |= dict.fromkeys(_TOOLS, "tool")
+_SPEAKERS |= {role: role for role in ROLES}
+_SILENT = ("system", "developer", "tool", *_TOOLS)
 """Those who may say an empty text."""
 _TURNS = {"messages": "role", "conversations": "from"}
 """Where a line has its turns, and what says there who speaks unless a turn itself says so by the other key."""
@@ -37,7 +39,8 @@ _FORMS = {
 def read_conversations(path: str) -> list[Conversation]:
     """Every conversation of a jsonl file. A line is `{"messages": [{"role": ..., "content": ...}, ...]}`, ShareGPT's
     `{"conversations": [{"from": ..., "value": ...}, ...]}`, or, as in the original's files,
-    `[{"User": ..., "Assistant": ...}, ...]`. An assistant's message with `weight` 0 or `train` false is context only.
+    `[{"User": ..., "Assistant": ...}, ...]`. An assistant's message with `weight` 0, or `train` or `loss` false,
+    is context only.
 
     Raises:
         UserError: the file is missing or empty, or a line is no conversation; with its number.
@@ -68,8 +71,8 @@ def _conversation(place: str, content: Any) -> Conversation:
 
 
 def read_turns(place: str, content: Any) -> Conversation:
-    """The messages of a line that was read from JSON; the user and the assistant take turns, whoever is last, and what
-    tools say stands between two words of the assistant's.
+    """The messages of a line that was read from JSON; in which order the speakers may come is the chat template's
+    matter.
 
     Args:
         place: what messages call it.
@@ -78,26 +81,8 @@ def read_turns(place: str, content: Any) -> Conversation:
     Raises:
         UserError: it is no conversation.
     """
-    messages = tuple(_messages(place, content))
     tools = _tools(place, content) if isinstance(content, dict) else None
-    first = 1 if messages and messages[0].role in ("system", "developer") else 0
-    due = {"user"}
-    for turn, message in enumerate(messages[first:], start=first + 1):
-        if message.role not in due:
-            raise UserError(
-                f"{place}: message {turn} is the {message.role}'s, the {' or '.join(sorted(due))}'s is due; turns "
-                "alternate, a system message may only come first"
-            )
-        called = message.role == "tool" or bool(message.fields.get("tool_calls"))
-        due = {"user": {"assistant"}, "assistant": {"user"}, "tool": {"assistant", "tool"}}[message.role]
-        if message.role == "assistant" and (called or _answered_by_a_tool(messages, turn)):
-            due = {"tool"}
-    return Conversation(messages, tools)
-
-
-def _answered_by_a_tool(messages: Sequence[Message], turn: int) -> bool:
-    """Whether the message after this one, counted from 1, is a tool's."""
-    return turn < len(messages) and messages[turn].role == "tool"
+    return Conversation(tuple(_messages(place, content)), tools, place)
 
 
 def _tools(place: str, content: dict[str, Any]) -> list[Any] | None:
@@ -128,7 +113,7 @@ def _messages(place: str, content: Any) -> Iterator[Message]:
         found = content.get(key) if isinstance(content, dict) else None
         if isinstance(found, list):
             said = content.get("system")
-            if isinstance(said, str) and said.strip():
+            if isinstance(said, str) and said.strip() and not _begins_with(found, said):
                 yield Message("system", said)
             yield from _each(place, found, speaker)
             return
@@ -136,6 +121,12 @@ def _messages(place: str, content: Any) -> Iterator[Message]:
         f'{place}: neither {{"messages": [...]}}, {{"conversations": [...]}} nor a list of User and Assistant turns; '
         f"{other_form(content) or 'mend the line'}"
     )
+
+
+def _begins_with(turns: list[Any], said: str) -> bool:
+    """Whether the turns hold the system's words themselves."""
+    first = turns[0] if turns and isinstance(turns[0], dict) else {}
+    return "system" in (first.get("role"), first.get("from")) and said in (first.get("content"), first.get("value"))
 
 
 def other_form(content: Any) -> str | None:
@@ -177,25 +168,30 @@ def _message(place: str, what: str, message: Any, speaker: str) -> Message:
     calls = fields.get("tool_calls", [])
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise UserError(f"{place}: {what}: its tool_calls are no list of objects; mend the line")
+    if said not in message and not calls and not any(key in fields for key in THOUGHTS):
+        raise UserError(
+            f"{place}: {what}: has no content, but {', '.join(map(str, message)) or 'nothing'}; call its words content"
+        )
     words = _words(place, what, role, message.get(said), fields)
     return Message(role, words, fields, learned=role != "assistant" or _learned(place, what, fields))
 
 
 def _role(place: str, what: str, role: Any, key: str) -> str:
-    known = {**(_SPEAKERS if key == "from" else {}), **dict(zip(ROLES, ROLES, strict=True))}
-    name = role.casefold() if isinstance(role, str) and key == "from" else role
-    if not isinstance(name, str) or name not in known:
+    """Who speaks, as templates call the speaker. What a `role` calls a tool is kept, since some templates know a tool
+    by such a name alone."""
+    name = role.casefold() if isinstance(role, str) else None
+    if name not in _SPEAKERS:
         shown = "is missing" if role is None else f"{role!r} is unknown"
-        raise UserError(f"{place}: {what}: its {key} {shown}; one of {', '.join(known)} would do")
-    return known[name]
+        raise UserError(f"{place}: {what}: its {key} {shown}; valid values: {', '.join(sorted(_SPEAKERS))}")
+    return name if key == "role" and name in _TOOLS else _SPEAKERS[name]
 
 
 def _learned(place: str, what: str, fields: Mapping[str, Any]) -> bool:
     """Whether an assistant's message is more than context."""
-    for key, known in (("weight", (0, 1)), ("train", (False, True))):
+    for key, known in (("weight", (0, 1)), ("train", (False, True)), ("loss", (False, True))):
         if fields.get(key, 1) not in known:
             raise UserError(f"{place}: {what}: its {key} is {fields[key]!r}; {known[0]} or {known[1]} would do")
-    return bool(fields.get("weight", 1)) and bool(fields.get("train", True))
+    return all(fields.get(key, True) for key in ("weight", "train", "loss"))
 
 
 def _words(

@@ -52,12 +52,15 @@ def encode(
     counted.
 
     Raises:
-        UserError: no conversation is left.
+        UserError: no conversation is left, or the template cannot write one down.
     """
     found: list[Example] = []
     shortened = dropped = joined = 0
     for conversation in conversations:
-        segments = template.encode(conversation)
+        try:
+            segments = template.encode(conversation)
+        except UserError as error:
+            raise UserError(f"{conversation.place}: {error}" if conversation.place else str(error)) from None
         tokens = np.concatenate([np.array(s.tokens, dtype=np.int64) for s in segments])
         learned = np.concatenate([np.full(len(s.tokens), s.learned) for s in segments])
         example = Example(tokens[: sequence_length + 1], learned[1 : sequence_length + 1])

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 """What a message's thoughts are called; of several, transformers takes the first."""
 
@@ -15,7 +16,7 @@ class Message:
     """One turn."""
 
     role: str
-    """system, developer, user, assistant or tool."""
+    """One of `ROLES`, or what else a template may call a tool, such as ipython."""
     words: str | tuple[Any, ...] | None
     """Its content: text, parts of text, or None where it has none, as beside tool_calls."""
     fields: Mapping[str, Any] = field(default_factory=dict)
@@ -59,6 +60,8 @@ class Conversation:
     messages: tuple[Message, ...]
     tools: list[Any] | None = None
     """Descriptions of the tools that the assistant may call; None where the conversation does not speak of tools."""
+    place: str | None = field(default=None, compare=False)
+    """What messages call it."""
 
     def __len__(self) -> int:
         return len(self.messages)

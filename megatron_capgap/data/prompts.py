@@ -16,7 +16,8 @@ Prompt = str | Conversation
 
 
 def read_prompts(path: str) -> list[Prompt]:
-    """Every prompt of a jsonl file: a line is `{"prompt": text}` or `{"messages": [...]}` with the user's turn last.
+    """Every prompt of a jsonl file: a line is `{"prompt": text}` or `{"messages": [...]}` with the user's turn, or
+    a tool's, last.
 
     Raises:
         UserError: the file is missing or empty, or a line is no prompt; with its number.
@@ -38,8 +39,10 @@ def _prompt(place: str, content: Any) -> Prompt:
             raise UserError(f"{place}: prompt is {content['prompt']!r}; give it words")
         return content["prompt"]
     found = read_turns(place, content)
-    if not found or found.messages[-1].role != "user":
-        raise UserError(f"{place}: does not end with a user message, which the assistant would answer; add it")
+    if not found or found.messages[-1].role in ("system", "developer", "assistant"):
+        raise UserError(
+            f"{place}: does not end with a message of the user's or a tool's, which the assistant would answer; add it"
+        )
     return found
 
 

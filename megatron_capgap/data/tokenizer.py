@@ -13,13 +13,15 @@ import numpy as np
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.data import sentencepiece_proto, tokenizer_folder
 from megatron_capgap.data.sentencepiece_proto import CONTROL, REMEDY, USER_DEFINED
+from megatron_capgap.data.tokenizer_folder import SAVE
 from megatron_capgap.data.tokenizer_steps import SPACE
 
 if TYPE_CHECKING:
     import tokenizers
 
 # Vocabularies that transformers reads with the class they belong to.
-_OTHER_FORMS = ("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
+_PARTS = ("vocab.json", "merges.txt")
+_OTHER_FORMS = (*_PARTS, "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
 
 
 class Tokenizer(ABC):
@@ -43,6 +45,8 @@ class Tokenizer(ABC):
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
     """Ids that the tokenizer itself puts around a text, as transformers does unless it is asked not to."""
+    remarks: tuple[str, ...] = ()
+    """What is to be said of how it was read, a line each."""
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -98,7 +102,8 @@ class Tokenizer(ABC):
 
 
 def open_tokenizer(path: str) -> Tokenizer:
-    """Open a SentencePiece `.model` file, or a folder with tokenizer.json or tokenizer.model.
+    """Open a SentencePiece `.model` file, or a folder with tokenizer.json, tokenizer.model, or vocab.json and
+    merges.txt.
 
     Raises:
         UserError: `path` does not exist or holds no tokenizer.
@@ -110,13 +115,16 @@ def open_tokenizer(path: str) -> Tokenizer:
         return SentencePieceTokenizer(place)
     if not place.is_dir():
         raise UserError(f"tokenizer {path} does not exist: {REMEDY}")
-    if (place / "tokenizer.json").is_file() or (place / "tokenizer.model").is_file():
-        return HuggingFaceTokenizer(place)
     others = [name for name in _OTHER_FORMS if (place / name).is_file()]
+    if others[:2] == [*_PARTS] or any((place / name).is_file() for name in tokenizer_folder.FORMS[:2]):
+        return HuggingFaceTokenizer(place)
+    if len(others) == 1 and others[0] in _PARTS:
+        missing = next(name for name in _PARTS if name not in others)
+        raise UserError(f"tokenizer folder {path} has {others[0]} without {missing}: copy that there too, or {SAVE}")
     if others:
         raise UserError(
             f"tokenizer folder {path} has {', '.join(others)}, which are not read here, and neither tokenizer.json nor "
-            f"tokenizer.model: {tokenizer_folder.SAVE}, and name PreTrainedTokenizerFast as tokenizer_class there"
+            f"tokenizer.model: {SAVE}, and name PreTrainedTokenizerFast as tokenizer_class there"
         )
     raise UserError(f"tokenizer folder {path} has neither tokenizer.json nor tokenizer.model: {REMEDY}")
 
@@ -177,6 +185,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(self._ids.values()) + 1
         self.bos, self.eos, self.stops = found.bos, found.eos, found.stops
         self.before, self.after, self.special = found.before, found.after, found.special
+        self.remarks = found.remarks
         self.whole = found.own | frozenset(self._tokenizer.get_added_tokens_decoder())
 
     def encode(self, text: str) -> list[int]:

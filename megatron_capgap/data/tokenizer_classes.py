@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+AS_TRAINED = "tokenization_as_trained.AsTrained"
+"""The program that exports bring, see `conversion.same_ids`."""
 # The classes with steps of their own, and the types of model that transformers opens with each.
 _MODELS = {
     "AlbertTokenizer": "albert yoso",
@@ -155,9 +157,8 @@ def class_of(settings: Mapping[str, Any], config: Mapping[str, Any], is_byte_lev
     model = config.get("model_type")
     model = model if isinstance(model, str) else ""
     of_model = _OF_MODEL.get(model)
-    programs = settings.get("auto_map")
     # Where the folder brings a program, transformers has not looked at the model's type.
-    if declared and not (programs.get("AutoTokenizer") if isinstance(programs, dict) else programs):
+    if declared and not _programs(settings):
         if declared == "LlamaTokenizer" and model not in _MISNAMED and is_byte_level():
             return None  # as LLaMA 3's
         if model in _PLAIN_MODELS:
@@ -166,6 +167,22 @@ def class_of(settings: Mapping[str, Any], config: Mapping[str, Any], is_byte_lev
             declared = of_model
     found = declared or of_model
     return found if found in _MODELS else None
+
+
+def program_of(settings: Mapping[str, Any]) -> str | None:
+    """The program that a folder brings for AutoTokenizer, unless it is the one that takes tokenizer.json as it stands.
+
+    Args:
+        settings: of tokenizer_config.json.
+    """
+    found = _programs(settings)
+    names = [name for name in (found if isinstance(found, list) else [found]) if isinstance(name, str)]
+    return next((name for name in names if name != AS_TRAINED), None)
+
+
+def _programs(settings: Mapping[str, Any]) -> Any:
+    found = settings.get("auto_map")
+    return found.get("AutoTokenizer") if isinstance(found, dict) else found
 
 
 def _bare(name: Any) -> str:

@@ -14,17 +14,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_capgap.common.errors import UserError, in_one_line
-from megatron_capgap.data import sentencepiece_proto
+from megatron_capgap.data import mistral_regex, sentencepiece_proto
 from megatron_capgap.data.sentencepiece_proto import CONTROL, USER_DEFINED
-from megatron_capgap.data.tokenizer_classes import class_of
-from megatron_capgap.data.tokenizer_steps import SPECIAL, of_class, of_sentencepiece
+from megatron_capgap.data.tokenizer_classes import class_of, program_of
+from megatron_capgap.data.tokenizer_steps import OF_PARTS, SPECIAL, of_class, of_sentencepiece
 
 if TYPE_CHECKING:
     import tokenizers
 
 SAVE = "save it with transformers, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OTHER), without config.json"
 """Makes a tokenizer.json that holds the steps of a class."""
-_GENERATION, _OWN = "generation_config.json", "model_specific_special_tokens"
+FORMS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""Files that hold a vocabulary, the first before the others; the last one's merges are in merges.txt."""
+OWN = "model_specific_special_tokens"
+_GENERATION = "generation_config.json"
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -50,6 +53,8 @@ class Reading:
     """Ids of the pieces of a SentencePiece model that its user defined, which are never cut."""
     made_by: str | None = None
     """The class of transformers whose steps stand around the vocabulary, whatever tokenizer.json says."""
+    remarks: tuple[str, ...] = ()
+    """What is to be said of how it was read."""
 
 
 def read_model(file: Path) -> Reading:
@@ -62,15 +67,15 @@ def read_model(file: Path) -> Reading:
 
 
 def read(folder: Path) -> Reading:
-    """Reads a folder with tokenizer.json or tokenizer.model.
+    """Reads a folder with one of `FORMS`.
 
     Raises:
         UserError: one of its files is damaged, or contradicts another.
     """
     settings = settings_of(folder)
-    file = folder / "tokenizer.json"
     legacy = "added_tokens_decoder" not in settings  # written before transformers 4.34
-    return _reading(folder, file if file.is_file() else folder / "tokenizer.model", settings, legacy)
+    form = next(name for name in FORMS if (folder / name).is_file())
+    return _reading(folder, folder / form, settings, legacy)
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
@@ -88,22 +93,22 @@ def settings_of(folder: Path) -> dict[str, Any]:
     if isinstance(found.get(extra), dict):
         own |= found.pop(extra)
     if own:
-        found[_OWN] = own
+        found[OWN] = own
     if isinstance(special.get(extra), list):
         there = list(found.get(extra) or [])
         special[extra] = [*there, *(token for token in special[extra] if token not in there)]
     found |= special
     if isinstance(found.get(extra), dict):
-        found[_OWN] = {**(found.get(_OWN) or {}), **found.pop(extra)}
+        found[OWN] = {**(found.get(OWN) or {}), **found.pop(extra)}
     if additional in found and extra not in found:
         found[extra] = found.pop(additional)
-    own = {**_taken(found, lambda value: isinstance(_content(value), str)), **(found.pop(_OWN, None) or {})}
+    own = {**_taken(found, lambda value: isinstance(_content(value), str)), **(found.pop(OWN, None) or {})}
     if not isinstance(found.get(extra) or [], list):
         raise UserError(
             f"tokenizer {folder / 'tokenizer_config.json'}: {extra} {found[extra]!r} is no list of tokens: save the "
             "tokenizer again"
         )
-    return {**found, _OWN: own} if own else found
+    return {**found, OWN: own} if own else found
 
 
 def _taken(settings: dict[str, Any], is_token: Callable[[Any], bool]) -> dict[str, Any]:
@@ -116,7 +121,7 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
     """
     Args:
         folder: with the other files, which count where `beside` says so.
-        file: tokenizer.json or a SentencePiece model.
+        file: tokenizer.json, a SentencePiece model, or vocab.json.
         settings: of tokenizer_config.json.
         legacy: whether they list no added tokens.
     """
@@ -125,14 +130,15 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
         if content is not None and not isinstance(content, str):
             where = folder / "tokenizer_config.json"
             raise UserError(f"tokenizer {where}: {key} {content!r} is no text: save the tokenizer again")
-    has_json = file.suffix == ".json"
     made_by = _class_of(folder, settings) if beside else None
-    user_defined: frozenset[int] = frozenset()
+    has_json, user_defined = file.name == FORMS[0], frozenset[int]()
     given, settings = settings, {**SPECIAL.get(made_by or "", {}), **settings}
     try:
         if has_json:
             built, listed, padding = _from_json(file, settings, made_by)
             settings = {**padding, **settings}
+        elif file.name == FORMS[2]:
+            built, listed = _from_vocabulary(file, settings, made_by), []
         else:
             model = sentencepiece_proto.read(file)
             built, listed = of_sentencepiece(model, file, settings, made_by), []
@@ -144,9 +150,10 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
             settings = settings if made_by else {**defaults, **settings}
         built.encode_special_tokens = bool(settings.get("split_special_tokens", False))
         added = _added_tokens(read_json(folder / "added_tokens.json") if beside else {}, given, legacy, listed)
-        if not has_json and not made_by:
+        if not (has_json or made_by):
             added = {number: _unnormalized(token) for number, token in added.items()}
         _add(built, settings, added)
+        remarks = _remarks(folder, settings, built) if beside else ()
         before, after = _around(built, settings, has_json)
     except UserError:
         raise
@@ -168,7 +175,8 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
             special[name] = text
             built.add_special_tokens([text])
     stops = {*([] if eos is None else [eos]), *(_stops_of_model(folder) if beside else [])}
-    return Reading(built, bos, eos, frozenset(stops), before, after, special, named, user_defined, made_by)
+    ends = (bos, eos, frozenset(stops))
+    return Reading(built, *ends, before, after, special, named, user_defined, made_by, remarks)
 
 
 def _class_of(folder: Path, settings: Mapping[str, Any]) -> str | None:
@@ -184,6 +192,18 @@ def _class_of(folder: Path, settings: Mapping[str, Any]) -> str | None:
             f"here; {SAVE}, and name PreTrainedTokenizerFast as tokenizer_class in OTHER/tokenizer_config.json"
         )
     return name
+
+
+def _remarks(folder: Path, settings: Mapping[str, Any], built: tokenizers.Tokenizer) -> tuple[str, ...]:
+    """What is to be said of a folder; the pattern of Mistral's is mended where the folder asks for it."""
+    file = folder / "config.json"
+    about_mistral = mistral_regex.mend(built, settings, read_json(file) if file.is_file() else None)
+    program = program_of(settings)
+    about_program = program and (
+        f"auto_map in tokenizer_config.json names a program, {program}, which is not run here: text is cut as the "
+        "other files say, and perhaps otherwise by AutoTokenizer with trust_remote_code"
+    )
+    return tuple(f"tokenizer {folder}: {text}" for text in (about_mistral, about_program) if text)
 
 
 def _types(recipe: dict[str, Any]) -> set[str]:
@@ -231,6 +251,26 @@ def _from_json(
     return rebuilt, recipe.get("added_tokens", []), padding
 
 
+def _from_vocabulary(file: Path, settings: Mapping[str, Any], made_by: str | None) -> tokenizers.Tokenizer:
+    """The tokenizer whose vocabulary is in a file and whose merges are in merges.txt beside it; a class says how text
+    is cut.
+
+    Raises:
+        UserError: the folder names none, or one that reads other files.
+    """
+    from tokenizers import models
+
+    if made_by not in OF_PARTS:
+        named = f"{made_by} of transformers does not read them" if made_by else "no class is named that reads them"
+        raise UserError(
+            f"tokenizer {file.parent}: vocab.json and merges.txt do not say how text is cut, and {named}; set "
+            "tokenizer_class in tokenizer_config.json to the one that they were made with, without a config.json that "
+            f"says otherwise; valid values: {', '.join(OF_PARTS)}"
+        )
+    vocabulary, merges = models.BPE.read_file(str(file), str(file.parent / "merges.txt"))
+    return of_class(made_by, vocabulary, merges, settings)
+
+
 def _added_tokens(
     behind: dict[str, Any], settings: Mapping[str, Any], legacy: bool, listed: list[dict[str, Any]]
 ) -> dict[int, tokenizers.AddedToken]:
@@ -259,7 +299,7 @@ def _extra(settings: Mapping[str, Any]) -> list[Any]:
 
 def _roles(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Special tokens with a role, those that every model can have first."""
-    return {key: settings[key] for key in NAMED if _content(settings.get(key))} | dict(settings.get(_OWN) or {})
+    return {key: settings[key] for key in NAMED if _content(settings.get(key))} | dict(settings.get(OWN) or {})
 
 
 def _add(built: tokenizers.Tokenizer, settings: Mapping[str, Any], added: dict[int, tokenizers.AddedToken]) -> None:

@@ -42,6 +42,8 @@ SPECIAL: Mapping[str, Mapping[str, str]] = {
     "Qwen3_5Tokenizer": _OF_QWEN,
 }
 """The classes of transformers whose steps are known here, with the special tokens of a folder that names none."""
+OF_PARTS = ("GPT2Tokenizer", "CodeGenTokenizer", "GPTNeoXTokenizer", "CohereTokenizer", "Qwen2Tokenizer")
+"""Those that read vocab.json and merges.txt; Qwen3_5Tokenizer finds nothing in them."""
 
 
 def of_class(

@@ -125,16 +125,16 @@ class HiddenStateTransfer:
                     names[0].append(_name(stream, piece, sample))
                 elif taken.data_ptr() != given.data_ptr():
                     taken.copy_(given)
-        whats = [*names[0], *names[1]]
+        descriptions = [*names[0], *names[1]]
         try:
             works = self._transport(sends, receives)
         except RuntimeError as error:
-            first, *rest = whats
+            first, *rest = descriptions
             what = f"{first} or one of {len(rest)} more" if rest else first
             self._say(what)
             raise _transfer_error(what, error) from error
         tensors = [tensor for tensor, _ in (*sends, *receives)]
-        return PendingTransfer(states, list(zip(works, tensors, whats, strict=True)), self._say)
+        return PendingTransfer(states, list(zip(works, tensors, descriptions, strict=True)), self._say)
 
     def _recv_buffer(self, stream: TensorStream, held: Mapping[int, Tensor], first_sample: int) -> dict[int, Tensor]:
         """Memory for what this rank needs of a stream: new, or the teacher's own where that is all of it."""

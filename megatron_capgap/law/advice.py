@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from megatron_capgap.law import cost
 from megatron_capgap.law.cells import SAME_SIZE
 from megatron_capgap.law.formatting import short
 from megatron_capgap.law.gaussian_process import Process
+from megatron_capgap.law.labels import Against, against
+from megatron_capgap.law.levels import losses
+from megatron_capgap.law.records import Record
 from megatron_capgap.law.verdict import DRAWS, minima, quantiles, span
 
 FAR = 1.25
@@ -38,6 +41,11 @@ class Candidate:
     """Of being the best candidate."""
     flops: float | None
     """Operations of distilling with it, where the tokens are known."""
+    losses: tuple[float, float, float]
+    """The student's loss, nats a token, on as many tokens as the data: the lower end of the interval, median, upper
+    end."""
+    against: Against | None = None
+    """Labels alone for the same operations; None where `Advice.labels` says why."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,8 @@ class Advice:
     outside: tuple[str, ...]
     """Names of larger teachers that lie outside of it."""
     warnings: tuple[str, ...]
+    labels: str | None = "not looked at"
+    """Why distilling cannot be compared with labels alone for the same operations; None where it can."""
 
 
 def advise(
@@ -95,6 +105,7 @@ def advise(
     regret = had - drawn.min(axis=1, keepdims=True)
     best = np.bincount(had.argmin(axis=1), minlength=len(inside)) / DRAWS
     ends = quantiles(regret)
+    lost = quantiles(losses(process, student, np.log(np.array(list(inside.values())) / student), DRAWS))
     candidates = [
         Candidate(
             name,
@@ -103,6 +114,7 @@ def advise(
             (float(ends[0, n]), float(ends[2, n])),
             float(best[n]),
             cost.distill_flops(student, size, tokens) if tokens else None,
+            (float(lost[0, n]), float(lost[1, n]), float(lost[2, n])),
         )
         for n, (name, size) in enumerate(inside.items())
     ]
@@ -111,6 +123,28 @@ def advise(
     warnings = _warnings(student, beyond, known, candidates[0], init)
     within = (float(low), float(high))
     return Advice(student, beyond, None, middle, (least, most), within, tuple(candidates), outside, tuple(warnings))
+
+
+def beside_labels(
+    advice: Advice, taught: Sequence[Record], everything: Sequence[Record], count: str, tokens: float | None = None
+) -> Advice:
+    """The advice with what labels alone would reach for the same operations, where the records tell.
+
+    Args:
+        advice: for a student.
+        taught: the runs that it comes from.
+        everything: all records, among which those on labels alone are.
+        count: how parameters are counted, one of `records.COUNTS`.
+        tokens: that the student is to be distilled on; as the runs were where None.
+    """
+    if advice.refusal is not None:
+        return advice
+    teachers = {each.name: each.teacher for each in advice.candidates}
+    found = against(taught, everything, count, advice.student, teachers, tokens)
+    if isinstance(found, str):
+        return replace(advice, labels=found)
+    told = tuple(replace(each, against=found[each.name]) for each in advice.candidates)
+    return replace(advice, candidates=told, labels=None)
 
 
 def _refused(student: float, beyond: float, reason: str, outside: tuple[str, ...] = ()) -> Advice:

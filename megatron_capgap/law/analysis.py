@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,12 +17,15 @@ from megatron_capgap.law.cells import Training
 from megatron_capgap.law.compare import Score
 from megatron_capgap.law.gaussian_process import Process
 from megatron_capgap.law.paper_reading import Reading
+from megatron_capgap.law.plan import Plan
 from megatron_capgap.law.records import Record, conditions
 from megatron_capgap.law.verdict import Finding
 
 DIGITS, DRAWN_DIGITS, CAUSE_DIGITS = 6, 3, 4
 """Significant digits in law.json; of what is drawn from the posterior, about what its draws can vouch for."""
 FEW_TEACHERS = 3
+ODD = 4.0
+"""Standard deviations beyond which a run is named."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,16 @@ class Analysis:
         return verdict.is_law(self.findings)
 
 
-def analyse(records: Sequence[Record], count: str, everything: Sequence[Record] = ()) -> Analysis:
+def analyse(
+    records: Sequence[Record], count: str, everything: Sequence[Record] = (), places: Mapping[Record, str] | None = None
+) -> Analysis:
     """Fits the model of all cells and gives the verdicts.
 
     Args:
         records: under one set of conditions, from `records.select`.
         count: how parameters are counted, one of `records.COUNTS`.
         everything: all records, for those of the same starts on labels alone.
+        places: file and line of the records, to name those that are odd.
 
     Raises:
         LawError: records that contradict each other.
@@ -62,7 +68,7 @@ def analyse(records: Sequence[Record], count: str, everything: Sequence[Record] 
     process = Process(cells.cells(records, count), np.random.default_rng(0))
     findings = verdict.findings(process)
     apart = causes.causes(records, everything, count)
-    remarks = _remarks(records, trainings, process, apart)
+    remarks = [*_odd(records, process, places or {}), *_remarks(records, trainings, process, apart)]
     alone = sum(not each.taught and each.init == records[0].init for each in everything)
     if records[0].taught and alone and not apart:
         remarks.append(
@@ -81,7 +87,9 @@ def compared(study: Analysis) -> list[Score]:
     return compare.scores(study.process.cells, losses)
 
 
-def as_json(study: Analysis, advice: Advice | None = None, scores: Sequence[Score] = ()) -> str:
+def as_json(
+    study: Analysis, advice: Advice | None = None, scores: Sequence[Score] = (), plan: Plan | None = None
+) -> str:
     """law.json: the same records give the same bytes."""
     content: dict[str, Any] = {
         "format": 2,
@@ -95,6 +103,7 @@ def as_json(study: Analysis, advice: Advice | None = None, scores: Sequence[Scor
         "teacher_noise": _rounded(float(study.process.teachers().std()), DRAWN_DIGITS),
         "teachers": [asdict(training) for training in study.trainings],
         "advice": _advice(advice) if advice else None,
+        "next": _plan(plan) if plan else None,
         "causes": [_cause(each) for each in study.causes],
         "models": [_rounded(asdict(score), DRAWN_DIGITS) for score in scores],
         "paper_reading": paper_reading.as_dict(study.reading),
@@ -139,12 +148,36 @@ def _advice(advice: Advice) -> dict[str, Any]:
     content = asdict(advice)
     for name in ("best", "interval", "within"):
         content[name] = _rounded(content[name], DRAWN_DIGITS)
-    drawn = ("regret", "interval", "probability")
+    drawn = ("regret", "interval", "probability", "against")
     content["candidates"] = [
         {name: _rounded(value, DRAWN_DIGITS) if name in drawn else value for name, value in each.items()}
         for each in content["candidates"]
     ]
     return content
+
+
+def _plan(plan: Plan) -> dict[str, Any]:
+    steps = [
+        {
+            "flops": step.flops,
+            "gain": _rounded(step.gain, DRAWN_DIGITS),
+            "new_trainings": len(step.trained),
+            "runs": [
+                {
+                    "student_params": run.student,
+                    "teacher": run.teacher.name,
+                    "teacher_params": run.teacher.size,
+                    "teacher_seed": run.teacher_seed,
+                    "new_training": run.training >= plan.known,
+                    "seed": run.seed,
+                }
+                for run in step.runs
+            ],
+        }
+        for step in plan.steps
+    ]
+    regrets = _rounded({"regret": plan.regret, "regret_then": plan.then}, DRAWN_DIGITS)
+    return {"budget": plan.budget, "flops": plan.flops, **regrets, "considered": plan.considered, "steps": steps}
 
 
 def _remarks(
@@ -191,6 +224,22 @@ def _remarks(
         found.append(
             f"{len(process.cells.students())} student(s); the word law needs interior optima of {verdict.STUDENTS}"
         )
+    return found
+
+
+def _odd(records: Sequence[Record], process: Process, places: Mapping[Record, str]) -> list[str]:
+    """Runs that all others make very unlikely. An odd run widens the noise that it is measured by, so that fewer than
+    some 20 runs cannot show one."""
+    found = []
+    for record, miss, sd in zip(records, *process.left_out(), strict=True):
+        if abs(miss) > ODD * sd and abs(miss) > verdict.MATTERS:
+            line = places.get(record, "").rpartition("/")[2]
+            named, side = f" ({line})" * bool(line), "above" if miss > 0 else "below"
+            found.append(
+                f"run of student {record.student_params:,} under teacher {record.teacher_params:,}, seed {record.seed}"
+                f"{named}: its loss of {record.valid_loss:.4f} is {abs(miss):.4f} nats {side} what all other runs "
+                f"expect, {abs(miss) / sd:.1f} standard deviations; check that run, or leave it out"
+            )
     return found
 
 

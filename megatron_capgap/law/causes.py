@@ -55,15 +55,11 @@ def causes(taught: Sequence[Record], everything: Sequence[Record], count: str) -
         everything: all records, among which the counterparts are.
         count: how parameters are counted, one of `records.COUNTS`.
     """
-    if not taught[0].taught:
-        return []
-    alone = {_start(each): each for each in everything if not each.taught and _shared(each) == _shared(taught[0])}
-    pairs = [(each, alone[_start(each)]) for each in taught if _start(each) in alone]
+    pairs = counterparts(taught, everything)
     if not pairs:
         return []
     random = np.random.default_rng(0)
-    gains = [replace(one, valid_loss=other.valid_loss - one.valid_loss) for one, other in pairs]
-    teaching = Process(cells(gains, count), random)
+    teaching = gained(pairs, count, random)
     start = None
     if taught[0].init.startswith("pruned"):
         start = Process(cells([replace(one, valid_loss=other.valid_loss) for one, other in pairs], count), random)
@@ -79,6 +75,21 @@ def causes(taught: Sequence[Record], everything: Sequence[Record], count: str) -
     return found
 
 
+def counterparts(taught: Sequence[Record], everything: Sequence[Record]) -> list[tuple[Record, Record]]:
+    """The taught runs that have one on labels alone with the same start, seed and tokens, each with that."""
+    if not taught[0].taught:
+        return []
+    alone = {begun(each): each for each in everything if not each.taught and _shared(each) == _shared(taught[0])}
+    return [(each, alone[begun(each)]) for each in taught if begun(each) in alone]
+
+
+def gained(pairs: Sequence[tuple[Record, Record]], count: str, random: np.random.Generator) -> Process:
+    """The model of the loss on labels alone minus that taught."""
+    return Process(
+        cells([replace(one, valid_loss=other.valid_loss - one.valid_loss) for one, other in pairs], count), random
+    )
+
+
 def _curve(process: Process, student: float, ratios: Array) -> Array:
     return quantiles(levelled(process, student, ratios, process.curves(student, ratios, DRAWS)))
 
@@ -87,7 +98,7 @@ def _shared(record: Record) -> tuple[object, ...]:
     return tuple(getattr(record, name) for name in SHARED)
 
 
-def _start(record: Record) -> tuple[object, ...]:
+def begun(record: Record) -> tuple[object, ...]:
     """Equal for runs that begin with the same weights and read the same text."""
     student = (record.student_params, record.student_params_total, record.seed)
     if not record.init.startswith("pruned"):

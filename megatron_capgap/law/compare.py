@@ -1,7 +1,8 @@
 """Which model predicts students it has not seen: the model of all cells beside laws with few numbers.
 
-Each is fitted without one student and asked for that student's losses and best teacher, for every student in turn; and
-fitted to the smaller half of the students and asked for the larger.
+Each is fitted without one student and asked for that student's losses and best teacher, for every student in turn;
+fitted to the smaller half of the students and asked for the larger; and fitted without one size of teachers and asked
+for the losses of their students, for every size in turn.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ MILLION = 1e6
 Model = Callable[[Cells, Array, Cells, Array], Array]
 """From runs with the teachers' own losses `[n]`, and other runs with theirs `[m]`, to the losses of these `[m]`; those
 that they have are not looked at."""
-LEAST_STUDENTS = 3
+LEAST_STUDENTS = LEAST_TEACHERS = 3
 RULES = (2.5, 1.5)
 
 
@@ -36,6 +37,9 @@ class Score:
     """The largest of these regrets."""
     small_to_large: float | None
     """The error where the larger half of the students is foretold from the smaller."""
+    teacher_out: float | None
+    """The error where each size of teachers is foretold from the others, for students that had others; None for rules,
+    and where there are fewer than LEAST_TEACHERS sizes."""
 
 
 def scores(cells: Cells, losses: Array | None) -> list[Score]:
@@ -67,32 +71,45 @@ def scores(cells: Cells, losses: Array | None) -> list[Score]:
         smaller = cells.student <= students[(len(students) - 1) // 2]
         ahead = foretold(smaller) - cells.loss[~smaller]
         one_out = _rms(np.concatenate(errors))
-        found.append(Score(name, one_out, float(np.mean(regrets)), float(np.max(regrets)), _rms(ahead)))
+        without = _teachers_out(cells, foretold)
+        found.append(Score(name, one_out, float(np.mean(regrets)), float(np.max(regrets)), _rms(ahead), without))
     for k in RULES:
         chosen = [cells.chosen(cells.student == student) for student in students]
         regrets = [_regret(mine, np.abs(np.log(mine.teacher / (k * mine.student)))) for mine in chosen]
-        found.append(Score(f"rule T = {k:g} S", None, float(np.mean(regrets)), float(np.max(regrets)), None))
+        found.append(Score(f"rule T = {k:g} S", None, float(np.mean(regrets)), float(np.max(regrets)), None, None))
     return found
 
 
+def _teachers_out(cells: Cells, foretold: Callable[[Mask], Array]) -> float | None:
+    """The error over all sizes of teachers, each foretold from the others."""
+    sizes = np.unique(cells.teacher)
+    if len(sizes) < LEAST_TEACHERS:
+        return None
+    errors = []
+    for size in sizes:
+        mine = cells.teacher == size
+        elsewhere = np.isin(cells.student, cells.student[~mine])[mine]
+        errors.append((foretold(~mine) - cells.loss[mine])[elsewhere])
+    return _rms(np.concatenate(errors))
+
+
 def all_cells(known: Cells, losses: Array, new: Cells, new_losses: Array) -> Array:
-    """The model of all cells; a new student's level follows those of the known ones, a line in log S."""
+    """The model of all cells; the level of a student that is not known follows those of the known ones, a line in
+    log S. Of a training that is not known, its own loss is what is told."""
     process = Process(known, np.random.default_rng(0))
     luck = process.teachers()
-    sizes = known.students()
-    levels = []
-    for student in sizes:
+    levels = {}
+    for student in known.students():
         mine = known.student == student
         curve = process.mean(student, process.d[mine])
-        levels.append(float(np.mean(known.loss[mine] - curve - luck[known.training[mine]])))
-    line = np.polyfit(np.log(sizes), levels, 1 if len(sizes) > 1 else 0)
-    of_training = dict(zip(known.training.tolist(), luck[known.training].tolist(), strict=True))
-    found = np.zeros(len(new))
+        levels[student] = float(np.mean(known.loss[mine] - curve - luck[known.training[mine]]))
+    line = np.polyfit(np.log(list(levels)), list(levels.values()), 1 if len(levels) > 1 else 0)
+    found = process.effects(new.training, new.quality)
     for student in new.students():
         mine = new.student == student
         curve = process.mean(student, np.log(new.teacher[mine] / student))
-        found[mine] = np.polyval(line, np.log(student)) + curve
-    return found + [of_training.get(training, 0.0) for training in new.training.tolist()]
+        found[mine] += levels.get(student, np.polyval(line, np.log(student))) + curve
+    return found
 
 
 def five_numbers(known: Cells, losses: Array, new: Cells, new_losses: Array) -> Array:

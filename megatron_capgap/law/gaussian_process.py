@@ -15,6 +15,7 @@ Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, equations
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -97,7 +98,7 @@ class Process:
             solved = linalg.solve_triangular(factor, cross.T, lower=True)
             mean = solved.T @ linalg.solve_triangular(factor, self._y, lower=True)
             spread = own - solved.T @ solved
-            root = _root(spread)
+            root = root_of(spread)
             found.append(mean + self.random.standard_normal((number, len(ratios))) @ root.T)
         return np.concatenate(found)
 
@@ -108,16 +109,55 @@ class Process:
         means = [_shape(h, across) @ each for h, each in zip(self.draws, solved, strict=True)]
         return np.mean(means, axis=0)
 
+    def moments(self, number: int, curves: Sequence[tuple[float, Array]], runs: Cells) -> tuple[Array, Array]:
+        """Mean `[m + c]` and covariance of points of curves, up to a level each, and of the losses of runs that have
+        not been made, their noise included, less the mean of the known losses.
+
+        Args:
+            number: of the draw of the scales.
+            curves: student and log(T / S) of the points, m in all.
+            runs: c of them, whose losses are not looked at; a curve or training that the cells have not is a new one.
+        """
+        h, factor = self.draws[number], self._factors[number]
+        d = np.concatenate([*(ratios for _, ratios in curves), np.log(runs.teacher / runs.student)])
+        z = [np.full(len(ratios), np.log(student)) for student, ratios in curves]
+        z, none = np.concatenate([*z, np.log(runs.student)]), np.full(len(d) - len(runs), -1)
+        curve, training = (np.append(none, each) for each in (runs.curve, runs.training))
+        quality = np.append(np.zeros(len(none)), runs.quality)
+
+        def covariance(parts: Parts, curves: Numbers, trainings: Numbers, qualities: Array) -> Array:
+            levels = LEVEL_SD**2 * _same(curve, curves) * (curve >= 0)[:, None]
+            luck = np.exp(h[4]) ** 2 * _same(training, trainings) * (training >= 0)[:, None]
+            return _shape(h, parts) + levels + luck + BETA_SD**2 * np.outer(quality, qualities)
+
+        known = self.cells
+        cross = covariance(_parts(d, z, self.d, self.z), known.curve, known.training, known.quality)
+        own = covariance(_parts(d, z, d, z), curve, training, quality)
+        own += np.diag(np.where(curve >= 0, np.exp(h[5]) ** 2 + JITTER, 0.0))
+        solved = linalg.solve_triangular(factor, cross.T, lower=True)
+        mean = solved.T @ linalg.solve_triangular(factor, self._y, lower=True)
+        return mean, own - solved.T @ solved
+
     def teachers(self) -> Array:
         """What each training of a teacher adds to its students' losses beyond its size: the effect of its own loss and
         its luck, nats a token, by the mode of the scales; in the order of `cells.training` `[trainings]`."""
-        e = np.exp(self.mode)
         which = np.arange(self.cells.training.max() + 1)
         quality = np.zeros(len(which))
         quality[self.cells.training] = self.cells.quality
+        return self.effects(which, quality)
+
+    def effects(self, which: Numbers, quality: Array) -> Array:
+        """The same for trainings by their numbers, which the cells may not have, and the qualities of these `[n]`."""
         cross = BETA_SD**2 * np.outer(quality, self.cells.quality)
-        cross += e[NAMES.index("luck")] ** 2 * _same(which, self.cells.training)
+        cross += np.exp(2 * self.mode[NAMES.index("luck")]) * _same(which, self.cells.training)
         return cross @ linalg.cho_solve((self._factor(self.mode), True), self._y)
+
+    def left_out(self) -> tuple[Array, Array]:
+        """How far each loss lies from what all other runs expect, and the standard deviation of that, nats a token, by
+        the mode of the scales `[n]`. Rasmussen and Williams, equation 5.12."""
+        inverse = linalg.cho_solve((self._factor(self.mode), True), np.eye(len(self.cells)))
+        sd = np.diag(inverse) ** -0.5
+        return inverse @ self._y * sd**2, sd
 
     def _matrix(self, h: Array) -> Array:
         e = np.exp(h)
@@ -233,7 +273,7 @@ def _terms(h: Array, parts: Parts) -> tuple[Array, Array, Array]:
     return shared**2 * smooth, drifting, own**2 * parts.same * (OWN_BEND * smooth + parts.product)
 
 
-def _root(spread: Array) -> Array:
+def root_of(spread: Array) -> Array:
     """The Cholesky factor of a covariance that is singular but for rounding. Unlike eigenvectors it is unique, so that
     equal numbers draw equal curves on every machine."""
     return linalg.cholesky(spread + ROOT_JITTER * np.trace(spread) / len(spread) * np.eye(len(spread)), lower=True)

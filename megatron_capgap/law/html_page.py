@@ -13,11 +13,12 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; m
   padding: 0 1rem; }
 h1, h2 { line-height: 1.2; }
 img { max-width: 100%; height: auto; display: block; margin: 1rem 0; }
-table { border-collapse: collapse; display: block; overflow-x: auto; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid #ccc; padding: 0.25rem 0.75rem; text-align: left;
+table { border-collapse: collapse; display: block; overflow-x: auto; font-size: 0.875rem;
+  font-variant-numeric: tabular-nums; }
+th, td { border-bottom: 1px solid #ccc; padding: 0.25rem 0.45rem; text-align: left;
   white-space: nowrap; }
 th { border-bottom: 2px solid #666; }
-@media print { body { font-size: 11px; max-width: none; margin: 0; } img { max-width: 70%; } h2, img, table, tr
+@media print { body, table { font-size: 11px; max-width: none; margin: 0; } img { max-width: 70%; } h2, img, table, tr
   { break-inside: avoid; } h2 { break-after: avoid; } }
 """
 

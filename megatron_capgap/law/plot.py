@@ -29,6 +29,8 @@ VERDICTS = {
     NOT_DETECTED: (COLOURS[6], "x"),
 }
 DPI = 200
+NAMED = 12
+"""Up to so many teachers of a catalogue are all named; of more, those that no cheaper one beats."""
 
 
 def curse(study: Analysis, path: Path) -> None:
@@ -151,6 +153,40 @@ def compute(study: Analysis, path: Path) -> None:
     axes.set_xlabel("compute of the distillation, FLOPs (mark grows with the teacher)")
     axes.set_ylabel("student's validation loss, nats a token")
     _legend(axes, None)
+    _save(figure, path)
+
+
+def price(advice: Advice, path: Path) -> None:
+    """Loss against the operations of distilling, for each teacher that can be had, with its interval; what labels alone
+    reach for the same operations, where that is known."""
+    figure, axes = _figure()
+    told = sorted((each for each in advice.candidates if each.flops), key=lambda each: each.flops)
+    best = advice.candidates[0].name
+    for each in told:
+        low, middle, high = each.losses
+        colour, marker, size = (COLOURS[1], "*", 13) if each.name == best else (COLOURS[0], "o", 6)
+        look = {"fmt": marker, "color": colour, "markersize": size, "capsize": 4, "linewidth": 1.4}
+        axes.errorbar(each.flops, middle, _bars(middle, (low, high)), **look)
+    if any(each.against for each in told):
+        known = [(each.flops, each.losses[1] + each.against.gain[1]) for each in told if each.against]
+        axes.plot(*zip(*known, strict=True), "--", marker="x", color="black", linewidth=1.2, label="labels alone")
+    cheapest = pareto([(each.flops, each.losses[1]) for each in told])
+    frontier = [each for each in told if (each.flops, each.losses[1]) in cheapest or each.name == best]
+    above = 0
+    for number, each in enumerate(told):
+        if each in frontier or len(told) <= NAMED:
+            above = number % 2
+            offset = (0, 8 if above else -8)
+            place = {"textcoords": "offset points", "ha": "center", "va": "bottom" if above else "top"}
+            end = each.losses[2] if above else each.losses[0]
+            axes.annotate(each.name, (each.flops, end), xytext=offset, fontsize=8, **place)
+    axes.errorbar([], [], [], fmt="*", color=COLOURS[1], markersize=10, label="least expected regret")
+    axes.errorbar([], [], [], fmt="o", color=COLOURS[0], markersize=6, capsize=4, label="other teachers")
+    axes.set_xscale("log")
+    axes.margins(0.12, 0.2)
+    axes.set_xlabel("price: FLOPs of student and teacher in distilling")
+    axes.set_ylabel(f"student's validation loss, nats a token, {_percent()} interval")
+    _legend(axes, f"student of {short(advice.student)}")
     _save(figure, path)
 
 

@@ -11,13 +11,14 @@ out or averaged in silence.
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+from megatron_capgap.law.files import LawError, read_file
 
 COUNTS = ("non-embedding", "total")
 CONDITIONS = ("family", "init", "taught", "objective", "tokens", "valid_tokens", "tokenizer")
@@ -43,14 +44,11 @@ UNITS = {
     "taught": "false where the student saw labels alone",
 }
 """Units of the fields, as --help has them; `Record` says more."""
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
+EVERY = "*"
+"""In a rename: all names that begin alike."""
 MOST_LOSS = 16.0
 """Nats a token: what guessing among nine million tokens would have. A larger loss is of a run gone wrong, or in another
 unit."""
-
-
-class LawError(ValueError):
-    """Records that no law can be drawn from, or a grid that is none. The message is one line with place and fix."""
 
 
 @dataclass(frozen=True)
@@ -127,11 +125,17 @@ def read(paths: Sequence[str | Path], names: Mapping[str, str] | None = None) ->
     Raises:
         LawError: the first thing that is wrong.
     """
+    return list(located(paths, names))
+
+
+def located(paths: Sequence[str | Path], names: Mapping[str, str] | None = None) -> dict[Record, str]:
+    """What `read` reads, in its order, with the file and line of each."""
     names = names or {}
-    for wrong in set(names.values()) - set(_ALL):
+    for wrong in set(names.values()) - set(_ALL) - {EVERY}:
         raise LawError(f"--rename: {wrong} is no field of a record; valid values: {', '.join(_ALL)}")
-    contents = [each for path in paths for each in _read_file(Path(path))]
+    contents = [each for path in paths for each in read_file(Path(path), _REQUIRED)]
     present = {name for _, content, _ in contents for name in content}
+    names = _spelled_out(names, present)
     for wrong in set(names) - present:
         raise LawError(
             f"--rename {wrong}={names[wrong]}: no record has {wrong!r}; there are {', '.join(sorted(present))}"
@@ -147,7 +151,28 @@ def read(paths: Sequence[str | Path], names: Mapping[str, str] | None = None) ->
         raise LawError(f"{', '.join(map(str, paths))}: no records; give the records of distill runs")
     _refuse_duplicates(found)
     _refuse_mixed_counts(found)
-    return sorted((record for _, record in found), key=_order)
+    return {record: place for place, record in sorted(found, key=lambda each: _order(each[1]))}
+
+
+def _spelled_out(names: Mapping[str, str], present: set[str]) -> dict[str, str]:
+    """With `config.*=*` as what it stands for: config.NAME is NAME, for every field NAME that is there."""
+    found = {}
+    for name, field in names.items():
+        if field == EVERY and name.endswith(EVERY):
+            prefix = name.removesuffix(EVERY)
+            inside = {each: each.removeprefix(prefix) for each in present if each.startswith(prefix)}
+            told = {each: end for each, end in inside.items() if end in _ALL and each not in names}
+            if not told:
+                raise LawError(
+                    f"--rename {name}={field}: no field of a record begins with {prefix!r} in the files; there are "
+                    f"{', '.join(sorted(present))}"
+                )
+            found |= told
+        elif field == EVERY:
+            raise LawError(f"--rename {name}={field}: {EVERY} on one side alone; PREFIX.*=* would do")
+        else:
+            found[name] = field
+    return found
 
 
 def schema() -> str:
@@ -193,62 +218,6 @@ def conditions(records: Sequence[Record]) -> dict[str, Any]:
     return {name: getattr(records[0], name) for name in CONDITIONS}
 
 
-def _read_file(path: Path) -> list[tuple[str, dict[str, Any], bool]]:
-    """What stands in a file, with its places, and whether values are text still."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise LawError(f"{path}: cannot be read ({reason}); give a .jsonl, .csv or .tsv file of records") from None
-    if path.suffix.lower() in DELIMITERS:
-        return [(place, row, True) for place, row in _rows(path, text)]
-    numbered = [(f"{path}:{number}", line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-    return [(place, _object(place, line), False) for place, line in numbered]
-
-
-def _rows(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
-    """The rows of a table by column; empty cells are left out."""
-    rows = csv.reader(text.splitlines(keepends=True), delimiter=DELIMITERS[path.suffix.lower()], strict=True)
-    found, columns = [], None
-    try:
-        for row in rows:
-            place = f"{path}:{rows.line_num}"
-            if columns is None:
-                columns = row
-                if twice := sorted({name for name in row if row.count(name) > 1 and name}):
-                    raise LawError(f"{place}: two columns are called {twice[0]!r}; rename or remove one")
-                if len(row) == 1 and ";" in row[0]:
-                    raise LawError(f"{place}: columns are separated by ;, not by commas; save the table with commas")
-            elif len(row) > len(columns):
-                raise LawError(f"{place}: {len(row)} cells under {len(columns)} columns; quote cells that hold commas")
-            elif any(row):
-                cells = zip(columns, row, strict=False)
-                found.append((place, {name: cell for name, cell in cells if cell != ""}))
-    except csv.Error as error:
-        raise LawError(f"{path}:{rows.line_num}: not a table ({error}); quote cells that hold quotes") from None
-    return found
-
-
-def _object(place: str, line: str) -> dict[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        content = dict(pairs)
-        if len(content) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise LawError(f"{place}: {twice!r} stands there twice; keep one")
-        return content
-
-    try:
-        content = json.loads(line, object_pairs_hook=once)
-    except ValueError as error:
-        if isinstance(error, LawError):
-            raise
-        raise LawError(f"{place}: not JSON ({error}); a .jsonl file has one whole record a line") from None
-    if not isinstance(content, dict):
-        raise LawError(f"{place}: {line[:40]} is no record; an object with {', '.join(_REQUIRED)} would do")
-    return content
-
-
 def _plain(kind: str, cell: Any) -> Any:
     """A cell of a table as JSON would have it, by the kind of its field; as it is where it is no such thing."""
     if kind == "bool":
@@ -266,7 +235,12 @@ def _parse(place: str, content: Mapping[str, Any], text: bool) -> Record:
     if missing:
         raise LawError(f"{place}: {', '.join(missing)} missing; write the run's record anew or remove the line")
     told = {name: content[name] for name in _ALL if content.get(name) is not None}
-    values = {name: _value(place, name, _plain(_ALL[name], told[name]) if text else told[name]) for name in told}
+    values = {
+        name: _value(
+            place, name, _plain(_ALL[name], told[name]) if text and isinstance(told[name], str) else told[name]
+        )
+        for name in told
+    }
     for whose in ("student", "teacher"):
         inner, total = values[f"{whose}_params"], values[f"{whose}_params_total"]
         if inner > total:

@@ -9,7 +9,9 @@ from megatron_capgap.law.advice import Advice, Candidate
 from megatron_capgap.law.analysis import Analysis
 from megatron_capgap.law.compare import Score
 from megatron_capgap.law.formatting import formula, short
+from megatron_capgap.law.labels import Against
 from megatron_capgap.law.paper_reading import Reading
+from megatron_capgap.law.plan import LEAST, Plan, Step
 from megatron_capgap.law.records import conditions
 from megatron_capgap.law.verdict import FLAT, INTERIOR, SATURATING, SMALLEST
 
@@ -29,6 +31,7 @@ def write(
     scores: Sequence[Score] = (),
     mfu: float = cost.MFU,
     peak: float = cost.GPU_PEAK,
+    plan: Plan | None = None,
 ) -> str:
     """The report as Markdown.
 
@@ -38,10 +41,13 @@ def write(
         scores: how well models foretell unseen students, where that was asked for.
         mfu: share of the GPU's peak that GPU-hours assume.
         peak: that peak, operations a second.
+        plan: what to run next, where that was asked for.
     """
     parts = ["# Which teacher: what these runs say"]
     if advice is not None:
         parts += [_advice(advice, mfu, peak)]
+    if plan is not None:
+        parts.append(_plan(plan))
     parts += [_summary(study), "![loss against teacher size](curse.png)", _students(study)]
     parts.append("![where the best teacher is](optimum.png)")
     if study.causes:
@@ -53,6 +59,74 @@ def write(
     parts.append("## Limits of these runs\n\n" + ("\n".join(f"- {text}" for text in study.remarks) or "None found."))
     parts.append(_conditions(study))
     return "\n\n".join(parts) + "\n"
+
+
+def at_equal_flops(advice: Advice) -> str:
+    """Whether to distil at all, in one line."""
+    first = advice.candidates[0]
+    if first.against is None:
+        return f"distil, or train on labels alone for the same FLOPs: these runs cannot tell, for {advice.labels}"
+    best = max(advice.candidates, key=lambda each: each.against.gain[1] if each.against else 0.0)
+    assert best.against is not None
+    if first.against.gain[1] > 0:
+        return f"distil: with {first.name} {_beats(first.against)}"
+    if best.against.gain[1] > 0:
+        return (
+            f"do not distil with {first.name}: {_beats(first.against)}; distil with {best.name}: {_beats(best.against)}"
+        )
+    return f"do not distil: even with {best.name} {_beats(best.against)}"
+
+
+def _beats(against: Against) -> str:
+    low, middle, high = against.gain
+    side, probability = ("lower", against.probability) if middle > 0 else ("higher", 1 - against.probability)
+    ends = (low, high) if middle > 0 else (-high, -low)
+    return (
+        f"the student ends {abs(middle):.4f} nats ({ends[0]:.4f} to {ends[1]:.4f}) {side} than on labels alone for the "
+        f"same FLOPs, which are {against.times:.2f} times the tokens; probability {probability:.2f}"
+    )
+
+
+def plan_table(plan: Plan) -> str:
+    """What to run next, a line for each step."""
+    if not plan.steps:
+        return (
+            f"what to run next: none of {plan.considered} steps within {plan.budget:.3g} FLOPs is expected to gain "
+            f"{LEAST:g} nats a token; the expected regret of the recommendation is {plan.regret:.5f}"
+        )
+    lines = [
+        f"what to run next, within {plan.budget:.3g} FLOPs: the expected regret of the recommendation, "
+        f"{plan.regret:.5f} nats a token, falls to {plan.then:.5f} with {plan.flops:.3g} FLOPs",
+        "   FLOPs     gain  cells",
+    ]
+    return "\n".join([*lines, *(f"{step.flops:8.2e}  {step.gain:.5f}  {_cells(plan, step)}" for step in plan.steps)])
+
+
+def _plan(plan: Plan) -> str:
+    first, *rows = plan_table(plan).splitlines()
+    lines = ["## What to run next", "", f"{first[0].upper()}{first[1:]}."]
+    if rows:
+        told = [f"| {step.flops:.3g} | {step.gain:.5f} | {_cells(plan, step)} |" for step in plan.steps]
+        lines += ["", "| FLOPs | gain, nats a token | cells |", "|---|---|---|", *told]
+        lines += [
+            "",
+            "Gain: by how much these runs are expected to lower the expected regret of the recommendation, on top of "
+            "the rows above, by simulation of their losses from the posterior. FLOPs: of distilling, and of the "
+            "teachers that must be trained first. The largest gain for each operation comes first.",
+        ]
+    return "\n".join(lines)
+
+
+def _cells(plan: Plan, step: Step) -> str:
+    """The runs of a step in words, those of one teacher and seed together."""
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for run in step.runs:
+        training = "another training" if run.training >= plan.known else ""
+        if not training and run.teacher_seed is not None:
+            training = f"training {run.teacher_seed}"
+        key = (" ".join(filter(None, (run.teacher.name, training))), run.seed)
+        groups.setdefault(key, []).append(short(run.student))
+    return "; ".join(f"{', '.join(names)} under {teacher}, seed {seed}" for (teacher, seed), names in groups.items())
 
 
 def headline(study: Analysis) -> str:
@@ -72,8 +146,9 @@ def _summary(study: Analysis) -> str:
     said = headline(study)
     word, _, rest = said.partition(": ")
     return (
-        f"## Verdict\n\n**{word[0].upper()}{word[1:]}.** {rest[0].upper()}{rest[1:]}. A verdict needs a probability of "
-        f"{verdict.SURE:.1f}, the word law {verdict.STUDENTS} students with a best teacher inside the grid."
+        f"## Verdict\n\n**{word[0].upper()}{word[1:]}.** {rest[0].upper()}{rest[1:]}. A best teacher "
+        f"inside the grid needs a probability of {verdict.SURE:g}, a curve that only rises or falls one of "
+        f"{verdict.SURE_ONE_WAY:g}, and the word law {verdict.STUDENTS} students with a best teacher inside the grid."
     )
 
 
@@ -154,11 +229,11 @@ def _scores(scores: Sequence[Score]) -> str:
     lines = [
         "## Which model foretells students it has not seen",
         "",
-        "| model | error | regret | worst regret | small to large |",
-        "|---" * 5 + "|",
+        "| model | error | regret | worst regret | small to large | teacher left out |",
+        "|---" * 6 + "|",
     ]
     for each in scores:
-        numbers = (each.error, each.regret, each.worst, each.small_to_large)
+        numbers = (each.error, each.regret, each.worst, each.small_to_large, each.teacher_out)
         lines.append(f"| {each.model} | {' | '.join('-' if x is None else f'{x:.4f}' for x in numbers)} |")
     first, *others = (each for each in scores if each.error is not None)
     if better := [each.model for each in others if each.error < first.error]:
@@ -167,7 +242,9 @@ def _scores(scores: Sequence[Score]) -> str:
         "",
         "Nats a token. Error: of the losses of a student that the model was not fitted to, each student in turn. "
         "Regret: what that student would lose by the teacher that the model picks of those tried. Small to large: the "
-        "error for the larger half of the students, from the smaller.",
+        "error for the larger half of the students, from the smaller. Teacher left out: the error for the students of "
+        "a size of teachers that the model was not fitted to, each size in turn; the smallest and the largest lie "
+        "beyond what it was fitted to.",
     ]
     return "\n".join(lines)
 
@@ -212,7 +289,9 @@ def _advice(advice: Advice, mfu: float, peak: float) -> str:
     assert advice.best is not None and advice.interval is not None and advice.within is not None
     first = advice.candidates[0]
     low, high = advice.interval
+    said = at_equal_flops(advice)
     lines = [
+        f"**{said[0].upper()}{said[1:]}.**\n",
         *(f"**Warning:** {text}.\n" for text in advice.warnings),
         f"**{first.name}** ({short(first.teacher)}): expected regret {first.regret:.4f} nats a token "
         f"({first.interval[0]:.4f} to {first.interval[1]:.4f}). Between {short(advice.within[0])} and "
@@ -220,14 +299,18 @@ def _advice(advice: Advice, mfu: float, peak: float) -> str:
         f"({short(low)} to {short(high)}). The teacher must share the student's tokenizer, and "
         "the weights of divergence and cross-entropy were not tuned for each teacher.",
         "",
-        "| teacher | parameters | T/S | regret | interval | P(best) | FLOPs | GPU-hours |",
-        "|---" * 8 + "|",
+        "| teacher | parameters | T/S | regret | interval | P(best) | loss | above labels | FLOPs | GPU-hours |",
+        "|---" * 10 + "|",
         *(_candidate(advice, each, mfu, peak) for each in advice.candidates[:SHOWN_CANDIDATES]),
         "",
-        "Regret: loss above that of the best teacher of that range, nats a token. Price: 6 operations a token for each "
-        f"student parameter, 2 for each teacher parameter; one GPU at {100 * mfu:.0f}% of {peak / 1e12:.0f} TFLOP/s.",
+        "Regret: loss above that of the best teacher of that range, nats a token. Loss: on as many tokens as these "
+        "runs. Above labels: the loss above that on labels alone for the same FLOPs; below 0 distilling wins. Price: 6 "
+        "operations a token for each student parameter, 2 for each teacher parameter; one GPU at "
+        f"{100 * mfu:.0f}% of {peak / 1e12:.0f} TFLOP/s.",
     ]
+    lines += ["", "![price and loss](price.png)"]
     if advice.outside:
+        lines.append("")
         shown = ", ".join(advice.outside[:SHOWN_CANDIDATES])
         more = f" and {len(advice.outside) - SHOWN_CANDIDATES} more" * (len(advice.outside) > SHOWN_CANDIDATES)
         lines.append(f"At sizes or ratios that were not tried: {shown}{more}.")
@@ -245,6 +328,8 @@ def _candidate(advice: Advice, each: Candidate, mfu: float, peak: float) -> str:
         f"{each.regret:.4f}",
         f"{each.interval[0]:.4f} to {each.interval[1]:.4f}",
         f"{each.probability:.2f}",
+        f"{each.losses[1]:.4f}",
+        "-" if each.against is None else f"{-each.against.gain[1]:+.4f}",
         *price,
     ]
     return f"| {' | '.join(cells)} |"

@@ -94,7 +94,7 @@ def expand(grid: Any) -> Sweep:
         LawError: a key that is missing, unknown or of the wrong kind, a name that the grid does not have.
     """
     _check(grid)
-    grid, trainings = _trained_apart(grid)
+    grid, trainings = trained_apart(grid)
     cells: dict[str, SweepRun] = {}
     for name, teacher in grid["teachers"].items():
         if teacher.get("checkpoint") is None:
@@ -137,7 +137,7 @@ def _row(
                     yield _student(grid, name, student, nominal, seed, begun, **_LABELS_ALONE)
 
 
-def _trained_apart(grid: dict[str, Any]) -> tuple[dict[str, Any], dict[str, list[str]]]:
+def trained_apart(grid: dict[str, Any]) -> tuple[dict[str, Any], dict[str, list[str]]]:
     """The grid with every training of a teacher as a teacher of its own, and the names of these by teacher."""
     teachers, names = {}, {}
     for name, entry in grid["teachers"].items():

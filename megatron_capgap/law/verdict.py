@@ -14,8 +14,10 @@ LEVEL = 0.9
 """Share of the posterior that an interval holds."""
 MATTERS = 0.002
 """Nats a token. A smaller rise or fall counts as none: another seed changes as much."""
-SURE = 0.9
-"""Probability from which on a verdict is given."""
+SURE, SURE_ONE_WAY = 0.9, 0.95
+"""Probability from which on an interior optimum is told, and a curve that only falls or only rises. The prior holds
+that all teachers are alike to be next to impossible: where they are, the luck of few trainings lies along a rise or
+a fall, and each of the two would pass 0.9 in up to a tenth of all grids. An interior optimum needs both."""
 STUDENTS = 3
 """The word law needs interior optima of so many students."""
 POINTS = 41
@@ -33,7 +35,8 @@ class Finding:
     """Parameters."""
     verdict: str
     """interior: the loss falls by MATTERS or more towards larger teachers and rises by as much again; smallest: it only
-    rises; saturating: it falls and does not rise again; not detected: none of these has probability SURE."""
+    rises; saturating: it falls and does not rise again; not detected: none of these is as probable as SURE
+    or SURE_ONE_WAY asks."""
     probability: float
     """Of the verdict; for `not detected`, that of an interior optimum."""
     probabilities: dict[str, float]
@@ -72,7 +75,7 @@ def finding(process: Process, student: float) -> Finding:
         FLAT: several * float(np.mean(~falls & ~rises)),
     }
     likely = max((INTERIOR, SMALLEST, SATURATING), key=shares.__getitem__)
-    verdict = likely if shares[likely] >= SURE else NOT_DETECTED
+    verdict = likely if shares[likely] >= (SURE if likely == INTERIOR else SURE_ONE_WAY) else NOT_DETECTED
     grid = student * np.exp(ratios)
     low, middle, high = (student * np.exp(quantiles(minima(ratios, drawn)))).tolist()
     return Finding(

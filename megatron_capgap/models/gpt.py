@@ -68,6 +68,7 @@ def transformer_config(
     traits = ARCHITECTURES[shape.family]
     return TransformerConfig(
         **_fp8(precision.fp8),
+        **releases.no_cuda_graphs(),
         num_layers=shape.layers,
         hidden_size=shape.hidden,
         num_attention_heads=shape.heads,

@@ -55,10 +55,15 @@ def _release(found: str) -> tuple[int, ...]:
 
 
 @functools.cache  # asked for each weight and at each step, and the answer lies in a file
-def _at_least(*release: int) -> bool:
+def release() -> tuple[int, ...]:
+    """The first two numbers of the installed Megatron-Core's release, which must be there."""
     found = megatron()
     assert found is not None
-    return _release(found) >= release
+    return _release(found)
+
+
+def _at_least(*bound: int) -> bool:
+    return release() >= bound
 
 
 def mark_shard(weight: Any, dim: int) -> None:
@@ -80,6 +85,15 @@ def grads_for_norm(optimizer: Any) -> list[Any]:
     which these models have nothing.
     """
     return optimizer.get_grads_for_grad_norm() if _at_least(0, 19) else optimizer.get_main_grads_for_grad_norm()
+
+
+def no_cuda_graphs() -> dict[str, list[str]]:
+    """The argument of TransformerConfig that names what CUDA graphs capture, empty.
+
+    Its default is the word "full", which each release calls deprecated as soon as a configuration is made. Until 0.17
+    it is called cuda_graph_scope; 0.18 calls that name deprecated too.
+    """
+    return {"cuda_graph_modules" if _at_least(0, 18) else "cuda_graph_scope": []}
 
 
 if __name__ == "__main__":

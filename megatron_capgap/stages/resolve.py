@@ -63,7 +63,7 @@ class ResolvedConfig:
     @property
     def remarks(self) -> list[str]:
         """What the reader must know of the tokenizer."""
-        found, path = [], self.config.data.tokenizer
+        found, path = list(self.tokenizer.remarks), self.config.data.tokenizer
         for key, source in (("student.checkpoint", self.student_source), ("teacher.checkpoint", self.teacher_source)):
             theirs = source and self.tokenizer.special_ids_of(source.meta.tokenizer_fingerprint)
             if theirs and theirs != (self.tokenizer.bos, self.tokenizer.eos):

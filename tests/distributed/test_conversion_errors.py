@@ -125,6 +125,12 @@ def pickles(hf: Path) -> None:
     (hf / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n")
 
 
+def megatron_lm(hf: Path) -> None:
+    """A folder as Megatron-LM writes it, as far as its names."""
+    (hf / "config.json").unlink()
+    (hf / "latest_checkpointed_iteration.txt").write_text("10")
+
+
 def symlinked_out(hf: Path) -> None:
     edit_json(hf / INDEX, weight_map={"model.norm.weight": "sub/x.safetensors"})
 
@@ -142,6 +148,7 @@ def first_entry(**changes: Any) -> Callable[[dict[str, Any]], None]:
 CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (shutil.rmtree, "no such folder"),
     "no config": (remove("config.json"), "config.json: is not there"),
+    "a checkpoint of Megatron-LM": (megatron_lm, "is a checkpoint of Megatron-LM or of another program"),
     "config no json": (overwrite("config.json", b"{"), "config.json: cannot be read"),
     "config a list": (overwrite("config.json", b"[]"), "holds list, not an object"),
     "unknown architecture": (config(model_type="mamba"), "'mamba' is not known; convert one of llama, mistral"),

@@ -1,4 +1,4 @@
-"""Ten kinds of bad input: one line from one rank that names key or file, value and fix, exit code 2, no traces."""
+"""Kinds of bad input: one line from one rank that names key or file, value and fix, exit code 2, no traces."""
 
 import json
 import os
@@ -53,6 +53,14 @@ def reshaped_teacher(folder: Path) -> None:
     content = checksummed_json.read(meta)
     content["model"]["ffn"] = 96
     checksummed_json.write(meta, content)
+
+
+def checkpoint_of_megatron_lm(folder: Path) -> None:
+    """What Megatron-LM writes on Megatron-Core 0.19, which has no common.pt; its files are empty here."""
+    (folder / "lm" / "iter_0000010").mkdir(parents=True)
+    (folder / "lm" / "latest_checkpointed_iteration.txt").write_text("10")
+    for name in (".metadata", "metadata.json", "__0_0.distcp"):
+        (folder / "lm" / "iter_0000010" / name).touch()
 
 
 MISTAKES = {
@@ -111,6 +119,18 @@ MISTAKES = {
         spoil=reshaped_teacher,
         stage="distill",
         worlds=(1, 2),
+    ),
+    "checkpoint of Megatron-LM": Mistake(
+        ("teacher.checkpoint: FOLDER/lm: is a checkpoint of Megatron-LM", "with tools/convert_hf.py import"),
+        {"teacher__checkpoint": "FOLDER/lm"},
+        spoil=checkpoint_of_megatron_lm,
+        stage="distill",
+        worlds=(1, 2),
+    ),
+    "checkpoint of Megatron-LM, one iteration of it, as student": Mistake(
+        ("student.checkpoint: FOLDER/lm/iter_0000010: is a checkpoint of Megatron-LM", "(it has .metadata)"),
+        {"student__model": None, "student__checkpoint": "FOLDER/lm/iter_0000010"},
+        spoil=checkpoint_of_megatron_lm,
     ),
     "run_dir not writable": Mistake(
         ("run_dir: FOLDER/corpus.jsonl/run cannot be written (Not a directory)", "choose another run_dir"),

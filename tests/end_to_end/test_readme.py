@@ -1,4 +1,4 @@
-"""Every command in README.md is run as it stands there, on a tiny corpus and for two steps."""
+"""Every command in README.md and the pages of docs/ is run as it stands there, on a tiny corpus and for two steps."""
 
 import json
 import re
@@ -22,18 +22,29 @@ PYTHON = {"python": [sys.executable], "torchrun": [sys.executable, "-m", "torch.
 # CI itself, and what takes minutes; their configurations have tests of their own.
 EXAMPLES = {f"bash examples/{name}/run.sh" for name in ("quickstart", "smollm2", "evaluation", "law_sweep")}
 SCRIPTS = {"bash tests/run.sh", "bash tests/run.sh --quick", *EXAMPLES}
+# The site has a test of its own; the other one needs an environment for each release.
+LEFT_OUT = {*SCRIPTS, "python -m mkdocs build --strict", "python benchmarks/releases.py --work /tmp/releases"}
 # Nothing later needs what these leave, so that they run beside the others, one after the other.
 ENDS = re.compile(r" --check\b| evaluate | verify |generate\.py|fit_law\.py|runs/adapt_zh|runs/taught")
 
 
+def pages() -> list[Path]:
+    """README.md, then the site's pages in the order of its navigation, in which their commands build on each other."""
+    names = re.findall(r"^ +- [^:]+: (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.M)
+    found = [folder / name for name in names for folder in (ROOT / "docs", ROOT) if (folder / name).is_file()]
+    assert {*(ROOT / "docs").glob("*.md")} <= {*found}
+    return [ROOT / "README.md", *found]
+
+
 def commands() -> list[str]:
-    """The lines of README.md's bash blocks."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    return [line for block in blocks for line in block.splitlines() if line.strip()]
+    """The commands of their bash blocks, each once; a backslash continues a line."""
+    blocks = [block for page in pages() for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.S)]
+    lines = [line for block in blocks for line in re.sub(r" \\\n +", " ", block).splitlines()]
+    return list(dict.fromkeys(line for line in lines if line.strip()))
 
 
 def run(line: str, folder: Path) -> None:
-    """Runs a command of README's, which must succeed, with fewer and smaller steps."""
+    """Runs a command of a page, which must succeed, with fewer and smaller steps."""
     program, *words = shlex.split(line)
     if {"adapt", "distill", "finetune"} & set(words) and "--check" not in line:
         words += ["--train.steps=2", "--train.global_batch=8"]
@@ -57,7 +68,7 @@ def test_the_commands_run(tmp_path: Path) -> None:
     write_lines(tmp_path / "data" / "chat_valid.jsonl", conversations(20, seed=13))
     write_jsonl(tmp_path / "corpus_zh.jsonl", languages.chinese())
     Path(tasks.write(tmp_path)["choice"]).rename(tmp_path / "mytask.yaml")
-    wanted = [line for line in commands() if line not in SCRIPTS]
+    wanted = [line for line in commands() if line not in LEFT_OUT]
     for stage in ("distill", "finetune", "evaluate"):
         assert any(f" {stage} " in line for line in wanted)
     with ThreadPoolExecutor(1) as aside:
@@ -73,6 +84,7 @@ def test_the_commands_run(tmp_path: Path) -> None:
 
 def test_only_known_scripts_are_left_out() -> None:
     assert {line for line in commands() if line.startswith("bash ")} == SCRIPTS
+    assert set(commands()) >= LEFT_OUT
     for line in SCRIPTS:
         assert (ROOT / line.split()[1]).is_file()
 

@@ -122,3 +122,46 @@ PARTS_TRIMMED = _TURN.replace(
 )
 # As Qwen3's with parts.
 TEXT_ONLY = _TURN.replace("%s", "{% if m.content is string %}{{ m.content }}{% endif %}")
+# As Gemma's: the assistant is called model, and turns alternate.
+ALTERNATING = (
+    "{{ bos_token }}{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate') }}{% endif %}"
+    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+# As DeepSeek-R1's: the prompt begins the thoughts that an answer is written without.
+THOUGHTS_BEGUN = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '<|User|>' + m.content }}{% endif %}"
+    "{% if m.role == 'assistant' %}{{ '<|Assistant|>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"
+)
+# Consecutive turns of one speaker are one.
+MERGED = (
+    "{% for m in messages %}{% if loop.first or m.role != loop.previtem.role %}<{{ m.role }}>{% else %}+{% endif %}"
+    "{{ m.content }}{% if loop.last or loop.nextitem.role != m.role %}<end>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+_TURNS = _TURN.replace("%s", "{{ m.content }}")
+# As Qwen3.5's.
+ASKED_FIRST = (
+    "{% if not messages | selectattr('role', 'equalto', 'user') | list %}{{ raise_exception('No user!') }}{% endif %}"
+) + _TURNS
+# A tool goes by one name alone.
+OBSERVATION = (
+    "{% for m in messages %}{% if m.role == 'observation' %}<o>{{ m.content }}{% elif m.role != 'tool' %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+)
+TOOL = OBSERVATION.replace("tool", "ipython").replace("observation", "tool")
+# As SmolLM3's: what is marked begins with the header of the turn, and calls are left out.
+MARKED_WHOLE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}<|im_start|>assistant\n"
+    "{{ m.content or '' }}<|im_end|>\n{% endgeneration %}{% else %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# As gpt-oss's: a turn that calls a tool ends otherwise.
+CALLS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.tool_calls %}{% for c in m.tool_calls %}"
+    " to={{ c.function.name }}\n<tool_call>{{ c.function.arguments | tojson }}</tool_call>{% endfor %}<|call|>"
+    "{% else %}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+)

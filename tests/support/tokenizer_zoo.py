@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from megatron_capgap.conversion.tokenizer_files import translate
 from megatron_capgap.data.tokenizer import SentencePieceTokenizer, Tokenizer, open_tokenizer
+from megatron_capgap.data.tokenizer_steps import OF_PARTS
 from tests.support.corpus import byte_level, texts
 
 SIZE = 320
@@ -50,7 +51,10 @@ def build(folder: Path) -> dict[str, Path]:
         found[name].mkdir()
         for file, content in files.items():
             path = found[name] / file
-            path.write_bytes(content) if isinstance(content, bytes) else path.write_text(json.dumps(content))
+            if isinstance(content, bytes):
+                path.write_bytes(content)
+            else:
+                path.write_text(content if isinstance(content, str) else json.dumps(content))
     return found
 
 
@@ -101,6 +105,7 @@ def kinds(plain: bytes, prepend: dict[str, Any]) -> Iterator[tuple[str, dict[str
     yield "byte_level_llama", {words: words_of_bytes, config: {**LLAMA, "unk_token": None}}
 
     yield from _made_anew(plain, prepend, words_of_bytes)
+    yield from _in_parts(words_of_bytes["model"])
 
     yield "added_tokens_json", {words: prepend, config: FAST, "added_tokens.json": AFTER}
     listed = {**FAST, "added_tokens_decoder": LISTED, "eos_token": "<|im_end|>"}
@@ -170,6 +175,22 @@ def _made_anew(plain: bytes, prepend: dict[str, Any], of_bytes: dict[str, Any]) 
         yield f"{name}_misnamed", {words: foreign, config: FAST, "config.json": beside}
         yield f"{name}_elsewhere", {words: foreign, config: own, "config.json": {"model_type": "mistral"}}
         yield f"{name}_beside", {words: foreign, "config.json": {**beside, **own}}
+
+
+def _in_parts(model: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Folders with vocab.json and merges.txt alone."""
+    lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    parts = {"vocab.json": model["vocab"], "merges.txt": "\n".join(["#version: 0.2", *lines, ""])}
+    config, ends = "tokenizer_config.json", {"bos_token": "<s>", "eos_token": "</s>"}
+    for name, model_type in CLASSES.items():
+        if name in OF_PARTS:
+            own = {"tokenizer_class": name, **ends}
+            yield f"{name}_parts", {**parts, config: {**own, "added_tokens_decoder": LISTED, "add_bos_token": True}}
+            yield f"{name}_parts_added", {**parts, config: own, "added_tokens.json": AFTER}
+            yield f"{name}_parts_of_model", {**parts, "config.json": {"model_type": model_type}}
+    special = {"eos_token": {"content": "<|im_end|>", **_PLAIN}, "additional_special_tokens": ["<|im_start|>"]}
+    own = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}
+    yield "GPT2Tokenizer_parts_prefixed", {**parts, config: own, "special_tokens_map.json": special}
 
 
 def _steps_of(name: str, prepend: dict[str, Any], of_bytes: dict[str, Any]) -> dict[str, Any]:

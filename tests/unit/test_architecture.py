@@ -21,7 +21,7 @@ _BELOW_TRAINING = _BASE | {"models", "data", "checkpoint", "losses", "distillati
 ROOMS = {
     "common": set(),
     "config": {"common"},
-    "law": {"common"},
+    "law": set(),
     "runtime": {"common", "config"},
     "devices": {"common", "config", "runtime"},
     "distributed": {"common", "config", "devices", "runtime"},
@@ -64,6 +64,7 @@ LIGHT = (
     "models/packing.py",
     "pruning/student_shape.py",
     "checkpoint/metadata.py",
+    "distributed/environment.py",
     "distributed/launcher.py",
     "runtime/third_party.py",
     "distributed/worker_pool.py",

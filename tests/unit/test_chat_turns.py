@@ -203,3 +203,86 @@ def test_a_user_defined_piece_ends_a_turn(tmp_path: Path) -> None:
         for opened in (ours, open_tokenizer(str(zoo[kind] / "tokenizer.model"))):
             ends = JinjaTemplate(chat_templates.THOUGHTS, opened, "t").ends()
             assert ends == {theirs.convert_tokens_to_ids("<|im_end|>")}
+
+
+USER, ANSWER, MORE = TALK[0], TALK[1], TALK[3]
+ORDERS = {
+    "two users": [USER, TALK[2], ANSWER],
+    "two answers": [USER, ANSWER, MORE],
+    "an answer twice": [USER, ANSWER, ANSWER],
+    "the assistant first": [ANSWER, USER, MORE],
+    "the assistant alone": [MORE],
+    "the assistant twice first": [ANSWER, MORE, USER, TALK[2], ANSWER, ANSWER],
+    "after the system": [{"role": "system", "content": "Be brief."}, ANSWER, USER, MORE],
+    "the system within": [USER, {"role": "system", "content": "Be brief."}, ANSWER],
+    "a tool that nobody called": [USER, {"role": "ipython", "content": "drops"}, ANSWER],
+}
+ENDS = {
+    "ASKED_FIRST": "<|im_end|>\n",
+    "LLAMA_3_1": "<|eot_id|>",
+    "PHI_3": "<|end|>\n",
+    "RETURN": "<|end|>",
+    "MARKED": "<|im_end|>",
+    "THOUGHTS_BEGUN": "</s>",
+    "MERGED": "<end>",
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", ["MISTRAL_V3", "ALTERNATING", *ENDS])
+def test_turns_in_any_order(pair: Any, name: str, order: str) -> None:
+    """The template decides, as in transformers; every answer is learned with its end."""
+    source, messages = getattr(chat_templates, name), ORDERS[order]
+    ours, theirs = pair("<|im_start|>", "<|im_end|>")
+    try:
+        theirs.apply_chat_template(messages, chat_template=source)
+    except Exception as error:
+        with pytest.raises(UserError) as caught:
+            JinjaTemplate(source, ours, "t").encode(read(messages))
+        said = str(caught.value)
+        assert said.startswith("t: ") and "\n" not in said and (str(error) in said or "ipython" in str(messages))
+        return
+    found = learned((ours, theirs), source, messages)
+    if name == "MERGED":  # one turn for several answers
+        assert found[-1].endswith("<end>")
+        assert "".join(found).count("Not yet.") == messages.count(ANSWER)
+        return
+    last = {"RETURN": "<|return|>", "PHI_3": "<|end|>\n<|endoftext|>"}.get(name, ENDS[name])
+    answers = [message["content"] for message in messages if message["role"] == "assistant"]
+    assert found == [*(text + ENDS[name] for text in answers[:-1]), answers[-1] + last]
+
+
+@pytest.mark.parametrize("role", ["ipython", "observation", "tool"])
+@pytest.mark.parametrize("name", ["OBSERVATION", "TOOL"])
+def test_a_tool_by_the_name_that_the_template_knows(pair: Any, name: str, role: str) -> None:
+    ours, theirs = pair()
+    messages = [USER, {"role": role, "content": "drops"}, ANSWER]
+    source = getattr(chat_templates, name)
+    ids = [token for s in JinjaTemplate(source, ours, "t").encode(read(messages)) for token in s.tokens]
+    told = theirs.decode(ids)
+    assert ("drops" in told) == ((name, role) != ("OBSERVATION", "tool"))
+    if "drops" in theirs.apply_chat_template(messages, chat_template=source, tokenize=False):
+        assert ids == theirs.apply_chat_template(messages, chat_template=source, return_dict=False)
+
+
+@pytest.mark.parametrize(
+    "source, ends",
+    [
+        (chat_templates.MARKED_WHOLE, ["<|im_end|>"]),
+        (chat_templates.MARKED, ["<|im_end|>"]),
+        (chat_templates.CALLS, ["<|call|>", "<|im_end|>"]),
+        (chat_templates.CALLS.replace("<|call|>", "<|im_end|>\n"), ["<|im_end|>"]),
+        (chat_templates.LLAMA_3_1, ["<|eot_id|>"]),
+        (chat_templates.MISTRAL_V3, ["</s>"]),
+    ],
+    ids=["marked with its header", "marked", "a call", "a call with the same end", "LLaMA 3.1", "Mistral v3"],
+)
+def test_what_ends_a_text(pair: Any, source: str, ends: list[str]) -> None:
+    ours, theirs = pair("<|im_start|>", "<|im_end|>", "<|call|>", "<tool_call>", "</tool_call>", "<|eot_id|>")
+    assert sorted(theirs.convert_ids_to_tokens(sorted(JinjaTemplate(source, ours, "t").ends()))) == ends
+
+
+def test_a_marked_template_that_leaves_calls_out(pair: Any) -> None:
+    ours, _ = pair("<|im_start|>", "<|im_end|>")
+    with pytest.raises(UserError, match="t: leaves out what the assistant calls in message 2"):
+        JinjaTemplate(chat_templates.MARKED_WHOLE, ours, "t").encode(read(LOOKED))

@@ -105,6 +105,15 @@ def test_two_trainings_of_one_size_are_two_teachers(tmp_path: Path) -> None:
     assert "two runs" in reason and found["paper_reading"]["chosen"] is None
 
 
+def test_an_odd_run_is_named_with_its_line(tmp_path: Path) -> None:
+    some = made.draw(made.exact, np.random.default_rng(3), noise=0.003)
+    some[20] = replace(some[20], valid_loss=some[20].valid_loss + 0.06)
+    odd, *others = fit(made.save(some, tmp_path / "odd.jsonl"), tmp_path / "law")["remarks"]
+    size = f"student {some[20].student_params:,} under teacher {some[20].teacher_params:,}, seed {some[20].seed}"
+    assert odd.startswith(f"run of {size} (odd.jsonl:21): its loss of {some[20].valid_loss:.4f} is 0.0")
+    assert "nats above what all other runs expect" in odd and not any("all other runs" in text for text in others)
+
+
 def test_what_pruned_starts_leave_open_is_told(tmp_path: Path) -> None:
     pruned = made.save(taught(lambda each: 3.0, init="pruned"), tmp_path / "pruned.jsonl")
     assert any("both what cutting costs and what teaching" in each for each in fit(pruned, tmp_path / "law")["remarks"])
@@ -160,7 +169,15 @@ def test_advice_comes_first(records: str, tmp_path: Path, capsys: Any) -> None:
     true = [made.exact(3e6, each["teacher"]) - made.exact(3e6, 7.5e6) for each in (first, second)]
     assert [first["regret"], second["regret"]] == pytest.approx(true, abs=0.003)
     assert told["within"][0] < 7.5e6 < told["within"][1]
-    assert capsys.readouterr().out.startswith("teacher for 3M: a/small, 9.44M   expected regret 0.00")
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == (
+        "distil, or train on labels alone for the same FLOPs: these runs cannot tell, for there are no runs on labels "
+        "alone from the starts of taught ones"
+    )
+    assert said[1].startswith("teacher for 3M: a/small, 9.44M   expected regret 0.00")
+    low, middle, high = first["losses"]
+    assert low < middle < high and middle == pytest.approx(made.exact(3e6, first["teacher"]), abs=0.03)
+    assert "price.png" in said[-1] and imread(tmp_path / "law" / "price.png").shape[0] >= 800
     report = (tmp_path / "law" / "report.md").read_text()
     assert report.index("## The teacher for a student of 3M") < report.index("## Verdict")
     assert "**a/small** (9.44M): expected regret" in report

@@ -3,6 +3,8 @@
 import os
 import socket
 import stat
+import subprocess
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -254,6 +256,7 @@ def test_a_store_of_an_agent_that_is_gone_is_one_line(monkeypatch: pytest.Monkey
         monkeypatch.delenv(name)
     for name, value in {**AGENT, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("GROUP_RANK", "0")
     with reserved_port() as port:
         monkeypatch.setenv("MASTER_PORT", str(port))
         with pytest.raises(UserError) as caught:
@@ -263,6 +266,12 @@ def test_a_store_of_an_agent_that_is_gone_is_one_line(monkeypatch: pytest.Monkey
         for name in (*AGENT, "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             assert name in text.partition("unset what an earlier one left: ")[2].split()
         with socket.create_server(("127.0.0.1", port)):
+            with pytest.raises(UserError) as caught:  # of another job
+                torchrun.drop_stale_agent_variables(read_environment())
+            text = str(caught.value)
+            assert f", is no agent of torchrun's with the store at 127.0.0.1 port {port}, which may be" in text
+            assert "GROUP_RANK" in text.partition("unset what an earlier one left: ")[2].split() and "\n" not in text
+            monkeypatch.setenv("GROUP_RANK", "1")  # its agent keeps no store
             torchrun.drop_stale_agent_variables(read_environment())
     monkeypatch.setenv("MASTER_PORT", "77777")
     with pytest.raises(UserError, match=r"no agent of torchrun's .* port 77777"):
@@ -270,6 +279,40 @@ def test_a_store_of_an_agent_that_is_gone_is_one_line(monkeypatch: pytest.Monkey
     assert os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True"
     torchrun.drop_stale_agent_variables(read_environment({}))
     assert "TORCHELASTIC_USE_AGENT_STORE" not in os.environ, "torch would join a store that is none of this job's"
+
+
+RANK = (
+    "from megatron_capgap.distributed import environment, torchrun; "
+    "torchrun.drop_stale_agent_variables(environment.read_environment()); print('joins')"
+)
+
+
+@pytest.mark.parametrize("above", ["", "sh -c", "sh -c 'exec", "env A=B sh -c"])
+def test_a_rank_finds_its_agent_behind_other_programs(tmp_path: Path, above: str) -> None:
+    """The process above them keeps the store, as torchrun's agent does; or keeps another one."""
+    (tmp_path / "rank.sh").write_text(f'{sys.executable} -c "{RANK}"\n')
+    command = {"": "sh rank.sh", "sh -c": "sh -c 'sh rank.sh; true'", "sh -c 'exec": "sh -c 'exec sh rank.sh'"}
+    started = command.get(above, "env A=B sh -c 'sh rank.sh; true'")
+    job = (
+        "import os, socket, subprocess, sys\n"
+        "store, other = socket.create_server(('127.0.0.1', 0)), socket.create_server(('127.0.0.1', 0))\n"
+        "named = {'keeps': store, 'has ended': other}[sys.argv[1]]\n"
+        "if named is other:\n"  # another process keeps it
+        "    keeper = subprocess.Popen(['sleep', '60'], pass_fds=[other.fileno()])\n"
+        "port = str(named.getsockname()[1])\n"
+        "other.close()\n"
+        f"ranks = dict({ {**AGENT, 'RANK': '0', 'WORLD_SIZE': '1', 'GROUP_RANK': '0'}!r})\n"
+        "ranks.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=port)\n"
+        f"done = subprocess.run({started!r}, shell=True, env=os.environ | ranks, capture_output=True, text=True)\n"
+        "print(done.stdout, done.stderr)\n"
+        "named is other and keeper.kill()\n"
+    )
+    path = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    for how, expected in (("keeps", "joins"), ("has ended", "is no agent of torchrun's with the store")):
+        done = subprocess.run(
+            [sys.executable, "-c", job, how], env=path, cwd=tmp_path, capture_output=True, text=True, timeout=60
+        )
+        assert expected in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,8 @@ def test_five_numbers_are_exact_on_their_law() -> None:
     exact = found["five numbers, with a term for the cut"]
     assert exact.error == pytest.approx(0, abs=1e-9) and exact.worst == 0
     assert exact.small_to_large == pytest.approx(0, abs=1e-9)
+    assert exact.teacher_out == pytest.approx(0, abs=1e-9) and found["rule T = 2.5 S"].teacher_out is None
+    assert exact.teacher_out < found["model of all cells"].teacher_out < 0.03
     assert found["model of all cells"].error < 0.03
 
 

@@ -88,7 +88,7 @@ def test_coverage_where_students_scatter_about_the_law() -> None:
 @pytest.mark.slow("a share is seen only in many draws")
 def test_coverage_of_apples_law() -> None:
     """No parabolas: steep below the optimum, gentle above. The truth is the power law through the true optima of the
-    same students. Its exponent is held; its level is read too high, by as much as README says."""
+    same students. Its exponent is held; its level is read too high, by up to a tenth."""
     optima = [made.lowest(made.apple, student, APPLE_TEACHERS) for student in APPLE_STUDENTS]
     slope = float(np.polyfit(np.log(APPLE_STUDENTS), np.log(optima), 1)[0])
     level = float(np.exp(np.mean(np.log(np.array(optima) / APPLE_STUDENTS))))

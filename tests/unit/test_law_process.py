@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from benchmarks import law as benchmark
 from megatron_capgap.law import cells, gaussian_process, verdict
 from megatron_capgap.law.cells import Cells
 from megatron_capgap.law.gaussian_process import Process
@@ -150,6 +151,16 @@ def test_a_teacher_s_luck_is_no_optimum() -> None:
     found = verdict.findings(Process(arrays(some), generator()))
     assert not verdict.is_law(found)
     assert found[0].verdict == "smallest"
+
+
+@pytest.mark.parametrize(("design", "number"), [((4, 4, 2, 1), 4), ((4, 4, 2, 1), 10), ((3, 5, 1, 3), 7)])
+def test_luck_along_a_fall_is_no_curve(design: tuple[int, int, int, int], number: int) -> None:
+    """All teachers are alike but for luck, which happens to fall with their size: the posterior gives the fall a
+    probability of 0.90 to 0.93."""
+    records, _, _ = benchmark.draw(benchmark.Cell("flat", 0.0137, design), number)
+    found = verdict.findings(Process(arrays(records), generator(number)))
+    assert max(each.probabilities["saturating"] for each in found) > 0.88
+    assert {each.verdict for each in found} == {"not detected"}
 
 
 def test_trainings_of_one_size_are_told_apart() -> None:

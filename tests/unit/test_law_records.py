@@ -1,5 +1,9 @@
 """Records: what is refused, in which words, and what is grouped. Nothing is averaged in silence."""
 
+import csv
+import json
+import math
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -226,3 +230,79 @@ def test_runs_on_labels_alone_are_left_out_unless_chosen() -> None:
     assert records.select(some, {}) == some[:1]
     assert records.select(some, {"taught": "false"}) == some[1:]
     assert records.select(some[1:], {}) == some[1:]
+
+
+RENAMES = {"config.*": "*", "summary.eval/loss": "valid_loss", "config.seq.tokens": "tokens"}
+
+
+def wandb_runs() -> list[dict[str, object]]:
+    """As `wandb.Api().runs` gives them: settings, the last value of each metric, a name."""
+    found = []
+    for seed in (1, 2):
+        config = {key: value for key, value in asdict(record(seed=seed)).items() if value is not None}
+        tokens, loss = config.pop("tokens"), config.pop("valid_loss")
+        config |= {"seq": {"tokens": tokens}, "note": "it's a {run}", "resumed": None}
+        summary = {"_step": 10, "_runtime": 3.5, "eval/loss": loss, "_wandb": {"runtime": 3}}
+        found.append({"name": f"run-{seed}", "config": config, "summary": summary})
+    return found
+
+
+def test_runs_of_wandb_as_json(tmp_path: Path) -> None:
+    """A list, as json.dump writes it; the same as lines."""
+    wanted = [record(seed=1), record(seed=2)]
+    (tmp_path / "runs.json").write_text(json.dumps(wandb_runs(), indent=1))
+    assert records.read([tmp_path / "runs.json"], RENAMES) == wanted
+    assert records.read([save_raw(wandb_runs(), tmp_path / "runs.jsonl")], RENAMES) == wanted
+    places = records.located([tmp_path / "runs.json"], RENAMES)
+    assert list(places.values()) == [f"{tmp_path}/runs.json: run 1", f"{tmp_path}/runs.json: run 2"]
+    (tmp_path / "runs.json").write_text(json.dumps([*wandb_runs(), 7]))
+    with pytest.raises(LawError, match=r"runs\.json: run 3: 7 is no record"):
+        records.read([tmp_path / "runs.json"], RENAMES)
+
+
+@pytest.mark.parametrize("convert", [str, json.dumps])
+def test_runs_of_wandb_as_its_example_tabulates_them(tmp_path: Path, convert: Callable[[object], str]) -> None:
+    """`pandas.DataFrame({"summary": ..., "config": ..., "name": ...}).to_csv(...)`: dictionaries as text."""
+    path = tmp_path / "project.csv"
+
+    def write(runs: list[dict[str, object]]) -> None:
+        with path.open("w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["", "summary", "config", "name"])
+            told = [[convert(run["summary"]), convert(run["config"]), run["name"]] for run in runs]
+            rows.writerows([number, *row] for number, row in enumerate(told))
+
+    write(wandb_runs())
+    assert records.read([path], RENAMES) == [record(seed=1), record(seed=2)]
+    for wrong in (math.nan, math.inf, "NaN", 400):
+        runs = wandb_runs()
+        runs[1]["summary"]["eval/loss"] = wrong  # type: ignore[index]
+        write(runs)
+        with pytest.raises(LawError, match=r"project\.csv:3: valid_loss is "):
+            records.read([path], RENAMES)
+
+
+def test_the_table_of_wandbs_page(tmp_path: Path) -> None:
+    """`Export as CSV` of the table of runs: a column for each setting and metric, every cell quoted."""
+    columns = {"student_params": "model.student_params", "valid_loss": "eval/loss", "seed": "config.seed"}
+    rows = []
+    for seed in (1, 2):
+        told = {key: value for key, value in asdict(record(seed=seed)).items() if value is not None}
+        own = {"Name": f"run-{seed}", "State": "finished", "Notes": "-", "Tags": "", "Runtime": 3, "_step": 10}
+        rows.append(own | {columns.get(key, key): value for key, value in told.items()})
+    with (tmp_path / "wandb.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, rows[0], quoting=csv.QUOTE_ALL)
+        table.writeheader()
+        table.writerows(rows)
+    names = {column: field for field, column in columns.items()}
+    assert records.read([tmp_path / "wandb.csv"], names) == [record(seed=1), record(seed=2)]
+
+
+def test_renames_of_all_names_that_begin_alike(tmp_path: Path) -> None:
+    path = save_raw(wandb_runs(), tmp_path / "runs.jsonl")
+    with pytest.raises(LawError, match=r"--rename settings\.\*=\*: no field of a record begins with 'settings\.'"):
+        records.read([path], {"settings.*": "*"})
+    with pytest.raises(LawError, match=r"--rename seed=\*: \* on one side alone"):
+        records.read([path], {"seed": "*"})
+    with pytest.raises(LawError, match=r"valid_loss missing"):
+        records.read([path], {"config.*": "*", "config.seq.tokens": "tokens"})

@@ -234,7 +234,6 @@ def exported(folder: Path, family: str, out: Path) -> tuple[Any, str | None]:
 @pytest.mark.parametrize(
     "files",
     [
-        {"vocab.json": {}, "merges.txt": "#version: 0.2"},
         {"vocab.txt": "[PAD]"},
         {"spiece.model": ""},
     ],
@@ -250,18 +249,53 @@ def test_other_forms_are_refused_with_what_makes_them_readable(tmp_path: Path, f
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["CodeLlamaTokenizer", "GPT2Tokenizer"])
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({"vocab.json": "{}"}, "has vocab.json without merges.txt: copy that there too, or save it with transformers"),
+        ({"merges.txt": ""}, "has merges.txt without vocab.json: copy that there too, or save it with transformers"),
+        ({}, "and no class is named that reads them; set tokenizer_class in tokenizer_config.json to"),
+        ({"tokenizer_config.json": '{"tokenizer_class": "PreTrainedTokenizerFast"}'}, "and no class is named"),
+        (
+            {"tokenizer_config.json": '{"tokenizer_class": "LlamaTokenizer"}'},
+            "and LlamaTokenizer of transformers does not",
+        ),
+        ({"config.json": '{"model_type": "qwen3_5"}'}, "and Qwen3_5Tokenizer of transformers does not read them"),
+        ({"config.json": '{"model_type": "mistral"}'}, "and no class is named that reads them"),
+        ({"tokenizer_config.json": '{"tokenizer_class": "RobertaTokenizer"}'}, "opens it as RobertaTokenizer"),
+        (
+            {"merges.txt": "a b c"},
+            "vocab.json cannot be read (Error while reading vocab & merges files: Merges text file invalid",
+        ),
+        ({"vocab.json": "["}, "vocab.json cannot be read ("),
+    ],
+)
+def test_parts_that_cannot_be_read(zoo: dict[str, Path], tmp_path: Path, files: dict[str, str], expected: str) -> None:
+    if " without " not in expected:
+        for name in ("vocab.json", "merges.txt"):
+            shutil.copy(zoo["GPT2Tokenizer_parts"] / name, tmp_path)
+    if "cannot be read" in expected:
+        files = {"tokenizer_config.json": '{"tokenizer_class": "GPT2Tokenizer"}', **files}
+    for file, content in files.items():
+        (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match=re.escape(expected)) as caught:
+        open_tokenizer(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["CodeLlamaTokenizer", "T5Tokenizer", "BertTokenizer"])
 def test_the_advice_keeps_the_ids(zoo: dict[str, Path], tmp_path: Path, name: str) -> None:
-    """Of a class that is not known, and of a form that is not read."""
+    """Of a class that is not known, and of forms that are not read."""
     folder, other = tmp_path / "folder", tmp_path / "other"
-    shutil.copytree(zoo["no_config" if name == "CodeLlamaTokenizer" else "byte_level"], folder)
+    folder.mkdir()
+    if name == "CodeLlamaTokenizer":
+        shutil.copy(zoo["no_config"] / "tokenizer.json", folder)
+    elif name == "BertTokenizer":
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "cat", "hel", "##lo", "a", "b", ",", "##s"]
+        (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    else:
+        shutil.copy(zoo["unigram"] / "tokenizer.model", folder / "spiece.model")
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name}))
-    if name == "GPT2Tokenizer":
-        recipe = json.loads((folder / "tokenizer.json").read_text())["model"]
-        (folder / "tokenizer.json").unlink()
-        (folder / "vocab.json").write_text(json.dumps(recipe["vocab"]))
-        lines = [merge if isinstance(merge, str) else " ".join(merge) for merge in recipe["merges"]]
-        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *lines]))
     with pytest.raises(UserError, match="save it with transformers"):
         open_tokenizer(str(folder))
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
@@ -298,3 +332,71 @@ def test_a_damaged_file_is_one_line(
     with pytest.raises(UserError) as caught:
         open_tokenizer(str(tmp_path / "copy"))
     assert expected in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def many(zoo: dict[str, Path]) -> dict[str, Any]:
+    """A tokenizer.json with so many tokens that transformers looks whether it is one of Mistral's."""
+    recipe = json.loads((zoo["byte_level"] / "tokenizer.json").read_text())
+    vocabulary = recipe["model"]["vocab"]
+    more = {f"<w{i}>": len(vocabulary) + i for i in range(100_001 - len(vocabulary))}
+    return {**recipe, "model": {**recipe["model"], "vocab": vocabulary | more}}
+
+
+_SEQUENCE = {"type": "Sequence", "pretokenizers": [tokenizer_zoo._SPLIT, {**tokenizer_zoo._BYTES}]}
+_METASPACE = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
+
+
+@pytest.mark.parametrize(
+    "config, fix, mended, told",
+    [
+        ({"model_type": "mistral"}, True, True, False),
+        ({"model_type": "mistral"}, None, False, True),
+        ({"model_type": "mistral"}, False, False, True),
+        ({"model_type": "mistral", "transformers_version": "4.57.1"}, True, True, False),
+        ({"model_type": "mistral", "transformers_version": "5.0.0.dev0"}, "yes", True, False),
+        ({"model_type": "mistral", "transformers_version": "5.0.0"}, True, False, False),
+        ({"model_type": "mistral", "transformers_version": "5.1"}, True, False, False),
+        ({"model_type": "llama"}, True, False, False),
+        ({}, True, True, False),
+        (None, True, False, False),
+    ],
+)
+def test_the_pattern_of_mistral_is_mended_where_transformers_does(
+    many: dict[str, Any], tmp_path: Path, config: dict[str, Any] | None, fix: Any, mended: bool, told: bool
+) -> None:
+    settings = {**tokenizer_zoo.FAST, "unk_token": None} | ({} if fix is None else {"fix_mistral_regex": fix})
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    steps = [many["pre_tokenizer"], _SEQUENCE, _METASPACE] if config == {"model_type": "mistral"} and mended else []
+    for step in steps or [_SEQUENCE]:
+        (tmp_path / "tokenizer.json").write_text(json.dumps({**many, "pre_tokenizer": step}))
+        ours, theirs = open_tokenizer(str(tmp_path)), transformers.AutoTokenizer.from_pretrained(tmp_path)
+        found = json.loads(ours._tokenizer.to_str())["pre_tokenizer"]  # type: ignore[attr-defined]
+        assert found == json.loads(theirs.backend_tokenizer.to_str())["pre_tokenizer"]
+        assert (r"\p{Lu}" in json.dumps(found).replace("\\\\", "\\")) == mended
+        for text in WORDS:
+            assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"], text
+        assert [remark.partition('"')[2][:17] for remark in ours.remarks] == ["fix_mistral_regex"] * told
+
+
+@pytest.mark.parametrize("class_name", ["WiseTokenizer", "PreTrainedTokenizerFast", "GPT2Tokenizer"])
+def test_a_program_of_the_folder_is_told_of_and_stays_behind(
+    zoo: dict[str, Path], pair: Any, tmp_path: Path, class_name: str
+) -> None:
+    folder = tmp_path / "folder"
+    shutil.copytree(zoo["byte_level"], folder)
+    settings = {**tokenizer_zoo.FAST, "unk_token": None, "tokenizer_class": class_name}
+    programs = {"AutoTokenizer": ["wise.WiseTokenizer", None]}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "auto_map": programs}))
+    ours = open_tokenizer(str(folder))
+    (remark,) = ours.remarks
+    assert remark.startswith(f"tokenizer {folder}: auto_map in tokenizer_config.json names a program, wise.WiseToken")
+    assert "\n" not in remark
+    (tmp_path / "out").mkdir()
+    theirs, note = exported(folder, "llama", tmp_path / "out")
+    assert note is None and "auto_map" not in (tmp_path / "out" / "tokenizer_config.json").read_text()
+    for text in WORDS:
+        assert theirs(text)["input_ids"] == ours.encode(text), text
+    assert not open_tokenizer(str(tmp_path / "out")).remarks

@@ -44,9 +44,46 @@ def test_forms_that_are_read(content: Any) -> None:
     assert read(content) == Conversation(WANTED)
 
 
+@pytest.mark.parametrize(
+    "names, role",
+    [
+        (("human", "user", "prompter", "USER"), "user"),
+        (("gpt", "chatgpt", "bard", "bing", "claude", "bot", "model", "assistant", "GPT"), "assistant"),
+        (("function_call", "tool_call"), "assistant"),
+        (("system",), "system"),
+        (("tool", "observation", "function", "function_response", "tool_response", "ipython", "environment"), "tool"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_who_speaks(names: tuple[str, ...], role: str) -> None:
+    for name in names:
+        assert read({"conversations": [{"from": name, "value": "a"}]}) == Conversation((Message(role, "a"),)), name
+        # What a `role` calls a tool goes to the template as it stands, as in transformers.
+        kept = name if role == "tool" else role
+        assert read({"messages": [{"role": name, "content": "a"}]}) == Conversation((Message(kept, "a"),)), name
+
+
+def test_the_order_of_turns_is_the_template_s_matter(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    rows = [[SAID[1]], [SAID[0], *SAID], [*SAID, SAID[1]], [SAID[1], *SAID]]
+    file.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    found = read_conversations(str(file))
+    assert [[message.content() for message in conversation] for conversation in found] == rows
+    assert [conversation.place for conversation in found] == [f"{file}:{number}" for number in (1, 2, 3, 4)]
+
+
 def test_an_empty_system_message_is_one() -> None:
     for first in ({"from": "system", "value": ""}, {"role": "system", "content": ""}):
         assert read({"conversations": [first, *SHARED]}) == Conversation((Message("system", ""), *WANTED))
+
+
+def test_a_system_message_that_stands_twice_is_one() -> None:
+    first = {"role": "system", "content": "s"}
+    wanted = (Message("system", "s"), *WANTED)
+    assert read({"system": "s", "messages": [first, *SAID]}) == read({"messages": [first, *SAID]})
+    assert read({"system": "s", "conversations": SHARED}) == Conversation(wanted)
+    both = read({"system": "t", "messages": [first, *SAID]})
+    assert both == Conversation((Message("system", "t"), *wanted)), "the template decides"
 
 
 def test_what_else_a_message_holds_is_handed_on() -> None:
@@ -64,7 +101,7 @@ def test_tools_may_be_json_in_a_string(tools: Any, wanted: Any) -> None:
 
 
 def test_weights_and_train() -> None:
-    for out in ({"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": 1, "train": False}):
+    for out in ({"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": 1, "train": False}, {"loss": False}):
         answers = [{**SAID[1], **out}, SAID[1]]
         found = read([SAID[0], answers[0], SAID[0], answers[1]])
         assert [message.learned for message in found] == [True, False, True, True]
@@ -138,6 +175,9 @@ def test_prompts_in_other_forms(tmp_path: Path) -> None:
     for content in ({"conversations": SHARED[:1]}, {"messages": SHARED[:1]}, {"conversations": SAID[:1]}):
         file.write_text(json.dumps(content))
         assert read_prompts(str(file)) == [Conversation(WANTED[:1])]
+    asked = [SAID[0], {"role": "assistant", "content": "look()"}, {"role": "tool", "content": "drops"}]
+    file.write_text(json.dumps({"messages": asked}))
+    assert read_prompts(str(file)) == [read({"messages": asked})]
     for content, expected in (
         ({"instruction": "i", "output": "o"}, "it is an Alpaca row"),
         ({"prompt": "p", "messages": SAID[:1]}, "mend the line"),
