@@ -44,7 +44,7 @@ def describe(resolved: ResolvedConfig, valid_loss: float, valid_tokens: int | No
     """The record of a distillation that took all its steps."""
     config, student, teacher, source = resolved.config, resolved.student, resolved.teacher, resolved.teacher_source
     assert teacher is not None and source is not None
-    tokens, teacher_states = _all(resolved), derived.teacher_runs(config, resolved.stage)
+    tokens, taught = _all(resolved), derived.teacher_runs(config, resolved.stage)
     return Record(
         student_params=resolved.student_kept,
         teacher_params=source.meta.kept,
@@ -56,14 +56,14 @@ def describe(resolved: ResolvedConfig, valid_loss: float, valid_tokens: int | No
         init=_beginning(resolved),
         valid_loss=valid_loss,
         objective=objective_text(config.objective),
-        flops=tokens * size.training_flops(student, teacher if teacher_states else None, config.data.sequence_length),
+        flops=tokens * size.training_flops(student, teacher if taught else None, config.data.sequence_length),
         config_hash=fingerprint(config),
         teacher_tokens=source.meta.tokens,
         teacher_valid_loss=_loss_of(source),
         valid_tokens=valid_tokens,
         tokenizer=resolved.tokenizer.fingerprint[:16],
         teacher_seed=source.meta.seed,
-        teacher_states=teacher_states,
+        taught=taught,
     )
 
 
