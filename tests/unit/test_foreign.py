@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_capgap.checkpoint import foreign, metadata
+from megatron_capgap.checkpoint import foreign, run_directory
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.conversion.hf_folder import open_hf_folder
 
@@ -27,7 +27,7 @@ def filled(folder: Path, files: list[str]) -> Path:
 @pytest.mark.parametrize("kind", FOLDERS)
 def test_one_line_says_what_it_is_and_what_to_do(tmp_path: Path, kind: str) -> None:
     folder, first = filled(tmp_path, FOLDERS[kind]), FOLDERS[kind][0].split("/model_optim")[0]
-    for use in (metadata.locate, lambda name: open_hf_folder(Path(name))):
+    for use in (run_directory.locate, lambda name: open_hf_folder(Path(name))):
         with pytest.raises(UserError) as raised:
             use(str(folder))
         said = str(raised.value)

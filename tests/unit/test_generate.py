@@ -38,6 +38,9 @@ def test_text_and_conversations(tokenizer: Tokenizer, tmp_path: Path) -> None:
         assert tokenizer.decode(asked).endswith("[|Assistant|]")
 
 
+NOT_ASKED = ":1: does not end with a message of the user's or a tool's, which the assistant would answer; add it"
+
+
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
@@ -46,13 +49,18 @@ def test_text_and_conversations(tokenizer: Tokenizer, tmp_path: Path) -> None:
         ('{"text": "a"}', ':1: neither {"prompt": ...} nor {"messages": [...]}; it is plain text, as'),
         ('{"prompt": "a", "messages": []}', ':1: neither {"prompt": ...} nor {"messages": [...]}; mend the line'),
         ('{"prompt": ""}', ":1: prompt is ''; give it words"),
-        ('{"messages": []}', ":1: does not end with a user message, which the assistant would answer; add it"),
+        (
+            '{"messages": []}',
+            NOT_ASKED,
+        ),
         (
             json.dumps({"messages": [USER, {"role": "assistant", "content": "Not yet."}]}),
-            ":1: does not end with a user message, which the assistant would answer; add it",
+            NOT_ASKED,
         ),
-        (json.dumps({"messages": [USER, USER]}), ":1: message 2 is the user's, the assistant's is due"),
-        (json.dumps({"messages": [{"role": "user"}]}), ":1: message 1: the user says nothing"),
+        (
+            json.dumps({"messages": [{"role": "user"}]}),
+            ":1: message 1: has no content, but role;",
+        ),
     ],
 )
 def test_lines_that_are_no_prompt(tmp_path: Path, line: str, expected: str) -> None:
