@@ -96,8 +96,8 @@ def run(args: argparse.Namespace, environment: Environment) -> int:
     length = longest(ids, args.max_new_tokens, meta.model)
     turns = template().ends() if any(not isinstance(prompt, str) for prompt in prompts) else frozenset()
     ends, warning = stop_tokens(tokenizer, meta.chat_template, meta.model.vocab, turns)
-    for line in filter(None, (*tokenizer.remarks, warning) if environment.rank == 0 else ()):
-        print(line, file=sys.stderr)
+    for remark in filter(None, (*tokenizer.remarks, warning) if environment.rank == 0 else ()):
+        print(remark, file=sys.stderr)
     found = continuations(args, environment, folder, meta.model, layout, tokenizer.vocab_size, ends, ids, length)
     if environment.rank == 0:
         lines = [line(prompt, tokenizer.decode(new)) for prompt, new in zip(prompts, found, strict=True)]

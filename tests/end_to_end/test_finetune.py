@@ -170,7 +170,7 @@ def talk(*turns: tuple[str, str]) -> dict[str, Any]:
 GOOD = talk(("user", "ka"), ("assistant", "lo"))
 MISTAKES = {
     "role missing": Mistake(
-        ("FOLDER/chat_train.jsonl:2: message 1: its role is missing; one of system, developer, user",),
+        ("FOLDER/chat_train.jsonl:2: message 1: its role is missing; valid values: ai, assistant, bard",),
         lines=[GOOD, {"messages": [{"content": "ka"}]}],
     ),
     "empty turn": Mistake(

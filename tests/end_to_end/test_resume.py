@@ -168,7 +168,7 @@ def test_a_save_that_is_killed_leaves_the_older_checkpoint(
     broken = runs.adapt_config(fixtures, tmp_path / "broken", **SIX_STEPS, checkpoint__async_save=beside)
     words = ["adapt", "--config", runs.write_config(broken)]
     run_and_lose(pool, partial(kill_myself_in_the_second_save, moment, words), 1)
-    named = moment.endswith("point_at")
+    named = moment.endswith("set_latest")
     assert runs.checkpoints(tmp_path / "broken") == (
         ["step_2", "step_4"] if named else [".step_4.incomplete", "step_2"]
     )
