@@ -14,7 +14,7 @@ from torch import Tensor
 
 from megatron_capgap.data.batch import MicroBatch, collate
 from megatron_capgap.distributed.parallel_context import ParallelContext
-from megatron_capgap.losses import token_logprobs
+from megatron_capgap.losses import token_scores
 from megatron_capgap.models import schedule
 from megatron_capgap.models.gpt import unwrap
 
@@ -103,7 +103,7 @@ class Scorer:
 
         def last_stage(hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, None]:
             labels, mask = batch.flat()
-            log_probs, greedy = token_logprobs(
+            log_probs, greedy = token_scores(
                 hidden.flatten(0, 1),
                 unwrap(self.chunks[-1]).lm_head(),
                 labels,

@@ -7,7 +7,7 @@ exist as a whole; a divergence is a row of the table in `divergences.py`.
 from megatron_capgap.losses.fused import Loss, distillation_loss, language_model_loss
 from megatron_capgap.losses.objective import DistillationObjective
 from megatron_capgap.losses.teacher_outputs import TeacherHidden, TeacherLogits, TeacherTopK
-from megatron_capgap.losses.token_logprobs import token_logprobs
+from megatron_capgap.losses.token_scores import token_scores
 
 __all__ = [
     "DistillationObjective",
@@ -17,5 +17,5 @@ __all__ = [
     "TeacherTopK",
     "distillation_loss",
     "language_model_loss",
-    "token_logprobs",
+    "token_scores",
 ]

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_capgap.losses import token_logprobs
+from megatron_capgap.losses import token_scores
 from tests.support.pool import WorkerPool
 
 TOKENS, WIDTH, VOCAB = 36, 7, 29
@@ -16,7 +16,7 @@ def scores_of_a_rank(padded: int, sequence: bool, chunk: int) -> tuple[torch.Ten
     shards = torch.cat([head, torch.full((padded - VOCAB, WIDTH), 50.0)]).chunk(world)  # padding that would always win
     part = hidden.chunk(world)[rank] if sequence else hidden
     options = {"vocab_size": VOCAB, "group": dist.group.WORLD, "sequence_parallel": sequence, "chunk_tokens": chunk}
-    return token_logprobs(part, shards[rank].contiguous(), labels, **options)
+    return token_scores(part, shards[rank].contiguous(), labels, **options)
 
 
 def made() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

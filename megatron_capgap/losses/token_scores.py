@@ -11,7 +11,7 @@ from megatron_capgap.losses.vocab_shard import LOG_OF_NOTHING, VocabShard, log_s
 
 
 @torch.no_grad()
-def token_logprobs(
+def token_scores(
     hidden: Tensor,
     head: Tensor,
     labels: Tensor,
