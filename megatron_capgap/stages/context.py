@@ -49,13 +49,14 @@ _RESOLVED = "resolved.yaml"
 
 
 Plan = TypeVar("Plan", bound=RunPlan)
+PlanInContext = TypeVar("PlanInContext", bound=RunPlan, covariant=True)
 
 
 @dataclass(frozen=True)
-class StageContext(Generic[Plan]):
+class StageContext(Generic[PlanInContext]):
     """What a stage works with: the plan of the run, its ranks, devices and run directory."""
 
-    plan: Plan
+    plan: PlanInContext
     device: Device
     rank: int
     """This process among all of the job."""

@@ -242,10 +242,8 @@ def teacher_loop(ctx: DistillationContext, roles: RoleGroups) -> None:
     # Only the student knows its step: it may have gone back to an earlier checkpoint.
     done = roles.start_all_reduce_max(0).wait()
     with StopRequest(ctx.device.torch_device) as stop:
-        steps = range(done, ctx.config.train.steps)
-        end = run_teacher_ahead(
-            steps, ctx.plan.teacher_config.ahead, teach, lambda: roles.start_all_reduce_max(stop.seen)
-        )
+        steps, ahead = range(done, ctx.config.train.steps), ctx.plan.teacher_config.ahead
+        end = run_teacher_ahead(steps, ahead, teach, lambda: roles.start_all_reduce_max(stop.seen))
     if end == FAILED:
         raise roles.peer_error()
 
