@@ -49,8 +49,14 @@ class Cells:
 
     def chosen(self, keep: Mask) -> Cells:
         """The runs where `keep` `[n]` is true."""
-        fields = (self.student, self.teacher, self.curve, self.training, self.loss, self.quality)
-        return Cells(*(field[keep] for field in fields))
+        return Cells(
+            student=self.student[keep],
+            teacher=self.teacher[keep],
+            curve=self.curve[keep],
+            training=self.training[keep],
+            loss=self.loss[keep],
+            quality=self.quality[keep],
+        )
 
 
 @dataclass(frozen=True)

@@ -235,9 +235,9 @@ def choose(fitted: dict[str, Law]) -> Law | None:
         return None
     chosen = fitted["proportional"]
     for law in fitted.values():
-        if law.leave_one_out is None or chosen.leave_one_out is None or law.intervals() is None:
+        if law.leave_one_out is None or chosen.leave_one_out is None or (intervals := law.intervals()) is None:
             continue
-        low, high = law.intervals().get(law.form.symbols[-1], (0.0, 0.0))
+        low, high = intervals.get(law.form.symbols[-1], (0.0, 0.0))
         surely = law.form.plain is not None and not low <= law.form.plain <= high
         if surely and law.leave_one_out < chosen.leave_one_out:
             chosen = law

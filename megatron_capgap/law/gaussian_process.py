@@ -120,8 +120,8 @@ class Process:
         """
         h, factor = self.draws[number], self._factors[number]
         d = np.concatenate([*(ratios for _, ratios in curves), np.log(runs.teacher / runs.student)])
-        z = [np.full(len(ratios), np.log(student)) for student, ratios in curves]
-        z, none = np.concatenate([*z, np.log(runs.student)]), np.full(len(d) - len(runs), -1)
+        of_curves = [np.full(len(ratios), np.log(student)) for student, ratios in curves]
+        z, none = np.concatenate([*of_curves, np.log(runs.student)]), np.full(len(d) - len(runs), -1)
         curve, training = (np.append(none, each) for each in (runs.curve, runs.training))
         quality = np.append(np.zeros(len(none)), runs.quality)
 

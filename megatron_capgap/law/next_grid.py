@@ -37,7 +37,7 @@ def next_grid(
         raise LawError(f"--grid: init {init!r} has no row in a grid of new runs; take the cells from the table")
     apart, _ = trained_apart(dict(grid))
     taken = _Names(plan, apart, sizes, further)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for run in (run for step in plan.steps for run in step.runs):
         student, teacher = taken.student(run, init), taken.teacher(run)
         row = {"init": init, "students": [student], "teachers": [teacher], "seeds": [run.seed], "labels": False}

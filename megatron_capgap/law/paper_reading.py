@@ -107,7 +107,12 @@ def _caveats(optima: Sequence[tuple[Curve, Optimum]], chosen: Law | None) -> lis
                 f"{name}: no curse seen; the largest teacher, of {largest}, is the best, so its optimum, if it has "
                 "one, is censored: it lies there or above"
             )
-        elif best.status == curves.NO_CURSE and best.chance is not None and best.rise <= best.chance:
+        elif (
+            best.status == curves.NO_CURSE
+            and best.chance is not None
+            and best.rise is not None
+            and best.rise <= best.chance
+        ):
             found.append(
                 f"{name}: no curse seen; its loss with the largest teacher is {best.rise:.4f} nats above that with the "
                 f"best, and seeds alone may bring about {best.chance:.4f}"

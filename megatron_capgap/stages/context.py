@@ -111,7 +111,7 @@ def stage_context(plan: Plan, environment: Environment, device: Device) -> Itera
         return collectives.run_on_rank0(lambda: _open_run_dir(plan, lock))
 
     try:
-        warnings, steps = [], config.train.steps
+        warnings, steps = list[str](), config.train.steps
         if roles is None:
             warnings, steps = open_run_dir()
         elif roles.is_teacher:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 from torch import Tensor
@@ -96,6 +96,7 @@ def distillation_run(
         matching.start_batch(batches, teacher_states)
 
         def loss(hidden: Tensor, student_head: Tensor, batch: MicroBatch) -> Loss:
+            assert head is not None, "the last stage alone has a loss, and there is a head"
             # Popped, so that the teacher's states of a micro-batch are freed as soon as its loss is known.
             hidden_of_teacher = teacher_states.pop(transfer_plan.FINAL_HIDDEN, batch.sample_ids).flatten(0, 1)
             return distillation_loss(
@@ -137,7 +138,7 @@ def load_teacher(ctx: DistillationContext) -> Teacher:
         loader.load_weights(source.folder, chunks, parallel)
         cast_params_to_fp8(chunks, precision)
     freeze(chunks)
-    weights = nullcontext()
+    weights: AbstractContextManager[None] = nullcontext()
     if ctx.plan.teacher_config.offload:
         weights = HostOffload((p for chunk in chunks for p in chunk.parameters()), ctx.device.torch_device)
     side, _ = transfer_plan.model_placements(config, plan.world)
@@ -203,7 +204,7 @@ def _colocated_teacher(ctx: DistillationContext, teacher: Teacher) -> Callable[[
 
 def student_loop(ctx: DistillationContext, roles: RoleGroups) -> None:
     """The student's ranks, with a teacher on others."""
-    assert ctx.config.train.steps is not None
+    assert ctx.config.train.steps is not None, "load refuses a distillation without steps"
     side = StudentSide(
         roles,
         _hidden_state_transfer(ctx, roles.start_send_recv),
@@ -229,7 +230,8 @@ def student_loop(ctx: DistillationContext, roles: RoleGroups) -> None:
 
 def teacher_loop(ctx: DistillationContext, roles: RoleGroups) -> None:
     """The teacher's own ranks."""
-    batch_size = ctx.plan.global_batch
+    batch_size, last = ctx.plan.global_batch, ctx.config.train.steps
+    assert last is not None, "load refuses a distillation without steps"
     transfer = _hidden_state_transfer(ctx, roles.start_send_recv)
     teacher = roles.barrier_with_errors(lambda: load_teacher(ctx))
     forward = roles.barrier_with_errors(lambda: teacher_forward(ctx, teacher))
@@ -242,7 +244,7 @@ def teacher_loop(ctx: DistillationContext, roles: RoleGroups) -> None:
     # Only the student knows its step: it may have gone back to an earlier checkpoint.
     done = roles.start_all_reduce_max(0).wait()
     with StopRequest(ctx.device.torch_device) as stop:
-        steps, ahead = range(done, ctx.config.train.steps), ctx.plan.teacher_config.ahead
+        steps, ahead = range(done, last), ctx.plan.teacher_config.ahead
         end = run_teacher_ahead(steps, ahead, teach, lambda: roles.start_all_reduce_max(stop.seen))
     if end == FAILED:
         raise roles.peer_error()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from megatron_capgap.common.fileio import write_atomically
+from megatron_capgap.data.pretrain import SampleSequence
 from megatron_capgap.devices import Device
 from megatron_capgap.distributed.environment import Environment
 from megatron_capgap.stages import context, datasets
@@ -31,10 +32,12 @@ def run(plan: RunPlan, environment: Environment, device: Device) -> int:
             batches=config.train.eval_batches,
             device=ctx.device.torch_device,
         )
+        assert result is not None, "only what may be halted gives up"
         step = plan.student_source.meta.step if plan.student_source else 0
         entry = result.entry(step)
         ctx.log.record(entry)
-        left_out = 0 if plan.template or config.train.eval_batches else samples.left_out
+        whole = config.train.eval_batches is None
+        left_out = samples.left_out if isinstance(samples, SampleSequence) and whole else 0
         if left_out:
             ctx.log.info(f"{left_out} tokens at the ends of the data fill no row and are left out")
         if ctx.log.is_rank0:

@@ -181,7 +181,7 @@ def _report(ctx: StageContext[PruningPlan], kept: Plan) -> None:
     rows = [
         (name, str(getattr(before, name)), str(getattr(after, name))) for name in ("layers", "hidden", "heads", "ffn")
     ]
-    rows.insert(3, ("kv_heads", *(str(derived.kv_heads(shape)) for shape in (before, after))))
+    rows.insert(3, ("kv_heads", str(derived.kv_heads(before)), str(derived.kv_heads(after))))
     for name, count in (("parameters", size.parameters), ("non-embedding", size.non_embedding_parameters)):
         rows.append((name, f"{count(before):,}", f"{count(after):,}"))
     ctx.log.table(f"pruned: {ctx.run_dir}/checkpoints/step_0", ("", "teacher", "student"), rows)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from megatron_capgap.checkpoint import metadata, run_directory
 from megatron_capgap.checkpoint.metadata import ModelRef, Provenance
 from megatron_capgap.common.errors import ConfigError, UserError
+from megatron_capgap.config import derived
 from megatron_capgap.config.finetune import FinetuneConfig
 from megatron_capgap.config.loader import LoadedConfig
 from megatron_capgap.config.schema import Config, ModelShape
@@ -210,7 +211,7 @@ def _fingerprint_problems(
 
 def _length_problems(loaded: LoadedConfig, teacher: CheckpointSource | None) -> list[str]:
     """A teacher says little about positions it has never seen."""
-    if teacher is None or loaded.config.teacher.longer_sequences:
+    if teacher is None or derived.teacher_section(loaded.config).longer_sequences:
         return []
     trained = max(teacher.meta.sequence_length, teacher.meta.model.max_positions or 0)
     length = loaded.config.data.sequence_length
