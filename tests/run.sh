@@ -13,6 +13,8 @@ source tools/install.sh dev
 echo "== ruff"
 "$python" -m ruff check .
 "$python" -m ruff format --check .
+echo "== mypy"
+"$python" -m mypy
 echo "== codespell"
 "$python" -m codespell_lib
 

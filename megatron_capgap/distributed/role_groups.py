@@ -121,8 +121,9 @@ class RoleGroups:
             world_size=size,
             timeout=self._limit,
         )
-        store = dist.PrefixStore("control", self.store)
-        self._control: _Backend = dist.ProcessGroupGloo(store, self.rank, world, self._limit)  # type: ignore[assignment]
+        self._control: _Backend = dist.ProcessGroupGloo(  # type: ignore[assignment]
+            dist.PrefixStore("control", self.store), self.rank, world, self._limit
+        )
         self._states = self._control
         if device.backend == "nccl":
             options = dist.ProcessGroupNCCL.Options()

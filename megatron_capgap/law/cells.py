@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_capgap.law.records import LawError, Record
+from megatron_capgap.law.files import LawError
+from megatron_capgap.law.records import Record
 
 Array = NDArray[np.float64]
 Numbers = NDArray[np.int64]

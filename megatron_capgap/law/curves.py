@@ -13,7 +13,8 @@ import numpy as np
 from scipy import stats
 
 from megatron_capgap.law.cells import SAME_SIZE, Array
-from megatron_capgap.law.records import LawError, Record
+from megatron_capgap.law.files import LawError
+from megatron_capgap.law.records import Record
 
 DRAWS = 2000
 LEVEL = 0.9

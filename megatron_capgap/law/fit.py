@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize
 
-from megatron_capgap.law.curves import DRAWS, LEVEL, Array, Curve, Optimum
+from megatron_capgap.law.cells import Array
+from megatron_capgap.law.curves import DRAWS, LEVEL, Curve, Optimum
 
 MILLION = 1e6
 PAPER = (2.498, -11.498 * MILLION)

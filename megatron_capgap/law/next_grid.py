@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from megatron_capgap.law.cells import SAME_SIZE
+from megatron_capgap.law.files import LawError
 from megatron_capgap.law.formatting import short
 from megatron_capgap.law.plan import Plan, Run
-from megatron_capgap.law.records import LawError
 from megatron_capgap.law.sweep import STARTS, run_dir, trained_apart
 
 KEPT = ("common", "teach", "start", "prune", "distill", "ranks", "slurm")

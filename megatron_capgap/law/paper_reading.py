@@ -14,8 +14,9 @@ import numpy as np
 
 from megatron_capgap.law import curves, fit
 from megatron_capgap.law.curves import Curve, Optimum
+from megatron_capgap.law.files import LawError
 from megatron_capgap.law.fit import Law
-from megatron_capgap.law.records import LawError, Record
+from megatron_capgap.law.records import Record
 
 FEW_STUDENTS = 3
 

@@ -27,9 +27,10 @@ import numpy as np
 
 from megatron_capgap.law import cost
 from megatron_capgap.law.cells import SAME_SIZE, Array, Cells, Training, trainings
+from megatron_capgap.law.files import LawError
 from megatron_capgap.law.formatting import short
 from megatron_capgap.law.gaussian_process import Process, root_of
-from megatron_capgap.law.records import LawError, Record
+from megatron_capgap.law.records import Record
 from megatron_capgap.law.verdict import DRAWS
 
 SCALES, SIMULATIONS = 20, 400

@@ -172,6 +172,7 @@ def _memory(plan: RunPlan) -> list[str]:
     if not derived.teacher_runs(config, plan.stage):
         return lines
     if plan.student_world < plan.world:
+        assert plan.teacher is not None, "ranks that are not the student's are a teacher's"
         need = memory.estimate_teacher(config, plan.student, plan.teacher, plan.world)
         lines = [*_table("memory of the teacher's fullest rank, MiB", need), "", *lines]
     return [*_teaching(plan), "", *lines]

@@ -379,7 +379,7 @@ def checkpoint_metadata(ctx: StageContext[RunPlan], done: int) -> CheckpointMeta
         fp8_recipe=fp8.recipe if fp8 else None,
         pruned_from=begun_from.pruned_from if begun_from else None,
         padding=begun_from.padding if begun_from else 0,
-        chat_template=plan.template.jinja if plan.template else begun_from and begun_from.chat_template,
+        chat_template=plan.template.jinja if plan.template else begun_from.chat_template if begun_from else None,
         expanded_from=begun_from.expanded_from if begun_from else None,
         lessons=plan.provenance,
     )

@@ -11,9 +11,10 @@ from megatron_capgap.training.loop import train
 
 def run(plan: RunPlan, environment: Environment, device: Device) -> int:
     """Finetunes; returns the exit code."""
-    with context.stage_context(plan, environment, device) as ctx:
-        if isinstance(plan, DistillationPlan):
-            train(distill.colocated_run(ctx))
-        else:
+    if isinstance(plan, DistillationPlan):
+        with context.stage_context(plan, environment, device) as with_teacher:
+            train(distill.colocated_run(with_teacher))
+    else:
+        with context.stage_context(plan, environment, device) as ctx:
             train(context.language_model_run(ctx))
     return 0

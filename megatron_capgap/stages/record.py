@@ -31,6 +31,7 @@ def write(plan: DistillationPlan) -> str:
         return f"record for the law: {run_dir / RECORD}, as it was"
     if not plan.config.data.valid:
         return "no record for the law: data.valid names no held-out text"
+    assert steps is not None, "stage_context has put a number there"
     # Read from disk, for the run may have been stopped between its last evaluation and the record.
     last = evaluation_after(run_dir, steps)
     if last is None or steps not in run_directory.steps_in(run_dir):

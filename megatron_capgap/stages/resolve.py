@@ -89,7 +89,7 @@ def resolve(loaded: LoadedConfig, stage: str, world: int, capability: tuple[int,
         "tokenizer": tokenizer,
         "template": template,
     }
-    if teacher is None:
+    if teacher is None or teacher_source is None:
         return RunPlan(**facts)
     if stage == "prune":
         return PruningPlan(**facts, teacher=teacher, teacher_source=teacher_source, budget=wanted.budget)
