@@ -3,6 +3,7 @@
 Megatron-Core asks torch for its CUDA device in some two hundred places. None of them needs a GPU; they need an answer.
 This file is the whole list of answers. It changes names inside `torch` and, for the random state, inside
 `megatron.core.tensor_parallel.random`, for the life of the process: a process that called `prepare` runs on the CPU.
+The type errors that are ignored here are those of a name that gets another function than torch says.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from megatron_capgap.checkpoint import metadata, run_directory
 from megatron_capgap.checkpoint.metadata import ModelRef, Provenance
@@ -19,7 +19,7 @@ from megatron_capgap.data import indexed
 from megatron_capgap.data.chat_template import Template, open_template
 from megatron_capgap.data.conversation_files import conversations_file
 from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
-from megatron_capgap.pruning.student_shape import StudentTarget, student_target
+from megatron_capgap.pruning.student_shape import Budget, StudentTarget, student_target
 from megatron_capgap.stages.plan import (
     CheckpointSource,
     DistillationPlan,
@@ -78,22 +78,28 @@ def resolve(loaded: LoadedConfig, stage: str, world: int, capability: tuple[int,
     assert wanted and tokenizer
     provenance = _provenance(config, stage, student_source, teacher_source)
     resumed = check_resume(loaded, stage, world, wanted, teacher, tokenizer, template, provenance)
-    facts: dict[str, Any] = {
-        "loaded": loaded,
-        "stage": stage,
-        "world": world,
-        "student": wanted.shape,
-        "student_source": student_source,
-        "provenance": provenance,
-        "resumed": resumed,
-        "tokenizer": tokenizer,
-        "template": template,
-    }
-    if teacher is None or teacher_source is None:
-        return RunPlan(**facts)
-    if stage == "prune":
-        return PruningPlan(**facts, teacher=teacher, teacher_source=teacher_source, budget=wanted.budget)
-    return DistillationPlan(**facts, teacher=teacher, teacher_source=teacher_source)
+    plan = RunPlan(
+        loaded=loaded,
+        stage=stage,
+        world=world,
+        student=wanted.shape,
+        student_source=student_source,
+        provenance=provenance,
+        resumed=resumed,
+        tokenizer=tokenizer,
+        template=template,
+    )
+    return _with_teacher(plan, teacher_source, wanted.budget)
+
+
+def _with_teacher(plan: RunPlan, source: CheckpointSource | None, budget: Budget | None) -> RunPlan:
+    """The plan as one of the kinds that have a teacher; as it is where there is none."""
+    if source is None:
+        return plan
+    facts = vars(plan) | {"teacher": source.meta.model, "teacher_source": source}
+    if plan.stage == "prune":
+        return PruningPlan(**facts | {"budget": budget})
+    return DistillationPlan(**facts)
 
 
 def check_device(plan: RunPlan, capability: tuple[int, int] | None) -> None:
