@@ -163,7 +163,8 @@ def fit(form: Form, students: Array, teachers: Array, variances: Array, random: 
     coefficients, covariance, tau2 = _regress(design, z, noise)
     residuals = z - design @ coefficients
     freedom = len(z) - form.size
-    draws, scatter = None, np.zeros(DRAWS)
+    draws = None
+    scatter: Array = np.zeros(DRAWS)
     if freedom > 0:
         weights = 1 / _floored(noise + tau2, z)
         inflation = np.sum(weights * residuals**2) / random.chisquare(freedom, DRAWS)
