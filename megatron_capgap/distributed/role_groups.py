@@ -36,11 +36,14 @@ _ERROR_KEY = "reason"
 class _Backend(Protocol):
     """What of gloo's and NCCL's process groups is used here: torch's stub does not say that they have it."""
 
-    def send(self, tensors: list[Tensor], peer: int, tag: int, /) -> Any: ...
+    def send(self, tensors: list[Tensor], peer: int, tag: int, /) -> Any:
+        """Begins to send."""
 
-    def recv(self, tensors: list[Tensor], peer: int, tag: int, /) -> Any: ...
+    def recv(self, tensors: list[Tensor], peer: int, tag: int, /) -> Any:
+        """Begins to receive."""
 
-    def allreduce(self, tensors: list[Tensor], options: dist.AllreduceOptions, /) -> Any: ...
+    def allreduce(self, tensors: list[Tensor], options: dist.AllreduceOptions, /) -> Any:
+        """Begins an all-reduce."""
 
 
 @dataclass(frozen=True)

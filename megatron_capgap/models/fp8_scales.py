@@ -27,7 +27,8 @@ class _Linear(Protocol):
 
     fp8_meta: dict[str, object]
 
-    def init_fp8_meta_tensors(self, recipe: object, /) -> None: ...
+    def init_fp8_meta_tensors(self, recipe: object, /) -> None:
+        """Makes scales and histories."""
 
 
 class DelayedScales:

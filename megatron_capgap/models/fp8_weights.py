@@ -22,7 +22,8 @@ class _Quantizer(Protocol):
 
     internal: bool
 
-    def set_usage(self, *, rowwise: bool, columnwise: bool) -> None: ...
+    def set_usage(self, *, rowwise: bool, columnwise: bool) -> None:
+        """Which copies it makes."""
 
     def __call__(self, tensor: Tensor, /) -> Tensor: ...
 
@@ -41,9 +42,11 @@ class _QuantisedModule(Protocol):
     param_init_meta: Mapping[str, _InitMeta]
     quantizers: Mapping[str, Sequence[_Quantizer]]
 
-    def init_fp8_metadata(self) -> None: ...
+    def init_fp8_metadata(self) -> None:
+        """Makes its quantisers."""
 
-    def named_parameters(self, *, recurse: bool) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
+    def named_parameters(self, *, recurse: bool) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """torch's."""
 
 
 def cast_params_to_fp8(
