@@ -33,7 +33,7 @@ FP8 = ["transformer-engine[pytorch]"]  # needs an NVIDIA GPU
 QUICKSTART = [*HF]
 SMOLLM2 = [*HF, "gguf"]
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
-LINT = ["ruff", "codespell"]
+LINT = ["ruff", "codespell", "mypy", "types-PyYAML"]
 PACKAGING = ["build", "setuptools>=70.1"]  # the wheel is built without isolation; 70.1 needs no wheel package
 TESTS = ["gguf", "glassllm", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis"]
 DEV = [*EVAL, *PLOT, *DOCS, *LINT, *PACKAGING, *TESTS]

@@ -151,10 +151,13 @@ def _obey(command: Command) -> int:
         return 0
     torchrun.drop_stale_agent_variables(environment)
     third_party.prepare()
+    resolve = importlib.import_module("megatron_capgap.stages.resolve")
+    plan = resolve.resolve(loaded, command.stage, environment.world)
     with _importing():
         device = _choose_device(loaded, environment)
         stage = importlib.import_module(f"megatron_capgap.stages.{command.stage}")
-    return stage.run(loaded, environment, device)
+    resolve.check_device(plan, device.capability)
+    return stage.run(plan, environment, device)
 
 
 @contextmanager

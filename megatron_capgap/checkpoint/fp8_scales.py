@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedStateDict
 from megatron.core.utils import get_pg_rank, make_sharded_tensor_for_checkpoint
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_capgap.checkpoint import safe_unpickle
 from megatron_capgap.common.errors import UserError
@@ -43,17 +44,19 @@ def load_request(folder: Path, chunks: Sequence[torch.nn.Module], parallel: Para
     layers = unwrap(chunks[0]).config.num_layers
     there = safe_unpickle.read_metadata(folder).metadata.state_dict_metadata
     found: dict[str, Any] = {}
+
+    def size(key: str) -> tuple[int, ...]:
+        entry = there[key]
+        assert isinstance(entry, TensorStorageMetadata), f"{folder}: {key} is no tensor"
+        return tuple(entry.size[1:])
+
     for layer, name, _ in fp8_scales.linears(chunks):
-        sizes = {
-            part: tuple(there[key].size[1:])
-            for part in fp8_scales.COUNTS
-            if (key := f"{fp8_scales.PREFIX}{name}.{part}") in there
-        }
+        sizes = {part: size(key) for part in fp8_scales.COUNTS if (key := f"{fp8_scales.PREFIX}{name}.{part}") in there}
         replica = (0, get_pg_rank(parallel.groups.tp), get_pg_rank(parallel.groups.dp_cp))
         pickled = ShardedObject(f"{name}{safe_unpickle.SCALES}", None, (layers,), (layer,), replica)
         if sizes:
             _check(folder, name, sizes)
-            state = {part: torch.empty(size) for part, size in sizes.items()}
+            state = {part: torch.empty(shape) for part, shape in sizes.items()}
             found[f"{layer}.{name}"] = _shards(layer, layers, name, state, parallel)
         elif pickled.unique_key in there:
             found[f"{layer}.{name}"] = pickled

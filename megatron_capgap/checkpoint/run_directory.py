@@ -110,8 +110,8 @@ def newest_readable(run_dir: Path) -> metadata.CheckpointMetadata | None:
             return metadata.read(folder)
         except CheckpointCorrupted as error:
             reasons.append(str(error))
-    if error := no_readable_checkpoint(run_dir, reasons):
-        raise error
+    if refusal := no_readable_checkpoint(run_dir, reasons):
+        raise refusal
     return None
 
 

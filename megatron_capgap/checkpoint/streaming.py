@@ -151,9 +151,9 @@ class Reader:
         """
         chunk = piece.chunk
         target = torch.empty(chunk.sizes, dtype=piece.entry.dtype)
-        items = create_read_items_for_chunk_list(
-            piece.entry.key, self._metadata.state_dict_metadata[piece.entry.key], [chunk]
-        )
+        stored = self._metadata.state_dict_metadata[piece.entry.key]
+        assert isinstance(stored, TensorStorageMetadata), "blocks are of entries that `tensors` lists"
+        items = create_read_items_for_chunk_list(piece.entry.key, stored, [chunk])
         try:
             self._reader.read_data(LoadPlan(items), _Reading(target)).wait()
         except (OSError, RuntimeError, ValueError, EOFError) as error:

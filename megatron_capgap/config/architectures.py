@@ -34,7 +34,9 @@ class ArchitectureSpec:
     """Whether transformers refuses a width that the heads do not divide, whatever head_dim says."""
 
 
-ARCHITECTURES = {
+FamilyName = Literal["llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox"]
+"""The keys of `ARCHITECTURES`."""
+ARCHITECTURES: dict[FamilyName, ArchitectureSpec] = {
     "llama": ArchitectureSpec(heads_divide_hidden=True),
     "mistral": ArchitectureSpec(),
     "qwen2": ArchitectureSpec(qkv_bias=True, free_head_dim=False),

@@ -8,6 +8,7 @@ from megatron_capgap.config.schema import (
     Layout,
     ModelShape,
     Precision,
+    TeacherConfig,
 )
 
 
@@ -82,11 +83,16 @@ def projection_names(config: Config, student: ModelShape, teacher: ModelShape | 
     return tuple(sorted(pair.name for pair in projected_pairs(config, student, teacher)))
 
 
+def teacher_section(config: Config) -> TeacherConfig:
+    """The section `teacher`. Needs a teacher."""
+    assert config.teacher is not None, "asked for where there is a teacher alone"
+    return config.teacher
+
+
 def teacher_layout(config: Config) -> Layout:
     """How the teacher is cut: teacher.layout, or as the student, but no virtual stages. Needs a teacher."""
-    assert config.teacher is not None
     student = config.student.layout
-    return config.teacher.layout or Layout(
+    return teacher_section(config).layout or Layout(
         tensor=student.tensor, pipeline=student.pipeline, context=student.context, sequence=student.sequence
     )
 
@@ -117,8 +123,7 @@ def teacher_runs(config: Config, stage: str) -> bool:
 
 def teacher_micro_batch(config: Config) -> int:
     """Sequences in one forward pass of the teacher. Needs a teacher."""
-    assert config.teacher is not None
-    return config.teacher.micro_batch or config.train.micro_batch
+    return teacher_section(config).micro_batch or config.train.micro_batch
 
 
 def student_precision(config: Config) -> Precision:
@@ -128,8 +133,7 @@ def student_precision(config: Config) -> Precision:
 
 def teacher_precision(config: Config) -> Precision:
     """The teacher's arithmetic: its own section, or the common one. Needs a teacher."""
-    assert config.teacher is not None
-    return config.teacher.precision or config.precision
+    return teacher_section(config).precision or config.precision
 
 
 def precisions(config: Config) -> tuple[Precision, ...]:

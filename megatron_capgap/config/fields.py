@@ -76,7 +76,7 @@ def _add_rows(rows: dict[str, Field], name: str, node: Node, definitions: Node, 
     rows[name] = Field(
         name=name,
         type=_words(node, definitions),
-        doc=node.get("description", target.get("description", "")),
+        doc=node["description"] if "description" in node else target.get("description", ""),
         required=required,
         default=json.dumps(node["default"]).strip('"') if "default" in node else None,
         children=tuple(properties),

@@ -5,11 +5,11 @@ what two keys must agree on is in `checks.py`.
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
-from megatron_capgap.config.architectures import ARCHITECTURES
+from megatron_capgap.config.architectures import FamilyName
 from megatron_capgap.config.finetune import FinetuneConfig
 from megatron_capgap.config.prune import PruneConfig
 from megatron_capgap.config.types import (
@@ -25,7 +25,7 @@ from megatron_capgap.config.types import (
 
 STAGES = ("adapt", "prune", "distill", "finetune", "evaluate")
 STAGES_WITH_TEACHER = ("distill", "finetune")  # where a teacher is one that the student learns from
-DIVERGENCES = (
+DivergenceName = Literal[
     "forward_kl",
     "reverse_kl",
     "jsd",
@@ -33,10 +33,12 @@ DIVERGENCES = (
     "skew_reverse_kl",
     "total_variation",
     "soft_cross_entropy",
-)
+]
+DIVERGENCES: tuple[str, ...] = get_args(DivergenceName)
 # Those whose formulas want the probabilities of the whole vocabulary: see losses/divergences.py.
 WITHOUT_CHAIN_RULE = ("jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation")
-MATCHINGS = ("mse", "cosine")
+MatchingName = Literal["mse", "cosine"]
+MATCHINGS: tuple[str, ...] = get_args(MatchingName)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class ModelShape:
     """Width of the feed-forward layer; where it is gated, of its gate and its up projection each."""
     vocab: Positive
     """Vocabulary size of the tokenizer, before any padding for tensor parallelism."""
-    family: Literal[tuple(ARCHITECTURES)] = "llama"
+    family: FamilyName = "llama"
     """Architecture: llama and mistral are RMSNorm, SwiGLU, rotary positions, no biases; qwen2 adds biases of queries,
     keys and values, qwen3 norms of queries and keys; gpt2 and gpt_neox are LayerNorm, GELU and biases, gpt2 with
     learned positions, gpt_neox with rotary ones and parallel residuals."""
@@ -281,7 +283,7 @@ class LayerPair:
     """Which of the student's transformer layers, counted from 1."""
     teacher_layer: Positive
     """Which of the teacher's."""
-    kind: Literal[MATCHINGS] = "mse"
+    kind: MatchingName = "mse"
     """mse: the squared difference, mean over the width; cosine: 1 minus the cosine of the angle between them."""
     weight: PositiveFloat = 1.0
     """Weight of this pair in the loss."""
@@ -298,7 +300,7 @@ class ObjectiveConfig:
 
     __pydantic_config__ = STRICT
 
-    divergence: Literal[DIVERGENCES] = "forward_kl"
+    divergence: DivergenceName = "forward_kl"
     """Distance from the teacher's next-token distribution to the student's."""
     temperature: PositiveFloat = 1.0
     """Divides both models' logits inside the divergence, which is then multiplied by temperature squared."""

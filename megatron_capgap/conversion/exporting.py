@@ -207,10 +207,10 @@ def _fill(writer: Writer, tensors: Sequence[Tensor], reader: Reader, entries: di
                 yield _write_transposed(writer, names, target, rows)
                 continue
             for run in packing.parts_of_rows(target.runs, piece.start, piece.count):
-                if (tensor := names.get(run.part)) is not None:
+                if (target_tensor := names.get(run.part)) is not None:
                     part = rows.narrow(0, run.packed - piece.start, run.count)
-                    writer.write(tensor.name, run.start, cast(part, tensor.dtype, tensor.name))
-                    yield part.numel() * tensor.dtype.itemsize
+                    writer.write(target_tensor.name, run.start, cast(part, target_tensor.dtype, target_tensor.name))
+                    yield part.numel() * target_tensor.dtype.itemsize
 
 
 def _write_transposed(writer: Writer, names: dict[int, Tensor], target: TensorTarget, packed: torch.Tensor) -> int:

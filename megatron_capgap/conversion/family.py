@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_capgap.common.errors import UserError
+from megatron_capgap.config.architectures import FamilyName
 from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.models import packing
 from megatron_capgap.models.packing import PackedRows
@@ -86,7 +87,7 @@ class Settings:
 class Family:
     """One architecture of Hugging Face's."""
 
-    name: str
+    name: FamilyName
     """`model_type` in config.json; a row of `config.families`."""
     architecture: str
     """Class with the LM head."""

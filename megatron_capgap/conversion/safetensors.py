@@ -180,7 +180,7 @@ class Files:
 
     def read_into(self, buffer: Tensor, stored: Stored, start: int) -> None:
         """Fills a contiguous `[count, ...]` of the tensor's type with its rows from `start` on."""
-        view = memoryview(buffer.view(torch.uint8).numpy()).cast("B") if buffer.numel() else memoryview(b"")
+        view = buffer.view(torch.uint8).numpy().data.cast("B") if buffer.numel() else memoryview(b"")
         file, offset, done = self._descriptor(stored.file), stored.offset + start * stored.row_bytes, 0
         while done < len(view):  # one call reads 2 GiB at most
             if (got := os.preadv(file, [view[done:]], offset + done)) == 0:
@@ -228,7 +228,7 @@ class Writer:
         """Rows of a tensor, `[count, ...]`, on the CPU."""
         stored = self._stored[name]
         assert rows.dtype == stored.dtype and tuple(rows.shape[1:]) == stored.shape[1:], (name, rows.shape, stored)
-        view = memoryview(rows.contiguous().view(torch.uint8).numpy()).cast("B")
+        view = rows.contiguous().view(torch.uint8).numpy().data.cast("B")
         _write(self._file, view, stored.offset + start * stored.row_bytes)
         self._written[name] += rows.shape[0]
 

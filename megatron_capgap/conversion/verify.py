@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +107,7 @@ def compare(hf: Path, checkpoint: str, layout: Layout, device: Device, *, tokens
     theirs = run_on_rank0(lambda: _transformers(hf, family, ids))
     parallel = layouts.build(layout, seed)
     ours = _megatron(folder, shape, parallel, device, ids)
-    compared = [None] * dist.get_world_size()
+    compared: list[tuple[dict[int, float], dict[str, float] | None]] = [({}, None)] * dist.get_world_size()
     dist.all_gather_object(compared, (_layers_apart(theirs, ours), _logits_apart(theirs, ours)))
     layouts.destroy()
     layers = {layer: apart for part, _ in compared for layer, apart in part.items()}
@@ -133,7 +133,9 @@ def _transformers(hf: Path, family: Family, ids: Tensor) -> _Trace:
     logging.disable_progress_bar()
     how = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
     try:  # the files' own numbers, whatever type config.json speaks of
-        model, info = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, output_loading_info=True, **how)
+        model, info = _with_loading_info(
+            AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, output_loading_info=True, **how)
+        )
     except Exception as error:  # its checks of a configuration raise classes of many kinds
         reason = in_one_line(error, 300)
         raise UserError(f"{hf}: transformers does not load it ({reason}); mend the folder") from error
@@ -142,9 +144,17 @@ def _transformers(hf: Path, family: Family, ids: Tensor) -> _Trace:
     model.eval()
     name = next(row.hf[0] for row in family.rows if "{layer}" in row.hf[0]).split(".{layer}")[0]
     trace = _Trace({})
-    with torch.no_grad(), _watched(list(model.get_submodule(name)), range(10**6), trace.layers, lambda x: x):
+    layers = model.get_submodule(name)
+    assert isinstance(layers, torch.nn.ModuleList), f"{name} of {hf}"
+    with torch.no_grad(), _watched(list(layers), range(10**6), trace.layers, lambda x: x):
         trace.logits = model(input_ids=ids, use_cache=False).logits
     return trace
+
+
+def _with_loading_info(loaded: Any) -> tuple[torch.nn.Module, dict[str, Collection[str]]]:
+    """What `output_loading_info` makes of a call whose annotation speaks of a model alone."""
+    model, info = loaded
+    return model, info
 
 
 def _megatron(folder: Path, shape: ModelShape, parallel: ParallelContext, device: Device, ids: Tensor) -> _Trace:

@@ -45,11 +45,11 @@ class MicroBatch:
 
     def lengths(self) -> torch.Tensor:
         """Int64 [b, s]: tokens of the conversation that each token belongs to."""
-        assert self.conversations is not None
         return self._together().sum(-1)
 
     def _together(self) -> torch.Tensor:
         """Bool [b, s, s], whether two tokens belong to one conversation."""
+        assert self.conversations is not None, "asked for where rows are packed of conversations alone"
         return self.conversations[:, :, None] == self.conversations[:, None, :]
 
     def flat(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -187,9 +187,9 @@ class JinjaTemplate(Template):
         asked = self._part(before, answer=True)
         said = self._part(after, answer=False) if len(after) < len(conversation) else text
         self._check_said(conversation, number, text, answer)
-        apart = asked is not None and said is not None and len(asked) < len(said)
-        if apart and text.startswith(asked) and text.startswith(said):
-            return len(asked), len(said)
+        if asked is not None and said is not None and len(asked) < len(said):
+            if text.startswith(asked) and text.startswith(said):
+                return len(asked), len(said)
         # What changes with the words is where they stand; a template may write the same turn otherwise once more
         # follows, such as without the thoughts before an answer.
         start, end = self._words(conversation, number, text, answer) or (len(text), len(text))

@@ -85,7 +85,7 @@ class _Generation(Extension):
         said: where the marked parts stand, as transformers counts.
     """
 
-    tags: ClassVar = {"generation"}
+    tags: ClassVar = {"generation"}  # type: ignore[misc]  # jinja2 annotates it as an instance's
     written: int
     said: list[Span]
 

@@ -116,15 +116,15 @@ def read(path: Path) -> Model:
     pieces = []
     for number, value in _fields(content):
         if number == _PIECES:
-            pieces.append(_piece(value))
+            pieces.append(_piece(_bytes(value)))
         elif number == _TRAINER:
-            trainer.update(_fields(value))
+            trainer.update(_fields(_bytes(value)))
         elif number == _NORMALIZER:
-            normalizer.update(_fields(value))
+            normalizer.update(_fields(_bytes(value)))
     special = {name: _signed(trainer.get(number, unless)) for name, (number, unless) in _SPECIAL.items()}
     return Model(
         content,
-        _MODEL_KINDS[trainer.get(_MODEL_KIND, 1)],
+        _MODEL_KINDS[_int(trainer.get(_MODEL_KIND, 1))],
         tuple(pieces),
         {name: number for name, number in special.items() if 0 <= number < len(pieces)},
         bool(trainer.get(_BYTE_FALLBACK, 0)),
@@ -137,14 +137,24 @@ def read(path: Path) -> Model:
 
 def _signed(value: int | bytes) -> int:
     """A number that is written in 64 bits where it is negative."""
-    assert isinstance(value, int)
-    return value - (1 << 64) if value >> 63 else value
+    number = _int(value)
+    return number - (1 << 64) if number >> 63 else number
+
+
+def _int(value: int | bytes) -> int:
+    assert isinstance(value, int), "sentencepiece has read the file, and this field is a number"
+    return value
+
+
+def _bytes(value: int | bytes) -> bytes:
+    assert isinstance(value, bytes), "sentencepiece has read the file, and this field is no integer"
+    return value
 
 
 def _piece(message: bytes) -> Piece:
     inner = dict(_fields(message))
-    score = struct.unpack("<f", inner.get(_SCORE, bytes(4)))[0]
-    return Piece(inner[_TEXT].decode(), score, inner.get(_KIND, NORMAL))
+    score = struct.unpack("<f", _bytes(inner.get(_SCORE, bytes(4))))[0]
+    return Piece(_bytes(inner[_TEXT]).decode(), score, _int(inner.get(_KIND, NORMAL)))
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:

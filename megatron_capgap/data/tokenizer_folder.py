@@ -242,9 +242,10 @@ def _from_json(
             f"tokenizer {file}: its model is no BPE, and transformers' {made_by} makes one of it; set tokenizer_class "
             "to PreTrainedTokenizerFast in a tokenizer_config.json without a config.json beside it"
         )
-    merges = [
-        tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in recipe["model"]["merges"]
-    ]
+    merges: list[tuple[str, str]] = []
+    for merge in recipe["model"]["merges"]:  # two pieces each, or `from_file` had refused them
+        first, second = merge.split(" ") if isinstance(merge, str) else merge
+        merges.append((first, second))
     rebuilt = of_class(made_by, vocabulary, merges, settings)
     if built.post_processor is not None and made_by != "GPTNeoXTokenizer":  # which makes its own, of no tokens
         rebuilt.post_processor = built.post_processor

@@ -3,6 +3,7 @@
 Megatron-Core asks torch for its CUDA device in some two hundred places. None of them needs a GPU; they need an answer.
 This file is the whole list of answers. It changes names inside `torch` and, for the random state, inside
 `megatron.core.tensor_parallel.random`, for the life of the process: a process that called `prepare` runs on the CPU.
+The type errors that are ignored here are those of a name that gets another function than torch says.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def prepare(with_engine: bool = False) -> Device:
     """
     # Megatron and Transformer Engine decorate element-wise functions with torch.compile, SwiGLU among them; importing
     # the compiler costs seconds, and using it would need a C++ compiler.
-    torch.compile = _as_it_is
+    torch.compile = _as_it_is  # type: ignore[assignment]
     if with_engine:
         transformer_engine_cpu.install()  # before the patches below, which import some of Megatron
     else:
@@ -73,7 +74,7 @@ def prepare(with_engine: bool = False) -> Device:
         _share_event_loop()
         cpu_kernels.install()
         _tune_allocator()
-        torch.cuda._capgap_cpu = True
+        torch.cuda._capgap_cpu = True  # type: ignore[attr-defined]
     why = "its own modules on emulated kernels: for study, not for speed" if with_engine else "not asked for"
     return Device(
         name="cpu",
@@ -174,11 +175,12 @@ def _answer_for_cuda() -> None:
     answers |= dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"), 0)
     for name, value in answers.items():
         setattr(cuda, name, answer(value))
-    cuda.Stream, cuda.Event = type("Stream", (_Inert,), {}), type("Event", (_Inert,), {})
+    cuda.Stream = type("Stream", (_Inert,), {})  # type: ignore[misc, assignment]
+    cuda.Event = type("Event", (_Inert,), {})  # type: ignore[misc, assignment]
     cuda.current_stream, cuda.default_stream = answer(_Inert()), answer(_Inert())
-    cuda.stream = lambda *args: contextlib.nullcontext()
-    torch.Tensor.cuda = lambda self, *args, **kwargs: self
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+    cuda.stream = lambda *args: contextlib.nullcontext()  # type: ignore[assignment]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
 
 def _rewrite_factories() -> None:
@@ -206,9 +208,16 @@ def _rewrite_factories() -> None:
 
 def _share_random_state() -> None:
     """Megatron's CUDA random state is the CPU generator's: on a CPU there is but one."""
-    torch.cuda.manual_seed = torch.cuda.random.manual_seed = lambda seed: torch.manual_seed(seed)
+
+    def manual_seed(seed: int) -> torch.Generator:
+        return torch.manual_seed(seed)
+
+    def set_rng_state(state: torch.Tensor, device: Any = None) -> None:
+        torch.set_rng_state(state)
+
+    torch.cuda.manual_seed = torch.cuda.random.manual_seed = manual_seed  # type: ignore[assignment]
     torch.cuda.get_rng_state = torch.cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
-    torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    torch.cuda.set_rng_state = torch.cuda.random.set_rng_state = set_rng_state  # type: ignore[assignment]
 
     from megatron.core.tensor_parallel import random
 
@@ -227,7 +236,7 @@ def _name_types() -> None:
             return answer
         return answer.replace("torch.", "torch.cuda.", 1)
 
-    torch.Tensor.type = named
+    torch.Tensor.type = named  # type: ignore[method-assign, assignment]
 
 
 def _share_event_loop() -> None:
@@ -248,11 +257,11 @@ def _share_event_loop() -> None:
         if args or kwargs or timeout is None:  # whoever brings options knows what they want
             original(self, store, rank, size, *args, **kwargs)
             return
-        options = gloo._Options()
+        options = gloo._Options()  # type: ignore[attr-defined]
         options._devices, options._threads, options._timeout = [device()], _THREADS_OF_A_GROUP, timeout
         original(self, store, rank, size, options)
 
-    gloo.__init__ = initialise
+    gloo.__init__ = initialise  # type: ignore[method-assign]
 
 
 _THREADS_OF_A_GROUP = 2  # as torch has it: they run the collectives that were not waited for

@@ -18,6 +18,7 @@ from megatron_capgap.distillation.transfer import TeacherStates
 from megatron_capgap.distributed.parallel_context import ParallelContext
 from megatron_capgap.losses import Loss
 from megatron_capgap.losses.hidden_matching import match
+from megatron_capgap.models import projections
 from megatron_capgap.models.gpt import unwrap
 
 
@@ -42,8 +43,8 @@ class HiddenStateMatching:
                 for pair in pairs:
                     if pair.student_layer == layer.layer_number:
                         self._waiting[pair] = deque()
-                        projection = model.projections[pair.name].weight if pair.name in model.projections else None
-                        layer.register_forward_hook(partial(self._match, pair, projection))
+                        weight = projections.weight_of(model, pair)
+                        layer.register_forward_hook(partial(self._match, pair, weight))
 
     def start_batch(self, batches: Sequence[MicroBatch], taught: TeacherStates) -> None:
         """Takes over what the teacher left of a global batch.

@@ -27,12 +27,12 @@ class Work(Protocol):
         """Returns when it is done; raises where it cannot be."""
 
 
-Transport = Callable[[Sequence[tuple[Tensor, int]], Sequence[tuple[Tensor, int]]], list[Work]]
+Transport = Callable[[Sequence[tuple[Tensor, int]], Sequence[tuple[Tensor, int]]], Sequence[Work]]
 """Begins to send and to receive contiguous tensors, each with the rank at the other end; gives the work of each in this
 order. Between two ranks what is sent first is received first."""
 
 
-def batched_p2p(sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> list[Work]:
+def batched_p2p(sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> Sequence[Work]:
     """The transport where teacher and student share all ranks."""
     operations = [dist.P2POp(dist.isend, tensor, peer) for tensor, peer in sends]
     operations += [dist.P2POp(dist.irecv, tensor, peer) for tensor, peer in receives]
@@ -107,15 +107,19 @@ class HiddenStateTransfer:
             HandOffError: a rank at another end has gone before.
         """
         states: States = {}
-        sends, receives, names = [], [], ([], [])
+        sends: list[tuple[Tensor, int]] = []
+        receives: list[tuple[Tensor, int]] = []
+        names: tuple[list[str], list[str]] = ([], [])
         for stream in self.streams:
             mine = held.get(stream.key, {})
             states[stream.key] = self._recv_buffer(stream, mine, first_sample)
             for piece in stream.row_ranges:
                 sample = piece.sample + first_sample
                 if piece.source == self.rank:
+                    assert stream.held is not None, "a rank gives of what it holds"
                     given = _rows(mine[sample], piece, stream.held.start)
                 if piece.target == self.rank:
+                    assert stream.needed is not None, "a rank takes of what it needs"
                     taken = _rows(states[stream.key][sample], piece, stream.needed.start)
                 if piece.source != self.rank:
                     receives.append((taken, piece.source))

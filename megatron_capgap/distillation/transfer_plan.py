@@ -156,8 +156,8 @@ def streams(
         held = teacher.rank_slices(route.teacher_stage)
         needed = [slab for stage in route.student_stages for slab in student.rank_slices(stage)]
         mine = tuple(piece for piece in row_ranges(held, needed) if rank in (piece.source, piece.target))
-        of_rank = (next((slab for slab in slabs if slab.rank == rank), None) for slabs in (held, needed))
-        found.append(TensorStream(route.key, *of_rank, mine))
+        my_held, my_needed = (next((slab for slab in slabs if slab.rank == rank), None) for slabs in (held, needed))
+        found.append(TensorStream(route.key, my_held, my_needed, mine))
     return found
 
 

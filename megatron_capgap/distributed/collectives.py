@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from megatron_capgap.common.errors import UserError
 
@@ -25,10 +25,11 @@ def run_on_rank0(work: Callable[[], Result], group: dist.ProcessGroup | None = N
 
     outcome = [_catch_user_error(work) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(outcome, src=0, group=group)
-    error, answer = outcome[0]  # type: ignore[misc]
+    assert outcome[0] is not None, "rank 0 has sent its own"
+    error, answer = outcome[0]
     if error is not None:
         raise error
-    return answer  # type: ignore[return-value]
+    return cast("Result", answer)
 
 
 def gather_from_ranks(work: Callable[[], Result], group: dist.ProcessGroup | None = None) -> list[Result]:
@@ -47,7 +48,7 @@ def gather_from_ranks(work: Callable[[], Result], group: dist.ProcessGroup | Non
     for error, _ in outcomes:
         if error is not None:
             raise error
-    return [answer for _, answer in outcomes]  # type: ignore[misc]
+    return [cast("Result", answer) for _, answer in outcomes]
 
 
 def run_on_all_ranks(work: Callable[[], Result]) -> Result:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,19 @@ FAILED = 2**31 - 1
 """What a world says that has given up; above every signal's number and every step's."""
 _POLL_INTERVAL = timedelta(seconds=1)
 _ERROR_KEY = "reason"
+
+
+class _Backend(Protocol):
+    """What of gloo's and NCCL's process groups is used here: torch's stub does not say that they have it."""
+
+    def send(self, tensors: list[Tensor], peer: int, tag: int, /) -> Any:
+        """Begins to send."""
+
+    def recv(self, tensors: list[Tensor], peer: int, tag: int, /) -> Any:
+        """Begins to receive."""
+
+    def allreduce(self, tensors: list[Tensor], options: dist.AllreduceOptions, /) -> Any:
+        """Begins an all-reduce."""
 
 
 @dataclass(frozen=True)
@@ -111,13 +124,15 @@ class RoleGroups:
             world_size=size,
             timeout=self._limit,
         )
-        self._control = dist.ProcessGroupGloo(dist.PrefixStore("control", self.store), self.rank, world, self._limit)
+        self._control: _Backend = dist.ProcessGroupGloo(  # type: ignore[assignment]
+            dist.PrefixStore("control", self.store), self.rank, world, self._limit
+        )
         self._states = self._control
         if device.backend == "nccl":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = _NO_TIMEOUT
             store = dist.PrefixStore("states", self.store)
-            self._states = dist.ProcessGroupNCCL(store, self.rank, world, options)
+            self._states = dist.ProcessGroupNCCL(store, self.rank, world, options)  # type: ignore[assignment]
 
     def start_send_recv(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> list[Any]:
         """Begins to send to and receive from ranks of the other world, numbered as in the job; a `handoff.Transport`.
@@ -133,7 +148,8 @@ class RoleGroups:
         """Says a number >= 0 to all ranks of both worlds. Collective, but nobody waits for anybody here."""
         value = torch.tensor(number, dtype=torch.int32)
         options = dist.AllreduceOptions()
-        options.reduceOp, options.timeout = dist.ReduceOp.MAX, _NO_TIMEOUT
+        options.reduceOp = dist.ReduceOp.MAX  # type: ignore[assignment]  # as torch's own calls; its stub has two types
+        options.timeout = _NO_TIMEOUT
         return PendingMax(self._control.allreduce([value], options), value, self.watchdog)
 
     def abort_peers(self, error: UserError) -> None:

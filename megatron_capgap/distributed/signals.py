@@ -6,11 +6,14 @@ import signal
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import torch
 
 from megatron_capgap.distributed.collectives import all_reduce_max
 
+_Handler = Callable[[int, FrameType | None], Any] | int | None
+"""What Python may answer for the handler of a signal."""
 WATCHED = (signal.SIGTERM, signal.SIGUSR1)
 _TIME_IS_UP = 1
 """Stands for the end of the time where ranks agree on a number; smaller than the watched signals, and none of them."""
@@ -34,7 +37,7 @@ class StopRequest:
         """The number of the last signal that this rank has received; 0 for none."""
         self.reason: str | None = None
         """What `agreed` or `heard` last answered."""
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, _Handler] = {}
 
     def __enter__(self) -> StopRequest:
         for number in WATCHED:
@@ -43,7 +46,7 @@ class StopRequest:
 
     def __exit__(self, *unused: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.seen = number

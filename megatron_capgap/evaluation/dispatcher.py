@@ -77,6 +77,7 @@ class Rank0Dispatcher:
             text = self.tokenizer.decode(new)
             return any(end in text for end in decoding.until)
 
+        arguments: dict[str, Any] = dict(decoding.sampling)
         return generate(
             self.scorer.chunks,
             self.scorer.parallel,
@@ -84,7 +85,7 @@ class Rank0Dispatcher:
             vocab_size=self.scorer.vocab_size,
             max_new_tokens=decoding.most,
             ends=self.ends,
-            sampling=Sampling(**dict(decoding.sampling)),
+            sampling=Sampling(**arguments),
             stop=ended if decoding.until else None,
             batch=self.scorer.micro_batch,
         )

@@ -48,11 +48,12 @@ class MegatronLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        assert self._words.eos is not None, "refused at the start"
         return self._words.eos
 
     @property
     def prefix_token_id(self) -> int:
-        return self._words.eos if self._words.bos is None else self._words.bos
+        return self.eot_token_id if self._words.bos is None else self._words.bos
 
     @property
     def tokenizer_name(self) -> str:
@@ -66,7 +67,10 @@ class MegatronLM(TemplateLM):
         return [*before, *ids, *words.after]
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], **unused: Any) -> list[tuple[float, bool]]:
-        return [tuple(score) for score in self._ranks.score([self._row(*request[1:]) for request in requests])]
+        return [
+            (score.log_likelihood, score.greedy)
+            for score in self._ranks.score([self._row(*request[1:]) for request in requests])
+        ]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         windows = [list(map(make_disjoint_window, self._windows(request.args[0]))) for request in requests]

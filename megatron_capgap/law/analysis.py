@@ -131,7 +131,10 @@ def _student(found: Finding) -> dict[str, Any]:
 
 
 def _cause(each: Cause) -> dict[str, Any]:
-    drawn = {"rise_of_start": each.rise_of_start, "loss_of_teaching": each.loss_of_teaching}
+    drawn: dict[str, float | dict[str, Any] | None] = {
+        "rise_of_start": each.rise_of_start,
+        "loss_of_teaching": each.loss_of_teaching,
+    }
     for name, quantiles in (("teaching", each.teaching), ("start", each.start)):
         ends = {} if quantiles is None else {"smallest": quantiles[:, 0].tolist(), "largest": quantiles[:, -1].tolist()}
         drawn[name] = ends or None

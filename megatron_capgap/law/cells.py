@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_capgap.law.records import LawError, Record
+from megatron_capgap.law.files import LawError
+from megatron_capgap.law.records import Record
 
 Array = NDArray[np.float64]
 Numbers = NDArray[np.int64]
@@ -49,8 +50,14 @@ class Cells:
 
     def chosen(self, keep: Mask) -> Cells:
         """The runs where `keep` `[n]` is true."""
-        fields = (self.student, self.teacher, self.curve, self.training, self.loss, self.quality)
-        return Cells(*(field[keep] for field in fields))
+        return Cells(
+            student=self.student[keep],
+            teacher=self.teacher[keep],
+            curve=self.curve[keep],
+            training=self.training[keep],
+            loss=self.loss[keep],
+            quality=self.quality[keep],
+        )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import numpy as np
 from scipy import stats
 
 from megatron_capgap.law.cells import SAME_SIZE, Array
-from megatron_capgap.law.records import LawError, Record
+from megatron_capgap.law.files import LawError
+from megatron_capgap.law.records import Record
 
 DRAWS = 2000
 LEVEL = 0.9
@@ -222,7 +223,7 @@ def _fit(curve: Curve, window: list[int]) -> _Parabola:
     x, losses = np.log(curve.teachers[window]), curve.losses[:, window]
     centre = float(x.mean())
     design = np.stack([np.ones(len(x)), x - centre, (x - centre) ** 2], axis=1)
-    solve = np.linalg.pinv(design)
+    solve = np.asarray(np.linalg.pinv(design), dtype=np.float64)  # what it is: older stubs say less
     losses = losses - losses.mean(axis=1, keepdims=True)
     mean = losses.mean(axis=0)
     coefficients = solve @ mean

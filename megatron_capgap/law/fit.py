@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize
 
-from megatron_capgap.law.curves import DRAWS, LEVEL, Array, Curve, Optimum
+from megatron_capgap.law.cells import Array
+from megatron_capgap.law.curves import DRAWS, LEVEL, Curve, Optimum
 
 MILLION = 1e6
 PAPER = (2.498, -11.498 * MILLION)
@@ -162,7 +163,8 @@ def fit(form: Form, students: Array, teachers: Array, variances: Array, random: 
     coefficients, covariance, tau2 = _regress(design, z, noise)
     residuals = z - design @ coefficients
     freedom = len(z) - form.size
-    draws, scatter = None, np.zeros(DRAWS)
+    draws = None
+    scatter: Array = np.zeros(DRAWS)
     if freedom > 0:
         weights = 1 / _floored(noise + tau2, z)
         inflation = np.sum(weights * residuals**2) / random.chisquare(freedom, DRAWS)
@@ -235,9 +237,9 @@ def choose(fitted: dict[str, Law]) -> Law | None:
         return None
     chosen = fitted["proportional"]
     for law in fitted.values():
-        if law.leave_one_out is None or chosen.leave_one_out is None or law.intervals() is None:
+        if law.leave_one_out is None or chosen.leave_one_out is None or (intervals := law.intervals()) is None:
             continue
-        low, high = law.intervals().get(law.form.symbols[-1], (0.0, 0.0))
+        low, high = intervals.get(law.form.symbols[-1], (0.0, 0.0))
         surely = law.form.plain is not None and not low <= law.form.plain <= high
         if surely and law.leave_one_out < chosen.leave_one_out:
             chosen = law

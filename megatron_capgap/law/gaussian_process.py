@@ -120,8 +120,8 @@ class Process:
         """
         h, factor = self.draws[number], self._factors[number]
         d = np.concatenate([*(ratios for _, ratios in curves), np.log(runs.teacher / runs.student)])
-        z = [np.full(len(ratios), np.log(student)) for student, ratios in curves]
-        z, none = np.concatenate([*z, np.log(runs.student)]), np.full(len(d) - len(runs), -1)
+        of_curves = [np.full(len(ratios), np.log(student)) for student, ratios in curves]
+        z, none = np.concatenate([*of_curves, np.log(runs.student)]), np.full(len(d) - len(runs), -1)
         curve, training = (np.append(none, each) for each in (runs.curve, runs.training))
         quality = np.append(np.zeros(len(none)), runs.quality)
 
@@ -209,7 +209,8 @@ class Process:
         ]
         values, vectors = np.linalg.eigh(0.5 * (np.array(rows) + np.array(rows).T))
         proposals = [(mode, FIRST_WIDTH * linalg.cholesky((vectors / np.maximum(values, 0.3)) @ vectors.T, lower=True))]
-        drawn, logs = np.zeros((0, len(mode))), np.zeros(0)
+        drawn: Array = np.zeros((0, len(mode)))
+        logs: Array = np.zeros(0)
         for _ in range(ROUNDS):
             mean, root = proposals[-1]
             scaled = self.random.standard_normal((ROUND, len(mode)))
@@ -256,7 +257,7 @@ class Parts:
 def _parts(d1: Array, z1: Array, d2: Array, z2: Array) -> Parts:
     z = np.abs(z1[:, None] - z2[None])
     near = np.exp(-0.5 * (z / SIZE_LENGTH) ** 2)
-    return Parts((d1[:, None] - d2[None]) ** 2, np.outer(d1, d2), near, (z < SAME).astype(float))
+    return Parts((d1[:, None] - d2[None]) ** 2, d1[:, None] * d2[None], near, (z < SAME).astype(float))
 
 
 def _shape(h: Array, parts: Parts) -> Array:

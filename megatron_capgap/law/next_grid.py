@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from megatron_capgap.law.cells import SAME_SIZE
+from megatron_capgap.law.files import LawError
 from megatron_capgap.law.formatting import short
 from megatron_capgap.law.plan import Plan, Run
-from megatron_capgap.law.records import LawError
 from megatron_capgap.law.sweep import STARTS, run_dir, trained_apart
 
 KEPT = ("common", "teach", "start", "prune", "distill", "ranks", "slurm")
@@ -37,7 +37,7 @@ def next_grid(
         raise LawError(f"--grid: init {init!r} has no row in a grid of new runs; take the cells from the table")
     apart, _ = trained_apart(dict(grid))
     taken = _Names(plan, apart, sizes, further)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for run in (run for step in plan.steps for run in step.runs):
         student, teacher = taken.student(run, init), taken.teacher(run)
         row = {"init": init, "students": [student], "teachers": [teacher], "seeds": [run.seed], "labels": False}

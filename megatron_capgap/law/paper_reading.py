@@ -14,8 +14,9 @@ import numpy as np
 
 from megatron_capgap.law import curves, fit
 from megatron_capgap.law.curves import Curve, Optimum
+from megatron_capgap.law.files import LawError
 from megatron_capgap.law.fit import Law
-from megatron_capgap.law.records import LawError, Record
+from megatron_capgap.law.records import Record
 
 FEW_STUDENTS = 3
 
@@ -107,7 +108,12 @@ def _caveats(optima: Sequence[tuple[Curve, Optimum]], chosen: Law | None) -> lis
                 f"{name}: no curse seen; the largest teacher, of {largest}, is the best, so its optimum, if it has "
                 "one, is censored: it lies there or above"
             )
-        elif best.status == curves.NO_CURSE and best.chance is not None and best.rise <= best.chance:
+        elif (
+            best.status == curves.NO_CURSE
+            and best.chance is not None
+            and best.rise is not None
+            and best.rise <= best.chance
+        ):
             found.append(
                 f"{name}: no curse seen; its loss with the largest teacher is {best.rise:.4f} nats above that with the "
                 f"best, and seeds alone may bring about {best.chance:.4f}"

@@ -27,9 +27,10 @@ import numpy as np
 
 from megatron_capgap.law import cost
 from megatron_capgap.law.cells import SAME_SIZE, Array, Cells, Training, trainings
+from megatron_capgap.law.files import LawError
 from megatron_capgap.law.formatting import short
 from megatron_capgap.law.gaussian_process import Process, root_of
-from megatron_capgap.law.records import LawError, Record
+from megatron_capgap.law.records import Record
 from megatron_capgap.law.verdict import DRAWS
 
 SCALES, SIMULATIONS = 20, 400
@@ -132,7 +133,7 @@ def plan(
     """
     options = _Options(process, records, count, teachers, teacher_tokens)
     belief = _Belief.begin(process, targets, options.runs, simulations)
-    regret, taken, steps = belief.regret, set[int](), []
+    regret, taken, steps = belief.regret, set[int](), list[Step]()
     considered = None
     while True:
         offered = [(each, options.price(each, taken)) for each in options.offers(taken)]
@@ -218,7 +219,7 @@ class _Options:
         known = [Teacher(short(size), size, totals[size]) for size in sorted({each.size for each in there})]
         far = [each for each in teachers if all(abs(np.log(each.size / one.size)) >= SAME_SIZE for one in known)]
         told = [each.tokens for each in there if each.tokens]
-        found = []
+        found: list[tuple[int, Teacher]] = []
         for teacher in [*known, *far]:
             own = [each.tokens for each in there if each.tokens and each.size == teacher.size]
             on = tokens or (float(np.median(own or told)) if told else None)
@@ -309,7 +310,7 @@ class _Belief:
         slices = tuple(slice(*pair) for pair in pairwise(ends))
         sizes = np.array([(run.student, run.teacher.size) for run in runs]).T
         numbers = np.array([(run.curve, run.training) for run in runs]).T
-        cells = Cells(*sizes, *numbers, np.zeros(len(runs)), np.zeros(len(runs)))
+        cells = Cells(sizes[0], sizes[1], numbers[0], numbers[1], np.zeros(len(runs)), np.zeros(len(runs)))
         chosen = np.unique(np.linspace(0, len(process.draws) - 1, SCALES).round().astype(int))
         moments = [process.moments(number, curves, cells) for number in chosen.tolist()]
         random = np.random.default_rng(0)

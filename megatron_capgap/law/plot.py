@@ -66,8 +66,16 @@ def optimum(study: Analysis, path: Path) -> None:
         colour, marker = _look(number)
         ratios = found.grid / found.student
         every = max(len(ratios) // 8, 1)
-        style = {"color": colour, "marker": marker, "markevery": every, "markersize": 5, "linewidth": 1.4}
-        axes.plot(ratios, np.cumsum(found.optimum), label=short(found.student), **style)
+        axes.plot(
+            ratios,
+            np.cumsum(found.optimum),
+            label=short(found.student),
+            color=colour,
+            marker=marker,
+            markevery=every,
+            markersize=5,
+            linewidth=1.4,
+        )
     axes.axvline(fit.PAPER[0], linestyle="--", color=GREY, linewidth=1.2, label="paper: 2.498")
     axes.set_xscale("log")
     _ratios(axes.xaxis)
@@ -89,14 +97,32 @@ def law(study: Analysis, path: Path, advice: Advice | None = None) -> None:
     for found in study.findings:
         colour, marker = VERDICTS[found.verdict]
         axes.plot([found.student] * 2, found.grid[[0, -1]], color=GREY, linewidth=4, alpha=0.18, solid_capstyle="butt")
-        look = {"fmt": marker, "color": colour, "markersize": 7, "capsize": 4, "linewidth": 1.4}
         label = found.verdict if found.verdict not in shown else None
         shown.add(found.verdict)
-        axes.errorbar(found.student, found.best, _bars(found.best, found.interval), label=label, **look)
+        axes.errorbar(
+            found.student,
+            found.best,
+            _bars(found.best, found.interval),
+            label=label,
+            fmt=marker,
+            color=colour,
+            markersize=7,
+            capsize=4,
+            linewidth=1.4,
+        )
     axes.plot([], [], color=GREY, linewidth=4, alpha=0.3, label="teachers looked at")
     if advice is not None and advice.best is not None and advice.interval is not None:
-        look = {"fmt": "*", "color": COLOURS[2], "markersize": 11, "capsize": 4, "markeredgecolor": "black"}
-        axes.errorbar(advice.student, advice.best, _bars(advice.best, advice.interval), label="asked for", **look)
+        axes.errorbar(
+            advice.student,
+            advice.best,
+            _bars(advice.best, advice.interval),
+            label="asked for",
+            fmt="*",
+            color=COLOURS[2],
+            markersize=11,
+            capsize=4,
+            markeredgecolor="black",
+        )
     axes.set_xscale("log")
     axes.set_yscale("log")
     _sizes(axes.xaxis, sizes)
@@ -160,26 +186,36 @@ def price(advice: Advice, path: Path) -> None:
     """Loss against the operations of distilling, for each teacher that can be had, with its interval; what labels alone
     reach for the same operations, where that is known."""
     figure, axes = _figure()
-    told = sorted((each for each in advice.candidates if each.flops), key=lambda each: each.flops)
+    told = sorted(((each.flops, each) for each in advice.candidates if each.flops), key=lambda pair: pair[0])
     best = advice.candidates[0].name
-    for each in told:
+    for flops, each in told:
         low, middle, high = each.losses
         colour, marker, size = (COLOURS[1], "*", 13) if each.name == best else (COLOURS[0], "o", 6)
-        look = {"fmt": marker, "color": colour, "markersize": size, "capsize": 4, "linewidth": 1.4}
-        axes.errorbar(each.flops, middle, _bars(middle, (low, high)), **look)
-    if any(each.against for each in told):
-        known = [(each.flops, each.losses[1] + each.against.gain[1]) for each in told if each.against]
+        axes.errorbar(
+            flops,
+            middle,
+            _bars(middle, (low, high)),
+            fmt=marker,
+            color=colour,
+            markersize=size,
+            capsize=4,
+            linewidth=1.4,
+        )
+    if any(each.against for _, each in told):
+        known = [(flops, each.losses[1] + each.against.gain[1]) for flops, each in told if each.against]
         axes.plot(*zip(*known, strict=True), "--", marker="x", color="black", linewidth=1.2, label="labels alone")
-    cheapest = pareto([(each.flops, each.losses[1]) for each in told])
-    frontier = [each for each in told if (each.flops, each.losses[1]) in cheapest or each.name == best]
+    cheapest = pareto([(flops, each.losses[1]) for flops, each in told])
+    frontier = [each for flops, each in told if (flops, each.losses[1]) in cheapest or each.name == best]
     above = 0
-    for number, each in enumerate(told):
+    for number, (flops, each) in enumerate(told):
         if each in frontier or len(told) <= NAMED:
             above = number % 2
             offset = (0, 8 if above else -8)
-            place = {"textcoords": "offset points", "ha": "center", "va": "bottom" if above else "top"}
+            side = "bottom" if above else "top"
             end = each.losses[2] if above else each.losses[0]
-            axes.annotate(each.name, (each.flops, end), xytext=offset, fontsize=8, **place)
+            axes.annotate(
+                each.name, (flops, end), xytext=offset, fontsize=8, textcoords="offset points", ha="center", va=side
+            )
     axes.errorbar([], [], [], fmt="*", color=COLOURS[1], markersize=10, label="least expected regret")
     axes.errorbar([], [], [], fmt="o", color=COLOURS[0], markersize=6, capsize=4, label="other teachers")
     axes.set_xscale("log")

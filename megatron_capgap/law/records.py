@@ -156,7 +156,7 @@ def located(paths: Sequence[str | Path], names: Mapping[str, str] | None = None)
 
 def _spelled_out(names: Mapping[str, str], present: set[str]) -> dict[str, str]:
     """With `config.*=*` as what it stands for: config.NAME is NAME, for every field NAME that is there."""
-    found = {}
+    found: dict[str, str] = {}
     for name, field in names.items():
         if field == EVERY and name.endswith(EVERY):
             prefix = name.removesuffix(EVERY)

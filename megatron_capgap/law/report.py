@@ -235,8 +235,8 @@ def _scores(scores: Sequence[Score]) -> str:
     for each in scores:
         numbers = (each.error, each.regret, each.worst, each.small_to_large, each.teacher_out)
         lines.append(f"| {each.model} | {' | '.join('-' if x is None else f'{x:.4f}' for x in numbers)} |")
-    first, *others = (each for each in scores if each.error is not None)
-    if better := [each.model for each in others if each.error < first.error]:
+    (_, first), *others = [(each.model, each.error) for each in scores if each.error is not None]
+    if better := [model for model, error in others if error < first]:
         lines += ["", f"The verdicts are the first model's; better than it at this: {', '.join(better)}."]
     lines += [
         "",

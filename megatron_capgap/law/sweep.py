@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_capgap.law.records import LawError
+from megatron_capgap.law.files import LawError
 
 SECTIONS = {
     "out": str,

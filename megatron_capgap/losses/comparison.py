@@ -73,7 +73,7 @@ class DenseComparison:
 
     def local_(self, student: Tensor) -> tuple[Tensor, Tensor]:
         """Statistics: log-sum-exp of student and teacher within the shard, sums of values and of pulls."""
-        parts = []
+        parts: list[tuple[Tensor, ...]] = []
         if self.row.shard_weight is not None:
             for q, p in blocks_in_cache(student, self.teacher):
                 (log_q, lse_q), (log_p, lse_p) = local_softmax_(q), local_softmax_(p)

@@ -78,11 +78,10 @@ def distillation_loss(
         UserError: shapes that do not fit each other, a counted label or a teacher's id outside the vocabulary (on a
             GPU a device assertion, since the message would cost a synchronisation).
     """
-    if objective.divergence_weight == 0:
-        teacher = None
+    looked_at = None if objective.divergence_weight == 0 else teacher
     shard = VocabShard.of(student_head.shape[0], vocab_size, group)
     task = _Task(
-        teacher, labels, loss_mask, objective, vocab_size, shard, sequence_parallel, _chunk(chunk_tokens, labels)
+        looked_at, labels, loss_mask, objective, vocab_size, shard, sequence_parallel, _chunk(chunk_tokens, labels)
     )
     return _loss(student_hidden, student_head, task)
 
@@ -147,6 +146,7 @@ class _Task:
         teacher, objective, shard = self.teacher, self.objective, self.shard
         if teacher is None:
             return NoComparison()
+        assert buffer is not None, "with a teacher there is a buffer"
         if isinstance(teacher, TeacherTopK):
             ids, log_probs = (self.of_chunk(x, rows) for x in (teacher.ids, teacher.log_probs))
             return SparseComparison(ids.long(), log_probs.to(buffer.dtype), teacher.tail, objective, shard)
@@ -214,6 +214,7 @@ def _chunked_forward_backward(
         rows = slice(first, min(first + step, hidden.shape[0]))
         chunk = task.gathered(hidden, rows)
         logits, of_teacher, spare = (x if x is None else x[: chunk.shape[0]] for x in buffers)
+        assert logits is not None, "the first buffer is always needed"
         _project(chunk, head[: shard.width], logits)
         comparison = task.comparison(rows, of_teacher)
         labels, weight = task.of_chunk(task.labels, rows), task.of_chunk(task.loss_mask, rows).to(exact)

@@ -81,4 +81,5 @@ class _Match(torch.autograd.Function):
                 leaves[0], teacher, mask, ctx.kind, None if projection is None else leaves[1]
             )
             of_student, *of_projection = torch.autograd.grad(loss, leaves)
-        return gradient + of_student, *(of_projection or [None]), None, None, None, None
+        of_weight = of_projection[0] if of_projection else None
+        return gradient + of_student, of_weight, None, None, None, None

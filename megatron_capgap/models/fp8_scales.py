@@ -7,6 +7,7 @@ from 2.17.1 on. Here it is the tensors of `COUNTS`, which 2.11 to 2.20 keep unde
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +20,15 @@ COUNTS = {"scale_fwd": 3, "amax_history_fwd": 3, "scale_bwd": 2, "amax_history_b
 """How many tensors of a linear each speaks of: input, weight and output; gradients of output and input."""
 # Transformer Engine's parts of a module's state, by how our names end.
 _PARTS = {"fwd": "scaling_fwd", "bwd": "scaling_bwd"}
+
+
+class _Linear(Protocol):
+    """What of Transformer Engine's linears is used here."""
+
+    fp8_meta: dict[str, object]
+
+    def init_fp8_meta_tensors(self, recipe: object, /) -> None:
+        """Makes scales and histories."""
 
 
 class DelayedScales:
@@ -57,10 +67,10 @@ def _tensors(chunks: Sequence[torch.nn.Module]) -> Iterator[Tensor]:
 def state_of(module: torch.nn.Module) -> dict[str, Tensor]:
     """By the names of `COUNTS`, the scale `[n]` and the history `[steps, n]` of a module's n tensors, forward and
     backward, fp32, as Transformer Engine holds them; nothing where the module has not run under delayed scaling."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for end, part in _PARTS.items():
         state = getattr(module, "fp8_meta", {}).get(part)
-        if hasattr(state, "amax_history"):
+        if state is not None and hasattr(state, "amax_history"):
             found |= {f"scale_{end}": state.scale, f"amax_history_{end}": state.amax_history}
     return found
 
@@ -74,9 +84,10 @@ def set_state(module: torch.nn.Module, state: Mapping[str, Tensor], recipe: obje
         state: all four.
         recipe: Transformer Engine's, that the module will run under. A history of another length keeps what is newest.
     """
-    module.fp8_meta.setdefault("num_gemms", 1)  # which a module that has not run does not know
-    module.fp8_meta["recipe"] = recipe
-    module.init_fp8_meta_tensors(recipe)
+    linear = cast("_Linear", module)
+    linear.fp8_meta.setdefault("num_gemms", 1)  # which a module that has not run does not know
+    linear.fp8_meta["recipe"] = recipe
+    linear.init_fp8_meta_tensors(recipe)
     for name, held in state_of(module).items():
         given = state[name].to(held.device)
         held.copy_(given if held.ndim == 1 else _of_length(given, len(held)))

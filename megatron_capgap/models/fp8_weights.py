@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace
@@ -13,6 +15,38 @@ from torch import Tensor
 
 from megatron_capgap.config.schema import Precision
 from megatron_capgap.models.gpt import unwrap
+
+
+class _Quantizer(Protocol):
+    """What of Transformer Engine's quantisers is used here."""
+
+    internal: bool
+
+    def set_usage(self, *, rowwise: bool, columnwise: bool) -> None:
+        """Which copies it makes."""
+
+    def __call__(self, tensor: Tensor, /) -> Tensor: ...
+
+
+class _InitMeta(Protocol):
+    """What a module of Transformer Engine's notes of a parameter."""
+
+    fp8_meta_index: int | None
+
+
+class _QuantisedModule(Protocol):
+    """What of Transformer Engine's modules is used here."""
+
+    fp8_parameters: bool
+    primary_weights_in_fp8: bool
+    param_init_meta: Mapping[str, _InitMeta]
+    quantizers: Mapping[str, Sequence[_Quantizer]]
+
+    def init_fp8_metadata(self) -> None:
+        """Makes its quantisers."""
+
+    def named_parameters(self, *, recurse: bool) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """torch's."""
 
 
 def cast_params_to_fp8(
@@ -39,11 +73,11 @@ def cast_params_to_fp8(
             with get_fp8_context(config, layer.layer_number - 1, is_init=True):
                 for module in layer.modules():
                     if hasattr(module, "primary_weights_in_fp8"):
-                        _cast(module, backward=backward, masters=masters)
+                        _cast(typing.cast("_QuantisedModule", module), backward=backward, masters=masters)
 
 
 @torch.no_grad()
-def _cast(module: torch.nn.Module, *, backward: bool, masters: bool) -> None:
+def _cast(module: _QuantisedModule, *, backward: bool, masters: bool) -> None:
     """What one of Transformer Engine's modules does at its construction, without drawing the weights anew."""
     module.init_fp8_metadata()
     if not module.fp8_parameters:
@@ -67,8 +101,8 @@ def _cast(module: torch.nn.Module, *, backward: bool, masters: bool) -> None:
 def _keep_exact(held: torch.nn.Parameter, exact: Tensor) -> None:
     """Gives a parameter the two methods that Megatron's optimizer asks such weights for."""
     kept = [exact]
-    held.get_high_precision_init_val = lambda: kept[0]
-    held.clear_high_precision_init_val = kept.clear
+    held.get_high_precision_init_val = lambda: kept[0]  # type: ignore[attr-defined]
+    held.clear_high_precision_init_val = kept.clear  # type: ignore[attr-defined]
 
 
 def in_compute_type(state: ShardedStateDict) -> ShardedStateDict:

@@ -55,7 +55,9 @@ class HiddenStateModel(GPTModel):
 def unwrap(model: torch.nn.Module) -> HiddenStateModel:
     """The model inside DistributedDataParallel."""
     while not isinstance(model, HiddenStateModel):
-        model = model.module
+        inner = model.module
+        assert isinstance(inner, torch.nn.Module), "what wraps a model holds a module"
+        model = inner
     return model
 
 
@@ -159,7 +161,8 @@ def build(
     config = transformer_config(shape, layout, precision, device, dropout)
     engine = derived.engine(precision, device.default_engine)
     traits = ARCHITECTURES[shape.family]
-    chunks, block = [], partial(specs.block, config, engine, device, masked=masked)
+    chunks: list[torch.nn.Module] = []
+    block = partial(specs.block, config, engine, device, masked=masked)
     for chunk in range(layout.virtual_pipeline):
         stage = chunk if layout.virtual_pipeline > 1 else None
         model = HiddenStateModel(

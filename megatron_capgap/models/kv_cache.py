@@ -56,7 +56,10 @@ class CachedForward:
             if not model.post_process:
                 dist.send(hidden.contiguous(), self._neighbour(1), group=self._parallel.groups.pp)
         self._context.increment_sequence_len_offset(tokens.shape[1])
-        return self._logits(hidden[-1]) if self._parallel.is_last_stage else None
+        if not self._parallel.is_last_stage:
+            return None
+        assert hidden is not None, "every rank has a chunk"
+        return self._logits(hidden[-1])
 
     def _receive(self, model: HiddenStateModel, tokens: Tensor) -> Tensor:
         """Hidden states `[s, b, h]` of the stage before; blocking, for every rank has just this one thing to do."""

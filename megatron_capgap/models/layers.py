@@ -10,6 +10,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
+_MARK = "sequence_parallel"
+
+
+def mark_sequence_parallel(parameter: torch.nn.Parameter, config: TransformerConfig) -> None:
+    """Under sequence parallelism, makes Megatron add up the gradients of a parameter that is replicated over
+    tensor-parallel ranks, each of which sees only its part of the sequence."""
+    setattr(parameter, _MARK, config.sequence_parallel)
+
 
 class LayerNorm(torch.nn.Module):
     """Mean and variance norm over the last dimension, with gain and bias.
@@ -25,7 +33,7 @@ class LayerNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.bias = torch.nn.Parameter(torch.zeros(hidden_size, dtype=config.params_dtype))
         for parameter in (self.weight, self.bias):
-            parameter.sequence_parallel = config.sequence_parallel
+            mark_sequence_parallel(parameter, config)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`[..., h]` to `[..., h]`, the statistics in fp32 or wider."""

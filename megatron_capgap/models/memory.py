@@ -89,7 +89,7 @@ def estimate(
         need = _of_stage(config, stage, student, teacher, ranks, mine, chunk)
         if teacher is not None and derived.teacher_runs(config, stage):
             share = teacher_memory(config, student, teacher, world, mine, of_teacher)
-            away = share.weights if config.teacher.offload and not on_cpu else 0
+            away = share.weights if derived.teacher_section(config).offload and not on_cpu else 0
             need = replace(
                 need,
                 teacher_weights=share.weights - away + share.head,
@@ -238,7 +238,7 @@ def teacher_memory(
         needed = outputs * batch // derived.data_parallel(layout, ranks) * _shard_numel(teacher.hidden, layout) * width
         wanted = replace(teacher, vocab=student.vocab)
         alike = cut.pipeline == 1 and cut.tensor == layout.tensor and of_teacher == 0 and wanted == teacher
-        shared = teacher.tied_embeddings and alike and not config.teacher.offload
+        shared = teacher.tied_embeddings and alike and not derived.teacher_section(config).offload
         head = size.head_parameters(wanted, layout) * width if last and not shared else 0
     return TeacherMemory(weights, head, held, needed, forward, until_cast)
 
@@ -248,7 +248,7 @@ def estimate_teacher(config: Config, student: ModelShape, teacher: ModelShape, w
     needs = []
     for stage in range(derived.teacher_layout(config).pipeline):
         share = teacher_memory(config, student, teacher, world, None, stage)
-        waiting = (config.teacher.ahead - 1) * share.held
+        waiting = (derived.teacher_section(config).ahead - 1) * share.held
         needs.append(
             Memory(
                 teacher_weights=share.weights,
@@ -273,7 +273,7 @@ def _hidden_states_stay(config: Config) -> bool:
     """Whether every rank of the student's has what it needs from the teacher on it, so that nothing is copied."""
     student, teacher = config.student.layout, derived.teacher_layout(config)
     alike = all(getattr(student, name) == getattr(teacher, name) for name in ("tensor", "pipeline", "sequence"))
-    return config.teacher.placement == "colocated" and alike and not config.objective.matching
+    return derived.teacher_section(config).placement == "colocated" and alike and not config.objective.matching
 
 
 @dataclass(frozen=True)
@@ -319,7 +319,10 @@ def _projections(config: Config, student: ModelShape, teacher: ModelShape | None
     stages = derived.stages_of_layers(student.layers, config.student.layout)
     pairs = derived.projected_pairs(config, student, teacher)
     count = sum(stages[pair.student_layer - 1] == pipeline_rank for pair in pairs)
-    return count * teacher.hidden * student.hidden if count else 0
+    if not count:
+        return 0
+    assert teacher is not None, "no layers are matched without a teacher"
+    return count * teacher.hidden * student.hidden
 
 
 def _shard_numel(hidden: int, layout: Layout) -> int:

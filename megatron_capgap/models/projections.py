@@ -8,7 +8,8 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_capgap.config.schema import LayerPair
-from megatron_capgap.models.gpt import unwrap
+from megatron_capgap.models.gpt import HiddenStateModel, unwrap
+from megatron_capgap.models.layers import mark_sequence_parallel
 
 PREFIX = "projections."
 """What their keys in a checkpoint begin with."""
@@ -24,7 +25,7 @@ class Projection(torch.nn.Module):
     def __init__(self, student_width: int, teacher_width: int, config: TransformerConfig) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.empty(teacher_width, student_width, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
+        mark_sequence_parallel(self.weight, config)
 
 
 def add(chunks: Sequence[torch.nn.Module], pairs: Sequence[LayerPair], teacher_width: int) -> None:
@@ -41,3 +42,12 @@ def add(chunks: Sequence[torch.nn.Module], pairs: Sequence[LayerPair], teacher_w
             if pair.student_layer in held:
                 model.projections[pair.name] = Projection(model.config.hidden_size, teacher_width, model.config)
         model.projections.to(next(model.parameters()).device)
+
+
+def weight_of(model: HiddenStateModel, pair: LayerPair) -> torch.nn.Parameter | None:
+    """The weight `[h_teacher, h]` of a pair's projection; None where the widths are the same."""
+    if pair.name not in model.projections:
+        return None
+    projection = model.projections[pair.name]
+    assert isinstance(projection, Projection), "`add` alone puts something there"
+    return projection.weight

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
@@ -14,7 +14,11 @@ from torch import Tensor
 
 from megatron_capgap.distributed.parallel_context import ParallelContext
 
-LastStage = Callable[[Tensor, Any], Any]
+
+class LastStage(Protocol):
+    """What the last stage makes of a micro-batch: see `run`."""
+
+    def __call__(self, hidden: Tensor, /, batch: Any) -> Any: ...
 
 
 def run(

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from megatron_capgap.config.architectures import ArchitectureSpec
 from megatron_capgap.devices import Device
-from megatron_capgap.models.layers import LayerNorm, ParallelResidualLayer
+from megatron_capgap.models.layers import LayerNorm, ParallelResidualLayer, mark_sequence_parallel
 
 
 class _RMSNormFunction(torch.autograd.Function):
@@ -71,7 +71,7 @@ class RMSNorm(torch.nn.Module):
         super().__init__()
         self.epsilon = eps
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
-        self.weight.sequence_parallel = config.sequence_parallel
+        mark_sequence_parallel(self.weight, config)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`[..., h]` to `[..., h]`, computed in fp32 or wider."""

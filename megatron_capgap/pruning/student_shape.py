@@ -15,7 +15,8 @@ from megatron_capgap.common.errors import ConfigError
 from megatron_capgap.config import derived
 from megatron_capgap.config.architectures import ARCHITECTURES
 from megatron_capgap.config.loader import LoadedConfig
-from megatron_capgap.config.schema import ModelShape, PruneConfig
+from megatron_capgap.config.prune import PruneConfig
+from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.config.validation.context import divisors, multiples, spans
 from megatron_capgap.models import size
 

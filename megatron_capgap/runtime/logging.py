@@ -13,11 +13,14 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 
 class RunLogger:
@@ -33,7 +36,7 @@ class RunLogger:
         self.is_rank0 = is_rank0
         self.console = Console(file=sys.stdout, quiet=not is_rank0, highlight=False, soft_wrap=True)
         self._run_dir = run_dir if is_rank0 else None
-        self._writer = None
+        self._writer: type[SummaryWriter] | None = None
         if self._run_dir is not None and tensorboard:
             # Loaded before memory is measured: TensorBoard alone weighs as much as a small model.
             from torch.utils.tensorboard import SummaryWriter
@@ -41,7 +44,7 @@ class RunLogger:
             self._writer = SummaryWriter
         self._metrics: int | None = None
         self._unwritten = b""
-        self._board = None
+        self._board: SummaryWriter | None = None
         self._progress: Progress | None = None
 
     def info(self, text: str) -> None:
@@ -73,6 +76,7 @@ class RunLogger:
         try:
             if self._metrics is None:
                 self._open(self._run_dir, entry["step"])
+            assert self._metrics is not None, "_open sets it or raises"
             while self._unwritten:
                 self._unwritten = self._unwritten[os.write(self._metrics, self._unwritten) :]
         except OSError as error:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from megatron_capgap.config.loader import LoadedConfig
 from megatron_capgap.devices import Device
 from megatron_capgap.distributed.environment import Environment
 from megatron_capgap.stages import context
+from megatron_capgap.stages.plan import RunPlan
 from megatron_capgap.training.loop import train
 
 
-def run(loaded: LoadedConfig, environment: Environment, device: Device) -> int:
+def run(plan: RunPlan, environment: Environment, device: Device) -> int:
     """Trains; returns the exit code."""
-    with context.stage_context(loaded, "adapt", environment, device) as ctx:
+    with context.stage_context(plan, environment, device) as ctx:
         train(context.language_model_run(ctx))
     return 0

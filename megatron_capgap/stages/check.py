@@ -9,7 +9,8 @@ from megatron_capgap.config.loader import LoadedConfig
 from megatron_capgap.config.schema import Layout, ModelShape
 from megatron_capgap.config.validation import fp8
 from megatron_capgap.models import memory, size
-from megatron_capgap.stages.resolve import ResolvedConfig, data_file, resolve
+from megatron_capgap.stages.plan import RunPlan
+from megatron_capgap.stages.resolve import data_file, resolve
 
 _MIB = 1 << 20
 
@@ -26,50 +27,50 @@ def report(loaded: LoadedConfig, stage: str, world: int, capability: tuple[int, 
     Raises:
         UserError: whatever would stop the run before its first step, short of reading the data.
     """
-    resolved = resolve(loaded, stage, world, capability)
-    config = resolved.config
-    lines = [f"{stage}: the configuration is sound", *_missing_data(resolved), ""]
-    lines += _models(resolved)
-    ranks = range(resolved.student_world)
+    plan = resolve(loaded, stage, world, capability)
+    config = plan.config
+    lines = [f"{stage}: the configuration is sound", *_missing_data(plan), ""]
+    lines += _models(plan)
+    ranks = range(plan.student_world)
     lines += ["", *_grid("rank grid", config.student.layout, ranks)]
     if config.teacher is not None and (derived.teacher_layout(config) != config.student.layout or len(ranks) < world):
         lines += _grid("the teacher's", derived.teacher_layout(config), derived.teacher_ranks(config, world))
-    lines += ["", *arithmetic(resolved), *_work(resolved)]
-    lines += ["", *_memory(resolved)]
+    lines += ["", *arithmetic(plan), *_work(plan)]
+    lines += ["", *_memory(plan)]
     return "\n".join(lines) + "\n"
 
 
-def _missing_data(resolved: ResolvedConfig) -> list[str]:
+def _missing_data(plan: RunPlan) -> list[str]:
     """The data may lie where the run will be, or be yet to be made."""
     return [
-        f"{resolved.loaded.location(key)}: {name} is not here; the run needs it"
-        for key, names in resolved.reads.items()
+        f"{plan.loaded.location(key)}: {name} is not here; the run needs it"
+        for key, names in plan.reads.items()
         for name in names
         if data_file(name) is None
     ]
 
 
-def _models(resolved: ResolvedConfig) -> list[str]:
+def _models(plan: RunPlan) -> list[str]:
     lines = [f"{'model':<9}{'parameters':>16}{'non-embedding':>16}  shape"]
-    for name, shape in (("student", resolved.student), ("teacher", resolved.teacher)):
+    for name, shape in (("student", plan.student), ("teacher", plan.teacher)):
         if shape is not None:
             lines.append(
                 f"{name:<9}{size.parameters(shape):>16,}{size.non_embedding_parameters(shape):>16,}  {_shape(shape)}"
             )
-    lines += kept(resolved)
-    if resolved.teacher is not None:
-        assert resolved.teacher_source is not None
-        ratio = resolved.teacher_source.meta.kept / resolved.student_kept
+    lines += kept(plan)
+    if plan.teacher is not None:
+        assert plan.teacher_source is not None
+        ratio = plan.teacher_source.meta.kept / plan.student_kept
         lines.append(f"the teacher is {ratio:.2f} times the student (non-embedding); the paper advises about 2.5")
     return lines
 
 
-def kept(resolved: ResolvedConfig) -> list[str]:
+def kept(plan: RunPlan) -> list[str]:
     """What the student's layers keep of what they store, where that is less."""
-    lines, stored = [], size.non_embedding_parameters(resolved.student)
-    if resolved.student_kept < stored:
-        lines.append(f"the student keeps {resolved.student_kept:,} of {stored:,} parameters (non-embedding)")
-    if (budget := resolved.budget) is not None:
+    lines, stored = [], size.non_embedding_parameters(plan.student)
+    if plan.student_kept < stored:
+        lines.append(f"the student keeps {plan.student_kept:,} of {stored:,} parameters (non-embedding)")
+    if (budget := plan.budget) is not None:
         parts = f"{budget.groups:,} key/value heads and {budget.neurons:,} neurons"
         lines.append(f"its layers keep {parts} together and store as many each as the largest, which the scores decide")
     return lines
@@ -106,15 +107,15 @@ def _span(first: int, count: int) -> str:
     return str(first) if count == 1 else f"{first}-{first + count - 1}"
 
 
-def arithmetic(resolved: ResolvedConfig) -> list[str]:
+def arithmetic(plan: RunPlan) -> list[str]:
     """One line for each model: the type it computes in and how many matrix products run in FP8."""
     lines = []
-    shapes = (("student", resolved.student), ("teacher", resolved.teacher))
-    for (name, shape), precision in zip(shapes, derived.precisions(resolved.config), strict=False):
+    shapes = (("student", plan.student), ("teacher", plan.teacher))
+    for (name, shape), precision in zip(shapes, derived.precisions(plan.config), strict=False):
         assert shape is not None
-        if resolved.stage == "prune" and name == "student":
+        if plan.stage == "prune" and name == "student":
             continue  # it does not run
-        trains = name == "student" and resolved.stage != "evaluate"
+        trains = name == "student" and plan.stage != "evaluate"
         count = fp8.gemm_count(precision, shape, trains=trains)
         line = f"{name} arithmetic: {precision.compute}"
         if precision.fp8 is not None:
@@ -128,52 +129,53 @@ def arithmetic(resolved: ResolvedConfig) -> list[str]:
     return lines
 
 
-def _work(resolved: ResolvedConfig) -> list[str]:
-    config, batch = resolved.config, resolved.global_batch
+def _work(plan: RunPlan) -> list[str]:
+    config, batch = plan.config, plan.global_batch
     length = config.data.sequence_length
-    micro = derived.micro_batches(config, config.student.layout, resolved.student_world)
-    teacher = resolved.teacher if derived.teacher_runs(config, resolved.stage) else None
-    flops = size.training_flops(resolved.student, teacher, length)
+    micro = derived.micro_batches(config, config.student.layout, plan.student_world)
+    teacher = plan.teacher if derived.teacher_runs(config, plan.stage) else None
+    flops = size.training_flops(plan.student, teacher, length)
     lines = [
         f"tokens a step: {batch * length:,} = {batch} sequences x {length}; {micro} micro-batch{'es' * (micro > 1)} of "
         f"{config.train.micro_batch} on each data-parallel rank"
     ]
-    if config.prune is not None and resolved.teacher is not None:
+    if config.prune is not None and plan.teacher is not None:
         tokens = config.prune.batches * batch * length
         # Weights want no gradient, so that the backward pass costs what the forward pass does.
         passes = 2 if config.prune.importance == "gradient" else 1
-        flops = passes * size.forward_flops(resolved.teacher, length)
+        flops = passes * size.forward_flops(plan.teacher, length)
         lines.append(
             f"the scores: {config.prune.batches} global batches, {tokens:,} tokens, {tokens * flops:.3g} FLOPs"
         )
-    elif config.train.steps is not None and resolved.stage != "evaluate":
+    elif config.train.steps is not None and plan.stage != "evaluate":
         tokens = config.train.steps * batch * length
         lines.append(f"the run: {config.train.steps:,} steps, {tokens:,} tokens, {tokens * flops:.3g} FLOPs")
-    elif resolved.stage == "finetune":
-        lines.append(f"the run: {resolved.finetune.epochs} epochs of data.train; its length decides the steps")
-    if resolved.resumed is not None:
-        step, done = resolved.resumed.step, resolved.stage == "prune" or resolved.resumed.step == config.train.steps
+    elif plan.stage == "finetune":
+        lines.append(f"the run: {plan.finetune.epochs} epochs of data.train; its length decides the steps")
+    if plan.resumed is not None:
+        step, done = plan.resumed.step, plan.stage == "prune" or plan.resumed.step == config.train.steps
         lines.append(
             f"it is done: {config.run_dir}/checkpoints/step_{step}" if done else f"it goes on from step {step}"
         )
     return lines
 
 
-def _memory(resolved: ResolvedConfig) -> list[str]:
-    config = resolved.config
+def _memory(plan: RunPlan) -> list[str]:
+    config = plan.config
     # Without torch: the driver's device node tells whether `auto` would find a GPU on this machine.
     on_cpu = config.device == "cpu" or (config.device == "auto" and not Path("/dev/nvidiactl").exists())
-    facts = (config, resolved.stage, resolved.student, resolved.teacher, resolved.world)
+    facts = (config, plan.stage, plan.student, plan.teacher, plan.world)
     ctx = "CPU" if on_cpu else "GPU"
     if on_cpu and config.device == "auto":
         ctx += " (no GPU is here; --device=cuda would count for one)"
     lines = _table(f"memory of the fullest rank on a {ctx}, MiB", memory.estimate(*facts, on_cpu=on_cpu))
-    if not derived.teacher_runs(config, resolved.stage):
+    if not derived.teacher_runs(config, plan.stage):
         return lines
-    if resolved.student_world < resolved.world:
-        need = memory.estimate_teacher(config, resolved.student, resolved.teacher, resolved.world)
+    if plan.student_world < plan.world:
+        assert plan.teacher is not None, "ranks that are not the student's are a teacher's"
+        need = memory.estimate_teacher(config, plan.student, plan.teacher, plan.world)
         lines = [*_table("memory of the teacher's fullest rank, MiB", need), "", *lines]
-    return [*_teaching(resolved), "", *lines]
+    return [*_teaching(plan), "", *lines]
 
 
 def _table(title: str, need: memory.Memory) -> list[str]:
@@ -185,16 +187,16 @@ def _table(title: str, need: memory.Memory) -> list[str]:
     return lines
 
 
-def _teaching(resolved: ResolvedConfig) -> list[str]:
+def _teaching(plan: RunPlan) -> list[str]:
     """The teacher's weights, and its hidden states while they wait."""
-    config, teacher = resolved.config, resolved.teacher
+    config, teacher = plan.config, plan.teacher
     assert teacher is not None and config.teacher is not None
     stages = range(derived.teacher_layout(config).pipeline)
-    shares = [memory.teacher_memory(config, resolved.student, teacher, resolved.world, None, stage) for stage in stages]
+    shares = [memory.teacher_memory(config, plan.student, teacher, plan.world, None, stage) for stage in stages]
     last = config.student.layout.pipeline - 1
-    of_student = memory.teacher_memory(config, resolved.student, teacher, resolved.world, last, None)
+    of_student = memory.teacher_memory(config, plan.student, teacher, plan.world, last, None)
     weights, held = (max(getattr(share, name) for share in shares) / _MIB for name in ("weights", "held"))
-    ahead = f"; up to {config.teacher.ahead} wait on the teacher's ranks" * (resolved.student_world < resolved.world)
+    ahead = f"; up to {config.teacher.ahead} wait on the teacher's ranks" * (plan.student_world < plan.world)
     return [
         f"teacher a rank: {weights:,.1f} MiB of weights on its fullest, {of_student.head / _MIB:,.1f} MiB of LM head "
         "on the student's last stage" + (", weights in host memory between its turns" * config.teacher.offload),

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from megatron_capgap.checkpoint.run_directory import begin_training_run
 from megatron_capgap.checkpoint.saver import Saver
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.config import derived
-from megatron_capgap.config.loader import LoadedConfig, changes, dump
+from megatron_capgap.config.loader import changes, dump
 from megatron_capgap.config.schema import Config, Layout
 from megatron_capgap.data.batch import MicroBatch
 from megatron_capgap.devices import Device
@@ -37,7 +38,7 @@ from megatron_capgap.runtime.logging import RunLogger, count
 from megatron_capgap.runtime.metrics import drop_metrics_after
 from megatron_capgap.runtime.run_lock import RunLock
 from megatron_capgap.stages import check, datasets
-from megatron_capgap.stages.resolve import ResolvedConfig, resolve
+from megatron_capgap.stages.plan import RunPlan
 from megatron_capgap.training import optimizer
 from megatron_capgap.training.checkpointing import resume
 from megatron_capgap.training.neftune import Neftune
@@ -47,11 +48,15 @@ from megatron_capgap.training.step import LossFunction
 _RESOLVED = "resolved.yaml"
 
 
-@dataclass(frozen=True)
-class StageContext:
-    """What a stage stands on once everything was checked."""
+Plan = TypeVar("Plan", bound=RunPlan)
+PlanInContext = TypeVar("PlanInContext", bound=RunPlan, covariant=True)
 
-    resolved: ResolvedConfig
+
+@dataclass(frozen=True)
+class StageContext(Generic[PlanInContext]):
+    """What a stage works with: the plan of the run, its ranks, devices and run directory."""
+
+    plan: PlanInContext
     device: Device
     rank: int
     """This process among all of the job."""
@@ -71,7 +76,7 @@ class StageContext:
     @property
     def config(self) -> Config:
         """The configuration."""
-        return self.resolved.config
+        return self.plan.config
 
     @property
     def run_dir(self) -> Path:
@@ -80,21 +85,20 @@ class StageContext:
 
 
 @contextmanager
-def stage_context(loaded: LoadedConfig, stage: str, environment: Environment, device: Device) -> Iterator[StageContext]:
-    """Checks everything, joins the ranks, opens the run directory; leaves the process groups at the end. Collective.
+def stage_context(plan: Plan, environment: Environment, device: Device) -> Iterator[StageContext[Plan]]:
+    """Opens the process groups and the run directory; closes the groups at the end. Collective.
 
-    A run directory that was made here goes again where the stage fails before it has called `begin`.
+    A run directory that was made here is removed where the stage fails before it has called `commit_run_dir`.
 
     Raises:
         UserError: on every rank alike.
     """
-    config = loaded.config
+    config = plan.config
     minutes = config.train.exit_after_minutes
     stop_at = None if minutes is None else time.monotonic() + 60.0 * minutes
-    resolved = resolve(loaded, stage, environment.world, device.capability)
     timeout, cut, roles = config.runtime.timeout_seconds, config.student.layout, None
-    if resolved.student_world < resolved.world:
-        roles = RoleGroups(environment, device, derived.teacher_ranks(config, resolved.world), timeout)
+    if plan.student_world < plan.world:
+        roles = RoleGroups(environment, device, derived.teacher_ranks(config, plan.world), timeout)
         watchdog = roles.watchdog
     else:
         watchdog = Watchdog(
@@ -104,10 +108,10 @@ def stage_context(loaded: LoadedConfig, stage: str, environment: Environment, de
     new = _missing_parents(Path(config.run_dir)) if environment.rank == 0 else []
 
     def open_run_dir() -> tuple[list[str], int | None]:
-        return collectives.run_on_rank0(lambda: _open_run_dir(resolved, lock))
+        return collectives.run_on_rank0(lambda: _open_run_dir(plan, lock))
 
     try:
-        warnings, steps = [], config.train.steps
+        warnings, steps = list[str](), config.train.steps
         if roles is None:
             warnings, steps = open_run_dir()
         elif roles.is_teacher:
@@ -115,16 +119,16 @@ def stage_context(loaded: LoadedConfig, stage: str, environment: Environment, de
             roles.barrier_with_errors(lambda: None)
         else:
             warnings, steps = roles.barrier_with_errors(open_run_dir)
-        resolved = datasets.with_steps(resolved, steps)
+        plan = datasets.with_steps(plan, steps)
         parallel = parallel_context.build(cut, config.seed, timeout)
         log = RunLogger(Path(config.run_dir), environment.rank == 0, config.runtime.tensorboard)
         for warning in warnings:
             log.warning(warning)
-        _log_summary(log, resolved, device)
+        _log_summary(log, plan, device)
         memory_at_start = device.peak_memory()
-        watchdog.activity = stage
+        watchdog.activity = plan.stage
         yield StageContext(
-            resolved, device, environment.rank, parallel, roles, memory_at_start, stop_at, log, lock, watchdog
+            plan, device, environment.rank, parallel, roles, memory_at_start, stop_at, log, lock, watchdog
         )
     except BaseException as error:
         lock.release()
@@ -148,35 +152,33 @@ def _close(log: RunLogger | None) -> None:
     launcher.destroy_process_group()
 
 
-def build_student(ctx: StageContext, *, trains: bool = True) -> list[torch.nn.Module]:
+def build_student(ctx: StageContext[RunPlan], *, trains: bool = True) -> list[torch.nn.Module]:
     """The student's chunks on this rank, from its checkpoint or from random weights, with projections where layers of
     another width are matched. Collective."""
-    resolved, config = ctx.resolved, ctx.config
+    plan, config = ctx.plan, ctx.config
     precision = derived.student_precision(config)
     chunks = gpt.build(
-        resolved.student,
+        plan.student,
         ctx.parallel,
         precision,
         ctx.device,
         sequence_length=config.data.sequence_length,
         dropout=config.train.dropout,
-        masked=resolved.template is not None,
+        masked=plan.template is not None,
     )
-    if resolved.teacher is not None:
-        pairs = derived.projected_pairs(config, resolved.student, resolved.teacher)
-        projections.add(chunks, pairs, resolved.teacher.hidden)
-    if resolved.student_source is not None:
-        loader.load_weights(resolved.student_source.folder, chunks, ctx.parallel)
-    initialise(
-        chunks, resolved.student, ctx.parallel, config.seed, only_projections=resolved.student_source is not None
-    )
+    if plan.teacher is not None:
+        pairs = derived.projected_pairs(config, plan.student, plan.teacher)
+        projections.add(chunks, pairs, plan.teacher.hidden)
+    if plan.student_source is not None:
+        loader.load_weights(plan.student_source.folder, chunks, ctx.parallel)
+    initialise(chunks, plan.student, ctx.parallel, config.seed, only_projections=plan.student_source is not None)
     cast_params_to_fp8(chunks, precision, backward=trains, masters=trains)
     return chunks
 
 
-def language_model_run(ctx: StageContext) -> Run:
+def language_model_run(ctx: StageContext[RunPlan]) -> Run:
     """The run of a student that has no teacher. Collective."""
-    vocab_size, parallel = ctx.resolved.student.vocab, ctx.parallel
+    vocab_size, parallel = ctx.plan.student.vocab, ctx.parallel
 
     def loss(hidden: Tensor, head: Tensor, batch: MicroBatch) -> Loss:
         return language_model_loss(
@@ -191,7 +193,7 @@ def language_model_run(ctx: StageContext) -> Run:
     return training_run(ctx, build_student(ctx), TrainingObjective(lambda batches, teacher_states: loss))
 
 
-def training_run(ctx: StageContext, student: list[torch.nn.Module], objective: TrainingObjective) -> Run:
+def training_run(ctx: StageContext[RunPlan], student: list[torch.nn.Module], objective: TrainingObjective) -> Run:
     """Optimizer and data, ready for the loop, where the run's newest checkpoint left them; commits the run directory.
     Collective.
 
@@ -200,7 +202,7 @@ def training_run(ctx: StageContext, student: list[torch.nn.Module], objective: T
         student: its chunks on this rank.
         objective: what is minimised.
     """
-    config, resolved = ctx.config, ctx.resolved
+    config, plan = ctx.config, ctx.plan
     chunks = optimizer.wrap(student, ctx.parallel, derived.student_precision(config))
     checkpointing = config.checkpoint
     saver = Saver(
@@ -217,11 +219,11 @@ def training_run(ctx: StageContext, student: list[torch.nn.Module], objective: T
         chunks=chunks,
         optimizer=optimizer.build(chunks, config, ctx.device),
         data=TrainingData(
-            train=datasets.open_training(resolved),
-            valid=datasets.open_validation(resolved),
-            vocab_size=resolved.student.vocab,
-            byte_lengths=padded_byte_lengths(resolved),
-            global_batch=resolved.global_batch,
+            train=datasets.open_training(plan),
+            valid=datasets.open_validation(plan),
+            vocab_size=plan.student.vocab,
+            byte_lengths=padded_byte_lengths(plan),
+            global_batch=plan.global_batch,
         ),
         objective=_with_neftune(ctx, student, objective),
         costs=_costs(ctx),
@@ -235,21 +237,23 @@ def training_run(ctx: StageContext, student: list[torch.nn.Module], objective: T
     return run
 
 
-def _costs(ctx: StageContext) -> RunCosts:
-    config, resolved = ctx.config, ctx.resolved
-    peak, models = config.runtime.peak_tflops, (resolved.student, resolved.teacher)
+def _costs(ctx: StageContext[RunPlan]) -> RunCosts:
+    config, plan = ctx.config, ctx.plan
+    peak, models = config.runtime.peak_tflops, (plan.student, plan.teacher)
     on_cpu = ctx.device.name == "cpu"
     return RunCosts(
         flops_per_token=size.training_flops(*models, config.data.sequence_length),
-        peak_flops=None if peak is None else peak * 1e12 * resolved.world,
+        peak_flops=None if peak is None else peak * 1e12 * plan.world,
         memory_at_start=ctx.memory_at_start,
-        memory_estimate=memory.estimate(config, resolved.stage, *models, resolved.world, on_cpu=on_cpu).total,
+        memory_estimate=memory.estimate(config, plan.stage, *models, plan.world, on_cpu=on_cpu).total,
     )
 
 
-def _with_neftune(ctx: StageContext, student: list[torch.nn.Module], objective: TrainingObjective) -> TrainingObjective:
+def _with_neftune(
+    ctx: StageContext[RunPlan], student: list[torch.nn.Module], objective: TrainingObjective
+) -> TrainingObjective:
     """The objective, with noise on the student's embeddings where finetune.neftune_alpha asks for it."""
-    alpha = ctx.resolved.finetune.neftune_alpha
+    alpha = ctx.plan.finetune.neftune_alpha
     if not alpha:
         return objective
     neftune = Neftune(student, ctx.parallel, alpha, ctx.config.seed)
@@ -261,26 +265,26 @@ def _with_neftune(ctx: StageContext, student: list[torch.nn.Module], objective: 
     return replace(objective, loss_function=loss_function)
 
 
-def padded_byte_lengths(resolved: ResolvedConfig) -> torch.Tensor:
+def padded_byte_lengths(plan: RunPlan) -> torch.Tensor:
     """UTF-8 bytes of each token, float64 `[vocab]`; ids that the model has and the tokenizer lacks have none, and those
     that the tokenizer alone has are left out."""
-    lengths = torch.zeros(resolved.student.vocab, dtype=torch.float64)
-    known = torch.as_tensor(resolved.tokenizer.byte_lengths(), dtype=torch.float64)[: len(lengths)]
+    lengths = torch.zeros(plan.student.vocab, dtype=torch.float64)
+    known = torch.as_tensor(plan.tokenizer.byte_lengths(), dtype=torch.float64)[: len(lengths)]
     lengths[: len(known)] = known
     return lengths
 
 
-def commit_run_dir(ctx: StageContext, done: int = 0) -> None:
+def commit_run_dir(ctx: StageContext[RunPlan], done: int = 0) -> None:
     """Everything is found and loaded: from here on the run directory speaks of this run. Collective.
 
     Args:
         ctx: what the stage stands on.
         done: steps that a training run has done before.
     """
-    resolved, path = ctx.resolved, ctx.run_dir / _RESOLVED
+    plan, path = ctx.plan, ctx.run_dir / _RESOLVED
 
     def write() -> list[str]:
-        if resolved.stage != "evaluate":
+        if plan.stage != "evaluate":
             drop_metrics_after(ctx.run_dir, done)
             begin_training_run(ctx.run_dir)
         changed = changes(ctx.config, path) if done else []
@@ -292,13 +296,13 @@ def commit_run_dir(ctx: StageContext, done: int = 0) -> None:
         ctx.log.info(f"not as at the last start: {'; '.join(changed)}")
 
 
-def _open_run_dir(resolved: ResolvedConfig, lock: RunLock) -> tuple[list[str], int | None]:
+def _open_run_dir(plan: RunPlan, lock: RunLock) -> tuple[list[str], int | None]:
     """Makes the run directory, checks the data and indexes it. Rank 0 only; what it raises reaches every rank.
 
     Returns:
         What the reader must be told: of a job that had the directory before, of the data; and the steps of the run.
     """
-    config = resolved.config
+    config = plan.config
     run_dir = Path(config.run_dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -306,11 +310,11 @@ def _open_run_dir(resolved: ResolvedConfig, lock: RunLock) -> tuple[list[str], i
         probe.touch()
         probe.unlink()
     except OSError as error:
-        place = resolved.loaded.location("run_dir")
+        place = plan.loaded.location("run_dir")
         raise UserError(f"{place}: {run_dir} cannot be written ({error.strerror}); choose another run_dir") from error
     warning = lock.acquire()
-    said = datasets.build_indices(resolved)
-    return [*([warning] if warning else []), *resolved.remarks, *said], datasets.steps(resolved)
+    said = datasets.build_indices(plan)
+    return [*([warning] if warning else []), *plan.remarks, *said], datasets.steps(plan)
 
 
 def _missing_parents(run_dir: Path) -> list[Path]:
@@ -328,22 +332,22 @@ def _remove_if_uncommitted(new: list[Path]) -> None:
             folder.rmdir()
 
 
-def _log_summary(log: RunLogger, resolved: ResolvedConfig, device: Device) -> None:
+def _log_summary(log: RunLogger, plan: RunPlan, device: Device) -> None:
     """The first lines of a run."""
     log.table(*device.component_table())
-    for name, shape in (("student", resolved.student), ("teacher", resolved.teacher)):
+    for name, shape in (("student", plan.student), ("teacher", plan.teacher)):
         if shape is not None:
             total, inner = size.parameters(shape), size.non_embedding_parameters(shape)
             log.info(f"{name}: {count(total)} parameters, {count(inner)} without embeddings")
-    for line in [*check.kept(resolved), *check.arithmetic(resolved)]:
+    for line in [*check.kept(plan), *check.arithmetic(plan)]:
         log.info(line)
-    config = resolved.config
-    tokens = resolved.global_batch * config.data.sequence_length
-    log.info(f"{_layout_line('ranks', config.student.layout, resolved.student_world)}; {tokens} tokens a step")
-    if resolved.stage == "finetune":
-        log.info(f"{config.train.steps} steps; {resolved.finetune.epochs} epochs unless train.steps says otherwise")
-    if derived.teacher_runs(config, resolved.stage):
-        ranks = derived.teacher_ranks(config, resolved.world)
+    config = plan.config
+    tokens = plan.global_batch * config.data.sequence_length
+    log.info(f"{_layout_line('ranks', config.student.layout, plan.student_world)}; {tokens} tokens a step")
+    if plan.stage == "finetune":
+        log.info(f"{config.train.steps} steps; {plan.finetune.epochs} epochs unless train.steps says otherwise")
+    if derived.teacher_runs(config, plan.stage):
+        ranks = derived.teacher_ranks(config, plan.world)
         where = "its own" if ranks.start else "all, in turn with the student"
         log.info(f"{_layout_line('the teacher', derived.teacher_layout(config), len(ranks))}; {where}")
 
@@ -353,29 +357,29 @@ def _layout_line(title: str, cut: Layout, ranks: int) -> str:
     return f"{title}: {ranks} = tensor {cut.tensor} x pipeline {cut.pipeline} x data {data}"
 
 
-def checkpoint_metadata(ctx: StageContext, done: int) -> CheckpointMetadata:
+def checkpoint_metadata(ctx: StageContext[RunPlan], done: int) -> CheckpointMetadata:
     """What a checkpoint after `done` steps says of itself."""
-    resolved, config = ctx.resolved, ctx.config
-    samples = done * resolved.global_batch
+    plan, config = ctx.plan, ctx.config
+    samples = done * plan.global_batch
     fp8 = derived.student_precision(config).fp8
-    begun_from = resolved.student_source.meta if resolved.student_source else None
+    begun_from = plan.student_source.meta if plan.student_source else None
     return CheckpointMetadata(
         step=done,
         steps=config.train.steps or done,
         tokens=samples * config.data.sequence_length,
-        model=resolved.student,
+        model=plan.student,
         tokenizer=config.data.tokenizer,
-        tokenizer_fingerprint=resolved.tokenizer.fingerprint,
-        stage=resolved.stage,
+        tokenizer_fingerprint=plan.tokenizer.fingerprint,
+        stage=plan.stage,
         seed=config.seed,
         ranks=loader.ranks(ctx.parallel),
         device=ctx.device.name,
-        projections=derived.projection_names(config, resolved.student, resolved.teacher),
+        projections=derived.projection_names(config, plan.student, plan.teacher),
         sequence_length=config.data.sequence_length,
         fp8_recipe=fp8.recipe if fp8 else None,
         pruned_from=begun_from.pruned_from if begun_from else None,
         padding=begun_from.padding if begun_from else 0,
-        chat_template=resolved.template.jinja if resolved.template else begun_from and begun_from.chat_template,
+        chat_template=plan.template.jinja if plan.template else begun_from.chat_template if begun_from else None,
         expanded_from=begun_from.expanded_from if begun_from else None,
-        lessons=resolved.provenance,
+        lessons=plan.provenance,
     )

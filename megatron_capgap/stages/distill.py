@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
 from torch import Tensor
@@ -11,7 +11,6 @@ from torch import Tensor
 from megatron_capgap.checkpoint import loader
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.config import derived
-from megatron_capgap.config.loader import LoadedConfig
 from megatron_capgap.data.batch import MicroBatch
 from megatron_capgap.devices import Device
 from megatron_capgap.distillation import transfer_plan
@@ -36,14 +35,17 @@ from megatron_capgap.models import gpt, size
 from megatron_capgap.models.fp8_weights import cast_params_to_fp8
 from megatron_capgap.models.gpt import DTYPES, unwrap
 from megatron_capgap.stages import context, datasets, record
+from megatron_capgap.stages.plan import DistillationPlan
 from megatron_capgap.training.loop import train
 from megatron_capgap.training.run import Run, TrainingObjective
 from megatron_capgap.training.step import LossFunction
 
+DistillationContext = context.StageContext[DistillationPlan]
 
-def run(loaded: LoadedConfig, environment: Environment, device: Device) -> int:
+
+def run(plan: DistillationPlan, environment: Environment, device: Device) -> int:
     """Distils; returns the exit code."""
-    with context.stage_context(loaded, "distill", environment, device) as ctx:
+    with context.stage_context(plan, environment, device) as ctx:
         roles = ctx.roles
         if roles is None:
             train(colocated_run(ctx))
@@ -57,15 +59,15 @@ def run(loaded: LoadedConfig, environment: Environment, device: Device) -> int:
     return 0
 
 
-def _write_record(ctx: context.StageContext) -> None:
+def _write_record(ctx: DistillationContext) -> None:
     """Leaves what the law reads of a run. Collective over the student's ranks."""
-    ctx.log.info(collectives.run_on_rank0(lambda: record.write(ctx.resolved)))
+    ctx.log.info(collectives.run_on_rank0(lambda: record.write(ctx.plan)))
 
 
-def colocated_run(ctx: context.StageContext) -> Run:
+def colocated_run(ctx: DistillationContext) -> Run:
     """The run of a student whose teacher shares all ranks with it; without the teacher where the objective does not use
     it. Collective."""
-    if not derived.teacher_runs(ctx.config, ctx.resolved.stage):
+    if not derived.teacher_runs(ctx.config, ctx.plan.stage):
         ctx.log.info("the objective does not use the teacher: it is not loaded, the student learns from labels alone")
         return context.language_model_run(ctx)
     teacher = load_teacher(ctx)
@@ -73,7 +75,7 @@ def colocated_run(ctx: context.StageContext) -> Run:
 
 
 def distillation_run(
-    ctx: context.StageContext, head: Tensor | None, teacher_forward: Callable[[int], TeacherStates]
+    ctx: DistillationContext, head: Tensor | None, teacher_forward: Callable[[int], TeacherStates]
 ) -> Run:
     """The student's run. Collective over its ranks.
 
@@ -84,9 +86,9 @@ def distillation_run(
     """
     student = context.build_student(ctx)
     objective = DistillationObjective(**vars(ctx.config.objective))
-    resolved, parallel = ctx.resolved, ctx.parallel
+    plan, parallel = ctx.plan, ctx.parallel
     # The tokenizer is one; what a model's vocabulary has beyond it, the other's may lack, and counts on neither side.
-    vocab_size = min(resolved.student.vocab, resolved.teacher.vocab)
+    vocab_size = min(plan.student.vocab, plan.teacher.vocab)
     matching = HiddenStateMatching(student, parallel, objective.matching)
 
     def loss_function(batches: Sequence[MicroBatch], teacher_states: TeacherStates | None) -> LossFunction:
@@ -94,6 +96,7 @@ def distillation_run(
         matching.start_batch(batches, teacher_states)
 
         def loss(hidden: Tensor, student_head: Tensor, batch: MicroBatch) -> Loss:
+            assert head is not None, "the last stage alone has a loss, and there is a head"
             # Popped, so that the teacher's states of a micro-batch are freed as soon as its loss is known.
             hidden_of_teacher = teacher_states.pop(transfer_plan.FINAL_HIDDEN, batch.sample_ids).flatten(0, 1)
             return distillation_loss(
@@ -113,11 +116,10 @@ def distillation_run(
     return context.training_run(ctx, student, TrainingObjective(loss_function, teacher_forward, matching_loss))
 
 
-def load_teacher(ctx: context.StageContext) -> Teacher:
+def load_teacher(ctx: DistillationContext) -> Teacher:
     """Builds the teacher in its own layout, without its LM head, and loads its weights. Collective over its ranks."""
-    resolved, config = ctx.resolved, ctx.config
-    source, shape = resolved.teacher_source, resolved.teacher
-    assert source is not None and shape is not None, "resolve finds the teacher"
+    plan, config = ctx.plan, ctx.config
+    source, shape = plan.teacher_source, plan.teacher
     precision = derived.teacher_precision(config)
     parallel = parallel_context.build_additional(
         ctx.parallel, derived.teacher_layout(config), config.runtime.timeout_seconds
@@ -131,21 +133,21 @@ def load_teacher(ctx: context.StageContext) -> Teacher:
             sequence_length=config.data.sequence_length,
             virtual=False,
             head=False,
-            masked=resolved.template is not None,
+            masked=plan.template is not None,
         )
         loader.load_weights(source.folder, chunks, parallel)
         cast_params_to_fp8(chunks, precision)
     freeze(chunks)
-    weights = nullcontext()
-    if config.teacher.offload:
+    weights: AbstractContextManager[None] = nullcontext()
+    if ctx.plan.teacher_config.offload:
         weights = HostOffload((p for chunk in chunks for p in chunk.parameters()), ctx.device.torch_device)
-    side, _ = transfer_plan.model_placements(config, resolved.world)
+    side, _ = transfer_plan.model_placements(config, plan.world)
     return Teacher(
         chunks, parallel, shape, derived.teacher_micro_batch(config), side.samples[parallel.dp_rank], weights
     )
 
 
-def load_teacher_head(ctx: context.StageContext, teacher: Teacher | None) -> Tensor | None:
+def load_teacher_head(ctx: DistillationContext, teacher: Teacher | None) -> Tensor | None:
     """The teacher's LM head, cut as the student is. Collective over the student's ranks.
 
     Args:
@@ -156,14 +158,14 @@ def load_teacher_head(ctx: context.StageContext, teacher: Teacher | None) -> Ten
         `[v/tp, h_teacher]` on the student's last stage, v as the student is padded; None, or what nothing reads, on the
         others.
     """
-    source, shape, config = ctx.resolved.teacher_source, ctx.resolved.teacher, ctx.config
+    source, shape, config = ctx.plan.teacher_source, ctx.plan.teacher, ctx.config
     if source.meta.step < source.meta.steps:
         done = f"step {source.meta.step} of {source.meta.steps}"
         ctx.log.info(f"teacher: {source.folder} is at {done}: its run is not finished")
     cut, tensor = derived.teacher_layout(config), ctx.parallel.layout.tensor
-    wanted = replace(shape, vocab=ctx.resolved.student.vocab)  # rows of the student's, whichever are the teacher's
+    wanted = replace(shape, vocab=ctx.plan.student.vocab)  # rows of the student's, whichever are the teacher's
     same_rows = size.padded_vocab(shape.vocab, tensor) == size.padded_vocab(wanted.vocab, tensor)
-    alike = cut.pipeline == 1 and cut.tensor == tensor and same_rows and not config.teacher.offload
+    alike = cut.pipeline == 1 and cut.tensor == tensor and same_rows and not ctx.plan.teacher_config.offload
     if teacher and shape.tied_embeddings and alike:
         return unwrap(teacher.chunks[0]).embedding.word_embeddings.weight  # every rank has it already
     dtype = DTYPES[derived.teacher_precision(config).compute]
@@ -171,44 +173,44 @@ def load_teacher_head(ctx: context.StageContext, teacher: Teacher | None) -> Ten
     return loader.load_head(source.folder, wanted, ctx.parallel, dtype, device, verified=teacher is not None)
 
 
-def _hidden_state_transfer(ctx: context.StageContext, transport: Transport) -> HiddenStateTransfer:
+def _hidden_state_transfer(ctx: DistillationContext, transport: Transport) -> HiddenStateTransfer:
     """This rank's part in the hand-off."""
-    resolved, config = ctx.resolved, ctx.config
-    streams = transfer_plan.streams(*transfer_plan.model_placements(config, resolved.world), _routes(ctx), ctx.rank)
+    plan, config = ctx.plan, ctx.config
+    streams = transfer_plan.streams(*transfer_plan.model_placements(config, plan.world), _routes(ctx), ctx.rank)
     dtype, device = DTYPES[derived.teacher_precision(config).compute], ctx.device.torch_device
     say = ctx.watchdog.set_waiting_for
     return HiddenStateTransfer(
-        streams, ctx.rank, width=resolved.teacher.hidden, dtype=dtype, device=device, transport=transport, say=say
+        streams, ctx.rank, width=plan.teacher.hidden, dtype=dtype, device=device, transport=transport, say=say
     )
 
 
-def _routes(ctx: context.StageContext) -> list[transfer_plan.StageRoute]:
-    return transfer_plan.routes(ctx.config, ctx.resolved.teacher, ctx.resolved.student)
+def _routes(ctx: DistillationContext) -> list[transfer_plan.StageRoute]:
+    return transfer_plan.routes(ctx.config, ctx.plan.teacher, ctx.plan.student)
 
 
-def teacher_forward(ctx: context.StageContext, teacher: Teacher) -> Callable[[int], States]:
+def teacher_forward(ctx: DistillationContext, teacher: Teacher) -> Callable[[int], States]:
     """From a global batch's first sample to what the teacher leaves of it on this rank."""
     device = ctx.device.torch_device
-    samples = datasets.open_training(ctx.resolved)
+    samples = datasets.open_training(ctx.plan)
     layers = [route.key for route in _routes(ctx) if route.key != transfer_plan.FINAL_HIDDEN]
     return lambda first_sample: teacher.forward(teacher.read(samples, first_sample, device), layers)
 
 
-def _colocated_teacher(ctx: context.StageContext, teacher: Teacher) -> Callable[[int], TeacherStates]:
+def _colocated_teacher(ctx: DistillationContext, teacher: Teacher) -> Callable[[int], TeacherStates]:
     """Teacher and student share all ranks."""
     transfer, forward = _hidden_state_transfer(ctx, batched_p2p), teacher_forward(ctx, teacher)
     return lambda first_sample: TeacherStates(transfer.start(forward(first_sample), first_sample).wait())
 
 
-def student_loop(ctx: context.StageContext, roles: RoleGroups) -> None:
+def student_loop(ctx: DistillationContext, roles: RoleGroups) -> None:
     """The student's ranks, with a teacher on others."""
-    assert ctx.config.train.steps is not None and ctx.config.teacher is not None
+    assert ctx.config.train.steps is not None, "load refuses a distillation without steps"
     side = StudentSide(
         roles,
         _hidden_state_transfer(ctx, roles.start_send_recv),
-        batch_size=ctx.resolved.global_batch,
+        batch_size=ctx.plan.global_batch,
         steps=ctx.config.train.steps,
-        ahead=ctx.config.teacher.ahead,
+        ahead=ctx.plan.teacher_config.ahead,
     )
     head = roles.barrier_with_errors(lambda: load_teacher_head(ctx, None))
     # The run directory is committed once the teacher is there.
@@ -226,9 +228,10 @@ def student_loop(ctx: context.StageContext, roles: RoleGroups) -> None:
         raise failed
 
 
-def teacher_loop(ctx: context.StageContext, roles: RoleGroups) -> None:
+def teacher_loop(ctx: DistillationContext, roles: RoleGroups) -> None:
     """The teacher's own ranks."""
-    batch_size = ctx.resolved.global_batch
+    batch_size, last = ctx.plan.global_batch, ctx.config.train.steps
+    assert last is not None, "load refuses a distillation without steps"
     transfer = _hidden_state_transfer(ctx, roles.start_send_recv)
     teacher = roles.barrier_with_errors(lambda: load_teacher(ctx))
     forward = roles.barrier_with_errors(lambda: teacher_forward(ctx, teacher))
@@ -241,14 +244,14 @@ def teacher_loop(ctx: context.StageContext, roles: RoleGroups) -> None:
     # Only the student knows its step: it may have gone back to an earlier checkpoint.
     done = roles.start_all_reduce_max(0).wait()
     with StopRequest(ctx.device.torch_device) as stop:
-        steps = range(done, ctx.config.train.steps)
-        end = run_teacher_ahead(steps, ctx.config.teacher.ahead, teach, lambda: roles.start_all_reduce_max(stop.seen))
+        steps, ahead = range(done, last), ctx.plan.teacher_config.ahead
+        end = run_teacher_ahead(steps, ahead, teach, lambda: roles.start_all_reduce_max(stop.seen))
     if end == FAILED:
         raise roles.peer_error()
 
 
 @contextmanager
-def abort_on_rank_failure(ctx: context.StageContext) -> Iterator[None]:
+def abort_on_rank_failure(ctx: DistillationContext) -> Iterator[None]:
     """Where a rank fails, all stop, and say which rank was lost and which transfer waited for it.
 
     The process ends here: groups that wait for a lost rank, as an agreement does, would not let it end.

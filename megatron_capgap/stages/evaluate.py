@@ -5,36 +5,39 @@ from __future__ import annotations
 import json
 
 from megatron_capgap.common.fileio import write_atomically
-from megatron_capgap.config.loader import LoadedConfig
+from megatron_capgap.data.pretrain import SampleSequence
 from megatron_capgap.devices import Device
 from megatron_capgap.distributed.environment import Environment
 from megatron_capgap.stages import context, datasets
+from megatron_capgap.stages.plan import RunPlan
 from megatron_capgap.training.evaluate import evaluate
 
 
-def run(loaded: LoadedConfig, environment: Environment, device: Device) -> int:
+def run(plan: RunPlan, environment: Environment, device: Device) -> int:
     """Measures, writes RUN/evaluation.json; returns the exit code."""
-    with context.stage_context(loaded, "evaluate", environment, device) as ctx:
-        config, resolved = ctx.config, ctx.resolved
+    with context.stage_context(plan, environment, device) as ctx:
+        config, plan = ctx.config, ctx.plan
         chunks = context.build_student(ctx, trains=False)
-        samples = datasets.open_validation(resolved)
+        samples = datasets.open_validation(plan)
         assert samples is not None, "load refuses an evaluation without held-out data"
         context.commit_run_dir(ctx)
         result = evaluate(
             chunks,
             ctx.parallel,
             samples,
-            vocab_size=resolved.student.vocab,
-            byte_lengths=context.padded_byte_lengths(resolved),
+            vocab_size=plan.student.vocab,
+            byte_lengths=context.padded_byte_lengths(plan),
             micro_batch=config.train.micro_batch,
-            global_batch=resolved.global_batch,
+            global_batch=plan.global_batch,
             batches=config.train.eval_batches,
             device=ctx.device.torch_device,
         )
-        step = resolved.student_source.meta.step if resolved.student_source else 0
+        assert result is not None, "only what may be halted gives up"
+        step = plan.student_source.meta.step if plan.student_source else 0
         entry = result.entry(step)
         ctx.log.record(entry)
-        left_out = 0 if resolved.template or config.train.eval_batches else samples.left_out
+        whole = config.train.eval_batches is None
+        left_out = samples.left_out if isinstance(samples, SampleSequence) and whole else 0
         if left_out:
             ctx.log.info(f"{left_out} tokens at the ends of the data fill no row and are left out")
         if ctx.log.is_rank0:

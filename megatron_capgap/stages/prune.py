@@ -12,8 +12,6 @@ from megatron_capgap.checkpoint import loader, metadata, run_directory
 from megatron_capgap.checkpoint.metadata import ModelRef
 from megatron_capgap.common.fileio import write_atomically
 from megatron_capgap.config import derived
-from megatron_capgap.config.loader import LoadedConfig
-from megatron_capgap.config.schema import PruneConfig
 from megatron_capgap.data.batch import MicroBatch, Samples, global_batch_samples, micro_batches
 from megatron_capgap.devices import Device
 from megatron_capgap.distributed import collectives, launcher
@@ -30,17 +28,16 @@ from megatron_capgap.pruning.importance_scores import Scores
 from megatron_capgap.pruning.prune_plan import Plan
 from megatron_capgap.stages import context, datasets
 from megatron_capgap.stages.context import StageContext
-from megatron_capgap.stages.resolve import CheckpointSource, ResolvedConfig
+from megatron_capgap.stages.plan import PruningPlan
 from megatron_capgap.training.loop import peak_memory_line
 
 
-def run(loaded: LoadedConfig, environment: Environment, device: Device) -> int:
+def run(plan: PruningPlan, environment: Environment, device: Device) -> int:
     """Scores, plans and cuts; returns the exit code."""
-    with context.stage_context(loaded, "prune", environment, device) as ctx:
-        teacher = ctx.resolved.teacher
-        assert teacher is not None
-        begun = collectives.run_on_rank0(lambda: files.read(ctx.run_dir, teacher, facts_of(ctx.resolved)))
-        if ctx.resolved.resumed is not None:
+    with context.stage_context(plan, environment, device) as ctx:
+        teacher = ctx.plan.teacher
+        begun = collectives.run_on_rank0(lambda: files.read(ctx.run_dir, teacher, facts_of(ctx.plan)))
+        if ctx.plan.resumed is not None:
             ctx.log.info(f"nothing to do: {ctx.run_dir} holds the pruned student; choose another run_dir to prune anew")
             return 0
         scores = score(ctx, *begun)
@@ -49,14 +46,14 @@ def run(loaded: LoadedConfig, environment: Environment, device: Device) -> int:
     return 0
 
 
-def facts_of(resolved: ResolvedConfig) -> dict[str, Any]:
+def facts_of(plan: PruningPlan) -> dict[str, Any]:
     """What the scores depend on, by the keys that say it."""
-    config, wanted, source = resolved.config, _requested_shape(resolved), _teacher(resolved)
+    config, wanted, source = plan.config, plan.prune_config, plan.teacher_source
     return {
         "teacher.checkpoint": str(source.folder),
         "prune.importance": wanted.importance,
         "prune.batches": wanted.batches,
-        "train.global_batch": resolved.global_batch,
+        "train.global_batch": plan.global_batch,
         "train.micro_batch": config.train.micro_batch,
         "data.train": list(config.data.train),
         "data.train_weights": list(config.data.train_weights) if config.data.train_weights else None,
@@ -65,7 +62,7 @@ def facts_of(resolved: ResolvedConfig) -> dict[str, Any]:
     }
 
 
-def score(ctx: StageContext, begun: Scores, done: int) -> Scores | None:
+def score(ctx: StageContext[PruningPlan], begun: Scores, done: int) -> Scores | None:
     """Scores the teacher on what is left of its global batches, and keeps the sums in RUN/scores.json. Collective.
 
     Args:
@@ -76,13 +73,13 @@ def score(ctx: StageContext, begun: Scores, done: int) -> Scores | None:
     Returns:
         The sums of all batches; None after a signal.
     """
-    wanted = _requested_shape(ctx.resolved)
+    wanted = ctx.plan.prune_config
     if done >= wanted.batches:
         ctx.log.info(f"scores: all {done} global batches are in {ctx.run_dir / files.FILE}")
         context.commit_run_dir(ctx)
         return begun
     importance = _open(ctx)
-    samples = datasets.open_training(ctx.resolved)
+    samples = datasets.open_training(ctx.plan)
     context.commit_run_dir(ctx)
     every = ctx.config.checkpoint.every
     ctx.log.bar(done, wanted.batches)
@@ -105,20 +102,20 @@ def score(ctx: StageContext, begun: Scores, done: int) -> Scores | None:
                 return None
 
 
-def _keep(ctx: StageContext, scores: Scores, done: int) -> None:
+def _keep(ctx: StageContext[PruningPlan], scores: Scores, done: int) -> None:
     """Writes RUN/scores.json. Collective."""
-    collectives.run_on_rank0(lambda: files.write(ctx.run_dir, scores, done, facts_of(ctx.resolved)))
+    collectives.run_on_rank0(lambda: files.write(ctx.run_dir, scores, done, facts_of(ctx.plan)))
 
 
 def _added(one: Scores, other: Scores) -> Scores:
     return Scores(**{name: value + getattr(other, name) for name, value in vars(one).items()})
 
 
-def _open(ctx: StageContext) -> Importance:
+def _open(ctx: StageContext[PruningPlan]) -> Importance:
     """Builds the teacher and loads its weights. Collective."""
-    resolved, config, source = ctx.resolved, ctx.config, _teacher(ctx.resolved)
+    plan, config, source = ctx.plan, ctx.config, ctx.plan.teacher_source
     shape, precision = source.meta.model, derived.teacher_precision(config)
-    gradient = _requested_shape(resolved).importance == "gradient"
+    gradient = plan.prune_config.importance == "gradient"
     chunks = gpt.build(
         shape,
         ctx.parallel,
@@ -134,77 +131,65 @@ def _open(ctx: StageContext) -> Importance:
     return Importance(chunks, ctx.parallel, shape, gradient=gradient)
 
 
-def _batches(ctx: StageContext, samples: Samples, done: int) -> list[MicroBatch]:
+def _batches(ctx: StageContext[PruningPlan], samples: Samples, done: int) -> list[MicroBatch]:
     """This data-parallel rank's micro-batches of the global batch after `done`: which samples share one does not depend
     on the layout."""
-    numbers = global_batch_samples(done, ctx.resolved.global_batch)
+    numbers = global_batch_samples(done, ctx.plan.global_batch)
     rows, parallel = ctx.config.train.micro_batch, ctx.parallel
     return list(micro_batches(samples, numbers, rows, parallel.dp_rank, parallel.dp_size, ctx.device.torch_device))
 
 
-def _loss(ctx: StageContext, hidden: Tensor, head: Tensor, batch: MicroBatch) -> Tensor:
+def _loss(ctx: StageContext[PruningPlan], hidden: Tensor, head: Tensor, batch: MicroBatch) -> Tensor:
     """Mean cross-entropy of a micro-batch."""
     out = language_model_loss(
         hidden.flatten(0, 1),
         head,
         *batch.flat(),
-        vocab_size=ctx.resolved.student.vocab,
+        vocab_size=ctx.plan.student.vocab,
         group=ctx.parallel.groups.tp,
         sequence_parallel=ctx.parallel.layout.sequence,
     )
     return out.loss_sum / out.num_tokens
 
 
-def _prune(ctx: StageContext, scores: Scores) -> None:
+def _prune(ctx: StageContext[PruningPlan], scores: Scores) -> None:
     """Writes the plan and the student's checkpoint. Collective."""
-    resolved, run_dir, source = ctx.resolved, ctx.run_dir, _teacher(ctx.resolved)
-    plan = plans.make(
-        source.meta.model, resolved.student, scores, _requested_shape(resolved).layers_by, resolved.budget
-    )
+    plan, run_dir, source = ctx.plan, ctx.run_dir, ctx.plan.teacher_source
+    kept = plans.make(source.meta.model, plan.student, scores, plan.prune_config.layers_by, plan.budget)
     staged = run_dir / "checkpoints" / ".step_0.incomplete"
 
     def begin() -> None:
-        write_atomically(run_dir / plans.FILE, plans.text(plan, scores, facts_of(resolved)))
+        write_atomically(run_dir / plans.FILE, plans.text(kept, scores, facts_of(plan)))
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
 
     def finish() -> None:
         origin = ModelRef.of(source.folder, source.meta)
         words = context.checkpoint_metadata(ctx, 0)
-        metadata.write(replace(words, steps=0, model=plan.student, pruned_from=origin, padding=plan.padding), staged)
+        metadata.write(replace(words, steps=0, model=kept.student, pruned_from=origin, padding=kept.padding), staged)
         run_directory.publish(staged, run_dir, step=0, keep=1)
 
     collectives.run_on_rank0(begin)
-    apply(source.folder, plan, staged)
+    apply(source.folder, kept, staged)
     collectives.run_on_rank0(finish)
-    _report(ctx, plan)
+    _report(ctx, kept)
 
 
-def _report(ctx: StageContext, plan: Plan) -> None:
+def _report(ctx: StageContext[PruningPlan], kept: Plan) -> None:
     """What went, in a table, and what it took. Collective."""
-    before, after = plan.teacher, plan.student
+    before, after = kept.teacher, kept.student
     rows = [
         (name, str(getattr(before, name)), str(getattr(after, name))) for name in ("layers", "hidden", "heads", "ffn")
     ]
-    rows.insert(3, ("kv_heads", *(str(derived.kv_heads(shape)) for shape in (before, after))))
+    rows.insert(3, ("kv_heads", str(derived.kv_heads(before)), str(derived.kv_heads(after))))
     for name, count in (("parameters", size.parameters), ("non-embedding", size.non_embedding_parameters)):
         rows.append((name, f"{count(before):,}", f"{count(after):,}"))
     ctx.log.table(f"pruned: {ctx.run_dir}/checkpoints/step_0", ("", "teacher", "student"), rows)
-    if ctx.resolved.budget is not None:
-        for name, counts in plan.kept_parts.items():
+    if ctx.plan.budget is not None:
+        for name, counts in kept.kept_parts.items():
             ctx.log.info(f"{name} kept, layer by layer: {' '.join(map(str, counts))}")
-        stored, share = size.parameters(after), plan.padding / size.parameters(after)
-        ctx.log.info(f"parameters: {stored - plan.padding:,} kept, {stored:,} stored ({share:.1%} are zeros)")
+        stored, share = size.parameters(after), kept.padding / size.parameters(after)
+        ctx.log.info(f"parameters: {stored - kept.padding:,} kept, {stored:,} stored ({share:.1%} are zeros)")
     on_cpu = ctx.device.name == "cpu"
-    need = memory.estimate(ctx.config, "prune", after, before, ctx.resolved.world, on_cpu=on_cpu)
+    need = memory.estimate(ctx.config, "prune", after, before, ctx.plan.world, on_cpu=on_cpu)
     ctx.log.info(f"{peak_memory_line(ctx.device, ctx.memory_at_start, need.total)} for the scores")
-
-
-def _requested_shape(resolved: ResolvedConfig) -> PruneConfig:
-    assert resolved.config.prune is not None, "load refuses a prune configuration without the section"
-    return resolved.config.prune
-
-
-def _teacher(resolved: ResolvedConfig) -> CheckpointSource:
-    assert resolved.teacher_source is not None, "load refuses a prune configuration without a teacher"
-    return resolved.teacher_source

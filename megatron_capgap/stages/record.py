@@ -15,45 +15,45 @@ from megatron_capgap.config.schema import Config, ObjectiveConfig
 from megatron_capgap.law.records import Record
 from megatron_capgap.models import size
 from megatron_capgap.runtime.metrics import evaluation_after
-from megatron_capgap.stages.resolve import CheckpointSource, ResolvedConfig
+from megatron_capgap.stages.plan import CheckpointSource, DistillationPlan
 
 RECORD = "record.json"
 
 
-def write(resolved: ResolvedConfig) -> str:
+def write(plan: DistillationPlan) -> str:
     """Writes the record of a run that has come to its end; a run that was stopped before leaves none. Rank 0 only.
 
     Returns:
         What to tell the reader.
     """
-    run_dir, steps = Path(resolved.config.run_dir), resolved.config.train.steps
-    if resolved.resumed is not None and resolved.resumed.step == steps and _tokens(run_dir / RECORD) == _all(resolved):
+    run_dir, steps = Path(plan.config.run_dir), plan.config.train.steps
+    if plan.resumed is not None and plan.resumed.step == steps and _tokens(run_dir / RECORD) == _all(plan):
         return f"record for the law: {run_dir / RECORD}, as it was"
-    if not resolved.config.data.valid:
+    if not plan.config.data.valid:
         return "no record for the law: data.valid names no held-out text"
+    assert steps is not None, "stage_context has put a number there"
     # Read from disk, for the run may have been stopped between its last evaluation and the record.
     last = evaluation_after(run_dir, steps)
     if last is None or steps not in run_directory.steps_in(run_dir):
         return "no record for the law yet: the run has not come to its end"
-    record = describe(resolved, last["valid_loss"], last.get("valid_tokens"))
+    record = describe(plan, last["valid_loss"], last.get("valid_tokens"))
     write_atomically(run_dir / RECORD, record.line())
     return f"record for the law: {run_dir / RECORD}"
 
 
-def describe(resolved: ResolvedConfig, valid_loss: float, valid_tokens: int | None) -> Record:
+def describe(plan: DistillationPlan, valid_loss: float, valid_tokens: int | None) -> Record:
     """The record of a distillation that took all its steps."""
-    config, student, teacher, source = resolved.config, resolved.student, resolved.teacher, resolved.teacher_source
-    assert teacher is not None and source is not None
-    tokens, taught = _all(resolved), derived.teacher_runs(config, resolved.stage)
+    config, student, teacher, source = plan.config, plan.student, plan.teacher, plan.teacher_source
+    tokens, taught = _all(plan), derived.teacher_runs(config, plan.stage)
     return Record(
-        student_params=resolved.student_kept,
+        student_params=plan.student_kept,
         teacher_params=source.meta.kept,
-        student_params_total=size.embedding_parameters(student) + resolved.student_kept,
+        student_params_total=size.embedding_parameters(student) + plan.student_kept,
         teacher_params_total=size.embedding_parameters(teacher) + source.meta.kept,
         family=student.family,
         tokens=tokens,
         seed=config.seed,
-        init=_beginning(resolved),
+        init=_beginning(plan),
         valid_loss=valid_loss,
         objective=objective_text(config.objective),
         flops=tokens * size.training_flops(student, teacher if taught else None, config.data.sequence_length),
@@ -61,16 +61,16 @@ def describe(resolved: ResolvedConfig, valid_loss: float, valid_tokens: int | No
         teacher_tokens=source.meta.tokens,
         teacher_valid_loss=_loss_of(source),
         valid_tokens=valid_tokens,
-        tokenizer=resolved.tokenizer.fingerprint[:16],
+        tokenizer=plan.tokenizer.fingerprint[:16],
         teacher_seed=source.meta.seed,
         taught=taught,
     )
 
 
-def _all(resolved: ResolvedConfig) -> int:
+def _all(plan: DistillationPlan) -> int:
     """Tokens that the whole run is trained on."""
-    assert resolved.config.train.steps is not None
-    return resolved.config.train.steps * resolved.global_batch * resolved.config.data.sequence_length
+    assert plan.config.train.steps is not None
+    return plan.config.train.steps * plan.global_batch * plan.config.data.sequence_length
 
 
 def _tokens(record: Path) -> int | None:
@@ -81,12 +81,12 @@ def _tokens(record: Path) -> int | None:
         return None
 
 
-def _beginning(resolved: ResolvedConfig) -> str:
+def _beginning(plan: DistillationPlan) -> str:
     """Where the student began, in the record's words."""
-    if resolved.student_source is None:
+    if plan.student_source is None:
         return "random"
-    origin, source = resolved.student_source.meta.pruned_from, resolved.teacher_source
-    if origin is None or source is None or origin.model != resolved.teacher:
+    origin, source = plan.student_source.meta.pruned_from, plan.teacher_source
+    if origin is None or source is None or origin.model != plan.teacher:
         return "fixed"
     content = ModelRef.of(source.folder, source.meta).content
     return "pruned" if None in (content, origin.content) or content == origin.content else "pruned_other"

@@ -1,14 +1,14 @@
-"""What a configuration means: model shapes found, everything checked. No torch, nothing written."""
+"""From a configuration to the plan of a run: models are found, everything is checked, all mistakes are told at once. No
+torch, nothing written."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from megatron_capgap.checkpoint import metadata, run_directory
-from megatron_capgap.checkpoint.metadata import CheckpointMetadata, ModelRef, Provenance
+from megatron_capgap.checkpoint.metadata import ModelRef, Provenance
 from megatron_capgap.common.errors import ConfigError, UserError
 from megatron_capgap.config import derived
 from megatron_capgap.config.finetune import FinetuneConfig
@@ -20,94 +20,30 @@ from megatron_capgap.data.chat_template import Template, open_template
 from megatron_capgap.data.conversation_files import conversations_file
 from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_capgap.pruning.student_shape import Budget, StudentTarget, student_target
+from megatron_capgap.stages.plan import (
+    CheckpointSource,
+    DistillationPlan,
+    PruningPlan,
+    RunPlan,
+    files_read,
+    reads_conversations,
+)
 from megatron_capgap.stages.resume_checks import check_resume
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class CheckpointSource:
-    """Where a model's weights come from."""
-
-    folder: Path
-    meta: CheckpointMetadata
-
-
-@dataclass(frozen=True)
-class ResolvedConfig:
-    """A checked configuration with its models and batch in numbers."""
-
-    loaded: LoadedConfig
-    stage: str
-    world: int
-    """All ranks, the teacher's own included."""
-    student: ModelShape
-    teacher: ModelShape | None
-    student_source: CheckpointSource | None
-    teacher_source: CheckpointSource | None
-    provenance: Provenance | None
-    """What is learned from, where something is trained."""
-    resumed: CheckpointMetadata | None
-    """The newest checkpoint in run_dir, if this run has begun before; its files are not checked yet."""
-    tokenizer: Tokenizer
-    template: Template | None
-    """How conversations are written down, where the data are conversations."""
-    budget: Budget | None = None
-    """What layers keep together where prune may leave each a number of its own; `student` is then the least shape."""
-
-    @property
-    def config(self) -> Config:
-        """The configuration."""
-        return self.loaded.config
-
-    @property
-    def remarks(self) -> list[str]:
-        """What the reader must know of the tokenizer."""
-        found, path = list(self.tokenizer.remarks), self.config.data.tokenizer
-        for key, source in (("student.checkpoint", self.student_source), ("teacher.checkpoint", self.teacher_source)):
-            theirs = source and self.tokenizer.special_ids_of(source.meta.tokenizer_fingerprint)
-            if theirs and theirs != (self.tokenizer.bos, self.tokenizer.eos):
-                found.append(
-                    f"{key}: its tokenizer had bos {theirs[0]} and eos {theirs[1]}, data.tokenizer {path} has bos "
-                    f"{self.tokenizer.bos} and eos {self.tokenizer.eos}; their pieces are the same"
-                )
-        if self.tokenizer.vocab_size > self.student.vocab:
-            pieces = self.tokenizer.pieces()[self.student.vocab :]
-            shown = ", ".join(repr(piece) for piece in pieces[:5]) + (", ..." if len(pieces) > 5 else "")
-            found.append(
-                f"data.tokenizer: {len(pieces)} of the tokens of {path} have no row in the model's vocab of "
-                f"{self.student.vocab} ({shown}); data that hold one are refused"
-            )
-        return found
-
-    @property
-    def student_kept(self) -> int:
-        """The student's parameters without embeddings, less those of layers that store more parts than they keep."""
-        return self.student_source.meta.kept if self.student_source else StudentTarget(self.student, self.budget).kept
-
-    @property
-    def finetune(self) -> FinetuneConfig:
-        """How conversations are read and learned."""
-        return self.config.finetune or FinetuneConfig()
-
-    @property
-    def reads(self) -> dict[str, tuple[str, ...]]:
-        """The datasets or files of conversations that are opened, by key."""
-        return _reads(self.config, self.stage)
-
-    @property
-    def global_batch(self) -> int:
-        """Sequences in one step over all ranks."""
-        return derived.global_batch(self.config, self.config.student.layout, self.student_world)
-
-    @property
-    def student_world(self) -> int:
-        """Ranks that the student is cut over."""
-        return derived.student_world(self.config, self.world)
-
-
-def resolve(loaded: LoadedConfig, stage: str, world: int, capability: tuple[int, int] | None = None) -> ResolvedConfig:
+def resolve(loaded: LoadedConfig, stage: str, world: int, capability: tuple[int, int] | None = None) -> RunPlan:
     """Finds the models and checks everything that can be checked without reading data.
+
+    Args:
+        loaded: the configuration.
+        stage: which stage is to run.
+        world: number of ranks, the teacher's own included.
+        capability: CUDA compute capability of the GPUs; None leaves it unchecked.
+
+    Returns:
+        A `DistillationPlan` where there is a teacher, a `PruningPlan` for prune, else a `RunPlan`.
 
     Raises:
         UserError: with every problem that was found.
@@ -140,26 +76,45 @@ def resolve(loaded: LoadedConfig, stage: str, world: int, capability: tuple[int,
     if problems:  # what the first rank alone would find later
         raise ConfigError([*problems, *missing_data(loaded, stage)])
     assert wanted and tokenizer
-    lessons = _provenance(config, stage, student_source, teacher_source)
-    resumed = check_resume(loaded, stage, world, wanted, teacher, tokenizer, template, lessons)
-    found = (student_source, teacher_source, lessons, resumed)
-    return ResolvedConfig(loaded, stage, world, wanted.shape, teacher, *found, tokenizer, template, wanted.budget)
+    provenance = _provenance(config, stage, student_source, teacher_source)
+    resumed = check_resume(loaded, stage, world, wanted, teacher, tokenizer, template, provenance)
+    plan = RunPlan(
+        loaded=loaded,
+        stage=stage,
+        world=world,
+        student=wanted.shape,
+        student_source=student_source,
+        provenance=provenance,
+        resumed=resumed,
+        tokenizer=tokenizer,
+        template=template,
+    )
+    return _with_teacher(plan, teacher_source, wanted.budget)
 
 
-def _chats(config: Config, stage: str) -> bool:
-    """Whether the data are conversations."""
-    return stage == "finetune" or config.finetune is not None
+def _with_teacher(plan: RunPlan, source: CheckpointSource | None, budget: Budget | None) -> RunPlan:
+    """The plan as one of the kinds that have a teacher; as it is where there is none."""
+    if source is None:
+        return plan
+    facts = vars(plan) | {"teacher": source.meta.model, "teacher_source": source}
+    if plan.stage == "prune":
+        return PruningPlan(**facts | {"budget": budget})
+    return DistillationPlan(**facts)
 
 
-def _reads(config: Config, stage: str) -> dict[str, tuple[str, ...]]:
-    unread = stage == "evaluate" and _chats(config, stage)
-    return {"data.train": () if unread else config.data.train, "data.valid": config.data.valid}
+def check_device(plan: RunPlan, capability: tuple[int, int] | None) -> None:
+    """Checks what depends on the GPUs that were found.
+
+    Raises:
+        ConfigError: they lack what the plan needs.
+    """
+    checks.check(plan.loaded, plan.stage, plan.world, plan.student, plan.teacher, capability)
 
 
 def missing_data(loaded: LoadedConfig, stage: str) -> list[str]:
     """Names the key of each file that is not there; what is wrong within a file is told by its own name."""
-    look, problems = conversations_file if _chats(loaded.config, stage) else indexed.paths, []
-    for key, paths in _reads(loaded.config, stage).items():
+    look, problems = conversations_file if reads_conversations(loaded.config, stage) else indexed.paths, []
+    for key, paths in files_read(loaded.config, stage).items():
         for path in paths:
             try:
                 look(path)
@@ -198,7 +153,7 @@ def _tokenizer(loaded: LoadedConfig) -> Tokenizer:
 
 def _template(loaded: LoadedConfig, stage: str, tokenizer: Tokenizer) -> Template | None:
     wanted = loaded.config.finetune
-    if not _chats(loaded.config, stage):
+    if not reads_conversations(loaded.config, stage):
         return None
     try:
         return open_template((wanted or FinetuneConfig()).template, tokenizer, loaded.config.data.tokenizer)
@@ -262,7 +217,7 @@ def _fingerprint_problems(
 
 def _length_problems(loaded: LoadedConfig, teacher: CheckpointSource | None) -> list[str]:
     """A teacher says little about positions it has never seen."""
-    if teacher is None or loaded.config.teacher.longer_sequences:
+    if teacher is None or derived.teacher_section(loaded.config).longer_sequences:
         return []
     trained = max(teacher.meta.sequence_length, teacher.meta.model.max_positions or 0)
     length = loaded.config.data.sequence_length

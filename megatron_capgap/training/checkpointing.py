@@ -39,8 +39,8 @@ def resume(run: Run) -> Run:
         collectives.run_on_rank0(lambda: _make_latest(folder, damaged))  # noqa: B023 (called at once)
         run.log.info(f"resumed from {folder}: step {found.step} of {run.config.train.steps}")
         return replace(run, done=found.step, skipped=found.skipped)
-    if error := run_directory.no_readable_checkpoint(run.run_dir, reasons):
-        raise error
+    if refusal := run_directory.no_readable_checkpoint(run.run_dir, reasons):
+        raise refusal
     return run
 
 

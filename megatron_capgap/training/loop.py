@@ -216,6 +216,7 @@ def _report(run: Run, done: int, result: StepResult, meter: ThroughputMeter, tim
     """One line of metrics.jsonl, one on the console. Collective where the step is one to be shown."""
     rate, flops = meter.update(result.tokens)
     steps, every = run.config.train.steps, run.config.train.log_every
+    assert steps is not None, "stage_context has put a number there"
     entry = {"step": done, "loss": result.loss, **result.report, "grad_norm": result.grad_norm, "lr": result.lr}
     run.log.record({**entry, "tokens": result.tokens, "tokens_per_second": round(rate, 1)})
     if done % every and done != steps:

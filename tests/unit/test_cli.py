@@ -1,4 +1,4 @@
-"""The door: what the command line means, who speaks, and the exit codes. Only the stages are stood in for."""
+"""The command line: what it means, who speaks, and the exit codes. Only the stages are stood in for."""
 
 import os
 import re
@@ -34,16 +34,19 @@ def stages(tmp_path, monkeypatch):
     Path("settings").write_text(CONFIG)
     for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_ID", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
-    calls = SimpleNamespace(run=[], report=[], answer=0, slept=[])
+    calls = SimpleNamespace(run=[], report=[], checked=[], answer=0, slept=[])
 
     def answer() -> int:
         if isinstance(calls.answer, BaseException):
             raise calls.answer
         return calls.answer
 
-    def run(loaded, environment, device) -> int:
-        calls.run.append((loaded, environment))
-        assert device == f"cpu of {environment.local_rank}"
+    def resolve(loaded, stage, world):
+        return SimpleNamespace(loaded=loaded, stage=stage, world=world)
+
+    def run(plan, environment, device) -> int:
+        calls.run.append((plan.loaded, environment))
+        assert (device.name, device.capability) == (f"cpu of {environment.local_rank}", calls.checked.pop())
         return answer()
 
     def report(loaded, stage, world, capability) -> str:
@@ -52,7 +55,13 @@ def stages(tmp_path, monkeypatch):
 
     for stage in STAGES:
         monkeypatch.setitem(sys.modules, f"megatron_capgap.stages.{stage}", SimpleNamespace(run=run))
-    devices = SimpleNamespace(choose=lambda name, local_rank, precisions, place: f"cpu of {local_rank}")
+    resolver = SimpleNamespace(resolve=resolve, check_device=lambda plan, capability: calls.checked.append(capability))
+    monkeypatch.setitem(sys.modules, "megatron_capgap.stages.resolve", resolver)
+
+    def choose(name, local_rank, precisions, place):
+        return SimpleNamespace(name=f"cpu of {local_rank}", capability=(9, 0))
+
+    devices = SimpleNamespace(choose=choose)
     monkeypatch.setitem(sys.modules, "megatron_capgap.devices", devices)
     monkeypatch.setitem(sys.modules, "megatron_capgap.stages.check", SimpleNamespace(report=report))
     monkeypatch.setattr(cli.time, "sleep", calls.slept.append)

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from tokenizers import Tokenizer, models
@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from megatron_capgap.checkpoint.metadata import CheckpointMetadata
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.config import derived
+from megatron_capgap.config.architectures import ARCHITECTURES, FamilyName
 from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.conversion.exporting import config_of
 from megatron_capgap.conversion.hf_folder import read_config
@@ -158,3 +159,8 @@ def test_a_llama_that_transformers_would_not_load_is_not_exported() -> None:
         None,
         words_with(None, None),
     )
+
+
+def test_every_family_that_a_configuration_may_name_has_a_row_in_the_tables() -> None:
+    assert get_args(FamilyName) == tuple(ARCHITECTURES)
+    assert set(FAMILIES) == set(ARCHITECTURES)

@@ -126,7 +126,7 @@ def weights_in_fp8(ctx: ValidationContext) -> Iterator[str]:
         if model.precision.compute != "bf16":
             text = f"true: Megatron's optimizer takes FP8 weights for bf16 ones, and {key}.compute is"
             yield ctx.error(where, f"{text} {model.precision.compute}; false would do, or compute bf16")
-        if model.role == "teacher" and ctx.config.teacher.offload:
+        if model.role == "teacher" and derived.teacher_section(ctx.config).offload:
             text = "true: teacher.offload moves weights in bf16 or fp32"
             yield ctx.error(where, f"{text}; false would do, or teacher.offload false")
 

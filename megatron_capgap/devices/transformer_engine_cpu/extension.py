@@ -101,8 +101,8 @@ def module() -> types.ModuleType:
     for name in _FOREIGN_TYPES:
         setattr(made, name, _Named(name, (), {}))
     # What `from transformer_engine_torch import *` copies: names bound now, so that nothing here changes later.
-    made.__all__ = [name for name in vars(made) if not name.startswith("__")]
-    made.__getattr__ = _absent
+    names = [name for name in vars(made) if not name.startswith("__")]
+    vars(made).update(__all__=names, __getattr__=_absent)
     return made
 
 

@@ -52,7 +52,7 @@ def install() -> None:
     if str(place) not in sys.path:
         sys.path.append(str(place))
     standing_in = extension.module()
-    standing_in._capgap_cpu = True
+    vars(standing_in).update(_capgap_cpu=True)
     sys.modules[extension.NAME] = standing_in
     _import(place)
     _answer()
@@ -63,13 +63,14 @@ def _import(place: Path) -> None:
     name = "transformer_engine.common"
     file = place / "transformer_engine" / "common" / "__init__.py"
     spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=[str(file.parent)])
+    assert spec is not None and spec.loader is not None, "Python has a loader for every .py file"
     common = importlib.util.module_from_spec(spec)
     sys.modules[name] = common
     # With this variable set, `common` asks for no shared library.
     os.environ["NVTE_PROJECT_BUILDING"] = "1"
     with _optional_modules():
         spec.loader.exec_module(common)
-        common.load_framework_extension = lambda framework: None
+        vars(common).update(load_framework_extension=lambda framework: None)
         import transformer_engine
 
         transformer_engine.common = common
@@ -121,7 +122,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 def _wrap_modules(module: type) -> None:
     """Lets the two checks of `TransformerEngineBaseModule` that a GPU is there pass; only inside these methods."""
-    build, prepare = module.__init__, module.prepare_forward
+    build, prepare = module.__init__, module.prepare_forward  # type: ignore[misc, attr-defined]
 
     @functools.wraps(build)
     def built(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -130,13 +131,13 @@ def _wrap_modules(module: type) -> None:
 
     @functools.wraps(prepare)
     def prepared(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        torch.Tensor.is_cuda = property(lambda tensor: True)
+        torch.Tensor.is_cuda = property(lambda tensor: True)  # type: ignore[assignment]
         try:
             return prepare(self, *args, **kwargs)
         finally:
             del torch.Tensor.is_cuda  # torch's own shows through again
 
-    module.__init__, module.prepare_forward = built, prepared
+    module.__init__, module.prepare_forward = built, prepared  # type: ignore[misc, attr-defined]
 
 
 class _Done:
@@ -161,6 +162,7 @@ def _coalesce_by_type() -> None:
             yield _Done()
             return
         key = group or torch.distributed.group.WORLD
+        assert key is not None, "collectives need a default group"
         with coalesce(group, None, async_ops) as manager:
             yield manager
             dtypes = [collective.tensor.dtype for collective in recorded[key]]
@@ -194,13 +196,14 @@ class _Finder:
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         """A specification for whatever begins with one of the roots."""
-        return ModuleSpec(name, self, is_package=True) if name.split(".")[0] in self.roots else None
+        if name.split(".")[0] not in self.roots:
+            return None
+        return ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]  # a loader by its methods alone
 
     def create_module(self, spec: ModuleSpec) -> types.ModuleType:
         """An empty module, of which every attribute can be asked."""
         made = types.ModuleType(spec.name)
-        made.__version__ = "0"
-        made.__getattr__ = lambda name: getattr(_Anything(), name)
+        vars(made).update(__version__="0", __getattr__=lambda name: getattr(_Anything(), name))
         return made
 
     def exec_module(self, module: types.ModuleType) -> None:

@@ -66,7 +66,7 @@ def store(parts: Buffers, shape: torch.Size, dtype: torch.dtype, quantizer: Any,
         return output
     kind = _kind(quantizer)
     storage, tensor, keywords = _classes(kind)
-    named = {keywords.get(name, name[1:]): value for name, value in parts.items()}
+    named: dict[str, object] = {keywords.get(name, name[1:]): value for name, value in parts.items()}
     named |= {"fp8_dtype": quantizer.dtype, "quantizer": quantizer}
     if kind == "Float8BlockQuantizer":
         named |= {"is_2D_scaled": quantizer.block_scaling_dim == 2}

@@ -1,0 +1,138 @@
+"""The plan of a run: a validated configuration with its models, batch, tokenizer and provenance. One kind for each kind
+of stage; fixed once it is made. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_capgap.checkpoint.metadata import CheckpointMetadata, Provenance
+from megatron_capgap.config import derived
+from megatron_capgap.config.finetune import FinetuneConfig
+from megatron_capgap.config.loader import LoadedConfig
+from megatron_capgap.config.prune import PruneConfig
+from megatron_capgap.config.schema import Config, ModelShape, TeacherConfig
+from megatron_capgap.data.chat_template import Template
+from megatron_capgap.data.tokenizer import Tokenizer
+from megatron_capgap.pruning.student_shape import Budget, StudentTarget
+
+
+@dataclass(frozen=True)
+class CheckpointSource:
+    """Where a model's weights come from."""
+
+    folder: Path
+    meta: CheckpointMetadata
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """A checked configuration with its models and batch in numbers: what adapt and evaluate run, and finetune without a
+    teacher."""
+
+    loaded: LoadedConfig
+    stage: str
+    world: int
+    """All ranks, the teacher's own included."""
+    student: ModelShape
+    student_source: CheckpointSource | None
+    provenance: Provenance | None
+    """What is learned from, where something is trained."""
+    resumed: CheckpointMetadata | None
+    """The newest checkpoint in run_dir, if this run has begun before; its files are not checked yet."""
+    tokenizer: Tokenizer
+    template: Template | None
+    """How conversations are written down, where the data are conversations."""
+    teacher: ModelShape | None = None
+    teacher_source: CheckpointSource | None = None
+    budget: Budget | None = None
+    """What layers keep together where prune may leave each a number of its own; `student` is then the least shape."""
+
+    @property
+    def config(self) -> Config:
+        """The configuration."""
+        return self.loaded.config
+
+    @property
+    def remarks(self) -> list[str]:
+        """What the reader must know of the tokenizer."""
+        found, path = list(self.tokenizer.remarks), self.config.data.tokenizer
+        for key, source in (("student.checkpoint", self.student_source), ("teacher.checkpoint", self.teacher_source)):
+            theirs = source and self.tokenizer.special_ids_of(source.meta.tokenizer_fingerprint)
+            if theirs and theirs != (self.tokenizer.bos, self.tokenizer.eos):
+                found.append(
+                    f"{key}: its tokenizer had bos {theirs[0]} and eos {theirs[1]}, data.tokenizer {path} has bos "
+                    f"{self.tokenizer.bos} and eos {self.tokenizer.eos}; their pieces are the same"
+                )
+        if self.tokenizer.vocab_size > self.student.vocab:
+            pieces = self.tokenizer.pieces()[self.student.vocab :]
+            shown = ", ".join(repr(piece) for piece in pieces[:5]) + (", ..." if len(pieces) > 5 else "")
+            found.append(
+                f"data.tokenizer: {len(pieces)} of the tokens of {path} have no row in the model's vocab of "
+                f"{self.student.vocab} ({shown}); data that hold one are refused"
+            )
+        return found
+
+    @property
+    def student_kept(self) -> int:
+        """The student's parameters without embeddings, less those of layers that store more parts than they keep."""
+        return self.student_source.meta.kept if self.student_source else StudentTarget(self.student, self.budget).kept
+
+    @property
+    def finetune(self) -> FinetuneConfig:
+        """How conversations are read and learned."""
+        return self.config.finetune or FinetuneConfig()
+
+    @property
+    def reads(self) -> dict[str, tuple[str, ...]]:
+        """The datasets or files of conversations that are opened, by key."""
+        return files_read(self.config, self.stage)
+
+    @property
+    def global_batch(self) -> int:
+        """Sequences in one step over all ranks."""
+        return derived.global_batch(self.config, self.config.student.layout, self.student_world)
+
+    @property
+    def student_world(self) -> int:
+        """Ranks that the student is cut over."""
+        return derived.student_world(self.config, self.world)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationPlan(RunPlan):
+    """A run with a teacher: distill, and finetune with one."""
+
+    teacher: ModelShape = field()
+    teacher_source: CheckpointSource = field()
+
+    @property
+    def teacher_config(self) -> TeacherConfig:
+        """The section `teacher`."""
+        assert self.config.teacher is not None, "load refuses a distillation without a teacher"
+        return self.config.teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruningPlan(RunPlan):
+    """A run of prune: the student's shape and the teacher that it is made of."""
+
+    teacher: ModelShape = field()
+    teacher_source: CheckpointSource = field()
+
+    @property
+    def prune_config(self) -> PruneConfig:
+        """The section `prune`."""
+        assert self.config.prune is not None, "load refuses prune without the section"
+        return self.config.prune
+
+
+def reads_conversations(config: Config, stage: str) -> bool:
+    """Whether the data are conversations."""
+    return stage == "finetune" or config.finetune is not None
+
+
+def files_read(config: Config, stage: str) -> dict[str, tuple[str, ...]]:
+    """The datasets or files of conversations that a stage opens, by key."""
+    unread = stage == "evaluate" and reads_conversations(config, stage)
+    return {"data.train": () if unread else config.data.train, "data.valid": config.data.valid}
