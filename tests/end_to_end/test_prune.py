@@ -63,7 +63,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], int, tuple[str, ...]]] = {
     "not divisible": (
         {"prune__heads": 3, "student__layout": {"tensor": 2}},
         2,
-        ("student.layout.tensor: 2 does not divide prune.heads 3 and prune.kv_heads 1;", "1 would do"),
+        ("student.layout.tensor: 2 does not divide prune.heads 3 and prune.kv_heads 1;", "valid values: 1"),
     ),
     "no data": ({"data__train": ["FOLDER/nothing"]}, 2, ("FOLDER/nothing.bin does not exist",)),
     "no checkpoint": ({"teacher__checkpoint": "FOLDER/nobody"}, 1, ("teacher.checkpoint: FOLDER/nobody: no such",)),
@@ -72,7 +72,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], int, tuple[str, ...]]] = {
         1,
         ("prune.per_layer: true, but every layer keeps all heads and neurons that it can store", "or remove the key"),
     ),
-    "a student": ({"student__checkpoint": "FOLDER/x"}, 1, ("student.checkpoint: prune makes the student",)),
+    "a student": ({"student__checkpoint": "FOLDER/x"}, 1, ("student.checkpoint: prune creates the student",)),
 }
 
 
