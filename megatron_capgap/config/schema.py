@@ -366,8 +366,7 @@ class Config:
     __pydantic_config__ = STRICT
 
     run_dir: str
-    """Directory of the run: resolved.yaml, metrics.jsonl, tensorboard/, checkpoints/, latest. A run continues from its
-    newest checkpoint."""
+    """Run directory: resolved.yaml, metrics.jsonl, tensorboard/, checkpoints/, latest; runs resume from it."""
     student: StudentConfig
     """The model that is trained, measured or created; prune does not require the section."""
     data: DataConfig

@@ -111,7 +111,7 @@ def override(tree: ConfigTree, words: str, number: int) -> None:
     name, equals, text = words.partition("=")
     key, mark = name.removeprefix("--"), SourceLocation(_AFTER_THE_FILE + number, name)
     if not equals:
-        tree.report(mark, "", f"no value given; write {name}=VALUE")
+        tree.report(mark, "", f"no value given; use {name}=VALUE")
         return
     reader = _Reader(tree, lambda line: mark)
     node = reader.compose(text)

@@ -175,7 +175,7 @@ def test_whole_numbers_are_integers(read, value, expected):
         ),
         ("--objective.matching=[[1, 2]]", "objective.matching: [1, 2] given; keys: student_layer, teacher_layer, kind"),
         ("--run_dir.sub=1", "run_dir.sub: run_dir is 'runs/distill' (distill.yaml:1), not a section"),
-        ("--seed", "no value given; write --seed=VALUE"),
+        ("--seed", "no value given; use --seed=VALUE"),
         (
             "--data.tokenizer=!!python/name:os.system x",
             "the tag tag:yaml.org,2002:python/name:os.system is not supported",
