@@ -137,7 +137,7 @@ MISTAKES = {
         spoil=checkpoint_of_megatron_lm,
     ),
     "run_dir not writable": Mistake(
-        ("run_dir: FOLDER/corpus.jsonl/run cannot be written (Not a directory)", "choose another run_dir"),
+        ("run_dir: FOLDER/corpus.jsonl/run is not writable (Not a directory)", "choose another run_dir"),
         {"run_dir": "FOLDER/corpus.jsonl/run"},
         worlds=(1, 2),
     ),
@@ -305,4 +305,4 @@ def test_what_an_evaluation_leaves_out_is_told(
     held_out = indexed.inspect(config["data"]["valid"][0], None, None).tokens
     assert found["tokens"] + found["tokens_left_out"] == held_out - 1, "the first token is predicted from nothing"
     assert 0 < found["tokens_left_out"] < config["data"]["sequence_length"]
-    assert f"{found['tokens_left_out']} tokens at the ends of the data fill no row" in rank.stdout
+    assert f"{found['tokens_left_out']} tokens at the ends of the datasets do not fill a row" in rank.stdout

@@ -144,9 +144,9 @@ def test_check_tells_without_reading_conversations(
     config = runs.taught(runs.finetune_config(fixtures, tmp_path / "run", student, **changes), teacher)
     assert main(["finetune", "--config", runs.write_config(config), "--check-world", "4"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("finetune: the configuration is sound")
-    assert "the run: 3 epochs of data.train; its length decides the steps\n" in text
-    assert "the teacher is " in text and "its hidden states of a global batch: " in text
+    assert text.startswith("finetune: the configuration is valid")
+    assert "run: 3 epochs of data.train, whose length determines the number of steps\n" in text
+    assert "capacity gap T/S: " in text and "teacher hidden states per global batch: " in text
     assert not (tmp_path / "run").exists()
 
 
@@ -269,7 +269,9 @@ def test_another_template_does_not_go_on(pool: WorkerPool, fixtures: Fixtures, s
     (rank,) = runs.run_stage(pool, "finetune", runs.changed(config, finetune__template="tokenizer", train__steps=9))
     assert rank.value == 2
     (line,) = rank.stderr.splitlines()
-    assert "finetune.template: " in line and "was begun with another template; use it or choose another run_dir" in line
+    assert (
+        "finetune.template: " in line and "was started with another template; use it or choose another run_dir" in line
+    )
 
 
 @pytest.fixture(scope="module")
