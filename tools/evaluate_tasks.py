@@ -92,9 +92,8 @@ def run(args: argparse.Namespace, environment: Environment) -> int:
 
     precision = Precision(compute=args.compute)
     device = choose(args.device, environment.local_rank, (precision,))
-    launcher.init_process_group(
-        environment, device, timeout_seconds=24 * 3600
-    )  # other ranks wait while rank 0 downloads data or computes metrics
+    # Long time-out: other ranks wait while rank 0 downloads data or computes metrics.
+    launcher.init_process_group(environment, device, timeout_seconds=24 * 3600)
     try:
         ranks = gather_ranks(args, device, precision)
         if environment.rank > 0:

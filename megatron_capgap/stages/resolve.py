@@ -185,9 +185,7 @@ def _names_and_sizes(datasets: tuple[str, ...]) -> tuple[str, ...] | None:
 def _vocabulary_problems(
     loaded: LoadedConfig, student: ModelShape, source: CheckpointSource | None, tokenizer: Tokenizer
 ) -> list[str]:
-    if (
-        tokenizer.vocab_size <= student.vocab or source is not None
-    ):  # a checkpoint's tokenizer is compared by fingerprint
+    if tokenizer.vocab_size <= student.vocab or source is not None:  # checkpoints: fingerprints are compared
         return []
     path = loaded.config.data.tokenizer
     return [
