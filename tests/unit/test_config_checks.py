@@ -74,7 +74,7 @@ ONE_PROBLEM = [
         [],
         {"world": 1},
         "distill.yaml:10: student.layout: tensor 2 * pipeline 2 * context 1 = 4",
-        ["world size 1; valid numbers of ranks: 4"],
+        ["world size 1; nearest valid numbers of ranks: 4"],
     ),
     (
         [
@@ -199,7 +199,7 @@ ONE_PROBLEM = [
         ["--train.global_batch=2"],
         {},
         "--train.global_batch: 2 is not a multiple",
-        ["; valid values: 4"],
+        ["; nearest valid values: 4"],
     ),
     (
         ["--teacher.micro_batch=3"],
@@ -436,19 +436,19 @@ ONE_PROBLEM = [
         ["--student.precision.fp8.recipe=tensorwise", "--student.model.ffn=176"],
         {},
         "--student.precision.fp8.recipe: tensorwise requires multiples of 16, but the student's fc2 has 88 inputs per",
-        ["rank at tensor 2 (hidden 64, heads 8, ffn 176); valid values: 80 or 96"],
+        ["rank at tensor 2 (hidden 64, heads 8, ffn 176); nearest valid values: 80 or 96"],
     ),
     (
         ["--student.precision.fp8.recipe=blockwise", "--data.sequence_length=128"],
         {},
         "--student.precision.fp8.recipe: blockwise with sequence parallelism requires that 128 divides student.",
-        ["hidden 64; valid values: 128"],
+        ["hidden 64; nearest valid values: 128"],
     ),
     (
         ["--student.precision.fp8.recipe=mxfp8", "--data.sequence_length=36", "--student.model.ffn=192"],
         {},
         "--student.precision.fp8.recipe: mxfp8 requires a multiple of 32 tokens per rank; the student has 36 = micro",
-        ["* sequence_length 36 / 2; valid values: 32 or 64"],
+        ["* sequence_length 36 / 2; nearest valid values: 32 or 64"],
     ),
     (
         ["--teacher.precision.fp8.recipe=mxfp8"],

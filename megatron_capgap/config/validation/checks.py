@@ -78,8 +78,8 @@ def world_holds_whole_models(ctx: ValidationContext) -> Iterator[str]:
             would = multiples(ctx.world - disjoint, ranks)
             yield ctx.error(
                 key,
-                f"{product} does not divide the world size {ctx.world}{of_all}; valid numbers of ranks: {would} "
-                "(torchrun --nproc-per-node, or --check-world to plan), or use a smaller layout",
+                f"{product} does not divide the world size {ctx.world}{of_all}; nearest valid numbers of "
+                f"ranks: {would} (torchrun --nproc-per-node, or --check-world to plan), or use a smaller layout",
             )
 
 
@@ -153,13 +153,16 @@ def heads_have_an_even_width(ctx: ValidationContext) -> Iterator[str]:
         width = given or hidden // heads
         if given is None and hidden % heads:
             text = f"{hidden} is not divisible by heads {heads}"
-            yield f"{model.error_prefix('hidden')}{text}; valid values: {multiples(hidden, heads)}, or set head_dim"
+            yield (
+                f"{model.error_prefix('hidden')}{text}; nearest valid values: {multiples(hidden, heads)}, "
+                "or set head_dim"
+            )
         elif ARCHITECTURES[model.shape.family].learned_positions:
             continue
         elif (turned := int(width * model.shape.rotary_share)) % 2 or not turned:
             name, value = ("head_dim", given) if given else ("hidden", hidden)
             text = f"{value} makes heads {width} wide, but rotary positions need an even number of channels"
-            yield f"{model.error_prefix(name)}{text}; valid values of head_dim: {multiples(width, 2)}"
+            yield f"{model.error_prefix(name)}{text}; nearest valid values of head_dim: {multiples(width, 2)}"
 
 
 def layers_fill_the_pipeline(ctx: ValidationContext) -> Iterator[str]:
@@ -187,7 +190,11 @@ def virtual_stages_have_a_pipeline(ctx: ValidationContext) -> Iterator[str]:
         if batch % portion:
             product = f"micro_batch {train.micro_batch} * data-parallel size {ctx.dp_size} * pipeline {layout.pipeline}"
             text = f"{virtual} requires that train.global_batch, now {batch}, is a multiple of {product} = {portion}"
-            yield ctx.error(key, f"{text}; valid values of global_batch: {multiples(batch, portion)}; or set it to 1")
+            yield ctx.error(
+                key,
+                f"{text}; nearest valid values of global_batch: {multiples(batch, portion)}, "
+                "or set virtual_pipeline to 1",
+            )
 
 
 def sequence_parallel_has_tensor_ranks(ctx: ValidationContext) -> Iterator[str]:
@@ -198,7 +205,7 @@ def sequence_parallel_has_tensor_ranks(ctx: ValidationContext) -> Iterator[str]:
             yield ctx.error(f"{key}.sequence", "true requires tensor > 1; set it to false, or increase tensor")
         elif layout.sequence and length % layout.tensor:
             text = f"{length} is not divisible by {key}.tensor {layout.tensor}, and {key}.sequence is true"
-            yield ctx.error("data.sequence_length", f"{text}; valid values: {multiples(length, layout.tensor)}")
+            yield ctx.error("data.sequence_length", f"{text}; nearest valid values: {multiples(length, layout.tensor)}")
 
 
 def context_parallel_is_not_there_yet(ctx: ValidationContext) -> Iterator[str]:
@@ -216,7 +223,7 @@ def batch_divides_over_ranks(ctx: ValidationContext) -> Iterator[str]:
         portion = train.micro_batch * copies
         product = f"train.micro_batch {train.micro_batch} * data-parallel size {copies} = {portion}"
         text = f"{train.global_batch} is not a multiple of {product}"
-        yield ctx.error("train.global_batch", f"{text}; valid values: {multiples(train.global_batch, portion)}")
+        yield ctx.error("train.global_batch", f"{text}; nearest valid values: {multiples(train.global_batch, portion)}")
 
 
 def learning_rate_falls(ctx: ValidationContext) -> Iterator[str]:

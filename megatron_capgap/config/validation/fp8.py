@@ -142,10 +142,10 @@ def sizes_are_aligned(ctx: ValidationContext) -> Iterator[str]:
             for what, side in zip(("outputs", "inputs"), sides, strict=True):
                 if side % unit:
                     text = f"{fp8.recipe} requires multiples of {unit}, but the {model.role}'s {name} has {side} {what}"
-                    yield ctx.error(where, f"{text} per rank {made_of}; valid values: {multiples(side, unit)}")
+                    yield ctx.error(where, f"{text} per rank {made_of}; nearest valid values: {multiples(side, unit)}")
         if fp8.recipe == "blockwise" and model.layout.sequence and shape.hidden % _BLOCK:
             text = f"blockwise with sequence parallelism requires that {_BLOCK} divides {model.number('hidden')}"
-            yield ctx.error(where, f"{text}; valid values: {multiples(shape.hidden, _BLOCK)}")
+            yield ctx.error(where, f"{text}; nearest valid values: {multiples(shape.hidden, _BLOCK)}")
 
 
 def tokens_are_aligned(ctx: ValidationContext) -> Iterator[str]:
@@ -161,7 +161,7 @@ def tokens_are_aligned(ctx: ValidationContext) -> Iterator[str]:
             text = (
                 f"{fp8.recipe} requires a multiple of {unit} tokens per rank; the {model.role} has {tokens} = {product}"
             )
-            yield ctx.error(f"{key}.fp8.recipe", f"{text}; valid values: {multiples(tokens, unit)}")
+            yield ctx.error(f"{key}.fp8.recipe", f"{text}; nearest valid values: {multiples(tokens, unit)}")
 
 
 def gpus_have_the_kernels(ctx: ValidationContext) -> Iterator[str]:

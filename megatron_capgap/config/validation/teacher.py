@@ -37,7 +37,7 @@ def teacher_has_its_ranks(ctx: ValidationContext) -> Iterator[str]:
     elif teacher.ranks % (ranks := derived.ranks_per_model(cut := derived.teacher_layout(ctx.config))):
         product = f"tensor {cut.tensor} * pipeline {cut.pipeline} * context {cut.context} = {ranks}"
         text = f"{teacher.ranks} is not divisible by the teacher's {product}"
-        yield ctx.error("teacher.ranks", f"{text}; valid values: {multiples(teacher.ranks, ranks)}")
+        yield ctx.error("teacher.ranks", f"{text}; nearest valid values: {multiples(teacher.ranks, ranks)}")
 
 
 def batch_divides_for_the_teacher(ctx: ValidationContext) -> Iterator[str]:
@@ -53,7 +53,7 @@ def batch_divides_for_the_teacher(ctx: ValidationContext) -> Iterator[str]:
         said = str(batch) if config.train.global_batch else f"null means {batch}, which"
         text = f"{said} is not divisible by the teacher's data-parallel size {copies}"
         yield ctx.error(
-            "train.global_batch", f"{text}; valid values: {multiples(batch, copies)}, or use another layout"
+            "train.global_batch", f"{text}; nearest valid values: {multiples(batch, copies)}, or use another layout"
         )
     elif share % (size := derived.teacher_micro_batch(config)):
         said = str(size) if config.teacher.micro_batch else f"null means train.micro_batch {size}, which"
