@@ -24,5 +24,6 @@ class FinetuneConfig:
     """NEFTune: noise added to the input embeddings in training, uniform in [-1, 1] * alpha / sqrt(length * hidden),
     where length is that of the conversation; 0: none."""
     patience: Positive | None = None
-    """Early stopping: end the run after this many consecutive evaluations on data.valid without a lower loss, and keep
-    the checkpoint with the lowest loss as the latest. Requires train.eval_every > 0. null: no early stopping."""
+    """Early stopping: end the run after this many consecutive evaluations on data.valid without a lower loss. The
+    checkpoint with the lowest loss is kept, and is the one that is read when a configuration names the run directory.
+    Requires train.eval_every > 0. null: no early stopping, the latest checkpoint is read."""

@@ -90,8 +90,8 @@ class ModelShape:
     rotary_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Fraction of each head's channels that are rotated (0.25 in Pythia); gpt_neox only."""
     max_positions: Positive | None = None
-    """Longest sequence that the model supports, in tokens; required for gpt2, which has one embedding per position.
-    null: no limit."""
+    """Longest sequence that the model is designed for, in tokens; required for gpt2, which has one embedding per
+    position."""
     attention_window: Positive | None = None
     """Sliding attention window in tokens; data.sequence_length must not exceed it, so that the window has no effect.
     null: no window."""
@@ -173,8 +173,8 @@ class StudentConfig:
     __pydantic_config__ = STRICT
 
     checkpoint: str | None = None
-    """Source of the weights: a run directory (its latest step) or RUN/checkpoints/step_N. Set exactly one of checkpoint
-    and model."""
+    """Source of the weights: RUN/checkpoints/step_N, or a run directory (its best step after early stopping, otherwise
+    its latest). Set exactly one of checkpoint and model."""
     model: ModelShape | None = None
     """Dimensions of a model with random initial weights. Set exactly one of checkpoint and model."""
     layout: Layout = field(default_factory=Layout)
@@ -190,7 +190,8 @@ class TeacherConfig:
     __pydantic_config__ = STRICT
 
     checkpoint: str
-    """Source of the weights: a run directory (its latest step) or RUN/checkpoints/step_N."""
+    """Source of the weights: RUN/checkpoints/step_N, or a run directory (its best step after early stopping, otherwise
+    its latest)."""
     layout: Layout | None = None
     """Parallel sizes of the teacher; null: those of student.layout, with virtual_pipeline 1."""
     placement: Literal["colocated", "disjoint"] = "colocated"
@@ -271,7 +272,7 @@ class OptimizerConfig:
     lr: PositiveFloat = 3.0e-4
     """Peak learning rate."""
     min_lr: NonNegativeFloat = 0.0
-    """Learning rate at the end of the schedule; must not exceed lr."""
+    """Learning rate that the decay reaches after the last update; must not exceed lr."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the decay from lr, at the first update after warm-up, to min_lr; constant: no decay."""
     warmup_fraction: Fraction = 0.01

@@ -72,7 +72,7 @@ class ParallelContext:
 
 
 def build(layout: Layout, seed: int, timeout_seconds: int = 600) -> ParallelContext:
-    """Creates the process groups of `layout` over the whole world and activates them; destroys all others. Collective.
+    """Creates the process groups of `layout` over the whole world and activates them; drops all others. Collective.
 
     Virtual stages are not passed to `parallel_state`: schedules and modules read them from the model's config.
 
@@ -110,7 +110,7 @@ def build_additional(first: ParallelContext, layout: Layout, timeout_seconds: in
 
 
 def destroy() -> None:
-    """Destroys every process group of the active layout."""
+    """Drops the process groups of the active layout; Megatron destroys only those over gloo."""
     parallel_state.destroy_model_parallel()
 
 
