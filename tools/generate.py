@@ -63,39 +63,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     asked.add_argument("--prompt", metavar="TEXT", help="one text to continue")
     asked.add_argument("--prompts", metavar="FILE.jsonl", help="file of prompts or conversations, one per line")
     add("--out", metavar="FILE.jsonl", help="output file (default: standard output)")
-    add(
-        "--max-new-tokens",
-        type=int,
-        default=128,
-        metavar="N",
-        help="maximum number of new tokens per prompt (default: 128)",
-    )
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="most new tokens per prompt (default: 128)")
     add("--temperature", type=float, default=0.0, metavar="X", help="sampling temperature; 0: greedy (default: 0)")
     add("--top-k", type=int, default=0, metavar="K", help="sample from the K most likely tokens; 0: all (default: 0)")
-    add(
-        "--top-p",
-        type=float,
-        default=1.0,
-        metavar="P",
-        help="sample from the most likely tokens with total probability P (default: 1)",
-    )
+    add("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling: probability mass (default: 1)")
     add("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default: 0)")
     add("--bos", action="store_true", help="start each prompt with the tokenizer's bos")
-    add(
-        "--template",
-        choices=("tokenizer", "default"),
-        default="tokenizer",
-        help="chat template for messages (default: tokenizer)",
-    )
+    add("--template", choices=("tokenizer", "default"), default="tokenizer", help="for messages (default: tokenizer)")
     add("--batch", type=int, default=32, metavar="N", help="prompts per forward pass (default: 32)")
     add("--tensor", type=int, default=1, metavar="N", help="tensor-parallel size (default: 1)")
     add("--pipeline", type=int, default=1, metavar="N", help="pipeline-parallel size (default: 1)")
-    add(
-        "--compute",
-        choices=("fp32", "bf16"),
-        default="fp32",
-        help="data type of weights and activations (default: fp32)",
-    )
+    add("--compute", choices=("fp32", "bf16"), default="fp32", help="weights and activations (default: fp32)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if available (default: auto)")
     args = parser.parse_args(argv)
     for name in ("max_new_tokens", "batch", "tensor", "pipeline"):

@@ -33,16 +33,14 @@ T = TypeVar("T")
 
 
 def resolve(loaded: LoadedConfig, stage: str, world: int, capability: tuple[int, int] | None = None) -> RunPlan:
-    """Reads the models' metadata and checks everything that can be checked without reading data.
+    """Validates everything but the contents of the data; returns the plan of the run: a `DistillationPlan` with a
+    teacher, a `PruningPlan` for prune, otherwise a `RunPlan`.
 
     Args:
         loaded: the configuration.
         stage: the stage to run.
         world: number of ranks, including those of a disjoint teacher.
         capability: compute capability of the GPUs; None skips its checks.
-
-    Returns:
-        A `DistillationPlan` with a teacher, a `PruningPlan` for prune, otherwise a `RunPlan`.
 
     Raises:
         UserError: with all problems.
