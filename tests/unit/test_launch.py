@@ -334,7 +334,7 @@ def test_a_rank_finds_its_agent_behind_other_programs(tmp_path: Path, above: str
         (without(SLURM, "SLURM_LOCALID"), "SLURM_LOCALID is not set; "),
         (
             SLURM | {"SLURM_TASKS_PER_NODE": "9,7"},
-            "SLURM_TASKS_PER_NODE is '9,7': every node must run the same number of ranks ",
+            "SLURM_TASKS_PER_NODE is '9,7': every node must run the same number of ranks; ",
         ),
         (SLURM | {"SLURM_TASKS_PER_NODE": "2(x3),1"}, "SLURM_TASKS_PER_NODE is '2(x3),1': every node must "),
         (
