@@ -1,6 +1,6 @@
-"""The command line: `python -m megatron_capgap STAGE --config FILE [--section.key=value ...] [--check]`.
+"""Command line: `python -m megatron_capgap STAGE --config FILE [--section.key=value ...] [--check]`.
 
-Nothing heavy is imported before the command line and the configuration are known to be right.
+Heavy libraries are imported only after command line and configuration are validated.
 """
 
 import gc
@@ -32,20 +32,20 @@ INTERRUPTED = 130
 
 _FLAGS = {"-h": "help", "--help": "help", "--version": "version", "--check": "check"}
 _OPTIONS = ("--config", "--check-world", "--check-capability")
-# Launchers end all ranks as soon as one exits; the other ranks stay this long, so that the first can speak. One that is
-# still there then may be the only one with this mistake, as on a node without the data, and says so itself.
+# Launchers end all ranks as soon as one exits, so other ranks wait this long for rank 0 to print the error. A rank that
+# is still alive then may be the only one with the error (for example on a node without the data) and prints it itself.
 _GRACE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
 class Command:
-    """What the command line asks for."""
+    """Parsed command line."""
 
     stage: str | None
     flags: frozenset[str]
-    """Of help, version, check."""
+    """Subset of help, version, check."""
     options: dict[str, str]
-    """The values of --config, --check-world and --check-capability, where given."""
+    """Values of --config, --check-world and --check-capability, if given."""
     overrides: tuple[str, ...]
     """`--section.key=value` each."""
 
@@ -54,11 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        argv: the words after the program's name; those of this process by default.
+        argv: arguments after the program name; by default those of this process.
 
     Returns:
-        The exit code: 0, or what the stage says; 2 after mistakes of the user's, which the first rank tells
-        in one line each, and so does another one that has not met it yet; 130 after an interrupt from the keyboard.
+        Exit code: 0 or the stage's exit code; 2 after a user error, which rank 0 prints, one line per problem (another
+        rank prints it if the error may be its alone); 130 after a keyboard interrupt.
     """
     try:
         return _obey(parse(sys.argv[1:] if argv is None else argv))
@@ -81,10 +81,10 @@ def _tell(error: UserError, who: str = "") -> None:
 
 
 def parse(argv: Sequence[str]) -> Command:
-    """Reads the command line; `--name value` and `--name=value` are the same.
+    """Parses the command line; `--name value` and `--name=value` are equivalent.
 
     Raises:
-        UserError: a word that is no stage, option or key, or a missing value.
+        UserError: an unknown stage, option or key, or a missing value.
     """
     stage, flags, options, overrides = None, set(), {}, []
     words = list(argv)
@@ -93,19 +93,19 @@ def parse(argv: Sequence[str]) -> Command:
         name, equals, value = word.partition("=")
         if name in _FLAGS:
             if equals:
-                raise UserError(f"{word}: {name} takes no value; write {name} alone")
+                raise UserError(f"{word}: {name} takes no value; use {name} alone")
             flags.add(_FLAGS[name])
         elif not name.startswith("-"):
             if stage is not None:
                 file = name.endswith((".yaml", ".yml")) or Path(word).is_file()
-                way = f"did you mean --config {word}?" if file else "write --KEY=VALUE for a key of the configuration"
-                raise UserError(f"{word}: {stage} is the stage already; {way}")
+                way = f"did you mean --config {word}?" if file else "use --KEY=VALUE to set a configuration key"
+                raise UserError(f"{word}: unexpected argument, the stage is {stage}; {way}")
             stage = word
         else:
             _known(name)
             if not equals:
                 if not words or words[0].startswith("--"):
-                    raise UserError(f"{name}: no value given; write {name}=VALUE")
+                    raise UserError(f"{name}: no value given; use {name}=VALUE")
                 value = words.pop(0)
             if name in _OPTIONS:
                 options[name] = value
@@ -115,14 +115,14 @@ def parse(argv: Sequence[str]) -> Command:
 
 
 def _known(name: str) -> None:
-    """Refuses what is neither an option with a value nor, as far as its first word goes, a configuration key.
+    """Refuses a name that is neither an option with a value nor a top-level configuration key.
 
-    Dotted names are left to the loader, which knows every key and reports all mistakes at once.
+    Dotted names are checked by the loader, which reports all mistakes at once.
     """
     keys = [f"--{key}" for key in table()[""].children]
     if name not in _OPTIONS and name not in keys and "." not in name:
         near = nearest(name, [*_FLAGS, *_OPTIONS, *keys])
-        raise UserError(f"{name}: no such option or key; {f'did you mean {near}?' if near else 'see --help'}")
+        raise UserError(f"{name}: unknown option or key; {f'did you mean {near}?' if near else 'see --help'}")
 
 
 def _obey(command: Command) -> int:
@@ -132,14 +132,14 @@ def _obey(command: Command) -> int:
     if command.stage is not None and command.stage not in STAGES:
         near = nearest(command.stage, STAGES)
         hint = f"did you mean {near}? " if near else ""
-        raise UserError(f"{command.stage}: no such stage; {hint}one of {', '.join(STAGES)} would do")
+        raise UserError(f"{command.stage}: unknown stage; {hint}valid values: {', '.join(STAGES)}")
     if "help" in command.flags:
         sys.stdout.write(help.stage_help(command.stage) if command.stage else help.overview())
         return 0
     if command.stage is None:
-        raise UserError(f"no stage given; one of {', '.join(STAGES)} would do, and --help explains them")
+        raise UserError(f"no stage given; valid values: {', '.join(STAGES)}; see --help")
     if "--config" not in command.options:
-        raise UserError(f"--config: missing; write {command.stage} --config FILE with the YAML file of the run")
+        raise UserError(f"--config: missing; use {command.stage} --config FILE with the YAML file of the run")
     environment = read_environment()
     supposed, capability = _world(command.options), _capability(command.options)
     loaded = load(command.options["--config"], command.overrides, command.stage)
@@ -162,8 +162,8 @@ def _obey(command: Command) -> int:
 
 @contextmanager
 def _importing() -> Iterator[None]:
-    """Collects no garbage: what torch and Megatron-Core make while they are imported stays, and looking through it
-    again and again takes a fifth of the time."""
+    """Disables garbage collection during imports: objects that torch and Megatron-Core create stay alive, and scanning
+    them takes a fifth of the import time."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -174,33 +174,33 @@ def _importing() -> Iterator[None]:
 
 
 def _choose_device(loaded: LoadedConfig, environment: Environment) -> "Device":
-    """The device comes before the stages, which import Megatron-Core."""
+    """Selects the device; must run before the stages are imported, which import Megatron-Core."""
     devices = importlib.import_module("megatron_capgap.devices")
     precisions, place = derived.precisions(loaded.config), loaded.location("device")
     return devices.choose(loaded.config.device, environment.local_rank, precisions, place)
 
 
 def _world(options: dict[str, str]) -> int | None:
-    """The world that --check-world supposes; None where it was not given."""
+    """World size given by --check-world; None if not given."""
     given = options.get("--check-world")
     if given is not None and not (given.isdecimal() and int(given) > 0):
-        raise UserError(f"--check-world: {given} given; a number of ranks > 0 would do")
+        raise UserError(f"--check-world: {given} given; expected an integer > 0")
     return None if given is None else int(given)
 
 
 def _capability(options: dict[str, str]) -> tuple[int, int] | None:
-    """The GPUs' compute capability that --check-capability supposes; None where it was not given."""
+    """Compute capability given by --check-capability; None if not given."""
     given = options.get("--check-capability")
     if given is None:
         return None
     major, dot, minor = given.partition(".")
     if not (dot and major.isdecimal() and minor.isdecimal()):
-        raise UserError(f"--check-capability: {given} given; 8.0 (A100), 9.0 (H100) or 10.0 (B200) would do")
+        raise UserError(f"--check-capability: {given} given; valid values: 8.0 (A100), 9.0 (H100), 10.0 (B200)")
     return int(major), int(minor)
 
 
 def _speaks() -> bool:
-    """Whether this rank tells of mistakes: the first; all where the launcher's variables are wrong."""
+    """Whether this rank prints errors: rank 0; every rank if the launcher's variables are invalid."""
     try:
         return read_environment().rank == 0
     except UserError:

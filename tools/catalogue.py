@@ -1,4 +1,4 @@
-"""Models that can be had, from files that describe them: a catalogue of teachers, the grid of a sweep."""
+"""Reads models from YAML files: a catalogue of teachers, the grid of a sweep."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,10 +13,10 @@ from megatron_capgap.models import size
 
 
 def read_catalogue(path: Path, count: str) -> dict[str, float]:
-    """Teachers' parameters by `line/member`.
+    """Parameter count of each teacher, by `line/member`.
 
     Raises:
-        UserError: no such file, or a member that is no model.
+        UserError: the file does not exist, or a member is not a valid model.
     """
     sizes = {}
     for name, model in read_models(path).items():
@@ -25,15 +25,15 @@ def read_catalogue(path: Path, count: str) -> dict[str, float]:
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join((*name.split("/", 1), *map(str, first["loc"])))
-            raise UserError(f"--catalogue {path}: {key}: {first['msg']}; mend or remove that member") from None
+            raise UserError(f"--catalogue {path}: {key}: {first['msg']}; fix or remove this member") from None
     return sizes
 
 
 def read_models(path: Path) -> dict[str, Any]:
-    """The sections of models of a catalogue by `line/member`."""
+    """The model sections of a catalogue, by `line/member`."""
     lines = read_yaml("--catalogue", path)
     if not isinstance(lines, Mapping) or not all(isinstance(members, Mapping) for members in lines.values()):
-        raise UserError(f"--catalogue {path}: LINE: {{MEMBER: {{layers: ..., hidden: ..., ...}}}} would do")
+        raise UserError(f"--catalogue {path}: expected LINE: {{MEMBER: {{layers: ..., hidden: ..., ...}}}}")
     return {f"{line}/{member}": model for line, members in lines.items() for member, model in members.items()}
 
 
@@ -42,10 +42,10 @@ def read_yaml(option: str, path: Path) -> Any:
         return yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{option} {path}: cannot be read ({reason}); give a YAML file") from None
+        raise UserError(f"{option} {path}: cannot be read ({reason}); pass a YAML file") from None
 
 
 def parameters(model: Any, count: str) -> float:
-    """Of a model by its section in a configuration."""
+    """Parameter count of a model section."""
     counted = size.non_embedding_parameters if count == "non-embedding" else size.parameters
     return float(counted(TypeAdapter(ModelShape).validate_python(model)))

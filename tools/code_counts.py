@@ -1,9 +1,9 @@
-"""Prints the size and structure of the package: code lines by room, function lengths, import cycles.
+"""Prints size and structure of the package: code lines per folder, function lengths, import cycles.
 
     python tools/code_counts.py
 
-Code lines are lines with a token that is neither comment nor docstring. Imports within functions and under
-TYPE_CHECKING count as imports.
+Code lines are lines with a token other than a comment or docstring. Imports in functions and under TYPE_CHECKING count
+as imports.
 """
 
 import ast
@@ -20,7 +20,7 @@ _NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, to
 
 
 def docstring_lines(tree: ast.Module) -> set[int]:
-    """Lines of all strings that stand as statements: docstrings, and those under fields."""
+    """Lines of all string statements: docstrings, and docstrings of fields."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
@@ -29,7 +29,7 @@ def docstring_lines(tree: ast.Module) -> set[int]:
 
 
 def code_lines(source: str) -> int:
-    """Lines with code."""
+    """Number of lines with code."""
     lines: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type not in _NO_CODE:
@@ -44,13 +44,13 @@ def function_lengths(tree: ast.Module) -> list[int]:
 
 
 def room_of(file: Path) -> str:
-    """The folder of the package that holds the file; "." for the files beside the rooms."""
+    """Folder of the package that contains the file; "." for files at the top level."""
     first, *rest = file.relative_to(PACKAGE).parts
     return first if rest else "."
 
 
 def imported_modules(tree: ast.Module) -> Iterator[str]:
-    """Dotted names within the package, each also without its last part: it may be a name in a module."""
+    """Dotted names imported from the package; the last part may be a name in a module."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == PACKAGE.name:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
@@ -59,7 +59,7 @@ def imported_modules(tree: ast.Module) -> Iterator[str]:
 
 
 def module_graph(trees: dict[Path, ast.Module]) -> dict[str, set[str]]:
-    """From each module to those it imports."""
+    """From each module to the modules it imports."""
 
     def name_of(file: Path) -> str:
         return ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
@@ -106,7 +106,7 @@ def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
 
 
 def room_graph(graph: dict[str, set[str]]) -> dict[str, set[str]]:
-    """From each room to those it imports."""
+    """From each folder to the folders it imports."""
     rooms: dict[str, set[str]] = defaultdict(set)
     for module, targets in graph.items():
         one = [*module.split("."), "."][1]

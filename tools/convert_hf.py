@@ -1,12 +1,12 @@
-"""Models in and out: Hugging Face folders to Megatron's distributed checkpoints and back.
+"""Converts models between Hugging Face folders and Megatron's distributed checkpoints.
 
     python tools/convert_hf.py import --hf DIR --out RUN_DIR
     python tools/convert_hf.py export --checkpoint RUN_DIR --out HF_DIR
     python tools/convert_hf.py verify --hf DIR --checkpoint RUN_DIR
 
-RUN_DIR then stands wherever a configuration names a checkpoint, and RUN_DIR/huggingface where it names a tokenizer.
-Import then export gives every tensor back bit by bit. Under `torchrun --nproc-per-node N` each rank converts its own
-share of the bytes; no rank holds a whole model.
+A configuration can then name RUN_DIR as a checkpoint and RUN_DIR/huggingface as a tokenizer. Import followed by export
+reproduces every tensor bit for bit. Under `torchrun --nproc-per-node N` each rank converts its own share of the bytes;
+no rank holds a whole model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from megatron_capgap.conversion.importing import Progress
     from megatron_capgap.devices import Device
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a clone, without installation
 
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.distributed import launcher
@@ -34,11 +34,11 @@ from megatron_capgap.runtime import third_party
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-PLAIN_SECONDS = 10.0  # between lines of progress where there is no terminal
+PLAIN_SECONDS = 10.0  # interval between progress lines without a terminal
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0; 1 where verify finds a difference; 2 with one line on stderr where the input is at fault."""
+    """Returns the exit code: 0; 1 if verify finds a difference; 2, with one line on stderr, on a user error."""
     args = parse_arguments(argv)
     first = True
     try:
@@ -63,45 +63,62 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         prog="convert_hf", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="import|export|verify")
-    coming = commands.add_parser("import", help="a Hugging Face folder to a run directory")
-    coming.add_argument("--hf", required=True, metavar="DIR", help="config.json, tokenizer, safetensors")
-    coming.add_argument("--out", required=True, metavar="RUN_DIR", help="the run directory to make")
-    going = commands.add_parser("export", help="a checkpoint to a Hugging Face folder")
-    going.add_argument("--checkpoint", required=True, metavar="RUN_DIR", help="or RUN_DIR/checkpoints/step_N")
-    going.add_argument("--out", required=True, metavar="HF_DIR", help="the folder to make")
+    coming = commands.add_parser("import", help="convert a Hugging Face folder to a run directory")
+    coming.add_argument(
+        "--hf", required=True, metavar="DIR", help="Hugging Face folder: config.json, tokenizer, safetensors"
+    )
+    coming.add_argument("--out", required=True, metavar="RUN_DIR", help="run directory to create")
+    going = commands.add_parser("export", help="convert a checkpoint to a Hugging Face folder")
     going.add_argument(
-        "--max-shard-size", type=bytes_of, default=bytes_of("5GB"), metavar="SIZE", help="of a file, like 500MB (5GB)"
+        "--checkpoint", required=True, metavar="RUN_DIR", help="run directory, or RUN_DIR/checkpoints/step_N"
+    )
+    going.add_argument("--out", required=True, metavar="HF_DIR", help="folder to create")
+    going.add_argument(
+        "--max-shard-size",
+        type=bytes_of,
+        default=bytes_of("5GB"),
+        metavar="SIZE",
+        help="largest file, for example 500MB (default: 5GB)",
     )
     for command in (coming, going):
-        command.add_argument("--dtype", choices=DTYPES, help="type of the weights (as they are)")
-        command.add_argument("--force", action="store_true", help="replace what an earlier call wrote there")
-    comparing = commands.add_parser("verify", help="compare the logits of both, in fp32 on the CPU")
-    comparing.add_argument("--hf", required=True, metavar="DIR", help="for transformers")
-    comparing.add_argument("--checkpoint", required=True, metavar="RUN_DIR", help="for Megatron")
-    comparing.add_argument("--tokens", type=int, metavar="N", help="in each of two sequences (64, or all it can)")
-    comparing.add_argument("--seed", type=int, default=0, metavar="N", help="of the random tokens (0)")
-    comparing.add_argument("--tensor", type=positive, default=1, metavar="N", help="tensor-parallel size (1)")
-    comparing.add_argument("--pipeline", type=positive, default=1, metavar="N", help="pipeline-parallel size (1)")
+        command.add_argument("--dtype", choices=DTYPES, help="data type of the weights (default: unchanged)")
+        command.add_argument("--force", action="store_true", help="replace the output of an earlier call")
+    comparing = commands.add_parser(
+        "verify", help="compare the logits of transformers and Megatron, in fp32 on the CPU"
+    )
+    comparing.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face folder, loaded by transformers")
+    comparing.add_argument("--checkpoint", required=True, metavar="RUN_DIR", help="checkpoint, loaded by Megatron")
+    comparing.add_argument(
+        "--tokens",
+        type=int,
+        metavar="N",
+        help="tokens in each of two sequences (default: 64, or the model's maximum if less)",
+    )
+    comparing.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random tokens (default: 0)")
+    comparing.add_argument("--tensor", type=positive, default=1, metavar="N", help="tensor-parallel size (default: 1)")
+    comparing.add_argument(
+        "--pipeline", type=positive, default=1, metavar="N", help="pipeline-parallel size (default: 1)"
+    )
     comparing.add_argument(
         "--tolerance",
         type=float,
         default=5e-5,
         metavar="X",
-        help="largest difference, as a share of the largest logit (5e-5)",
+        help="largest allowed difference, relative to the largest logit (default: 5e-5)",
     )
     return parser.parse_args(argv)
 
 
 def positive(value: str) -> int:
     if not value.isdecimal() or not int(value):
-        raise argparse.ArgumentTypeError(f"{value} is no number from 1 on")
+        raise argparse.ArgumentTypeError(f"{value} is not an integer > 0")
     return int(value)
 
 
 def bytes_of(value: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|)", value.strip().upper())
     if not found or not float(found[1]):
-        raise argparse.ArgumentTypeError(f"{value} is no size like 5GB or 500MB")
+        raise argparse.ArgumentTypeError(f"{value} is not a size such as 5GB or 500MB")
     return int(float(found[1]) * UNITS[found[2]])
 
 
@@ -126,7 +143,7 @@ def run(args: argparse.Namespace, environment: Environment) -> int:
             for remark in source.remarks if environment.rank == 0 else ():
                 print(f"warning: {remark}")
             if source.skipped and environment.rank == 0:
-                print(f"left out {len(source.skipped)} buffers that are no weights, like {source.skipped[0]}")
+                print(f"skipped {len(source.skipped)} buffers that are not weights, for example {source.skipped[0]}")
         else:
             from megatron_capgap.conversion.exporting import export_checkpoint
 
@@ -161,7 +178,7 @@ def verify(args: argparse.Namespace, device: Device, speaks: bool) -> int:
 
 @contextmanager
 def progress_bar(name: str, speaks: bool) -> Iterator[Progress]:
-    """A function that takes the bytes done and those in all: a bar on a terminal, else a line now and then."""
+    """A function of (bytes done, bytes in total): updates a bar on a terminal, otherwise prints a line at intervals."""
     if not speaks or not sys.stderr.isatty():
         yield plain_progress(speaks)
         return

@@ -1,7 +1,7 @@
-"""Hooks of mkdocs.yml: the generated parts of the documentation, and files of the repository that pages link to.
+"""Hooks of mkdocs.yml: generated parts of the documentation, and repository files that pages link to.
 
-`mkdocs build --strict` calls these functions. Links that leave docs/ (`../examples/...`, `../CONTRIBUTING.md`) work on
-a code host as they are; for the site the files are copied and the links point to the copies.
+Called by `mkdocs build --strict`. Links out of docs/ (`../examples/...`, `../CONTRIBUTING.md`) work on a code host
+unchanged; for the site, the files are copied and the links point to the copies.
 """
 
 import ast
@@ -42,14 +42,14 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turns links into the repository into links within the site, and fills in the import table."""
+    """Rewrites links into the repository to links within the site, and inserts the import table."""
     here = posixpath.dirname(page.file.src_uri)
     markdown = markdown.replace("<!-- import table -->", import_table())
     return LINK.sub(lambda link: posixpath.relpath(_in_site(page.file.src_uri, link[0]), here or "."), markdown)
 
 
 def import_table() -> str:
-    """Which folder may import which, in Markdown: the table `ROOMS` of tests/unit/test_architecture.py."""
+    """Markdown table of allowed imports between folders, from `ROOMS` in tests/unit/test_architecture.py."""
     tree = ast.parse((ROOT / "tests/unit/test_architecture.py").read_text())
     values: dict[str, Any] = {}
     for node in tree.body:
@@ -65,6 +65,6 @@ def _links(source: str, markdown: str) -> Iterator[str]:
 
 
 def _in_site(source: str, link: str) -> str:
-    """The site's path of what a page links to: docs/ is its root, and the rest of the repository lies beside it."""
+    """Site path of a link target: docs/ is the site's root, other files of the repository are copied beside it."""
     page = f"docs/{source}" if (ROOT / "docs" / source).is_file() or source == "configuration_reference.md" else source
     return posixpath.normpath(posixpath.join(posixpath.dirname(page), link)).removeprefix("docs/")

@@ -1,9 +1,9 @@
-"""Draws a global batch on its way through two layouts, as the plan of the hand-off says.
+"""Draws the transfer of a global batch's hidden states between two layouts, from the transfer plan.
 
     python tools/draw_layouts.py --out docs/teacher_layouts.svg
 
-Four ranks, eight samples: the teacher under tensor 2 x pipeline 2 with sequence parallelism, the student under
-pipeline 2 x data 2.
+Four ranks, eight samples: the teacher with tensor 2 x pipeline 2 and sequence parallelism, the student with pipeline 2
+x data 2.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from megatron_capgap.distillation.transfer_plan import ModelPlacement, RankSlice
 WORLD, SAMPLES = 4, 8
 COLOURS = ("#1b9e77", "#66c2a5", "#d95f02", "#fc8d62", "#7570b3", "#8da0cb", "#e7298a", "#e78ac3")
 WIDTH, HEIGHT, TOP = 920, 430, 60
-BOX, BOX_HEIGHT, STEP = 240, 70, 90  # of a rank, and from one to the next
+BOX, BOX_HEIGHT, STEP = 240, 70, 90  # width and height of a rank's box, distance between boxes
 CELL, CELL_HEIGHT = 24, 32
 
 
@@ -48,14 +48,14 @@ def picture() -> str:
     shapes = [
         text(left, 24, "teacher: tensor 2 x pipeline 2, sequence parallel"),
         text(right, 24, "student: pipeline 2 x data 2"),
-        text((WIDTH - 150) / 2, 24, "what travels, once a step"),
-        *side(teacher, left, "runs", "leaves"),
-        *side(student, right, "runs", "needs"),
+        text((WIDTH - 150) / 2, 24, "transfer, once per step"),
+        *side(teacher, left, "forward", "sends"),
+        *side(student, right, "forward", "receives"),
         *arrows(teacher, student, left + BOX, right),
         text(
             20,
             HEIGHT - 12,
-            "One colour a sample; a half of a cell is half of its sequence. Dashed: it is there already.",
+            "One colour per sample; half of a cell is half of its sequence. Dashed: already on this rank.",
         ),
     ]
     size = f'viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="13"'
@@ -67,7 +67,7 @@ def picture() -> str:
 
 
 def side(model: ModelPlacement, x: int, before: str, last: str) -> Iterator[str]:
-    """The ranks of one model: stage by stage what each has to do with the samples."""
+    """The ranks of one model, by stage: what each rank does with which samples."""
     for stage in range(model.layout.pipeline):
         ends = stage == model.layout.pipeline - 1
         for slab in model.rank_slices(stage):
@@ -79,7 +79,7 @@ def side(model: ModelPlacement, x: int, before: str, last: str) -> Iterator[str]
 
 
 def cells(slab: RankSlice, length: int, x: int, y: int) -> Iterator[str]:
-    """A slab's samples; of each the part of the sequence that it covers is filled."""
+    """The samples of a rank's slice; the part of the sequence that the slice covers is filled."""
     for column, sample in enumerate(sorted(slab.samples)):
         left = x + column * (CELL + 3)
         top, height = y + CELL_HEIGHT * slab.start / length, CELL_HEIGHT * (slab.stop - slab.start) / length
@@ -89,7 +89,7 @@ def cells(slab: RankSlice, length: int, x: int, y: int) -> Iterator[str]:
 
 
 def arrows(teacher: ModelPlacement, student: ModelPlacement, left: int, right: int) -> Iterator[str]:
-    """From rank to rank, with the samples and rows of each pair."""
+    """Transfers between ranks, with the samples and rows of each pair."""
     held, needed = teacher.rank_slices(teacher.layout.pipeline - 1), student.rank_slices(student.layout.pipeline - 1)
     found = transfer_plan.row_ranges(held, needed)
     pairs = Counter((piece.source, piece.target) for piece in found)

@@ -1,10 +1,10 @@
-"""The tasks of lm-evaluation-harness on a checkpoint, in any layout.
+"""Runs tasks of lm-evaluation-harness on a checkpoint, in any layout.
 
     python tools/evaluate_tasks.py --checkpoint RUN_DIR --tasks mytask.yaml --out results.json
     torchrun --nproc-per-node 4 tools/evaluate_tasks.py --checkpoint RUN_DIR --tensor 2 --pipeline 2 --tasks gsm8k
 
-A task is a name of the harness's registry, whose data it downloads, or a YAML file of one's own; paths in that are
-relative to where the command runs. Ranks beyond tensor x pipeline are copies that share out the requests.
+A task is a name in the harness's registry, whose data are downloaded, or a YAML file; paths in the file are relative to
+the working directory. Ranks beyond tensor x pipeline are data-parallel replicas that share the requests.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron_capgap.evaluation.dispatcher import Rank0Dispatcher
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a clone, without installation
 
 from megatron_capgap.common.errors import UserError, not_installed
 from megatron_capgap.common.fileio import write_atomically
@@ -29,7 +29,7 @@ from megatron_capgap.runtime import third_party
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0; 2 with one line on stderr where the input is at fault."""
+    """Returns the exit code: 0; 2, with one line on stderr, on a user error."""
     args = parse_arguments(argv)
     first = True
     try:
@@ -51,22 +51,35 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="evaluate_tasks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--checkpoint", required=True, metavar="RUN_DIR", help="or RUN_DIR/checkpoints/step_N")
-    parser.add_argument("--tasks", required=True, nargs="+", metavar="TASK", help="names, patterns or YAML files")
-    parser.add_argument("--tokenizer", metavar="PATH", help="a .model file or a folder (where the checkpoint says)")
-    parser.add_argument("--out", metavar="FILE.json", help="results as JSON; a table is printed in any case")
-    parser.add_argument("--limit", type=int, metavar="N", help="documents of each task (all)")
-    parser.add_argument("--shots", type=int, metavar="N", help="examples before a question (as the task says)")
-    parser.add_argument("--log-samples", action="store_true", help="keep every request and answer in the JSON")
-    parser.add_argument("--bos", action="store_true", help="begin each text with bos, as LLaMA's tokenizers do")
-    parser.add_argument("--truncate", action="store_true", help="cut contexts that are too long on the left")
-    parser.add_argument("--run-code", action="store_true", help="let tasks run the code that the model writes")
-    parser.add_argument("--tensor", type=int, default=1, metavar="N", help="tensor-parallel size (1)")
-    parser.add_argument("--pipeline", type=int, default=1, metavar="N", help="pipeline-parallel size (1)")
-    parser.add_argument("--sequence", action="store_true", help="sequence parallelism")
-    parser.add_argument("--micro-batch", type=int, default=8, metavar="N", help="requests in one forward pass (8)")
-    parser.add_argument("--compute", choices=("fp32", "bf16"), default="fp32", help="type of the arithmetic (fp32)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="(auto)")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="RUN_DIR", help="run directory, or RUN_DIR/checkpoints/step_N"
+    )
+    parser.add_argument("--tasks", required=True, nargs="+", metavar="TASK", help="task names, patterns or YAML files")
+    parser.add_argument(
+        "--tokenizer", metavar="PATH", help="SentencePiece model or Hugging Face folder (default: the checkpoint's)"
+    )
+    parser.add_argument("--out", metavar="FILE.json", help="write results as JSON; a table is always printed")
+    parser.add_argument("--limit", type=int, metavar="N", help="documents per task (default: all)")
+    parser.add_argument("--shots", type=int, metavar="N", help="few-shot examples per question (default: the task's)")
+    parser.add_argument("--log-samples", action="store_true", help="include every request and answer in the JSON")
+    parser.add_argument("--bos", action="store_true", help="start each text with bos, as LLaMA's tokenizers do")
+    parser.add_argument("--truncate", action="store_true", help="truncate contexts that are too long, on the left")
+    parser.add_argument("--run-code", action="store_true", help="allow tasks to execute code that the model generates")
+    parser.add_argument("--tensor", type=int, default=1, metavar="N", help="tensor-parallel size (default: 1)")
+    parser.add_argument("--pipeline", type=int, default=1, metavar="N", help="pipeline-parallel size (default: 1)")
+    parser.add_argument("--sequence", action="store_true", help="enable sequence parallelism")
+    parser.add_argument(
+        "--micro-batch", type=int, default=8, metavar="N", help="requests per forward pass (default: 8)"
+    )
+    parser.add_argument(
+        "--compute",
+        choices=("fp32", "bf16"),
+        default="fp32",
+        help="data type of weights and activations (default: fp32)",
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if available (default: auto)"
+    )
     return parser.parse_args(argv)
 
 
@@ -79,9 +92,8 @@ def run(args: argparse.Namespace, environment: Environment) -> int:
 
     precision = Precision(compute=args.compute)
     device = choose(args.device, environment.local_rank, (precision,))
-    launcher.init_process_group(
-        environment, device, timeout_seconds=24 * 3600
-    )  # the others wait while rank 0 counts or fetches
+    # Long time-out: other ranks wait while rank 0 downloads data or computes metrics.
+    launcher.init_process_group(environment, device, timeout_seconds=24 * 3600)
     try:
         ranks = gather_ranks(args, device, precision)
         if environment.rank > 0:
@@ -101,21 +113,21 @@ def run(args: argparse.Namespace, environment: Environment) -> int:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises UserError for what is wrong before anything is loaded."""
+    """Validates the arguments before anything is loaded; raises UserError."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(not_installed("lm-eval", "eval"))
     for name, least in (("limit", 1), ("shots", 0), ("tensor", 1), ("pipeline", 1), ("micro_batch", 1)):
         value = getattr(args, name)
         if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')}: {value} given; {least} or more would do")
+            raise UserError(f"--{name.replace('_', '-')}: {value} given; use at least {least}")
     if args.sequence and args.tensor == 1:
-        raise UserError("--sequence: needs tensor ranks to cut the sequence over; add --tensor 2 or drop it")
+        raise UserError("--sequence: requires tensor > 1; add --tensor 2 or remove --sequence")
     if args.out and not Path(args.out).absolute().parent.is_dir():
-        raise UserError(f"--out: {args.out}: no such folder; make it first")
+        raise UserError(f"--out: {args.out}: no such folder; create it first")
 
 
 def gather_ranks(args: argparse.Namespace, device: Any, precision: Any) -> Rank0Dispatcher:
-    """Loads the checkpoint into its layout. Collective."""
+    """Loads the checkpoint in the given layout. Collective."""
     from megatron_capgap.checkpoint import loader, metadata, run_directory
     from megatron_capgap.config.schema import Layout
     from megatron_capgap.config.validation.checks import check_flags
@@ -132,7 +144,9 @@ def gather_ranks(args: argparse.Namespace, device: Any, precision: Any) -> Rank0
     check_flags(shape, cut, read_environment().world)
     tokenizer = open_tokenizer(args.tokenizer or meta.tokenizer)
     if tokenizer.special_ids_of(meta.tokenizer_fingerprint) is None:
-        raise UserError(f"--tokenizer: is not the one that {args.checkpoint} was trained with; give that one")
+        raise UserError(
+            f"--tokenizer: differs from the tokenizer that {args.checkpoint} was trained with; use that one"
+        )
     longest = min(filter(None, (shape.max_positions or meta.sequence_length, shape.attention_window)))
     if cut.sequence:
         longest -= longest % cut.tensor
@@ -150,7 +164,7 @@ def gather_ranks(args: argparse.Namespace, device: Any, precision: Any) -> Rank0
 
 
 def lead(args: argparse.Namespace, ranks: Rank0Dispatcher) -> dict[str, Any]:
-    """Runs the harness; rank 0 alone, while the others follow."""
+    """Runs the harness on rank 0, while the other ranks run the worker loop."""
     try:
         from megatron_capgap.evaluation.harness import MegatronLM, run_tasks
 

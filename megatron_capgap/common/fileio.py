@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all."""
+"""Atomic writes of files and folders."""
 
 import os
 import shutil
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replaces a small file in one step, on disk before it is visible."""
+    """Replaces a small file atomically; its content is on disk before it becomes visible."""
     beside = path.with_name(f".{path.name}.tmp")
     with open(beside, "w", encoding="utf-8") as file:
         file.write(text)
@@ -17,7 +17,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def put_in_place(staged: Path, final: Path) -> None:
-    """Gives a completely written folder its name, in the place of one that has it; both on one file system."""
+    """Renames a completely written folder to its final name, replacing an existing folder; both are on one file
+    system."""
     replaced = final.with_name(f".{final.name}.replaced.incomplete")
     if final.exists():
         os.replace(final, replaced)
@@ -27,7 +28,7 @@ def put_in_place(staged: Path, final: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Puts the names in a folder on disk, so that after a power cut they follow the order they were given in."""
+    """Flushes a folder's entries to disk, so that renames are persisted in order."""
     names = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(names)

@@ -1,1 +1,1 @@
-"""What a run is made of: the schema, the strict loader, the checks. No torch here."""
+"""Configuration: schema, strict loader, validation. Imports no torch."""

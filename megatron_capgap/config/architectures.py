@@ -1,4 +1,7 @@
-"""What an architecture fixes: one row a family. What varies within a family is a field of `schema.ModelShape`."""
+"""Architecture table: the properties that a family fixes, one row per family.
+
+Properties that vary within a family are fields of `schema.ModelShape`.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,32 +9,32 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class ArchitectureSpec:
-    """The parts of a decoder layer, pre-norm in all families; the defaults are LLaMA's."""
+    """Components of a decoder layer; all families are pre-norm. The defaults are LLaMA's."""
 
     norm: Literal["RMSNorm", "LayerNorm"] = "RMSNorm"
-    """Every norm but those of queries and keys, which are RMSNorm."""
+    """Type of all norms, except the query and key norms, which are RMSNorm."""
     activation: Literal["silu", "gelu", "gelu_tanh"] = "silu"
-    """In the feed-forward layer; gelu_tanh is GELU's tanh approximation."""
+    """Activation of the feed-forward layer; gelu_tanh is the tanh approximation of GELU."""
     gated: bool = True
-    """Whether the feed-forward layer has a gate projection beside the up projection."""
+    """Whether the feed-forward layer has a gate projection in addition to the up projection."""
     qkv_bias: bool = False
     """Whether queries, keys and values have a bias."""
     linear_bias: bool = False
     """Whether every projection of a layer has a bias."""
     qk_norm: bool = False
-    """Whether each head's query and key go through a norm before they are rotated."""
+    """Whether each head's query and key are normalised before the rotary embedding."""
     learned_positions: bool = False
-    """Whether positions have an embedding each; else queries and keys are rotated."""
+    """Whether positions are learned embeddings; otherwise rotary."""
     partial_rotary: bool = False
-    """Whether a share of each head's channels may stay unrotated."""
+    """Whether only a fraction of each head's channels may be rotated."""
     parallel_residual: bool = False
-    """Whether the feed-forward layer reads the layer's input, beside attention instead of behind it."""
+    """Whether the feed-forward layer reads the layer's input, in parallel with attention."""
     grouped_queries: bool = True
     """Whether there may be fewer key/value heads than query heads."""
     free_head_dim: bool = True
-    """Whether a head may be wider or narrower than hidden / heads."""
+    """Whether head_dim may differ from hidden / heads."""
     heads_divide_hidden: bool = False
-    """Whether transformers refuses a width that the heads do not divide, whatever head_dim says."""
+    """Whether transformers requires that heads divides hidden, even if head_dim is set."""
 
 
 FamilyName = Literal["llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox"]

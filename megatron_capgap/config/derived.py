@@ -1,4 +1,4 @@
-"""What follows from a configuration and the world size: the nulls resolved, in one place."""
+"""Values derived from a configuration and the world size: nulls resolved to numbers."""
 
 from megatron_capgap.config.schema import (
     STAGES_WITH_TEACHER,
@@ -13,29 +13,29 @@ from megatron_capgap.config.schema import (
 
 
 def ranks_per_model(layout: Layout) -> int:
-    """Ranks that one copy of a model is cut over."""
+    """Ranks per model replica: tensor * pipeline * context."""
     return layout.tensor * layout.pipeline * layout.context
 
 
 def data_parallel(layout: Layout, world: int) -> int:
-    """Copies of the model that work side by side; `checks` has seen that the world holds whole ones."""
+    """Data-parallel size. `validation.checks` has verified that it is a whole number."""
     assert world % ranks_per_model(layout) == 0, (layout, world)
     return world // ranks_per_model(layout)
 
 
 def global_batch(config: Config, layout: Layout, world: int) -> int:
-    """Sequences in one optimizer step over all ranks.
+    """Sequences per optimizer step, over all ranks.
 
     Args:
-        config: `train.global_batch` of null means one micro-batch for each copy of the student.
-        layout: the student's.
-        world: number of ranks.
+        config: if `train.global_batch` is null, the result is one micro-batch per student replica.
+        layout: the student's layout.
+        world: number of the student's ranks.
     """
     return config.train.global_batch or config.train.micro_batch * data_parallel(layout, world)
 
 
 def micro_batches(config: Config, layout: Layout, world: int) -> int:
-    """Micro-batches of `train.micro_batch` sequences that each copy of the student runs in one step."""
+    """Micro-batches of `train.micro_batch` sequences that each student replica runs per step."""
     portion = config.train.micro_batch * data_parallel(layout, world)
     batch = global_batch(config, layout, world)
     assert batch % portion == 0, (batch, portion)
@@ -43,14 +43,15 @@ def micro_batches(config: Config, layout: Layout, world: int) -> int:
 
 
 def loss_chunk_tokens(on_cpu: bool) -> int:
-    """Tokens whose logits exist at a time where nobody says otherwise: for a CPU the fewest whose matrix products are
-    near their full speed, for a GPU more, which hides more of the work between them (benchmarks/loss.py)."""
+    """Default number of tokens per chunk of logits. CPU: the smallest chunk with near-peak matrix-product speed; GPU: a
+    larger chunk, which hides more of the work between matrix products (benchmarks/loss.py)."""
     return 192 if on_cpu else 512
 
 
 def loss_chunks_together(divergence: str, tensor: int) -> int:
-    """Such chunks whose logits exist at a time. A divergence without a chain rule takes two rounds of messages between
-    tensor-parallel ranks; each speaks of two chunks, so that there are no more messages than for the others."""
+    """Number of chunks whose logits exist at one time. Divergences without a chain rule need two rounds of
+    tensor-parallel collectives; with two chunks per round the number of collectives equals that of the other
+    divergences."""
     return 2 if tensor > 1 and divergence in WITHOUT_CHAIN_RULE else 1
 
 
@@ -65,21 +66,21 @@ def kv_heads(shape: ModelShape) -> int:
 
 
 def stages_of_layers(layers: int, layout: Layout) -> list[int]:
-    """The pipeline rank of each layer; `checks` has seen that pipeline * virtual_pipeline divides their number.
+    """Pipeline rank of each layer. `validation.checks` has verified that pipeline * virtual_pipeline divides `layers`.
 
-    With virtual stages the chunks of layers go round over the pipeline ranks.
+    With virtual stages the model chunks are assigned round-robin to the pipeline ranks.
     """
     a_chunk = layers // (layout.pipeline * layout.virtual_pipeline)
     return [layer // a_chunk % layout.pipeline for layer in range(layers)]
 
 
 def projected_pairs(config: Config, student: ModelShape, teacher: ModelShape | None) -> tuple[LayerPair, ...]:
-    """The matched pairs of layers that need a linear map from the student's width to the teacher's."""
+    """Matched layer pairs that need a linear projection from the student's hidden size to the teacher's."""
     return config.objective.matching if teacher is not None and student.hidden != teacher.hidden else ()
 
 
 def projection_names(config: Config, student: ModelShape, teacher: ModelShape | None) -> tuple[str, ...]:
-    """Their names, ascending."""
+    """Names of these projections, in ascending order."""
     return tuple(sorted(pair.name for pair in projected_pairs(config, student, teacher)))
 
 
@@ -90,7 +91,7 @@ def teacher_section(config: Config) -> TeacherConfig:
 
 
 def teacher_layout(config: Config) -> Layout:
-    """How the teacher is cut: teacher.layout, or as the student, but no virtual stages. Needs a teacher."""
+    """Layout of the teacher: teacher.layout, or the student's without virtual stages. Requires a teacher."""
     student = config.student.layout
     return teacher_section(config).layout or Layout(
         tensor=student.tensor, pipeline=student.pipeline, context=student.context, sequence=student.sequence
@@ -98,55 +99,56 @@ def teacher_layout(config: Config) -> Layout:
 
 
 def teacher_ranks(config: Config, world: int) -> range:
-    """The ranks that the teacher is cut over: all, or the last ones where it has its own. Needs a teacher."""
+    """Ranks of the teacher: all ranks if colocated, the last `teacher.ranks` if disjoint. Requires a teacher."""
     return range(student_world(config, world) if _own_ranks(config) else 0, world)
 
 
 def student_world(config: Config, world: int) -> int:
-    """How many ranks the student is cut over: the first ones that are not the teacher's own."""
+    """Number of the student's ranks: the first ranks, without those of a disjoint teacher."""
     return world - _own_ranks(config)
 
 
 def _own_ranks(config: Config) -> int:
-    """Ranks that are the teacher's alone."""
+    """Number of ranks of a disjoint teacher; 0 if there is none."""
     teacher = config.teacher
     return (teacher.ranks or 0) if teacher is not None and teacher.placement == "disjoint" else 0
 
 
 def teacher_runs(config: Config, stage: str) -> bool:
-    """Whether the stage's teacher makes forward passes. On the student's ranks it stays unbuilt where nothing in the
-    objective looks at it; ranks of its own always run."""
+    """Whether the stage runs teacher forward passes. A colocated teacher is not built if the objective does not use it;
+    a disjoint teacher always runs."""
     if config.teacher is None or stage not in STAGES_WITH_TEACHER:
         return False
     return config.objective.divergence_weight > 0 or bool(config.objective.matching) or _own_ranks(config) > 0
 
 
 def teacher_micro_batch(config: Config) -> int:
-    """Sequences in one forward pass of the teacher. Needs a teacher."""
+    """Sequences per forward pass of one teacher replica. Requires a teacher."""
     return teacher_section(config).micro_batch or config.train.micro_batch
 
 
 def student_precision(config: Config) -> Precision:
-    """The student's arithmetic: its own section, or the common one."""
+    """Precision of the student: student.precision, or the section precision."""
     return config.student.precision or config.precision
 
 
 def teacher_precision(config: Config) -> Precision:
-    """The teacher's arithmetic: its own section, or the common one. Needs a teacher."""
+    """Precision of the teacher: teacher.precision, or the section precision. Requires a teacher."""
     return teacher_section(config).precision or config.precision
 
 
 def precisions(config: Config) -> tuple[Precision, ...]:
-    """The arithmetic of each model, the student's first."""
+    """Precision of each model, the student first."""
     teacher = (teacher_precision(config),) if config.teacher else ()
     return (student_precision(config), *teacher)
 
 
 def engine(precision: Precision, default: str) -> str:
-    """local or transformer_engine: what precision.engine comes to.
+    """Layer implementation that precision.engine resolves to: local or transformer_engine.
 
     Args:
-        default: what `auto` is on the device at hand, without FP8.
+        precision: precision of the model.
+        default: result for `auto` without FP8 on the current device.
     """
     if precision.engine != "auto":
         return precision.engine

@@ -1,4 +1,4 @@
-"""The schema as a flat table made from the dataclasses: a row for each dotted key, for loader and help."""
+"""Schema as a flat table: one row per dotted key, generated from the dataclasses for loader and help."""
 
 import json
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 
 from megatron_capgap.config.schema import Config
 
-Node = dict[str, Any]  # a piece of JSON schema
+Node = dict[str, Any]  # node of a JSON schema
 
 _BOUNDS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
 
@@ -19,30 +19,30 @@ class Field:
     """One key of a configuration file."""
 
     name: str
-    """Dotted, for example student.layout.tensor; the whole file is the empty string."""
+    """Dotted name, for example student.layout.tensor; the empty string for the root."""
     type: str
-    """What may stand there, in words."""
+    """Allowed type and bounds, in words."""
     doc: str
-    """The docstring below the field."""
+    """Docstring of the field."""
     required: bool
-    """Whether the section it belongs to is incomplete without it."""
+    """Whether the key must be set if its section is present."""
     default: str | None
-    """The default as YAML would have it; None for required keys and for sections that are never null."""
+    """Default in YAML notation; None for required keys and for sections that cannot be null."""
     children: tuple[str, ...]
-    """The keys inside, for a section; empty for a value."""
+    """Keys of a section; empty for a value."""
     choices: tuple[str, ...]
-    """The allowed words, where only a few are."""
+    """Allowed words; empty if there is no such list."""
 
 
 @cache
 def adapter() -> TypeAdapter[Config]:
-    """The validator of the whole schema; building it takes a tenth of a second, hence once."""
+    """Validator of the whole schema; cached, because building it takes 0.1 s."""
     return TypeAdapter(Config)
 
 
 @cache
 def table() -> dict[str, Field]:
-    """Every key by its dotted name, in the schema's order, sections before their keys; the root is `""`."""
+    """All keys by dotted name, in schema order, each section before its keys; the root is `""`."""
     schema = adapter().json_schema()
     rows: dict[str, Field] = {}
     _add_rows(rows, "", schema, schema["$defs"], required=True)
@@ -50,23 +50,23 @@ def table() -> dict[str, Field]:
 
 
 def join(section: str, key: str) -> str:
-    """The dotted name of `key` in `section`."""
+    """Dotted name of `key` in `section`."""
     return f"{section}.{key}" if section else key
 
 
 DEFAULT = "default"
-"""The source of a key that nobody gave."""
+"""Source of a key that was not set."""
 
 
 def location(source: str, key: str) -> str:
-    """How a message begins: `distill.yaml:7: train.steps`, `--train.steps` alone, or `train.steps (the default)`."""
+    """Prefix of a message: `distill.yaml:7: train.steps`, `--train.steps`, or `train.steps (the default)`."""
     if source == DEFAULT:
         return f"{key} (the default)"
     return source if not key or source == f"--{key}" else f"{source}: {key}"
 
 
 def section_name(section: str) -> str:
-    """How a message speaks of a section."""
+    """Name of a section in messages."""
     return section or "the top level"
 
 
@@ -87,7 +87,7 @@ def _add_rows(rows: dict[str, Field], name: str, node: Node, definitions: Node, 
 
 
 def _target(node: Node, definitions: Node) -> Node:
-    """The node without its references, without `or null`, and of a list its entries."""
+    """The node with references resolved, without `or null`; of a list, its item."""
     if "anyOf" in node:
         node = next(option for option in node["anyOf"] if option.get("type") != "null")
     node = node.get("items", node)
@@ -99,7 +99,7 @@ def _choices(node: Node) -> tuple[str, ...]:
 
 
 def _words(node: Node, definitions: Node) -> str:
-    """What a JSON-schema node allows, in words."""
+    """Type and bounds of a JSON-schema node, in words."""
     if "anyOf" in node:
         return " or ".join(_words(option, definitions) for option in node["anyOf"])
     if "$ref" in node or "properties" in node:

@@ -1,4 +1,4 @@
-"""The section of the stage finetune; `schema` puts it beside the others."""
+"""Configuration section finetune."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,21 +8,22 @@ from megatron_capgap.config.types import STRICT, NonNegativeFloat, Positive
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """How conversations are read and learned; their files are data.train and data.valid."""
+    """Training on conversations, which are read from data.train and data.valid."""
 
     __pydantic_config__ = STRICT
 
     template: Literal["tokenizer", "default"] = "tokenizer"
-    """How a conversation is written down: tokenizer is the chat template that came with data.tokenizer, default is
-    [|User|]...[|Assistant|]... with an end of text behind every turn. Checkpoints keep it, an export takes it along."""
+    """Chat template. tokenizer: the one of data.tokenizer; default: [|User|]...[|Assistant|]..., with an end-of-text
+    token after every turn. Checkpoints and exports include the template."""
     packed: bool = True
-    """Several conversations share a row of data.sequence_length tokens, none of which sees another; false gives each a
-    row of its own."""
+    """true: pack several conversations into one row of data.sequence_length tokens, with attention restricted to each
+    conversation; false: one conversation per row."""
     epochs: Positive = 3
-    """How often every conversation is read; train.steps, where given, decides in its place."""
+    """Passes over data.train; ignored if train.steps is set."""
     neftune_alpha: NonNegativeFloat = 0.0
-    """Noise on the input embeddings in training: uniform in [-1, 1] * alpha / sqrt(length * hidden), the length that of
-    the conversation; 0 means none."""
+    """NEFTune: noise added to the input embeddings in training, uniform in [-1, 1] * alpha / sqrt(length * hidden),
+    where length is that of the conversation; 0: none."""
     patience: Positive | None = None
-    """Evaluations on data.valid in a row without a lower loss that end the run; the checkpoint with the lowest is kept,
-    and is the one that the run directory stands for. null means that the last one is."""
+    """Early stopping: end the run after this many consecutive evaluations on data.valid without a lower loss. The
+    checkpoint with the lowest loss is kept, and is the one that is read when a configuration names the run directory.
+    Requires train.eval_every > 0. null: no early stopping, the latest checkpoint is read."""

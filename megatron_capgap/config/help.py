@@ -1,4 +1,4 @@
-"""The text of `--help` and of the configuration reference, made from the schema's docstrings. Imports no torch."""
+"""Text of `--help` and of the configuration reference, generated from the schema's docstrings. Imports no torch."""
 
 import textwrap
 
@@ -8,28 +8,28 @@ from megatron_capgap.config.loader import STAGE_REQUIREMENTS
 WIDTH = 100
 
 STAGES = {
-    "adapt": "train a model on next tokens, from random weights or from a checkpoint",
-    "prune": "cut a student out of a teacher: heads, neurons, channels and layers by what they are worth",
-    "distill": "train a student to match a teacher that runs forward only",
-    "finetune": "train a model on the assistant's words of conversations, with or without a teacher",
+    "adapt": "train a model on next-token prediction, from random weights or from a checkpoint",
+    "prune": "prune a student from a teacher: keep the most important heads, neurons, channels and layers",
+    "distill": "train a student to match the next-token distributions of a teacher",
+    "finetune": "train a model on the assistant turns of conversations, with or without a teacher",
     "evaluate": "measure loss, perplexity and bits per byte on held-out data",
 }
 OPTIONS = {
-    "--config FILE": "the YAML file with the keys of the run",
-    "--section.key=value": "one key from the command line, the value in YAML; wins over the file",
-    "--check": "check all but what the data hold, print parameters, ranks and memory, and exit",
-    "--check-world N": "the same for a world of N ranks, on this one process",
-    "--check-capability X.Y": "the same for GPUs of this compute capability (9.0: H100), which FP8 recipes need",
-    "--help, -h": "this text; after a STAGE every configuration key",
-    "--version": "the version",
+    "--config FILE": "YAML configuration file",
+    "--section.key=value": "set one key, the value in YAML; overrides the file",
+    "--check": "validate all but the contents of the data, print parameters, ranks and memory, and exit",
+    "--check-world N": "as --check, for a world size of N, in one process",
+    "--check-capability X.Y": "as --check, for GPUs of this compute capability (9.0: H100), which FP8 recipes require",
+    "--help, -h": "print this text; after STAGE: describe every configuration key",
+    "--version": "print the version",
 }
 
 
 def overview() -> str:
-    """The text of `--help`: every stage and every option, a line each."""
+    """Text of `--help`: stages and options, one line each."""
     return "\n".join(
         [
-            "capgap: small language models out of large ones, on Megatron-Core",
+            "capgap: pruning and distillation of language models on Megatron-Core",
             "",
             *_usage("STAGE"),
             "",
@@ -39,14 +39,14 @@ def overview() -> str:
             "options",
             *_columns(OPTIONS),
             "",
-            "`python -m megatron_capgap STAGE --help` explains every configuration key.",
+            "`python -m megatron_capgap STAGE --help` describes every configuration key.",
             "",
         ]
     )
 
 
 def stage_help(stage: str) -> str:
-    """The text of `STAGE --help`: how to start it, and every key with its type, default and meaning.
+    """Text of `STAGE --help`: usage, and every key with type, default and meaning.
 
     Args:
         stage: a name from `schema.STAGES`.
@@ -55,13 +55,13 @@ def stage_help(stage: str) -> str:
     lines = [f"capgap {stage}: {STAGES[stage]}", "", *_usage(stage), "", "options", *_columns(OPTIONS), ""]
     free = needs.student and "student.checkpoint" not in needs.required
     model = "student.checkpoint or student.model, and " if free else ""
-    lines += [f"{stage} needs {model}{', '.join(needs.required)}.", ""]
+    lines += [f"{stage} requires {model}{', '.join(needs.required)}.", ""]
     lines += ["configuration keys, by section", "", *_section(table()[""], stage)]
     return "\n".join(lines)
 
 
 def reference() -> str:
-    """Every configuration key in Markdown, a table for each section, for the documentation."""
+    """Configuration reference in Markdown: one table per section."""
     lines = []
     for section in (key for key in table().values() if key.children):
         keys = [table()[join(section.name, child)] for child in section.children]
@@ -94,7 +94,7 @@ def _columns(rows: dict[str, str]) -> list[str]:
 
 
 def _section(section: Field, stage: str) -> list[str]:
-    """The values of a section, then the sections in it."""
+    """Help lines of a section: its values, then its subsections."""
     keys = [table()[join(section.name, child)] for child in section.children]
     lines = []
     if section.name:

@@ -1,7 +1,6 @@
-"""From a YAML file and command-line overrides to one validated `Config`, and back to YAML.
+"""Configuration loader: a YAML file and command-line overrides to one validated `Config`, and back to YAML.
 
-Every mistake is found before anything is raised; each becomes one sentence that says where, which key, what
-was given and what would do.
+All mistakes are collected before an error is raised; each is one line with location, key, value and valid values.
 """
 
 import json
@@ -20,21 +19,21 @@ from megatron_capgap.config.fields import DEFAULT, adapter, join, location, sect
 from megatron_capgap.config.schema import Config
 from megatron_capgap.config.yaml_source import ConfigTree, Dumper, override, read_file
 
-# A word that is a key of another section needs the higher similarity to pass for a typo of this section's.
+# A word that is a key of another section counts as a typo of this section only at the higher similarity.
 _SURELY_A_TYPO = 0.8
 _PERHAPS_A_TYPO = 0.5
 
 
 @dataclass(frozen=True)
 class StageRequirements:
-    """What a stage wants beyond the schema."""
+    """Requirements of a stage beyond the schema."""
 
     required: tuple[str, ...]
-    """Keys that must be given and not be empty."""
+    """Keys that must be set and not be empty."""
     unread: tuple[str, ...]
-    """Sections that nothing in the stage reads."""
+    """Sections that the stage does not read."""
     student: bool = True
-    """Whether student.checkpoint or student.model must be given; a stage that makes the student refuses them."""
+    """Whether student.checkpoint or student.model must be set; a stage that creates the student refuses both."""
 
 
 STAGE_REQUIREMENTS = {
@@ -49,26 +48,26 @@ STAGE_REQUIREMENTS = {
     "evaluate": StageRequirements(required=("data.valid",), unread=("teacher", "prune", "objective")),
 }
 
-_MISSING_KEYS = {"teacher": "has no teacher", "prune": "prunes nothing", "finetune": "reads no conversations"}
-"""Why a stage refuses a section that it does not read."""
+_MISSING_KEYS = {"teacher": "has no teacher", "prune": "does not prune", "finetune": "reads no conversations"}
+"""Reason why a stage refuses a section that it does not read."""
 
 
 @dataclass(frozen=True)
 class LoadedConfig:
-    """A validated configuration that remembers where it came from."""
+    """A validated configuration and the source of each key."""
 
     config: Config
     sources: dict[str, str]
-    """Where each dotted key the user gave was said: `distill.yaml:7`, or `--train.steps` for an override."""
+    """Source of each dotted key that the user set: `distill.yaml:7`, or `--train.steps` for an override."""
 
     def source(self, key: str) -> str:
-        """Where `key`, or the nearest section around it, was said; `default` where neither was."""
+        """Source of `key`, or of the nearest enclosing section; `default` if neither was set."""
         while key and key not in self.sources:
             key = key.rpartition(".")[0]
         return self.sources.get(key, DEFAULT)
 
     def location(self, key: str) -> str:
-        """How a message about `key` begins: `distill.yaml:7: train.steps`, `--train.steps` alone, or `train.steps (the
+        """Prefix of a message about `key`: `distill.yaml:7: train.steps`, `--train.steps`, or `train.steps (the
         default)`."""
         return location(self.source(key), key)
 
@@ -78,12 +77,12 @@ def load(path: str, overrides: Sequence[str], stage: str) -> LoadedConfig:
 
     Args:
         path: the YAML file.
-        overrides: `--section.key=value` each, the value in YAML; they win over the file,
-            a later one over an earlier.
+        overrides: `--section.key=value` each, the value in YAML; they take precedence over the file, later ones over
+            earlier ones.
         stage: a name from `schema.STAGES`.
 
     Raises:
-        ConfigError: with one line for every mistake, in the order of the file.
+        ConfigError: one line per mistake, in file order.
     """
     tree = read_file(path)
     unreadable = bool(tree.problems) and not tree.values
@@ -102,14 +101,14 @@ def load(path: str, overrides: Sequence[str], stage: str) -> LoadedConfig:
 
 
 def dump(config: Config, path: str) -> None:
-    """Writes what `load` reads back to an equal object, keys in schema order; replaces `path` atomically."""
+    """Writes the configuration to `path` atomically, keys in schema order; `load` reads back an equal object."""
     text = yaml.dump(_plain(config), Dumper=Dumper, sort_keys=False, width=110)
     write_atomically(Path(path), text)
 
 
 def changes(config: Config, path: Path) -> list[str]:
-    """What differs from a configuration that `dump` has written to `path`, `train.steps 20 -> 40` each; nothing where
-    it is not there or no YAML."""
+    """Differences from a configuration that `dump` wrote to `path`, each as `train.steps 20 -> 40`; empty if the file
+    is missing or not YAML."""
     try:
         before = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -118,7 +117,7 @@ def changes(config: Config, path: Path) -> list[str]:
 
 
 def _plain(config: Config) -> dict[str, Any]:
-    """The configuration as YAML has it: mappings and lists."""
+    """The configuration as YAML mappings and lists."""
     return json.loads(json.dumps(asdict(config)))
 
 
@@ -131,47 +130,47 @@ def _differences(before: Any, now: Any, key: str) -> Iterator[str]:
 
 
 def nearest(word: str, candidates: Sequence[str], cutoff: float = _PERHAPS_A_TYPO) -> str | None:
-    """The candidate that `word` was most likely meant to be; None where nothing is close."""
+    """The candidate most similar to `word`; None if none is close."""
     return next(iter(get_close_matches(word, candidates, n=1, cutoff=cutoff)), None)
 
 
 def _validate(tree: ConfigTree) -> Config | None:
-    """The configuration, or None after reporting every key that the schema refuses."""
+    """The configuration, or None after reporting every key that violates the schema."""
     try:
-        # JSON, because pydantic's strict mode takes lists for tuples and mappings for dataclasses only there.
+        # JSON: pydantic's strict mode accepts lists for tuples and mappings for dataclasses only in JSON input.
         return adapter().validate_json(json.dumps(tree.values), strict=True)
     except ValidationError as errors:
         for error in errors.errors(include_url=False, include_context=False):
             names = [str(part) for part in error["loc"] if isinstance(part, str)]
             key, section = ".".join(names), ".".join(names[:-1])
             at_item = isinstance(error["loc"][-1], int)
-            # With the numbers of list entries around it, but not of the entry itself; the table knows no numbers.
+            # Includes indices of enclosing lists, but not of the item itself; the table has no indices.
             where = ".".join(map(str, error["loc"][:-1] if at_item else error["loc"]))
             if error["type"] == "unexpected_keyword_argument":
                 tree.report(tree.mark(where), where, _unknown(section, where.rpartition(".")[0], names[-1]))
             elif error["type"] == "missing" and not at_item:
                 row = table()[key]
-                tree.report(tree.mark(where), where, f"missing; give {row.type}: {in_one_line(row.doc)}")
+                tree.report(tree.mark(where), where, f"missing; expected {row.type}: {in_one_line(row.doc)}")
             else:
                 tree.report(tree.mark(where), where, _type_errors(key, error["input"]))
         return None
 
 
 def _unknown(section: str, inside: str, word: str) -> str:
-    """What to say about a key that `section` does not have; `inside` also has the numbers of list entries."""
+    """Message for a key that `section` does not have; `inside` is the section with list indices."""
     if "." in word:
-        return "a dotted key is for the command line; in a file write one section inside the other"
+        return "dotted keys are allowed on the command line only; in a file, nest the sections"
     siblings = table()[section].children
     elsewhere = [key for key in table() if key == word or key.endswith(f".{word}")]
     if near := nearest(word, siblings, _SURELY_A_TYPO if elsewhere else _PERHAPS_A_TYPO):
         return f"unknown key; did you mean {join(inside, near)}?"
     if elsewhere:
-        return f"unknown key of {section_name(section)}; did you mean {' or '.join(elsewhere)}?"
-    return f"unknown key; {section_name(section)} has {', '.join(siblings)}"
+        return f"unknown key in {section_name(section)}; did you mean {' or '.join(elsewhere)}?"
+    return f"unknown key; valid keys of {section_name(section)}: {', '.join(siblings)}"
 
 
 def _type_errors(key: str, given: Any) -> str:
-    """What to say about a value of the wrong type or out of bounds."""
+    """Message for a value of the wrong type or out of bounds."""
     row = table()[key]
     shown = json.dumps(given)
     if len(shown) > 80:
@@ -180,28 +179,28 @@ def _type_errors(key: str, given: Any) -> str:
     if isinstance(given, str) and (near := nearest(given, row.choices)):
         hint = f"did you mean {near}? "
     elif row.children:
-        hint = f"keys {', '.join(row.children)}; "
+        hint = f"keys: {', '.join(row.children)}; "
     elif row.type.startswith("a string") and isinstance(given, int | float):
         hint = "quote it; "
-    return f"{shown} given; {hint}{row.type} would do"
+    return f"{shown} given; {hint}expected {row.type}"
 
 
 def _unmet_needs(tree: ConfigTree, stage: str) -> Iterator[tuple[str, str]]:
-    """What this stage wants and was not given, or was given and has no use for."""
+    """Keys that the stage requires and that are not set, and keys that are set and that it does not read."""
     needs = STAGE_REQUIREMENTS[stage]
     for key in needs.required:
         if tree.get(key) in (None, [], {}):
             wanted = table()[key].type.removesuffix(" or null")
-            yield key, f"{stage} needs it; give {wanted}: {in_one_line(table()[key].doc)}"
+            yield key, f"required by {stage}; expected {wanted}: {in_one_line(table()[key].doc)}"
     for section, lack in _MISSING_KEYS.items():
         if section in needs.unread and tree.get(section) is not None:
             yield section, f"{stage} {lack}; remove the section"
     given = [name for name in ("checkpoint", "model") if tree.get(f"student.{name}") is not None]
     if not needs.student:
         for name in given:
-            yield f"student.{name}", f"{stage} makes the student, out of teacher.checkpoint; remove the key"
+            yield f"student.{name}", f"{stage} creates the student from teacher.checkpoint; remove the key"
     elif not given and "student.checkpoint" in needs.required:
-        return  # said above
+        return  # reported above
     elif len(given) != 1 and isinstance(tree.get("student"), dict):
         said = "both" if given else "neither"
-        yield "student", f"{said} of checkpoint and model given; give exactly one of them"
+        yield "student", f"{said} of checkpoint and model set; set exactly one of them"

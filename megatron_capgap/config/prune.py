@@ -1,4 +1,4 @@
-"""The section of the stage prune; `schema` puts it beside the others."""
+"""Configuration section prune."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -10,39 +10,40 @@ from megatron_capgap.config.types import STRICT, Positive
 
 @dataclass(frozen=True)
 class PruneConfig:
-    """The student that is cut out of the teacher: its size as numbers, as a sparsity or as a count of parameters."""
+    """Size of the pruned student: as dimensions, as a sparsity or as a parameter count."""
 
     __pydantic_config__ = STRICT
 
     layers: Positive | None = None
-    """Transformer layers that stay; null means all."""
+    """Transformer layers to keep; null: all."""
     hidden: Positive | None = None
-    """Channels of the residual stream that stay, the same ones in all layers; null means all."""
+    """Channels of the residual stream to keep, the same ones in all layers; null: all."""
     heads: Positive | None = None
-    """Attention heads that stay in each layer; null means all, or with kv_heads given the queries of those groups."""
+    """Attention (query) heads to keep per layer; null: all, or if kv_heads is set, the query heads of the kept
+    groups."""
     kv_heads: Positive | None = None
-    """Key/value heads that stay in each layer; null keeps as many queries to a group as the teacher has."""
+    """Key/value heads to keep per layer; null: keep the teacher's number of query heads per group."""
     ffn: Positive | None = None
-    """Neurons of the feed-forward layer that stay in each layer; null means all."""
+    """Feed-forward neurons to keep per layer; null: all."""
     sparsity: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Share of each layer's weights that goes, in place of hidden, heads and ffn: each of them loses
-    1 - sqrt(1 - sparsity), for the weights lie between two of them."""
+    """Fraction of each layer's weights to remove; replaces hidden, heads and ffn. Each of these dimensions shrinks by
+    the fraction 1 - sqrt(1 - sparsity), because every weight matrix spans two of them."""
     parameters: Positive | None = None
-    """Parameters of the student without embeddings, in place of hidden, heads and ffn: the nearest shape in which these
-    are cut by one share."""
+    """Target number of non-embedding parameters; replaces hidden, heads and ffn. Selects the nearest shape in which
+    these dimensions shrink by the same fraction."""
     multiple: Positive = 8
-    """sparsity and parameters choose a hidden and an ffn that are multiples of this."""
+    """sparsity and parameters choose hidden and ffn as multiples of this number."""
     per_layer: bool = False
-    """Whether layers may keep different numbers of key/value heads and of neurons: these are ranked over all layers at
-    once, by scores that each layer's L2 norm divides. heads, kv_heads and ffn are then means over layers, sparsity and
-    parameters speak of all layers together; one head and one unit of neurons stay everywhere. All layers store what the
-    largest one keeps, rounded up to what student.layout divides and the family holds: zeros, which stay zero in
-    training. They change no result, but are stored and multiplied with."""
+    """Whether layers may keep different numbers of key/value heads and neurons. Scores are normalised by each layer's
+    L2 norm and ranked over all layers; heads, kv_heads and ffn are then means over layers, and sparsity and parameters
+    apply to all layers together. Every layer keeps at least one head and one unit of neurons. All layers store the size
+    of the largest, rounded up to what student.layout and the family require; the rest is zero and stays zero in
+    training. Zeros do not change results but use memory and compute."""
     importance: Literal["gradient", "activation"] = "gradient"
-    """What a part is worth. gradient: |d loss / d mask|, the mean over micro-batches of the loss of each; activation,
-    forward only: what heads and neurons send into the residual stream (size times outgoing weights), and the size of
-    each channel behind the norms."""
+    """Importance score. gradient: |d loss / d mask|, averaged over micro-batches; activation (forward only): for heads
+    and neurons, activation magnitude times outgoing weight norm; for channels, activation magnitude after the norms."""
     batches: Positive = 16
-    """Global batches of data.train that the parts are scored on."""
+    """Global batches of data.train used to compute the scores."""
     layers_by: Literal["position", "importance"] = "position"
-    """position: the middle layers stay, as many go at either end; importance: those worth most stay."""
+    """Which layers to keep. position: the middle layers, removing equally many at both ends; importance: those with the
+    highest scores."""

@@ -1,7 +1,7 @@
-"""Every key of a configuration file: frozen dataclasses, a docstring under every field.
+"""Configuration schema: frozen dataclasses, with a docstring under every field.
 
-The docstrings are what `--help` prints. Bounds that concern one key alone stand in its type (`Positive`, `Fraction`);
-what two keys must agree on is in `checks.py`.
+`--help` and the configuration reference print the docstrings. A constraint on one key is a type (`Positive`,
+`Fraction`); constraints between keys are in `validation/`.
 """
 
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from megatron_capgap.config.types import (
 )
 
 STAGES = ("adapt", "prune", "distill", "finetune", "evaluate")
-STAGES_WITH_TEACHER = ("distill", "finetune")  # where a teacher is one that the student learns from
+STAGES_WITH_TEACHER = ("distill", "finetune")  # the student learns from the teacher
 DivergenceName = Literal[
     "forward_kl",
     "reverse_kl",
@@ -35,7 +35,7 @@ DivergenceName = Literal[
     "soft_cross_entropy",
 ]
 DIVERGENCES: tuple[str, ...] = get_args(DivergenceName)
-# Those whose formulas want the probabilities of the whole vocabulary: see losses/divergences.py.
+# Divergences that need the full distribution: no chain rule over vocabulary shards, see losses/divergences.py.
 WITHOUT_CHAIN_RULE = ("jsd", "skew_forward_kl", "skew_reverse_kl", "total_variation")
 MatchingName = Literal["mse", "cosine"]
 MATCHINGS: tuple[str, ...] = get_args(MatchingName)
@@ -43,210 +43,226 @@ MATCHINGS: tuple[str, ...] = get_args(MatchingName)
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Rotary positions stretched over longer sequences than the model was first trained on."""
+    """Scaling of rotary positions for sequences longer than those of the original training."""
 
     __pydantic_config__ = STRICT
 
     kind: Literal["llama3", "linear"] = "llama3"
-    """llama3: only low frequencies are stretched, with a smooth passage; linear: all of them."""
+    """llama3: scales low frequencies only, with a smooth transition to unscaled high frequencies; linear: scales all
+    frequencies."""
     factor: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 8.0
-    """How far the low frequencies are stretched."""
+    """Factor by which low frequencies (linear: all frequencies) are stretched."""
     low_frequency_factor: PositiveFloat = 1.0
-    """llama3: wavelengths above original_max_positions / this are stretched in full."""
+    """llama3: wavelengths above original_max_positions / low_frequency_factor are scaled by the full factor."""
     high_frequency_factor: PositiveFloat = 4.0
-    """llama3: wavelengths below original_max_positions / this stay as they are."""
+    """llama3: wavelengths below original_max_positions / high_frequency_factor are not scaled."""
     original_max_positions: Positive = 8192
-    """llama3: longest sequence before the stretching."""
+    """llama3: longest sequence of the original training, in tokens."""
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model described by numbers, in place of a checkpoint."""
+    """Dimensions of a model that is not read from a checkpoint."""
 
     __pydantic_config__ = STRICT
 
     layers: Positive
     """Number of transformer layers."""
     hidden: Positive
-    """Width of the residual stream."""
+    """Hidden size: width of the residual stream."""
     heads: Positive
     """Number of attention (query) heads."""
     ffn: Positive
-    """Width of the feed-forward layer; where it is gated, of its gate and its up projection each."""
+    """Intermediate size of the feed-forward layer; in a gated layer, the width of the gate and of the up projection
+    each."""
     vocab: Positive
-    """Vocabulary size of the tokenizer, before any padding for tensor parallelism."""
+    """Vocabulary size, before padding for tensor parallelism; at least the number of tokens of data.tokenizer."""
     family: FamilyName = "llama"
-    """Architecture: llama and mistral are RMSNorm, SwiGLU, rotary positions, no biases; qwen2 adds biases of queries,
-    keys and values, qwen3 norms of queries and keys; gpt2 and gpt_neox are LayerNorm, GELU and biases, gpt2 with
-    learned positions, gpt_neox with rotary ones and parallel residuals."""
+    """Architecture. llama and mistral: RMSNorm, SwiGLU, rotary positions, no biases. qwen2: as llama, with query, key
+    and value biases. qwen3: as llama, with query and key norms. gpt2: LayerNorm, GELU, biases, learned positions.
+    gpt_neox: LayerNorm, GELU, biases, rotary positions, parallel residual."""
     kv_heads: Positive | None = None
-    """Number of key/value heads (grouped-query attention); null means one for each query head."""
+    """Number of key/value heads (query groups of grouped-query attention); null: equal to heads."""
     head_dim: Positive | None = None
-    """Width of one head; null means hidden / heads."""
+    """Width of one attention head; null: hidden / heads."""
     rope_theta: PositiveFloat = 10000.0
-    """Base period of the rotary positions."""
+    """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
-    """How the rotary positions are stretched; null means not at all."""
+    """Scaling of rotary positions; null: none."""
     rotary_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of each head's channels that are rotated (gpt_neox: 0.25 in Pythia)."""
+    """Fraction of each head's channels that are rotated (0.25 in Pythia); gpt_neox only."""
     max_positions: Positive | None = None
-    """Longest sequence the model is made for; learned positions need it, for they have an embedding each."""
+    """Longest sequence that the model is designed for, in tokens; required for gpt2, which has one embedding per
+    position."""
     attention_window: Positive | None = None
-    """Tokens that attention looks back over; sequences may be at most as long, where the window changes nothing."""
+    """Sliding attention window in tokens; data.sequence_length must not exceed it, so that the window has no effect.
+    null: no window."""
     norm_epsilon: PositiveFloat = 1.0e-5
-    """Epsilon inside the norms."""
+    """Epsilon of the norms."""
     tied_embeddings: bool = False
     """Whether the LM head shares the weights of the input embedding."""
     init_std: PositiveFloat = 0.02
-    """Standard deviation of the initial weights; projections into the residual stream get init_std / sqrt(2 layers)."""
+    """Standard deviation of the initial weights; projections into the residual stream use init_std / sqrt(2 *
+    layers)."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model is cut over ranks; the data-parallel size is what remains: world / (tensor * pipeline * context)."""
+    """Parallel sizes of one model. Data-parallel size = number of ranks / (tensor * pipeline * context)."""
 
     __pydantic_config__ = STRICT
 
     tensor: Positive = 1
-    """Tensor-parallel size: every matrix is cut into this many shards."""
+    """Tensor-parallel size: number of shards of each weight matrix."""
     pipeline: Positive = 1
-    """Pipeline-parallel size: the layers are cut into this many stages."""
+    """Pipeline-parallel size: number of pipeline stages that the layers are partitioned into."""
     virtual_pipeline: Positive = 1
-    """Model chunks on each pipeline rank; above 1 the interleaved schedule runs."""
+    """Number of model chunks per pipeline rank; values above 1 use the interleaved schedule."""
     context: Positive = 1
-    """Context-parallel size: the sequence is cut into this many parts inside attention."""
+    """Context-parallel size: number of shards of the sequence in attention. Valid value in this release: 1."""
     sequence: bool = False
-    """Sequence parallelism: norms and residuals are cut along the sequence over the tensor-parallel ranks."""
+    """Sequence parallelism: shard norms and residuals along the sequence over the tensor-parallel ranks; requires
+    tensor > 1."""
 
 
 @dataclass(frozen=True)
 class FP8:
-    """8-bit matrix products of the transformer layers' linears, by Transformer Engine."""
+    """FP8 matrix products in the linear layers of the transformer layers, with Transformer Engine."""
 
     __pydantic_config__ = STRICT
 
     recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
-    """Where scales come from: delayed (a tensor's largest values in earlier steps), tensorwise (the tensor at hand),
-    blockwise (128 x 128 of a weight, 1 x 128 of the rest), mxfp8 (32 values; Blackwell)."""
+    """Scaling recipe. delayed: per tensor, from the maxima of earlier steps; tensorwise: per tensor, from its current
+    values; blockwise: per 128 x 128 block of weights and 1 x 128 block of other tensors; mxfp8: per 32 values
+    (Blackwell GPUs)."""
     format: Literal["hybrid", "e4m3"] = "hybrid"
-    """hybrid: E4M3 forward and E5M2 for gradients; e4m3: E4M3 everywhere."""
+    """hybrid: E4M3 in the forward pass and E5M2 for gradients; e4m3: E4M3 for both."""
     first_last_layers_bf16: NonNegative = 0
-    """So many layers at either end of the model stay in the type of compute; not with recipe delayed."""
+    """Number of layers at each end of the model that use the compute type instead of FP8; must be 0 with recipe
+    delayed."""
     amax_history: Positive = 1024
-    """Steps that recipe delayed remembers."""
+    """Length of the history of maxima, in steps; recipe delayed only."""
     amax_algorithm: Literal["max", "most_recent"] = "max"
-    """What recipe delayed takes from its history."""
+    """How a scale is derived from the history. max: its largest value; most_recent: its last value. Recipe delayed
+    only."""
     param_gather: bool = False
-    """Keep the weights themselves in FP8, and gather those over data-parallel ranks after each step; the optimizer's
-    masters stay in fp32. Needs compute bf16; not with recipe mxfp8."""
+    """Store weights in FP8 and all-gather them in FP8 over data-parallel ranks after each step; the optimizer keeps
+    fp32 master weights. Requires compute bf16; not supported with recipe mxfp8."""
 
 
 @dataclass(frozen=True)
 class Precision:
-    """Arithmetic."""
+    """Number formats and layer implementation."""
 
     __pydantic_config__ = STRICT
 
     compute: Literal["fp32", "bf16"] = "fp32"
-    """Type of weights and activations; with bf16 the optimizer keeps fp32 master weights and gradients."""
+    """Data type of weights and activations; with bf16 the optimizer keeps fp32 master weights and gradients."""
     engine: Literal["auto", "local", "transformer_engine"] = "auto"
-    """Whose layers are built: local is Megatron's own; auto is transformer_engine where fp8 is given or a GPU is used
-    and Transformer Engine is installed, local otherwise. On a CPU transformer_engine runs its modules on emulated
-    kernels."""
+    """Layer implementation. local: Megatron-Core's own layers; transformer_engine: Transformer Engine's modules, on a
+    CPU with emulated kernels; auto: transformer_engine if fp8 is set, or on a GPU if Transformer Engine is installed;
+    otherwise local."""
     fp8: FP8 | None = None
-    """8-bit matrix products; null means none. LM heads, embeddings, norms, attention scores and the loss stay in the
-    type of compute or wider."""
+    """FP8 matrix products; null: none. LM heads, embeddings, norms, attention scores and the loss stay in the compute
+    type or wider."""
 
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """The model that a stage trains (adapt, distill, finetune), measures (evaluate) or makes (prune; only layout is
-    given)."""
+    """The model that adapt, distill and finetune train, evaluate measures and prune creates (prune: only layout may be
+    set)."""
 
     __pydantic_config__ = STRICT
 
     checkpoint: str | None = None
-    """Where the weights come from: a run directory (its latest step) or RUN/checkpoints/step_N."""
+    """Source of the weights: RUN/checkpoints/step_N, or a run directory (its best step after early stopping, otherwise
+    its latest). Set exactly one of checkpoint and model."""
     model: ModelShape | None = None
-    """The model in numbers, started from random weights; give either this or checkpoint."""
+    """Dimensions of a model with random initial weights. Set exactly one of checkpoint and model."""
     layout: Layout = field(default_factory=Layout)
-    """How this model is cut over ranks."""
+    """Parallel sizes of the student."""
     precision: Precision | None = None
-    """This model's own arithmetic, in place of the section precision; null means that section."""
+    """Precision of the student; null: the section precision."""
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """The model that a student learns from or is cut out of; its weights stay as they are."""
+    """The model that the student is distilled or pruned from; its weights do not change."""
 
     __pydantic_config__ = STRICT
 
     checkpoint: str
-    """Where the weights come from: a run directory (its latest step) or RUN/checkpoints/step_N."""
+    """Source of the weights: RUN/checkpoints/step_N, or a run directory (its best step after early stopping, otherwise
+    its latest)."""
     layout: Layout | None = None
-    """How the teacher is cut over ranks; null means as the student is (without virtual stages)."""
+    """Parallel sizes of the teacher; null: those of student.layout, with virtual_pipeline 1."""
     placement: Literal["colocated", "disjoint"] = "colocated"
-    """colocated: teacher and student take turns on all ranks; disjoint: the teacher has ranks of its own."""
+    """colocated: teacher and student alternate on all ranks; disjoint: the teacher runs on its own ranks."""
     ranks: Positive | None = None
-    """disjoint: how many ranks are the teacher's, the last ones."""
+    """Number of ranks of the teacher, the last ones of the job; required with placement disjoint, not allowed with
+    colocated."""
     ahead: Positive = 1
-    """disjoint: how many global batches the teacher may be ahead of the student; their hidden states wait on its
-    ranks."""
+    """Number of global batches that the teacher may compute ahead of the student; its ranks store their hidden states.
+    Placement disjoint only."""
     micro_batch: Positive | None = None
-    """Sequences in one teacher forward pass; null means train.micro_batch."""
+    """Sequences per forward pass of one teacher replica; null: train.micro_batch."""
     offload: bool = False
-    """Keep the teacher's weights in host memory between its turns; on a CPU that is where they are."""
+    """Keep the teacher's weights in host memory between its forward passes; no effect on a CPU."""
     longer_sequences: bool = False
-    """Let data.sequence_length exceed the length that the teacher was trained on."""
+    """Allow data.sequence_length to exceed the length that the teacher was trained on."""
     precision: Precision | None = None
-    """The teacher's own arithmetic, in place of the section precision; null means that section."""
+    """Precision of the teacher; null: the section precision."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is read."""
+    """Tokenizer and datasets."""
 
     __pydantic_config__ = STRICT
 
     tokenizer: str
-    """A SentencePiece model file or a Hugging Face tokenizer folder."""
+    """Path of a SentencePiece model file or of a Hugging Face tokenizer folder."""
     train: tuple[str, ...] = ()
-    """Prefixes of Megatron indexed datasets (PREFIX.bin and PREFIX.idx) to train on; in finetune jsonl files of
+    """Training data: prefixes of Megatron indexed datasets (PREFIX.bin and PREFIX.idx); in finetune, .jsonl files of
     conversations."""
     train_weights: tuple[PositiveFloat, ...] | None = None
-    """Share of the samples from each entry of data.train; null means in proportion to their tokens."""
+    """Sampling weight of each entry of data.train; null: proportional to their token counts. Not allowed in
+    finetune."""
     valid: tuple[str, ...] = ()
-    """Prefixes of the held-out datasets, or held-out jsonl files of conversations."""
+    """Held-out data: dataset prefixes or .jsonl files, as in data.train."""
     sequence_length: Positive = 1024
-    """Tokens in one sample."""
+    """Tokens per sample."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long and in what portions."""
+    """Training length, batch sizes, evaluation and stop conditions."""
 
     __pydantic_config__ = STRICT
 
     steps: Positive | None = None
-    """Optimizer steps in the whole run; required where something is trained, but for finetune, whose epochs decide."""
+    """Optimizer steps of the whole run; required in adapt and distill. null in finetune: finetune.epochs determines the
+    number."""
     global_batch: Positive | None = None
-    """Sequences in one optimizer step over all ranks; null means micro_batch times the data-parallel size."""
+    """Sequences per optimizer step, over all ranks; null: micro_batch times the student's data-parallel size."""
     micro_batch: Positive = 1
-    """Sequences in one forward pass of one rank."""
+    """Sequences per forward pass of one model replica."""
     eval_every: NonNegative = 0
-    """Steps between evaluations on data.valid; 0 means only after the last step."""
+    """Steps between evaluations on data.valid; 0: evaluate after the last step only."""
     eval_batches: Positive | None = None
-    """Global batches in one evaluation; null means the whole held-out set."""
+    """Global batches per evaluation; null: all of data.valid."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Dropout rate of attention and residual branches."""
+    """Dropout probability of attention and residual branches."""
     max_grad_norm: PositiveFloat | None = None
-    """A batch whose gradient norm, before clipping, is above this is a bad one, as is one that is not finite."""
+    """A batch is bad if its gradient norm before clipping exceeds this value, or if its loss or gradient norm is not
+    finite; null: the latter condition only."""
     max_skipped: NonNegative = 0
-    """Bad batches that a run may leave out over all its starts, learning nothing from them; the next one stops it."""
+    """Number of bad batches that a run may skip without an update, counted over all restarts; the next bad batch stops
+    the run."""
     log_every: Positive = 1
-    """Steps between lines on the console; metrics.jsonl holds every step."""
+    """Steps between console lines; metrics.jsonl records every step."""
     exit_after_minutes: PositiveFloat | None = None
-    """Minutes after its start at which a run saves and ends as after a signal; null means that only signals do that."""
+    """Wall-clock minutes after which the run saves a checkpoint and exits, as after SIGTERM; null: no time limit."""
 
 
 @dataclass(frozen=True)
@@ -258,15 +274,15 @@ class OptimizerConfig:
     lr: PositiveFloat = 3.0e-4
     """Peak learning rate."""
     min_lr: NonNegativeFloat = 0.0
-    """Learning rate that the schedule comes to after the last update."""
+    """Learning rate that the decay reaches after the last update; must not exceed lr."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls from lr, at the first update after the warm-up, to min_lr."""
+    """Shape of the decay from lr, at the first update after warm-up, to min_lr; constant: no decay."""
     warmup_fraction: Fraction = 0.01
-    """Share of train.steps, rounded up, during which the learning rate rises linearly from 0."""
+    """Fraction of train.steps, rounded up, in which the learning rate rises linearly from 0 to lr."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay; norms and biases are exempt."""
     clip_norm: NonNegativeFloat = 1.0
-    """Largest global gradient norm; 0 means no clipping."""
+    """Gradients are clipped to this global norm; 0: no clipping."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     """Adam's decay rates of the first and second moment."""
     epsilon: PositiveFloat = 1.0e-8
@@ -275,73 +291,75 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class LayerPair:
-    """A student layer whose output, the residual stream behind it, is to resemble that of a teacher layer."""
+    """A student layer and a teacher layer whose outputs (the residual stream after the layer) are matched."""
 
     __pydantic_config__ = STRICT
 
     student_layer: Positive
-    """Which of the student's transformer layers, counted from 1."""
+    """Student transformer layer, counted from 1."""
     teacher_layer: Positive
-    """Which of the teacher's."""
+    """Teacher transformer layer, counted from 1."""
     kind: MatchingName = "mse"
-    """mse: the squared difference, mean over the width; cosine: 1 minus the cosine of the angle between them."""
+    """mse: squared difference, averaged over the width; cosine: 1 minus the cosine similarity."""
     weight: PositiveFloat = 1.0
     """Weight of this pair in the loss."""
 
     @property
     def name(self) -> str:
-        """What a checkpoint calls the pair's projection."""
+        """Name of the pair's projection in a checkpoint."""
         return f"{self.student_layer}_{self.teacher_layer}_{self.kind}"
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What the student minimises: divergence_weight * divergence + cross_entropy_weight * cross-entropy + matching."""
+    """Training objective: divergence_weight * divergence + cross_entropy_weight * cross-entropy + sum of weighted
+    matching losses."""
 
     __pydantic_config__ = STRICT
 
     divergence: DivergenceName = "forward_kl"
-    """Distance from the teacher's next-token distribution to the student's."""
+    """Divergence between the next-token distributions of teacher and student."""
     temperature: PositiveFloat = 1.0
-    """Divides both models' logits inside the divergence, which is then multiplied by temperature squared."""
+    """Both models' logits are divided by the temperature in the divergence, which is then multiplied by
+    temperature^2."""
     divergence_weight: NonNegativeFloat = 0.5
     """Weight of the divergence."""
     cross_entropy_weight: NonNegativeFloat = 0.5
     """Weight of the cross-entropy with the true next token."""
     skew_alpha: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of the other distribution mixed in by the skew divergences."""
+    """Fraction of the other distribution that is mixed in by the skew divergences."""
     jsd_beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Weight of the teacher in the mixture of the generalised Jensen-Shannon divergence."""
+    """Weight of the teacher in the mixture of the generalised Jensen-Shannon divergence (jsd)."""
     matching: tuple[LayerPair, ...] = ()
-    """A list of layer pairs whose hidden states are matched, through a learned linear map where the widths differ."""
+    """Layer pairs whose hidden states are matched, with a learned linear projection if the hidden sizes differ."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What is kept."""
+    """When checkpoints are saved, and how many are kept."""
 
     __pydantic_config__ = STRICT
 
     every: NonNegative = 0
-    """Steps between checkpoints; 0 means only after the last step."""
+    """Steps between checkpoints; 0: save after the last step only."""
     keep: Positive = 2
-    """Number of newest checkpoints that stay on disk."""
+    """Number of newest checkpoints to keep."""
     async_save: bool = False
-    """Whether training goes on while a checkpoint is written, from a copy of the state in host memory."""
+    """Continue training while a checkpoint is written from a copy of the state in host memory."""
 
 
 @dataclass(frozen=True)
 class RuntimeConfig:
-    """The ground a run stands on."""
+    """Timeouts and monitoring."""
 
     __pydantic_config__ = STRICT
 
     timeout_seconds: Positive = 600
-    """How long a collective may wait for the other ranks before the job stops."""
+    """Seconds that a collective may wait for other ranks before the job stops."""
     peak_tflops: PositiveFloat | None = None
-    """What one GPU can do at best; given, the console shows the share of it that a run reaches."""
+    """Peak TFLOP/s of one GPU, used to report model FLOPs utilisation (MFU); null: not reported."""
     tensorboard: bool = True
-    """Whether to write TensorBoard events below run_dir/tensorboard."""
+    """Whether to write TensorBoard events to run_dir/tensorboard."""
 
 
 @dataclass(frozen=True)
@@ -351,30 +369,30 @@ class Config:
     __pydantic_config__ = STRICT
 
     run_dir: str
-    """Directory of this run: resolved.yaml, metrics.jsonl, tensorboard/, checkpoints/, latest."""
+    """Run directory: resolved.yaml, metrics.jsonl, tensorboard/, checkpoints/, latest; runs resume from it."""
     student: StudentConfig
-    """The model that is trained, measured or made; prune may do without the section."""
+    """The model that is trained, measured or created; prune does not require the section."""
     data: DataConfig
-    """What is read."""
+    """Tokenizer and datasets."""
     seed: Seed = 1234
-    """Decides initial weights, data order and dropout."""
+    """Seed of initial weights, data order and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes cuda where a GPU is visible, else cpu."""
+    """auto: cuda if a GPU is visible, otherwise cpu."""
     teacher: TeacherConfig | None = None
-    """The model that the student learns from (distill, and finetune where given) or is cut out of (prune)."""
+    """The model that the student is distilled from (distill; optional in finetune) or pruned from (prune)."""
     prune: PruneConfig | None = None
-    """What of the teacher stays; prune needs it."""
+    """Size of the student to prune; required by prune."""
     finetune: FinetuneConfig | None = None
-    """How conversations are read and learned; with it evaluate reads conversations, too."""
+    """Conversation training. In evaluate: if the section is present, data.valid names conversations."""
     train: TrainConfig = field(default_factory=TrainConfig)
-    """How long and in what portions."""
+    """Training length, batch sizes, evaluation and stop conditions."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and its learning-rate schedule."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    """What the student minimises."""
+    """Training objective."""
     precision: Precision = field(default_factory=Precision)
-    """Arithmetic of student and teacher, where they have no section of their own."""
+    """Precision of student and teacher, unless their sections have their own."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """What is kept."""
+    """When checkpoints are saved, and how many are kept."""
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
-    """The ground a run stands on."""
+    """Timeouts and monitoring."""

@@ -1,4 +1,4 @@
-"""Bounds that concern one key alone, as types of fields, and the setting that all sections share."""
+"""Bounded types of single keys, and the pydantic settings of all sections."""
 
 from typing import Annotated
 

@@ -1,7 +1,7 @@
-"""What the user said: YAML and command-line overrides as nested dicts, with the place of every key.
+"""User input as nested dicts: the YAML file and command-line overrides, with the source location of every key.
 
-Scalars follow YAML 1.2: `3e-4` is a number, `no` is a word, `010` is ten. Whole floats come out as integers,
-so that `1e6` may stand where an integer is wanted.
+Scalars follow YAML 1.2: `3e-4` is a number, `no` is a string, `010` is ten. Whole floats become integers, so `1e6` is
+valid for an integer key.
 """
 
 import re
@@ -27,13 +27,13 @@ class Loader(yaml.SafeLoader):
 
 
 class Dumper(yaml.SafeDumper):
-    """Quotes every string that `Loader`, or a YAML 1.1 reader, would take for something else."""
+    """Quotes every string that `Loader` or a YAML 1.1 reader would parse as another type."""
 
 
 for _tag, _pattern, _first in (
     (_NULL, r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     (_BOOL, r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    (_INT, r"[-+]?[0-9](_?[0-9]){0,19}", list("-+0123456789")),  # 64 bits; what is longer is a float
+    (_INT, r"[-+]?[0-9](_?[0-9]){0,19}", list("-+0123456789")),  # 64 bits; longer numbers become floats
     (_FLOAT, r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
     ("tag:yaml.org,2002:merge", r"<<", ["<"]),
 ):
@@ -43,52 +43,52 @@ for _tag, _pattern, _first in (
 
 @dataclass(frozen=True, order=True)
 class SourceLocation:
-    """A place in the file or on the command line; sorts by line, the command line last."""
+    """A location in the file or on the command line; sorts by line, the command line last."""
 
     line: int
     text: str
-    """How messages name it: `distill.yaml:7` or `--student.layout.tensor`."""
+    """The location in messages: `distill.yaml:7` or `--student.layout.tensor`."""
 
 
 @dataclass
 class ConfigTree:
-    """A configuration as it was said, not yet validated."""
+    """A configuration as the user wrote it, not yet validated."""
 
     path: str
     values: dict[str, Any] = field(default_factory=dict)
     marks: dict[str, SourceLocation] = field(default_factory=dict)
-    """Where each dotted key, sections included, was said last."""
+    """Location at which each dotted key or section was set last."""
     problems: list[tuple[SourceLocation, str]] = field(default_factory=list)
-    """What could not be read, and where."""
+    """Errors found while reading, with their locations."""
 
     def mark(self, key: str) -> SourceLocation:
-        """Where `key` was said, or the nearest section around it that was; else the file itself."""
+        """Location of `key` or of its nearest enclosing section; otherwise the file."""
         while key and key not in self.marks:
             key = key.rpartition(".")[0]
         return self.marks.get(key, SourceLocation(0, self.path))
 
     def get(self, key: str) -> Any:
-        """The value of a dotted key; None where it was not said."""
+        """Value of a dotted key; None if it is not set."""
         value: Any = self.values
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         return value
 
     def report(self, mark: SourceLocation, key: str, problem: str) -> None:
-        """Adds a problem with a dotted key, or "" for none; what would break the line is escaped."""
+        """Adds a problem with a dotted key (or "" for none); unprintable characters are escaped."""
         text = f"{location(mark.text, key)}: {problem}"
         self.problems.append((mark, "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)))
 
 
 def read_file(path: str) -> ConfigTree:
-    """Reads one YAML file; all that is wrong with it is in the tree's `problems`."""
+    """Reads one YAML file; errors are added to the tree's `problems`."""
     tree, start = ConfigTree(path), SourceLocation(0, path)
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        tree.report(start, "", f"cannot read the configuration: {reason}; give --config a YAML file")
+        tree.report(start, "", f"cannot read the configuration: {reason}; pass a YAML file to --config")
         return tree
     reader = _Reader(tree, lambda line: SourceLocation(line, f"{path}:{line}"))
     node = reader.compose(text)
@@ -100,17 +100,18 @@ def read_file(path: str) -> ConfigTree:
 
 
 def override(tree: ConfigTree, words: str, number: int) -> None:
-    """Applies one `--section.key=value`; the value is YAML, missing sections are created, a later one wins.
+    """Applies one `--section.key=value`: the value is YAML, missing sections are created, later overrides take
+    precedence.
 
     Args:
-        tree: changed in place.
-        words: the override as it stood on the command line.
-        number: its position among the overrides.
+        tree: modified in place.
+        words: the override as written on the command line.
+        number: its index among the overrides.
     """
     name, equals, text = words.partition("=")
     key, mark = name.removeprefix("--"), SourceLocation(_AFTER_THE_FILE + number, name)
     if not equals:
-        tree.report(mark, "", f"no value given; write {name}=VALUE")
+        tree.report(mark, "", f"no value given; use {name}=VALUE")
         return
     reader = _Reader(tree, lambda line: mark)
     node = reader.compose(text)
@@ -134,7 +135,7 @@ def override(tree: ConfigTree, words: str, number: int) -> None:
 
 
 class _Reader:
-    """Turns YAML nodes into plain values and records in a tree where each key stood."""
+    """Converts YAML nodes to plain values and records the location of each key in a tree."""
 
     def __init__(self, tree: ConfigTree, mark: Callable[[int], SourceLocation]) -> None:
         self.tree = tree
@@ -142,13 +143,13 @@ class _Reader:
         self.flattened: set[yaml.MappingNode] = set()
 
     def compose(self, text: str) -> yaml.Node | None:
-        """The root node; None for an empty text, or after reporting why there is none."""
+        """The root node; None for an empty text or after a syntax error, which is reported."""
         try:
             self.loader = Loader(text)
             return self.loader.get_single_node()
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
-            problem = f"not YAML: {error.problem}; mend the syntax here or just above"
+            problem = f"not YAML: {error.problem}; fix the syntax on this line or the one above"
         except yaml.reader.ReaderError as error:
             line = text.count("\n", 0, error.position) + 1
             problem = f"not YAML: the character {chr(error.character)!a} is not allowed; remove it"
@@ -156,7 +157,7 @@ class _Reader:
         return None
 
     def mapping(self, node: yaml.MappingNode, section: str, around: tuple[yaml.Node, ...]) -> dict[str, Any]:
-        """A mapping with its keys as plain words; a key said twice is a problem, `<<` merges an anchor."""
+        """A mapping with plain string keys; duplicate keys are reported, `<<` merges an anchor."""
         if node not in self.flattened:
             self._flatten(node, section)
         values = {}
@@ -168,16 +169,16 @@ class _Reader:
         return values
 
     def _flatten(self, node: yaml.MappingNode, section: str) -> None:
-        """Reports wrong keys of a mapping and merges its `<<`; once a node, however often it is aliased."""
+        """Reports invalid keys of a mapping and merges its `<<`; once per node, however often it is aliased."""
         self.flattened.add(node)
         first: dict[str, SourceLocation] = {}
         for name, _ in node.value:
             mark = self._mark(name)
             if not isinstance(name, yaml.ScalarNode):
-                self.tree.report(mark, section, "a key must be one word")
+                self.tree.report(mark, section, "a key must be a scalar")
             elif name.value in first:
                 key, before = join(section, name.value), first[name.value].text
-                self.tree.report(mark, key, f"said twice, first at {before}; keep one of them")
+                self.tree.report(mark, key, f"duplicate key, first set at {before}; keep one of them")
             else:
                 first[name.value] = mark
         try:
@@ -191,15 +192,15 @@ class _Reader:
         Args:
             node: from this reader's `compose`.
             key: its dotted name.
-            around: the nodes it lies in; an anchor that holds itself is a problem.
+            around: its enclosing nodes; an anchor that contains itself is reported.
         """
         if any(node is outer for outer in around):
-            self.tree.report(self._mark(node), key, "the anchor holds itself")
+            self.tree.report(self._mark(node), key, "the anchor contains itself")
             return None
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node, key)
         if node.tag != (_MAPPING if isinstance(node, yaml.MappingNode) else _LIST):
-            self.tree.report(self._mark(node), key, f"the tag {node.tag} is not read; remove it")
+            self.tree.report(self._mark(node), key, f"the tag {node.tag} is not supported; remove it")
         if isinstance(node, yaml.MappingNode):
             return self.mapping(node, key, around)
         return [self.value(item, join(key, str(i)), (*around, node)) for i, item in enumerate(node.value)]
@@ -208,7 +209,7 @@ class _Reader:
         plain = node.style is None
         tag = self.loader.resolve(yaml.ScalarNode, node.value, (plain, not plain))
         if node.tag != tag:
-            self.tree.report(self._mark(node), key, f"the tag {node.tag} is not read; quote it instead")
+            self.tree.report(self._mark(node), key, f"the tag {node.tag} is not supported; quote the value instead")
             return node.value
         if tag == _NULL:
             return None

@@ -1,1 +1,1 @@
-"""Ranks: how they start, find each other, form groups, and notice that one is gone."""
+"""Ranks: launch environment, rendezvous, process groups, collectives, failure detection."""

@@ -1,4 +1,4 @@
-"""Python objects and errors between ranks: a `UserError` of one rank is raised on all of them."""
+"""Collectives of Python objects: a `UserError` on one rank is raised on all ranks."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Result = TypeVar("Result")
 
 
 def run_on_rank0(work: Callable[[], Result], group: dist.ProcessGroup | None = None) -> Result:
-    """Runs `work` on rank 0 while the others wait, and gives its answer to all of them. Collective.
+    """Runs `work` on rank 0 and broadcasts its result to all ranks. Collective.
 
     Args:
-        work: returns something that can be pickled. A `UserError` it raises is raised on every rank.
-        group: of all ranks, where the default one is busy with something else.
+        work: returns a picklable object. If it raises a `UserError`, every rank raises it.
+        group: group of all ranks, if the default group is in use.
     """
     import torch.distributed as dist
 
@@ -33,13 +33,13 @@ def run_on_rank0(work: Callable[[], Result], group: dist.ProcessGroup | None = N
 
 
 def gather_from_ranks(work: Callable[[], Result], group: dist.ProcessGroup | None = None) -> list[Result]:
-    """Does each rank's own work and gives all answers to all ranks. Collective.
+    """Runs `work` on every rank and gathers all results on all ranks. Collective.
 
-    What fails on one rank fails on all, before they wait for each other: the first `UserError` is raised on every rank.
+    If `work` raises a `UserError` on any rank, every rank raises the first one.
 
     Args:
-        work: returns something that can be pickled.
-        group: of all ranks, where the default one is busy with something else.
+        work: returns a picklable object.
+        group: group of all ranks, if the default group is in use.
     """
     import torch.distributed as dist
 
@@ -52,9 +52,10 @@ def gather_from_ranks(work: Callable[[], Result], group: dist.ProcessGroup | Non
 
 
 def run_on_all_ranks(work: Callable[[], Result]) -> Result:
-    """Does the same work on every rank, and gives each its own answer. Collective.
+    """Runs `work` on every rank; each rank gets its own result. Collective.
 
-    What fails on one rank, whose disk is not that of the others, fails on all: as `on_every_rank`.
+    If `work` raises a `UserError` on any rank, for example because of its local disk, every rank raises it, as in
+    `gather_from_ranks`.
     """
     answers: list[Result] = []
     gather_from_ranks(lambda: answers.append(work()))
@@ -66,17 +67,17 @@ def _catch_user_error(work: Callable[[], Result]) -> tuple[UserError | None, Res
         return None, work()
     except UserError as error:
         return error, None
-    except OSError as error:  # a full or broken disk: the others must not wait for an answer
+    except OSError as error:  # a full or broken disk: other ranks must not wait for a result
         name, what = error.filename or "file system", error.strerror or error
-        return UserError(f"{name}: {what}; free space or mend it, then start again"), None
+        return UserError(f"{name}: {what}; free space or repair the disk, then start again"), None
 
 
 def all_reduce_max(number: int, device: torch.device) -> int:
-    """The largest of a number over the ranks of the default process group. Collective.
+    """Maximum of a number over the ranks of the default process group. Collective.
 
     Args:
-        number: this rank's.
-        device: where the group's tensors live.
+        number: this rank's number.
+        device: device of the group's tensors.
     """
     import torch
     import torch.distributed as dist

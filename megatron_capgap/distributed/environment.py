@@ -1,6 +1,6 @@
-"""Rank, world size and rendezvous of this process, as torchrun, SLURM or mpirun describe them in the environment.
+"""Launch environment: rank, world size and rendezvous address, as set by torchrun, SLURM or mpirun.
 
-Nothing here imports torch, so that `--help` and `--check` answer at once.
+Imports no torch, so that `--help` and `--check` start fast.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from typing import NamedTuple
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.distributed import slurm
 
-# srun numbers real steps from 0; the batch script itself and a bare salloc shell carry huge or no step ids.
+# srun numbers steps from 0; the batch script itself and an salloc shell have huge step ids or none.
 _LARGEST_STEP_ID = 1 << 30
-# Below the ports that Linux hands out by itself, which begin at 32768.
+# Below Linux's ephemeral ports, which start at 32768.
 _FIRST_PORT, _PORTS = 20000, 12000
 
 
 class _Mpi(NamedTuple):
-    """How an mpirun calls what it tells its ranks."""
+    """Names of the variables that an mpirun sets for its ranks."""
 
     rank: str
     world: str
@@ -32,10 +32,10 @@ class _Mpi(NamedTuple):
 _MPI = (
     _Mpi("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     _Mpi("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
-    _Mpi("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH's and Intel's; SLURM's too, for MPI
+    _Mpi("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH, Intel MPI and SLURM with MPI
 )
 OF_LAUNCHERS = ("TORCHELASTIC_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "PMI_")
-"""Beginnings of variables that torchrun and mpirun set, and that tell of no other process than theirs."""
+"""Prefixes of variables that torchrun and mpirun set for their own ranks only."""
 _MPI_JOB = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID", "SLURM_JOB_ID")
 
 
@@ -50,26 +50,26 @@ class Environment:
     master_addr: str
     master_port: int
     launcher: str
-    """torchrun (or whoever else sets RANK and WORLD_SIZE), slurm, mpirun or alone."""
+    """torchrun (or any launcher that sets RANK and WORLD_SIZE), slurm, mpirun or alone."""
     joins_store: bool = False
-    """Whether the launcher keeps the job's store itself, at the master's address, and every rank is a client."""
+    """Whether the launcher hosts the job's store at the master address, with every rank as a client."""
 
 
 def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
-    """Reads rank and world size from what the launcher exported; a variable that is empty is none.
+    """Reads rank and world size from the launcher's variables; an empty variable counts as unset.
 
     Args:
         variables: the environment; `os.environ` by default.
 
     Raises:
-        UserError: the launcher's variables contradict each other or one is missing.
+        UserError: the launcher's variables are inconsistent, or one is missing.
     """
     given = os.environ if variables is None else variables
     env = {name: value for name, value in given.items() if value.strip()}
     mpi = next((names for names in _MPI if names.rank in env or names.world in env), None)
     if mpi == _MPI[-1] and _check_consistent(env, mpi.rank, mpi.world, "SLURM_PROCID", "SLURM_NTASKS"):
         mpi = None
-    # torchrun's own ranks: what SLURM and mpirun say is about its agents. It always sets both.
+    # A rank of torchrun: variables of SLURM and mpirun describe its agent. torchrun always sets both.
     if "TORCHELASTIC_RUN_ID" in env and "TORCHELASTIC_USE_AGENT_STORE" in env:
         if mpi:
             _check_agents(env, mpi)
@@ -78,7 +78,7 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
         return _from_mpirun(env, mpi)
     in_step = 0 <= _number(env, "SLURM_STEP_ID", _LARGEST_STEP_ID) < _LARGEST_STEP_ID and "SLURM_PROCID" in env
     if in_step and "RANK" not in env and env.get("WORLD_SIZE") == env.get("SLURM_NTASKS"):
-        return _from_slurm(env)  # a batch script that exports WORLD_SIZE and leaves RANK to each task
+        return _from_slurm(env)  # a batch script that exports WORLD_SIZE but not RANK
     if "RANK" in env or "WORLD_SIZE" in env:
         if in_step:
             _check_against_slurm(env)
@@ -104,7 +104,7 @@ def _number(env: Mapping[str, str], key: str, default: int | None = None) -> int
     if not value.isdecimal() or len(value) > slurm.DIGITS:
         raise UserError(
             f"environment variable {key} is {value[:40]!r}, not a number; unset it, or start the ranks with torchrun "
-            "or srun, which set what is needed"
+            "or srun, which set it"
         )
     return int(value)
 
@@ -138,8 +138,8 @@ def _from_torchrun(env: Mapping[str, str]) -> Environment:
 
 
 def _check_against_slurm(env: Mapping[str, str]) -> None:
-    """RANK and WORLD_SIZE inside of a step: each task may have set its own, or a launcher of each task's the ranks that
-    it has started; what a batch script exported for all tasks would give them one rank."""
+    """Checks RANK and WORLD_SIZE within a SLURM step. Valid: set by each task to its own task number, or by a launcher
+    in each task for its ranks. Values exported by a batch script would give all tasks the same rank."""
     rank, world = _rank_and_world(env, "RANK", "WORLD_SIZE")
     task, tasks = _rank_and_world(env, "SLURM_PROCID", "SLURM_NTASKS")
     each = _number(env, "LOCAL_WORLD_SIZE", 1) or 1
@@ -148,13 +148,13 @@ def _check_against_slurm(env: Mapping[str, str]) -> None:
     if not (own or launched):
         raise UserError(
             f"environment variables RANK is {rank} and WORLD_SIZE is {world}, but srun says task {task} of {tasks}; "
-            "unset RANK and WORLD_SIZE before srun, which sets what is needed"
+            "unset RANK and WORLD_SIZE before srun"
         )
 
 
 def _check_agents(env: Mapping[str, str], names: _Mpi) -> None:
-    """torchrun's variables below mpirun: it started one agent for each of its ranks, or they are an earlier
-    torchrun's, which would give all of mpirun's ranks one number."""
+    """Checks torchrun's variables below mpirun. Valid: mpirun started one torchrun agent per process. Variables left by
+    an earlier torchrun would give all processes the same rank."""
     rank, world = _rank_and_world(env, "RANK", "WORLD_SIZE")
     process, processes = _rank_and_world(env, names.rank, names.world)
     if world != processes * _number(env, "LOCAL_WORLD_SIZE", 1):
@@ -177,10 +177,10 @@ def _from_mpirun(env: Mapping[str, str], names: _Mpi) -> Environment:
     address = env.get("MASTER_ADDR")
     if address is None and local_world < world:
         raise UserError(
-            f"environment variable MASTER_ADDR is not set, and mpirun started {world} ranks on several hosts; give the "
-            "first one, as in mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500"
+            f"environment variable MASTER_ADDR is not set, and mpirun started {world} ranks on several hosts; set it "
+            "to the host of rank 0, as in mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500"
         )
-    # One port for all ranks of this job, and most likely another one for a second job on this host.
+    # The same port for all ranks of this job, and most likely a different one for another job on this host.
     job = next((env[name] for name in _MPI_JOB if name in env), "")
     port = _FIRST_PORT + zlib.crc32(job.encode()) % _PORTS
     return Environment(
@@ -198,7 +198,7 @@ def _from_slurm(env: Mapping[str, str]) -> Environment:
     rank, world = _rank_and_world(env, "SLURM_PROCID", "SLURM_NTASKS")
     local_world = slurm.tasks_of_a_node(env) or world
     nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", ""))
-    # Every task derives the same port from the job and step, so that two jobs on one node do not meet.
+    # All tasks derive the same port from job and step; two jobs on one node get different ports.
     port = _FIRST_PORT + (_number(env, "SLURM_JOB_ID") * 7 + _number(env, "SLURM_STEP_ID")) % _PORTS
     return Environment(
         rank,

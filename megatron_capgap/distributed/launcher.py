@@ -1,4 +1,4 @@
-"""The default process group: opened, closed, aborted; and how a batch script learns how a start of a run ended."""
+"""Default process group: init, destroy, abort; and the outcome file that a batch script reads."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 
 def write_outcome(word: str) -> None:
-    """Tells the script around the ranks how this start of the run ended: a word in the file that CAPGAP_OUTCOME names.
+    """Writes how this start of the run ended to the file named by CAPGAP_OUTCOME, for the calling script.
 
-    Exit codes cannot say it: torchrun answers 1 for all of them, and srun 143 where it has ended the ranks that were
-    a moment later. Nothing happens where the variable is not set.
+    Exit codes are not sufficient: torchrun returns 1 for all of them, and srun 143 if it has terminated the remaining
+    ranks. Does nothing if the variable is not set.
 
     Args:
-        word: `stopped` (before its end, saved, and the same command goes on) or `refused` (a mistake of the user's,
-            which another start would meet again).
+        word: `stopped` (saved before the end; the same command continues) or `refused` (a user error, which another
+            start would repeat).
     """
     path = os.environ.get("CAPGAP_OUTCOME")
     if path:
@@ -37,15 +37,15 @@ def write_outcome(word: str) -> None:
 
 
 def init_process_group(environment: Environment, device: Device, timeout_seconds: int) -> dist.Store:
-    """Opens the default process group; returns its store. Collective over all ranks.
+    """Creates the default process group and returns its store. Collective over all ranks.
 
     Args:
-        environment: what `read_environment` returned.
-        device: decides the backend (gloo or nccl).
-        timeout_seconds: how long a collective may wait before it raises.
+        environment: from `read_environment`.
+        device: determines the backend (gloo or nccl).
+        timeout_seconds: time-out of a collective, in seconds.
 
     Raises:
-        UserError: the launcher's address is none.
+        UserError: the launcher's address is invalid.
     """
     import torch.distributed as dist
 
@@ -67,7 +67,7 @@ def init_process_group(environment: Environment, device: Device, timeout_seconds
 
 
 def destroy_process_group() -> None:
-    """Closes the process groups; safe to call when there are none."""
+    """Destroys the process groups; does nothing if there are none."""
     if "torch" not in sys.modules:
         return
     import torch.distributed as dist
@@ -77,7 +77,7 @@ def destroy_process_group() -> None:
 
 
 def abort(error: Exception) -> NoReturn:
-    """Ends this process at once with an error's traceback, leaving its process groups as they are."""
+    """Ends this process at once with an error's traceback, without destroying its process groups."""
     sys.excepthook(type(error), error, error.__traceback__)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -86,10 +86,10 @@ def abort(error: Exception) -> NoReturn:
 
 @contextmanager
 def reserved_port() -> Iterator[int]:
-    """A port of this host for a job's store, from the kernel, held until the `with` block ends.
+    """Reserves a free port of this host for a job's store until the `with` block ends.
 
-    The holding socket is bound and does not listen: the kernel gives the port to nobody else, and torch's store, which
-    sets SO_REUSEADDR, may listen on it.
+    The reserving socket is bound but does not listen: the kernel gives the port to no other process, and torch's store,
+    which sets SO_REUSEADDR, can listen on it.
 
     Yields:
         The port number.

@@ -1,8 +1,8 @@
-"""A model's layout as process groups: who holds which shard. The only reader of Megatron's `parallel_state`.
+"""Parallel context: the process groups of a model's layout. The only module that reads Megatron's `parallel_state`.
 
-Megatron keeps the groups of one layout in module globals. Several layouts live side by side in one world because each
-`Grid` remembers its globals: `build` leaves the first one in force, `beside` makes further ones, and `Grid.active` puts
-one in force for a while.
+Megatron keeps the groups of one layout in module globals. Several layouts coexist in one world because each
+`ParallelContext` stores these globals: `build` activates the first layout, `build_additional` creates more, and
+`ParallelContext.activate` activates one temporarily.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from megatron_capgap.config.schema import Layout
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """One layout over the whole world, seen from this rank."""
+    """One layout over the whole world, as seen from this rank."""
 
     layout: Layout
     groups: ProcessGroupCollection
-    """Every process group that Megatron-Core's modules, schedules and optimizer ask for."""
+    """Process groups for Megatron-Core's modules, schedules and optimizer."""
     tp_rank: int
     pp_rank: int
     dp_rank: int
     dp_size: int
     state: Mapping[str, Any] = field(repr=False)
-    """What Megatron's module globals hold while this layout is in force."""
+    """Values of Megatron's module globals while this layout is active."""
 
     @contextmanager
     def activate(self) -> Iterator[None]:
-        """Puts this layout in force, and the one before again afterwards."""
+        """Activates this layout; restores the previous one at exit."""
         before = _state()
         vars(parallel_state).update(self.state)
         try:
@@ -56,14 +56,13 @@ class ParallelContext:
         return self.pp_rank == self.layout.pipeline - 1
 
     def all_reduce_over_dp_and_pp(self, values: torch.Tensor) -> torch.Tensor:
-        """Adds sums over tokens over the data-parallel ranks and the pipeline stages. Collective.
+        """Sums token statistics over data-parallel ranks and pipeline stages. Collective: 1 or 2 all-reduces.
 
         Args:
-            values: a vector of sums over this rank's tokens, 0 for what another stage counts; replicated over
-                tensor-parallel ranks.
+            values: sums over this rank's tokens, 0 for values of another stage; replicated over tensor-parallel ranks.
 
         Returns:
-            Their sums, replicated on all ranks.
+            The sums, replicated on all ranks.
         """
         total = values.clone()
         dist.all_reduce(total, group=self.groups.dp_cp)
@@ -73,14 +72,14 @@ class ParallelContext:
 
 
 def build(layout: Layout, seed: int, timeout_seconds: int = 600) -> ParallelContext:
-    """Makes the process groups of `layout` over the whole world and puts them in force; forgets all others. Collective.
+    """Creates the process groups of `layout` over the whole world and activates them; drops all others. Collective.
 
-    Virtual stages are not told to `parallel_state`: schedules and modules read them from the model's own config.
+    Virtual stages are not passed to `parallel_state`: schedules and modules read them from the model's config.
 
     Args:
-        layout: sizes; their product with the data-parallel size is the world size.
-        seed: decides dropout; every pipeline stage and data-parallel rank draws its own.
-        timeout_seconds: how long a collective may wait.
+        layout: parallel sizes; their product with the data-parallel size is the world size.
+        seed: seed of dropout; each pipeline stage and data-parallel rank derives its own.
+        timeout_seconds: time-out of a collective, in seconds.
     """
     destroy()
     parallel = _initialise(layout, timeout_seconds)
@@ -90,17 +89,17 @@ def build(layout: Layout, seed: int, timeout_seconds: int = 600) -> ParallelCont
 
 
 def build_additional(first: ParallelContext, layout: Layout, timeout_seconds: int = 600) -> ParallelContext:
-    """A further layout of the same world, for a model that draws no random numbers; `first` stays in force. Collective.
+    """Creates another layout of the same world, for a model without random numbers; `first` stays active. Collective.
 
     Args:
-        first: from `build`; where `layout` cuts the world alike, its process groups serve both.
-        layout: sizes; their product with the data-parallel size is the world size.
-        timeout_seconds: how long a collective may wait.
+        first: from `build`; its process groups are reused if `layout` has the same sizes.
+        layout: parallel sizes; their product with the data-parallel size is the world size.
+        timeout_seconds: time-out of a collective, in seconds.
     """
     if all(getattr(layout, name) == getattr(first.layout, name) for name in ("tensor", "pipeline", "context")):
         return replace(first, layout=layout)
     before, buffers = _state(), parallel_state._GLOBAL_MEMORY_BUFFER
-    # Megatron forgets other groups but destroys those over gloo, which `first` still saves its optimizer through.
+    # Megatron only drops references to groups, but destroys gloo groups, which `first` needs to save its optimizer.
     vars(parallel_state).update({name: None for name in before if name.endswith("_GLOO")})
     destroy()
     try:
@@ -111,7 +110,7 @@ def build_additional(first: ParallelContext, layout: Layout, timeout_seconds: in
 
 
 def destroy() -> None:
-    """Forgets every process group of the layout in force."""
+    """Drops the process groups of the active layout; Megatron destroys only those over gloo."""
     parallel_state.destroy_model_parallel()
 
 
@@ -135,6 +134,6 @@ def _initialise(layout: Layout, timeout_seconds: int) -> ParallelContext:
 
 
 def _state() -> dict[str, Any]:
-    """Megatron's globals, but for the buffers of all-gathers, which any layout may use while it is in force."""
+    """Megatron's module globals, except all-gather buffers, which the active layouts share."""
     found = {name: value for name, value in vars(parallel_state).items() if name[0] == "_" and name[1:2].isupper()}
     return {name: value for name, value in found.items() if "MEMORY_BUFFER" not in name}

@@ -1,4 +1,4 @@
-"""Whether the ranks can find each other: the name of the first one's host, and what answers at its port."""
+"""Rendezvous diagnostics: name resolution and reachability of the master address."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ if TYPE_CHECKING:
 
 _FIRST_MESSAGE_SECONDS = 20.0
 _CONNECT_SECONDS = 5.0
-_TRIES = 3  # where the name server gave no answer, which may pass
+_TRIES = 3  # if the name server does not respond, which may be temporary
 
 
 def _check_address(environment: Environment) -> None:
-    """Refuses an address that no rank can reach, before all of them wait for it.
+    """Refuses an invalid address before all ranks wait for it.
 
     Raises:
-        UserError: the port is none, or the name does not resolve.
+        UserError: the port is invalid, or the name cannot be resolved.
     """
     address, port = environment.master_addr, environment.master_port
     if not 0 < port < 1 << 16:
-        raise UserError(f"environment variable MASTER_PORT is {port}; a port of the first rank's host, 1 to 65535")
+        raise UserError(
+            f"environment variable MASTER_PORT is {port}; set it to a free port of rank 0's host, 1 to 65535"
+        )
     for left in reversed(range(_TRIES)):
         try:
             socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
@@ -39,26 +41,26 @@ def _check_address(environment: Environment) -> None:
                 continue
             raise UserError(
                 f"environment variable MASTER_ADDR is {address!r}, which this host ({socket.gethostname()}) cannot "
-                f"resolve ({in_one_line(getattr(error, 'strerror', None) or error)}); give the name or address of the "
-                "host on which rank 0 runs"
+                f"resolve ({in_one_line(getattr(error, 'strerror', None) or error)}); set it to the name or address "
+                "of rank 0's host"
             ) from None
 
 
 @contextmanager
 def report_rendezvous_problems(environment: Environment, limit_seconds: float) -> Iterator[None]:
-    """While the ranks wait for each other at the launcher's address, says where that is and what answers there: after
-    20 seconds, and then after twice as long each time.
+    """Prints the master address and whether it responds, while ranks wait for each other: after 20 seconds, then at
+    doubling intervals.
 
     Args:
         environment: this process.
-        limit_seconds: how long the wait lasts at most.
+        limit_seconds: maximum duration of the wait, in seconds.
 
     Raises:
-        UserError: no rank can reach that address.
+        UserError: the address is invalid.
     """
     _check_address(environment)
     done = threading.Event()
-    # One of each host, where the launcher says which; with RANK alone each process may be on a host of its own.
+    # One rank per host, if LOCAL_RANK is known; with RANK alone each process may be on its own host.
     speaks = environment.local_rank in (0, environment.rank)
 
     def tell() -> None:
@@ -69,7 +71,7 @@ def report_rendezvous_problems(environment: Environment, limit_seconds: float) -
             if not done.is_set():
                 sys.stderr.write(
                     f"capgap: warning: rank {environment.rank} on {socket.gethostname()}: {line}; waiting for "
-                    f"{waited:.0f} s, for {limit_seconds:.0f} s at most\n"
+                    f"{waited:.0f} s, time-out after {limit_seconds:.0f} s\n"
                 )
                 sys.stderr.flush()
 
@@ -83,16 +85,16 @@ def report_rendezvous_problems(environment: Environment, limit_seconds: float) -
 
 
 def _state(environment: Environment) -> str:
-    """What is to be seen of the first rank from here."""
+    """Whether the master address responds, as seen from this host."""
     place = f"{environment.master_addr} port {environment.master_port}"
     try:
         socket.create_connection((environment.master_addr, environment.master_port), _CONNECT_SECONDS).close()
     except OSError as error:
         return (
-            f"nothing answers at {place} yet ({in_one_line(error.strerror or error)}), where MASTER_ADDR and "
-            "MASTER_PORT say that rank 0 is; is it running, on that host, and lets a firewall this host through?"
+            f"no response at {place} yet ({in_one_line(error.strerror or error)}), the address of rank 0 "
+            "in MASTER_ADDR and MASTER_PORT; check that rank 0 runs on that host and no firewall blocks this host"
         )
     return (
-        f"{place} answers, but not all of the {environment.world} ranks that WORLD_SIZE says have come; are all "
-        "running, with the same MASTER_ADDR and MASTER_PORT?"
+        f"{place} responds, but some of the {environment.world} ranks (WORLD_SIZE) have not connected; check that "
+        "all are running with the same MASTER_ADDR and MASTER_PORT"
     )

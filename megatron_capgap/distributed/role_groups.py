@@ -1,7 +1,7 @@
-"""One job, two worlds: the student's ranks and the teacher's own, each with process groups as if it were alone.
+"""Process groups of a job with a disjoint teacher: student and teacher each have their own default group.
 
-Megatron-Core and its checkpoints take the default process group for the whole world. So a teacher with ranks of its own
-gets a default group of its own, and what passes between the two goes over a bridge outside of either.
+Megatron-Core and its checkpoints treat the default process group as the whole world, so each role gets its own.
+Communication between the roles uses separate groups over all ranks.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from megatron_capgap.distributed.watchdog import Watchdog
 
 Result = TypeVar("Result")
 
-# Whoever is ahead waits as long as the others work; a rank that is gone ends the wait at once, its connections close.
+# A role that is ahead waits while the other works; a dead rank ends the wait at once, because its connections close.
 _NO_TIMEOUT = timedelta(days=365)
 FAILED = 2**31 - 1
-"""What a world says that has given up; above every signal's number and every step's."""
+"""Value that a role reports after an error; larger than every signal and step number."""
 _POLL_INTERVAL = timedelta(seconds=1)
 _ERROR_KEY = "reason"
 
@@ -48,31 +48,31 @@ class _Backend(Protocol):
 
 @dataclass(frozen=True)
 class _WorkWithTimeout:
-    """Work that may take so long."""
+    """Asynchronous work with a time-out."""
 
     work: Any
     limit: timedelta
 
     def wait(self) -> None:
-        """Returns when it is done; raises after the limit."""
+        """Waits until the work is done; raises after the time-out."""
         self.work.wait(self.limit)
 
 
 @dataclass(frozen=True)
 class PendingMax:
-    """A number that all ranks agree on, on its way."""
+    """An asynchronous max-all-reduce over the ranks of both roles."""
 
     _work: Any
     _number: Tensor
     _watchdog: Watchdog
 
     def wait(self) -> int:
-        """The largest number that any rank has said, once all have; `FAILED` where a world has given up.
+        """Waits for all ranks and returns the maximum; `FAILED` if a role has reported an error.
 
         Raises:
-            RuntimeError: a rank is gone, or has noticed that another is.
+            RuntimeError: a rank has failed, or another rank has reported a failed rank.
         """
-        self._watchdog.set_waiting_for("the word of all ranks on the end of a step")
+        self._watchdog.set_waiting_for("the end-of-step all-reduce over all ranks")
         while not self._done():
             if self._watchdog.diagnosis:
                 raise RuntimeError(self._watchdog.diagnosis)
@@ -80,7 +80,7 @@ class PendingMax:
         return int(self._number)
 
     def _done(self) -> bool:
-        """Whether all ranks have said theirs; looks for a while."""
+        """Whether all ranks have contributed; waits for one polling interval."""
         try:
             self._work.wait(_POLL_INTERVAL)
         except RuntimeError:
@@ -91,16 +91,16 @@ class PendingMax:
 
 
 class RoleGroups:
-    """Opens the default process group of this rank's world, and the bridge between the two. Collective.
+    """Creates the default process group of this rank's role, and the groups between the roles. Collective.
 
     Args:
         environment: this process among all of the job.
-        device: decides the backends.
-        teachers: the ranks of the teacher's world, the last ones; the others are the student's.
-        timeout_seconds: how long a collective, or the student, may wait.
+        device: determines the backends.
+        teachers: the teacher's ranks, the last ones of the job; all others are the student's.
+        timeout_seconds: time-out of a collective, and of the student's wait for the teacher, in seconds.
 
     Raises:
-        UserError: the launcher's address is none.
+        UserError: the launcher's address is invalid.
     """
 
     def __init__(self, environment: Environment, device: Device, teachers: range, timeout_seconds: int) -> None:
@@ -110,9 +110,9 @@ class RoleGroups:
         url = f"tcp://{environment.master_addr}:{environment.master_port}"
         with report_rendezvous_problems(environment, timeout_seconds):
             self.store, _, _ = next(rendezvous(url, self.rank, world, timeout=self._limit))
-        """Of all ranks of the job."""
+        """Store of all ranks of the job."""
         self.watchdog = Watchdog(self.store, self.rank, world, timeout_seconds)
-        """Over all of them."""
+        """Watchdog over all ranks of the job."""
         self.store.set_timeout(self._limit)
         name, first, size = (
             ("teacher", teachers.start, len(teachers)) if self.is_teacher else ("student", 0, teachers[0])
@@ -135,9 +135,9 @@ class RoleGroups:
             self._states = dist.ProcessGroupNCCL(store, self.rank, world, options)  # type: ignore[assignment]
 
     def start_send_recv(self, sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> list[Any]:
-        """Begins to send to and receive from ranks of the other world, numbered as in the job; a `handoff.Transport`.
+        """Starts sends to and receives from ranks of the other role, by job rank; a `transfer.Transport`.
 
-        What is sent waits until it is taken; what is received must come within the time-out.
+        Sends wait without a time-out until they are received; receives have the time-out.
         """
         works = [_WorkWithTimeout(self._states.send([tensor], peer, 0), _NO_TIMEOUT) for tensor, peer in sends]
         return works + [
@@ -145,7 +145,7 @@ class RoleGroups:
         ]
 
     def start_all_reduce_max(self, number: int) -> PendingMax:
-        """Says a number >= 0 to all ranks of both worlds. Collective, but nobody waits for anybody here."""
+        """Starts a max-all-reduce of a number >= 0 over the ranks of both roles. Collective, does not block."""
         value = torch.tensor(number, dtype=torch.int32)
         options = dist.AllreduceOptions()
         options.reduceOp = dist.ReduceOp.MAX  # type: ignore[assignment]  # as torch's own calls; its stub has two types
@@ -153,16 +153,17 @@ class RoleGroups:
         return PendingMax(self._control.allreduce([value], options), value, self.watchdog)
 
     def abort_peers(self, error: UserError) -> None:
-        """Tells all ranks why this world stops, in place of its next `agree`. Collective over this world."""
+        """Reports an error of this role to all ranks, in place of its next `start_all_reduce_max`. Collective over this
+        role."""
         self.store.set(_ERROR_KEY, str(error))
-        with suppress(RuntimeError):  # an error of this rank alone: the others will notice that it is gone
+        with suppress(RuntimeError):  # an error of this rank only: other ranks detect its exit
             self.start_all_reduce_max(FAILED)._work.wait(self._limit)
 
     def barrier_with_errors(self, work: Callable[[], Result]) -> Result:
-        """Both worlds do a work each, and go on when both are done. Collective.
+        """Runs `work` in both roles and waits until both are done. Collective.
 
         Raises:
-            UserError: either's, on the ranks of both.
+            UserError: error of either role, on the ranks of both.
         """
         try:
             answer = work()
@@ -174,8 +175,8 @@ class RoleGroups:
         return answer
 
     def peer_error(self) -> UserError:
-        """Why the other world has given up."""
+        """The error that the other role has reported."""
         reason = ""
-        with suppress(RuntimeError):  # the store may have gone with the first rank
+        with suppress(RuntimeError):  # the store ends with rank 0
             reason = self.store.get(_ERROR_KEY).decode() if self.store.check([_ERROR_KEY]) else ""
-        return UserError(reason or "the ranks of the other model have given up")
+        return UserError(reason or "the ranks of the other model have failed")

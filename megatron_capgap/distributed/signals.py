@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 or the end of the time mean: save at the next step boundary and stop. All ranks agree on which."""
+"""Stop requests: SIGTERM, SIGUSR1 or the time limit save and stop the run at the next step boundary, on all ranks."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _Handler = Callable[[int, FrameType | None], Any] | int | None
 """What Python may answer for the handler of a signal."""
 WATCHED = (signal.SIGTERM, signal.SIGUSR1)
 _TIME_IS_UP = 1
-"""Stands for the end of the time where ranks agree on a number; smaller than the watched signals, and none of them."""
+"""Represents the time limit in the all-reduce; smaller than the watched signals' numbers."""
 
 
 class StopRequest:
-    """Remembers a signal; use as a context manager around the loop.
+    """Records a signal; a context manager around the training loop.
 
     Args:
-        device: where tensors of the default process group live.
-        largest: the largest of a number over all ranks, where those are more than the default group's. Collective.
-        deadline: of `time.monotonic`, when to stop without a signal; each rank has its own clock.
+        device: device of the default process group's tensors.
+        largest: maximum of a number over all ranks, if there are more than in the default group. Collective.
+        deadline: `time.monotonic` at which to stop without a signal; each rank has its own clock.
     """
 
     def __init__(
@@ -34,9 +34,9 @@ class StopRequest:
         self._deadline, self._device = deadline, device
         self._largest = largest or (lambda number: all_reduce_max(number, device))
         self.seen = 0
-        """The number of the last signal that this rank has received; 0 for none."""
+        """Number of the last signal that this rank received; 0: none."""
         self.reason: str | None = None
-        """What `agreed` or `heard` last answered."""
+        """Last result of `agreed` or `heard`."""
         self._previous: dict[int, _Handler] = {}
 
     def __enter__(self) -> StopRequest:
@@ -52,14 +52,14 @@ class StopRequest:
         self.seen = number
 
     def agreed(self) -> str | None:
-        """Why to stop: the signal that any rank has received, by name, or `train.exit_after_minutes`; else None.
+        """Reason to stop: name of a signal that any rank received, or `train.exit_after_minutes`; otherwise None.
 
         Collective: one all-reduce of one number.
         """
         return self._answer(self._largest(self._mine()))
 
     def heard(self) -> str | None:
-        """As `agreed`, between two steps: of the default process group alone, over which it is collective."""
+        """As `agreed`, between two steps: over the default process group only. Collective."""
         return self._answer(all_reduce_max(self._mine(), self._device))
 
     def _mine(self) -> int:

@@ -1,4 +1,4 @@
-"""What SLURM says of a step's nodes."""
+"""Nodes and tasks of a SLURM step."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from megatron_capgap.common.errors import UserError
 
 DIGITS = 18
-"""More than any count of a launcher's has."""
+"""Maximum number of digits of a count set by a launcher."""
 
 
 def tasks_of_a_node(env: Mapping[str, str]) -> int | None:
-    """Tasks on each node of the step; SLURM writes `4(x2)` for two nodes of four, `2,3` for two unequal ones.
+    """Tasks per node of the step; SLURM writes `4(x2)` for two nodes with four tasks each, `2,3` for unequal nodes.
 
     Raises:
-        UserError: they are unequal, or no number.
+        UserError: the counts differ between nodes, or are not numbers.
     """
     names = ("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE")
     name = next((name for name in names if name in env), None)
@@ -24,17 +24,17 @@ def tasks_of_a_node(env: Mapping[str, str]) -> int | None:
     tasks, _, repeated = env[name].partition("(")
     if not tasks.isdecimal() or len(tasks) > DIGITS or "," in repeated:
         raise UserError(
-            f"environment variable {name} is {env[name][:40]!r}: every node must run as many ranks as the others; "
-            "ask for them with --nodes and --ntasks-per-node instead of --ntasks"
+            f"environment variable {name} is {env[name][:40]!r}: every node must run the same number of ranks; "
+            "use --nodes and --ntasks-per-node instead of --ntasks"
         )
     return int(tasks)
 
 
 def first_host(nodes: str) -> str:
-    """The first host of a SLURM node list such as `gpu[07-09]`; SLURM itself knows best how to unfold it.
+    """First host of a SLURM node list such as `gpu[07-09]`, which scontrol expands.
 
     Raises:
-        UserError: it cannot.
+        UserError: scontrol fails.
     """
     if not nodes:
         return "127.0.0.1"
@@ -43,7 +43,5 @@ def first_host(nodes: str) -> str:
     try:
         listing = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(
-            f"SLURM_NODELIST {nodes!r}: scontrol could not unfold it ({error}); set MASTER_ADDR yourself"
-        ) from error
+        raise UserError(f"SLURM_NODELIST {nodes!r}: scontrol could not expand it ({error}); set MASTER_ADDR") from error
     return listing.stdout.split()[0]

@@ -1,4 +1,4 @@
-"""Whether torchrun's agent lives, whose store the ranks are to join."""
+"""Checks that torchrun's agent, whose store the ranks join, is alive."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK
 
 
 def drop_stale_agent_variables(environment: Environment) -> None:
-    """Looks whether the agent's store is there, which torchrun opens before it starts any rank; where this process is
-    no rank of torchrun's, hides from torch what an earlier torchrun left in the environment.
+    """Checks that the agent's store is reachable, which torchrun opens before it starts a rank. If this process is not
+    a rank of torchrun, hides from torch what an earlier torchrun left in the environment.
 
     Raises:
-        UserError: nothing listens where the store should be, or something that no agent above this process has to do
-            with.
+        UserError: nothing listens at the store's address, or the listener does not belong to an agent above this
+            process.
     """
     if not environment.joins_store:
-        os.environ.pop(_JOINS, None)  # with it torch would wait for an agent's store
+        os.environ.pop(_JOINS, None)  # otherwise torch would wait for an agent's store
         return
     address, port = environment.master_addr, environment.master_port
     for left in reversed(range(_TRIES)):
@@ -40,27 +40,27 @@ def drop_stale_agent_variables(environment: Environment) -> None:
                 time.sleep(_PAUSE_SECONDS)
                 continue
             raise UserError(
-                f"environment variable {_JOINS} is True, but no agent of torchrun's listens at {address} port {port} "
+                f"environment variable {_JOINS} is True, but no torchrun agent listens at {address} port {port} "
                 f"({in_one_line(getattr(error, 'strerror', None) or error)}); {_remedy()}"
             ) from None
     of_first_agent = os.environ.get("GROUP_RANK", str(environment.rank)) == "0"
     if of_first_agent and (parent := _no_agent(port)):
         raise UserError(
-            f"environment variable {_JOINS} is True, but the process that has started this one, {parent}, is no agent "
-            f"of torchrun's with the store at {address} port {port}, which may be another job's; {_remedy()}"
+            f"environment variable {_JOINS} is True, but the process that started this one, {parent}, is not the "
+            f"torchrun agent with the store at {address} port {port}, which may belong to another job; {_remedy()}"
         )
 
 
 def _remedy() -> str:
     names = sorted(name for name in os.environ if name.startswith("TORCHELASTIC_") or name in _OF_RANKS)
-    return f"start the ranks with torchrun, or unset what an earlier one left: {' '.join(names)}"
+    return f"start the ranks with torchrun, or unset the variables of an earlier one: {' '.join(names)}"
 
 
 def _no_agent(port: int) -> str | None:
-    """The process above this one that should be the agent and is none; None where that cannot be told.
+    """The ancestor process that should be the agent but is not; None if this cannot be determined.
 
-    The agent is the first whose own environment does not have the run's variables. That of the first ranks keeps the
-    store or is its client; programs that stand between it and a rank were started with the variables.
+    The agent is the nearest ancestor whose environment lacks the run's variables. The agent of the first ranks hosts
+    the store or is its client; programs between agent and rank were started with the variables.
     """
     try:
         for process in _above(Path("/proc/self")):
@@ -69,15 +69,15 @@ def _no_agent(port: int) -> str | None:
             variables = (process / "environ").read_bytes().split(b"\0")
             if f"{_RUN}={os.environ.get(_RUN)}".encode() not in variables:
                 return f"{(process / 'comm').read_text().strip()} ({process.name})"
-    except (OSError, ValueError, IndexError):  # it is another user's or has ended, or the system is another one
+    except (OSError, ValueError, IndexError):  # another user's process, an ended process, or another operating system
         pass
     return None
 
 
 def _above(process: Path) -> Iterator[Path]:
-    """The processes above one, the nearest first."""
+    """Ancestors of a process, nearest first."""
     while True:
-        # The name may hold anything, and stands in parentheses.
+        # The process name is in parentheses and may contain any character.
         parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
         if parent == "0":
             return
@@ -86,7 +86,7 @@ def _above(process: Path) -> Iterator[Path]:
 
 
 def _speaks_at(process: Path, port: int) -> bool:
-    """Whether a process listens at a port, or is connected with one of this number."""
+    """Whether a process listens on a port, or has a connection to or from it."""
     places = set()
     for table in ("tcp", "tcp6"):
         file = process / "net" / table

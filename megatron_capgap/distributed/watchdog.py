@@ -1,4 +1,4 @@
-"""Which rank do the others wait for? Each says every few seconds where it is; when one is lost, the others name it."""
+"""Heartbeat watchdog: reports which rank died or stalled when a collective fails."""
 
 from __future__ import annotations
 
@@ -19,53 +19,54 @@ import torch.distributed as dist
 from megatron_capgap.common.errors import in_one_line
 
 HEARTBEAT_SECONDS = 5.0
-"""Between two words of a rank, at most; a twentieth of the time-out where that is less. A rank that has waited in vain
-stays for ten of them at most: to ask twice, to listen in between, and on the first rank to be asked."""
+"""Maximum interval between heartbeats of a rank; a twentieth of the time-out if that is less. After a failed collective
+a rank stays for at most ten intervals: to read all heartbeats twice, to wait in between, and on rank 0 to serve the
+store."""
 SILENT_SECONDS = 60.0
-"""After so long without a word of a rank the first one says so, though all may still wait for it."""
+"""Rank 0 warns about a rank without a heartbeat for this long, even if no collective has failed yet."""
 _MAX_LISTED = 4
 _DIAGNOSIS_KEY = "lost"
-_LIBRARY_PATHS = ("/torch/", "/typing_extensions.py")  # the latter wraps what torch calls deprecated
+_LIBRARY_PATHS = ("/torch/", "/typing_extensions.py")  # the latter wraps deprecated functions of torch
 _TRANSPORT = re.compile("gloo|nccl|c10d|tcpstore|connection", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What a rank last said of itself."""
+    """Last heartbeat of a rank."""
 
     rank: int
     host: str
     count: int
-    """How often it has spoken."""
+    """Number of heartbeats so far."""
     activity: str
-    """What it was doing."""
+    """What the rank was doing."""
     waiting_for: str = ""
-    """What it waited for that no collective has in its name; empty for nothing."""
+    """What it waited for, if the collective's name does not show it; empty: nothing."""
 
     def __str__(self) -> str:
         where = f" on {self.host}" if self.host else ""
-        return f"rank {self.rank}{where}, last heard of in {self.activity}" if self.activity else f"rank {self.rank}"
+        return f"rank {self.rank}{where}, last heartbeat in {self.activity}" if self.activity else f"rank {self.rank}"
 
 
 class Watchdog:
-    """A thread that says where this rank is, over a connection to the job's store that nothing else uses.
+    """A thread that publishes this rank's heartbeat, over its own connection to the job's store.
 
     Args:
-        store: of all ranks of the job.
-        rank: of this one among them.
-        world: their number.
-        timeout_seconds: how long a collective waits; everything here is short beside it.
+        store: store of all ranks of the job.
+        rank: rank of this process in the job.
+        world: number of ranks of the job.
+        timeout_seconds: time-out of a collective, in seconds; all intervals here are short in comparison.
     """
 
     def __init__(self, store: dist.Store, rank: int, world: int, timeout_seconds: float) -> None:
         store = dist.PrefixStore("where", store)
-        # What blocks one connection, as waiting for a rank that begins late, does not block a clone.
+        # A clone has its own connection, which is not blocked by other waits on the store.
         self._store = store.clone() if hasattr(store, "clone") else store
         self._rank, self._world = rank, world
         self._beat = min(HEARTBEAT_SECONDS, timeout_seconds / 20)
         self._silent = min(SILENT_SECONDS, timeout_seconds / 2)
         self._count = 0
-        # Of the first rank that noticed: those that notice later may see nothing but their peers leave.
+        # Diagnosis of the first rank that noticed: later ranks may only see their peers exit.
         self._verdict: str | None = None
         self._end = threading.Event()
         self.activity = "start-up"
@@ -75,57 +76,58 @@ class Watchdog:
             threading.Thread(target=self._run, daemon=True, name="watch").start()
 
     def stop(self) -> None:
-        """Nothing is said any more."""
+        """Stops the heartbeat."""
         self._end.set()
 
     def set_waiting_for(self, what: str) -> None:
-        """Notes what this rank waits for from now on, where a collective's name does not say it; "" for nothing."""
+        """Sets what this rank waits for, if the collective's name does not show it; "" for nothing."""
         self._awaits = what
 
     @property
     def diagnosis(self) -> str | None:
-        """Which rank was lost, and what was waited for, in the words of the rank that noticed first; else None."""
+        """Which rank failed and what waited for it, as published by the first rank that noticed; None if no rank
+        did."""
         return self._verdict
 
     def report(self, error: BaseException) -> None:
-        """Says on stderr which rank was lost, where an error is that of waiting for one; takes a few seconds.
+        """Prints to stderr which rank failed, if `error` is that of a failed collective; takes a few seconds.
 
-        Ranks that are killed or stand still do not speak any more. Where all speak, the one that is elsewhere is named.
-        All ranks hear what the first one found: some may see nothing but that it leaves, some nothing at all.
+        Killed or stalled ranks have no heartbeat. If all ranks have one, ranks with a different activity are named. All
+        ranks receive the first diagnosis: some only see other ranks exit, some see nothing.
         """
         waited = self._awaits if isinstance(error, RuntimeError) and self._awaits else failed_collective(error)
         if self._world == 1 or not (waited or self._verdict):
             return
         if waited:
             self._report(waited, error)
-        if self._rank == 0:  # the store goes with this process: the others can still ask, and hear the verdict
+        if self._rank == 0:  # the store ends with this process: other ranks still need it to read the diagnosis
             self._end.wait(2.5 * self._beat)
 
     def _report(self, waited: str, error: BaseException) -> None:
         who = f"rank {self._rank} on {socket.gethostname()} waited in {waited} ({self.activity})"
         root = error.__cause__ or error
-        what = re.sub(r"^\[[^]]*\] *", "", in_one_line(root))[:120]  # without the line of a library's source
+        what = re.sub(r"^\[[^]]*\] *", "", in_one_line(root))[:120]  # without the library's source location
         verdict = self._verdict or self.diagnose()
-        if not self._verdict:  # whoever may still be waiting must end too, also where no rank is silent
+        if not self._verdict:  # ranks that still wait must exit too, even if all ranks are alive
             self._publish(verdict)
         _print(f"error: {who}: {what}; {verdict}")
 
     def diagnose(self) -> str:
-        """The ranks that do not speak any more, in words; looks for two and a half times as long as one is silent."""
+        """Ranks without a heartbeat, in words; observes heartbeats for two and a half intervals."""
         before = self._try_read_heartbeats()
         self._end.wait(2.5 * self._beat)
         after = self._try_read_heartbeats()
         if self._verdict:
             return self._verdict
         if before is None or after is None:
-            return "rank 0, in whose process the job's store lives, does not answer: it is gone or stands still"
+            return "rank 0, which hosts the job's store, does not respond: dead or stalled"
         silent = [new for old, new in zip(before, after, strict=True) if new.count == old.count]
         silent = [beat for beat in silent if beat.rank != self._rank]
         elsewhere = [beat for beat in after if beat.activity != self.activity]
         if silent:
-            verdict = f"{_listed(silent)}: gone or standing still"
+            verdict = f"{_listed(silent)}: dead or stalled"
         elif elsewhere:
-            verdict = f"all ranks are alive; elsewhere: {_listed(elsewhere)}"
+            verdict = f"all ranks are alive; not in the same activity: {_listed(elsewhere)}"
         else:
             verdict = f"all ranks are alive and in {self.activity}"
         waits = [
@@ -139,22 +141,22 @@ class Watchdog:
         return verdict
 
     def _publish(self, verdict: str) -> None:
-        """As in `_answer`: a store that stands still would keep this rank for good."""
+        """Writes the diagnosis to the store, with a time-out: a stalled store would block this rank."""
 
         def tell() -> None:
-            with suppress(RuntimeError):  # the store may have gone with the first rank
+            with suppress(RuntimeError):  # the store ends with rank 0
                 self._store.set(_DIAGNOSIS_KEY, verdict)
 
         _run_with_timeout(self._beat, tell)
 
     def _try_read_heartbeats(self) -> list[Heartbeat] | None:
-        """As `_heard`, for a store in a process that stands still never answers."""
+        """`_read_heartbeats` with a time-out: a stalled store never responds."""
         heard: list[list[Heartbeat] | None] = []
         _run_with_timeout(2.5 * self._beat, lambda: heard.append(self._read_heartbeats()))
         return heard[0] if heard else None
 
     def _run(self) -> None:
-        """The thread's work: to speak, and on the first rank to listen."""
+        """Thread: publishes heartbeats; on rank 0 also checks those of other ranks."""
         silent: dict[int, tuple[int, float, bool]] = {}
         while not self._end.wait(self._beat if self._count else 0):
             self._count += 1
@@ -163,16 +165,16 @@ class Watchdog:
                 self._store.set(str(self._rank), json.dumps(word))
                 if not self._verdict and self._store.check([_DIAGNOSIS_KEY]):
                     self._verdict = self._store.get(_DIAGNOSIS_KEY).decode()
-            except RuntimeError:  # the store went with the first rank
+            except RuntimeError:  # the store ended with rank 0
                 return
             if self._rank == 0:
                 self._warn_of_silent_ranks(silent)
 
     def _warn_of_silent_ranks(self, silent: dict[int, tuple[int, float, bool]]) -> None:
-        """Says which ranks have been silent for long, each once.
+        """Warns once about each rank whose heartbeat has been missing for long.
 
         Args:
-            silent: of each rank the last count, when it came, and whether its silence was told; is brought up to date.
+            silent: per rank the last count, its time, and whether a warning was printed; updated in place.
         """
         now, late = time.monotonic(), []
         for beat in self._read_heartbeats() or []:
@@ -184,15 +186,15 @@ class Watchdog:
                 told = True
             silent[beat.rank] = (beat.count, since, told)
         if late:
-            _print(f"warning: {_listed(late)}: no word for {self._silent:.0f} s")
+            _print(f"warning: {_listed(late)}: no heartbeat for {self._silent:.0f} s")
 
     def _read_heartbeats(self) -> list[Heartbeat] | None:
-        """What each rank last said; None where the store cannot be asked."""
+        """Last heartbeat of each rank; None if the store is unreachable."""
         try:
             keys = [str(rank) for rank in range(self._world)]
             if self._store.check(keys):
                 words = self._store.multi_get(keys)
-            else:  # some have not begun yet
+            else:  # some ranks have not started yet
                 words = [self._store.get(key) if self._store.check([key]) else b'["", 0, ""]' for key in keys]
         except RuntimeError:
             return None
@@ -200,7 +202,7 @@ class Watchdog:
 
 
 def failed_collective(error: BaseException) -> str | None:
-    """The collective in which an error was raised, and who called it; None for an error of another kind."""
+    """The collective that raised an error, and its caller; None for other errors."""
     if not isinstance(error, RuntimeError) or not _TRANSPORT.search(str(error)):
         return None
     frames = traceback.extract_tb(error.__traceback__)
@@ -208,7 +210,7 @@ def failed_collective(error: BaseException) -> str | None:
     callers = [frame for frame in frames if not any(part in frame.filename for part in _LIBRARY_PATHS)]
     if not callers:
         return inside[-1] if inside else "a collective"
-    # What is called in C++ has no frame of its own.
+    # C++ functions have no frame.
     return f"{inside[-1] if inside else f'`{callers[-1].line}`'}, called by {_call_site(callers[-1])}"
 
 
@@ -225,7 +227,7 @@ def _listed(beats: Iterable[Heartbeat]) -> str:
 
 
 def _run_with_timeout(seconds: float, work: Callable[[], None]) -> None:
-    """Waits no longer for what may never come back."""
+    """Runs `work` in a thread and waits for at most `seconds`."""
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(seconds)

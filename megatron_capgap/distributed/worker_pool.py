@@ -1,7 +1,7 @@
-"""Processes that run one command after the other: what they import, they import once.
+"""Worker pool: ranks that run several commands in turn and import libraries only once.
 
-The ranks of a run are started by torchrun or SLURM; a series of short runs on one machine would spend most of its time
-in starting up. Here the ranks stay.
+torchrun and SLURM start new processes for each run; a sweep of short runs on one machine would spend most of its time
+on imports.
 """
 
 from __future__ import annotations
@@ -20,33 +20,34 @@ from megatron_capgap.distributed import environment, launcher
 
 Command = Callable[[Sequence[str]], int]
 CRASHED = 70
-"""Exit code of a command that raised (EX_SOFTWARE)."""
+"""Exit code of a command that raised an exception (EX_SOFTWARE)."""
 
 
 class WorkerPool:
-    """The ranks of one run at a time.
+    """Ranks of one run at a time.
 
     Args:
-        command: what each rank runs, from words to an exit code; a function that can be imported by name.
+        command: function that each rank runs, from arguments to an exit code; importable by name.
         world: number of ranks.
     """
 
     def __init__(self, command: Command, world: int) -> None:
         self._command, self._world = command, world
-        # Not forked: a worker must not inherit this process's threads, signal handlers or the other workers' pipes.
+        # Not forked: a worker must not inherit threads, signal handlers or other workers' pipes.
         self._context = multiprocessing.get_context("spawn")
-        # The last of the three is held open by this process alone: it closes when this process dies, however it dies.
+        # Only this process holds the third element open: it closes when this process dies, however it dies.
         self._ranks: list[tuple[multiprocessing.process.BaseProcess, Connection, Connection]] = []
 
     def run(self, words: Sequence[str], output: Path) -> int:
         """Runs one command on every rank.
 
         Args:
-            words: of the command.
-            output: file that what the ranks write is added to.
+            words: arguments of the command.
+            output: file to which the ranks' output is appended.
 
         Returns:
-            The highest exit code of the ranks; `CRASHED` where one raised or died. Then the ranks are replaced.
+            The highest exit code of the ranks; `CRASHED` if one raised an exception or died. In that case the ranks are
+            replaced.
         """
         while len(self._ranks) < self._world:
             self._start(len(self._ranks))
@@ -61,19 +62,19 @@ class WorkerPool:
                     process.join()
                     codes.append(CRASHED)
                 if codes[-1] == CRASHED:
-                    break  # the others may wait for this one for ever
+                    break  # other ranks may wait for this one forever
         if CRASHED in codes:
             self.close()
         return max(codes)
 
     def signal(self, number: int) -> None:
-        """Passes a signal on to all ranks."""
+        """Sends a signal to all ranks."""
         for process, _, _ in self._ranks:
             if process.pid is not None and process.is_alive():
                 os.kill(process.pid, number)
 
     def close(self) -> None:
-        """Ends the ranks."""
+        """Kills the ranks."""
         for process, pipe, life in self._ranks:
             process.kill()
             process.join()
@@ -92,10 +93,10 @@ class WorkerPool:
 
 
 def _serve(command: Command, rank: int, world: int, pipe: Connection, alive: Connection) -> None:
-    """The life of a rank: one command after the other, until the pipe closes or the starter is gone."""
+    """Main loop of a rank: runs commands until the pipe closes or the parent dies."""
     threading.Thread(target=_exit_with_parent, args=(alive,), daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the starter decides what an interrupt means
-    for name in [name for name in os.environ if name.startswith(environment.OF_LAUNCHERS)]:  # who started the starter
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles interrupts
+    for name in [name for name in os.environ if name.startswith(environment.OF_LAUNCHERS)]:  # of the parent's launcher
         del os.environ[name]
     os.environ.update(
         RANK=str(rank),
@@ -122,8 +123,8 @@ def _serve(command: Command, rank: int, world: int, pipe: Connection, alive: Con
 
 
 def _exit_with_parent(alive: Connection) -> None:
-    """Ends this process, in the middle of whatever it does, when the starter has died: nobody may restart the series
-    while a rank of the old one still writes."""
+    """Exits this process at once when the parent dies, so that no rank of an old sweep writes while a new one
+    starts."""
     try:
         alive.recv()
     except (EOFError, OSError):
@@ -131,7 +132,7 @@ def _exit_with_parent(alive: Connection) -> None:
 
 
 def _redirect_output(output: str) -> None:
-    """Sends what this process and its libraries write to the end of a file."""
+    """Redirects stdout and stderr of this process and its libraries to the end of a file."""
     sys.stdout.flush()
     sys.stderr.flush()
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -1,1 +1,1 @@
-"""Where a run happens: launch environment, process groups, devices, logging, signals."""
+"""Runtime services: logging, metrics, run lock, library set-up."""

@@ -1,6 +1,6 @@
-"""Output of a run: console lines and a progress bar, metrics.jsonl and TensorBoard.
+"""Output of a run: console, progress bar, metrics.jsonl and TensorBoard.
 
-Only rank 0 writes. A `RunLogger` on another rank takes the same calls and does nothing.
+Only rank 0 writes. On other ranks the methods of `RunLogger` do nothing.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class RunLogger:
     """Console, metrics.jsonl and TensorBoard of a run.
 
     Args:
-        run_dir: where metrics.jsonl and tensorboard/ go, from the first record on; None writes no files.
-        is_rank0: whether this is rank 0; the others write nothing.
+        run_dir: folder of metrics.jsonl and tensorboard/, which are created at the first record; None writes no files.
+        is_rank0: whether this is rank 0; other ranks write nothing.
         tensorboard: whether to write TensorBoard events.
     """
 
@@ -38,7 +38,7 @@ class RunLogger:
         self._run_dir = run_dir if is_rank0 else None
         self._writer: type[SummaryWriter] | None = None
         if self._run_dir is not None and tensorboard:
-            # Loaded before memory is measured: TensorBoard alone weighs as much as a small model.
+            # Imported before memory is measured: TensorBoard uses as much memory as a small model.
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter
@@ -48,26 +48,26 @@ class RunLogger:
         self._progress: Progress | None = None
 
     def info(self, text: str) -> None:
-        """One line to the reader."""
+        """Prints one line to the console."""
         self.console.print(text, markup=False)
 
     def warning(self, text: str) -> None:
-        """One line that must not be overlooked, on the error output."""
+        """Prints one warning line to stderr."""
         if self.is_rank0:
             sys.stderr.write(f"capgap: warning: {text}\n")
             sys.stderr.flush()
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A small table."""
+        """Prints a table."""
         table = Table(*header, title=title, title_justify="left", box=None, pad_edge=False)
         for row in rows:
             table.add_row(*row)
         self.console.print(table)
 
     def record(self, entry: Mapping[str, Any]) -> None:
-        """One object to metrics.jsonl, its numbers to TensorBoard under their names.
+        """Appends one object to metrics.jsonl and writes its numbers to TensorBoard, tagged by key.
 
-        A full disk does not end a run: what metrics.jsonl could not take goes there before the next entry.
+        A full disk does not stop the run: unwritten entries are kept in memory and written before the next entry.
         """
         if self._run_dir is None:
             return
@@ -93,32 +93,32 @@ class RunLogger:
             for name, value in entry.items():
                 if name != "step" and isinstance(value, int | float):
                     self._board.add_scalar(name, value, entry["step"])
-        except OSError as error:  # of the thread that writes the events: it does not come back
-            self.warning(f"{self._run_dir}/tensorboard: {error.strerror}; no more TensorBoard events of this run")
+        except OSError as error:  # from the writer thread, which has ended
+            self.warning(f"{self._run_dir}/tensorboard: {error.strerror}; TensorBoard is disabled for this run")
             self._board = None
 
     def _open(self, run_dir: Path, first_step: int) -> None:
         self._metrics = os.open(run_dir / "metrics.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         if self._writer is not None:
-            # What a killed run drew beyond its last checkpoint is hidden.
+            # Hides events that a killed run wrote after its last checkpoint.
             self._board = self._writer(str(run_dir / "tensorboard"), purge_step=first_step)
 
     def close(self) -> None:
-        """Ends the bar and the files."""
+        """Closes the progress bar and the files."""
         if self._progress is not None:
             self._progress.stop()
         if self._metrics is not None:
             os.close(self._metrics)
         if self._unwritten:
             self.warning(
-                f"{self._run_dir}/metrics.jsonl lacks its last {len(self._unwritten)} bytes: no space for them"
+                f"{self._run_dir}/metrics.jsonl lacks its last {len(self._unwritten)} bytes: no space left on device"
             )
         if self._board is not None:
-            with suppress(OSError):  # a full disk; said already, or the events alone are lost
+            with suppress(OSError):  # full disk: already reported, or only events are lost
                 self._board.close()
 
     def bar(self, done: int, total: int) -> None:
-        """Starts a progress bar where the output is a terminal."""
+        """Starts a progress bar if the output is a terminal."""
         if self.is_rank0 and self.console.is_terminal:
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[line]}"), TimeElapsedColumn())
             self._progress = Progress(*columns, console=self.console)
@@ -126,7 +126,7 @@ class RunLogger:
             self._progress.start()
 
     def progress(self, step: int, total: int, line: str, every: int) -> None:
-        """Shows step `step` of `total`: on the bar, or as a plain line every `every` steps."""
+        """Shows step `step` of `total`: on the bar, or as a line every `every` steps."""
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], completed=step, line=line)
         elif step % every == 0 or step == total:
@@ -134,7 +134,7 @@ class RunLogger:
 
 
 class ThroughputMeter:
-    """Speed: of the last step, and an estimate of the time to the end from the recent ones."""
+    """Throughput of the last step, and remaining time estimated from recent steps."""
 
     def __init__(self, flops_a_token: float) -> None:
         self._flops = flops_a_token
@@ -145,10 +145,10 @@ class ThroughputMeter:
         """Ends a step.
 
         Args:
-            tokens: of the global batch.
+            tokens: tokens of the global batch.
 
         Returns:
-            (tokens a second, model FLOP/s), all ranks together.
+            (tokens per second, model FLOP/s), over all ranks.
         """
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
@@ -157,11 +157,11 @@ class ThroughputMeter:
         return rate, rate * self._flops
 
     def pause(self) -> None:
-        """Leaves the time since the last tick out of the next one: an evaluation, a save."""
+        """Excludes the time since the last update from the next step, for example an evaluation or a save."""
         self._last = time.perf_counter()
 
     def eta(self, steps: int) -> str:
-        """Time that `steps` more steps will take, in words."""
+        """Estimated time of `steps` more steps, in words."""
         if self._recent is None or not math.isfinite(self._recent):
             return "?"
         seconds = round(self._recent * steps)
@@ -170,7 +170,7 @@ class ThroughputMeter:
 
 
 def count(number: float, unit: str = "") -> str:
-    """A number with three digits and a prefix: 12.3M."""
+    """A number with three significant digits and a unit prefix: 12.3M."""
     for prefix, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(number) >= scale:
             return f"{number / scale:.3g} {prefix}{unit}" if unit else f"{number / scale:.3g}{prefix}"

@@ -1,4 +1,4 @@
-"""RUN/metrics.jsonl as it is read again: evaluations, and what a killed run recorded beyond its last checkpoint."""
+"""Reads RUN/metrics.jsonl, and truncates it when a run resumes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_capgap.common.fileio import write_atomically
 
 
 def evaluation_after(run_dir: Path, step: int) -> dict[str, Any] | None:
-    """The last entry of metrics.jsonl with the held-out loss after a step; None where there is none. Rank 0 only."""
+    """Last entry of metrics.jsonl with the held-out loss after a step; None if there is none. Rank 0 only."""
     path = run_dir / "metrics.jsonl"
     entries = map(json.loads, path.read_text().splitlines()) if path.is_file() else ()
     found = [entry for entry in entries if entry["step"] == step and "valid_loss" in entry]
@@ -18,14 +18,15 @@ def evaluation_after(run_dir: Path, step: int) -> dict[str, Any] | None:
 
 
 def evaluations(run_dir: Path) -> list[tuple[int, float]]:
-    """Step and held-out loss of every evaluation in metrics.jsonl, in their order. Rank 0 only."""
+    """(step, held-out loss) of every evaluation in metrics.jsonl, in file order. Rank 0 only."""
     path = run_dir / "metrics.jsonl"
     entries = map(json.loads, path.read_text().splitlines()) if path.is_file() else ()
     return [(entry["step"], entry["valid_loss"]) for entry in entries if "valid_loss" in entry]
 
 
 def drop_metrics_after(run_dir: Path, step: int) -> None:
-    """Cuts off what a killed run recorded beyond its last checkpoint, and a line it did not finish. Rank 0 only."""
+    """Removes entries after `step`, which a killed run wrote beyond its last checkpoint, and incomplete lines. Rank 0
+    only."""
     path = run_dir / "metrics.jsonl"
     if not path.is_file():
         return

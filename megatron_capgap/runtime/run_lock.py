@@ -1,4 +1,4 @@
-"""One job at a time in a run directory: a file that tells who is there, and whose time shows that it still is."""
+"""Run lock: one job at a time in a run directory, by a lock file with its owner and a heartbeat (modification time)."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from megatron_capgap.common.errors import UserError
 LOCK_FILE = "in_use.json"
 HEARTBEAT_SECONDS = 15.0
 STALE_SECONDS = 180.0
-"""A job on another machine that has not touched its file for so long is gone; network file systems show times late."""
+"""A lock of another machine is stale if its file has not been touched for this long; network file systems update times
+with delay."""
 
 
 class RunLock:
-    """The right to write into a run directory. Nothing happens before `take`.
+    """Exclusive right to write into a run directory; taken by `acquire`.
 
-    A file that is created exclusively, which NFS does right since its version 3; locks of `flock` may be local to a
-    machine there. A thread touches it every 15 seconds.
+    The lock is a file that is created exclusively, which is reliable on NFS version 3 and later; `flock` locks may be
+    local to one machine there. A thread touches the file every 15 seconds.
 
     Args:
-        run_dir: the run's directory.
+        run_dir: the run directory.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -37,13 +38,13 @@ class RunLock:
         self._end = threading.Event()
 
     def acquire(self) -> str | None:
-        """Takes the directory; it must be there.
+        """Takes the lock; the run directory must exist.
 
         Returns:
-            What is to be said where a job that has died had it.
+            A warning if the lock was taken over from a dead job.
 
         Raises:
-            UserError: another job has it.
+            UserError: another job holds the lock.
             OSError: the file cannot be written.
         """
         said = None
@@ -55,21 +56,21 @@ class RunLock:
         return said
 
     def check_ownership(self) -> None:
-        """Makes sure that the directory is still this job's.
+        """Checks that this job still holds the lock.
 
         Raises:
-            UserError: another job has taken it, since this one looked dead.
+            UserError: another job has taken over the lock, because this job seemed dead.
         """
         assert self._mine is not None
         found = _read(self._path)
         if found != self._mine:
             raise UserError(
-                f"{self._path}: {_describe_owner(found)} has taken this run directory while this job slept or its disk "
-                "was away; this one stops without saving"
+                f"{self._path}: {_describe_owner(found)} has taken this run directory while this job was suspended or "
+                "its disk unavailable; this job stops without saving"
             )
 
     def release(self) -> None:
-        """Leaves the directory to others; nothing where it was not taken."""
+        """Releases the lock; does nothing if it is not held."""
         self._end.set()
         if self._mine is not None and _read(self._path) == self._mine:
             with suppress(OSError):
@@ -94,12 +95,12 @@ class RunLock:
         if why is None:
             raise UserError(
                 f"run_dir: {self._path.parent} is in use by {_describe_owner(found)}; wait for it, stop it, or choose "
-                f"another run_dir (if it is gone for certain, remove {self._path})"
+                f"another run_dir (if it is certainly dead, remove {self._path})"
             )
-        # One job at a time removes a dead one's file, having looked again: another may have had its turn in between.
+        # One job at a time removes a stale lock, after checking it again: another job may have replaced it meanwhile.
         turn = self._path.with_name(f".{LOCK_FILE}.turn")
         with suppress(FileNotFoundError):
-            if self._age(turn) > STALE_SECONDS:  # died in these few lines
+            if self._age(turn) > STALE_SECONDS:  # its owner died within these lines
                 turn.unlink()
         try:
             turn.open("x").close()
@@ -111,13 +112,13 @@ class RunLock:
                 turn.unlink()
         except FileExistsError:
             raise UserError(
-                f"run_dir: another job, which began at the same time, has taken {self._path.parent} over from "
+                f"run_dir: another job, started at the same time, has taken {self._path.parent} over from "
                 f"{_describe_owner(found)}; choose another run_dir"
             ) from None
-        return f"{self._path.parent} was in use by {_describe_owner(found)}, {why}; this job goes on in its place"
+        return f"{self._path.parent} was in use by {_describe_owner(found)}, {why}; this job takes over"
 
     def _why_stale(self, found: dict[str, Any]) -> str | None:
-        """Why the job that left the file is no more; None where it may be alive."""
+        """Why the lock's owner is dead; None if it may be alive."""
         me = _this_job()
         if me["job"] and found.get("job") == me["job"] and found.get("restart") != me["restart"]:
             return "an earlier start of this SLURM job"
@@ -129,7 +130,7 @@ class RunLock:
         return "which has just ended"
 
     def _age(self, path: Path) -> float:
-        """Seconds since a file was touched, by the file system's time, which need not be this machine's."""
+        """Seconds since a file was touched, by the file system's clock, which may differ from this machine's."""
         probe = self._path.with_name(f".{LOCK_FILE}.{socket.gethostname()}.{os.getpid()}.time")
         probe.touch()
         try:
@@ -140,7 +141,7 @@ class RunLock:
     def _beat(self) -> None:
         while not self._end.wait(HEARTBEAT_SECONDS):
             if _read(self._path) == self._mine:
-                with suppress(OSError):  # a server that is away for a while; `claim` sees what became of the file
+                with suppress(OSError):  # file server temporarily unavailable; `check_ownership` detects a lost lock
                     os.utime(self._path)
 
 
@@ -157,7 +158,7 @@ def _this_job() -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What a lock file says; nothing where it is not there or not finished."""
+    """Content of a lock file; empty if it does not exist or is incomplete."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -167,13 +168,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _describe_owner(found: dict[str, Any]) -> str:
     if not found:
-        return "a job that has just begun"
+        return "a job that has just started"
     job = f" of SLURM job {found['job']}" if found.get("job") else ""
     return f"process {found.get('pid')} on {found.get('host')}{job} since {found.get('since')}"
 
 
 def _is_alive(found: dict[str, Any]) -> bool:
-    """Whether the process of a lock file is there, and not another one with its number."""
+    """Whether the owner's process exists, and its PID has not been reused."""
     try:
         process = psutil.Process(int(found["pid"]))
         same = abs(process.create_time() - float(found["started"])) < 5.0

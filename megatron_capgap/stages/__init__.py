@@ -1,1 +1,1 @@
-"""One verb a file: what each command does."""
+"""Stages: one file per command, and their common start-up."""

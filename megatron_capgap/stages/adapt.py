@@ -1,4 +1,4 @@
-"""adapt: next-token training of a model, from random weights or from a checkpoint."""
+"""Stage adapt: next-token training from random weights or from a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""--check: what a run would be, in numbers, without torch and without the hardware."""
+"""--check: describes a run without torch and without the hardware."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ _MIB = 1 << 20
 
 
 def report(loaded: LoadedConfig, stage: str, world: int, capability: tuple[int, int] | None = None) -> str:
-    """Resolves and checks a configuration, and tells parameters, rank grid, tokens a step and memory a rank.
+    """Resolves and validates a configuration; reports parameters, rank grid, tokens per step and memory per rank.
 
     Args:
         loaded: the configuration.
-        stage: which stage would run.
-        world: number of ranks, real or supposed.
-        capability: compute capability of the GPUs that the run is to get; None leaves FP8 recipes unchecked for them.
+        stage: the stage to run.
+        world: actual or assumed number of ranks.
+        capability: compute capability of the target GPUs; None skips the check of FP8 recipes against it.
 
     Raises:
-        UserError: whatever would stop the run before its first step, short of reading the data.
+        UserError: any error that would stop the run before its first step, except errors in the contents of the data.
     """
     plan = resolve(loaded, stage, world, capability)
     config = plan.config
-    lines = [f"{stage}: the configuration is sound", *_missing_data(plan), ""]
+    lines = [f"{stage}: the configuration is valid", *_missing_data(plan), ""]
     lines += _models(plan)
     ranks = range(plan.student_world)
     lines += ["", *_grid("rank grid", config.student.layout, ranks)]
     if config.teacher is not None and (derived.teacher_layout(config) != config.student.layout or len(ranks) < world):
-        lines += _grid("the teacher's", derived.teacher_layout(config), derived.teacher_ranks(config, world))
+        lines += _grid("teacher rank grid", derived.teacher_layout(config), derived.teacher_ranks(config, world))
     lines += ["", *arithmetic(plan), *_work(plan)]
     lines += ["", *_memory(plan)]
     return "\n".join(lines) + "\n"
 
 
 def _missing_data(plan: RunPlan) -> list[str]:
-    """The data may lie where the run will be, or be yet to be made."""
+    """Missing data are reported but not refused: they may be on another machine, or not yet prepared."""
     return [
-        f"{plan.loaded.location(key)}: {name} is not here; the run needs it"
+        f"{plan.loaded.location(key)}: {name} does not exist here; the run needs it"
         for key, names in plan.reads.items()
         for name in names
         if data_file(name) is None
@@ -61,18 +61,20 @@ def _models(plan: RunPlan) -> list[str]:
     if plan.teacher is not None:
         assert plan.teacher_source is not None
         ratio = plan.teacher_source.meta.kept / plan.student_kept
-        lines.append(f"the teacher is {ratio:.2f} times the student (non-embedding); the paper advises about 2.5")
+        lines.append(f"capacity gap T/S: {ratio:.2f} (non-embedding parameters); the paper recommends about 2.5")
     return lines
 
 
 def kept(plan: RunPlan) -> list[str]:
-    """What the student's layers keep of what they store, where that is less."""
+    """Kept and stored parameters of a student whose layers are zero-padded."""
     lines, stored = [], size.non_embedding_parameters(plan.student)
     if plan.student_kept < stored:
         lines.append(f"the student keeps {plan.student_kept:,} of {stored:,} parameters (non-embedding)")
     if (budget := plan.budget) is not None:
         parts = f"{budget.groups:,} key/value heads and {budget.neurons:,} neurons"
-        lines.append(f"its layers keep {parts} together and store as many each as the largest, which the scores decide")
+        lines.append(
+            f"its layers keep {parts} in total; each layer stores as many as the largest, which the scores determine"
+        )
     return lines
 
 
@@ -84,7 +86,7 @@ def _shape(shape: ModelShape) -> str:
 
 
 def _grid(title: str, layout: Layout, ranks: range) -> list[str]:
-    """Who is who, in Megatron's order: tensor fastest, then data, then pipeline."""
+    """Ranks of each pipeline stage, in Megatron's order: tensor fastest, then data, then pipeline."""
     data = derived.data_parallel(layout, len(ranks))
     lines = [
         f"{title}: {len(ranks)} ranks = tensor {layout.tensor} x data {data} x pipeline {layout.pipeline}"
@@ -108,21 +110,21 @@ def _span(first: int, count: int) -> str:
 
 
 def arithmetic(plan: RunPlan) -> list[str]:
-    """One line for each model: the type it computes in and how many matrix products run in FP8."""
+    """One line per model: compute type, and number of matrix products in FP8."""
     lines = []
     shapes = (("student", plan.student), ("teacher", plan.teacher))
     for (name, shape), precision in zip(shapes, derived.precisions(plan.config), strict=False):
         assert shape is not None
         if plan.stage == "prune" and name == "student":
-            continue  # it does not run
+            continue  # the student does not run
         trains = name == "student" and plan.stage != "evaluate"
         count = fp8.gemm_count(precision, shape, trains=trains)
         line = f"{name} arithmetic: {precision.compute}"
         if precision.fp8 is not None:
             wanted = precision.fp8
             line += (
-                f" and FP8 ({wanted.recipe}, {wanted.format}; GPUs of compute capability "
-                f"{fp8.generations(wanted.recipe)}): {count.fp8} matrix products of a micro-batch in FP8, "
+                f" and FP8 ({wanted.recipe}, {wanted.format}; GPUs with compute capability "
+                f"{fp8.generations(wanted.recipe)}): {count.fp8} matrix products per micro-batch in FP8, "
                 f"{count.others} in {precision.compute}"
             )
         lines.append(line)
@@ -136,38 +138,34 @@ def _work(plan: RunPlan) -> list[str]:
     teacher = plan.teacher if derived.teacher_runs(config, plan.stage) else None
     flops = size.training_flops(plan.student, teacher, length)
     lines = [
-        f"tokens a step: {batch * length:,} = {batch} sequences x {length}; {micro} micro-batch{'es' * (micro > 1)} of "
-        f"{config.train.micro_batch} on each data-parallel rank"
+        f"tokens per step: {batch * length:,} = {batch} sequences x {length}; {micro} micro-batch{'es' * (micro > 1)} "
+        f"of {config.train.micro_batch} per data-parallel rank"
     ]
     if config.prune is not None and plan.teacher is not None:
         tokens = config.prune.batches * batch * length
-        # Weights want no gradient, so that the backward pass costs what the forward pass does.
+        # No weight gradients: the backward pass costs as much as the forward pass.
         passes = 2 if config.prune.importance == "gradient" else 1
         flops = passes * size.forward_flops(plan.teacher, length)
-        lines.append(
-            f"the scores: {config.prune.batches} global batches, {tokens:,} tokens, {tokens * flops:.3g} FLOPs"
-        )
+        lines.append(f"scores: {config.prune.batches} global batches, {tokens:,} tokens, {tokens * flops:.3g} FLOPs")
     elif config.train.steps is not None and plan.stage != "evaluate":
         tokens = config.train.steps * batch * length
-        lines.append(f"the run: {config.train.steps:,} steps, {tokens:,} tokens, {tokens * flops:.3g} FLOPs")
+        lines.append(f"run: {config.train.steps:,} steps, {tokens:,} tokens, {tokens * flops:.3g} FLOPs")
     elif plan.stage == "finetune":
-        lines.append(f"the run: {plan.finetune.epochs} epochs of data.train; its length decides the steps")
+        lines.append(f"run: {plan.finetune.epochs} epochs of data.train, whose length determines the number of steps")
     if plan.resumed is not None:
         step, done = plan.resumed.step, plan.stage == "prune" or plan.resumed.step == config.train.steps
-        lines.append(
-            f"it is done: {config.run_dir}/checkpoints/step_{step}" if done else f"it goes on from step {step}"
-        )
+        lines.append(f"complete: {config.run_dir}/checkpoints/step_{step}" if done else f"resumes from step {step}")
     return lines
 
 
 def _memory(plan: RunPlan) -> list[str]:
     config = plan.config
-    # Without torch: the driver's device node tells whether `auto` would find a GPU on this machine.
+    # Without torch: the driver's device node shows whether `auto` would find a GPU on this machine.
     on_cpu = config.device == "cpu" or (config.device == "auto" and not Path("/dev/nvidiactl").exists())
     facts = (config, plan.stage, plan.student, plan.teacher, plan.world)
     ctx = "CPU" if on_cpu else "GPU"
     if on_cpu and config.device == "auto":
-        ctx += " (no GPU is here; --device=cuda would count for one)"
+        ctx += " (no GPU found; use --device=cuda to estimate for a GPU)"
     lines = _table(f"memory of the fullest rank on a {ctx}, MiB", memory.estimate(*facts, on_cpu=on_cpu))
     if not derived.teacher_runs(config, plan.stage):
         return lines
@@ -182,13 +180,13 @@ def _table(title: str, need: memory.Memory) -> list[str]:
     lines = [title]
     lines += [f"  {name.replace('_', ' '):<18}{value / _MIB:>12,.1f}" for name, value in vars(need).items() if value]
     lines.append(
-        f"  {'in all':<18}{need.total / _MIB:>12,.1f}  without the interpreter, its libraries and communication buffers"
+        f"  {'total':<18}{need.total / _MIB:>12,.1f}  without the interpreter, its libraries and communication buffers"
     )
     return lines
 
 
 def _teaching(plan: RunPlan) -> list[str]:
-    """The teacher's weights, and its hidden states while they wait."""
+    """Memory of the teacher's weights and of its stored hidden states."""
     config, teacher = plan.config, plan.teacher
     assert teacher is not None and config.teacher is not None
     stages = range(derived.teacher_layout(config).pipeline)
@@ -196,10 +194,11 @@ def _teaching(plan: RunPlan) -> list[str]:
     last = config.student.layout.pipeline - 1
     of_student = memory.teacher_memory(config, plan.student, teacher, plan.world, last, None)
     weights, held = (max(getattr(share, name) for share in shares) / _MIB for name in ("weights", "held"))
-    ahead = f"; up to {config.teacher.ahead} wait on the teacher's ranks" * (plan.student_world < plan.world)
+    ahead = f"; up to {config.teacher.ahead} stored on the teacher's ranks" * (plan.student_world < plan.world)
     return [
-        f"teacher a rank: {weights:,.1f} MiB of weights on its fullest, {of_student.head / _MIB:,.1f} MiB of LM head "
-        "on the student's last stage" + (", weights in host memory between its turns" * config.teacher.offload),
-        f"its hidden states of a global batch: {held:,.1f} MiB on each rank where it leaves most, "
-        f"{of_student.needed / _MIB:,.1f} MiB on each of the student's last stage{ahead}",
+        f"teacher per rank: {weights:,.1f} MiB of weights on its fullest, {of_student.head / _MIB:,.1f} MiB of LM head "
+        "on the student's last stage"
+        + (", weights in host memory between its forward passes" * config.teacher.offload),
+        f"teacher hidden states per global batch: at most {held:,.1f} MiB on each rank of the teacher, "
+        f"{of_student.needed / _MIB:,.1f} MiB on each rank of the student's last stage{ahead}",
     ]

@@ -1,4 +1,4 @@
-"""What every stage does before its own work: devices, ranks, data, weights, the run directory."""
+"""Start-up and shutdown that all stages share: process groups, run directory, data, weights."""
 
 from __future__ import annotations
 
@@ -54,24 +54,24 @@ PlanInContext = TypeVar("PlanInContext", bound=RunPlan, covariant=True)
 
 @dataclass(frozen=True)
 class StageContext(Generic[PlanInContext]):
-    """What a stage works with: the plan of the run, its ranks, devices and run directory."""
+    """Resources of a stage: plan, ranks, device and run directory."""
 
     plan: PlanInContext
     device: Device
     rank: int
-    """This process among all of the job."""
+    """Rank of this process among all ranks of the job."""
     parallel: ParallelContext
     roles: RoleGroups | None
-    """Between the student's and the teacher's ranks, where they are not the same."""
+    """Connection between the student's and the teacher's ranks, if the teacher is disjoint."""
     memory_at_start: int
-    """Peak bytes of this process before it built a model."""
+    """Peak bytes of this process before a model was built."""
     stop_at: float | None
-    """Of `time.monotonic`: when to save and end before the work is done; None for never."""
+    """`time.monotonic` at which the run saves and exits before its end; None: no limit."""
     log: RunLogger
     lock: RunLock
     """Held by rank 0."""
     watchdog: Watchdog
-    """Says where this rank is."""
+    """Publishes what this rank is doing."""
 
     @property
     def config(self) -> Config:
@@ -86,12 +86,12 @@ class StageContext(Generic[PlanInContext]):
 
 @contextmanager
 def stage_context(plan: Plan, environment: Environment, device: Device) -> Iterator[StageContext[Plan]]:
-    """Opens the process groups and the run directory; closes the groups at the end. Collective.
+    """Creates the process groups and opens the run directory; destroys the groups at the end. Collective.
 
-    A run directory that was made here is removed where the stage fails before it has called `commit_run_dir`.
+    A run directory that was created here is removed if the stage fails before it has called `commit_run_dir`.
 
     Raises:
-        UserError: on every rank alike.
+        UserError: on every rank.
     """
     config = plan.config
     minutes = config.train.exit_after_minutes
@@ -135,7 +135,7 @@ def stage_context(plan: Plan, environment: Environment, device: Device) -> Itera
         _remove_if_uncommitted(new)
         if not isinstance(error, UserError):
             watchdog.report(error)
-            raise  # one rank alone: closing the groups could wait for the others and hide the reason
+            raise  # this rank only: destroying the groups could wait for other ranks and hide the error
         error.raised_on_all_ranks = True
         watchdog.stop()
         _close(log)
@@ -153,8 +153,8 @@ def _close(log: RunLogger | None) -> None:
 
 
 def build_student(ctx: StageContext[RunPlan], *, trains: bool = True) -> list[torch.nn.Module]:
-    """The student's chunks on this rank, from its checkpoint or from random weights, with projections where layers of
-    another width are matched. Collective."""
+    """Builds the student's model chunks on this rank, from its checkpoint or from random weights, with projections for
+    matched layers of different widths. Collective."""
     plan, config = ctx.plan, ctx.config
     precision = derived.student_precision(config)
     chunks = gpt.build(
@@ -177,7 +177,7 @@ def build_student(ctx: StageContext[RunPlan], *, trains: bool = True) -> list[to
 
 
 def language_model_run(ctx: StageContext[RunPlan]) -> Run:
-    """The run of a student that has no teacher. Collective."""
+    """Training run of a student without a teacher. Collective."""
     vocab_size, parallel = ctx.plan.student.vocab, ctx.parallel
 
     def loss(hidden: Tensor, head: Tensor, batch: MicroBatch) -> Loss:
@@ -194,12 +194,11 @@ def language_model_run(ctx: StageContext[RunPlan]) -> Run:
 
 
 def training_run(ctx: StageContext[RunPlan], student: list[torch.nn.Module], objective: TrainingObjective) -> Run:
-    """Optimizer and data, ready for the loop, where the run's newest checkpoint left them; commits the run directory.
-    Collective.
+    """Creates optimizer and data, restores the newest checkpoint of the run, and commits the run directory. Collective.
 
     Args:
-        ctx: of the stage.
-        student: its chunks on this rank.
+        ctx: context of the stage.
+        student: the student's model chunks on this rank.
         objective: what is minimised.
     """
     config, plan = ctx.config, ctx.plan
@@ -252,7 +251,7 @@ def _costs(ctx: StageContext[RunPlan]) -> RunCosts:
 def _with_neftune(
     ctx: StageContext[RunPlan], student: list[torch.nn.Module], objective: TrainingObjective
 ) -> TrainingObjective:
-    """The objective, with noise on the student's embeddings where finetune.neftune_alpha asks for it."""
+    """The objective, with NEFTune noise on the student's embeddings if finetune.neftune_alpha is set."""
     alpha = ctx.plan.finetune.neftune_alpha
     if not alpha:
         return objective
@@ -266,8 +265,8 @@ def _with_neftune(
 
 
 def padded_byte_lengths(plan: RunPlan) -> torch.Tensor:
-    """UTF-8 bytes of each token, float64 `[vocab]`; ids that the model has and the tokenizer lacks have none, and those
-    that the tokenizer alone has are left out."""
+    """UTF-8 bytes per token, float64 `[vocab]`: 0 for ids that only the model has; ids that only the tokenizer has are
+    omitted."""
     lengths = torch.zeros(plan.student.vocab, dtype=torch.float64)
     known = torch.as_tensor(plan.tokenizer.byte_lengths(), dtype=torch.float64)[: len(lengths)]
     lengths[: len(known)] = known
@@ -275,11 +274,11 @@ def padded_byte_lengths(plan: RunPlan) -> torch.Tensor:
 
 
 def commit_run_dir(ctx: StageContext[RunPlan], done: int = 0) -> None:
-    """Everything is found and loaded: from here on the run directory speaks of this run. Collective.
+    """Writes resolved.yaml after all models and data are loaded, and removes metrics beyond the checkpoint. Collective.
 
     Args:
-        ctx: what the stage stands on.
-        done: steps that a training run has done before.
+        ctx: context of the stage.
+        done: steps that the run has completed.
     """
     plan, path = ctx.plan, ctx.run_dir / _RESOLVED
 
@@ -288,19 +287,19 @@ def commit_run_dir(ctx: StageContext[RunPlan], done: int = 0) -> None:
             drop_metrics_after(ctx.run_dir, done)
             begin_training_run(ctx.run_dir)
         changed = changes(ctx.config, path) if done else []
-        if not (done and done == ctx.config.train.steps and path.exists()):  # where nothing is left to be done
+        if not (done and done == ctx.config.train.steps and path.exists()):  # not if the run is complete
             dump(ctx.config, str(path))
         return changed
 
     if changed := collectives.run_on_rank0(write):
-        ctx.log.info(f"not as at the last start: {'; '.join(changed)}")
+        ctx.log.info(f"changed since the last start: {'; '.join(changed)}")
 
 
 def _open_run_dir(plan: RunPlan, lock: RunLock) -> tuple[list[str], int | None]:
-    """Makes the run directory, checks the data and indexes it. Rank 0 only; what it raises reaches every rank.
+    """Creates the run directory, validates the data and builds its indices. Rank 0 only; errors reach every rank.
 
     Returns:
-        What the reader must be told: of a job that had the directory before, of the data; and the steps of the run.
+        Warnings (a dead job's lock, the tokenizer, the data), and the number of steps of the run.
     """
     config = plan.config
     run_dir = Path(config.run_dir)
@@ -311,19 +310,20 @@ def _open_run_dir(plan: RunPlan, lock: RunLock) -> tuple[list[str], int | None]:
         probe.unlink()
     except OSError as error:
         place = plan.loaded.location("run_dir")
-        raise UserError(f"{place}: {run_dir} cannot be written ({error.strerror}); choose another run_dir") from error
+        raise UserError(f"{place}: {run_dir} is not writable ({error.strerror}); choose another run_dir") from error
     warning = lock.acquire()
     said = datasets.build_indices(plan)
     return [*([warning] if warning else []), *plan.remarks, *said], datasets.steps(plan)
 
 
 def _missing_parents(run_dir: Path) -> list[Path]:
-    """The run directory and its parents as far as they are not there yet, innermost first."""
+    """The run directory and its parents that do not exist yet, innermost first."""
     return [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
 
 
 def _remove_if_uncommitted(new: list[Path]) -> None:
-    """Removes the folders that this run made, unless the run has begun or others have put something into them."""
+    """Removes the folders that this run created, unless the run directory is committed or a folder has other
+    contents."""
     if not new or (new[0] / _RESOLVED).exists():
         return
     shutil.rmtree(new[0], ignore_errors=True)
@@ -333,23 +333,23 @@ def _remove_if_uncommitted(new: list[Path]) -> None:
 
 
 def _log_summary(log: RunLogger, plan: RunPlan, device: Device) -> None:
-    """The first lines of a run."""
+    """Logs the summary at the start of a run."""
     log.table(*device.component_table())
     for name, shape in (("student", plan.student), ("teacher", plan.teacher)):
         if shape is not None:
             total, inner = size.parameters(shape), size.non_embedding_parameters(shape)
-            log.info(f"{name}: {count(total)} parameters, {count(inner)} without embeddings")
+            log.info(f"{name}: {count(total)} parameters, {count(inner)} non-embedding")
     for line in [*check.kept(plan), *check.arithmetic(plan)]:
         log.info(line)
     config = plan.config
     tokens = plan.global_batch * config.data.sequence_length
-    log.info(f"{_layout_line('ranks', config.student.layout, plan.student_world)}; {tokens} tokens a step")
+    log.info(f"{_layout_line('ranks', config.student.layout, plan.student_world)}; {tokens} tokens per step")
     if plan.stage == "finetune":
-        log.info(f"{config.train.steps} steps; {plan.finetune.epochs} epochs unless train.steps says otherwise")
+        log.info(f"{config.train.steps} steps (finetune.epochs {plan.finetune.epochs}, unless train.steps is set)")
     if derived.teacher_runs(config, plan.stage):
         ranks = derived.teacher_ranks(config, plan.world)
-        where = "its own" if ranks.start else "all, in turn with the student"
-        log.info(f"{_layout_line('the teacher', derived.teacher_layout(config), len(ranks))}; {where}")
+        where = "disjoint" if ranks.start else "colocated with the student"
+        log.info(f"{_layout_line('teacher ranks', derived.teacher_layout(config), len(ranks))}; {where}")
 
 
 def _layout_line(title: str, cut: Layout, ranks: int) -> str:
@@ -358,7 +358,7 @@ def _layout_line(title: str, cut: Layout, ranks: int) -> str:
 
 
 def checkpoint_metadata(ctx: StageContext[RunPlan], done: int) -> CheckpointMetadata:
-    """What a checkpoint after `done` steps says of itself."""
+    """Metadata of a checkpoint after `done` steps."""
     plan, config = ctx.plan, ctx.config
     samples = done * plan.global_batch
     fp8 = derived.student_precision(config).fp8

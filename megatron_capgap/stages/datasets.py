@@ -1,4 +1,4 @@
-"""What a run reads: indexed datasets, or conversations where the stage is about them."""
+"""Datasets of a run: indexed datasets or conversations."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ Plan = TypeVar("Plan", bound=RunPlan)
 
 
 def cache_dir(config: Config) -> Path:
-    """Where the sample indices of the datasets, and encoded conversations, are kept."""
+    """Folder of sample indices and encoded conversations."""
     return Path(config.run_dir) / "data_cache"
 
 
 def build_indices(plan: RunPlan) -> list[str]:
-    """Checks the data and indexes or encodes it, once for all ranks. Rank 0 only.
+    """Validates the data and indexes or encodes them, once for all ranks. Rank 0 only.
 
     Returns:
-        What the reader must be told.
+        Warnings for the user.
 
     Raises:
-        UserError: the data are not there, damaged, or not what the stage reads.
+        UserError: data are missing, corrupted or of the wrong kind for the stage.
     """
     config = plan.config
     if problems := missing_data(plan.loaded, plan.stage):
@@ -42,7 +42,7 @@ def build_indices(plan: RunPlan) -> list[str]:
 
 
 def open_training(plan: RunPlan) -> Samples:
-    """The endless samples of data.train; sample k is the same in any layout."""
+    """Samples of data.train, without end; sample k is the same in every layout."""
     config = plan.config
     if (conversations := _conversations(plan)) is not None:
         return conversations.open_training(config.seed, packed=plan.finetune.packed)
@@ -50,7 +50,7 @@ def open_training(plan: RunPlan) -> Samples:
 
 
 def open_validation(plan: RunPlan) -> Samples | None:
-    """Every sample of data.valid once; None where it names none."""
+    """Every sample of data.valid once; None if data.valid is empty."""
     config = plan.config
     if not config.data.valid:
         return None
@@ -60,8 +60,8 @@ def open_validation(plan: RunPlan) -> Samples | None:
 
 
 def steps(plan: RunPlan) -> int | None:
-    """train.steps, or in finetune what its epochs come to: each row is read as often, and a few once more, to fill the
-    last global batch."""
+    """train.steps, or in finetune the steps of its epochs: every row is read equally often, except that some are read
+    once more to fill the last global batch."""
     config = plan.config
     if plan.stage != "finetune" or config.train.steps is not None:
         return config.train.steps
@@ -69,7 +69,7 @@ def steps(plan: RunPlan) -> int | None:
 
 
 def with_steps(plan: Plan, count: int | None) -> Plan:
-    """The same run, with so many steps."""
+    """The plan with train.steps set to `count`."""
     config = replace(plan.config, train=replace(plan.config.train, steps=count))
     return replace(plan, loaded=replace(plan.loaded, config=config))
 

@@ -1,4 +1,4 @@
-"""distill: a student learns a teacher's next-token distributions."""
+"""Stage distill: trains a student on a teacher's next-token distributions."""
 
 from __future__ import annotations
 
@@ -60,15 +60,14 @@ def run(plan: DistillationPlan, environment: Environment, device: Device) -> int
 
 
 def _write_record(ctx: DistillationContext) -> None:
-    """Leaves what the law reads of a run. Collective over the student's ranks."""
+    """Writes the run's record for the law. Collective over the student's ranks."""
     ctx.log.info(collectives.run_on_rank0(lambda: record.write(ctx.plan)))
 
 
 def colocated_run(ctx: DistillationContext) -> Run:
-    """The run of a student whose teacher shares all ranks with it; without the teacher where the objective does not use
-    it. Collective."""
+    """Run with a colocated teacher; without a teacher if the objective does not use it. Collective."""
     if not derived.teacher_runs(ctx.config, ctx.plan.stage):
-        ctx.log.info("the objective does not use the teacher: it is not loaded, the student learns from labels alone")
+        ctx.log.info("the objective does not use the teacher: it is not loaded, the loss is the cross-entropy alone")
         return context.language_model_run(ctx)
     teacher = load_teacher(ctx)
     return distillation_run(ctx, load_teacher_head(ctx, teacher), _colocated_teacher(ctx, teacher))
@@ -77,17 +76,17 @@ def colocated_run(ctx: DistillationContext) -> Run:
 def distillation_run(
     ctx: DistillationContext, head: Tensor | None, teacher_forward: Callable[[int], TeacherStates]
 ) -> Run:
-    """The student's run. Collective over its ranks.
+    """The student's training run. Collective over its ranks.
 
     Args:
-        ctx: of the stage.
-        head: the teacher's LM head `[v/tp, h_teacher]`, a shard as the student's is, on the student's last stage.
-        teacher_forward: from a global batch's first sample to the teacher's states that this rank needs.
+        ctx: context of the stage.
+        head: the teacher's LM head `[v/tp, h_teacher]`, sharded as the student's, on the student's last stage.
+        teacher_forward: from the index of a global batch's first sample to the teacher's states that this rank needs.
     """
     student = context.build_student(ctx)
     objective = DistillationObjective(**vars(ctx.config.objective))
     plan, parallel = ctx.plan, ctx.parallel
-    # The tokenizer is one; what a model's vocabulary has beyond it, the other's may lack, and counts on neither side.
+    # Both models share one tokenizer; vocabulary rows that only one model has are excluded from the divergence.
     vocab_size = min(plan.student.vocab, plan.teacher.vocab)
     matching = HiddenStateMatching(student, parallel, objective.matching)
 
@@ -96,8 +95,8 @@ def distillation_run(
         matching.start_batch(batches, teacher_states)
 
         def loss(hidden: Tensor, student_head: Tensor, batch: MicroBatch) -> Loss:
-            assert head is not None, "the last stage alone has a loss, and there is a head"
-            # Popped, so that the teacher's states of a micro-batch are freed as soon as its loss is known.
+            assert head is not None, "only the last stage computes the loss, and it has the head"
+            # Popped, so that the teacher's states of a micro-batch are freed as soon as its loss is computed.
             hidden_of_teacher = teacher_states.pop(transfer_plan.FINAL_HIDDEN, batch.sample_ids).flatten(0, 1)
             return distillation_loss(
                 hidden.flatten(0, 1),
@@ -117,7 +116,7 @@ def distillation_run(
 
 
 def load_teacher(ctx: DistillationContext) -> Teacher:
-    """Builds the teacher in its own layout, without its LM head, and loads its weights. Collective over its ranks."""
+    """Builds the teacher in its own layout, without LM head, and loads its weights. Collective over its ranks."""
     plan, config = ctx.plan, ctx.config
     source, shape = plan.teacher_source, plan.teacher
     precision = derived.teacher_precision(config)
@@ -148,33 +147,33 @@ def load_teacher(ctx: DistillationContext) -> Teacher:
 
 
 def load_teacher_head(ctx: DistillationContext, teacher: Teacher | None) -> Tensor | None:
-    """The teacher's LM head, cut as the student is. Collective over the student's ranks.
+    """Loads the teacher's LM head, sharded as the student's. Collective over the student's ranks.
 
     Args:
-        ctx: what the stage stands on.
-        teacher: what this rank has of it.
+        ctx: context of the stage.
+        teacher: the teacher on this rank; None on ranks without one.
 
     Returns:
-        `[v/tp, h_teacher]` on the student's last stage, v as the student is padded; None, or what nothing reads, on the
-        others.
+        `[v/tp, h_teacher]` on the student's last stage, with v padded as the student's; None, or an unused tensor, on
+        other stages.
     """
     source, shape, config = ctx.plan.teacher_source, ctx.plan.teacher, ctx.config
     if source.meta.step < source.meta.steps:
         done = f"step {source.meta.step} of {source.meta.steps}"
-        ctx.log.info(f"teacher: {source.folder} is at {done}: its run is not finished")
+        ctx.log.info(f"teacher: {source.folder} is at {done}: its run is incomplete")
     cut, tensor = derived.teacher_layout(config), ctx.parallel.layout.tensor
-    wanted = replace(shape, vocab=ctx.plan.student.vocab)  # rows of the student's, whichever are the teacher's
+    wanted = replace(shape, vocab=ctx.plan.student.vocab)  # the student's vocabulary rows
     same_rows = size.padded_vocab(shape.vocab, tensor) == size.padded_vocab(wanted.vocab, tensor)
     alike = cut.pipeline == 1 and cut.tensor == tensor and same_rows and not ctx.plan.teacher_config.offload
     if teacher and shape.tied_embeddings and alike:
-        return unwrap(teacher.chunks[0]).embedding.word_embeddings.weight  # every rank has it already
+        return unwrap(teacher.chunks[0]).embedding.word_embeddings.weight  # already on every rank
     dtype = DTYPES[derived.teacher_precision(config).compute]
     device = ctx.device.torch_device
     return loader.load_head(source.folder, wanted, ctx.parallel, dtype, device, verified=teacher is not None)
 
 
 def _hidden_state_transfer(ctx: DistillationContext, transport: Transport) -> HiddenStateTransfer:
-    """This rank's part in the hand-off."""
+    """This rank's part of the hidden-state transfer."""
     plan, config = ctx.plan, ctx.config
     streams = transfer_plan.streams(*transfer_plan.model_placements(config, plan.world), _routes(ctx), ctx.rank)
     dtype, device = DTYPES[derived.teacher_precision(config).compute], ctx.device.torch_device
@@ -189,7 +188,7 @@ def _routes(ctx: DistillationContext) -> list[transfer_plan.StageRoute]:
 
 
 def teacher_forward(ctx: DistillationContext, teacher: Teacher) -> Callable[[int], States]:
-    """From a global batch's first sample to what the teacher leaves of it on this rank."""
+    """From the index of a global batch's first sample to the teacher's output states on this rank."""
     device = ctx.device.torch_device
     samples = datasets.open_training(ctx.plan)
     layers = [route.key for route in _routes(ctx) if route.key != transfer_plan.FINAL_HIDDEN]
@@ -197,14 +196,14 @@ def teacher_forward(ctx: DistillationContext, teacher: Teacher) -> Callable[[int
 
 
 def _colocated_teacher(ctx: DistillationContext, teacher: Teacher) -> Callable[[int], TeacherStates]:
-    """Teacher and student share all ranks."""
+    """Teacher forward and transfer on ranks that teacher and student share."""
     transfer, forward = _hidden_state_transfer(ctx, batched_p2p), teacher_forward(ctx, teacher)
     return lambda first_sample: TeacherStates(transfer.start(forward(first_sample), first_sample).wait())
 
 
 def student_loop(ctx: DistillationContext, roles: RoleGroups) -> None:
-    """The student's ranks, with a teacher on others."""
-    assert ctx.config.train.steps is not None, "load refuses a distillation without steps"
+    """Runs the student's ranks, with a disjoint teacher."""
+    assert ctx.config.train.steps is not None, "load rejects a distillation without steps"
     side = StudentSide(
         roles,
         _hidden_state_transfer(ctx, roles.start_send_recv),
@@ -213,7 +212,7 @@ def student_loop(ctx: DistillationContext, roles: RoleGroups) -> None:
         ahead=ctx.plan.teacher_config.ahead,
     )
     head = roles.barrier_with_errors(lambda: load_teacher_head(ctx, None))
-    # The run directory is committed once the teacher is there.
+    # The run directory is committed after the teacher is loaded.
     run = roles.barrier_with_errors(lambda: distillation_run(ctx, head, side.teacher_forward))
     side.start(run.done)
     failed: UserError | None = None
@@ -229,19 +228,19 @@ def student_loop(ctx: DistillationContext, roles: RoleGroups) -> None:
 
 
 def teacher_loop(ctx: DistillationContext, roles: RoleGroups) -> None:
-    """The teacher's own ranks."""
+    """Runs the ranks of a disjoint teacher."""
     batch_size, last = ctx.plan.global_batch, ctx.config.train.steps
-    assert last is not None, "load refuses a distillation without steps"
+    assert last is not None, "load rejects a distillation without steps"
     transfer = _hidden_state_transfer(ctx, roles.start_send_recv)
     teacher = roles.barrier_with_errors(lambda: load_teacher(ctx))
     forward = roles.barrier_with_errors(lambda: teacher_forward(ctx, teacher))
 
     def teach(step: int) -> PendingTransfer:
         first_sample = step * batch_size
-        ctx.watchdog.activity = f"the teacher's turn in step {step + 1}"
+        ctx.watchdog.activity = f"teacher forward of step {step + 1}"
         return transfer.start(forward(first_sample), first_sample)
 
-    # Only the student knows its step: it may have gone back to an earlier checkpoint.
+    # Only the student knows its step: it may resume from an earlier checkpoint.
     done = roles.start_all_reduce_max(0).wait()
     with StopRequest(ctx.device.torch_device) as stop:
         steps, ahead = range(done, last), ctx.plan.teacher_config.ahead
@@ -252,9 +251,9 @@ def teacher_loop(ctx: DistillationContext, roles: RoleGroups) -> None:
 
 @contextmanager
 def abort_on_rank_failure(ctx: DistillationContext) -> Iterator[None]:
-    """Where a rank fails, all stop, and say which rank was lost and which transfer waited for it.
+    """If a rank fails, all ranks report the failed rank and the transfer that waited for it, and exit.
 
-    The process ends here: groups that wait for a lost rank, as an agreement does, would not let it end.
+    The process is aborted: destroying process groups with an operation that waits for a failed rank would block.
     """
     try:
         yield

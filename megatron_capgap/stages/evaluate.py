@@ -1,4 +1,4 @@
-"""evaluate: loss, perplexity and bits per byte on held-out text or conversations, in any layout."""
+"""Stage evaluate: loss, perplexity and bits per byte on held-out text or conversations, in any layout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_capgap.training.evaluate import evaluate
 
 
 def run(plan: RunPlan, environment: Environment, device: Device) -> int:
-    """Measures, writes RUN/evaluation.json; returns the exit code."""
+    """Evaluates and writes RUN/evaluation.json; returns the exit code."""
     with context.stage_context(plan, environment, device) as ctx:
         config, plan = ctx.config, ctx.plan
         chunks = context.build_student(ctx, trains=False)
@@ -39,7 +39,7 @@ def run(plan: RunPlan, environment: Environment, device: Device) -> int:
         whole = config.train.eval_batches is None
         left_out = samples.left_out if isinstance(samples, SampleSequence) and whole else 0
         if left_out:
-            ctx.log.info(f"{left_out} tokens at the ends of the data fill no row and are left out")
+            ctx.log.info(f"{left_out} tokens at the ends of the datasets do not fill a row and are skipped")
         if ctx.log.is_rank0:
             facts = {
                 **entry,
@@ -50,5 +50,5 @@ def run(plan: RunPlan, environment: Environment, device: Device) -> int:
             }
             write_atomically(ctx.run_dir / "evaluation.json", json.dumps(facts, indent=1) + "\n")
         rows = [(f"{result.loss:.4f}", f"{result.perplexity:.3f}", f"{result.bits_per_byte:.4f}", str(result.tokens))]
-        ctx.log.table(f"step {step}", ("loss a token", "perplexity", "bits a byte", "tokens"), rows)
+        ctx.log.table(f"step {step}", ("loss per token", "perplexity", "bits per byte", "tokens"), rows)
     return 0

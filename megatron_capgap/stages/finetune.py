@@ -1,4 +1,4 @@
-"""finetune: a model learns the assistant's words of conversations, by itself or from a teacher."""
+"""Stage finetune: trains on the assistant turns of conversations, with or without a teacher."""
 
 from __future__ import annotations
 

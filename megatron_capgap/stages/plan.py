@@ -1,5 +1,5 @@
-"""The plan of a run: a validated configuration with its models, batch, tokenizer and provenance. One kind for each kind
-of stage; fixed once it is made. No torch."""
+"""Plan of a run: a validated configuration with its models, tokenizer and provenance; frozen, one class per kind of
+stage. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_capgap.pruning.student_shape import Budget, StudentTarget
 
 @dataclass(frozen=True)
 class CheckpointSource:
-    """Where a model's weights come from."""
+    """Checkpoint that a model's weights are read from."""
 
     folder: Path
     meta: CheckpointMetadata
@@ -27,26 +27,26 @@ class CheckpointSource:
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """A checked configuration with its models and batch in numbers: what adapt and evaluate run, and finetune without a
-    teacher."""
+    """Plan of adapt, evaluate, and finetune without a teacher."""
 
     loaded: LoadedConfig
     stage: str
     world: int
-    """All ranks, the teacher's own included."""
+    """Number of ranks, including those of a disjoint teacher."""
     student: ModelShape
     student_source: CheckpointSource | None
     provenance: Provenance | None
-    """What is learned from, where something is trained."""
+    """Data, models and objective, if the stage trains."""
     resumed: CheckpointMetadata | None
-    """The newest checkpoint in run_dir, if this run has begun before; its files are not checked yet."""
+    """Metadata of the newest checkpoint in run_dir; None for a new run. Its files are not verified yet."""
     tokenizer: Tokenizer
     template: Template | None
-    """How conversations are written down, where the data are conversations."""
+    """Chat template, if the data are conversations."""
     teacher: ModelShape | None = None
     teacher_source: CheckpointSource | None = None
     budget: Budget | None = None
-    """What layers keep together where prune may leave each a number of its own; `student` is then the least shape."""
+    """Total sizes to keep over all layers, if prune may keep different sizes per layer; `student` is then the smallest
+    possible shape."""
 
     @property
     def config(self) -> Config:
@@ -55,7 +55,7 @@ class RunPlan:
 
     @property
     def remarks(self) -> list[str]:
-        """What the reader must know of the tokenizer."""
+        """Warnings about the tokenizer."""
         found, path = list(self.tokenizer.remarks), self.config.data.tokenizer
         for key, source in (("student.checkpoint", self.student_source), ("teacher.checkpoint", self.teacher_source)):
             theirs = source and self.tokenizer.special_ids_of(source.meta.tokenizer_fingerprint)
@@ -75,33 +75,33 @@ class RunPlan:
 
     @property
     def student_kept(self) -> int:
-        """The student's parameters without embeddings, less those of layers that store more parts than they keep."""
+        """Non-embedding parameters of the student, without the zero padding of per-layer pruning."""
         return self.student_source.meta.kept if self.student_source else StudentTarget(self.student, self.budget).kept
 
     @property
     def finetune(self) -> FinetuneConfig:
-        """How conversations are read and learned."""
+        """The section finetune, or its defaults."""
         return self.config.finetune or FinetuneConfig()
 
     @property
     def reads(self) -> dict[str, tuple[str, ...]]:
-        """The datasets or files of conversations that are opened, by key."""
+        """Datasets or conversation files that the stage opens, by key."""
         return files_read(self.config, self.stage)
 
     @property
     def global_batch(self) -> int:
-        """Sequences in one step over all ranks."""
+        """Sequences per optimizer step, over all ranks."""
         return derived.global_batch(self.config, self.config.student.layout, self.student_world)
 
     @property
     def student_world(self) -> int:
-        """Ranks that the student is cut over."""
+        """Number of the student's ranks."""
         return derived.student_world(self.config, self.world)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationPlan(RunPlan):
-    """A run with a teacher: distill, and finetune with one."""
+    """Plan of distill, and of finetune with a teacher."""
 
     teacher: ModelShape = field()
     teacher_source: CheckpointSource = field()
@@ -115,7 +115,7 @@ class DistillationPlan(RunPlan):
 
 @dataclass(frozen=True, kw_only=True)
 class PruningPlan(RunPlan):
-    """A run of prune: the student's shape and the teacher that it is made of."""
+    """Plan of prune: the student's shape and the teacher."""
 
     teacher: ModelShape = field()
     teacher_source: CheckpointSource = field()
@@ -133,6 +133,5 @@ def reads_conversations(config: Config, stage: str) -> bool:
 
 
 def files_read(config: Config, stage: str) -> dict[str, tuple[str, ...]]:
-    """The datasets or files of conversations that a stage opens, by key."""
     unread = stage == "evaluate" and reads_conversations(config, stage)
     return {"data.train": () if unread else config.data.train, "data.valid": config.data.valid}

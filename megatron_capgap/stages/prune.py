@@ -1,4 +1,4 @@
-"""prune: a student is cut out of a teacher, by what each part of it is worth on the training text."""
+"""Stage prune: creates a student from a teacher by importance scores on training text."""
 
 from __future__ import annotations
 
@@ -33,12 +33,14 @@ from megatron_capgap.training.loop import peak_memory_line
 
 
 def run(plan: PruningPlan, environment: Environment, device: Device) -> int:
-    """Scores, plans and cuts; returns the exit code."""
+    """Computes scores, makes the prune plan and writes the student; returns the exit code."""
     with context.stage_context(plan, environment, device) as ctx:
         teacher = ctx.plan.teacher
         begun = collectives.run_on_rank0(lambda: files.read(ctx.run_dir, teacher, facts_of(ctx.plan)))
         if ctx.plan.resumed is not None:
-            ctx.log.info(f"nothing to do: {ctx.run_dir} holds the pruned student; choose another run_dir to prune anew")
+            ctx.log.info(
+                f"nothing to do: {ctx.run_dir} holds the pruned student; choose another run_dir to prune again"
+            )
             return 0
         scores = score(ctx, *begun)
         if scores is not None:
@@ -47,7 +49,7 @@ def run(plan: PruningPlan, environment: Environment, device: Device) -> int:
 
 
 def facts_of(plan: PruningPlan) -> dict[str, Any]:
-    """What the scores depend on, by the keys that say it."""
+    """Everything that the scores depend on, by key."""
     config, wanted, source = plan.config, plan.prune_config, plan.teacher_source
     return {
         "teacher.checkpoint": str(source.folder),
@@ -63,19 +65,19 @@ def facts_of(plan: PruningPlan) -> dict[str, Any]:
 
 
 def score(ctx: StageContext[PruningPlan], begun: Scores, done: int) -> Scores | None:
-    """Scores the teacher on what is left of its global batches, and keeps the sums in RUN/scores.json. Collective.
+    """Computes scores on the remaining global batches and saves their sums in RUN/scores.json. Collective.
 
     Args:
-        ctx: what the stage stands on.
+        ctx: context of the stage.
         begun: sums of an earlier start.
-        done: global batches they are sums of.
+        done: number of global batches in these sums.
 
     Returns:
-        The sums of all batches; None after a signal.
+        Sums over all batches; None if stopped by a signal.
     """
     wanted = ctx.plan.prune_config
     if done >= wanted.batches:
-        ctx.log.info(f"scores: all {done} global batches are in {ctx.run_dir / files.FILE}")
+        ctx.log.info(f"scores: all {done} global batches are done, in {ctx.run_dir / files.FILE}")
         context.commit_run_dir(ctx)
         return begun
     importance = _open(ctx)
@@ -96,7 +98,7 @@ def score(ctx: StageContext[PruningPlan], begun: Scores, done: int) -> Scores | 
             if done == wanted.batches:
                 return scores
             if reason:
-                ctx.log.info(f"stopped by {reason} after batch {done}; the same command goes on from there")
+                ctx.log.info(f"stopped by {reason} after batch {done}; run the same command to continue")
                 if ctx.log.is_rank0:
                     launcher.write_outcome("stopped")
                 return None
@@ -132,8 +134,8 @@ def _open(ctx: StageContext[PruningPlan]) -> Importance:
 
 
 def _batches(ctx: StageContext[PruningPlan], samples: Samples, done: int) -> list[MicroBatch]:
-    """This data-parallel rank's micro-batches of the global batch after `done`: which samples share one does not depend
-    on the layout."""
+    """This data-parallel rank's micro-batches of the next global batch after `done`; micro-batches contain the same
+    samples in every layout."""
     numbers = global_batch_samples(done, ctx.plan.global_batch)
     rows, parallel = ctx.config.train.micro_batch, ctx.parallel
     return list(micro_batches(samples, numbers, rows, parallel.dp_rank, parallel.dp_size, ctx.device.torch_device))
@@ -153,7 +155,7 @@ def _loss(ctx: StageContext[PruningPlan], hidden: Tensor, head: Tensor, batch: M
 
 
 def _prune(ctx: StageContext[PruningPlan], scores: Scores) -> None:
-    """Writes the plan and the student's checkpoint. Collective."""
+    """Writes the prune plan and the student's checkpoint. Collective."""
     plan, run_dir, source = ctx.plan, ctx.run_dir, ctx.plan.teacher_source
     kept = plans.make(source.meta.model, plan.student, scores, plan.prune_config.layers_by, plan.budget)
     staged = run_dir / "checkpoints" / ".step_0.incomplete"
@@ -176,7 +178,7 @@ def _prune(ctx: StageContext[PruningPlan], scores: Scores) -> None:
 
 
 def _report(ctx: StageContext[PruningPlan], kept: Plan) -> None:
-    """What went, in a table, and what it took. Collective."""
+    """Logs teacher and student sizes as a table, and peak memory. Collective."""
     before, after = kept.teacher, kept.student
     rows = [
         (name, str(getattr(before, name)), str(getattr(after, name))) for name in ("layers", "hidden", "heads", "ffn")
@@ -187,7 +189,7 @@ def _report(ctx: StageContext[PruningPlan], kept: Plan) -> None:
     ctx.log.table(f"pruned: {ctx.run_dir}/checkpoints/step_0", ("", "teacher", "student"), rows)
     if ctx.plan.budget is not None:
         for name, counts in kept.kept_parts.items():
-            ctx.log.info(f"{name} kept, layer by layer: {' '.join(map(str, counts))}")
+            ctx.log.info(f"{name} kept per layer: {' '.join(map(str, counts))}")
         stored, share = size.parameters(after), kept.padding / size.parameters(after)
         ctx.log.info(f"parameters: {stored - kept.padding:,} kept, {stored:,} stored ({share:.1%} are zeros)")
     on_cpu = ctx.device.name == "cpu"

@@ -1,4 +1,4 @@
-"""The record that a finished distillation leaves for the law: RUN/record.json."""
+"""Record of a finished distillation for the law: RUN/record.json."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ RECORD = "record.json"
 
 
 def write(plan: DistillationPlan) -> str:
-    """Writes the record of a run that has come to its end; a run that was stopped before leaves none. Rank 0 only.
+    """Writes the record of a complete run; a stopped run has no record. Rank 0 only.
 
     Returns:
-        What to tell the reader.
+        Message for the user.
     """
     run_dir, steps = Path(plan.config.run_dir), plan.config.train.steps
     if plan.resumed is not None and plan.resumed.step == steps and _tokens(run_dir / RECORD) == _all(plan):
-        return f"record for the law: {run_dir / RECORD}, as it was"
+        return f"record for the law: {run_dir / RECORD}, unchanged"
     if not plan.config.data.valid:
-        return "no record for the law: data.valid names no held-out text"
-    assert steps is not None, "stage_context has put a number there"
-    # Read from disk, for the run may have been stopped between its last evaluation and the record.
+        return "no record for the law: data.valid is empty"
+    assert steps is not None, "stage_context sets it"
+    # Read from disk: the run may have been stopped between its last evaluation and the record.
     last = evaluation_after(run_dir, steps)
     if last is None or steps not in run_directory.steps_in(run_dir):
-        return "no record for the law yet: the run has not come to its end"
+        return "no record for the law yet: the run is incomplete"
     record = describe(plan, last["valid_loss"], last.get("valid_tokens"))
     write_atomically(run_dir / RECORD, record.line())
     return f"record for the law: {run_dir / RECORD}"
 
 
 def describe(plan: DistillationPlan, valid_loss: float, valid_tokens: int | None) -> Record:
-    """The record of a distillation that took all its steps."""
+    """The record of a complete distillation."""
     config, student, teacher, source = plan.config, plan.student, plan.teacher, plan.teacher_source
     tokens, taught = _all(plan), derived.teacher_runs(config, plan.stage)
     return Record(
@@ -68,13 +68,13 @@ def describe(plan: DistillationPlan, valid_loss: float, valid_tokens: int | None
 
 
 def _all(plan: DistillationPlan) -> int:
-    """Tokens that the whole run is trained on."""
+    """Training tokens of the whole run."""
     assert plan.config.train.steps is not None
     return plan.config.train.steps * plan.global_batch * plan.config.data.sequence_length
 
 
 def _tokens(record: Path) -> int | None:
-    """What a record that is there speaks of: the run may have been shorter then."""
+    """Training tokens of an existing record, whose run may have been shorter; None if there is none."""
     try:
         return json.loads(record.read_text(encoding="utf-8"))["tokens"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -82,7 +82,7 @@ def _tokens(record: Path) -> int | None:
 
 
 def _beginning(plan: DistillationPlan) -> str:
-    """Where the student began, in the record's words."""
+    """Initialisation of the student: random, fixed, pruned or pruned_other."""
     if plan.student_source is None:
         return "random"
     origin, source = plan.student_source.meta.pruned_from, plan.teacher_source
@@ -93,20 +93,20 @@ def _beginning(plan: DistillationPlan) -> str:
 
 
 def _loss_of(source: CheckpointSource) -> float | None:
-    """What the run that a checkpoint lies in measured after the checkpoint's step; None where it did not."""
+    """Held-out loss that a checkpoint's own run measured after its step; None if it did not."""
     run_dir = source.folder.parents[1]
     found = evaluation_after(run_dir, source.meta.step)
     return found["valid_loss"] if found else None
 
 
 def fingerprint(config: Config) -> str:
-    """Equal for runs that do the same: the resolved configuration without the place it writes to."""
+    """Hash of the resolved configuration without run_dir: equal for equivalent runs."""
     content = {name: value for name, value in asdict(config).items() if name != "run_dir"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def objective_text(objective: ObjectiveConfig) -> str:
-    """The objective as a sum, with the numbers that its divergence looks at."""
+    """The objective as a weighted sum, with the parameters of its divergence."""
     details = [f"temperature {objective.temperature:g}"] if objective.temperature != 1.0 else []
     if objective.divergence.startswith("skew"):
         details.append(f"alpha {objective.skew_alpha:g}")

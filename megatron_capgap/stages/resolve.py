@@ -1,5 +1,5 @@
-"""From a configuration to the plan of a run: models are found, everything is checked, all mistakes are told at once. No
-torch, nothing written."""
+"""From a configuration to the plan of a run: reads checkpoint metadata, validates everything, reports all mistakes
+together. Imports no torch, writes nothing."""
 
 from __future__ import annotations
 
@@ -34,19 +34,17 @@ T = TypeVar("T")
 
 
 def resolve(loaded: LoadedConfig, stage: str, world: int, capability: tuple[int, int] | None = None) -> RunPlan:
-    """Finds the models and checks everything that can be checked without reading data.
+    """Validates everything but the contents of the data; returns the plan of the run: a `DistillationPlan` with a
+    teacher, a `PruningPlan` for prune, otherwise a `RunPlan`.
 
     Args:
         loaded: the configuration.
-        stage: which stage is to run.
-        world: number of ranks, the teacher's own included.
-        capability: CUDA compute capability of the GPUs; None leaves it unchecked.
-
-    Returns:
-        A `DistillationPlan` where there is a teacher, a `PruningPlan` for prune, else a `RunPlan`.
+        stage: the stage to run.
+        world: number of ranks, including those of a disjoint teacher.
+        capability: compute capability of the GPUs; None skips its checks.
 
     Raises:
-        UserError: with every problem that was found.
+        UserError: with all problems.
     """
     config, problems = loaded.config, list[str]()
 
@@ -73,7 +71,7 @@ def resolve(loaded: LoadedConfig, stage: str, world: int, capability: tuple[int,
         problems += _fingerprint_problems(loaded, "student.checkpoint", student_source, tokenizer)
         problems += _fingerprint_problems(loaded, "teacher.checkpoint", teacher_source, tokenizer)
         problems += _length_problems(loaded, teacher_source)
-    if problems:  # what the first rank alone would find later
+    if problems:  # data files are otherwise checked later, on rank 0
         raise ConfigError([*problems, *missing_data(loaded, stage)])
     assert wanted and tokenizer
     provenance = _provenance(config, stage, student_source, teacher_source)
@@ -103,16 +101,16 @@ def _with_teacher(plan: RunPlan, source: CheckpointSource | None, budget: Budget
 
 
 def check_device(plan: RunPlan, capability: tuple[int, int] | None) -> None:
-    """Checks what depends on the GPUs that were found.
+    """Checks requirements on the GPUs that were found.
 
     Raises:
-        ConfigError: they lack what the plan needs.
+        ConfigError: the GPUs do not meet them.
     """
     checks.check(plan.loaded, plan.stage, plan.world, plan.student, plan.teacher, capability)
 
 
 def missing_data(loaded: LoadedConfig, stage: str) -> list[str]:
-    """Names the key of each file that is not there; what is wrong within a file is told by its own name."""
+    """One problem per missing data file, with its key; errors within a file are reported when it is opened."""
     look, problems = conversations_file if reads_conversations(loaded.config, stage) else indexed.paths, []
     for key, paths in files_read(loaded.config, stage).items():
         for path in paths:
@@ -126,7 +124,7 @@ def missing_data(loaded: LoadedConfig, stage: str) -> list[str]:
 def _student_target(
     loaded: LoadedConfig, stage: str, source: CheckpointSource | None, teacher: ModelShape | None
 ) -> StudentTarget:
-    """The student in numbers: as given, as its checkpoint says, or as prune is to make it."""
+    """Shape of the student: as configured, as in its checkpoint, or as prune is to create it."""
     if stage == "prune" and teacher is not None:
         return student_target(loaded, teacher)
     student = loaded.config.student.model or (source.meta.model if source else None)
@@ -164,7 +162,7 @@ def _template(loaded: LoadedConfig, stage: str, tokenizer: Tokenizer) -> Templat
 def _provenance(
     config: Config, stage: str, student: CheckpointSource | None, teacher: CheckpointSource | None
 ) -> Provenance | None:
-    """What a stage that trains learns from."""
+    """Provenance of a stage that trains: data, models and objective."""
     if stage in ("prune", "evaluate"):
         return None
     return Provenance(
@@ -178,21 +176,21 @@ def _provenance(
 
 
 def data_file(name: str) -> Path | None:
-    """PREFIX.bin, or a file of conversations; None where it is not there."""
+    """PREFIX.bin, or a file of conversations; None if it does not exist."""
     return next((file for file in (Path(f"{name}.bin"), Path(name)) if file.is_file()), None)
 
 
 def _names_and_sizes(datasets: tuple[str, ...]) -> tuple[str, ...] | None:
     files = [data_file(name) for name in datasets]
     if None in files:
-        return None  # which is said when they are opened
+        return None  # reported when the files are opened
     return tuple(f"{file.name} of {file.stat().st_size} bytes" for file in files if file)
 
 
 def _vocabulary_problems(
     loaded: LoadedConfig, student: ModelShape, source: CheckpointSource | None, tokenizer: Tokenizer
 ) -> list[str]:
-    if tokenizer.vocab_size <= student.vocab or source is not None:  # a checkpoint knows its tokenizer
+    if tokenizer.vocab_size <= student.vocab or source is not None:  # checkpoints: fingerprints are compared
         return []
     path = loaded.config.data.tokenizer
     return [
@@ -216,14 +214,14 @@ def _fingerprint_problems(
 
 
 def _length_problems(loaded: LoadedConfig, teacher: CheckpointSource | None) -> list[str]:
-    """A teacher says little about positions it has never seen."""
+    """A teacher's predictions are unreliable at positions beyond its training length."""
     if teacher is None or derived.teacher_section(loaded.config).longer_sequences:
         return []
     trained = max(teacher.meta.sequence_length, teacher.meta.model.max_positions or 0)
     length = loaded.config.data.sequence_length
-    if length <= trained or trained == 1:  # a converted model may not say how long its sequences were
+    if length <= trained or trained == 1:  # converted models may lack their training length
         return []
     return [
         f"{loaded.location('data.sequence_length')}: {length} is longer than the {trained} tokens that the teacher "
-        f"{teacher.folder} was trained on; {trained} would do, or teacher.longer_sequences: true"
+        f"{teacher.folder} was trained on; use at most {trained}, or set teacher.longer_sequences: true"
     ]

@@ -1,4 +1,4 @@
-"""A run that has begun before: what keeps a start from going on with it. No torch, nothing written."""
+"""Checks that a resumed run matches its checkpoint. Imports no torch, writes nothing."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ def check_resume(
     template: Template | None,
     lessons: Provenance | None,
 ) -> CheckpointMetadata | None:
-    """The run's own newest checkpoint; None where it has none.
+    """Metadata of the run's own newest checkpoint; None if it has none.
 
     Args:
-        loaded, stage, world: what is to be run, on how many ranks.
+        loaded, stage, world: the run and its number of ranks.
         wanted: the student.
-        teacher: its shape.
-        tokenizer, template: that the data are read with.
-        lessons: what is learned from.
+        teacher: shape of the teacher.
+        tokenizer, template: used to read the data.
+        lessons: provenance of this start: data, models and objective.
 
     Raises:
-        ConfigError: with one line for everything that must be as the run was begun and is not.
+        ConfigError: one line per mismatch between the run and its checkpoint.
     """
     config = loaded.config
     where = f"{loaded.location('run_dir')}: {config.run_dir}"
     if stage == "evaluate" and run_directory.is_training_run(Path(config.run_dir)):
-        raise ConfigError([f"{where} is a training run; give the evaluation a run_dir of its own"])
+        raise ConfigError([f"{where} is a training run; choose another run_dir for the evaluation"])
     found = run_directory.newest_readable(Path(config.run_dir))
     if found is None:
         return None
@@ -62,7 +62,7 @@ def check_resume(
 def _model_mismatches(
     loaded: LoadedConfig, stage: str, found: CheckpointMetadata, wanted: StudentTarget, teacher: ModelShape | None
 ) -> list[str]:
-    """What keeps this start from going on with the weights that a run has."""
+    """Mismatches of stage, model shape and projections."""
     config, problems = loaded.config, []
     where = f"{loaded.location('run_dir')}: {config.run_dir}"
     if found.stage != stage:
@@ -75,14 +75,14 @@ def _model_mismatches(
             )
     if wanted.budget and found.kept != wanted.kept:
         problems.append(
-            f"{where} holds a student that keeps {found.kept} parameters without embeddings, this one is to keep "
+            f"{where} holds a student that keeps {found.kept} non-embedding parameters, this one is to keep "
             f"{wanted.kept}; choose another run_dir"
         )
     projections = derived.projection_names(config, wanted.shape, teacher)
     if found.lessons is None and found.projections != projections:
         was, now = (" ".join(names) or "none" for names in (found.projections, projections))
         problems.append(
-            f"{loaded.location('objective.matching')}: {config.run_dir} was begun with projections of layers {was}, "
+            f"{loaded.location('objective.matching')}: {config.run_dir} was started with projections of layers {was}, "
             f"this start has {now}; keep objective.matching or choose another run_dir"
         )
     return problems
@@ -91,39 +91,41 @@ def _model_mismatches(
 def _data_mismatches(
     loaded: LoadedConfig, world: int, found: CheckpointMetadata, tokenizer: Tokenizer, template: Template | None
 ) -> list[str]:
-    """What keeps this start from reading on where a run has come to."""
+    """Mismatches of seed, sequence length, batch size, tokenizer and chat template."""
     config, problems = loaded.config, []
     where = f"{loaded.location('run_dir')}: {config.run_dir}"
     if found.seed != config.seed:
         problems.append(
-            f"{where} was begun with seed {found.seed}, not {config.seed}; keep the seed or choose another run_dir"
+            f"{where} was started with seed {found.seed}, not {config.seed}; keep the seed or choose another run_dir"
         )
     if found.sequence_length != config.data.sequence_length:
         problems.append(
-            f"{where} was begun with data.sequence_length {found.sequence_length}, not {config.data.sequence_length}; "
+            f"{where} has data.sequence_length {found.sequence_length}, this start has {config.data.sequence_length}; "
             "keep it or choose another run_dir"
         )
     batch = derived.global_batch(config, config.student.layout, derived.student_world(config, world))
     begun_with = found.tokens // (found.step * found.sequence_length) if found.step else batch
     if begun_with != batch:
         problems.append(
-            f"{where} was begun with global batches of {begun_with}, this start has {batch}; "
+            f"{where} was started with global batch size {begun_with}, this start has {batch}; "
             f"set train.global_batch to {begun_with} or choose another run_dir"
         )
     if found.tokenizer_fingerprint != tokenizer.fingerprint:
         problems.append(
-            f"{where} was begun with another tokenizer ({found.tokenizer}); use it or choose another run_dir"
+            f"{where} was started with another tokenizer ({found.tokenizer}); use it or choose another run_dir"
         )
     if template is not None and found.chat_template != template.jinja:
         place = loaded.location("finetune.template")
-        problems.append(f"{place}: {config.run_dir} was begun with another template; use it or choose another run_dir")
+        problems.append(
+            f"{place}: {config.run_dir} was started with another template; use it or choose another run_dir"
+        )
     return problems
 
 
 def _provenance_mismatches(
     loaded: LoadedConfig, stage: str, found: CheckpointMetadata, now: Provenance | None
 ) -> list[str]:
-    """What keeps this start from learning on from what a run has learned from. Files may have moved meanwhile."""
+    """Mismatches of data, models and objective. Paths may differ if the content is the same."""
     was = found.lessons
     if was is None or now is None or found.stage != stage:
         return []
@@ -137,8 +139,8 @@ def _provenance_mismatches(
         mine = vars(now.objective)
         rows += [(f"objective.{name}", before, mine[name]) for name, before in vars(was.objective).items()]
     return [
-        f"{loaded.location(key)}: {loaded.config.run_dir} was begun with {_shown(before)}, this start has "
-        f"{_shown(after)}; keep what it was or choose another run_dir"
+        f"{loaded.location(key)}: {loaded.config.run_dir} was started with {_shown(before)}, this start has "
+        f"{_shown(after)}; restore the former or choose another run_dir"
         for key, before, after in rows
         if not (before.same(after) if isinstance(before, ModelRef) else before == after)
     ]

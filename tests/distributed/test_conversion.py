@@ -262,7 +262,7 @@ def test_an_old_file_of_the_bare_model_with_buffers(pool: WorkerPool, tmp_path: 
     bare |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 64, 64).tril().to(dtype) for layer in range(4)}
     save_file(bare, hf / "model.safetensors", {"format": "pt"})
     said = must(pool, "import", "--hf", hf, "--out", tmp_path / "run")
-    assert "left out 4 buffers that are no weights, like transformer.h.0.attn.bias" in said
+    assert "skipped 4 buffers that are not weights, for example transformer.h.0.attn.bias" in said
     must(pool, "export", "--checkpoint", tmp_path / "run", "--out", tmp_path / "back")
     assert_equal_folders(tmp_path / "back", hf_models.save("gpt2", tmp_path / "plain"))
 

@@ -186,10 +186,10 @@ def test_a_lost_teacher_rank_stops_all_in_time(
         codes = ranks.wait_for(range(3), 5 * limit)
         assert time.monotonic() - began < 2 * limit + LEAVE, "within twice the time-out, and the time to leave"
         assert all(code not in (0, None) for code in codes), codes
-        lost = r"rank 3 on \S+, last heard of in .+: gone or standing still"
+        lost = r"rank 3 on \S+, last heartbeat in .+: dead or stalled"
         # A rank that stands still between two turns is missed in the agreement on the end of a step.
         transfer = r"the transfer of the teacher's hidden states behind the last layer from rank \d to rank \d"
-        waited = f"{transfer}|the word of all ranks on the end of a step"
+        waited = f"{transfer}|the end-of-step all-reduce over all ranks"
         for said in map(ranks.stderr, range(3)):
             assert re.search(lost, said) and re.search(waited, said), said
     assert not (tmp_path / "run" / "latest").exists()

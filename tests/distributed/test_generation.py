@@ -192,9 +192,9 @@ def test_what_the_tool_refuses(pool: WorkerPool, run_of: Any, fixtures: Fixtures
     talk = tmp_path / "talk.jsonl"
     talk.write_text(json.dumps({"messages": [{"role": "user", "content": "a"}]}))
     cases: dict[str, dict[str, str | None]] = {
-        f"--tokenizer: {other} has another vocabulary than": {"--tokenizer": other},
-        "--tensor 5 times --pipeline 1 does not divide the world of 1 ranks": {"--tensor": "5"},
-        "is more than the 64 that the model is made for; ask for fewer": {"--max-new-tokens": "64"},
+        f"--tokenizer: {other} differs from the tokenizer that": {"--tokenizer": other},
+        "--tensor 5 * --pipeline 1 does not divide the world size 1": {"--tensor": "5"},
+        "exceeds the 64 tokens that the model supports; use fewer": {"--max-new-tokens": "64"},
         "temperature: -1.0 is no number from 0 up": {"--temperature": "-1"},
         "nothing: no such checkpoint; name a run directory": {"--checkpoint": "nothing"},
         "brings no chat template; template default would do": {"--prompt": None, "--prompts": str(talk)},

@@ -215,6 +215,6 @@ def test_a_run_is_not_continued_with_other_projections(
     (line,) = rank.stderr.splitlines()
     assert (
         "objective.matching: " in line
-        and "was begun with 1_2_mse x 0.5, 4_3_cosine x 2, 4_3_mse x 1, this start has" in line
+        and "was started with 1_2_mse x 0.5, 4_3_cosine x 2, 4_3_mse x 1, this start has" in line
     )
     assert runs.files_of(tmp_path / "run") == before

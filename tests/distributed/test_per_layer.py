@@ -128,7 +128,7 @@ def test_a_finished_one_is_left_alone_and_another_size_refused(
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
     counts = " ".join(map(str, plan["kept_by_layer"]["ffn"]))
     assert sum(plan["kept_by_layer"]["ffn"]) == 160
-    assert rank.value == 0 and f"ffn kept, layer by layer: {counts}\n" in rank.stdout, rank
+    assert rank.value == 0 and f"ffn kept per layer: {counts}\n" in rank.stdout, rank
     kept, stored = (f"{plan['parameters'][name]:,}" for name in ("kept", "stored"))
     assert f"parameters: {kept} kept, {stored} stored (" in rank.stdout
     (rank,) = runs.run_stage(pool, "prune", raw)
@@ -136,4 +136,6 @@ def test_a_finished_one_is_left_alone_and_another_size_refused(
     raw["prune"]["ffn"] = 48
     (rank,) = runs.run_stage(pool, "prune", raw)
     assert rank.value == 2
-    assert f"holds a student that keeps {plan['parameters']['kept_non_embedding']} parameters" in rank.stderr
+    assert (
+        f"holds a student that keeps {plan['parameters']['kept_non_embedding']} non-embedding parameters" in rank.stderr
+    )

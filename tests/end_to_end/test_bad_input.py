@@ -70,10 +70,10 @@ MISTAKES = {
         worlds=(1, 2),
     ),
     "bad type": Mistake(
-        ("FOLDER/run.yaml:", 'train.steps: "many" given', "an integer > 0 or null would do"), {"train__steps": "many"}
+        ("FOLDER/run.yaml:", 'train.steps: "many" given', "expected an integer > 0 or null"), {"train__steps": "many"}
     ),
     "heads not divisible by tensor": Mistake(
-        ("student.layout.tensor: 2 does not divide", "student.model.heads 3", "would do"),
+        ("student.layout.tensor: 2 does not divide", "student.model.heads 3", "valid values: 1"),
         {
             "student__layout": {"tensor": 2},
             "student__model__heads": 3,
@@ -83,11 +83,15 @@ MISTAKES = {
         worlds=(2,),
     ),
     "batch not divisible": Mistake(
-        ("train.global_batch: 9 is not a multiple of train.micro_batch 2", "8 or 10 would do"),
+        ("train.global_batch: 9 is not a multiple of train.micro_batch 2", "valid values: 8 or 10"),
         {"train__global_batch": 9},
     ),
     "batch not divisible over ranks": Mistake(
-        ("train.global_batch: 6 is not a multiple of", "micro_batch 2 * data parallel 2 = 4", "4 or 8 would do"),
+        (
+            "train.global_batch: 6 is not a multiple of",
+            "micro_batch 2 * data-parallel size 2 = 4",
+            "valid values: 4 or 8",
+        ),
         {"train__global_batch": 6},
         worlds=(2,),
     ),
@@ -133,12 +137,12 @@ MISTAKES = {
         spoil=checkpoint_of_megatron_lm,
     ),
     "run_dir not writable": Mistake(
-        ("run_dir: FOLDER/corpus.jsonl/run cannot be written (Not a directory)", "choose another run_dir"),
+        ("run_dir: FOLDER/corpus.jsonl/run is not writable (Not a directory)", "choose another run_dir"),
         {"run_dir": "FOLDER/corpus.jsonl/run"},
         worlds=(1, 2),
     ),
     "world size that does not match the layout": Mistake(
-        ("tensor 1 * pipeline 4 * context 1 = 4 does not divide the world of", "4 ranks would do"),
+        ("tensor 1 * pipeline 4 * context 1 = 4 does not divide the world size", "valid numbers of ranks: 4"),
         {"student__layout": {"pipeline": 4}},
         worlds=(1, 2),
     ),
@@ -288,7 +292,7 @@ def test_a_key_that_is_missing_is_told_in_one_line(pool: WorkerPool, fixtures: F
     """The key's description has several."""
     (rank,) = runs.run_stage(pool, "adapt", runs.adapt_config(fixtures, tmp_path / "run", data__train=None))
     (line,) = rank.stderr.splitlines()
-    assert rank.value == 2 and "data.train: adapt needs it; give a list" in line and "\\n" not in line
+    assert rank.value == 2 and "data.train: required by adapt; expected a list" in line and "\\n" not in line
 
 
 def test_what_an_evaluation_leaves_out_is_told(
@@ -301,4 +305,4 @@ def test_what_an_evaluation_leaves_out_is_told(
     held_out = indexed.inspect(config["data"]["valid"][0], None, None).tokens
     assert found["tokens"] + found["tokens_left_out"] == held_out - 1, "the first token is predicted from nothing"
     assert 0 < found["tokens_left_out"] < config["data"]["sequence_length"]
-    assert f"{found['tokens_left_out']} tokens at the ends of the data fill no row" in rank.stdout
+    assert f"{found['tokens_left_out']} tokens at the ends of the datasets do not fill a row" in rank.stdout

@@ -87,17 +87,17 @@ def test_the_share_of_every_rank_is_what_it_builds(pool: WorkerPool, tied: bool,
 def test_grid_and_work_of_a_distillation(fixtures: Fixtures, teacher: Path, tmp_path: Path, check) -> None:
     layout = {"tensor": 2, "pipeline": 2, "sequence": True}
     report = check("distill", runs.distill_config(fixtures, tmp_path / "run", teacher, student__layout=layout), 8)
-    assert report.startswith("distill: the configuration is sound\n")
+    assert report.startswith("distill: the configuration is valid\n")
     lines = report.splitlines()
     assert any(
         line.startswith("teacher ") and f"{size.parameters(ModelShape(**runs.TEACHER)):,}" in line for line in lines
     )
     assert "rank grid: 8 ranks = tensor 2 x data 2 x pipeline 2, sequence parallel" in lines
     assert "  stage 0: [0-1] [2-3]" in lines and "  stage 1: [4-5] [6-7]" in lines
-    assert "tokens a step: 256 = 8 sequences x 32; 2 micro-batches of 2 on each data-parallel rank" in lines
-    assert any(line.startswith("the run: 4 steps, 1,024 tokens, ") for line in lines)
+    assert "tokens per step: 256 = 8 sequences x 32; 2 micro-batches of 2 per data-parallel rank" in lines
+    assert any(line.startswith("run: 4 steps, 1,024 tokens, ") for line in lines)
     memory = lines.index("memory of the fullest rank on a CPU, MiB")
-    assert lines[-1].startswith("  in all") and memory < len(lines) - 1
+    assert lines[-1].startswith("  total") and memory < len(lines) - 1
 
 
 def test_a_teacher_in_a_layout_of_its_own(fixtures: Fixtures, teacher: Path, tmp_path: Path, check) -> None:
@@ -108,11 +108,11 @@ def test_a_teacher_in_a_layout_of_its_own(fixtures: Fixtures, teacher: Path, tmp
     changes |= {"teacher__ahead": 3, "data__valid": None}
     lines = check("distill", runs.distill_config(fixtures, tmp_path / "run", teacher, **changes), 8).splitlines()
     assert "rank grid: 4 ranks = tensor 2 x data 1 x pipeline 2, sequence parallel" in lines
-    assert lines[lines.index("the teacher's: 4 ranks = tensor 1 x data 1 x pipeline 4") + 1] == "  stage 0: [4]"
+    assert lines[lines.index("teacher rank grid: 4 ranks = tensor 1 x data 1 x pipeline 4") + 1] == "  stage 0: [4]"
     batch = 8 * 65536 * 48 * 4 / 2**20  # one output of the teacher's
     assert (
-        f"its hidden states of a global batch: {batch:.1f} MiB on each rank where it leaves most, "
-        f"{batch / 2:.1f} MiB on each of the student's last stage; up to 3 wait on the teacher's ranks"
+        f"teacher hidden states per global batch: at most {batch:.1f} MiB on each rank of the teacher, "
+        f"{batch / 2:.1f} MiB on each rank of the student's last stage; up to 3 stored on the teacher's ranks"
     ) in lines
     fullest = lines.index("memory of the teacher's fullest rank, MiB")
     table = dict(line.strip().rsplit(maxsplit=1) for line in lines[fullest + 1 : fullest + 4])
@@ -121,14 +121,12 @@ def test_a_teacher_in_a_layout_of_its_own(fixtures: Fixtures, teacher: Path, tmp
         del changes[key]
     changes |= {"teacher__layout": {"tensor": 2}, "teacher__offload": True}
     lines = check("distill", runs.distill_config(fixtures, tmp_path / "run", teacher, **changes), 4).splitlines()
-    assert "the teacher's: 4 ranks = tensor 2 x data 2 x pipeline 1" in lines
+    assert "teacher rank grid: 4 ranks = tensor 2 x data 2 x pipeline 1" in lines
     assert any(
-        line.startswith("teacher a rank: ") and line.endswith("weights in host memory between its turns")
+        line.startswith("teacher per rank: ") and line.endswith("weights in host memory between its forward passes")
         for line in lines
     )
-    assert any(
-        f"{batch / 2:.1f} MiB on each rank where it leaves most, {batch / 2:.1f} MiB on each" in x for x in lines
-    )
+    assert any(f"{batch / 2:.1f} MiB on each rank of the teacher, {batch / 2:.1f} MiB on each" in x for x in lines)
 
 
 def test_sequences_longer_than_the_teacher_s_are_asked_for(
@@ -139,7 +137,7 @@ def test_sequences_longer_than_the_teacher_s_are_asked_for(
     assert main(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "data.sequence_length: 33 is longer than the 32 tokens that the teacher" in line
-    assert line.endswith("32 would do, or teacher.longer_sequences: true")
+    assert line.endswith("use at most 32, or set teacher.longer_sequences: true")
     assert main([*words, "--teacher.longer_sequences=true"]) == 0
 
 
@@ -166,7 +164,7 @@ def test_a_run_that_has_begun_says_where_it_goes_on(
     before = runs.files_of(tmp_path / "run")
     words = ["adapt", "--config", runs.write_config(config), "--check-world=1", "--train.steps=9"]
     assert main(words) == 0
-    assert "it goes on from step 2\n" in capsys.readouterr().out
+    assert "resumes from step 2\n" in capsys.readouterr().out
     assert runs.files_of(tmp_path / "run") == before
 
 
@@ -190,7 +188,7 @@ def test_four_thousand_ranks_without_torch_within_ten_seconds(fixtures: Fixtures
     assert f"{70_553_706_496:,}" in done.stdout  # as published for LLaMA 3 70B
     assert "rank grid: 4096 ranks = tensor 8 x data 32 x pipeline 16, sequence parallel\n" in done.stdout
     assert "stage 15: [3840-3847] [3848-3855] [3856-3863] [3864-3871] ... 32 tensor-parallel groups\n" in done.stdout
-    assert "tokens a step: 8,388,608 = 2048 sequences x 4096; 64 micro-batches of 1 on each" in done.stdout
+    assert "tokens per step: 8,388,608 = 2048 sequences x 4096; 64 micro-batches of 1 per" in done.stdout
     assert not (tmp_path / "run").exists()
 
 

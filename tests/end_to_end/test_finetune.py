@@ -144,9 +144,9 @@ def test_check_tells_without_reading_conversations(
     config = runs.taught(runs.finetune_config(fixtures, tmp_path / "run", student, **changes), teacher)
     assert main(["finetune", "--config", runs.write_config(config), "--check-world", "4"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("finetune: the configuration is sound")
-    assert "the run: 3 epochs of data.train; its length decides the steps\n" in text
-    assert "the teacher is " in text and "its hidden states of a global batch: " in text
+    assert text.startswith("finetune: the configuration is valid")
+    assert "run: 3 epochs of data.train, whose length determines the number of steps\n" in text
+    assert "capacity gap T/S: " in text and "teacher hidden states per global batch: " in text
     assert not (tmp_path / "run").exists()
 
 
@@ -189,7 +189,7 @@ MISTAKES = {
         {"data__train": ["FOLDER/corpus_train"]},
     ),
     "unknown template": Mistake(
-        ('finetune.template: "chatml" given;', "one of tokenizer, default would do"), {"finetune__template": "chatml"}
+        ('finetune.template: "chatml" given;', "expected one of tokenizer, default"), {"finetune__template": "chatml"}
     ),
     "tokenizer without a template": Mistake(
         ("finetune.template: tokenizer: FOLDER/tokenizer.model brings no chat template; template default would do",),
@@ -200,11 +200,11 @@ MISTAKES = {
         {"data__sequence_length": 8},
     ),
     "no checkpoint": Mistake(
-        ("student.checkpoint: finetune needs it; give a string: Where the weights come from",),
+        ("student.checkpoint: required by finetune; expected a string: Source of the weights",),
         {"student__checkpoint": None},
     ),
     "a model in numbers": Mistake(
-        ("student.checkpoint: finetune needs it; give a string",),
+        ("student.checkpoint: required by finetune; expected a string",),
         {"student__checkpoint": None, "student__model": runs.STUDENT},
     ),
     "another vocabulary": Mistake(
@@ -213,21 +213,22 @@ MISTAKES = {
         spoil=lambda folder: corpus.save_sentencepiece(folder / "large.model", 400),
     ),
     "weights of files": Mistake(
-        ("data.train_weights: finetune reads every conversation once an epoch",), {"data__train_weights": [1.0]}
+        ("data.train_weights: finetune reads every conversation once per epoch",), {"data__train_weights": [1.0]}
     ),
     "patience without evaluations": Mistake(
-        ("finetune.patience: 2 evaluations need train.eval_every, which is 0",), {"finetune__patience": 2}
+        ("finetune.patience: 2 requires train.eval_every > 0, which is 0",), {"finetune__patience": 2}
     ),
     "an objective without a teacher": Mistake(
-        ("objective.temperature: 2.0: finetune has no teacher, so nothing reads this",), {"objective__temperature": 2.0}
+        ("objective.temperature: 2.0: finetune has no teacher, so this key has no effect",),
+        {"objective__temperature": 2.0},
     ),
     "a teacher of its own ranks": Mistake(
-        ("teacher.placement: disjoint: in finetune the teacher has no ranks of its own yet; colocated would do",),
+        ("teacher.placement: disjoint: finetune does not support a disjoint teacher; valid value: colocated",),
         {"teacher__placement": "disjoint", "teacher__ranks": 1},
         taught=True,
     ),
     "a section of another stage": Mistake(
-        ("prune: finetune prunes nothing; remove the section",), {"prune": {"layers": 2}}
+        ("prune: finetune does not prune; remove the section",), {"prune": {"layers": 2}}
     ),
 }
 
@@ -268,7 +269,9 @@ def test_another_template_does_not_go_on(pool: WorkerPool, fixtures: Fixtures, s
     (rank,) = runs.run_stage(pool, "finetune", runs.changed(config, finetune__template="tokenizer", train__steps=9))
     assert rank.value == 2
     (line,) = rank.stderr.splitlines()
-    assert "finetune.template: " in line and "was begun with another template; use it or choose another run_dir" in line
+    assert (
+        "finetune.template: " in line and "was started with another template; use it or choose another run_dir" in line
+    )
 
 
 @pytest.fixture(scope="module")

@@ -125,7 +125,7 @@ def test_as_many_products_as_were_announced(fresh_pool: WorkerPool, fixtures: Fi
     changes = {"student__model": shape, "precision": precision, "train__steps": 1}
     said = gemm_count(Precision(fp8=FP8("mxfp8", first_last_layers_bf16=1)), ModelShape(**shape), trains=True)
     (rank,) = run(fresh_pool, "adapt", config_of(fixtures, tmp_path / "run", **changes))
-    line = f"{said.fp8} matrix products of a micro-batch in FP8, {said.others} in fp32"
+    line = f"{said.fp8} matrix products per micro-batch in FP8, {said.others} in fp32"
     assert line in " ".join(rank.stdout.split())
     exact = {(part, "fp32", "fp32"): 2 * 4 * MICRO_BATCHES for part in ("fprop", "dgrad", "wgrad")}
     backward = {(part, "e5m2", "e4m3"): 4 * MICRO_BATCHES for part in ("dgrad", "wgrad")}

@@ -114,10 +114,10 @@ def test_a_rank_that_waits_for_the_other_says_where(fixtures: Fixtures, tmp_path
         line = told(waiting)
         place = f"127.0.0.1 port {port}"
         if first == 1:
-            assert f"nothing answers at {place} yet (Connection refused), where MASTER_ADDR and MASTER_" in line
+            assert f"no response at {place} yet (Connection refused), the address of rank 0 in MASTER_ADDR" in line
         else:
-            assert f"{place} answers, but not all of the 2 ranks that WORLD_SIZE says have come" in line
-        assert "; waiting for 20 s, for " in line
+            assert f"{place} responds, but some of the 2 ranks (WORLD_SIZE) have not connected" in line
+        assert "; waiting for 20 s, time-out after " in line
         with rank_of_two(config, 1 - first, "127.0.0.1", port) as other:
             _, said = other.communicate(timeout=300)
             _, rest = waiting.communicate(timeout=300)
@@ -142,6 +142,6 @@ def test_what_an_earlier_torchrun_left_is_refused_at_once(fixtures: Fixtures, tm
         )
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    said = "no agent of torchrun's listens at 127.0.0.1" if joins else "RANK is 0 but mpirun's OMPI_COMM_WORLD_RANK"
+    said = "no torchrun agent listens at 127.0.0.1" if joins else "RANK is 0 but mpirun's OMPI_COMM_WORLD_RANK"
     assert said in line
     assert not os.path.exists(tmp_path / "run")

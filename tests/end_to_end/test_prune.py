@@ -37,7 +37,7 @@ def test_check_tells_the_shape_before_and_after(
         assert counts == [size.parameters(shape), size.non_embedding_parameters(shape)]
         assert f"{shape.layers} layers, hidden {shape.hidden}, 6 heads over 2 groups, ffn {shape.ffn}" in found[3]
     assert "rank grid: 8 ranks = tensor 2 x data 2 x pipeline 2" in out
-    assert "the scores: 2 global batches, 512 tokens, " in out
+    assert "scores: 2 global batches, 512 tokens, " in out
     assert "student arithmetic" not in out and "teacher arithmetic: fp32" in out
     assert not (tmp_path / "run").exists()
 
@@ -54,8 +54,9 @@ def test_check_tells_what_layers_keep_together(
     shapes = ModelShape(**{**wide, "heads": 3, "kv_heads": 1}), ModelShape(**wide)
     kept, stored = map(size.non_embedding_parameters, shapes)
     assert f"the student keeps {kept:,} of {stored:,} parameters (non-embedding)" in out
-    assert "its layers keep 4 key/value heads and 256 neurons together" in out
-    assert f"the teacher is {size.non_embedding_parameters(ModelShape(**runs.TEACHER)) / kept:.2f} times" in out
+    assert "its layers keep 4 key/value heads and 256 neurons in total" in out
+    ratio = size.non_embedding_parameters(ModelShape(**runs.TEACHER)) / kept
+    assert f"capacity gap T/S: {ratio:.2f} (non-embedding parameters)" in out
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], int, tuple[str, ...]]] = {
@@ -63,7 +64,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], int, tuple[str, ...]]] = {
     "not divisible": (
         {"prune__heads": 3, "student__layout": {"tensor": 2}},
         2,
-        ("student.layout.tensor: 2 does not divide prune.heads 3 and prune.kv_heads 1;", "1 would do"),
+        ("student.layout.tensor: 2 does not divide prune.heads 3 and prune.kv_heads 1;", "valid values: 1"),
     ),
     "no data": ({"data__train": ["FOLDER/nothing"]}, 2, ("FOLDER/nothing.bin does not exist",)),
     "no checkpoint": ({"teacher__checkpoint": "FOLDER/nobody"}, 1, ("teacher.checkpoint: FOLDER/nobody: no such",)),
@@ -72,7 +73,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], int, tuple[str, ...]]] = {
         1,
         ("prune.per_layer: true, but every layer keeps all heads and neurons that it can store", "or remove the key"),
     ),
-    "a student": ({"student__checkpoint": "FOLDER/x"}, 1, ("student.checkpoint: prune makes the student",)),
+    "a student": ({"student__checkpoint": "FOLDER/x"}, 1, ("student.checkpoint: prune creates the student",)),
 }
 
 

@@ -206,7 +206,7 @@ def test_a_run_goes_on_with_what_it_learns_from(
     config = runs.distill_config(fixtures, taught, teacher, train__steps=4, **changes)
     assert main(["distill", "--config", runs.write_config(config)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"{key}: {taught} was begun with {was}, this start has {now}; keep what it was or" in line
+    assert f"{key}: {taught} was started with {was}, this start has {now}; restore the former or" in line
     assert runs.files_of(taught) == before
 
 
@@ -219,15 +219,15 @@ def test_a_run_goes_on_with_its_teacher_and_its_data(
     listed = copied / "checkpoints" / (copied / "latest").read_text().strip() / "contents.json"
     listed.write_text(listed.read_text() + " ")  # as many steps, tokens and parameters, and not the same
     for changes, said in (
-        ({"teacher__checkpoint": str(copied)}, f"teacher.checkpoint: {taught} was begun with {teacher}/"),
-        ({"teacher__checkpoint": str(taught)}, f"teacher.checkpoint: {taught} was begun with {teacher}/"),
+        ({"teacher__checkpoint": str(copied)}, f"teacher.checkpoint: {taught} was started with {teacher}/"),
+        ({"teacher__checkpoint": str(taught)}, f"teacher.checkpoint: {taught} was started with {teacher}/"),
         ({"data__train": held_out}, "data.train: "),
         ({"student__model": None, "student__checkpoint": str(student)}, "student.checkpoint: "),
     ):
         config = runs.distill_config(fixtures, taught, teacher, **changes)
         assert main(["distill", "--config", runs.write_config(config), "--check-world=1"]) == 2
         lines = [line for line in capsys.readouterr().err.splitlines() if said in line]
-        assert len(lines) == 1 and "was begun with" in lines[0], changes
+        assert len(lines) == 1 and "was started with" in lines[0], changes
 
 
 def test_what_has_moved_is_the_same(

@@ -72,9 +72,9 @@ def test_the_share_of_the_peak(pool: WorkerPool, fixtures: Fixtures, tmp_path: P
 
 
 LOST = {
-    "killed": (signal.SIGKILL, 1, "rank 1 on {host}, last heard of in step "),
-    "stands still": (signal.SIGSTOP, 2, "rank 2 on {host}, last heard of in step "),
-    "the first stands still": (signal.SIGSTOP, 0, "rank 0, in whose process the job's store lives, does not answer"),
+    "killed": (signal.SIGKILL, 1, "rank 1 on {host}, last heartbeat in step "),
+    "stands still": (signal.SIGSTOP, 2, "rank 2 on {host}, last heartbeat in step "),
+    "the first stands still": (signal.SIGSTOP, 0, "rank 0, which hosts the job's store, does not respond"),
 }
 
 

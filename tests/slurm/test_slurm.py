@@ -172,7 +172,7 @@ def test_a_job_that_lost_a_rank_comes_back_as_often_as_it_may(
     wait_for(lambda: job.says(r"start 1 died \(exit code \d+\); requeued"), LIMIT, "requeueing", job.output)
     assert time.monotonic() - began < limit + slurm.KILL_WAIT + 30, job.output()
     assert job.says(
-        rf"rank 1 on {re.escape(cluster.host_of(cluster.nodes[1]))}, last heard of in (the save after )?step "
+        rf"rank 1 on {re.escape(cluster.host_of(cluster.nodes[1]))}, last heartbeat in (the save after )?step "
     ), job.output()
     wait_for(lambda: job.says("resumed from"), LIMIT, "the next start", job.output)
     job.wait_for_step(12)
@@ -220,7 +220,7 @@ def test_the_end_of_the_time_is_no_end_of_the_run(
     "options, how, message",
     [
         ((), {"words": ["--train.stepz=3"]}, "train.stepz: unknown key"),
-        (("--nodes=2", "--ntasks=5", "--ntasks-per-node=4"), {}, "every node must run as many ranks as the others"),
+        (("--nodes=2", "--ntasks=5", "--ntasks-per-node=4"), {}, "every node must run the same number of ranks"),
         ((), {"left": {"RANK": "0", "WORLD_SIZE": "4"}}, "RANK is 0 and WORLD_SIZE is 4, but srun says task"),
         ((), {"python": "nopython"}, "stage.sbatch: error: no node can run nopython -m megatron_capgap (see above); "),
     ],

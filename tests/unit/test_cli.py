@@ -101,7 +101,8 @@ def test_check_capability_supposes_gpus(stages, words):
 def test_a_capability_has_two_numbers(stages, capsys, given):
     assert cli.main(["adapt", "--config=adapt.yaml", f"--check-capability={given}"]) == 2
     assert (
-        f"--check-capability: {given} given; 8.0 (A100), 9.0 (H100) or 10.0 (B200) would do" in capsys.readouterr().err
+        f"--check-capability: {given} given; valid values: 8.0 (A100), 9.0 (H100), 10.0 (B200)"
+        in capsys.readouterr().err
     )
     assert stages.report == [] and stages.run == []
 
@@ -117,43 +118,49 @@ def test_check_takes_the_world_of_the_launcher_and_only_the_first_rank_prints(st
 @pytest.mark.parametrize(
     "words, message",
     [
-        ([], "no stage given; one of adapt, prune, distill, finetune, evaluate would do"),
+        ([], "no stage given; valid values: adapt, prune, distill, finetune, evaluate; see --help"),
         (
             ["distil"],
-            "distil: no such stage; did you mean distill? one of adapt, prune, distill, finetune, evaluate would do",
+            "distil: unknown stage; did you mean distill? valid values: adapt, prune, distill, finetune, evaluate",
         ),
-        (["cook", "--help"], "cook: no such stage; one of adapt, prune, distill, finetune, evaluate would do"),
-        (["adapt"], "--config: missing; write adapt --config FILE"),
-        (["adapt", "--config"], "--config: no value given; write --config=VALUE"),
-        (["adapt", "--config", "--check"], "--config: no value given; write --config=VALUE"),
+        (["cook", "--help"], "cook: unknown stage; valid values: adapt, prune, distill, finetune, evaluate"),
+        (["adapt"], "--config: missing; use adapt --config FILE"),
+        (["adapt", "--config"], "--config: no value given; use --config=VALUE"),
+        (["adapt", "--config", "--check"], "--config: no value given; use --config=VALUE"),
         (
             ["adapt", "--config", "adapt.yaml", "--chek"],
-            "--chek: no such option or key; did you mean --check?",
+            "--chek: unknown option or key; did you mean --check?",
         ),
         (
             ["adapt", "--config", "adapt.yaml", "--sede=3"],
-            "--sede: no such option or key; did you mean --seed?",
+            "--sede: unknown option or key; did you mean --seed?",
         ),
-        (["adapt", "--config", "adapt.yaml", "-x"], "-x: no such option or key; "),
+        (["adapt", "--config", "adapt.yaml", "-x"], "-x: unknown option or key; "),
         (
             ["adapt", "--config", "adapt.yaml", "--check=8"],
-            "--check=8: --check takes no value; write --check alone",
+            "--check=8: --check takes no value; use --check alone",
         ),
-        (["adapt", "adapt.yaml"], "adapt.yaml: adapt is the stage already; did you mean --config adapt.yaml?"),
-        (["adapt", "nowhere.yml"], "nowhere.yml: adapt is the stage already; did you mean --config nowhere.yml?"),
-        (["adapt", "settings"], "settings: adapt is the stage already; did you mean --config settings?"),
-        (["adapt", "train.steps=3"], "train.steps=3: adapt is the stage already; write --KEY=VALUE"),
+        (
+            ["adapt", "adapt.yaml"],
+            "adapt.yaml: unexpected argument, the stage is adapt; did you mean --config adapt.yaml?",
+        ),
+        (
+            ["adapt", "nowhere.yml"],
+            "nowhere.yml: unexpected argument, the stage is adapt; did you mean --config nowhere.yml?",
+        ),
+        (["adapt", "settings"], "settings: unexpected argument, the stage is adapt; did you mean --config settings?"),
+        (["adapt", "train.steps=3"], "train.steps=3: unexpected argument, the stage is adapt; use --KEY=VALUE"),
         (
             ["adapt", "--config", "adapt.yaml", "--check-world", "0"],
-            "--check-world: 0 given; a number of ranks > 0",
+            "--check-world: 0 given; expected an integer > 0",
         ),
         (
             ["adapt", "--config", "adapt.yaml", "--check-world=-4"],
-            "--check-world: -4 given; a number of ranks > 0",
+            "--check-world: -4 given; expected an integer > 0",
         ),
         (
             ["adapt", "--config", "adapt.yaml", "--train.steps"],
-            "--train.steps: no value given; write --train.steps=",
+            "--train.steps: no value given; use --train.steps=",
         ),
         (["adapt", "--config", "nowhere.yaml"], "nowhere.yaml: cannot read the configuration: No such file"),
         (["adapt", "--config", "adapt.yaml", "--train.stesp=3"], "unknown key; did you mean train.steps?"),
@@ -263,5 +270,5 @@ def test_torchrun_tells_a_misspelt_key_once(tmp_path):
 def test_the_module_is_the_door(tmp_path):
     done = python("-m", "megatron_capgap", "distil", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("capgap: error: distil: no such stage; did you mean distill?")
+    assert done.stderr.startswith("capgap: error: distil: unknown stage; did you mean distill?")
     assert done.stderr.count("\n") == 1

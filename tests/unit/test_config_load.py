@@ -127,63 +127,66 @@ def test_whole_numbers_are_integers(read, value, expected):
 @pytest.mark.parametrize(
     "override, expected",
     [
-        ("--train.steps=2.5", "train.steps: 2.5 given; an integer > 0 or null would do"),
-        ("--train.steps=true", "train.steps: true given; an integer > 0"),
-        ("--train.steps='3'", 'train.steps: "3" given; an integer > 0'),
-        ("--train.steps=0", "train.steps: 0 given; an integer > 0"),
-        ("--train.steps=1:30", 'train.steps: "1:30" given; an integer > 0'),
-        ("--train.eval_every=-1", "train.eval_every: -1 given; an integer >= 0 would do"),
-        ("--train.dropout=1", "train.dropout: 1 given; a number >= 0 and < 1 would do"),
-        ("--train.dropout=.nan", 'train.dropout: ".nan" given; a number >= 0 and < 1'),
-        ("--optimizer.lr=true", "optimizer.lr: true given; a number > 0"),
-        ("--optimizer.lr=1e999", "optimizer.lr: Infinity given; a number > 0"),
+        ("--train.steps=2.5", "train.steps: 2.5 given; expected an integer > 0 or null"),
+        ("--train.steps=true", "train.steps: true given; expected an integer > 0"),
+        ("--train.steps='3'", 'train.steps: "3" given; expected an integer > 0'),
+        ("--train.steps=0", "train.steps: 0 given; expected an integer > 0"),
+        ("--train.steps=1:30", 'train.steps: "1:30" given; expected an integer > 0'),
+        ("--train.eval_every=-1", "train.eval_every: -1 given; expected an integer >= 0"),
+        ("--train.dropout=1", "train.dropout: 1 given; expected a number >= 0 and < 1"),
+        ("--train.dropout=.nan", 'train.dropout: ".nan" given; expected a number >= 0 and < 1'),
+        ("--optimizer.lr=true", "optimizer.lr: true given; expected a number > 0"),
+        ("--optimizer.lr=1e999", "optimizer.lr: Infinity given; expected a number > 0"),
         (
             "--optimizer.warmup_fraction=1e999",
-            "optimizer.warmup_fraction: Infinity given; a number >= 0 and <= 1",
+            "optimizer.warmup_fraction: Infinity given; expected a number >= 0 and <= 1",
         ),
-        ("--optimizer.lr=fast", 'optimizer.lr: "fast" given; a number > 0 would do'),
-        ("--optimizer.betas=[0.9]", "optimizer.betas: [0.9] given; a list of 2"),
-        ("--optimizer.betas=[0.9, 0.95, 0.99]", "optimizer.betas: [0.9, 0.95, 0.99] given; a list of 2"),
+        ("--optimizer.lr=fast", 'optimizer.lr: "fast" given; expected a number > 0'),
+        ("--optimizer.betas=[0.9]", "optimizer.betas: [0.9] given; expected a list of 2"),
+        ("--optimizer.betas=[0.9, 0.95, 0.99]", "optimizer.betas: [0.9, 0.95, 0.99] given; expected a list of 2"),
         (
             "--optimizer.schedule=cosin",
-            'optimizer.schedule: "cosin" given; did you mean cosine? one of cosine, ',
+            'optimizer.schedule: "cosin" given; did you mean cosine? expected one of cosine, ',
         ),
-        ("--device=off", 'device: "off" given; one of auto, cpu, cuda would do'),
-        ("--student.layout.sequence=yes", 'student.layout.sequence: "yes" given; true or false would do'),
-        ("--student.layout.sequence=1", "student.layout.sequence: 1 given; true or false would do"),
-        ("--student.layout=2", "student.layout: 2 given; keys tensor, pipeline, "),
-        ("--checkpoint=", "checkpoint: null given; keys every, keep, async_save; a section would do"),
-        ("--data.tokenizer=5", "data.tokenizer: 5 given; quote it; a string would do"),
-        ("--data.train=data/train", 'data.train: "data/train" given; a list, each entry a string would do'),
-        ("--data.train=[a, 7]", "data.train: 7 given; a list, each entry a string would do"),
+        ("--device=off", 'device: "off" given; expected one of auto, cpu, cuda'),
+        ("--student.layout.sequence=yes", 'student.layout.sequence: "yes" given; expected true or false'),
+        ("--student.layout.sequence=1", "student.layout.sequence: 1 given; expected true or false"),
+        ("--student.layout=2", "student.layout: 2 given; keys: tensor, pipeline, "),
+        ("--checkpoint=", "checkpoint: null given; keys: every, keep, async_save; expected a section"),
+        ("--data.tokenizer=5", "data.tokenizer: 5 given; quote it; expected a string"),
+        ("--data.train=data/train", 'data.train: "data/train" given; expected a list, each entry a string'),
+        ("--data.train=[a, 7]", "data.train: 7 given; expected a list, each entry a string"),
         ("--data.train=[a", "not YAML: "),
-        ("--objective.matching=[{student_layer: 1}]", "matching.0.teacher_layer: missing; give an integer > 0: Which"),
+        (
+            "--objective.matching=[{student_layer: 1}]",
+            "matching.0.teacher_layer: missing; expected an integer > 0: Teacher",
+        ),
         (
             "--objective.matching=[{student_layer: 1, teacher_layer: 1}, {student_layer: 0, teacher_layer: 1}]",
-            "--objective.matching: objective.matching.1.student_layer: 0 given; an integer > 0 would do",
+            "--objective.matching: objective.matching.1.student_layer: 0 given; expected an integer > 0",
         ),
         (
             "--objective.matching=[{student_layer: 1, teacher_layer: 2, kind: cosin}]",
-            'objective.matching.0.kind: "cosin" given; did you mean cosine? one of mse, cosine would do',
+            'objective.matching.0.kind: "cosin" given; did you mean cosine? expected one of mse, cosine',
         ),
         (
             "--objective.matching=[{student_layer: 1, teacher_layr: 2, teacher_layer: 2}]",
             "objective.matching.0.teacher_layr: unknown key; did you mean objective.matching.0.teacher_layer?",
         ),
-        ("--objective.matching=[[1, 2]]", "objective.matching: [1, 2] given; keys student_layer, teacher_layer, kind"),
+        ("--objective.matching=[[1, 2]]", "objective.matching: [1, 2] given; keys: student_layer, teacher_layer, kind"),
         ("--run_dir.sub=1", "run_dir.sub: run_dir is 'runs/distill' (distill.yaml:1), not a section"),
-        ("--seed", "no value given; write --seed=VALUE"),
+        ("--seed", "no value given; use --seed=VALUE"),
         (
             "--data.tokenizer=!!python/name:os.system x",
-            "the tag tag:yaml.org,2002:python/name:os.system is not read",
+            "the tag tag:yaml.org,2002:python/name:os.system is not supported",
         ),
         (
             "--teacher=null",
-            "teacher: distill needs it; give a section: The model that the student learns from",
+            "teacher: required by distill; expected a section: The model that the student is distilled from",
         ),
-        ("--train.steps=null", "train.steps: distill needs it; give an integer > 0: Optimizer steps"),
-        ("--data.train=[]", "data.train: distill needs it; give a list, each entry a string: Prefixes"),
-        ("--student.checkpoint=null", "student: neither of checkpoint and model given; give exactly one"),
+        ("--train.steps=null", "train.steps: required by distill; expected an integer > 0: Optimizer steps"),
+        ("--data.train=[]", "data.train: required by distill; expected a list, each entry a string: Training"),
+        ("--student.checkpoint=null", "student: neither of checkpoint and model set; set exactly one"),
         (
             "--student.model={layers: 1, hidden: 8, heads: 1, ffn: 8, vocab: 9}",
             "student: both of checkpoint and model",
@@ -203,16 +206,16 @@ def test_a_stage_without_a_teacher_refuses_one(read, stage):
 
 def test_needs_of_evaluate(read):
     (problem,) = read(GOOD, "--teacher=null", "--data.valid=[]", stage="evaluate")
-    assert problem.startswith("--data.valid: evaluate needs it; give a list")
+    assert problem.startswith("--data.valid: required by evaluate; expected a list")
 
 
 def test_needs_of_finetune(read):
     assert isinstance(read(GOOD, "--train.steps=null", stage="finetune"), LoadedConfig)
     assert isinstance(read(GOOD, "--teacher=null", "--finetune={}", stage="finetune"), LoadedConfig)
     (problem,) = read(GOOD, "--student.checkpoint=null", stage="finetune")
-    assert problem.startswith("--student.checkpoint: finetune needs it; give a string: Where the weights")
+    assert problem.startswith("--student.checkpoint: required by finetune; expected a string: Source of the weights")
     (problem,) = read(GOOD, "--finetune.epochs=0", stage="finetune")
-    assert problem == "--finetune.epochs: 0 given; an integer > 0 would do"
+    assert problem == "--finetune.epochs: 0 given; expected an integer > 0"
     assert read(GOOD, "--finetune={}") == ["--finetune: distill reads no conversations; remove the section"]
 
 
@@ -226,21 +229,21 @@ def test_every_stage_has_its_needs():
         ("studnet: {}", "studnet: unknown key; did you mean student?"),
         (
             "seed: 1\nlayers: 3",
-            "layers: unknown key of the top level; did you mean student.model.layers or prune.layers?",
+            "layers: unknown key in the top level; did you mean student.model.layers or prune.layers?",
         ),
         (
             "colour: red",
-            "colour: unknown key; the top level has run_dir, student, data, seed, device, teacher",
+            "colour: unknown key; valid keys of the top level: run_dir, student, data, seed, device, teacher",
         ),
         (
             "train.steps: 3",
-            "train.steps: a dotted key is for the command line; in a file write one section inside",
+            "train.steps: dotted keys are allowed on the command line only; in a file, nest",
         ),
-        ("1: 2", "1: unknown key; the top level has"),
-        ("? [a, b]\n: 2", ": a key must be one word"),
-        ("device: cpu\ndevice: cpu", "device: said twice, first at distill.yaml:18; keep one of them"),
-        ("runtime: &r {tensorboard: *r}", "runtime.tensorboard: the anchor holds itself"),
-        ("runtime: !thing {}", "runtime: the tag !thing is not read; remove it"),
+        ("1: 2", "1: unknown key; valid keys of the top level:"),
+        ("? [a, b]\n: 2", ": a key must be a scalar"),
+        ("device: cpu\ndevice: cpu", "device: duplicate key, first set at distill.yaml:18; keep one of them"),
+        ("runtime: &r {tensorboard: *r}", "runtime.tensorboard: the anchor contains itself"),
+        ("runtime: !thing {}", "runtime: the tag !thing is not supported; remove it"),
         ("<<: 3", ": cannot merge: expected a mapping or list of mappings for merging"),
     ],
 )
@@ -253,7 +256,7 @@ def test_wrong_keys_of_the_file(read, line, expected):
 def test_a_key_in_the_wrong_section_is_sent_to_the_right_one(read):
     (problem,) = read(GOOD, "--student.layers=3")
     assert problem.endswith(
-        "student.layers: unknown key of student; did you mean student.model.layers or prune.layers?"
+        "student.layers: unknown key in student; did you mean student.model.layers or prune.layers?"
     )
     (problem,) = read(GOOD, "--optimizer.tensor=3")
     assert problem.endswith("did you mean student.layout.tensor or teacher.layout.tensor?")
@@ -261,8 +264,8 @@ def test_a_key_in_the_wrong_section_is_sent_to_the_right_one(read):
 
 def test_a_missing_key_is_explained(read):
     assert read("student: {checkpoint: a}\ndata: {valid: [a]}", stage="evaluate") == [
-        "distill.yaml: run_dir: missing; give a string: " + table()["run_dir"].doc,
-        "distill.yaml:2: data.tokenizer: missing; give a string: " + table()["data.tokenizer"].doc,
+        "distill.yaml: run_dir: missing; expected a string: " + table()["run_dir"].doc,
+        "distill.yaml:2: data.tokenizer: missing; expected a string: " + table()["data.tokenizer"].doc,
     ]
 
 
@@ -304,8 +307,8 @@ def test_all_mistakes_at_once_in_the_order_of_the_file(read):
         ["distill.yaml:14", "train.steps"],
         ["distill.yaml:15", "train.micro_batch"],
         ["distill.yaml:18", "optimizer.lr"],
-        ["--seed", "-1 given; an integer >= 0 and < 9.22337e+18 would do"],
-        ["--device", '"gpu" given; did you mean cpu? one of auto, cpu, cuda would do'],
+        ["--seed", "-1 given; expected an integer >= 0 and < 9.22337e+18"],
+        ["--device", '"gpu" given; did you mean cpu? expected one of auto, cpu, cuda'],
     ]
 
 

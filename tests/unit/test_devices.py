@@ -64,7 +64,7 @@ def test_a_gpu_that_is_not_there_is_one_line(
 def test_no_transformer_engine_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
-    with pytest.raises(UserError, match=r"^precision\.engine: .* not installed; pip install -e '\.\[fp8\]' brings it,"):
+    with pytest.raises(UserError, match=r"^precision\.engine: .* not installed; run pip install -e '\.\[fp8\]',"):
         cuda.prepare(0, [Precision(engine="transformer_engine")])
 
 

@@ -43,7 +43,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_without_the_libraries_one_line_says_what_brings_them(package: str) -> None:
     program = f"import sys; sys.modules['{package}'] = None; from tools import fit_law"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment(), capture_output=True, text=True)
-    said = f"fit_law: error: {package} is not installed; pip install -e '.[plot]' brings it\n"
+    said = f"fit_law: error: {package} is not installed; run pip install -e '.[plot]'\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
 
 

@@ -262,19 +262,22 @@ def test_a_store_of_an_agent_that_is_gone_is_one_line(monkeypatch: pytest.Monkey
         with pytest.raises(UserError) as caught:
             torchrun.drop_stale_agent_variables(read_environment())
         text = str(caught.value)
-        assert f"no agent of torchrun's listens at 127.0.0.1 port {port} (Connection refused)" in text
+        assert f"no torchrun agent listens at 127.0.0.1 port {port} (Connection refused)" in text
         for name in (*AGENT, "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            assert name in text.partition("unset what an earlier one left: ")[2].split()
+            assert name in text.partition("unset the variables of an earlier one: ")[2].split()
         with socket.create_server(("127.0.0.1", port)):
             with pytest.raises(UserError) as caught:  # of another job
                 torchrun.drop_stale_agent_variables(read_environment())
             text = str(caught.value)
-            assert f", is no agent of torchrun's with the store at 127.0.0.1 port {port}, which may be" in text
-            assert "GROUP_RANK" in text.partition("unset what an earlier one left: ")[2].split() and "\n" not in text
+            assert f", is not the torchrun agent with the store at 127.0.0.1 port {port}, which may belong" in text
+            assert (
+                "GROUP_RANK" in text.partition("unset the variables of an earlier one: ")[2].split()
+                and "\n" not in text
+            )
             monkeypatch.setenv("GROUP_RANK", "1")  # its agent keeps no store
             torchrun.drop_stale_agent_variables(read_environment())
     monkeypatch.setenv("MASTER_PORT", "77777")
-    with pytest.raises(UserError, match=r"no agent of torchrun's .* port 77777"):
+    with pytest.raises(UserError, match=r"no torchrun agent .* port 77777"):
         torchrun.drop_stale_agent_variables(read_environment())
     assert os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True"
     torchrun.drop_stale_agent_variables(read_environment({}))
@@ -308,7 +311,7 @@ def test_a_rank_finds_its_agent_behind_other_programs(tmp_path: Path, above: str
         "named is other and keeper.kill()\n"
     )
     path = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    for how, expected in (("keeps", "joins"), ("has ended", "is no agent of torchrun's with the store")):
+    for how, expected in (("keeps", "joins"), ("has ended", "is not the torchrun agent with the store")):
         done = subprocess.run(
             [sys.executable, "-c", job, how], env=path, cwd=tmp_path, capture_output=True, text=True, timeout=60
         )
@@ -329,14 +332,17 @@ def test_a_rank_finds_its_agent_behind_other_programs(tmp_path: Path, above: str
         (without(TORCHRUN, "MASTER_PORT"), "MASTER_PORT is not set; "),
         (without(SLURM, "SLURM_NTASKS"), "SLURM_NTASKS is not set; "),
         (without(SLURM, "SLURM_LOCALID"), "SLURM_LOCALID is not set; "),
-        (SLURM | {"SLURM_TASKS_PER_NODE": "9,7"}, "SLURM_TASKS_PER_NODE is '9,7': every node must run as many ranks "),
+        (
+            SLURM | {"SLURM_TASKS_PER_NODE": "9,7"},
+            "SLURM_TASKS_PER_NODE is '9,7': every node must run the same number of ranks; ",
+        ),
         (SLURM | {"SLURM_TASKS_PER_NODE": "2(x3),1"}, "SLURM_TASKS_PER_NODE is '2(x3),1': every node must "),
         (
             without(SLURM, "SLURM_NTASKS_PER_NODE") | {"SLURM_STEP_TASKS_PER_NODE": "x"},
             "SLURM_STEP_TASKS_PER_NODE is 'x'",
         ),
         (SLURM | {"SLURM_PROCID": "16"}, "SLURM_PROCID is 16 but SLURM_NTASKS is 16; "),
-        (OPENMPI, "MASTER_ADDR is not set, and mpirun started 8 ranks on several hosts; give the first one"),
+        (OPENMPI, "MASTER_ADDR is not set, and mpirun started 8 ranks on several hosts; set it to the host of rank 0"),
         (OPENMPI | {"RANK": "0"}, "RANK is 0 but mpirun's OMPI_COMM_WORLD_RANK and OMPI_COMM_WORLD_SIZE are 5 and 8; "),
         (OPENMPI | {"WORLD_SIZE": "4"}, "WORLD_SIZE is 4 but mpirun's OMPI_COMM_WORLD_RANK and "),
     ],

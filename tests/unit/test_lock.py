@@ -82,7 +82,7 @@ def test_a_requeued_slurm_job_takes_its_own_place(tmp_path: Path, monkeypatch: p
 def test_an_unfinished_file_is_a_job_that_begins_until_it_is_old(tmp_path: Path) -> None:
     file = tmp_path / run_lock.LOCK_FILE
     file.touch()
-    with pytest.raises(UserError, match="in use by a job that has just begun"):
+    with pytest.raises(UserError, match="in use by a job that has just started"):
         RunLock(tmp_path).acquire()
     os.utime(file, (1.0, 1.0))
     mine = RunLock(tmp_path)
@@ -165,7 +165,7 @@ def test_who_is_late_to_a_dead_job_s_place_leaves_the_new_one_s_alone(
 
     taken: list[Path] = []
     monkeypatch.setattr(late, "_why_stale", meanwhile)
-    with pytest.raises(UserError, match=r"another job, which began at the same time, has taken .* over from process"):
+    with pytest.raises(UserError, match=r"another job, started at the same time, has taken .* over from process"):
         late.acquire()
     assert taken and file not in taken
     early.check_ownership()
@@ -176,7 +176,7 @@ def test_a_turn_of_one_that_died_in_it_passes(tmp_path: Path) -> None:
     left_by(tmp_path, pid=ended_process())
     turn = tmp_path / f".{run_lock.LOCK_FILE}.turn"
     turn.touch()
-    with pytest.raises(UserError, match="began at the same time"):
+    with pytest.raises(UserError, match="started at the same time"):
         RunLock(tmp_path).acquire()
     os.utime(turn, (1.0, 1.0))
     mine = RunLock(tmp_path)

@@ -136,10 +136,10 @@ def test_malformed_lines_are_counted_and_placed(here: Path, capsys: pytest.Captu
     assert run() == 0
     output = capsys.readouterr().err
     assert len(read("out/d")) == 1
-    assert "14 line(s) left out: not JSON" in output and "  and 4 more" in output
+    assert "14 line(s) skipped: not JSON" in output and "  and 4 more" in output
     assert output.count("a.jsonl:") == 10 + 2 + 2 + 1 + 1
     for number, kind in enumerate(BAD_LINES.values(), start=1):
-        assert output.index(f"left out: {kind}") < output.index(f"  a.jsonl:{number}: ")
+        assert output.index(f"skipped: {kind}") < output.index(f"  a.jsonl:{number}: ")
 
 
 def test_places_are_right_beyond_the_first_block(
@@ -171,7 +171,7 @@ def test_a_number_of_too_many_digits_is_a_malformed_line(
     (message,) = capsys.readouterr().err.splitlines()
     assert message.startswith("prepare_data: error: a.jsonl:2: ") and "(not JSON)" in message
     assert run() == 0
-    assert "1 line(s) left out: not JSON\n  a.jsonl:2: a number of more than 4300 digits" in capsys.readouterr().err
+    assert "1 line(s) skipped: not JSON\n  a.jsonl:2: a number of more than 4300 digits" in capsys.readouterr().err
     assert len(read("out/d")) == 1
 
 
@@ -221,7 +221,7 @@ def test_training_reads_a_fixed_sample_of_a_large_corpus(here: Path, monkeypatch
             ["--train-tokenizer", "100", "--force"],
             "a vocabulary of 100 cannot be trained on this corpus (Vocabulary",
         ),
-        (["--train-tokenizer", "350"], "t.model is there already"),
+        (["--train-tokenizer", "350"], "t.model exists already"),
         (["--tokenizer", "nothing"], "tokenizer nothing does not exist"),
         (["--input", "a.jsonl", "b.jsonl"], "--input b.jsonl does not exist"),
         (["--input", "damaged.jsonl.gz"], "damaged.jsonl.gz is damaged after line"),
@@ -240,9 +240,9 @@ def test_training_reads_a_fixed_sample_of_a_large_corpus(here: Path, monkeypatch
         (["--text-key", "body"], "(50 no 'body'; the first is a.jsonl:1: it has 'text'); write lines like {\"body\": "),
         (["--input", "a.jsonl", "table.csv"], "table.csv: is a table with commas (CSV)"),
         (["--split", "0.999999,0.000001"], "out/d_valid would hold no document"),
-        (["--out", "old"], "old.bin is there already"),
-        (["--out", "out/d.bin"], "give a prefix without ending"),
-        (["--out", "a.jsonl/d"], "cannot be made in"),
+        (["--out", "old"], "old.bin exists already"),
+        (["--out", "out/d.bin"], "pass a prefix without extension"),
+        (["--out", "a.jsonl/d"], "cannot be created in"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
@@ -267,7 +267,7 @@ def test_a_tokenizer_without_eos(here: Path, capsys: pytest.CaptureFixture[str])
     path = Path(corpus.save_byte_level(here / "folder"))
     (path / "tokenizer_config.json").write_text("{}")
     assert run("--tokenizer", str(path)) == 2
-    assert "has no eos to end a document: give one that has, or --no-eos" in capsys.readouterr().err
+    assert "has no eos to end documents: use a tokenizer with eos, or --no-eos" in capsys.readouterr().err
 
 
 def test_force_replaces(here: Path) -> None:

@@ -198,8 +198,12 @@ def test_a_layout_of_the_teacher_is_not_read(loaded: Any) -> None:
 @pytest.mark.parametrize(
     ("layout", "world", "expected"),
     [
-        ({"tensor": 2}, 2, "student.layout.tensor: 2 does not divide prune.heads 3 and prune.kv_heads 1; 1 would do"),
-        ({"pipeline": 2}, 2, "student.layout.pipeline: 2 does not divide prune.layers 5; 1 or 5 would do"),
+        (
+            {"tensor": 2},
+            2,
+            "student.layout.tensor: 2 does not divide prune.heads 3 and prune.kv_heads 1; valid values: 1",
+        ),
+        ({"pipeline": 2}, 2, "student.layout.pipeline: 2 does not divide prune.layers 5; valid values: 1 or 5"),
     ],
 )
 def test_the_layout_must_divide_the_student(loaded: Any, layout: dict[str, int], world: int, expected: str) -> None:
@@ -212,11 +216,11 @@ def test_the_layout_must_divide_the_student(loaded: Any, layout: dict[str, int],
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        ({"prune": None}, "prune: prune needs it; give a section: What of the teacher stays"),
-        ({"teacher": None}, "teacher: prune needs it; give a section: The model"),
-        ({"student": {"checkpoint": "a"}}, "student.checkpoint: prune makes the student, out of teacher.checkpoint;"),
-        ({"prune": {"sparsity": 1.0}}, "prune.sparsity: 1 given; a number > 0 and < 1 or null would do"),
-        ({"prune": {"per_layer": "each"}}, 'prune.per_layer: "each" given; true or false would do'),
+        ({"prune": None}, "prune: required by prune; expected a section: Size of the student"),
+        ({"teacher": None}, "teacher: required by prune; expected a section: The model"),
+        ({"student": {"checkpoint": "a"}}, "student.checkpoint: prune creates the student from teacher.checkpoint;"),
+        ({"prune": {"sparsity": 1.0}}, "prune.sparsity: 1 given; expected a number > 0 and < 1 or null"),
+        ({"prune": {"per_layer": "each"}}, 'prune.per_layer: "each" given; expected true or false'),
         ({"prune": {"importance": "grad"}}, 'prune.importance: "grad" given; did you mean gradient?'),
     ],
 )
@@ -231,4 +235,4 @@ def test_other_stages_refuse_the_section(loaded: Any) -> None:
     Path("adapt.yaml").write_text(Path("prune.yaml").read_text())
     with pytest.raises(ConfigError) as error:
         load("adapt.yaml", ["--student.checkpoint=a", "--train.steps=1", "--teacher=null"], "adapt")
-    assert [p.partition(": ")[2] for p in error.value.problems] == ["prune: adapt prunes nothing; remove the section"]
+    assert [p.partition(": ")[2] for p in error.value.problems] == ["prune: adapt does not prune; remove the section"]

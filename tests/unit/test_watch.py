@@ -49,12 +49,12 @@ def silence(watch: Watchdog) -> None:
 def test_the_rank_that_does_not_speak_is_named(watches: list[Watchdog]) -> None:
     silence(watches[1])
     assert watches[2].diagnose().startswith("rank 1 on ")
-    assert watches[2].diagnose().endswith(", last heard of in step 7: gone or standing still")
+    assert watches[2].diagnose().endswith(", last heartbeat in step 7: dead or stalled")
 
 
 def test_where_all_speak_the_one_elsewhere_is_named(watches: list[Watchdog]) -> None:
     said = watches[1].diagnose()
-    assert said.startswith("all ranks are alive; elsewhere: rank 0 on ") and said.endswith("in step 8")
+    assert said.startswith("all ranks are alive; not in the same activity: rank 0 on ") and said.endswith("in step 8")
     watches[0].activity = "step 7"
     wait_for(lambda: places(watches[1])[0] == "step 7", 60, "the next word")
     assert watches[1].diagnose() == "all ranks are alive and in step 7"
@@ -67,13 +67,13 @@ def test_a_long_silence_is_said_once(watches: list[Watchdog], capfd: pytest.Capt
     heard = watches[0]._count
     wait_for(lambda: watches[0]._count >= heard + 3, 60, "three more looks at who speaks")
     (line,) = "".join([*said, capfd.readouterr().err]).splitlines()
-    assert line.startswith("capgap: warning: rank 2 on ") and line.endswith("in step 7: no word for 6 s")
+    assert line.startswith("capgap: warning: rank 2 on ") and line.endswith("in step 7: no heartbeat for 6 s")
 
 
 def test_a_rank_that_has_never_spoken_is_named() -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=60))
     watch = Watchdog(store, 0, 2, TIMEOUT)
-    assert watch.diagnose() == "rank 1: gone or standing still"
+    assert watch.diagnose() == "rank 1: dead or stalled"
     watch.stop()
 
 
@@ -91,7 +91,7 @@ def test_a_store_that_is_gone(tmp_path: Path) -> None:
     finally:
         server.kill()
         server.wait()
-    assert "rank 0, in whose process the job's store lives, does not answer" in watch.diagnose()
+    assert "rank 0, which hosts the job's store, does not respond" in watch.diagnose()
     watch.stop()
 
 

@@ -1,1 +1,1 @@
-"""What several keys, or keys and the world size, must agree on."""
+"""Constraints between keys, and between keys and the world size."""

@@ -1,6 +1,6 @@
-"""What two keys, or a key and the world size, must agree on: a row of `CHECKS` is one function, and all run.
+"""Constraints between keys, and between keys and the world size. Each is one function of `CHECKS`; all of them run.
 
-Each problem says where the key was said, the key, its value, what it clashes with and what would do instead.
+Each problem states the location, the key, its value, the conflict and the valid values.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,13 +28,13 @@ def check(
     Args:
         loaded: from `load`.
         stage: a name from `schema.STAGES`.
-        world: number of ranks of the run, or the one that `--check-world` supposes.
-        student: student.model, or the shape found in student.checkpoint.
-        teacher: the shape found in teacher.checkpoint; None in a stage without a teacher.
-        capability: compute capability of the GPUs; None where there are none, or nobody knows.
+        world: number of ranks of the run, or the value of `--check-world`.
+        student: student.model, or the shape in student.checkpoint.
+        teacher: the shape in teacher.checkpoint; None in a stage without a teacher.
+        capability: compute capability of the GPUs; None if there are none or it is unknown.
 
     Raises:
-        ConfigError: with one line for every problem of every check.
+        ConfigError: one line per problem of every check.
     """
     ctx = build(loaded, stage, world, student, teacher, capability)
     if problems := [problem for row in CHECKS for problem in row(ctx)]:
@@ -42,20 +42,20 @@ def check(
 
 
 def check_flags(shape: ModelShape, layout: Layout, world: int) -> None:
-    """What a tool's --tensor and --pipeline must agree with.
+    """Validates a tool's --tensor and --pipeline.
 
     Args:
-        shape: the model's.
-        layout: what the flags say.
+        shape: shape of the model.
+        layout: values of the flags.
         world: number of ranks.
 
     Raises:
-        UserError: the model, or the world, cannot be cut so.
+        UserError: the layout does not fit the model or the world size.
     """
     ranks = derived.ranks_per_model(layout)
     if world % ranks:
         raise UserError(
-            f"--tensor {layout.tensor} times --pipeline {layout.pipeline} does not divide the world of {world} ranks; "
+            f"--tensor {layout.tensor} * --pipeline {layout.pipeline} does not divide the world size {world}; "
             f"start with torchrun --nproc-per-node {ranks}"
         )
     for name, number in _cut_by_tensor(shape).items():
@@ -66,33 +66,33 @@ def check_flags(shape: ModelShape, layout: Layout, world: int) -> None:
 
 
 def world_holds_whole_models(ctx: ValidationContext) -> Iterator[str]:
-    """What tensor, pipeline and context leave of the world is the data-parallel size, a whole number."""
+    """tensor * pipeline * context divides the number of ranks; the quotient is the data-parallel size."""
     disjoint = ctx.world - derived.student_world(ctx.config, ctx.world)
     for key, layout in ctx.layouts:
         ranks = derived.ranks_per_model(layout)
         if disjoint and (key == "teacher.layout" or disjoint >= ctx.world):
-            continue  # `teaching` looks at teacher.ranks
+            continue  # validation.teacher checks teacher.ranks
         if (ctx.world - disjoint) % ranks:
             product = f"tensor {layout.tensor} * pipeline {layout.pipeline} * context {layout.context} = {ranks}"
-            of_all = f" less teacher.ranks {disjoint}" if disjoint else ""
+            of_all = f" - teacher.ranks {disjoint}" if disjoint else ""
             would = multiples(ctx.world - disjoint, ranks)
             yield ctx.error(
                 key,
-                f"{product} does not divide the world of {ctx.world} ranks{of_all}; {would} ranks would do "
-                "(torchrun --nproc-per-node, or --check-world to plan), or a smaller layout",
+                f"{product} does not divide the world size {ctx.world}{of_all}; nearest valid numbers of "
+                f"ranks: {would} (torchrun --nproc-per-node, or --check-world to plan), or use a smaller layout",
             )
 
 
 def tensor_divides_shape(ctx: ValidationContext) -> Iterator[str]:
-    """Attention is cut by heads and groups of heads, the feed-forward layer by columns."""
+    """Attention is sharded by heads and query groups, the feed-forward layer by columns."""
     for model in ctx.models:
         shape, size = model.shape, model.layout.tensor
         wrong = [model.number(name) for name in _cut_by_tensor(shape) if (getattr(shape, name) or size) % size]
         if wrong:
-            # What suits every model that is cut so, lest the next line, or the next start, refuses it for another one.
+            # Suggest values that are valid for every model with this layout.
             alike = [other.shape for other in ctx.models if other.layout_key == model.layout_key]
             numbers = [number for other in alike for number in _cut_by_tensor(other).values()]
-            text = f"{size} does not divide {' and '.join(wrong)}; {divisors(*numbers)} would do"
+            text = f"{size} does not divide {' and '.join(wrong)}; valid values: {divisors(*numbers)}"
             yield ctx.error(f"{model.layout_key}.tensor", text)
 
 
@@ -101,37 +101,36 @@ def _cut_by_tensor(shape: ModelShape) -> dict[str, int]:
 
 
 def key_value_heads_divide_heads(ctx: ValidationContext) -> Iterator[str]:
-    """Every key/value head serves as many query heads."""
+    """Every key/value head serves the same number of query heads."""
     for model in ctx.models:
         heads, kv_heads = model.shape.heads, derived.kv_heads(model.shape)
         if heads % kv_heads:
-            text = f"{kv_heads} does not divide heads {heads}; {divisors(heads)} would do"
+            text = f"{kv_heads} does not divide heads {heads}; valid values: {divisors(heads)}"
             yield f"{model.error_prefix('kv_heads')}{text}"
 
 
 def family_has_the_numbers(ctx: ValidationContext) -> Iterator[str]:
-    """A family computes what some numbers of the shape speak of, and not others."""
+    """Some keys of the shape apply to some families only."""
     for model in ctx.models:
         shape, traits = model.shape, ARCHITECTURES[model.shape.family]
         if not traits.grouped_queries and shape.kv_heads not in (None, shape.heads):
-            text = f"{shape.kv_heads} differs from heads {shape.heads}, and {shape.family} groups no queries"
-            yield f"{model.error_prefix('kv_heads')}{text}; {shape.heads} would do"
+            text = f"{shape.kv_heads} differs from heads {shape.heads}, but {shape.family} has no grouped queries"
+            yield f"{model.error_prefix('kv_heads')}{text}; valid value: {shape.heads}"
         if not traits.free_head_dim and (shape.head_dim or 0) * shape.heads not in (0, shape.hidden):
-            text = (
-                f"{shape.head_dim} times heads {shape.heads} is not hidden {shape.hidden}, as it is in {shape.family}"
-            )
-            yield f"{model.error_prefix('head_dim')}{text}; leave it out"
+            text = f"{shape.head_dim} * heads {shape.heads} is not hidden {shape.hidden}, as {shape.family} requires"
+            yield f"{model.error_prefix('head_dim')}{text}; remove the key"
         if traits.learned_positions and shape.max_positions is None:
-            text = f"null, but {shape.family} learns an embedding for each position; give the longest sequence"
+            text = f"null, but {shape.family} has an embedding for each position; set it to the longest sequence"
             yield f"{model.error_prefix('max_positions')}{text}"
         unread = ["rope_scaling", "rope_theta"] if traits.learned_positions else []
         for name in [*unread, *([] if traits.partial_rotary else ["rotary_share"])]:
             if (value := getattr(shape, name)) != _default(name):
-                yield f"{model.error_prefix(name)}{value}: nothing in {shape.family} reads this; remove the key"
+                yield f"{model.error_prefix(name)}{value}: {shape.family} does not use this key; remove it"
 
 
 def sequences_fit_the_models(ctx: ValidationContext) -> Iterator[str]:
-    """Beyond the last learned position there is none, and a window shorter than the sequence changes attention."""
+    """There is no embedding beyond the last learned position, and a window shorter than the sequence changes
+    attention."""
     length = ctx.config.data.sequence_length
     for model in ctx.models:
         learned = ARCHITECTURES[model.shape.family].learned_positions
@@ -139,7 +138,7 @@ def sequences_fit_the_models(ctx: ValidationContext) -> Iterator[str]:
         for name in names:
             most = getattr(model.shape, name)
             if most is not None and length > most:
-                text = f"{length} is longer than {model.number(name)}; {most} would do, or another model"
+                text = f"{length} is longer than {model.number(name)}; use at most {most}, or another model"
                 yield ctx.error("data.sequence_length", text)
 
 
@@ -148,153 +147,162 @@ def _default(name: str) -> object:
 
 
 def heads_have_an_even_width(ctx: ValidationContext) -> Iterator[str]:
-    """Rotary positions turn pairs of channels within a head."""
+    """Rotary positions rotate pairs of channels within a head."""
     for model in ctx.models:
         hidden, heads, given = model.shape.hidden, model.shape.heads, model.shape.head_dim
         width = given or hidden // heads
         if given is None and hidden % heads:
             text = f"{hidden} is not divisible by heads {heads}"
-            yield f"{model.error_prefix('hidden')}{text}; {multiples(hidden, heads)} would do, or give head_dim"
+            yield (
+                f"{model.error_prefix('hidden')}{text}; nearest valid values: {multiples(hidden, heads)}, "
+                "or set head_dim"
+            )
         elif ARCHITECTURES[model.shape.family].learned_positions:
             continue
         elif (turned := int(width * model.shape.rotary_share)) % 2 or not turned:
             name, value = ("head_dim", given) if given else ("hidden", hidden)
-            text = f"{value} makes heads {width} wide, and rotary positions turn pairs"
-            yield f"{model.error_prefix(name)}{text}; head_dim {multiples(width, 2)} would do"
+            text = f"{value} makes heads {width} wide, but rotary positions need an even number of channels"
+            yield f"{model.error_prefix(name)}{text}; nearest valid values of head_dim: {multiples(width, 2)}"
 
 
 def layers_fill_the_pipeline(ctx: ValidationContext) -> Iterator[str]:
-    """Every pipeline rank, and every virtual stage on it, holds as many layers."""
+    """Every pipeline stage and every virtual stage has the same number of layers."""
     for model in ctx.models:
         layers, pipeline, virtual = model.shape.layers, model.layout.pipeline, model.layout.virtual_pipeline
         if layers % pipeline:
-            text = f"{pipeline} does not divide {model.number('layers')}; {divisors(layers)} would do"
+            text = f"{pipeline} does not divide {model.number('layers')}; valid values: {divisors(layers)}"
             yield ctx.error(f"{model.layout_key}.pipeline", text)
         elif layers % (pipeline * virtual):
-            text = f"{virtual} times pipeline {pipeline} does not divide {model.number('layers')}"
+            text = f"{virtual} * pipeline {pipeline} does not divide {model.number('layers')}"
             key = f"{model.layout_key}.virtual_pipeline"
-            yield ctx.error(key, f"{text}; {divisors(layers // pipeline)} would do")
+            yield ctx.error(key, f"{text}; valid values: {divisors(layers // pipeline)}")
 
 
 def virtual_stages_have_a_pipeline(ctx: ValidationContext) -> Iterator[str]:
-    """Megatron's interleaved schedule walks over the micro-batches in groups of the pipeline size."""
+    """Megatron's interleaved schedule processes micro-batches in groups of the pipeline size."""
     layout, train = ctx.config.student.layout, ctx.config.train
     key, virtual = "student.layout.virtual_pipeline", layout.virtual_pipeline
     if virtual > 1 and layout.pipeline == 1:
-        yield ctx.error(key, f"{virtual} needs pipeline > 1; 1 would do, or a larger pipeline")
+        yield ctx.error(key, f"{virtual} requires pipeline > 1; set it to 1, or increase pipeline")
     elif virtual > 1 and ctx.dp_size:
         portion = train.micro_batch * ctx.dp_size * layout.pipeline
         batch = derived.global_batch(ctx.config, layout, derived.student_world(ctx.config, ctx.world))
         if batch % portion:
-            product = f"micro_batch {train.micro_batch} * data parallel {ctx.dp_size} * pipeline {layout.pipeline}"
-            text = f"{virtual} needs a train.global_batch, now {batch}, that {product} = {portion} divides"
-            yield ctx.error(key, f"{text}; global_batch {multiples(batch, portion)} would do, or 1 here")
+            product = f"micro_batch {train.micro_batch} * data-parallel size {ctx.dp_size} * pipeline {layout.pipeline}"
+            text = f"{virtual} requires that train.global_batch, now {batch}, is a multiple of {product} = {portion}"
+            yield ctx.error(
+                key,
+                f"{text}; nearest valid values of global_batch: {multiples(batch, portion)}, "
+                "or set virtual_pipeline to 1",
+            )
 
 
 def sequence_parallel_has_tensor_ranks(ctx: ValidationContext) -> Iterator[str]:
-    """Sequence parallelism cuts the sequence over the tensor-parallel ranks."""
+    """Sequence parallelism shards the sequence over the tensor-parallel ranks."""
     length = ctx.config.data.sequence_length
     for key, layout in ctx.layouts:
         if layout.sequence and layout.tensor == 1:
-            yield ctx.error(f"{key}.sequence", "true needs tensor > 1; false would do, or a larger tensor")
+            yield ctx.error(f"{key}.sequence", "true requires tensor > 1; set it to false, or increase tensor")
         elif layout.sequence and length % layout.tensor:
             text = f"{length} is not divisible by {key}.tensor {layout.tensor}, and {key}.sequence is true"
-            yield ctx.error("data.sequence_length", f"{text}; {multiples(length, layout.tensor)} would do")
+            yield ctx.error("data.sequence_length", f"{text}; nearest valid values: {multiples(length, layout.tensor)}")
 
 
 def context_parallel_is_not_there_yet(ctx: ValidationContext) -> Iterator[str]:
-    """Megatron's own attention works on whole sequences."""
-    reason = "needs Transformer Engine's attention, which this release does not wire up yet; set context: 1"
+    """Megatron's own attention needs whole sequences."""
+    reason = "requires Transformer Engine's attention, which this release does not support; set context: 1"
     for key, layout in ctx.layouts:
         if layout.context > 1:
             yield ctx.error(f"{key}.context", f"{layout.context}: context parallelism {reason}")
 
 
 def batch_divides_over_ranks(ctx: ValidationContext) -> Iterator[str]:
-    """Every copy of the student runs as many micro-batches."""
+    """Every student replica runs the same number of micro-batches."""
     train, copies = ctx.config.train, ctx.dp_size
     if train.global_batch and copies and train.global_batch % (train.micro_batch * copies):
         portion = train.micro_batch * copies
-        product = f"train.micro_batch {train.micro_batch} * data parallel {copies} = {portion}"
+        product = f"train.micro_batch {train.micro_batch} * data-parallel size {copies} = {portion}"
         text = f"{train.global_batch} is not a multiple of {product}"
-        yield ctx.error("train.global_batch", f"{text}; {multiples(train.global_batch, portion)} would do")
+        yield ctx.error("train.global_batch", f"{text}; nearest valid values: {multiples(train.global_batch, portion)}")
 
 
 def learning_rate_falls(ctx: ValidationContext) -> Iterator[str]:
-    """The schedule goes down from lr to min_lr."""
+    """The schedule decays from lr to min_lr."""
     lr, min_lr = ctx.config.optimizer.lr, ctx.config.optimizer.min_lr
     if min_lr > lr:
-        yield ctx.error("optimizer.min_lr", f"{min_lr} is above optimizer.lr {lr}; at most {lr} would do")
+        yield ctx.error("optimizer.min_lr", f"{min_lr} is above optimizer.lr {lr}; use at most {lr}")
 
 
 def every_training_set_has_a_weight(ctx: ValidationContext) -> Iterator[str]:
-    """Weights belong to data sets by their position."""
+    """Weights correspond to datasets by position."""
     weights, count = ctx.config.data.train_weights, len(ctx.config.data.train)
     if weights is not None and len(weights) != count:
-        text = f"{len(weights)} weights for the {count} entries of data.train; {count} weights would do"
+        text = f"{len(weights)} weights for the {count} entries of data.train; give {count} weights"
         yield ctx.error("data.train_weights", text)
 
 
 def evaluations_have_data(ctx: ValidationContext) -> Iterator[str]:
-    """An evaluation that was asked for must be possible."""
+    """Evaluations need data.valid."""
     every = ctx.config.train.eval_every
     if every and not ctx.config.data.valid:
-        yield ctx.error("train.eval_every", f"{every} needs data.valid, which is empty; 0 would do, or give it")
+        yield ctx.error(
+            "train.eval_every", f"{every} requires data.valid, which is empty; set data.valid, or set eval_every to 0"
+        )
 
 
 def objective_is_used(ctx: ValidationContext) -> Iterator[str]:
-    """With a teacher there is something to minimise; without one nothing reads the objective."""
+    """With a teacher at least one weight is positive; without a teacher the objective is not read."""
     objective = ctx.config.objective
     if ctx.config.teacher is not None and "objective" not in STAGE_REQUIREMENTS[ctx.stage].unread:
         if objective.divergence_weight == objective.cross_entropy_weight == 0 and not objective.matching:
-            text = "0, and cross_entropy_weight is 0 too: nothing to minimise; any number > 0 would do"
+            text = "0, and so is cross_entropy_weight: the objective is empty; set a weight > 0"
             yield ctx.error("objective.divergence_weight", text)
         return
     for name, default in vars(ObjectiveConfig()).items():
         given = getattr(objective, name)
-        # A default is harmless: resolved.yaml of an earlier run holds them all.
+        # Defaults are accepted: resolved.yaml of an earlier run has them all.
         if f"objective.{name}" in ctx.loaded.sources and given != default:
             shown = f"{len(given)} pairs" if isinstance(given, tuple) else given
-            why = "has no teacher" if ctx.config.teacher is None else "minimises nothing"
-            text = f"{shown}: {ctx.stage} {why}, so nothing reads this; remove the key"
+            why = "has no teacher" if ctx.config.teacher is None else "has no objective"
+            text = f"{shown}: {ctx.stage} {why}, so this key has no effect; remove it"
             yield ctx.error(f"objective.{name}", text)
 
 
 def matched_layers_exist(ctx: ValidationContext) -> Iterator[str]:
-    """A pair names a layer of each model, and no two pairs say the same."""
+    """A pair refers to existing layers, and no pair occurs twice."""
     pairs = ctx.config.objective.matching
     for index, pair in enumerate(pairs):
         key = f"objective.matching.{index}"
         for model in ctx.models:
             layer, layers = getattr(pair, f"{model.role}_layer"), model.shape.layers
             if layer > layers:
-                text = f"{layer} is beyond {model.number('layers')}; {spans(range(1, layers + 1))} would do"
+                text = f"{layer} is beyond {model.number('layers')}; valid values: {spans(range(1, layers + 1))}"
                 yield ctx.error(f"{key}.{model.role}_layer", text)
         if any(replace(other, weight=pair.weight) == pair for other in pairs[:index]):
             said = f"student layer {pair.student_layer}, teacher layer {pair.teacher_layer}, {pair.kind}"
-            yield ctx.error(key, f"{said} was said before; keep one of them, with the sum of their weights")
+            yield ctx.error(key, f"{said} is a duplicate; keep one of them, with the sum of their weights")
 
 
 def conversations_are_read_once_an_epoch(ctx: ValidationContext) -> Iterator[str]:
-    """Shares of files would read some conversations more often than others."""
+    """Sampling weights would read some conversations more often than others."""
     if ctx.stage == "finetune" and ctx.config.data.train_weights is not None:
-        text = "finetune reads every conversation once an epoch, from whichever file; remove the key"
+        text = "finetune reads every conversation once per epoch, without sampling weights; remove the key"
         yield ctx.error("data.train_weights", text)
 
 
 def patience_has_evaluations(ctx: ValidationContext) -> Iterator[str]:
-    """What does not fall must be looked at now and then."""
+    """Early stopping needs evaluations during training."""
     wanted, train = ctx.config.finetune, ctx.config.train
     if ctx.stage == "finetune" and wanted and wanted.patience and not train.eval_every:
-        text = f"{wanted.patience} evaluations need train.eval_every, which is 0; give it, or no patience"
+        text = f"{wanted.patience} requires train.eval_every > 0, which is 0; set eval_every, or remove patience"
         yield ctx.error("finetune.patience", text)
 
 
 def finetuning_shares_all_ranks(ctx: ValidationContext) -> Iterator[str]:
-    """Early stopping and steps that the conversations decide are not told to ranks of the teacher's own."""
+    """Early stopping, and a number of steps derived from epochs, are not communicated to a disjoint teacher."""
     teacher = ctx.config.teacher
     if ctx.stage == "finetune" and teacher is not None and teacher.placement == "disjoint":
-        text = "disjoint: in finetune the teacher has no ranks of its own yet; colocated would do"
+        text = "disjoint: finetune does not support a disjoint teacher; valid value: colocated"
         yield ctx.error("teacher.placement", text)
 
 

@@ -1,4 +1,4 @@
-"""What the checks look at, and the words they share."""
+"""Input of the checks, and shared formatting of their messages."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,45 +12,45 @@ _LARGEST_SUGGESTION = 64
 
 @dataclass(frozen=True)
 class ModelContext:
-    """The student or the teacher: its shape, its layout, and how messages name them."""
+    """The student or the teacher: shape, layout, precision, and their names in messages."""
 
     loaded: LoadedConfig
     role: str
     shape: ModelShape
     layout: Layout
     layout_key: str
-    """teacher.layout only where it was given; else the teacher is cut as student.layout says."""
+    """teacher.layout only if it was set; otherwise the teacher has student.layout."""
     precision: Precision
     precision_key: str
-    """student.precision or teacher.precision only where it was given; else the common precision holds."""
+    """student.precision or teacher.precision only if it was set; otherwise precision."""
     path: str | None
-    """The checkpoint that the shape was read from; None for a model in numbers."""
+    """Checkpoint that the shape was read from; None for student.model."""
     section: str = "student.model"
-    """Where its numbers were said."""
+    """Section that sets the shape."""
 
     def error_prefix(self, name: str) -> str:
-        """The beginning of a problem with number `name` of the shape; its value comes next."""
+        """Prefix of a problem with dimension `name` of the shape; its value follows."""
         if self.path is None:
             return f"{self.loaded.location(f'{self.section}.{name}')}: "
         return f"{self.loaded.location(f'{self.role}.checkpoint')}: {self.path}: {name} "
 
     def number(self, name: str) -> str:
-        """How a problem with another key mentions number `name` of the shape."""
+        """Dimension `name` with its value, as mentioned in a problem with another key."""
         value = getattr(self.shape, name)
         return f"{self.section}.{name} {value}" if self.path is None else f"{name} {value} of {self.path}"
 
 
 @dataclass(frozen=True)
 class ValidationContext:
-    """One run as it would be: the configuration, the world and the shapes of its models."""
+    """The run to validate: configuration, world size and model shapes."""
 
     loaded: LoadedConfig
     stage: str
     world: int
     models: tuple[ModelContext, ...]
-    """The student, then the teacher where there is one."""
+    """The student, then the teacher if there is one."""
     capability: tuple[int, int] | None = None
-    """Compute capability of the GPUs, or the supposed one; None where there are none, or nobody knows."""
+    """Actual or assumed compute capability of the GPUs; None if there are none or it is unknown."""
 
     @property
     def config(self) -> Config:
@@ -59,21 +59,21 @@ class ValidationContext:
 
     @property
     def layouts(self) -> Iterator[tuple[str, Layout]]:
-        """Every layout that was given, with its key."""
+        """Every layout that was set, with its key."""
         return ((m.layout_key, m.layout) for m in self.models if m.layout_key == f"{m.role}.layout")
 
     @property
     def dp_size(self) -> int | None:
-        """The student's data-parallel size; None where the world does not hold whole students."""
+        """The student's data-parallel size; None if it is not a whole number."""
         return _dp_size(self.config.student.layout, derived.student_world(self.config, self.world))
 
     @property
     def teacher_dp_size(self) -> int | None:
-        """The teacher's data-parallel size; None where its ranks do not hold whole teachers. Needs a teacher."""
+        """The teacher's data-parallel size; None if it is not a whole number. Requires a teacher."""
         return _dp_size(derived.teacher_layout(self.config), len(derived.teacher_ranks(self.config, self.world)))
 
     def error(self, key: str, text: str) -> str:
-        """One finished sentence about `key`."""
+        """One complete message about `key`."""
         return f"{self.loaded.location(key)}: {text}"
 
 
@@ -90,7 +90,7 @@ def build(
     teacher: ModelShape | None,
     capability: tuple[int, int] | None,
 ) -> ValidationContext:
-    """The case of one run; the arguments are those of `checks.check`."""
+    """Creates the context of one run; the arguments are those of `checks.check`."""
     config = loaded.config
     path = None if config.student.model else config.student.checkpoint
     key = "student.precision" if config.student.precision else "precision"
@@ -113,18 +113,18 @@ def build(
 
 
 def divisors(*numbers: int) -> str:
-    """The common divisors up to 64, as in `1, 2 or 4`."""
+    """Common divisors up to 64, for example `1, 2 or 4`."""
     return _joined_with_or([size for size in range(1, _LARGEST_SUGGESTION + 1) if all(n % size == 0 for n in numbers)])
 
 
 def multiples(number: int, step: int) -> str:
-    """The multiples of `step` just below and above `number`, as in `24 or 32`."""
+    """The multiples of `step` just below and above `number`, for example `24 or 32`."""
     below = number // step * step
     return _joined_with_or([multiple for multiple in (below, below + step) if multiple > 0])
 
 
 def spans(numbers: Iterable[int]) -> str:
-    """Ascending numbers, as in `1 to 4, 9 or 11 to 12`."""
+    """Ascending numbers as ranges, for example `1 to 4, 9 or 11 to 12`."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:
@@ -135,7 +135,7 @@ def spans(numbers: Iterable[int]) -> str:
 
 
 def as_yaml(value: object) -> str:
-    """A scalar as the user would write it."""
+    """A scalar in YAML notation."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -1,7 +1,7 @@
-"""What FP8 asks of a configuration: which combinations run, and how many matrix products they put into 8 bits.
+"""FP8 constraints: supported combinations, alignment, and the number of matrix products in FP8.
 
-Transformer Engine and Megatron accept some of what is refused here and fail hours later, or ignore it. Sizes are those
-of Transformer Engine 2.11 on Hopper and Blackwell, whose GEMMs read rows of 16 bytes.
+Transformer Engine and Megatron accept some of the combinations refused here and fail hours later, or ignore them.
+Alignments are those of Transformer Engine 2.11 on Hopper and Blackwell GPUs, whose GEMMs read rows of 16 bytes.
 """
 
 from collections.abc import Iterator
@@ -12,31 +12,32 @@ from megatron_capgap.config.architectures import ARCHITECTURES
 from megatron_capgap.config.schema import FP8, Layout, ModelShape, Precision
 from megatron_capgap.config.validation.context import ModelContext, ValidationContext, multiples
 
-# The least compute capability of the GPUs that have each recipe's kernels.
+# Lowest compute capability with each recipe's kernels.
 CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
-# And the first that have them no longer: Transformer Engine 2.11 lacks a layout of MXFP8 products there.
+# First compute capability without them: Transformer Engine 2.11 lacks a layout of MXFP8 products there.
 _TOO_NEW = {"mxfp8": (12, 0)}
-# Numbers that the sides of a linear's local weight and input are multiples of.
+# Required divisors of the dimensions of a linear's local weight and input.
 _ALIGNMENT = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
-# Under sequence parallelism blockwise quantises the local part of the input before it is gathered.
+# With sequence parallelism, blockwise quantises the local shard of the input before the all-gather.
 _BLOCK = 128
 _LINEARS = 4  # of one layer: qkv, proj, fc1, fc2
 
 
 @dataclass(frozen=True)
 class GemmCount:
-    """Matrix products of linears in one micro-batch: transformer layers' and, for a student, the LM head's."""
+    """Matrix products of linears per micro-batch: transformer layers, and the LM head of a student."""
 
     fp8: int
     others: int
 
 
 def gemm_count(precision: Precision, shape: ModelShape, *, trains: bool) -> GemmCount:
-    """How many matrix products run in FP8; a forward pass has one for each linear, a backward pass two more.
+    """Number of matrix products in FP8 and in the compute type: one per linear in a forward pass, two more in a
+    backward pass.
 
     Args:
-        precision: the model's.
-        shape: the model in numbers.
+        precision: precision of the model.
+        shape: shape of the model.
         trains: whether there is a backward pass.
     """
     passes = 3 if trains else 1
@@ -45,12 +46,12 @@ def gemm_count(precision: Precision, shape: ModelShape, *, trains: bool) -> Gemm
 
 
 def layers_in_fp8(precision: Precision, shape: ModelShape) -> int:
-    """How many of the model's layers have their linears in FP8."""
+    """Number of layers whose linears run in FP8."""
     return max(0, shape.layers - 2 * precision.fp8.first_last_layers_bf16) if precision.fp8 else 0
 
 
 def linears(shape: ModelShape, layout: Layout) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) of the local weight of each linear of a layer."""
+    """(outputs, inputs) of the local weight shard of each linear in a layer."""
     width = derived.head_dim(shape)
     query, key_value = shape.heads * width, derived.kv_heads(shape) * width
     tensor = layout.tensor
@@ -63,7 +64,7 @@ def linears(shape: ModelShape, layout: Layout) -> dict[str, tuple[int, int]]:
 
 
 def _models(ctx: ValidationContext) -> Iterator[tuple[ModelContext, str, FP8]]:
-    """Every model with FP8, the key of its precision, and its FP8."""
+    """Every model with FP8, with the key of its precision and its FP8 section."""
     return ((m, m.precision_key, m.precision.fp8) for m in ctx.models if m.precision.fp8 is not None)
 
 
@@ -72,82 +73,83 @@ def _forward_only(ctx: ValidationContext, model: ModelContext) -> bool:
 
 
 def needs_transformer_engine(ctx: ValidationContext) -> Iterator[str]:
-    """Megatron's local layers have no FP8."""
+    """Megatron's local layers do not support FP8."""
     for model, key, _ in _models(ctx):
         if model.precision.engine == "local":
-            text = "local has no FP8; transformer_engine or auto would do, or no fp8"
+            text = "local does not support FP8; valid values: transformer_engine, auto; or remove fp8"
             yield ctx.error(f"{key}.engine", text)
 
 
 def options_are_read(ctx: ValidationContext) -> Iterator[str]:
-    """Only delayed scaling has a history."""
+    """Only delayed scaling keeps a history."""
     defaults = FP8(recipe="delayed")
     for _, key, fp8 in _models(ctx):
         for name in ("amax_history", "amax_algorithm"):
             given = getattr(fp8, name)
             if fp8.recipe != "delayed" and given != getattr(defaults, name):
-                text = f"{given}: recipe {fp8.recipe} keeps no history, so nothing reads this; remove the key"
+                text = f"{given}: recipe {fp8.recipe} keeps no history, so this key has no effect; remove it"
                 yield ctx.error(f"{key}.fp8.{name}", text)
 
 
 def delayed_scales_are_learned(ctx: ValidationContext) -> Iterator[str]:
-    """Transformer Engine updates delayed scales in training alone; without it every tensor would be cast as it is."""
+    """Transformer Engine updates delayed scales in training only; otherwise tensors would be cast unscaled."""
     for model, key, fp8 in _models(ctx):
         if fp8.recipe == "delayed" and _forward_only(ctx, model):
-            text = f"delayed: its scales are learned in training, and the {model.role} only runs forward here"
-            yield ctx.error(f"{key}.fp8.recipe", f"{text}; tensorwise or blockwise would do")
+            text = f"delayed: its scales are updated in training only, and the {model.role} runs forward only"
+            yield ctx.error(f"{key}.fp8.recipe", f"{text}; valid values: tensorwise, blockwise")
 
 
 def first_and_last_layers(ctx: ValidationContext) -> Iterator[str]:
-    """Layers outside FP8 lie within the first and last pipeline stage, leave some for FP8, and exclude delayed."""
+    """Layers outside FP8 lie within the first and last pipeline stage, leave at least one layer in FP8, and exclude
+    recipe delayed."""
     for model, key, fp8 in _models(ctx):
         count, layers, pipeline = fp8.first_last_layers_bf16, model.shape.layers, model.layout.pipeline
         where = f"{key}.fp8.first_last_layers_bf16"
         if count and fp8.recipe == "delayed":
             text = f"{count}: recipe delayed has one scaling context for all layers"
-            yield ctx.error(where, f"{text}; 0 would do, or another recipe")
+            yield ctx.error(where, f"{text}; set it to 0, or use another recipe")
         elif 2 * count >= layers:
-            text = f"{count} at either end leave none of the {model.number('layers')} in FP8"
-            yield ctx.error(where, f"{text}; at most {(layers - 1) // 2} would do, or no fp8")
+            text = f"{count} at each end leave none of the {model.number('layers')} in FP8"
+            yield ctx.error(where, f"{text}; use at most {(layers - 1) // 2}, or remove fp8")
         elif count > layers // pipeline:
             text = f"{count} is more than the {layers // pipeline} layers of a pipeline stage"
-            yield ctx.error(where, f"{text}; at most {layers // pipeline} would do")
+            yield ctx.error(where, f"{text}; use at most {layers // pipeline}")
 
 
 def weights_in_fp8(ctx: ValidationContext) -> Iterator[str]:
-    """What Megatron and Transformer Engine do not do with weights that live in FP8."""
+    """Combinations with FP8 weights that Megatron and Transformer Engine do not support."""
     for model, key, fp8 in _models(ctx):
         if not fp8.param_gather:
             continue
         where = f"{key}.fp8.param_gather"
         if fp8.recipe == "mxfp8":
-            text = "true: weights in MXFP8 cannot lie in Megatron's buffers, which it gathers them from"
-            yield ctx.error(where, f"{text}; false would do, or recipe blockwise")
+            text = "true: Megatron's all-gather buffers do not support MXFP8 weights"
+            yield ctx.error(where, f"{text}; set it to false, or use recipe blockwise")
         if model.precision.compute != "bf16":
-            text = f"true: Megatron's optimizer takes FP8 weights for bf16 ones, and {key}.compute is"
-            yield ctx.error(where, f"{text} {model.precision.compute}; false would do, or compute bf16")
+            text = f"true: Megatron's optimizer treats FP8 weights as bf16, but {key}.compute is"
+            yield ctx.error(where, f"{text} {model.precision.compute}; set it to false, or use compute bf16")
         if model.role == "teacher" and derived.teacher_section(ctx.config).offload:
-            text = "true: teacher.offload moves weights in bf16 or fp32"
-            yield ctx.error(where, f"{text}; false would do, or teacher.offload false")
+            text = "true: teacher.offload supports bf16 and fp32 weights only"
+            yield ctx.error(where, f"{text}; set it to false, or set teacher.offload to false")
 
 
 def sizes_are_aligned(ctx: ValidationContext) -> Iterator[str]:
-    """The sides of each rank's part of a weight."""
+    """Both dimensions of each rank's weight shard."""
     for model, key, fp8 in _models(ctx):
         unit, shape, where = _ALIGNMENT[fp8.recipe], model.shape, f"{key}.fp8.recipe"
         made_of = f"at tensor {model.layout.tensor} (hidden {shape.hidden}, heads {shape.heads}, ffn {shape.ffn})"
         for name, sides in linears(shape, model.layout).items():
             for what, side in zip(("outputs", "inputs"), sides, strict=True):
                 if side % unit:
-                    text = f"{fp8.recipe} needs multiples of {unit}, and the {model.role}'s {name} has {side} {what}"
-                    yield ctx.error(where, f"{text} a rank {made_of}; {multiples(side, unit)} would do")
+                    text = f"{fp8.recipe} requires multiples of {unit}, but the {model.role}'s {name} has {side} {what}"
+                    yield ctx.error(where, f"{text} per rank {made_of}; nearest valid values: {multiples(side, unit)}")
         if fp8.recipe == "blockwise" and model.layout.sequence and shape.hidden % _BLOCK:
-            text = f"blockwise with sequence parallelism needs a multiple of {_BLOCK} and not {model.number('hidden')}"
-            yield ctx.error(where, f"{text}; {multiples(shape.hidden, _BLOCK)} would do")
+            text = f"blockwise with sequence parallelism requires that {_BLOCK} divides {model.number('hidden')}"
+            yield ctx.error(where, f"{text}; nearest valid values: {multiples(shape.hidden, _BLOCK)}")
 
 
 def tokens_are_aligned(ctx: ValidationContext) -> Iterator[str]:
-    """The tokens of a micro-batch are a side of the input, and of both operands of the weight's gradient."""
+    """The tokens of a micro-batch are a dimension of the input, and of both operands of the weight gradient."""
     config = ctx.config
     for model, key, fp8 in _models(ctx):
         size = config.train.micro_batch if model.role == "student" else derived.teacher_micro_batch(config)
@@ -156,18 +158,20 @@ def tokens_are_aligned(ctx: ValidationContext) -> Iterator[str]:
         tokens = size * config.data.sequence_length // cut
         if tokens % unit:
             product = f"micro_batch {size} * sequence_length {config.data.sequence_length} / {cut}"
-            text = f"{fp8.recipe} needs a multiple of {unit} tokens a rank; the {model.role} has {tokens} = {product}"
-            yield ctx.error(f"{key}.fp8.recipe", f"{text}; {multiples(tokens, unit)} would do")
+            text = (
+                f"{fp8.recipe} requires a multiple of {unit} tokens per rank; the {model.role} has {tokens} = {product}"
+            )
+            yield ctx.error(f"{key}.fp8.recipe", f"{text}; nearest valid values: {multiples(tokens, unit)}")
 
 
 def gpus_have_the_kernels(ctx: ValidationContext) -> Iterator[str]:
-    """A recipe needs certain generations of GPUs; unknown at --check unless --check-capability tells."""
+    """A recipe requires certain GPU generations; unknown in --check without --check-capability."""
     there = ctx.capability
     for _, key, fp8 in _models(ctx):
         if there is None or runs_on(fp8.recipe, there):
             continue
         able = [name for name in CAPABILITY if runs_on(name, there)]
-        hint = f"{' or '.join(able)} would do" if able else "these GPUs have no FP8: remove fp8"
+        hint = f"valid values: {', '.join(able)}" if able else "these GPUs do not support FP8: remove fp8"
         text = (
             f"{fp8.recipe} needs compute capability {generations(fp8.recipe)}, the GPUs have {_version(there)}; {hint}"
         )
@@ -180,7 +184,7 @@ def runs_on(recipe: str, capability: tuple[int, int]) -> bool:
 
 
 def generations(recipe: str) -> str:
-    """The compute capabilities that have a recipe's kernels, in words."""
+    """Compute capabilities that have a recipe's kernels, in words."""
     most = _TOO_NEW.get(recipe)
     return f"{_version(CAPABILITY[recipe])} {'or newer' if most is None else f'and below {_version(most)}'}"
 
