@@ -216,11 +216,11 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "end of text a list of nothing": (
         token(eos_token={"content": ["</s>"]}),
-        "eos_token ['</s>'] is no text: save the tokenizer again",
+        "eos_token ['</s>'] is not a string: save the tokenizer again",
     ),
     "end of text by a word": (
         no_token(eos_token_id="two"),
-        "eos_token_id 'two' is no number: save the model again",
+        "eos_token_id 'two' is not an integer: save the model again",
     ),
     "tokenizer settings a nest of lists": (
         overwrite("tokenizer_config.json", b"[" * 10**6),

@@ -198,7 +198,7 @@ def test_adapt_goes_on_in_both_languages(
 
 
 MISTAKES = {
-    "all there": (["--add", "FIRST"], "FIRST: FIRST holds all its"),
+    "all there": (["--add", "FIRST"], "FIRST: FIRST already has all its"),
     "kinds": (["--add", "UNIGRAM"], "UNIGRAM is a unigram model and FIRST a bpe one"),
     "no bytes": (["--tokenizer", "PLAIN", "--checkpoint", ""], "PLAIN has no byte fallback, and"),
     "tokenizer": (["--tokenizer", "CHINESE", "--add", "FIRST"], "--tokenizer is CHINESE"),

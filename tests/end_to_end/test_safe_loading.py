@@ -295,7 +295,7 @@ def test_indices_of_the_data_are_numbers(
         np.save(file, np.array([Evil(marker)], dtype=object), allow_pickle=True)
     (rank,) = runs.run_stage(pool, "adapt", runs.adapt_config(fixtures, run_dir, **{**CHANGES, "train__steps": 3}))
     assert rank.value == 2
-    assert f"capgap: error: {file}: is no array of numbers" in rank.stderr
+    assert f"capgap: error: {file}: is not a numeric array" in rank.stderr
     assert not marker.exists()
 
 

@@ -171,7 +171,7 @@ def test_a_number_of_too_many_digits_is_a_malformed_line(
     (message,) = capsys.readouterr().err.splitlines()
     assert message.startswith("prepare_data: error: a.jsonl:2: ") and "(not JSON)" in message
     assert run() == 0
-    assert "1 line(s) left out: not JSON\n  a.jsonl:2: a number of more than 4300 digits" in capsys.readouterr().err
+    assert "1 line(s) left out: not JSON\n  a.jsonl:2: an integer of more than 4300 digits" in capsys.readouterr().err
     assert len(read("out/d")) == 1
 
 
@@ -239,7 +239,7 @@ def test_training_reads_a_fixed_sample_of_a_large_corpus(here: Path, monkeypatch
         ),
         (["--text-key", "body"], "(50 no 'body'; the first is a.jsonl:1: it has 'text'); write lines like {\"body\": "),
         (["--input", "a.jsonl", "table.csv"], "table.csv: is a table with commas (CSV)"),
-        (["--split", "0.999999,0.000001"], "out/d_valid would hold no document"),
+        (["--split", "0.999999,0.000001"], "out/d_valid would have no document"),
         (["--out", "old"], "old.bin is there already"),
         (["--out", "out/d.bin"], "give a prefix without ending"),
         (["--out", "a.jsonl/d"], "cannot be made in"),

@@ -171,7 +171,7 @@ def test_a_dataset_made_anew_gets_new_indices(data: DataConfig, tmp_path: Path) 
     assert {file: file.stat().st_mtime_ns for file in cache.rglob("*")} == before  # nothing is built twice
     (cache / f"{'0' * 16}.partial.1").mkdir()  # what a killed job leaves
     corpus.write_dataset(tmp_path / "data" / "a", numbered(1000, [9] * 9))
-    with pytest.raises(UserError, match="is not there"):
+    with pytest.raises(UserError, match="is missing: put run_dir"):
         open_training(data, 5, cache)
     build_indices(data, VOCAB, 5, cache)
     train = open_training(data, 5, cache)
