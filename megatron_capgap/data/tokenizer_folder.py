@@ -1,8 +1,7 @@
 """Reads a Hugging Face tokenizer folder as transformers' AutoTokenizer does.
 
-tokenizer.json alone does not determine how text is split: other files add tokens, a class can replace the steps before
-the model, and a folder may contain only a SentencePiece model. This follows transformers 5
-(`PreTrainedTokenizerBase._from_pretrained`, `TokenizersBackend`); the tests compare ids with it.
+Other files add tokens to tokenizer.json, a class can replace its steps, and some folders have only a SentencePiece
+model. Follows transformers 5 (`PreTrainedTokenizerBase._from_pretrained`, `TokenizersBackend`); tests compare the ids.
 """
 
 from __future__ import annotations
