@@ -215,7 +215,7 @@ def test_what_cannot_be_read_so_is_refused_in_one_line(zoo: dict[str, Path], mon
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fails)
     words = Copied(tokenizer_folder.read(zoo["byte_level"]), frozenset(), zoo["byte_level"])
-    with pytest.raises(UserError, match="would not read in this llama the ids that it was trained with") as caught:
+    with pytest.raises(UserError, match="would not give the ids that this llama was trained with") as caught:
         settle({"config.json": {"model_type": "llama"}}, words, None)
     assert "\n" not in str(caught.value)
 
