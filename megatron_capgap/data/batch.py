@@ -96,6 +96,11 @@ def micro_batches(
     """Yields the micro-batches of one data-parallel rank, assigned by `sampler.dp_shard`.
 
     Args:
+        sequence: the dataset.
+        samples: sample numbers of the global batch.
+        micro_batch: rows of a micro-batch.
+        data_rank, data_size: this data-parallel rank and the number of ranks.
+        device: device of the tensors.
         limit: number of existing samples; rows of later samples are padding with loss mask 0. Set to the length of
             a held-out set, every layout counts each of its samples once.
     """

@@ -138,7 +138,7 @@ class Conversations:
                 partial.rename(folder)
         except OSError as error:
             raise UserError(
-                f"{self._cache_dir} cannot hold the encoded conversations ({error.strerror}): "
+                f"{self._cache_dir} cannot store the encoded conversations ({error.strerror}): "
                 "choose a run_dir that is writable and has space"
             ) from error
         finally:

@@ -152,7 +152,7 @@ def _pairs(place: str, content: list[Any]) -> Iterator[Message]:
     for turn, pair in enumerate(content, start=1):
         for role, name in (("user", "User"), ("assistant", "Assistant")):
             if not isinstance(pair, dict) or name not in pair:
-                raise UserError(f"{place}: turn {turn} has no {name}; each holds User and Assistant")
+                raise UserError(f"{place}: turn {turn} has no {name}; each turn needs User and Assistant")
             yield Message(role, _words(place, f"turn {turn}", role, pair[name], {}))
 
 

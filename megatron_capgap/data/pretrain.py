@@ -101,7 +101,7 @@ def build_indices(data: DataConfig, vocab_size: int, seed: int, cache_dir: Path)
                 partial.rename(entry)
         except OSError as error:
             raise UserError(
-                f"{cache_dir} cannot hold the sample indices of {prefix} ({error.strerror}): "
+                f"{cache_dir} cannot store the sample indices of {prefix} ({error.strerror}): "
                 "choose a run_dir that is writable and has space"
             ) from error
         finally:

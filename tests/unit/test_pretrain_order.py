@@ -197,7 +197,7 @@ def test_a_bad_dataset_is_refused_also_after_a_good_start(data: DataConfig, tmp_
 
 def test_a_cache_that_cannot_be_written(data: DataConfig, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(UserError, match="cache cannot hold the sample indices of"):
+    with pytest.raises(UserError, match="cache cannot store the sample indices of"):
         build_indices(data, VOCAB, 5, tmp_path / "cache")
 
 
