@@ -120,11 +120,10 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
     """Reads a vocabulary file with its settings.
 
     Args:
-        folder: folder of the other files.
+        folder: folder of the other files, which are read if `beside`.
         file: tokenizer.json, a SentencePiece model, or vocab.json.
         settings: content of tokenizer_config.json.
         legacy: whether the settings have no added_tokens_decoder.
-        beside: whether to read the other files of the folder.
     """
     for key in NAMED:
         content = _content(settings.get(key))
@@ -170,8 +169,7 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
         for own, ids in zip(named, of_model.values(), strict=True)
     )
     special = {key: _content(token) for key, token in _roles(settings).items()}
-    for name, token in (("bos_token", bos), ("eos_token", eos)):
-        # Named only by the model's config files; chat templates write it as text.
+    for name, token in (("bos_token", bos), ("eos_token", eos)):  # from the model alone, for chat templates
         if token is not None and name not in special and (text := built.id_to_token(token)):
             special[name] = text
             built.add_special_tokens([text])
@@ -263,7 +261,7 @@ def _from_vocabulary(file: Path, settings: Mapping[str, Any], made_by: str | Non
     from tokenizers import models
 
     if made_by not in OF_PARTS:
-        named = f"{made_by} of transformers does not read them" if made_by else "no tokenizer_class is set"
+        named = f"{made_by} of transformers does not read them" if made_by else "no class is named that reads them"
         raise UserError(
             f"tokenizer {file.parent}: vocab.json and merges.txt need a tokenizer class, and {named}; set "
             "tokenizer_class in tokenizer_config.json to the class that they were made with, without a config.json "

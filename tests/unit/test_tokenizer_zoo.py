@@ -254,14 +254,14 @@ def test_other_forms_are_refused_with_what_makes_them_readable(tmp_path: Path, f
     [
         ({"vocab.json": "{}"}, "has vocab.json without merges.txt: copy that file there too, or save it with"),
         ({"merges.txt": ""}, "has merges.txt without vocab.json: copy that file there too, or save it with"),
-        ({}, "and no tokenizer_class is set; set tokenizer_class in tokenizer_config.json to"),
-        ({"tokenizer_config.json": '{"tokenizer_class": "PreTrainedTokenizerFast"}'}, "and no tokenizer_class is set"),
+        ({}, "and no class is named that reads them; set tokenizer_class in tokenizer_config.json to"),
+        ({"tokenizer_config.json": '{"tokenizer_class": "PreTrainedTokenizerFast"}'}, "and no class is named"),
         (
             {"tokenizer_config.json": '{"tokenizer_class": "LlamaTokenizer"}'},
             "and LlamaTokenizer of transformers does not",
         ),
         ({"config.json": '{"model_type": "qwen3_5"}'}, "and Qwen3_5Tokenizer of transformers does not read them"),
-        ({"config.json": '{"model_type": "mistral"}'}, "and no tokenizer_class is set"),
+        ({"config.json": '{"model_type": "mistral"}'}, "and no class is named that reads them"),
         ({"tokenizer_config.json": '{"tokenizer_class": "RobertaTokenizer"}'}, "opens it as RobertaTokenizer"),
         (
             {"merges.txt": "a b c"},
