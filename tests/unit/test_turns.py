@@ -193,8 +193,8 @@ def test_prompts_in_other_forms(tmp_path: Path) -> None:
 def test_what_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
-    places = {str(tmp_path / "folder"): "is a folder, no file", str(tmp_path / "pipe"): "is a pipe, no file"}
-    places |= {"/dev/null": "is a device, no file", str(tmp_path / "gone"): "no such file"}
+    places = {str(tmp_path / "folder"): "is a folder, not a file", str(tmp_path / "pipe"): "is a pipe, not a file"}
+    places |= {"/dev/null": "is a device, not a file", str(tmp_path / "gone"): "no such file"}
     for path, expected in places.items():
         for read_file in (read_conversations, read_prompts):
             with pytest.raises(UserError) as caught:
