@@ -1,1 +1,1 @@
-"""Saving and loading: any layout to any layout, the newest complete one, never a half-written one."""
+"""Checkpoints: saved and loaded in any layout, published atomically, verified on load."""

@@ -1,4 +1,4 @@
-"""JSON files that know their own checksum: a single changed bit in one of them is seen. No torch."""
+"""JSON files with an embedded checksum, which detects any changed bit. Does not import torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SEAL = "crc32"
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Writes an object and its checksum; on disk when this returns."""
+    """Writes an object and its checksum; synced to disk on return."""
     with open(path, "w", encoding="utf-8") as file:
         file.write(_text(content))
         file.flush()
@@ -20,11 +20,11 @@ def write(path: Path, content: dict[str, Any]) -> None:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Reads what `write` has written.
+    """Reads a file of `write`.
 
     Raises:
-        ValueError: it is not that, to the last byte.
-        OSError: it cannot be read.
+        ValueError: the file differs in any byte from what `write` wrote.
+        OSError: the file cannot be read.
     """
     text = path.read_bytes().decode("utf-8")
     content = json.loads(text)
@@ -32,7 +32,7 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError("it has no checksum")
     del content[_SEAL]
     if text != _text(content):
-        raise ValueError("its checksum is another one")
+        raise ValueError("checksum mismatch")
     return content
 
 

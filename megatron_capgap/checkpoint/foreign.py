@@ -1,4 +1,4 @@
-"""Checkpoints that Megatron-LM, or another program on Megatron-Core, wrote: known by their files, and not read."""
+"""Detects checkpoints of Megatron-LM or another Megatron-Core program, which are not supported."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from megatron_capgap.common.errors import UserError
 
 _OURS = ("capgap.json", "contents.json")
 _PATTERNS = ("latest_checkpointed_iteration.txt", "iter_*/.metadata", ".metadata", "*.distcp", "mp_rank_*")
-"""What lies in a folder of several checkpoints, in one of them as torch_dist writes it, and in one as `torch` does."""
+"""Files of a folder of checkpoints, of a torch_dist checkpoint and of a torch checkpoint."""
 
 
 def refuse(folder: Path) -> None:
-    """Raises what is to be said of a folder that holds such a checkpoint.
+    """Raises if a folder is such a checkpoint.
 
     Raises:
-        UserError: it is one, whole or not.
+        UserError: it is one, complete or not.
     """
     if any((folder / name).exists() for name in _OURS):
         return
@@ -23,6 +23,6 @@ def refuse(folder: Path) -> None:
     if found is not None:
         raise UserError(
             f"{folder}: is a checkpoint of Megatron-LM or of another program on Megatron-Core (it has "
-            f"{found.relative_to(folder)}), which is not read here; convert it to Hugging Face's format, for example "
-            "with Megatron-Bridge, and that with tools/convert_hf.py import"
+            f"{found.relative_to(folder)}), which is not supported; convert it to Hugging Face format, for example "
+            "with Megatron-Bridge, then import that with tools/convert_hf.py import"
         )

@@ -1,7 +1,7 @@
-"""What delayed FP8 scaling has learned, in checkpoints: plain tensors that any layout and any Transformer Engine reads.
+"""Saves and loads the state of delayed FP8 scaling as plain tensors, for any layout and Transformer Engine release.
 
-Older checkpoints hold Transformer Engine's pickles in their place. They are read by `safe`, never by Transformer
-Engine, whose newer releases refuse them.
+Older checkpoints have Transformer Engine pickles instead. These are read by `safe_unpickle`, not by Transformer Engine,
+whose newer releases reject them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from megatron_capgap.models import fp8_scales
 from megatron_capgap.models.gpt import unwrap
 
 KEY = "scales"
-"""Of all of them, in the state that is saved or loaded."""
+"""Key of all scales in the state that is saved or loaded."""
 
 
 def to_save(chunks: Sequence[torch.nn.Module], parallel: ParallelContext) -> ShardedStateDict:
-    """Scales and histories of this rank's layers, as they are now; none before the first step."""
+    """Current scales and histories of this rank's layers; empty before the first step."""
     layers = unwrap(chunks[0]).config.num_layers
     found = {}
     for layer, name, module in fp8_scales.linears(chunks):
@@ -36,10 +36,10 @@ def to_save(chunks: Sequence[torch.nn.Module], parallel: ParallelContext) -> Sha
 
 
 def load_request(folder: Path, chunks: Sequence[torch.nn.Module], parallel: ParallelContext) -> ShardedStateDict:
-    """What a checkpoint holds for this rank's layers, to be loaded and given to `take_over`.
+    """The scales that a checkpoint has for this rank's layers, as a state to load and pass to `restore`.
 
     Raises:
-        UserError: the checkpoint holds something else under these names.
+        UserError: entries of these names have unexpected shapes.
     """
     layers = unwrap(chunks[0]).config.num_layers
     there = safe_unpickle.read_metadata(folder).metadata.state_dict_metadata
@@ -64,14 +64,14 @@ def load_request(folder: Path, chunks: Sequence[torch.nn.Module], parallel: Para
 
 
 def restore(folder: Path, chunks: Sequence[torch.nn.Module], loaded: Mapping[str, Any]) -> None:
-    """Gives this rank's layers what was loaded of `wanted`, before weights that live in FP8 are cast with it.
+    """Sets the loaded state of `load_request` in this rank's layers; call this before casting weights to FP8.
 
     Raises:
-        UserError: a pickle holds something else than scales.
+        UserError: the loaded scales have unexpected shapes.
     """
     if not loaded:
         return
-    # Megatron-Core has no such function where Transformer Engine is missing, and then nothing was wanted.
+    # Megatron-Core lacks this function without Transformer Engine; then nothing was requested.
     from megatron.core.fp8_utils import get_fp8_recipe
 
     recipe = get_fp8_recipe(unwrap(chunks[0]).config)
@@ -86,8 +86,8 @@ def restore(folder: Path, chunks: Sequence[torch.nn.Module], loaded: Mapping[str
 def _shards(
     layer: int, layers: int, name: str, state: Mapping[str, torch.Tensor], parallel: ParallelContext
 ) -> ShardedStateDict:
-    """Of one linear, each `[layers, ...]` as a whole: cut over the layers as weights are, the same on all tensor- and
-    data-parallel ranks."""
+    """Shards of one linear's state: global tensors `[layers, ...]`, sharded over layers like the weights, replicated
+    over tensor- and data-parallel ranks."""
     return {
         part: make_sharded_tensor_for_checkpoint(
             tensor,
@@ -101,7 +101,7 @@ def _shards(
 
 
 def _check(folder: Path, name: str, sizes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuses what is not one linear's scales `[n]` and histories `[steps, n]`."""
+    """Checks that the shapes are one linear's scales `[n]` and histories `[steps, n]`."""
     for part, count in fp8_scales.COUNTS.items():
         size = sizes.get(part)
         steps = () if part.startswith("scale") or not size else size[:1]

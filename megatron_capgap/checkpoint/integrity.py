@@ -1,6 +1,7 @@
-"""What a checkpoint consists of: every file with its size and checksum, written when it is complete, checked on load.
+"""Size and checksum of every file of a checkpoint: written when it is complete, verified on load.
 
-Each rank sums the files that it wrote, and checks its share of them: no rank reads a whole checkpoint.
+Each rank computes the checksums of the files that it wrote, and verifies its share: no rank reads a complete
+checkpoint.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ Result = TypeVar("Result")
 
 
 class FileChecksum(NamedTuple):
-    """What is known of a file: enough to see any flipped bit, and any other damage but for one in 4 thousand million.
+    """Size and CRC-32 of a file: detects any single flipped bit, and other damage except for 1 in 4 * 10^9.
 
-    It guards against accidents, not against somebody who writes a new checksum too.
+    Protects against accidental damage, not against an attacker who also updates the checksum.
     """
 
     size: int
@@ -35,10 +36,10 @@ class FileChecksum(NamedTuple):
 
 
 def checksum(file: Path) -> FileChecksum:
-    """Size and CRC-32 of a regular file; a symbolic link is refused, for it could lead out of the checkpoint.
+    """Size and CRC-32 of a regular file; rejects symbolic links, which could point outside the checkpoint.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: the file cannot be read.
     """
     with open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW), "rb", buffering=0) as source:
         if not stat.S_ISREG(os.fstat(source.fileno()).st_mode):
@@ -51,16 +52,16 @@ def checksum(file: Path) -> FileChecksum:
 
 
 def write_checksums(folder: Path, group: dist.ProcessGroup | None = None) -> None:
-    """Lists the files of a completely written checkpoint. Collective; each rank sums what it wrote itself.
+    """Writes the list of files of a complete checkpoint. Collective; each rank reads the files that it wrote.
 
-    PyTorch's writer can report success although a file is missing, so what `.metadata` speaks of must be there.
+    PyTorch's writer can report success although a file is missing, so the files in `.metadata` must exist.
 
     Args:
         folder: the checkpoint.
-        group: of all ranks, where the default one is busy with something else.
+        group: process group of all ranks; None is the default group.
 
     Raises:
-        UserError: a file is missing, too short or cannot be read; on every rank alike.
+        UserError: a file is missing, too short or cannot be read; raised on all ranks.
     """
     rank = dist.get_rank()
 
@@ -74,7 +75,7 @@ def write_checksums(folder: Path, group: dist.ProcessGroup | None = None) -> Non
         for name, length in safe_unpickle.read_metadata(folder).lengths().items():
             if name not in everywhere or everywhere[name].size < length:
                 found = f"{everywhere[name].size} bytes" if name in everywhere else "missing"
-                raise UserError(f"{folder / name}: {found} after writing, {length} bytes were to be there; save again")
+                raise UserError(f"{folder / name}: {found} after writing, expected {length} bytes; save again")
         files = {name: list(everywhere[name]) for name in sorted(everywhere)}
         checksummed_json.write(folder / CONTENTS, {"files": files})
 
@@ -82,7 +83,7 @@ def write_checksums(folder: Path, group: dist.ProcessGroup | None = None) -> Non
 
 
 def _on_disk(work: Callable[[], Result]) -> Result:
-    """Names the file that a work could not read or write; what is to be done the one who saves knows better."""
+    """Converts an OSError to a UserError that names the file; the caller adds the fix."""
     try:
         return work()
     except OSError as error:
@@ -90,11 +91,11 @@ def _on_disk(work: Callable[[], Result]) -> Result:
 
 
 def verify(folder: Path) -> None:
-    """Checks every file of a checkpoint, and walks its pickles, before anything of it is used. Collective.
+    """Verifies every file of a checkpoint and checks its pickles before anything is used. Collective.
 
     Raises:
-        Damaged: a file is missing, or is not what was written; on every rank alike.
-        UserError: it holds what no checkpoint of this project holds, or another version wrote it.
+        CheckpointCorrupted: a file is missing or differs from what was written; raised on all ranks.
+        UserError: a pickle contains forbidden globals, or another version wrote the checkpoint.
     """
 
     def check() -> None:
@@ -104,20 +105,18 @@ def verify(folder: Path) -> None:
             _check_file(folder / name, listed[name])
 
     gather_from_ranks(check)
-    # Only now, for a damaged pickle would read as a hostile one.
+    # After the checksums: otherwise a damaged pickle would be reported as an untrusted one.
     run_on_rank0(lambda: safe_unpickle.check_files(folder, frozenset(_listed(folder))))
 
 
 def _check_file(file: Path, wanted: FileChecksum) -> None:
     try:
-        # The size first, which costs nothing.
+        # Size first: it is cheap.
         found = file.lstat().st_size
         if found != wanted.size:
-            raise CheckpointCorrupted(f"{file}: {found} bytes, {wanted.size} were written; use another checkpoint")
+            raise CheckpointCorrupted(f"{file}: {found} bytes, expected {wanted.size}; use another checkpoint")
         if checksum(file) != wanted:
-            raise CheckpointCorrupted(
-                f"{file}: its checksum is not the one of what was written; use another checkpoint"
-            )
+            raise CheckpointCorrupted(f"{file}: checksum mismatch; use another checkpoint")
     except OSError as error:
         raise CheckpointCorrupted(
             f"{file}: cannot be read ({error.strerror or error}); use another checkpoint"
@@ -125,25 +124,27 @@ def _check_file(file: Path, wanted: FileChecksum) -> None:
 
 
 def _listed(folder: Path) -> dict[str, FileChecksum]:
-    """The files that a checkpoint is to have, by name."""
+    """Expected files of a checkpoint, by name."""
     path = folder / CONTENTS
     try:
         files = checksummed_json.read(path)["files"]
         listed = {str(name): FileChecksum(int(size), int(crc)) for name, (size, crc) in files.items()}
     except FileNotFoundError:
-        raise CheckpointCorrupted(f"{path}: is not there, so nothing can be checked; use another checkpoint") from None
+        raise CheckpointCorrupted(
+            f"{path}: is missing, so the checkpoint cannot be verified; use another checkpoint"
+        ) from None
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointCorrupted(f"{path}: cannot be read ({error}); use another checkpoint") from None
     for name in [*listed, *safe_unpickle.MARKS]:
         if name not in listed or name != Path(name).name or name.startswith(".."):
             raise CheckpointCorrupted(
-                f"{path}: does not list the files of a checkpoint ({name!r}); use another checkpoint"
+                f"{path}: is not a valid list of checkpoint files ({name!r}); use another checkpoint"
             )
     return listed
 
 
 def _files_of_rank(listed: Mapping[str, FileChecksum], rank: int, world: int) -> list[str]:
-    """This rank's files: the largest are dealt out first, each to the rank that has least to read."""
+    """Files that this rank verifies: largest first, each assigned to the rank with the fewest bytes."""
     readers, mine = [(0, reader) for reader in range(world)], []
     for name in sorted(listed, key=lambda name: (-listed[name].size, name)):
         load, reader = readers[0]

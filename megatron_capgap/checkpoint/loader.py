@@ -1,4 +1,4 @@
-"""Weights, optimizer and random state out of Megatron's distributed checkpoints, in any layout."""
+"""Loads weights, optimizer and random state from Megatron's distributed checkpoints, in any layout."""
 
 from __future__ import annotations
 
@@ -38,25 +38,25 @@ from megatron_capgap.models.sharded_state import sharded_state
 
 
 class CheckpointableOptimizer(Protocol):
-    """What a checkpoint needs of the training room's optimizer and schedule."""
+    """Interface of the training optimizer and schedule to checkpoints."""
 
     def sharded_state(self, model: ShardedStateDict, *, loading: bool) -> ShardedStateDict:
-        """Its state by layout-free names. Collective; over groups of its own unless it is loaded."""
+        """Sharded state by layout-independent names. Collective; when saving, over process groups of its own."""
 
     def copied(self) -> CheckpointableOptimizer:
-        """What `sharded_state` reads, in host memory, as it is now."""
+        """A copy in host memory of the current state that `sharded_state` reads."""
 
     def load(self, state: dict[str, Any], steps: int, updates: int) -> None:
-        """Takes over a loaded state that stands for `steps` steps, of which `updates` changed the weights."""
+        """Sets a loaded state after `steps` steps, of which `updates` changed the weights."""
 
 
 def load_weights(folder: Path, chunks: Sequence[torch.nn.Module], parallel: ParallelContext) -> None:
-    """Fills a model from a checkpoint written in any layout; every parameter must be in it. Collective.
+    """Loads a model from a checkpoint written in any layout, which must have every parameter. Collective.
 
-    Projections are no part of the model: they stay as they are, and those of the checkpoint are not looked at.
+    Projections are not part of the model: they are neither changed nor read from the checkpoint.
 
     Raises:
-        UserError: the checkpoint is damaged, or of another model; on every rank alike.
+        UserError: the checkpoint is damaged, or of another model; raised on all ranks.
     """
     integrity.verify(folder)
     state = sharded_state(list(chunks), parallel, with_projections=False)
@@ -72,20 +72,20 @@ def load_head(
     *,
     verified: bool,
 ) -> torch.Tensor | None:
-    """A model's LM head alone, cut over the tensor-parallel ranks of any layout. Collective.
+    """Loads only the LM head of a model, sharded over the tensor-parallel ranks of any layout. Collective.
 
     Args:
         folder: the checkpoint.
-        shape: of the model in it.
-        parallel: the layout that the head is wanted in.
-        dtype, device: of the result.
-        verified: whether these ranks have checked the checkpoint already, as loading its weights does.
+        shape: shape of the model in the checkpoint.
+        parallel: the target layout.
+        dtype, device: type and device of the result.
+        verified: whether these ranks have already verified the checkpoint, as loading its weights does.
 
     Returns:
-        The local shard `[v/tp, h]`, rows beyond the vocabulary 0, on the layout's last stage; None on the others.
+        The local shard `[v/tp, h]`, with zero rows beyond the vocabulary, on the last stage; None on other stages.
 
     Raises:
-        UserError: the checkpoint is damaged; on every rank alike.
+        UserError: the checkpoint is damaged; raised on all ranks.
     """
     if not verified:
         integrity.verify(folder)
@@ -105,21 +105,21 @@ def load_head(
 def load_training(
     folder: Path, chunks: Sequence[torch.nn.Module], parallel: ParallelContext, optimizer: CheckpointableOptimizer
 ) -> CheckpointMetadata:
-    """Fills model, optimizer, schedule, FP8 scales and random state from a checkpoint. Collective.
+    """Loads model, optimizer, schedule, FP8 scales and random state from a checkpoint. Collective.
 
-    In the layout that wrote it the run goes on to the last digit; in another one weights and optimizer are the same and
-    dropout draws from new random streams.
+    In the layout that wrote the checkpoint, the run continues bit-identically; in another layout, weights and optimizer
+    are the same and dropout uses new random streams.
 
     Returns:
-        What the checkpoint says of itself.
+        The checkpoint's metadata.
 
     Raises:
-        Damaged: a file of the checkpoint is not what was written; nothing of it was used. On every rank alike.
+        CheckpointCorrupted: a file differs from what was written; nothing was loaded. Raised on all ranks.
     """
     integrity.verify(folder)
     meta = metadata.read(folder)
     same_ranks = meta.ranks == ranks(parallel) and meta.device == chunks_device(chunks)
-    # Without its own scales, delayed scaling starts as a new run would; other recipes keep none.
+    # Without saved scales, delayed scaling starts as in a new run; other recipes have no state.
     config = unwrap(chunks[0]).config
     delayed = meta.holds_scales and config.fp8 is not None and config.fp8_recipe == meta.fp8_recipe
     model = sharded_state(list(chunks), parallel)
@@ -138,7 +138,7 @@ def load_training(
 
 
 def chunks_device(chunks: Sequence[torch.nn.Module]) -> str:
-    """Kind of device that a model lives on: cpu or cuda."""
+    """Device type of a model: cpu or cuda."""
     return next(chunks[0].parameters()).device.type
 
 
@@ -151,28 +151,28 @@ def ranks(parallel: ParallelContext) -> tuple[int, int, int, int]:
 def training_state(
     chunks: Sequence[torch.nn.Module], parallel: ParallelContext, optimizer: CheckpointableOptimizer, *, copied: bool
 ) -> Callable[[], ShardedStateDict]:
-    """All that a run needs to go on, by layout-free names, as it is now.
+    """Captures the current state that a run needs to resume, by layout-independent names.
 
     Args:
         chunks: this rank's model chunks.
         parallel: their layout.
         optimizer: optimizer and schedule.
-        copied: whether this rank's part is to be a copy in host memory, which later training does not change.
+        copied: whether to copy this rank's part to host memory, so that training can continue.
 
     Returns:
-        Gathers the optimizer's state on the data-parallel ranks that write it. Collective, over groups that training
-        does not use: it may run beside it.
+        A function that gathers the optimizer state on the data-parallel ranks that write it. Collective, over process
+        groups that training does not use: it may run concurrently with training.
     """
     model = sharded_state(list(chunks), parallel)
     written = {**written_in_compute_type(model), **fp8_scales.to_save(chunks, parallel), "random": _random_state()}
     if copied:
         written, optimizer = dict_list_map_outplace(_in_host_memory, written), optimizer.copied()
-    # The optimizer finds its names by the parameters themselves.
+    # The optimizer derives its names from the parameters, so it gets the uncopied model state.
     return lambda: {**written, "optimizer": optimizer.sharded_state(model, loading=False)}
 
 
 def _in_host_memory(shard: ShardedBase) -> ShardedBase:
-    """The shard with a copy of its data, where this rank writes it."""
+    """The shard with a host copy of its data, if this rank writes it."""
     if not is_main_replica(shard.replica_id):
         return shard
     if isinstance(shard, ShardedTensor | ShardedTensorFactory):
@@ -181,9 +181,9 @@ def _in_host_memory(shard: ShardedBase) -> ShardedBase:
 
 
 def _load(state: ShardedStateDict, folder: Path) -> dict[str, Any]:
-    """Reads what a sharded state asks for. Collective: an error of one rank is raised on all.
+    """Loads the entries of a sharded state. Collective: an error of one rank is raised on all.
 
-    Until 0.17 Megatron-Core reads together; from 0.18 on each rank reads by itself and keeps its errors to itself.
+    Up to Megatron-Core 0.17 the load is collective; from 0.18 on each rank loads by itself and errors stay local.
     """
     return run_on_all_ranks(lambda: _read(state, folder))
 
@@ -193,13 +193,13 @@ def _read(state: ShardedStateDict, folder: Path) -> dict[str, Any]:
         return dist_checkpointing.load(state, str(folder), strict=StrictHandling.RAISE_UNEXPECTED)
     except dist_checkpointing.core.CheckpointingException as error:
         raise _load_error(folder, error) from error
-    except CheckpointException as error:  # torch's, with the reason of each rank
+    except CheckpointException as error:  # raised by torch, with the error of each rank
         raise _load_error(folder, next(iter(error.failures.values()))[0]) from error
 
 
 def _load_error(folder: Path, error: BaseException) -> UserError:
     reason = in_one_line(error)
-    return UserError(f"{folder}: does not hold what the model needs ({reason}); use a checkpoint of the model's shape")
+    return UserError(f"{folder}: does not have what the model needs ({reason}); use a checkpoint of the model's shape")
 
 
 def _copy_into_chunks(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
@@ -211,7 +211,8 @@ def _copy_into_chunks(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any])
 
 
 def _random_state() -> ShardedTensor:
-    """All generators of this rank as one row of bytes: torch's, then Megatron's tracker by name."""
+    """States of all random generators of this rank as one row of bytes: torch CPU and device, then Megatron's tracker
+    sorted by name."""
     states = get_cuda_rng_tracker().get_states()
     row = torch.cat([torch.get_rng_state(), torch.cuda.get_rng_state(), *(states[name] for name in sorted(states))])
     rank, world = dist.get_rank(), dist.get_world_size()

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: CHECKPOINT/capgap.json. No torch: `--check` reads this."""
+"""Checkpoint metadata: CHECKPOINT/capgap.json. Does not import torch, so that `--check` can read it."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ CONTENTS = "contents.json"
 
 
 class CheckpointCorrupted(UserError):
-    """A checkpoint is not what was written. The message names the file, what is wrong with it and a way on."""
+    """A checkpoint differs from what was written. The message names the file, the error and the fix."""
 
 
 @dataclass(frozen=True)
 class ModelRef:
-    """The model that another one was made of."""
+    """Reference to a model that another one is derived from."""
 
     checkpoint: str
-    """Its folder."""
+    """Checkpoint folder."""
     step: int
-    """Optimizer steps it had done."""
+    """Its number of optimizer steps."""
     tokens: int
-    """Tokens it had been trained on."""
+    """Its number of training tokens."""
     model: ModelShape
-    """The model in numbers."""
+    """Its shape."""
     parameters: int
-    """All its parameters."""
+    """Its total number of parameters."""
     non_embedding: int
-    """Those without embeddings and LM head, less the padding."""
+    """Its parameters without embeddings, LM head and padding."""
     content: str | None = None
-    """Equal for equal files, wherever they lie: a digest of the list of their checksums."""
+    """Digest of the checkpoint's list of checksums: equal for equal files, independent of their path."""
 
     @classmethod
     def of(cls, checkpoint: Path, meta: CheckpointMetadata) -> ModelRef:
-        """What is remembered of a checkpoint.
+        """Reference to a checkpoint.
 
         Args:
             checkpoint: its folder.
-            meta: what it says of itself.
+            meta: its metadata.
         """
         listed = checkpoint / CONTENTS
         return cls(
@@ -62,7 +62,7 @@ class ModelRef:
         )
 
     def same(self, other: ModelRef | None) -> bool:
-        """Whether both are one model, as far as both know."""
+        """Whether both are the same model, by the fields that both have."""
         if other is not None and self.content and other.content:
             return self.content == other.content
         return other is not None and (self.step, self.tokens, self.model) == (other.step, other.tokens, other.model)
@@ -70,90 +70,89 @@ class ModelRef:
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a run learns from: a start that goes on from one of its checkpoints has the same."""
+    """What a run trains on and from; a resumed run must have the same."""
 
     data: tuple[str, ...] | None
-    """Names and sizes of the datasets, wherever they lie; None where one is not there."""
+    """Names and sizes of the datasets, independent of their path; None if one is missing."""
     weights: tuple[float, ...] | None
-    """Their shares; None is in proportion to their tokens."""
+    """Weights of the datasets; None means in proportion to their tokens."""
     student: ModelRef | None
-    """The model it began with; None where that was random."""
+    """Model of the initial weights; None for random initialisation."""
     teacher: ModelRef | None
-    """Whom it learns from, if from anyone."""
+    """The teacher, if any."""
     objective: ObjectiveConfig | None
-    """What is minimised, if there is a teacher."""
+    """The objective, if there is a teacher."""
     packed: bool | None = None
-    """Whether conversations share rows, where the data are conversations."""
+    """Whether conversations are packed into rows; None for other data."""
 
 
 @dataclass(frozen=True)
 class CheckpointMetadata:
-    """A checkpoint in words; stands beside the shards as capgap.json."""
+    """Metadata of a checkpoint, stored as capgap.json."""
 
     step: int
     """Optimizer steps done."""
     steps: int
-    """Steps the run was meant to take."""
+    """Planned steps of the run."""
     tokens: int
     """Tokens trained on."""
     model: ModelShape
-    """The model in numbers."""
+    """Shape of the model."""
     tokenizer: str
-    """Where the tokenizer was."""
+    """Path of the tokenizer."""
     tokenizer_fingerprint: str
-    """What it was: equal for equal vocabularies."""
+    """Hash of its vocabulary."""
     stage: str
-    """Which stage wrote this."""
+    """Stage that wrote the checkpoint."""
     seed: int
-    """Of the run."""
+    """Seed of the run."""
     ranks: tuple[int, int, int, int]
-    """(tensor, pipeline, virtual pipeline, data) sizes of the run that wrote it; random states fit these alone."""
+    """(tensor, pipeline, virtual pipeline, data) sizes of the run that wrote it; random states fit only these."""
     sequence_length: int
     """Tokens in one training sample."""
     device: str = "cpu"
-    """Kind of device that wrote it; random states fit this alone."""
+    """Device type of the run that wrote it; random states fit only this type."""
     fp8_recipe: str | None = None
-    """FP8 recipe of the run that wrote it; delayed scaling keeps its scales in the checkpoint."""
+    """FP8 recipe of the run that wrote it; with delayed scaling the checkpoint includes the scales."""
     projections: tuple[str, ...] = ()
-    """Matched pairs of layers whose projections are in it, by name, ascending."""
+    """Names of the matched layer pairs whose projections are in the checkpoint, ascending."""
     pruned_from: ModelRef | None = None
-    """What the run's first weights were cut out of; stays with the model while it is trained."""
+    """The model that this one was pruned from; kept through later training."""
     padding: int = 0
-    """Parameters that are zero, for pruning has left layers different numbers of parts; training leaves them zero, and
-    this stays with the model."""
+    """Number of zero parameters that pad layers pruned to different sizes; they stay zero in training, and the number
+    is kept."""
     chat_template: str | dict[str, str] | None = None
-    """How conversations were written down for it, as a Jinja template or several by name; stays with the model while it
-    is trained."""
+    """Chat template of its training data, as Jinja or several by name; kept through later training."""
     expanded_from: ModelRef | None = None
-    """The model without the tokens that its vocabulary has taken in; stays with the model while it is trained."""
+    """The model before its vocabulary was expanded; kept through later training."""
     skipped: int = 0
-    """Bad batches among the steps, which changed no weights."""
+    """Steps with a bad batch, which did not change the weights."""
     lessons: Provenance | None = None
-    """What the run that wrote it learns from; None where nothing was trained."""
+    """Provenance of the run that wrote it; None if nothing was trained."""
     format: int = FORMAT
     """Version of this file."""
 
     @property
     def kept(self) -> int:
-        """Parameters without embeddings and LM head, less the padding."""
+        """Parameters without embeddings, LM head and padding."""
         return size.non_embedding_parameters(self.model) - self.padding
 
     @property
     def holds_scales(self) -> bool:
-        """Whether the scales of delayed FP8 scaling are in it."""
+        """Whether the checkpoint includes the scales of delayed FP8 scaling."""
         return self.fp8_recipe == "delayed"
 
 
 def write(meta: CheckpointMetadata, folder: Path) -> None:
-    """Writes the manifest into a checkpoint folder, as its last file."""
+    """Writes the metadata into a checkpoint folder, as its last file."""
     checksummed_json.write(folder / METADATA, asdict(meta))
 
 
 def read(folder: Path) -> CheckpointMetadata:
-    """Reads a checkpoint's manifest.
+    """Reads the metadata of a checkpoint.
 
     Raises:
-        Damaged: it is not there, or not as it was written.
+        CheckpointCorrupted: it is missing, or differs from what was written.
         UserError: another version of this project wrote it.
     """
     path = folder / METADATA
@@ -161,7 +160,7 @@ def read(folder: Path) -> CheckpointMetadata:
         content = checksummed_json.read(path)
     except FileNotFoundError:
         raise CheckpointCorrupted(
-            f"{folder}: no {METADATA}, so it is no finished checkpoint; name a run directory or RUN/checkpoints/step_N"
+            f"{folder}: no {METADATA}, so it is not a checkpoint; name a run directory or RUN/checkpoints/step_N"
         ) from None
     except (ValueError, OSError) as error:
         raise CheckpointCorrupted(f"{path}: cannot be read ({error}); use another checkpoint") from None
@@ -169,7 +168,7 @@ def read(folder: Path) -> CheckpointMetadata:
         found = content.get("format")
         raise UserError(f"{path}: format {found!r}, this version reads format {FORMAT}; use the version that wrote it")
     try:
-        # As JSON, where pydantic's strict mode takes lists for tuples.
+        # Validate as JSON, where pydantic's strict mode accepts lists for tuples.
         return TypeAdapter(CheckpointMetadata).validate_json(json.dumps(content))
     except ValidationError as error:
         first = error.errors()[0]

@@ -1,4 +1,4 @@
-"""A run directory: its checkpoints, the pointers `latest` and `best`, and how a checkpoint is published. No torch."""
+"""Run directories: checkpoints, the pointers `latest` and `best`, publishing. Does not import torch."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ BEST = "best"
 
 
 def begin_training_run(run_dir: Path) -> None:
-    """Makes the folder that tells a training run from an evaluation, before there is a checkpoint in it."""
+    """Creates the checkpoints folder, which marks a training run before its first checkpoint."""
     (run_dir / "checkpoints").mkdir(exist_ok=True)
 
 
 def is_training_run(run_dir: Path) -> bool:
-    """Whether a training run has begun in this directory."""
+    """Whether a training run was started in this directory."""
     return (run_dir / "checkpoints").is_dir()
 
 
 def steps_in(run_dir: Path) -> list[int]:
-    """Steps of the checkpoints in a run directory, ascending; a folder has that name only when it was finished once."""
+    """Steps of the checkpoints in a run directory, ascending; only complete checkpoints are named step_N."""
     names = [folder.name.removeprefix("step_") for folder in (run_dir / "checkpoints").glob("step_*")]
     return sorted(int(name) for name in names if name.isdecimal() and str(int(name)) == name)
 
 
 def latest(run_dir: Path) -> Path | None:
-    """The checkpoint that `latest` names, or None where the run has none yet.
+    """The checkpoint that `latest` names, or None if the run has none yet.
 
     Raises:
-        Damaged: `latest` names no checkpoint of the run, or is not there although checkpoints are.
+        CheckpointCorrupted: `latest` names no checkpoint of the run, or is missing although there are checkpoints.
     """
     return _read_pointer(run_dir, "latest", needed=True)
 
 
 def best(run_dir: Path) -> Path | None:
-    """The checkpoint that `best` names: of the lowest held-out loss; None where the run does not look for it.
+    """The checkpoint that `best` names, of the lowest held-out loss; None if the run does not track it.
 
     Raises:
-        Damaged: `best` names no checkpoint of the run.
+        CheckpointCorrupted: `best` names no checkpoint of the run.
     """
     return _read_pointer(run_dir, BEST, needed=False)
 
@@ -56,22 +56,22 @@ def _read_pointer(run_dir: Path, pointer_name: str, *, needed: bool) -> Path | N
         if not steps or not needed:
             return None
         raise CheckpointCorrupted(
-            f"{pointer}: is not there, checkpoints are ({there}); write the name of one of them into it"
+            f"{pointer}: is missing, although there are checkpoints ({there}); write the name of one of them into it"
         ) from None
     except (ValueError, OSError) as error:
-        raise CheckpointCorrupted(f"{pointer}: cannot be read ({error}); write one of those into it: {there}") from None
+        raise CheckpointCorrupted(f"{pointer}: cannot be read ({error}); write one of these into it: {there}") from None
     if name not in [f"step_{step}\n" for step in steps]:
         raise CheckpointCorrupted(
-            f"{pointer}: names {name.strip()!r}, which is no finished checkpoint (there: {there}); "
-            "write one of those and a newline into it"
+            f"{pointer}: names {name.strip()!r}, which is not a complete checkpoint (existing: {there}); "
+            "write one of these and a newline into it"
         )
     return run_dir / "checkpoints" / name.strip()
 
 
 def candidates(run_dir: Path) -> tuple[list[Path], list[str]]:
-    """The checkpoints that a run may go on from, the first one first, and what is to be said about `latest`.
+    """The checkpoints that a run may resume from, in order of preference, and warnings about `latest`.
 
-    The first is what `latest` names, then older ones; all of them where `latest` is damaged.
+    The first is the one that `latest` names, followed by older ones; all of them if `latest` is damaged.
     """
     steps, said = steps_in(run_dir), []
     try:
@@ -79,8 +79,7 @@ def candidates(run_dir: Path) -> tuple[list[Path], list[str]]:
         newest = -1 if named is None else int(named.name.removeprefix("step_"))
         if newer := [f"step_{step}" for step in steps if step > newest]:
             said = [
-                f"{run_dir}/latest: names step_{newest} although {', '.join(newer)} is there too; going on from "
-                f"step_{newest}"
+                f"{run_dir}/latest: names step_{newest} although {', '.join(newer)} exists; resuming from step_{newest}"
             ]
             steps = [step for step in steps if step <= newest]
     except CheckpointCorrupted as error:
@@ -89,20 +88,20 @@ def candidates(run_dir: Path) -> tuple[list[Path], list[str]]:
 
 
 def no_readable_checkpoint(run_dir: Path, reasons: list[str]) -> UserError | None:
-    """The error of a run that has checkpoints, or a `latest`, but none to go on from; None where it is a new one."""
+    """The error if a run has checkpoints, or a `latest`, but none that it can resume from; None for a new run."""
     if not reasons:
         return None
     return UserError(
-        f"{run_dir}: no checkpoint of this run is whole, {len(reasons)} found damaged, first {reasons[0]}; bring one "
-        "back, or start anew in another run_dir"
+        f"{run_dir}: no checkpoint of this run is intact, {len(reasons)} found damaged, first {reasons[0]}; restore "
+        "one, or start a new run in another run_dir"
     )
 
 
 def newest_readable(run_dir: Path) -> metadata.CheckpointMetadata | None:
-    """What the run would go on from, as far as the words of its checkpoints tell; None where it is new.
+    """Metadata of the newest checkpoint whose metadata can be read; None for a new run.
 
     Raises:
-        UserError: none of its checkpoints can be read, or another version wrote the newest one.
+        UserError: no metadata can be read, or another version wrote the newest checkpoint.
     """
     folders, reasons = candidates(run_dir)
     for folder in folders:
@@ -116,7 +115,7 @@ def newest_readable(run_dir: Path) -> metadata.CheckpointMetadata | None:
 
 
 def quarantine(damaged: list[Path]) -> None:
-    """Renames checkpoints that were found damaged to `step_N.damaged`: they count no more and can be looked at."""
+    """Renames damaged checkpoints to `step_N.damaged`: they are ignored and kept for inspection."""
     for folder in damaged:
         aside = folder.with_name(f"{folder.name}.damaged")
         shutil.rmtree(aside, ignore_errors=True)
@@ -124,12 +123,12 @@ def quarantine(damaged: list[Path]) -> None:
 
 
 def set_latest(folder: Path) -> None:
-    """Makes a checkpoint the one that `latest` names."""
+    """Points `latest` at a checkpoint."""
     write_atomically(folder.parents[1] / "latest", folder.name + "\n")
 
 
 def set_best(run_dir: Path, step: int | None) -> None:
-    """Makes a checkpoint the one that `best` names, as far as it is there; None takes `best` away."""
+    """Points `best` at a checkpoint, if it exists; None removes `best`."""
     if step in steps_in(run_dir):
         write_atomically(run_dir / BEST, f"step_{step}\n")
     elif step is None:
@@ -137,11 +136,11 @@ def set_best(run_dir: Path, step: int | None) -> None:
 
 
 def locate(checkpoint: str) -> Path:
-    """A checkpoint from what a configuration names: RUN/checkpoints/step_N, or a run directory: its best step where it
-    was stopped early or could have been, else its latest.
+    """Resolves a checkpoint path of a configuration: RUN/checkpoints/step_N, or a run directory, for which it is the
+    best step if the run has early stopping, else the latest.
 
     Raises:
-        UserError: nothing there is a finished checkpoint of this project.
+        UserError: there is no complete checkpoint of this project.
     """
     path = Path(checkpoint)
     if not path.exists():
@@ -152,26 +151,26 @@ def locate(checkpoint: str) -> Path:
     if named is None:
         foreign.refuse(path)
         raise UserError(
-            f"{checkpoint}: holds no finished checkpoint; name a run directory that has one, or RUN/checkpoints/step_N"
+            f"{checkpoint}: has no complete checkpoint; name a run directory that has one, or RUN/checkpoints/step_N"
         )
     return named
 
 
 def publish(staged: Path, run_dir: Path, step: int, keep: int) -> Path:
-    """Gives a completely written checkpoint its name, then points `latest` at it, then drops the oldest ones.
+    """Renames a completely written checkpoint to its final name, points `latest` at it, and deletes the oldest ones.
 
-    Every move is one atomic rename; whoever dies between two of them leaves an older, whole checkpoint behind `latest`.
+    Each rename is atomic; if the process dies between two of them, `latest` points at an older, complete checkpoint.
 
     Args:
         staged: the folder it was written to, on the same file system.
-        run_dir: where it belongs.
+        run_dir: its run directory.
         step: its step.
-        keep: number of newest checkpoints that stay, beside the best one.
+        keep: number of newest checkpoints to keep, besides the best one.
     """
     final = run_dir / "checkpoints" / f"step_{step}"
     put_in_place(staged, final)
     set_latest(final)
-    # Later steps than this one are there when the run went on from an older checkpoint; they do not count.
+    # Later steps exist if the run was resumed from an older checkpoint; they are ignored.
     named = run_dir / BEST
     kept = named.read_text(errors="replace").strip() if named.is_file() else None
     for old in [done for done in steps_in(run_dir) if done <= step][:-keep]:

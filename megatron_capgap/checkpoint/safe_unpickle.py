@@ -1,8 +1,7 @@
-"""Pickles in a checkpoint, read by hands that know a list of harmless names and nothing else.
+"""Restricted unpickling of checkpoint files: only allow-listed globals.
 
-PyTorch and Megatron-Core unpickle `.metadata` without looking. So each pickle of a checkpoint is first walked here;
-what passes holds names from the lists below alone, and they can load it. Transformer Engine's pickles, which hold the
-scales of older checkpoints, are read here alone.
+PyTorch and Megatron-Core unpickle `.metadata` without checks. Each pickle of a checkpoint is therefore checked here
+before they load it. Transformer Engine pickles with the FP8 scales of older checkpoints are loaded only here.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from megatron_capgap.common.errors import UserError, in_one_line
 METADATA = ".metadata"
 COMMON = "common.pt"
 MARKS = (METADATA, COMMON, "metadata.json")
-"""What each checkpoint has beside the files with its tensors; rank 0 writes them."""
+"""Files of each checkpoint besides those with tensors; rank 0 writes them."""
 SCALES = "._extra_state"
-"""What the names of FP8 scales hold in older checkpoints: the one kind of entry that is not a tensor."""
+"""Substring of the names of FP8 scales in older checkpoints: the only kind of entry that is not a tensor."""
 
 _OF_METADATA = {
     "torch": {"Size"},
@@ -47,7 +46,7 @@ _OF_METADATA = {
 _OF_SCALES = {
     "torch._utils": {"_rebuild_tensor_v2"},
     "torch.storage": {"_load_from_bytes"},
-    # What newer releases of Megatron-Core put in its place.
+    # Replacement in newer releases of Megatron-Core.
     "megatron.core.safe_globals": {"safe_load_from_bytes"},
     "collections": {"OrderedDict"},
     "transformer_engine.common.recipe": {"DelayedScaling", "Format", "_FormatHelper"},
@@ -56,15 +55,14 @@ _OF_SCALES = {
 
 
 class _Recipe:
-    """In the place of Transformer Engine's and Megatron-Core's recipes, whichever release pickled them: takes anything
-    and does nothing."""
+    """Stub for pickled recipes of any Transformer Engine or Megatron-Core release; accepts any arguments."""
 
     def __new__(cls, *contents: object) -> _Recipe:
         return super().__new__(cls)
 
 
 class _Unpickler(pickle.Unpickler):
-    """Loads what needs no names but those of a list, and torch's number types."""
+    """Unpickler that allows only listed globals and torch dtypes."""
 
     def __init__(self, source: IO[bytes], allowed: Mapping[str, set[str]]) -> None:
         super().__init__(source)
@@ -83,21 +81,21 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _ForbiddenName(Exception):
-    """A pickle asks for something that is not on the list."""
+    """A pickle refers to a global that is not allow-listed."""
 
 
 @dataclass(frozen=True)
 class Index:
-    """The `.metadata` of a checkpoint: which tensor lies in which file."""
+    """The `.metadata` of a checkpoint: location of each tensor."""
 
     metadata: Metadata
 
     def places(self) -> dict[MetadataIndex, _StorageInfo]:
-        """Where each piece lies."""
+        """Location of each chunk."""
         return self.metadata.storage_data
 
     def lengths(self) -> dict[str, int]:
-        """Bytes that each file with tensors must have at least."""
+        """Minimum size in bytes of each file with tensors."""
         found: dict[str, int] = {}
         for place in self.places().values():
             found[place.relative_path] = max(found.get(place.relative_path, 0), place.offset + place.length)
@@ -105,18 +103,18 @@ class Index:
 
 
 def read_metadata(folder: Path) -> Index:
-    """Reads the `.metadata` of a checkpoint without running what it may hold.
+    """Reads the `.metadata` of a checkpoint without running code in it.
 
     Raises:
-        Damaged: it cannot be read.
-        UserError: it holds something else than metadata.
+        CheckpointCorrupted: it cannot be read.
+        UserError: it refers to globals other than metadata.
     """
     path = folder / METADATA
     try:
         with open(path, "rb") as source:
             metadata = _Unpickler(source, _OF_METADATA).load()
         if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-            raise ValueError("no metadata in it")
+            raise ValueError("it contains no metadata")
     except _ForbiddenName as error:
         raise _untrusted_error(path, error) from None
     except Exception as error:  # a damaged pickle raises anything
@@ -127,14 +125,14 @@ def read_metadata(folder: Path) -> Index:
 
 
 def check_files(folder: Path, files: frozenset[str]) -> None:
-    """Walks every pickle of a checkpoint that PyTorch, Megatron-Core or Transformer Engine would load.
+    """Checks every pickle of a checkpoint that PyTorch, Megatron-Core or Transformer Engine would load.
 
     Args:
-        folder: the checkpoint, its checksums found right.
-        files: the names of its files; nothing may lie in another one.
+        folder: the checkpoint, with verified checksums.
+        files: names of its files; entries may not refer to others.
 
     Raises:
-        UserError: there is something in it that a checkpoint does not need.
+        UserError: a pickle contains something that a checkpoint does not need.
     """
     index = read_metadata(folder)
     try:
@@ -142,15 +140,15 @@ def check_files(folder: Path, files: frozenset[str]) -> None:
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        # Harmless names in places where no checkpoint has them.
+        # Allowed globals in places where no checkpoint has them.
         raise _untrusted_error(folder / METADATA, error) from None
 
 
 def _walk(folder: Path, files: frozenset[str], index: Index) -> None:
     if outside := sorted(set(map(str, index.lengths())) - files):
         raise UserError(
-            f"{folder / METADATA}: speaks of {outside[0]!r}, which is no file of this checkpoint; "
-            "use one that this project wrote"
+            f"{folder / METADATA}: refers to {outside[0]!r}, which is not a file of this checkpoint; "
+            "use a checkpoint that this project wrote"
         )
     try:
         torch.load(folder / COMMON, map_location="cpu", weights_only=True)
@@ -160,14 +158,14 @@ def _walk(folder: Path, files: frozenset[str], index: Index) -> None:
         if isinstance(entry, BytesStorageMetadata) and SCALES in name:
             continue
         if type(entry) is not TensorStorageMetadata:
-            raise _untrusted_error(folder / METADATA, f"{name} is no tensor")
+            raise _untrusted_error(folder / METADATA, f"{name} is not a tensor")
     for key, place in index.places().items():
         if isinstance(index.metadata.state_dict_metadata.get(key.fqn), BytesStorageMetadata):
             _check_scales(folder / place.relative_path, place)
 
 
 def _check_scales(file: Path, place: _StorageInfo) -> None:
-    """Scales are tensors of bytes, or nothing, and the bytes are once more a pickle; Megatron-Core makes a list."""
+    """Checks pickled scales: byte tensors that contain another pickle, or None; Megatron-Core stores a list of them."""
     with open(file, "rb") as source:
         source.seek(place.offset)
         content = io.BytesIO(source.read(place.length))
@@ -180,23 +178,23 @@ def _check_scales(file: Path, place: _StorageInfo) -> None:
 
 
 def load_scales(held: object) -> dict[str, torch.Tensor]:
-    """What delayed scaling had learned, out of a module's `_extra_state` as Transformer Engine 2 pickled it.
+    """Unpickles the state of delayed scaling from a module's `_extra_state` of Transformer Engine 2.
 
     Args:
-        held: a tensor of bytes, or nothing.
+        held: a tensor of bytes, or None.
 
     Returns:
-        `scale_fwd` and the others that `models.scales` knows by these names; empty where the module had not run.
+        `scale_fwd` and the other tensors of `models.fp8_scales` by name; empty if the module had not run.
 
     Raises:
-        Exception: of any kind; it is none, or asks for a name that is not on the list.
+        Exception: of any type, if `held` is not such a state or refers to a global that is not allow-listed.
     """
     if held is None:
         return {}
     if isinstance(held, torch.Tensor):
         held = io.BytesIO(held.numpy().tobytes())
     if not isinstance(held, io.BytesIO):
-        raise TypeError(f"{type(held).__name__} in the place of scales")
+        raise TypeError(f"{type(held).__name__} instead of scales")
     if not held.getbuffer().nbytes:
         return {}
     content = _Unpickler(held, _OF_SCALES).load()
@@ -205,6 +203,6 @@ def load_scales(held: object) -> dict[str, torch.Tensor]:
 
 def _untrusted_error(file: Path, reason: object) -> UserError:
     return UserError(
-        f"{file}: holds what no checkpoint needs ({in_one_line(reason, 200)}) and was not loaded, for loading it could "
-        "run a stranger's code; use one that this project wrote"
+        f"{file}: contains what no checkpoint needs ({in_one_line(reason, 200)}) and was not loaded: loading it could "
+        "run untrusted code; use a checkpoint that this project wrote"
     )

@@ -1,4 +1,4 @@
-"""Writes a run's checkpoints, whole or not at all: while training waits, or beside it from a copy of the state."""
+"""Writes a run's checkpoints atomically, synchronously or asynchronously from a copy of the state."""
 
 from __future__ import annotations
 
@@ -20,25 +20,24 @@ from megatron_capgap.distributed.collectives import run_on_rank0
 from megatron_capgap.distributed.parallel_context import ParallelContext
 
 State = Callable[[], ShardedStateDict]
-"""Describes what is written; collective."""
+"""Returns the state to write; collective."""
 
 
 class SaveFailed(UserError):
-    """A checkpoint could not be written; older ones and `latest` are as they were."""
+    """A checkpoint could not be written; older ones and `latest` are unchanged."""
 
 
 class Saver:
     """Writes the checkpoints of one run. Collective.
 
-    Beside the training means: `begin` copies this rank's part into host memory, and a thread gathers the optimizer's
-    state and writes. All that the ranks exchange meanwhile goes over process groups that training does not use, so that
-    it cannot be mistaken for theirs.
+    With `async_save`, `start` copies this rank's part to host memory, and a thread gathers the optimizer state and
+    writes. Its collectives use process groups of their own, so they cannot interfere with those of training.
 
     Args:
-        run_dir: the run's directory.
-        keep: number of newest checkpoints that stay on disk.
-        async_save: whether training goes on while a checkpoint is written.
-        timeout_seconds: how long a rank that writes may wait for the others.
+        run_dir: the run directory.
+        keep: number of newest checkpoints to keep.
+        async_save: whether training continues while a checkpoint is written.
+        timeout_seconds: timeout of the collectives of an asynchronous save.
     """
 
     def __init__(self, run_dir: Path, keep: int, *, async_save: bool, timeout_seconds: int) -> None:
@@ -55,18 +54,18 @@ class Saver:
         parallel: ParallelContext,
         optimizer: loader.CheckpointableOptimizer,
     ) -> None:
-        """Writes one checkpoint, or begins to. Collective; nothing begun before may be under way.
+        """Writes one checkpoint, or starts an asynchronous save. Collective; no other save may be in progress.
 
-        When it is on disk it is the run's latest; if that fails, all older ones stay as they were.
+        Once on disk it becomes the run's latest; on failure all older checkpoints are unchanged.
 
         Args:
-            meta: what the checkpoint says of itself.
+            meta: the checkpoint's metadata.
             chunks: this rank's model chunks.
             parallel: their layout.
             optimizer: optimizer and schedule.
 
         Raises:
-            NotSaved: a file could not be written; on every rank alike.
+            SaveFailed: a file could not be written; raised on all ranks.
         """
         assert self._begun is None, "one checkpoint at a time"
         staged = self._run_dir / "checkpoints" / f".step_{meta.step}.incomplete"
@@ -79,28 +78,28 @@ class Saver:
             self._write(meta, staged, state)
             return
         self._begun = Future()
-        # A daemon, for a process that must go at once does not wait for a rank that is lost.
+        # A daemon thread: a process that must exit does not wait for a lost rank.
         Thread(target=self._write_async, args=(self._begun, meta, staged, state), daemon=True).start()
 
     def wait(self) -> None:
-        """Waits until what was begun is on disk.
+        """Waits for the save in progress, if any.
 
         Raises:
-            NotSaved: it could not be written; on every rank alike.
+            SaveFailed: it could not be written; raised on all ranks.
         """
         begun, self._begun = self._begun, None
         if begun is not None:
             begun.result()
 
     def poll(self) -> None:
-        """As `end` where nothing is left to wait for; else nothing. The ranks see it at different steps."""
+        """Calls `wait` if the save in progress has finished. The ranks may see this at different steps."""
         if self._begun is not None and self._begun.done():
             self.wait()
 
     def _write_async(self, begun: Future[None], meta: CheckpointMetadata, staged: Path, state: State) -> None:
         try:
             self._write(meta, staged, state)
-        except BaseException as error:  # for the thread that trains, whatever it is
+        except BaseException as error:  # re-raised in the training thread
             begun.set_exception(error)
         else:
             begun.set_result(None)
@@ -119,12 +118,12 @@ class Saver:
 
 def _save_failed(meta: CheckpointMetadata, staged: Path, error: UserError) -> SaveFailed:
     if dist.get_rank() == 0:
-        shutil.rmtree(staged, ignore_errors=True)  # its space is what the next save may need
-    return SaveFailed(f"step {meta.step} was not saved: {error}; older checkpoints are as they were")
+        shutil.rmtree(staged, ignore_errors=True)  # the next save may need its space
+    return SaveFailed(f"step {meta.step} was not saved: {error}; older checkpoints are unchanged")
 
 
 def _fresh_folder(folder: Path) -> None:
-    """An empty folder to write into; what a killed save left there goes, as does every other unfinished one."""
+    """Creates an empty folder to write into; deletes the incomplete folders of killed saves."""
     for stale in folder.parent.glob(".step_*.incomplete"):
         shutil.rmtree(stale)
     folder.mkdir(parents=True)

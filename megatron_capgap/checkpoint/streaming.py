@@ -1,6 +1,6 @@
-"""Megatron's distributed checkpoints piece by piece: whoever never holds a model has one piece at a time in memory.
+"""Streams Megatron's distributed checkpoints in blocks: one block at a time is in memory, never a complete model.
 
-A tensor of all layers is one entry `[layers, rows, ...]` of the checkpoint; a piece is a block of rows of one layer.
+A tensor of all layers is one entry `[layers, rows, ...]` of the checkpoint; a block is a range of rows of one layer.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class TensorEntry:
     """One tensor of a checkpoint."""
 
     key: str
-    """Its layout-free name."""
+    """Its layout-independent name."""
     shape: tuple[int, ...]
     """`[layers, rows, ...]` where `layered`, else `[rows, ...]`."""
     dtype: torch.dtype
@@ -70,12 +70,12 @@ class Block:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the piece."""
+        """Bytes of the block."""
         return self.count * self.entry.bytes_a_row()
 
     @property
     def chunk(self) -> ChunkStorageMetadata:
-        """Its place in the entry."""
+        """Its offsets and sizes in the entry."""
         inner = self.entry.inner
         offsets = (self.start, *(0 for _ in inner))
         sizes = (self.count, *inner)
@@ -85,11 +85,11 @@ class Block:
 
 
 BLOCK_BYTES = 32 << 20
-"""Larger tensors are worked on in blocks of rows of about this size."""
+"""Approximate size of a block; larger tensors are split into blocks of rows."""
 
 
 def blocks(entry: TensorEntry, layer: int) -> Iterator[Block]:
-    """One layer of an entry, from top to bottom in blocks of rows."""
+    """Yields one layer of an entry in blocks of rows, in order."""
     rows = entry.shape[1 if entry.layered else 0]
     step = max(1, BLOCK_BYTES // max(1, entry.bytes_a_row()))
     for start in range(0, rows, step):
@@ -97,7 +97,7 @@ def blocks(entry: TensorEntry, layer: int) -> Iterator[Block]:
 
 
 def blocks_of_rank(pieces: Sequence[Block], rank: int, world: int) -> list[Block]:
-    """This rank's pieces: consecutive ones, about as many bytes as on every other rank."""
+    """This rank's blocks: consecutive, with about the same number of bytes on each rank."""
     total = sum(piece.nbytes for piece in pieces)
     mine, done = [], 0
     for piece in pieces:
@@ -108,27 +108,27 @@ def blocks_of_rank(pieces: Sequence[Block], rank: int, world: int) -> list[Block
 
 
 def write(folder: Path, pieces: Sequence[Block], produce: Callable[[Block], Tensor]) -> None:
-    """Writes this rank's pieces of a checkpoint; the pieces of all ranks fill every entry once. Collective.
+    """Writes this rank's blocks of a checkpoint; the blocks of all ranks cover every entry once. Collective.
 
     Args:
         folder: an empty folder.
-        pieces: this rank's.
-        produce: gives a piece `[count, ...]`; called when it is written, once for each.
+        pieces: this rank's blocks.
+        produce: returns the content of a block `[count, ...]`; called once per block, when it is written.
 
     Raises:
-        UserError: a file could not be written; on every rank alike.
+        UserError: a file could not be written; raised on all ranks.
     """
     writer.write(folder, writer.RankShards({}, _Writing(pieces, produce), common={}))
 
 
 class Reader:
-    """Reads a checkpoint by pieces, after all of it was verified. Made on all ranks together.
+    """Verifies a checkpoint, then reads it in blocks. Construction is collective.
 
     Args:
         folder: the checkpoint.
 
     Raises:
-        UserError: it is damaged, or holds what a checkpoint does not need.
+        UserError: it is damaged, or contains what a checkpoint does not need.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -139,12 +139,12 @@ class Reader:
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
 
     def tensors(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and type of every tensor, optimizer state included, by its key."""
+        """Shape and type of every tensor, including optimizer state, by key."""
         found = self._metadata.state_dict_metadata.items()
         return {key: (tuple(e.size), e.properties.dtype) for key, e in found if isinstance(e, TensorStorageMetadata)}
 
     def read(self, piece: Block) -> Tensor:
-        """One piece `[count, ...]`, on the CPU.
+        """Reads one block `[count, ...]`, on the CPU.
 
         Raises:
             UserError: a file of the checkpoint is missing or damaged.
@@ -165,7 +165,7 @@ class Reader:
 
 
 class _Writing(SavePlanner):
-    """torch's part in a save that makes each tensor when its turn comes."""
+    """Save planner that produces each tensor when it is written."""
 
     def __init__(self, pieces: Sequence[Block], produce: Callable[[Block], Tensor]) -> None:
         self._produce = produce
@@ -189,7 +189,7 @@ class _Writing(SavePlanner):
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        # torch numbers the chunks of an entry in the global plan; offsets tell them apart as well.
+        # torch numbers the chunks of an entry in the global plan; the offsets identify them as well.
         piece = self._pieces[MetadataIndex(write_item.index.fqn, write_item.index.offset)]
         tensor = self._produce(piece)
         assert tensor.dtype == piece.entry.dtype and tensor.shape[0] == piece.count, (piece, tensor.shape)
@@ -197,7 +197,7 @@ class _Writing(SavePlanner):
 
 
 class _Reading(LoadPlanner):
-    """torch's part in a load into one tensor."""
+    """Load planner that reads into one tensor."""
 
     def __init__(self, target: Tensor) -> None:
         self._target = target
@@ -215,7 +215,7 @@ class _Reading(LoadPlanner):
         return central_plan
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        raise NotImplementedError("tensors alone are read")
+        raise NotImplementedError("only tensors are read")
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
         view = self._target
@@ -224,4 +224,4 @@ class _Reading(LoadPlanner):
         return view
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """What was resolved is a view of the target already."""
+        """Nothing to do: the resolved tensor is a view of the target."""

@@ -1,4 +1,4 @@
-"""A checkpoint whose vocabulary has grown: block by block, no rank holds a model."""
+"""Expands the vocabulary of a checkpoint block by block: no rank needs memory for a complete model."""
 
 from __future__ import annotations
 
@@ -19,42 +19,42 @@ from megatron_capgap.distributed.collectives import run_on_rank0
 
 STAGE = "expand_vocab"
 _LAYERS = "decoder.layers."
-# What a checkpoint holds besides these is the state of the run that wrote it.
+# Other entries of a checkpoint are training state of the run that wrote it.
 _MODEL = ("embedding", "decoder", "output_layer")
 _OVER_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 @dataclass(frozen=True)
 class NewTokens:
-    """The tokens that come in, and the tokenizer that speaks them."""
+    """The new tokens and their tokenizer."""
 
     known: int
-    """Ids below this stay; new ones follow."""
+    """Ids below this are unchanged; new ids start here."""
     splits: Sequence[Sequence[int]]
-    """For each new token the old ones whose rows its own is the mean of."""
+    """For each new token, the old tokens whose rows are averaged for its row."""
     tokenizer: str
-    """Where the tokenizer will be."""
+    """Path of the new tokenizer."""
     fingerprint: str
-    """What it is."""
+    """Hash of its vocabulary."""
 
 
 def expand_vocab(checkpoint: Path, run_dir: Path, new: NewTokens) -> CheckpointMetadata:
     """Writes a checkpoint with rows for new tokens in embedding and LM head. Collective; each rank reads and writes its
     share of the bytes.
 
-    Every other tensor stays as it is, in its type. Optimizer state stays behind.
+    All other tensors and all types are unchanged. Optimizer state is not copied.
 
     Args:
-        checkpoint: the old one, RUN/checkpoints/step_N.
-        run_dir: an empty folder; the new one becomes its only checkpoint, step 0.
+        checkpoint: the old checkpoint, RUN/checkpoints/step_N.
+        run_dir: an empty folder; the new checkpoint becomes its only one, step 0.
         new: the tokens.
 
     Returns:
-        What the new checkpoint says of itself.
+        Metadata of the new checkpoint.
 
     Raises:
-        UserError: the checkpoint does not hold what its words say or cannot be read, or a file cannot be written; on
-            every rank alike.
+        UserError: the checkpoint does not match its metadata or cannot be read, or a file cannot be written; raised on
+            all ranks.
     """
     old = metadata.read(checkpoint)
     grown = _manifest(checkpoint, old, new)
@@ -83,7 +83,7 @@ def _manifest(checkpoint: Path, old: CheckpointMetadata, new: NewTokens) -> Chec
         step=0,
         steps=0,
         tokens=0,
-        # A model that had been padded has rows for the first new tokens.
+        # A padded model already has rows for the first new tokens.
         model=replace(old.model, vocab=max(old.model.vocab, new.known + len(new.splits))),
         tokenizer=new.tokenizer,
         tokenizer_fingerprint=new.fingerprint,
@@ -98,16 +98,16 @@ def _manifest(checkpoint: Path, old: CheckpointMetadata, new: NewTokens) -> Chec
 
 
 class _VocabExpander:
-    """Makes pieces of the new checkpoint out of rows of the old one.
+    """Produces blocks of the new checkpoint from rows of the old one.
 
     Args:
-        checkpoint: the old one.
-        old: what it says of itself.
-        new: the tokens that come in.
+        checkpoint: the old checkpoint.
+        old: its metadata.
+        new: the new tokens.
         vocab: rows of the new embedding.
 
     Raises:
-        UserError: see `grow`.
+        UserError: see `expand_vocab`.
     """
 
     def __init__(self, checkpoint: Path, old: CheckpointMetadata, new: NewTokens, vocab: int) -> None:
@@ -122,18 +122,20 @@ class _VocabExpander:
             if key not in self._sources:
                 raise UserError(f"{checkpoint}: {key} is missing; use a checkpoint of this model")
             size = self._sources[key].shape
-            # Rows beyond the vocabulary are padding of the layout that wrote them.
+            # Rows beyond the vocabulary are padding of the layout that wrote the checkpoint.
             if len(size) != 2 or size[0] < old.model.vocab or size[1] != old.model.hidden:
                 wanted = [old.model.vocab, old.model.hidden]
-                raise UserError(f"{checkpoint}: {key} is {list(size)}, the model's is {wanted}; use a whole checkpoint")
+                raise UserError(
+                    f"{checkpoint}: {key} is {list(size)}, the model's is {wanted}; use a complete checkpoint"
+                )
         self.entries = [
             replace(entry, shape=(vocab, *entry.shape[1:])) if key in _OVER_VOCABULARY else entry
             for key, entry in self._sources.items()
         ]
-        """Of the new checkpoint."""
+        """Entries of the new checkpoint."""
 
     def __call__(self, piece: Block) -> Tensor:
-        """The piece's rows `[count, ...]`, in the old type."""
+        """The block's rows `[count, ...]`, in the old type."""
         source = self._sources[piece.entry.key]
         if piece.entry.key not in _OVER_VOCABULARY:
             return self._reader.read(replace(piece, entry=source))
@@ -148,14 +150,14 @@ class _VocabExpander:
         return rows
 
     def _copy(self, source: TensorEntry, rows: Tensor, origin: int, start: int, stop: int) -> None:
-        """Old rows `start` to `stop` into `rows`, whose first one is row `origin`."""
+        """Copies old rows `start` to `stop` into `rows`, whose first row is `origin`."""
         if start < stop:
             rows[start - origin : stop - origin] = self._reader.read(Block(source, 0, start, stop - start))
 
     def _means(self, source: TensorEntry, start: int, stop: int) -> Tensor:
-        """The rows of new tokens `start` to `stop`, counted from the first one: float64 `[stop - start, h]`.
+        """Rows of new tokens `start` to `stop`, counted from the first new token: float64 `[stop - start, h]`.
 
-        The old matrix passes by in blocks.
+        Streams the old matrix in blocks.
         """
         splits = self._new.splits[start:stop]
         sums = torch.zeros((len(splits), *source.inner), dtype=torch.float64)

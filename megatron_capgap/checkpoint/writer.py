@@ -1,7 +1,7 @@
-"""The one writer of a checkpoint's files: PyTorch's distributed checkpoint with Megatron-Core's marks, and the list.
+"""Writes a checkpoint's files: PyTorch's distributed checkpoint, Megatron-Core's marker files, and the checksums.
 
-PyTorch gathers what goes wrong in each part on any rank, and raises on all of them: no rank waits for one that failed.
-Megatron-Core's own `save` writes `common.pt` on rank 0 outside of that, and forks processes that outlive a killed rank.
+PyTorch gathers the errors of all ranks and raises on each, so no rank waits for a failed one. Megatron-Core's own
+`save` writes `common.pt` on rank 0 outside of that, and forks processes that outlive a killed rank.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ from megatron_capgap.common.errors import UserError, in_one_line
 
 @dataclass(frozen=True)
 class RankShards:
-    """What one rank writes."""
+    """Data that one rank writes."""
 
     entries: Mapping[str, Any]
-    """What the planner plans with."""
+    """State dict of the save plan."""
     planner: SavePlanner
-    """Knows this rank's part."""
+    """Planner of this rank's part."""
     common: Mapping[str, Any]
-    """What is no tensor, the same on all ranks; numbers and words."""
+    """Non-tensor values (numbers and strings), the same on all ranks."""
 
 
 def rank_shards(state: ShardedStateDict, group: dist.ProcessGroup | None = None) -> RankShards:
     """This rank's part of a sharded state dict. Collective.
 
     Args:
-        state: is taken apart.
-        group: of all ranks, where the default one is busy with something else.
+        state: the state; modified by this call.
+        group: process group of all ranks; None is the default group.
     """
-    # Megatron's own check of the shards would take the default group.
+    # Megatron's own check of the shards would use the default group.
     sharded, common = save_preprocess(state, validate_access_integrity=False)
     shapes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(shapes, [shard.without_data() for shard in nested_values(sharded)], group)
     validate_sharding_integrity(shapes)
-    # What Megatron-Core's own strategy for PyTorch's format does, up to its writer.
+    # As in Megatron-Core's own strategy for PyTorch's format, up to its writer.
     by_key, _, _ = strategy._replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
     entries = strategy.mcore_to_pyt_state_dict(by_key)
     planner = strategy.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
@@ -62,15 +62,15 @@ def rank_shards(state: ShardedStateDict, group: dist.ProcessGroup | None = None)
 
 
 def write(folder: Path, part: RankShards, group: dist.ProcessGroup | None = None) -> None:
-    """Writes all files of a checkpoint but its manifest, and lists them. Collective.
+    """Writes all files of a checkpoint except its metadata, and the list of their checksums. Collective.
 
     Args:
         folder: an empty folder.
-        part: this rank's.
-        group: of all ranks, where the default one is busy with something else.
+        part: this rank's data.
+        group: process group of all ranks; None is the default group.
 
     Raises:
-        UserError: a file could not be written, or is not whole afterwards; on every rank alike.
+        UserError: a file could not be written, or is incomplete afterwards; raised on all ranks.
     """
     try:
         torch_checkpoint.save(
@@ -82,15 +82,17 @@ def write(folder: Path, part: RankShards, group: dist.ProcessGroup | None = None
             raise
         what = getattr(reason, "strerror", None) or in_one_line(reason, 200)
         where = getattr(reason, "filename", None) or folder
-        raise UserError(f"{where}: rank {rank} could not write its part ({what}); free space or mend it") from error
+        raise UserError(
+            f"{where}: rank {rank} could not write its part ({what}); free space or fix the file system"
+        ) from error
     integrity.write_checksums(folder, group)
 
 
 class _Writer(FileSystemWriter):
-    """Files that are on disk when `save` returns."""
+    """File system writer that syncs its files to disk before `save` returns."""
 
     def __init__(self, folder: Path, common: Mapping[str, Any]) -> None:
-        # One thread, for PyTorch loses an error of a second one.
+        # One thread: PyTorch loses the errors of further threads.
         super().__init__(folder, thread_count=1, sync_files=False)
         self._folder, self._common = folder, common
 
@@ -101,11 +103,11 @@ class _Writer(FileSystemWriter):
         return written
 
     def storage_meta(self) -> StorageMeta:
-        """PyTorch's own holds a Path, which Python 3.13 pickles by a name that no other Python knows."""
+        """Uses a string: PyTorch's own has a Path, whose Python 3.13 pickle other versions cannot read."""
         return StorageMeta(checkpoint_id=str(self._folder), save_id=self.save_id)
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Writes, on the first rank, what stands beside the tensors."""
+        """Writes the files besides the tensors, on the first rank."""
         with open(self._folder / safe_unpickle.COMMON, "wb") as file:
             torch.save(dict(self._common), file)
         super().finish(metadata, results)
@@ -115,6 +117,6 @@ class _Writer(FileSystemWriter):
 
 
 def _sync(file: Path) -> None:
-    """Puts a file on disk; an error that only shows there is raised here."""
+    """Syncs a file to disk, so that delayed write errors are raised here."""
     with open(file, "rb") as written:
         os.fsync(written.fileno())

@@ -1,1 +1,1 @@
-"""The door in and out: Hugging Face folders to Megatron's distributed checkpoints and back, bit by bit, by pieces."""
+"""Streaming, bit-exact conversion between Hugging Face folders and Megatron's distributed checkpoints."""

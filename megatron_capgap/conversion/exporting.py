@@ -1,4 +1,4 @@
-"""A distributed checkpoint of any layout to a Hugging Face folder that transformers loads."""
+"""Exports a distributed checkpoint of any layout to a Hugging Face folder that transformers loads."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from megatron_capgap.distributed.collectives import gather_from_ranks, run_on_al
 from megatron_capgap.models import fp8_scales, packing, projections
 
 _NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-# What else a training run keeps in a checkpoint.
+# Other entries that a training run saves in a checkpoint.
 _NOT_WEIGHTS = (
     rf"(optimizer|random)\b.*|({re.escape(projections.PREFIX)}|{re.escape(fp8_scales.PREFIX)}).*|.*_extra_state.*"
 )
@@ -39,7 +39,7 @@ _NOT_WEIGHTS = (
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor to write."""
+    """One Hugging Face tensor to write."""
 
     name: str
     shape: tuple[int, ...]
@@ -49,7 +49,7 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
-        """Its bytes."""
+        """Size in bytes."""
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
@@ -63,22 +63,22 @@ def export_checkpoint(
     force: bool,
     progress: Progress,
 ) -> str | None:
-    """Exports a checkpoint. Collective; the files are shared out over the ranks.
+    """Exports a checkpoint. Collective; the files are distributed over the ranks.
 
     Args:
         checkpoint: a run directory or RUN/checkpoints/step_N.
-        out: the folder to make.
-        device: a CPU.
-        dtype: type of the weights; None keeps each as it is.
-        max_shard_bytes: largest file; a larger tensor gets a file of its own.
-        force: replace what an earlier export wrote there.
-        progress: told after each block of rows.
+        out: the folder to create.
+        device: a CPU device.
+        dtype: type of the weights; None keeps the type of each.
+        max_shard_bytes: maximum size of a file; a larger tensor gets a file of its own.
+        force: whether to replace an earlier export.
+        progress: called after each block of rows.
 
     Returns:
-        What whoever loads the folder must know, if anything.
+        A warning for users of the folder, if any.
 
     Raises:
-        UserError: before anything is written, wherever it can be known then.
+        UserError: the export is not possible; raised before anything is written, where possible.
     """
     refuse_existing(out, _exported, force)
 
@@ -115,14 +115,14 @@ def export_checkpoint(
 
 
 def _exported(folder: Path) -> bool:
-    """Whether a folder is a Hugging Face model that was exported here, not one that somebody trusts us with."""
+    """Whether a folder is an export of this project, which may be replaced."""
     words = folder / "README.md"
     ours = words.is_file() and model_card.EXPORTED in words.read_text(encoding="utf-8", errors="replace")
     return ours and (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
 def _carried(folder: Path, meta: CheckpointMetadata) -> Path | None:
-    """The Hugging Face files that came along: of an import, or of the tokenizer folder that a run used."""
+    """Folder of the original Hugging Face files: of an import, or the tokenizer folder of the run."""
     for place in (folder.parents[1] / CARRIED, Path(meta.tokenizer)):
         if place.is_dir():
             return place
@@ -130,10 +130,10 @@ def _carried(folder: Path, meta: CheckpointMetadata) -> Path | None:
 
 
 def _entries(checkpoint: str, reader: Reader, targets: Sequence[TensorTarget], layers: int) -> dict[str, TensorEntry]:
-    """Every tensor of the model as the checkpoint has it.
+    """Checkpoint entry of every tensor of the model.
 
     Raises:
-        UserError: one is missing, of another shape or left over.
+        UserError: a tensor is missing, has another shape or is unexpected.
     """
     there = reader.tensors()
     found: dict[str, TensorEntry] = {}
@@ -142,7 +142,7 @@ def _entries(checkpoint: str, reader: Reader, targets: Sequence[TensorTarget], l
             raise UserError(f"{checkpoint}: {target.key} is missing; use a checkpoint of this model")
         size, dtype = there[target.key]
         entry = target.entry(layers, dtype)
-        # Rows beyond the vocabulary are padding of the layout that wrote them.
+        # Rows beyond the vocabulary are padding of the layout that wrote the checkpoint.
         padded = target.key.startswith(("embedding.word_embeddings.", "output_layer."))
         if size != entry.shape and not (padded and size[1:] == entry.shape[1:] and size[0] > entry.shape[0]):
             raise UserError(f"{checkpoint}: {target.key} is {list(size)}, the model's is {list(entry.shape)}")
@@ -150,7 +150,7 @@ def _entries(checkpoint: str, reader: Reader, targets: Sequence[TensorTarget], l
     extra = sorted(key for key in there.keys() - found.keys() if not re.fullmatch(_NOT_WEIGHTS, key))
     if extra:
         raise UserError(
-            f"{checkpoint}: {listed(extra)} left over; its model has no such tensor, use another checkpoint"
+            f"{checkpoint}: unexpected {listed(extra)}; its model has no such tensor, use another checkpoint"
         )
     return found
 
@@ -166,7 +166,7 @@ def _tensors(
 
 
 def _files(tensors: Sequence[Tensor], most: int) -> dict[str, list[Tensor]]:
-    """Tensors by file, in order, none above `most` bytes unless it holds one tensor alone."""
+    """Groups tensors into files of at most `most` bytes, in order; a larger tensor gets a file of its own."""
     groups: list[list[Tensor]] = [[]]
     held = 0
     for tensor in tensors:
@@ -183,7 +183,7 @@ def _files(tensors: Sequence[Tensor], most: int) -> dict[str, list[Tensor]]:
 def _write_share(
     folder: Path, files: dict[str, list[Tensor]], reader: Reader, entries: dict[str, TensorEntry], progress: Progress
 ) -> None:
-    """Writes every file whose turn is this rank's."""
+    """Writes the files of this rank (round-robin)."""
     mine = dict(list(files.items())[dist.get_rank() :: dist.get_world_size()])
     done, total = 0, sum(tensor.nbytes for tensors in mine.values() for tensor in tensors)
     for name, tensors in mine.items():
@@ -195,7 +195,7 @@ def _write_share(
 
 
 def _fill(writer: Writer, tensors: Sequence[Tensor], reader: Reader, entries: dict[str, TensorEntry]) -> Iterator[int]:
-    """Writes the tensors of a file, each of Megatron's read once for all its parts in the file; yields bytes."""
+    """Writes the tensors of a file, reading each Megatron tensor once for all its parts in the file; yields bytes."""
     wanted: dict[tuple[str, int], list[Tensor]] = {}
     for tensor in tensors:
         wanted.setdefault((tensor.target.key, tensor.target.layer), []).append(tensor)
@@ -214,7 +214,7 @@ def _fill(writer: Writer, tensors: Sequence[Tensor], reader: Reader, entries: di
 
 
 def _write_transposed(writer: Writer, names: dict[int, Tensor], target: TensorTarget, packed: torch.Tensor) -> int:
-    """A matrix kept `[in, out]` in one part: its columns are put in place, then it is written whole."""
+    """Writes a matrix that Hugging Face stores as `[in, out]`: unpacks its rows, then writes the complete transpose."""
     (tensor,) = names.values()
     whole = torch.empty_like(packed)
     for run in target.runs:
@@ -226,12 +226,12 @@ def _write_transposed(writer: Writer, names: dict[int, Tensor], target: TensorTa
 def config_of(
     family: Family, meta: CheckpointMetadata, carried: Path | None, words: tokenizer_files.Words
 ) -> dict[str, Any]:
-    """config.json: what the shape decides, over what came along."""
+    """Builds config.json: keys of the shape override those of the original config.json."""
     shape = meta.model
     if traits.ARCHITECTURES[family.name].heads_divide_hidden and shape.hidden % shape.heads:
         raise UserError(
             f"{meta.model.family} of hidden {shape.hidden} and heads {shape.heads}: transformers loads no "
-            f"{family.name} whose heads do not divide hidden, whatever head_dim says; prune or train one where they do"
+            f"{family.name} whose heads do not divide hidden, even with head_dim; prune or train one whose heads do"
         )
     known = read_json(carried / "config.json") if carried and (carried / "config.json").is_file() else {}
     return {
@@ -245,24 +245,24 @@ def config_of(
 
 
 def _kept(family: Family, shape: ModelShape, known: dict[str, Any]) -> dict[str, Any]:
-    """What the shape does not decide: of this very model, or the tokens alone of one that only shares its tokenizer."""
+    """Keys of the original config.json that the shape does not set; only the pad token id if the file is of another
+    model with the same tokenizer."""
     try:
         same = read_config(Path("config.json"), known) == (family, shape)
     except UserError:
         same = False
     if not same:
         return {"pad_token_id": known["pad_token_id"]} if known.get("pad_token_id") is not None else {}
-    # Code of others', and ways of writing positions and type that the shape's keys replace.
+    # Drop custom code, and keys of positions and type that the shape's keys replace.
     return {key: value for key, value in known.items() if key not in ("auto_map", "rope_parameters", "dtype")}
 
 
 def _ends(known: dict[str, Any], words: tokenizer_files.Words) -> int | list[int] | None:
-    """Every id that ends a text: one number, or a list as in LLaMA 3's files. What a file that came along says stays as
-    it is where it says the same.
+    """Value of eos_token_id: one id, or a list as in LLaMA 3. The original value is kept if it has the same ids.
 
     Args:
-        known: the file.
-        words: have the ids.
+        known: content of the original file.
+        words: the tokenizer with its stop ids.
     """
     before = known.get("eos_token_id")
     if set(before if isinstance(before, list) else [before]) == words.ends:

@@ -1,4 +1,4 @@
-"""What a family has to say: its configuration both ways, and a table of where each tensor goes."""
+"""Description of an architecture: conversion of its configuration, and the mapping of its tensors."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ PACKINGS: dict[str, Callable[[ModelShape], list[PackedRows]]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor of Megatron's and what it is made of there."""
+    """A Megatron tensor and the Hugging Face tensors that it consists of."""
 
     megatron: str
-    """Its key in a distributed checkpoint; that of all layers together."""
+    """Its key in a distributed checkpoint, common to all layers."""
     hf: tuple[str, ...]
-    """Names of its parts, from top to bottom; `{layer}` stands for the number of the layer."""
+    """Names of its parts, in order of rows; `{layer}` is the layer index."""
     packing: str | None = None
-    """A row of `PACKINGS`; None for a tensor of one part."""
+    """A key of `PACKINGS`; None for a tensor of one part."""
     transposed: bool = False
-    """Whether they keep the matrix `[in, out]`."""
+    """Whether Hugging Face stores the matrix as `[in, out]`."""
 
 
 class Settings:
-    """A config.json, read key by key with errors that name it.
+    """Reads a config.json key by key, with errors that name file and key.
 
     Args:
-        file: for messages.
-        content: the object in it.
+        file: path for messages.
+        content: content of the file.
     """
 
     def __init__(self, file: Path, content: Mapping[str, Any]) -> None:
@@ -48,32 +48,32 @@ class Settings:
         self.content = content
 
     def get(self, key: str, default: Any) -> Any:
-        """The value, or what the family takes where it is missing or null."""
+        """The value of a key, or the default if it is missing or null."""
         value = self.content.get(key)
         return default if value is None else value
 
     def need(self, key: str) -> Any:
-        """The value of a key that every model of the family has."""
+        """The value of a required key."""
         if self.content.get(key) is None:
             raise self.wrong(key, "is missing; save the model again")
         return self.content[key]
 
     def section(self, key: str) -> dict[str, Any]:
-        """The object behind a key, empty where it is missing or null."""
+        """The object under a key, empty if it is missing or null."""
         value = self.get(key, {})
         if not isinstance(value, dict):
-            raise self.wrong(key, f"{json.dumps(value)} is no object; save the model again")
+            raise self.wrong(key, f"{json.dumps(value)} is not an object; save the model again")
         return value
 
     def names(self, key: str) -> list[str]:
-        """The list of names behind a key, empty where it is missing or null."""
+        """The list of names under a key, empty if it is missing or null."""
         value = self.get(key, [])
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            raise self.wrong(key, f"{json.dumps(value)} is no list of names; save the model again")
+            raise self.wrong(key, f"{json.dumps(value)} is not a list of names; save the model again")
         return value
 
     def demand(self, key: str, supported: tuple[Any, ...], default: Any) -> None:
-        """Refuses any value but the supported ones."""
+        """Raises if the value is not supported."""
         if (value := self.get(key, default)) not in supported:
             allowed = " or ".join(json.dumps(one) for one in supported)
             raise self.wrong(key, f"{json.dumps(value)} is not supported, {allowed} is; convert another model")
@@ -85,27 +85,27 @@ class Settings:
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture of Hugging Face's."""
+    """One Hugging Face architecture."""
 
     name: FamilyName
-    """`model_type` in config.json; a row of `config.families`."""
+    """`model_type` in config.json; a key of `config.architectures.ARCHITECTURES`."""
     architecture: str
-    """Class with the LM head."""
+    """Model class with the LM head."""
     prefix: str
-    """What the names of all tensors but the LM head begin with; checkpoints of the bare model leave it out."""
+    """Prefix of all tensor names except the LM head; files of the model without head omit it."""
     rows: tuple[Row, ...]
-    """Where every tensor goes."""
+    """Mapping of every tensor."""
     buffers: tuple[str, ...]
-    """Regular expressions of tensors that are no weights, which older files carry."""
+    """Regular expressions of non-weight tensors in older files."""
     shape: Callable[[Settings], dict[str, Any]]
     """Fields of `ModelShape` from config.json.
 
     Raises:
-        UserError: a value that this project does not compute.
+        UserError: a value is not supported.
     """
     config: Callable[[ModelShape, int], dict[str, Any]]
-    """Keys of config.json that the shape and the longest sequence decide."""
+    """Keys of config.json from the shape and the maximum sequence length."""
 
     def rows_of(self, shape: ModelShape) -> tuple[Row, ...]:
-        """The table without the LM head where that is the input embedding."""
+        """The mapping for a shape: without the LM head if it is tied to the embedding."""
         return tuple(row for row in self.rows if not (shape.tied_embeddings and row.megatron == "output_layer.weight"))

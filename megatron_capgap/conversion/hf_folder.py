@@ -1,4 +1,4 @@
-"""A Hugging Face folder as it is found: nothing in it is believed before it was checked, nothing of it is executed."""
+"""Opens a Hugging Face folder as untrusted input: validates everything, executes nothing."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ class HfFolder:
     family: Family
     shape: ModelShape
     config: dict[str, Any]
-    """config.json."""
+    """Content of config.json."""
     tensors: dict[str, Stored]
-    """Every weight by its full name, buffers left out."""
+    """Every weight by its full name, without buffers."""
     skipped: tuple[str, ...]
-    """Buffers that were left out."""
+    """Names of the skipped buffers."""
     remarks: tuple[str, ...] = ()
-    """What is to be said of how its tokenizer was read."""
+    """Warnings from reading the tokenizer."""
 
 
 def open_hf_folder(folder: Path) -> HfFolder:
     """Reads config.json, the index and every header.
 
     Raises:
-        UserError: a file is missing, damaged or leads out of the folder; or the model is one that is not computed here.
+        UserError: a file is missing, damaged or outside the folder, or the model is not supported.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give a folder with config.json and safetensors files")
@@ -64,44 +64,46 @@ def open_hf_folder(folder: Path) -> HfFolder:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a small JSON file.
+    """Reads the object in a small JSON file.
 
     Raises:
-        UserError: it is missing or holds no object.
+        UserError: the file is missing, damaged or does not contain an object.
     """
     try:
         if file.stat().st_size > _LARGEST_JSON:
-            raise UserError(f"{file}: larger than {_LARGEST_JSON} bytes; it is no such file")
+            raise UserError(f"{file}: larger than {_LARGEST_JSON} bytes; it is not such a file")
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{file}: is not there; give a folder that save_pretrained has written") from None
+        raise UserError(f"{file}: is missing; give a folder that save_pretrained has written") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read ({error}); copy or download it again") from None
     if not isinstance(content, dict):
-        raise UserError(f"{file}: holds {type(content).__name__}, not an object; copy or download it again")
+        raise UserError(f"{file}: contains {type(content).__name__}, not an object; copy or download it again")
     return content
 
 
 def read_config(file: Path, config: dict[str, Any]) -> tuple[Family, ModelShape]:
-    """Family and shape that a config.json speaks of.
+    """Family and shape of a config.json.
 
     Args:
-        file: for messages.
+        file: path for messages.
         config: its content.
 
     Raises:
-        UserError: an architecture or a value that this project does not compute.
+        UserError: an architecture or a value is not supported.
     """
     settings = Settings(file, config)
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise settings.wrong("model_type", f"{kind!r} is not known; convert one of {', '.join(FAMILIES)}")
+        raise settings.wrong("model_type", f"{kind!r} is not supported; valid values: {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
     for name in settings.names("architectures"):
         if name not in (family.architecture, family.architecture.replace("ForCausalLM", "Model").replace("LMHead", "")):
             raise settings.wrong("architectures", f"{name!r} is not supported, {family.architecture} is")
     if config.get("quantization_config") is not None:
-        raise settings.wrong("quantization_config", "quantised weights are not supported; convert the model before it")
+        raise settings.wrong(
+            "quantization_config", "quantised weights are not supported; convert the unquantised model"
+        )
     try:
         shape = TypeAdapter(ModelShape).validate_python({"family": kind, **family.shape(settings)})
     except ValidationError as error:
@@ -119,24 +121,28 @@ def _check_heads(settings: Settings, shape: ModelShape) -> None:
     width = derived.head_dim(shape)
     turned = int(width * shape.rotary_share)
     if not TRAITS[shape.family].learned_positions and (turned == 0 or turned % 2):
-        raise settings.wrong("head_dim", f"rotary positions turn {turned} channels of a head; they turn pairs")
+        raise settings.wrong(
+            "head_dim", f"rotary positions rotate {turned} channels of a head, which is not a positive even number"
+        )
 
 
 def _check_size(settings: Settings, shape: ModelShape, tensors: dict[str, Stored]) -> None:
-    """Before anything is laid out by these numbers: names and shapes are compared later, one by one."""
+    """Plausibility check before these numbers are used; names and shapes are compared one by one later."""
     told, held = size.parameters(shape), sum(stored.elements for stored in tensors.values())
     if told > _IMPLAUSIBLE * max(1, held):
-        raise settings.wrong("num_hidden_layers", f"this model would have {told:,} parameters, the files have {held:,}")
+        raise settings.wrong(
+            "num_hidden_layers", f"the model would have {told:,} parameters, but the files have {held:,}"
+        )
 
 
 def _tied(family: Family, shape: ModelShape) -> frozenset[str]:
-    """Names that an index may hold without a file having them: an LM head that is the embedding."""
+    """Names that an index may list although no file has them: an LM head tied to the embedding."""
     names = {name for row in family.rows for name in row.hf if not name.startswith(family.prefix)}
     return frozenset(names) if shape.tied_embeddings else frozenset()
 
 
 def _tensors(folder: Path, tied: frozenset[str]) -> dict[str, Stored]:
-    """Every tensor of the folder's safetensors files, as one index or one file says."""
+    """Every tensor of the folder's safetensors files, from the index or the single file."""
     index = folder / _INDEX
     if index.is_file():
         found = _indexed(folder, index, tied)
@@ -148,7 +154,7 @@ def _tensors(folder: Path, tied: frozenset[str]) -> dict[str, Stored]:
     pickles = sorted(file.name for pattern in _PICKLES for file in folder.glob(pattern))
     if pickles:
         raise UserError(
-            f"{folder / pickles[0]}: a pickle can run any program and is not opened; convert it where you trust it, "
+            f"{folder / pickles[0]}: a pickle can run arbitrary code and is not opened; if you trust it, convert it "
             "with AutoModelForCausalLM.from_pretrained(...).save_pretrained(..., safe_serialization=True)"
         )
     raise UserError(f"{folder}: has neither {_INDEX} nor {_SINGLE}; give a folder that save_pretrained has written")
@@ -160,15 +166,15 @@ def _indexed(folder: Path, index: Path, tied: frozenset[str]) -> dict[str, Store
         raise UserError(f"{index}: has no weight_map of names; copy or download it again")
     for name in sorted(set(where.values())):
         if name != Path(name).name or "\\" in name or name in ("", ".", ".."):
-            raise UserError(f"{index}: names the file {name!r}, which leads out of the folder; do not trust this model")
+            raise UserError(f"{index}: names the file {name!r}, which is outside the folder; do not trust this model")
         if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: is not there, but {index.name} names it; copy or download it")
+            raise UserError(f"{folder / name}: is missing, but {index.name} names it; copy or download it")
     found: dict[str, Stored] = {}
     for name in sorted(set(where.values())):
         for tensor, stored in read_header(folder / name).items():
             if where.get(tensor) != name:
                 raise UserError(
-                    f"{index}: says {shown(tensor)} is in {where.get(tensor)}, it is in {name}; mend the index"
+                    f"{index}: maps {shown(tensor)} to {where.get(tensor)}, but it is in {name}; fix the index"
                 )
             found[tensor] = stored
     if missing := sorted(where.keys() - found.keys() - tied):
@@ -177,7 +183,7 @@ def _indexed(folder: Path, index: Path, tied: frozenset[str]) -> dict[str, Store
 
 
 def _full_names(tensors: dict[str, Stored], family: Family) -> dict[str, Stored]:
-    """Names as the model with an LM head has them: a file of the bare model leaves the prefix out."""
+    """Adds the family's prefix to the names if the files are of the model without LM head."""
     if any(name.startswith(family.prefix) for name in tensors):
         return tensors
     heads = {name for row in family.rows for name in row.hf if not name.startswith(family.prefix)}
@@ -185,7 +191,7 @@ def _full_names(tensors: dict[str, Stored], family: Family) -> dict[str, Stored]
 
 
 def listed(names: list[str]) -> str:
-    """The first names of a list, and how many there are."""
+    """The first names of a list, and the number of the others."""
     names = [shown(name) for name in names]
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(names[:5]) + more

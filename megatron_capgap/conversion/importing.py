@@ -1,4 +1,4 @@
-"""Hugging Face folder to a run directory whose only checkpoint holds the weights, for any layout."""
+"""Imports a Hugging Face folder into a run directory with one checkpoint, loadable in any layout."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from megatron_capgap.models import packing
 
 STAGE = "import"
 CARRIED = "huggingface"
-"""Folder of a run directory with what came along: configuration, tokenizer, generation settings."""
+"""Folder of a run directory with the original configuration, tokenizer and generation settings."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -45,31 +45,31 @@ GENERATION = "generation_config.json"
 CARRIED_FILES = ("config.json", GENERATION, *TOKENIZER_FILES)
 
 Progress = Callable[[int, int], None]
-"""(bytes done by this rank, bytes of this rank in all)."""
+"""(bytes done by this rank, total bytes of this rank)."""
 
 
 def import_folder(
     hf: Path, out: Path, device: Device, *, dtype: torch.dtype | None, force: bool, progress: Progress
 ) -> HfFolder:
-    """Imports a model. Collective; each rank reads and writes its own share of the bytes.
+    """Imports a model. Collective; each rank reads and writes its share of the bytes.
 
     Args:
         hf: the Hugging Face folder.
-        out: the run directory to make.
-        device: a CPU.
-        dtype: type of the weights; None keeps each as it is.
-        force: replace what an earlier import wrote there.
-        progress: told after each piece.
+        out: the run directory to create.
+        device: a CPU device.
+        dtype: type of the weights; None keeps the type of each.
+        force: whether to replace an earlier import.
+        progress: called after each block.
 
     Raises:
-        UserError: before anything is written, wherever it can be known then.
+        UserError: the import is not possible; raised before anything is written, where possible.
     """
     refuse_existing(out, _imported, force)
     refuse_to_lose(hf, out)
 
     def look() -> tuple[HfFolder, str]:
         if (hf / GENERATION).is_file():
-            read_json(hf / GENERATION)  # it goes along unread, and out again
+            read_json(hf / GENERATION)  # validated only: it is copied unchanged, and exported again
         source, tokenizer = open_hf_folder(hf), open_tokenizer(str(hf))
         return replace(source, remarks=tokenizer.remarks), tokenizer.fingerprint
 
@@ -106,7 +106,7 @@ def import_folder(
 
 
 def _imported(run_dir: Path) -> bool:
-    """Whether a run directory is an import's, not a training run's."""
+    """Whether a run directory is an import, not a training run."""
     try:
         newest = run_directory.latest(run_dir)
         return newest is not None and metadata.read(newest).stage == STAGE
@@ -115,10 +115,10 @@ def _imported(run_dir: Path) -> bool:
 
 
 def _matched(source: HfFolder, targets: Sequence[TensorTarget]) -> dict[str, Stored]:
-    """The tensors of the source that the targets are made of: all of them, each used once.
+    """The tensors of the source; each is used by exactly one target.
 
     Raises:
-        UserError: names are missing or left over, or a shape is not the one that config.json speaks of.
+        UserError: tensors are missing or unexpected, or a shape contradicts config.json.
     """
     tensors = dict(source.tensors)
     if source.shape.tied_embeddings:
@@ -126,23 +126,23 @@ def _matched(source: HfFolder, targets: Sequence[TensorTarget]) -> dict[str, Sto
     wanted: dict[str, tuple[int, ...]] = {}
     for target in targets:
         for name, size in zip(target.parts, target.part_shapes(), strict=True):
-            assert name not in wanted, f"{name} stands in the table twice"
+            assert name not in wanted, f"{name} is in the table twice"
             wanted[name] = size
     if missing := sorted(wanted.keys() - tensors.keys()):
-        raise UserError(f"{source.folder}: {listed(missing)} missing; give all files of a {source.family.name} model")
+        raise UserError(f"{source.folder}: missing {listed(missing)}; give all files of a {source.family.name} model")
     if extra := sorted(tensors.keys() - wanted.keys()):
-        raise UserError(f"{source.folder}: {listed(extra)} left over; config.json speaks of a model without them")
+        raise UserError(f"{source.folder}: unexpected {listed(extra)}; config.json describes a model without them")
     for name, stored in tensors.items():
         if stored.shape != wanted[name]:
             raise UserError(
-                f"{stored.file}: {name} is {list(stored.shape)}, config.json speaks of {list(wanted[name])}; "
-                "use the configuration of these weights"
+                f"{stored.file}: {name} is {list(stored.shape)}, config.json expects {list(wanted[name])}; "
+                "use the config.json of these weights"
             )
     return tensors
 
 
 def _drop_copy_of_embedding(source: HfFolder, tensors: dict[str, Stored]) -> None:
-    """Some files carry the LM head of tied embeddings as well; it must be the embedding."""
+    """Removes an LM head that a file stores although it is tied; it must equal the embedding."""
     names = {row.megatron: row.hf[0] for row in source.family.rows}
     head = tensors.pop(names["output_layer.weight"], None)
     embedding = tensors.get(names["embedding.word_embeddings.weight"])
@@ -157,7 +157,7 @@ def _drop_copy_of_embedding(source: HfFolder, tensors: dict[str, Stored]) -> Non
     files.close()
     if not same:
         raise UserError(
-            f"{head.file}: {names['output_layer.weight']} is not the embedding, but config.json ties them; "
+            f"{head.file}: {names['output_layer.weight']} differs from the embedding, but config.json ties them; "
             "set tie_word_embeddings to false"
         )
 
@@ -165,21 +165,21 @@ def _drop_copy_of_embedding(source: HfFolder, tensors: dict[str, Stored]) -> Non
 def _types(
     targets: Sequence[TensorTarget], tensors: dict[str, Stored], dtype: torch.dtype | None
 ) -> dict[str, torch.dtype]:
-    """Type of each entry of the checkpoint."""
+    """Type of each checkpoint entry."""
     found: dict[str, torch.dtype] = {}
     for target in targets:
         for name in target.parts:
             kept = dtype or tensors[name].dtype
             if found.setdefault(target.key, kept) != kept:
                 raise UserError(
-                    f"{tensors[name].file}: {name} is {kept}, others of its kind are {found[target.key]}; "
-                    "say which it shall be with --dtype"
+                    f"{tensors[name].file}: {name} is {kept}, the same tensor of other layers is {found[target.key]}; "
+                    "choose one type with --dtype"
                 )
     return found
 
 
 class _Reading:
-    """Makes pieces of the checkpoint out of rows of the source."""
+    """Produces blocks of the checkpoint from rows of the source."""
 
     def __init__(
         self, of_piece: dict[Block, TensorTarget], tensors: dict[str, Stored], total: int, progress: Progress
@@ -232,7 +232,7 @@ def _carry(hf: Path, folder: Path) -> None:
 
 
 def copy_files(source: Path, folder: Path, names: Sequence[str]) -> None:
-    """Copies those files that are there, and chat templates by name."""
+    """Copies the files that exist, and named chat templates."""
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

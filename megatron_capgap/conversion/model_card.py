@@ -1,4 +1,4 @@
-"""The model card: what a run directory knows of the model in it."""
+"""Model card of an exported model, from its run directory."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from megatron_capgap.conversion.importing import STAGE
 from megatron_capgap.models import size
 
 EXPORTED = "Exported with megatron_capgap"
-"""Tells a folder that was written here from others."""
+"""Text that identifies a folder exported by this project."""
 
 
 def text(folder: Path, meta: CheckpointMetadata, family: Family, caution: str | None = None) -> str:
-    """README.md of an exported model.
+    """Builds README.md of an exported model.
 
     Args:
         folder: the checkpoint.
-        meta: what it says of itself.
+        meta: its metadata.
         family: its architecture.
-        caution: what whoever loads it must know.
+        caution: a warning for users of the model.
     """
     shape = meta.model
     total, inner = size.parameters(shape), size.non_embedding_parameters(shape)
@@ -36,7 +36,7 @@ def text(folder: Path, meta: CheckpointMetadata, family: Family, caution: str | 
     lines += [f"A {family.name} model with {total:,} parameters, {inner:,} without embeddings:"]
     lines += [f"{shape.layers} layers, hidden size {shape.hidden}, vocabulary {shape.vocab}.", ""]
     if meta.padding:
-        lines += [f"{meta.padding:,} of them are zero: pruning has left its layers different numbers of parts.", ""]
+        lines += [f"{meta.padding:,} of them are zero: they pad layers that were pruned to different sizes.", ""]
     lines += [f"{caution}.", ""] if caution else []
     if meta.stage == STAGE:
         lines += [f"{EXPORTED}; its weights were imported before, and not trained.", ""]
@@ -51,7 +51,7 @@ def text(folder: Path, meta: CheckpointMetadata, family: Family, caution: str | 
 
 
 def _facts(run_dir: Path, meta: CheckpointMetadata) -> dict[str, str]:
-    """The run in numbers."""
+    """Facts about the run, by name."""
     facts = {
         "tokens trained on": f"{meta.tokens:,}",
         "sequence length": f"{meta.sequence_length:,}",
@@ -75,11 +75,11 @@ def _facts(run_dir: Path, meta: CheckpointMetadata) -> dict[str, str]:
 
 
 def _teacher(checkpoint: str, meta: CheckpointMetadata) -> dict[str, str]:
-    """The teacher's name and, where it is still there, its size."""
+    """The teacher's name and, if its checkpoint still exists, its size."""
     facts = {"teacher": f"`{Path(checkpoint).name}`"}
     try:
         inner = metadata.read(run_directory.locate(checkpoint)).kept
-    except UserError:  # the run is over; its teacher may be gone
+    except UserError:  # the teacher may have been deleted after the run
         return facts
     ratio = inner / meta.kept
     return facts | {"teacher's parameters": f"{inner:,} without embeddings, {ratio:.2f} times the student's"}
@@ -90,17 +90,19 @@ def _resolved(run_dir: Path) -> dict[str, Any]:
     try:
         return (yaml.safe_load(file.read_text(encoding="utf-8")) or {}) if file.is_file() else {}
     except yaml.YAMLError as error:
-        raise UserError(f"{file}: is damaged ({in_one_line(error)}); remove it, and the card says less") from None
+        raise UserError(
+            f"{file}: is damaged ({in_one_line(error)}); remove it to export with a shorter model card"
+        ) from None
 
 
 def _last_numbers(run_dir: Path, step: int) -> dict[str, float]:
-    """The last value of each number up to the checkpoint's step."""
+    """The last value of each metric up to the checkpoint's step."""
     file = run_dir / "metrics.jsonl"
     last: dict[str, float] = {}
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         try:
             entry = json.loads(line)
-        except ValueError:  # a killed run's last line
+        except ValueError:  # incomplete last line of a killed run
             continue
         if isinstance(entry, dict) and entry.get("step", step + 1) <= step:
             last |= entry

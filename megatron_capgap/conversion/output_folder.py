@@ -1,4 +1,4 @@
-"""Folders that are there whole or not at all: written beside their place, renamed at the end."""
+"""Atomic output folders: written under a temporary name, renamed when complete."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from megatron_capgap.distributed.collectives import run_on_rank0
 
 @contextmanager
 def replacing(out: Path, ours: Callable[[Path], bool], *, force: bool) -> Iterator[Path]:
-    """An empty folder beside `out` that takes its place at the end; goes again where the work fails. Collective.
+    """Yields an empty folder that replaces `out` on success and is deleted on failure. Collective.
 
     Args:
-        out: the place.
-        ours: whether a folder that is there already is of the kind that may be replaced.
-        force: replace it.
+        out: the final path.
+        ours: returns whether an existing folder may be replaced.
+        force: whether to replace it.
 
     Raises:
-        UserError: `out` is there and not to be replaced, or cannot be made.
+        UserError: `out` exists and may not be replaced, or cannot be created.
     """
     staged = out.with_name(f".{out.name}.incomplete")
     run_on_rank0(lambda: _begin(out, staged, ours, force))
@@ -39,27 +39,27 @@ def replacing(out: Path, ours: Callable[[Path], bool], *, force: bool) -> Iterat
 
 
 def refuse_existing(out: Path, ours: Callable[[Path], bool], force: bool) -> None:
-    """Refuses a place that is taken.
+    """Raises if `out` exists and may not be replaced.
 
     Raises:
-        UserError: with the way out.
+        UserError: `out` is not empty, and `force` is not set or the folder is not `ours`.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not force:
-        raise UserError(f"{out}: is there already; choose another --out, or replace it with --force")
+        raise UserError(f"{out}: already exists; choose another --out, or replace it with --force")
     if not out.is_dir() or not ours(out):
-        raise UserError(f"{out}: is not something that this command wrote, so --force spares it; choose another --out")
+        raise UserError(f"{out}: was not written by this command, so --force does not replace it; choose another --out")
 
 
 def refuse_to_lose(source: Path, out: Path) -> None:
-    """Refuses a place whose replacement would take along what is read.
+    """Raises if replacing `out` would delete the source.
 
     Raises:
-        UserError: the source lies in it.
+        UserError: the source is inside `out`.
     """
     if source.resolve().is_relative_to(out.resolve()):
-        raise UserError(f"{out}: holds {source}, which is read; choose another --out")
+        raise UserError(f"{out}: contains the input {source}; choose another --out")
 
 
 def _begin(out: Path, staged: Path, ours: Callable[[Path], bool], force: bool) -> None:

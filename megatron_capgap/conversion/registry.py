@@ -1,4 +1,4 @@
-"""Every family by its `model_type`."""
+"""Registry of the families by `model_type`."""
 
 from megatron_capgap.conversion.families import gpt2, gpt_neox, llama, mistral, qwen2, qwen3
 

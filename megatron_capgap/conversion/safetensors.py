@@ -1,7 +1,7 @@
-"""The safetensors format by pieces: rows of a tensor are read and written where they lie, never a whole file.
+"""Streaming access to safetensors files: reads and writes rows of a tensor in place, never a complete file.
 
-A file is 8 bytes of header length, a JSON header with type, shape and byte range of each tensor, and the bytes. Mapping
-files into memory, as the library does, would count every page read so far as this process's own.
+A file is 8 bytes of header length, a JSON header with type, shape and byte range of each tensor, and the bytes. Memory
+mapping, as in the safetensors library, would count every page read so far towards the memory of this process.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch import Tensor
 from megatron_capgap.common.errors import UserError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Of weights."""
-# A file may hold other things beside them, like masks; their sizes tell whether the file is whole.
+"""Types of weights."""
+# A file may also contain other tensors, such as masks; their sizes are needed to validate the file size.
 _KNOWN = {
     **DTYPES,
     "BOOL": torch.bool,
@@ -35,14 +35,14 @@ _KNOWN = {
     "F8_E5M2": torch.float8_e5m2,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_LARGEST_HEADER = 32 << 20  # a thousand layers need 1 MB; a header that fills the memory is an attack
+_LARGEST_HEADER = 32 << 20  # a thousand layers need 1 MB; a header that exhausts the memory is an attack
 _REMEDY = "copy or download the file again"
 _SAVE_AGAIN = f"save the model in one of {', '.join(DTYPES)}"
 
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies."""
+    """Location of a tensor in a file."""
 
     file: Path
     dtype: torch.dtype
@@ -52,7 +52,7 @@ class Stored:
 
     @property
     def elements(self) -> int:
-        """Numbers in the tensor; exact, however large a damaged header says it is."""
+        """Number of elements, exact even for the huge shapes of a damaged header."""
         return math.prod(self.shape)
 
     @property
@@ -67,10 +67,10 @@ class Stored:
 
 
 def read_header(file: Path) -> dict[str, Stored]:
-    """The tensors of a file, every length and offset checked against the file's size.
+    """Reads the tensors of a file; checks every length and offset against the file's size.
 
     Raises:
-        UserError: the file is missing, cut off, or no safetensors file; or a tensor has a type that is not known here.
+        UserError: the file is missing, truncated or not a safetensors file, or a tensor's type is not supported.
     """
     try:
         length, start, content = file.stat().st_size, 8, _header_bytes(file)
@@ -80,7 +80,7 @@ def read_header(file: Path) -> dict[str, Stored]:
     try:
         entries = json.loads(content, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: its header is no JSON ({error}); {_REMEDY}") from None
+        raise UserError(f"{file}: its header is not JSON ({error}); {_REMEDY}") from None
     if not isinstance(entries, dict):
         raise UserError(f"{file}: its header is {type(entries).__name__}, not an object; {_REMEDY}")
     entries.pop("__metadata__", None)
@@ -93,38 +93,40 @@ def read_header(file: Path) -> dict[str, Stored]:
             )
         end += stored.nbytes
     if end != length:
-        raise UserError(f"{file}: is {length} bytes long, its header speaks of {end}; {_REMEDY}")
+        raise UserError(f"{file}: is {length} bytes long, its header implies {end}; {_REMEDY}")
     return tensors
 
 
 def refuse_other_types(tensors: Mapping[str, Stored]) -> None:
-    """Refuses weights of a type that no model here has.
+    """Rejects weights whose type is not in `DTYPES`.
 
     Raises:
-        UserError: with the first of them.
+        UserError: names the first of them.
     """
     for name, stored in tensors.items():
         if stored.dtype not in _NAMES:
             kind = str(stored.dtype).removeprefix("torch.")
-            raise UserError(f"{stored.file}: {shown(name)} is of type {kind}, which no weight is; {_SAVE_AGAIN}")
+            raise UserError(
+                f"{stored.file}: {shown(name)} is of type {kind}, which is not supported for weights; {_SAVE_AGAIN}"
+            )
 
 
 def shown(name: str) -> str:
-    """A tensor's name for a message: a file's author may have put line ends and control sequences into it."""
+    """Escapes a tensor's name for a message: a file may contain line ends and control sequences in it."""
     return name if name.isprintable() else ascii(name)
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """The tensor in another type.
+    """Converts a tensor to another type.
 
     Raises:
-        UserError: a number is too large for it.
+        UserError: a value is too large for the type.
     """
     result = tensor.to(dtype)
     if dtype != tensor.dtype and not torch.equal(result.isfinite(), tensor.isfinite()):
         kind = str(dtype).removeprefix("torch.")
         largest = tensor[tensor.isfinite()].abs().max()
-        raise UserError(f"{shown(name)}: holds {largest:g}, too large for {kind}; choose another --dtype")
+        raise UserError(f"{shown(name)}: contains {largest:g}, too large for {kind}; choose another --dtype")
     return result
 
 
@@ -133,9 +135,9 @@ def _header_bytes(file: Path) -> bytes:
         prefix = stream.read(8)
         size = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or size > os.fstat(stream.fileno()).st_size - 8:
-            raise UserError(f"{file}: is cut off or no safetensors file (a header of {size} bytes); {_REMEDY}")
+            raise UserError(f"{file}: is truncated or not a safetensors file (a header of {size} bytes); {_REMEDY}")
         if size > _LARGEST_HEADER:
-            raise UserError(f"{file}: a header of {size} bytes, at most {_LARGEST_HEADER} are read; {_REMEDY}")
+            raise UserError(f"{file}: a header of {size} bytes exceeds the limit of {_LARGEST_HEADER}; {_REMEDY}")
         return stream.read(size)
 
 
@@ -143,12 +145,12 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{shown(next(name for name in names if names.count(name) > 1))} is there twice")
+        raise ValueError(f"{shown(next(name for name in names if names.count(name) > 1))} is listed twice")
     return found
 
 
 def _stored(file: Path, name: str, entry: Any, start: int) -> Stored:
-    """One entry of the header, checked by itself."""
+    """Validates one entry of the header."""
     name = shown(name)
     wrong = UserError(f"{file}: {name} has a damaged entry in the header; {_REMEDY}")
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
@@ -158,7 +160,7 @@ def _stored(file: Path, name: str, entry: Any, start: int) -> Stored:
     if len(offsets) != 2 or not all(type(number) is int and number >= 0 for number in numbers):
         raise wrong
     if not isinstance(dtype, str) or dtype not in _KNOWN:
-        raise UserError(f"{file}: {name} is of type {dtype!r}, which is not known here; {_SAVE_AGAIN}")
+        raise UserError(f"{file}: {name} is of type {dtype!r}, which is not supported; {_SAVE_AGAIN}")
     stored = Stored(file, _KNOWN[dtype], tuple(shape), start + offsets[0])
     if offsets[1] - offsets[0] != stored.nbytes:
         raise UserError(f"{file}: {name} {shape} has {offsets[1] - offsets[0]} bytes, not {stored.nbytes}; {_REMEDY}")
@@ -166,25 +168,25 @@ def _stored(file: Path, name: str, entry: Any, start: int) -> Stored:
 
 
 class Files:
-    """Opens each file once, reads from any place in it."""
+    """Keeps files open and reads rows of tensors from them."""
 
     def __init__(self) -> None:
         self._open: dict[Path, int] = {}
 
     def read(self, stored: Stored, start: int = 0, count: int | None = None) -> Tensor:
-        """Rows `start` to `start + count` of a tensor, on the CPU; `[count, ...]`."""
+        """Reads rows `start` to `start + count` of a tensor, on the CPU: `[count, ...]`."""
         count = stored.shape[0] - start if count is None else count
         buffer = torch.empty((count, *stored.shape[1:]), dtype=stored.dtype)
         self.read_into(buffer, stored, start)
         return buffer
 
     def read_into(self, buffer: Tensor, stored: Stored, start: int) -> None:
-        """Fills a contiguous `[count, ...]` of the tensor's type with its rows from `start` on."""
+        """Reads rows from `start` on into a contiguous buffer `[count, ...]` of the tensor's type."""
         view = buffer.view(torch.uint8).numpy().data.cast("B") if buffer.numel() else memoryview(b"")
         file, offset, done = self._descriptor(stored.file), stored.offset + start * stored.row_bytes, 0
         while done < len(view):  # one call reads 2 GiB at most
             if (got := os.preadv(file, [view[done:]], offset + done)) == 0:
-                raise UserError(f"{stored.file}: ends within a tensor; {_REMEDY}")
+                raise UserError(f"{stored.file}: is truncated within a tensor; {_REMEDY}")
             done += got
 
     def _descriptor(self, file: Path) -> int:
@@ -200,11 +202,11 @@ class Files:
 
 
 class Writer:
-    """One file whose tensors are written row by row, in any order.
+    """Writes one file; rows of its tensors may come in any order.
 
     Args:
-        file: to be made.
-        tensors: type and shape of each tensor, in the order in which they shall lie.
+        file: the file to create.
+        tensors: type and shape of each tensor, in their order in the file.
     """
 
     def __init__(self, file: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
@@ -225,7 +227,7 @@ class Writer:
         _write(self._file, memoryview(len(content).to_bytes(8, "little") + content), 0)
 
     def write(self, name: str, start: int, rows: Tensor) -> None:
-        """Rows of a tensor, `[count, ...]`, on the CPU."""
+        """Writes rows of a tensor: `[count, ...]`, on the CPU."""
         stored = self._stored[name]
         assert rows.dtype == stored.dtype and tuple(rows.shape[1:]) == stored.shape[1:], (name, rows.shape, stored)
         view = rows.contiguous().view(torch.uint8).numpy().data.cast("B")
@@ -233,7 +235,7 @@ class Writer:
         self._written[name] += rows.shape[0]
 
     def close(self) -> None:
-        """On the disk, every row written once."""
+        """Checks that every row was written once, and syncs the file to disk."""
         wrong = [name for name, rows in self._written.items() if rows != self._stored[name].shape[0]]
         assert not wrong, f"rows written too often or not at all: {wrong}"
         os.fsync(self._file)

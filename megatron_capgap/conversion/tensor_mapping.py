@@ -1,4 +1,4 @@
-"""Which rows of which tensor become which rows of which: a family's table, unfolded over the layers of one model."""
+"""Row-level mapping between Hugging Face and Megatron tensors: a family's table, expanded over a model's layers."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from megatron_capgap.models.sharded_state import shards
 
 @dataclass(frozen=True)
 class TensorTarget:
-    """One tensor of one layer of the Megatron model, and what it is made of."""
+    """One tensor of one layer of the Megatron model, and the Hugging Face tensors that it consists of."""
 
     row: Row
     key: str
     layer: int
     layered: bool
     shape: tuple[int, ...]
-    """`[rows, ...]`, without padding of the vocabulary."""
+    """`[rows, ...]`, without vocabulary padding."""
     runs: Sequence[PackedRows]
     parts: tuple[str, ...]
-    """Full names of the parts in Hugging Face's model."""
+    """Full names of the parts in the Hugging Face model."""
 
     def part_shapes(self) -> list[tuple[int, ...]]:
-        """Shape of each part as Hugging Face keeps it."""
+        """Shape of each part as Hugging Face stores it."""
         shapes = [(rows, *self.shape[1:]) for rows in packing.part_rows(self.runs)]
         return [tuple(reversed(shape)) for shape in shapes] if self.row.transposed else shapes
 
     def entry(self, layers: int, dtype: torch.dtype) -> TensorEntry:
-        """The tensor of all layers in a distributed checkpoint."""
+        """The checkpoint entry of this tensor, which spans all layers."""
         shape = (layers, *self.shape) if self.layered else self.shape
         return TensorEntry(self.key, shape, dtype, self.layered)
 
     def pieces(self, entry: TensorEntry) -> Iterator[Block]:
-        """The tensor in blocks of rows; in one where it is kept transposed."""
+        """Yields the tensor in blocks of rows, or in one block if Hugging Face stores it transposed."""
         rows = self.shape[0]
         step = rows if self.row.transposed else max(1, BLOCK_BYTES // max(1, entry.bytes_a_row()))
         for start in range(0, rows, step):
@@ -50,9 +50,9 @@ class TensorTarget:
 
 
 def unfold(family: Family, shape: ModelShape, device: Device) -> list[TensorTarget]:
-    """Every tensor of a model, in the order of its layers. Collective.
+    """Returns every tensor of a model, in the order of its layers. Collective.
 
-    What has to be filled is asked of Megatron's model itself, not of the table.
+    The list of tensors comes from Megatron's model itself; the table must match it.
     """
     wanted = _tensors_of(shape, device)
     rows = family.rows_of(shape)
@@ -77,7 +77,7 @@ def _target(row: Row, layer: int, layered: bool, size: tuple[int, ...], shape: M
 
 
 def _tensors_of(shape: ModelShape, device: Device) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter of one layer, and of those outside the layers, by key; nothing is filled. Collective."""
+    """Shapes of the parameters of one layer and of those outside the layers, by key. Collective."""
     parallel = parallel_context.build(Layout(), seed=0)
     chunks = gpt.build(replace(shape, layers=1), parallel, Precision(), device, sequence_length=1)
     found = {shard.key: tuple(shard.global_shape[shard.prepend_axis_num :]) for shard in shards(chunks, parallel)}

@@ -1,9 +1,8 @@
-"""Whether transformers reads in an exported folder the ids that its model was trained with, and what makes it do so.
+"""Ensures that transformers tokenizes with an exported folder as the tokenizer did in training.
 
-Which class AutoTokenizer opens a folder with depends on the model beside the tokenizer, and the class decides how text
-is cut. So the folder is written on trial and read again. Where it is read otherwise than the tokenizer was in training,
-tokenizer.json gets the steps as they were applied then, and tokenizer_config.json the class that takes them as they
-stand.
+The class with which AutoTokenizer opens a folder depends on the model type, and determines how text is split. The
+folder is therefore written to a temporary directory and read back. If the ids differ, tokenizer.json gets the steps of
+training, and tokenizer_config.json the class that uses them unchanged.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ from megatron_capgap.data.template_files import Jinja
 from megatron_capgap.data.tokenizer_classes import AS_TRAINED
 from megatron_capgap.data.tokenizer_folder import Reading
 
-# Where the steps of tokenizers part: spaces at the ends, elisions, digits, letters in one character or two, ligatures,
-# capitals, marks, ends of lines, scripts, characters outside the basic plane; and a text longer than is cut to.
+# Texts on which tokenizers differ: leading and trailing spaces, elisions, digits, composed and decomposed letters,
+# ligatures, capitals, marks, line ends, scripts, characters outside the basic plane, and a text above any truncation.
 _PROBES = (
     "a",
     " ",
@@ -41,8 +40,8 @@ _PROBES = (
     "x=f(a[0])/2 # 'quoted' \"text\" <tag> \u2581x y\u00a0z \u200b\ufeff",
     "the cat sat on the mat " * 1000,
 )
-_AROUND = 48  # of the added tokens, those that are probed: as many of the first and of the last
-# What a class did with the vocabulary, which tokenizer.json says now, and what would undo it.
+_AROUND = 48  # number of first and of last added tokens that are tested
+# Settings that tokenizer.json replaces, or that would override it.
 _DONE = (
     "tokenizer_class auto_map add_bos_token add_eos_token add_prefix_space added_tokens_decoder legacy from_slow "
     "backend tokenizer_file vocab_file merges_file fix_mistral_regex"
@@ -61,21 +60,21 @@ class {_CLASS}({FROM_JSON}):
 
 @dataclass(frozen=True)
 class AsTrained(Words):
-    """The files of another, with a tokenizer.json that holds the steps as they were applied in training."""
+    """Files of another tokenizer, with a tokenizer.json that has the steps of training."""
 
     base: Words | None = None
     program: bool = False
-    """Whether tokenizer_config.json names a program, which keeps AutoTokenizer from looking at the model's type."""
+    """Whether to add custom code (auto_map), with which AutoTokenizer ignores the model type."""
 
     def write(self, folder: Path) -> None:
-        """Writes over what the other writes."""
+        """Writes the files of `base`, then overwrites some of them."""
         assert self.base is not None
         self.base.write(folder)
         settings = {key: value for key, value in tokenizer_folder.settings_of(folder).items() if key not in _DONE}
         settings |= {"tokenizer_class": FROM_JSON}
         settings |= {name: text for name, text in self.special.items() if name in tokenizer_folder.NAMED}
         own = settings.get(tokenizer_folder.OWN) or {}
-        if own:  # as text alone, since how they are looked for stands in tokenizer.json
+        if own:  # as text only: tokenizer.json has their matching options
             settings[tokenizer_folder.OWN] = {name: self.special[name] for name in own}
         if self.program:
             settings["auto_map"] = {"AutoTokenizer": [None, AS_TRAINED]}
@@ -87,16 +86,16 @@ class AsTrained(Words):
 
 
 def settle(files: Mapping[str, Any], words: Words, template: Jinja | None) -> tuple[Words, str | None]:
-    """The tokenizer as it must be written to be read with the ids that the model was trained with, and what whoever
-    loads the folder must know of it.
+    """Selects the tokenizer files with which transformers gives the ids of training; returns them and a warning for
+    users of the folder, if any.
 
     Args:
         files: config.json and generation_config.json of the export.
-        words: the tokenizer that the model speaks.
+        words: the tokenizer of the model.
         template: the chat template that is written with it.
 
     Raises:
-        UserError: nothing does it.
+        UserError: no variant gives the same ids.
     """
     if _apart(files, words, template) is None:
         return words, None
@@ -107,18 +106,18 @@ def settle(files: Mapping[str, Any], words: Words, template: Jinja | None) -> tu
     model_type = files["config.json"]["model_type"]
     if why is not None:
         raise UserError(
-            f"AutoTokenizer of transformers 5 would not read in this {model_type} the ids that it was trained with "
+            f"AutoTokenizer of transformers 5 would not give the ids that this {model_type} was trained with "
             f"({why}): export the checkpoint with a tokenizer that transformers opens as {FROM_JSON}"
         )
     return found, (
-        f"AutoTokenizer of transformers 5 opens every {model_type} with the class of that family, which cuts text "
-        f"otherwise than this model was trained with; auto_map in tokenizer_config.json, with {_PROGRAM}.py, has "
-        "tokenizer.json taken as it stands"
+        f"AutoTokenizer of transformers 5 opens every {model_type} with the class of that family, which splits text "
+        f"differently from the training of this model; auto_map in tokenizer_config.json, with {_PROGRAM}.py, makes it "
+        "use tokenizer.json unchanged"
     )
 
 
 def _apart(files: Mapping[str, Any], words: Words, template: Jinja | None) -> str | None:
-    """How a folder is read otherwise than the tokenizer was in training; None where it is not."""
+    """How the exported folder tokenizes differently from training, or None."""
     with TemporaryDirectory() as name:
         folder = Path(name)
         write(folder, words, template)
@@ -130,7 +129,7 @@ def _apart(files: Mapping[str, Any], words: Words, template: Jinja | None) -> st
             return in_one_line(str(error))
         whole = (ours.before, ours.after)
         if whole != (words.reading.before, words.reading.after):
-            return f"{whole} stands around a text"
+            return f"it adds {whole} around a text"
         vocabulary = ours.tokenizer.get_vocab(with_added_tokens=True)
         return _unequal(words.reading, vocabulary, (ours.bos, ours.eos), _encoder(ours)) or _theirs(
             folder, words.reading
@@ -138,7 +137,7 @@ def _apart(files: Mapping[str, Any], words: Words, template: Jinja | None) -> st
 
 
 def _theirs(folder: Path, meant: Reading) -> str | None:
-    """How AutoTokenizer reads a folder otherwise, where transformers is there to be asked."""
+    """How AutoTokenizer tokenizes differently from training, or None; None without transformers."""
     try:
         from transformers import AutoTokenizer
     except ImportError:
@@ -149,7 +148,7 @@ def _theirs(folder: Path, meant: Reading) -> str | None:
             ends = (found.bos_token_id, found.eos_token_id)
             encode = lambda text, around: found(text, add_special_tokens=around)["input_ids"]  # noqa: E731
             return _unequal(meant, found.get_vocab(), ends, encode)
-        except Exception as error:  # of any kind, such as a class that wants another model
+        except Exception as error:  # any type, for example from a class for another model
             return f"it fails with {in_one_line(str(error))[:120]}"
 
 
@@ -161,15 +160,15 @@ def _unequal(
 ) -> str | None:
     expected = meant.tokenizer.get_vocab(with_added_tokens=True)
     if vocabulary != expected:
-        return f"its vocabulary has {len(vocabulary)} tokens, or others, in place of {len(expected)}"
+        return f"its vocabulary has {len(vocabulary)} tokens, or different ones, instead of {len(expected)}"
     for name, found, named, own in zip(("bos", "eos"), ends, meant.named, (meant.bos, meant.eos), strict=True):
         if found not in (named, own):
-            return f"its {name} is {found} in place of {own}"
+            return f"its {name} is {found} instead of {own}"
     own_encode = _encoder(meant)
     for text in (*_PROBES, *_with_added(meant)):
         for around in (False, True):
             if encode(text, around) != own_encode(text, around):
-                return f"it cuts {text[:40]!r} otherwise"
+                return f"it splits {text[:40]!r} differently"
     return None
 
 
@@ -182,7 +181,7 @@ def _encoder(reading: Reading) -> Callable[[str, bool], list[int]]:
 
 
 def _with_added(reading: Reading) -> Iterator[str]:
-    """Texts in which added tokens stand."""
+    """Yields texts that contain added tokens."""
     added = [token.content for _, token in sorted(reading.tokenizer.get_added_tokens_decoder().items())]
     some = dict.fromkeys([*reading.special.values(), *added[:_AROUND], *added[-_AROUND:]])
     for token in some:
@@ -190,7 +189,7 @@ def _with_added(reading: Reading) -> Iterator[str]:
 
 
 def _recipe(reading: Reading) -> dict[str, Any]:
-    """tokenizer.json of a tokenizer, with what stands around a text."""
+    """Content of tokenizer.json, with the ids that are added before and after a text."""
     recipe = json.loads(reading.tokenizer.to_str())
     if reading.tokenizer.encode("a", add_special_tokens=True).ids != _encoder(reading)("a", True):
         tokens = {str(reading.tokenizer.id_to_token(i)): i for i in (*reading.before, *reading.after)}
@@ -214,7 +213,7 @@ def _recipe(reading: Reading) -> dict[str, Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what transformers says of a folder that is only tried."""
+    """Suppresses messages of transformers about the temporary folder."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""The tokenizer of an exported model: files that came along, or a SentencePiece model as transformers reads it."""
+"""Tokenizer files of an exported model: copied original files, or a converted SentencePiece model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
 from megatron_capgap.data.tokenizer_folder import Reading
 
 FROM_JSON = "PreTrainedTokenizerFast"
-"""The class that takes tokenizer.json as it stands."""
+"""The transformers class that uses tokenizer.json unchanged."""
 _JSON = "tokenizer.json"
 _PROBES = (
     "The quick brown fox, 1234 times; jumps!",
@@ -34,28 +34,28 @@ class Words(ABC):
     """A tokenizer that can be written into a Hugging Face folder."""
 
     reading: Reading
-    """How it was read when the model was trained."""
+    """The tokenizer as it was read in training."""
     ends: frozenset[int] = frozenset()
-    """Ids that end a text: what the tokenizer and the model that it came with say, and the chat template writes."""
+    """Stop ids: of the tokenizer, of the original model's config files, and of the chat template."""
 
     @property
     def bos_token_id(self) -> int | None:
-        """Begins a document."""
+        """Id that begins a document."""
         return self.reading.bos
 
     @property
     def eos_token_id(self) -> int | None:
-        """Ends a document."""
+        """Id that ends a document."""
         return self.reading.eos
 
     @property
     def special(self) -> dict[str, str]:
-        """Text of bos_token, eos_token and the like."""
+        """Text of bos_token, eos_token and other named special tokens."""
         return self.reading.special
 
     @abstractmethod
     def write(self, folder: Path) -> None:
-        """Writes its files."""
+        """Writes the tokenizer files."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Copied(Words):
     folder: Path = Path()
 
     def write(self, folder: Path) -> None:
-        """Copies those that are there; not the name of a program, which stays behind."""
+        """Copies the files that exist; removes auto_map, since custom code is not copied."""
         copy_files(self.folder, folder, TOKENIZER_FILES)
         file = folder / "tokenizer_config.json"
         settings = tokenizer_folder.read_json(file)
@@ -75,7 +75,7 @@ class Copied(Words):
 
 @dataclass(frozen=True)
 class Translated(Words):
-    """A SentencePiece model with the tokenizer.json made of it."""
+    """A SentencePiece model with its converted tokenizer.json."""
 
     model: Path = Path()
 
@@ -84,7 +84,7 @@ class Translated(Words):
         return self.reading.tokenizer.to_str()
 
     def write(self, folder: Path) -> None:
-        """Both forms of the vocabulary, and the special tokens."""
+        """Writes both forms of the vocabulary, and the special tokens."""
         (folder / _JSON).write_text(self.tokenizer_json, encoding="utf-8")
         settings = {"tokenizer_class": FROM_JSON, "clean_up_tokenization_spaces": False, **self.special}
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
@@ -92,20 +92,20 @@ class Translated(Words):
 
 
 def find(carried: Path | None, meta: CheckpointMetadata) -> tuple[Words, str | None]:
-    """The tokenizer that a checkpoint speaks, and a line about ids that end no text of its.
+    """The tokenizer of a checkpoint, and a message about dropped stop ids, if any.
 
     Args:
-        carried: folder with the files that came along, or None.
-        meta: says which tokenizer the model was trained with.
+        carried: folder of the original Hugging Face files, or None.
+        meta: the checkpoint's metadata, which names the tokenizer.
 
     Raises:
-        UserError: it is not there, is another one by now, or cannot be said in transformers' words.
+        UserError: the tokenizer is missing, has changed, or has no equivalent in transformers.
     """
     place = str(carried) if carried else meta.tokenizer
     opened = open_tokenizer(place)
     if opened.fingerprint != meta.tokenizer_fingerprint:
-        raise UserError(f"{place}: is not the tokenizer that the checkpoint was trained with; put that one there")
-    # Files that transformers reads itself go out as they came in.
+        raise UserError(f"{place}: is not the tokenizer that the checkpoint was trained with; restore that one")
+    # Files that transformers itself reads are copied unchanged.
     known = carried is not None and any((carried / name).is_file() for name in ("tokenizer_config.json", _JSON))
     known = known or not (Path(place) / "tokenizer.model").is_file()
     ends, warning = stop_tokens(opened, meta.chat_template, meta.model.vocab)
@@ -121,10 +121,10 @@ def write(folder: Path, words: Words, template: Jinja | None) -> None:
     """Writes a tokenizer.
 
     Args:
-        folder: where.
+        folder: output folder.
         words: the tokenizer.
-        template: the chat templates that the model was finetuned with, or None; they come in the place of any that came
-            with the tokenizer, and may speak of bos_token and eos_token.
+        template: the chat templates that the model was finetuned with, or None; they replace the tokenizer's own, and
+            may refer to bos_token and eos_token.
     """
     words.write(folder)
     if template is None:
@@ -144,21 +144,21 @@ def write(folder: Path, words: Words, template: Jinja | None) -> None:
 
 
 def translate(model: Path, opened: Tokenizer, ends: frozenset[int] = frozenset()) -> Translated:
-    """A SentencePiece model as a tokenizer.json that gives the same ids.
+    """Converts a SentencePiece model to a tokenizer.json that gives the same ids.
 
     Raises:
-        UserError: it is of another kind, seen by the ids it gives to a few texts.
+        UserError: the kind of model is not supported, or the ids of a few test texts differ.
     """
     if sentencepiece_proto.read(model).kind not in ("bpe", "unigram"):
         raise UserError(
-            f"{model}: a SentencePiece model of words or characters has no equal in tokenizer.json, and transformers "
-            "cannot read the model; train with a BPE model, as tools/prepare_data.py --train-tokenizer makes one"
+            f"{model}: a SentencePiece model of words or characters has no equivalent in tokenizer.json, and "
+            "transformers cannot read it; train with a BPE model, as tools/prepare_data.py --train-tokenizer makes one"
         )
     reading = tokenizer_folder.read_model(model)
     for text in _PROBES:
         if reading.tokenizer.encode(text, add_special_tokens=False).ids != opened.encode(text):
             raise UserError(
-                f"{model}: this kind of SentencePiece model has no equal in tokenizer.json (they differ on {text!r}); "
-                "train with a BPE model, as tools/prepare_data.py --train-tokenizer makes one"
+                f"{model}: this kind of SentencePiece model has no equivalent in tokenizer.json (ids differ on "
+                f"{text!r}); train with a BPE model, as tools/prepare_data.py --train-tokenizer makes one"
             )
     return Translated(reading, ends, model)

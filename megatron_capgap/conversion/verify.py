@@ -1,4 +1,4 @@
-"""The same tokens through transformers and through Megatron, in fp32 on the CPU: where and how far they part."""
+"""Compares the outputs of transformers and Megatron on the same tokens, in fp32 on the CPU."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ from megatron_capgap.distributed.parallel_context import ParallelContext
 from megatron_capgap.models import gpt, schedule
 
 SEQUENCES = 2
-EMBEDDINGS = -1  # the layer's number of what goes into the first layer
+EMBEDDINGS = -1  # layer number of the input to the first layer
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Differences over all tokens and the whole vocabulary."""
+    """Differences over all tokens and the complete vocabulary."""
 
     max_difference: float
     """Largest absolute difference of a logit."""
     largest: float
-    """Largest absolute logit of transformers'. The tolerance is a share of it, for rounding errors grow with it."""
+    """Largest absolute logit of transformers. The tolerance is relative to it, since rounding errors scale with it."""
     mean_difference: float
     """Mean absolute difference of the logits."""
     kl: float
     """Mean over tokens of KL(transformers, Megatron)."""
     greedy: float
-    """Share of tokens after which both would say the same next token."""
+    """Share of positions with the same greedy next token."""
     layers: dict[int, float]
-    """Largest difference of a layer's output, as a share of the largest number in it; -1 for the embeddings."""
+    """Largest difference of each layer's output, relative to the largest value in it; -1 for the embeddings."""
 
     def agrees(self, tolerance: float) -> bool:
-        """Whether no logit differs by more than this share of the largest; not a number never agrees."""
+        """Whether no logit differs by more than `tolerance` times the largest logit; False for NaN."""
         return self.max_difference <= tolerance * self.largest
 
     def parting(self, tolerance: float) -> int | None:
@@ -55,7 +55,7 @@ class Comparison:
         return next((layer for layer, apart in sorted(self.layers.items()) if not apart <= tolerance), None)
 
     def text(self, tolerance: float) -> str:
-        """A line of numbers, and where they part if they do."""
+        """A summary, with the first differing layer if they differ."""
         line = (
             f"logits up to {self.largest:.3g}: max difference {self.max_difference:.3g}, mean "
             f"{self.mean_difference:.3g}, KL {self.kl:.3g}, greedy token equal {self.greedy:.2%}"
@@ -63,32 +63,32 @@ class Comparison:
         if self.agrees(tolerance):
             return f"{line}\nthey agree to {tolerance:g} of the largest"
         layer = self.parting(tolerance)
-        where = {None: "behind the last layer: final norm or LM head", EMBEDDINGS: "in the embeddings"}
+        where = {None: "after the last layer: final norm or LM head", EMBEDDINGS: "in the embeddings"}
         first = where.get(layer, f"in layer {layer}")
         return f"{line}\nthey differ by more than {tolerance:g} of the largest, first {first}"
 
 
 @dataclass
 class _Trace:
-    """What a forward pass leaves, `[b, s, ...]`."""
+    """Outputs of a forward pass, `[b, s, ...]`."""
 
     layers: dict[int, Tensor]
     logits: Tensor | None = None
 
 
 def compare(hf: Path, checkpoint: str, layout: Layout, device: Device, *, tokens: int | None, seed: int) -> Comparison:
-    """Runs both models. Collective.
+    """Runs both models and compares them. Collective.
 
     Args:
         hf: folder of the transformers model.
         checkpoint: a run directory or RUN/checkpoints/step_N.
-        layout: of the Megatron model; its size divides the world.
-        device: a CPU.
-        tokens: length of each sequence; None takes 64, or the model's longest where that is shorter.
-        seed: of the random tokens.
+        layout: layout of the Megatron model; its size divides the world size.
+        device: a CPU device.
+        tokens: length of each sequence; None means 64, or the model's maximum if that is shorter.
+        seed: seed of the random tokens.
 
     Raises:
-        UserError: one of them cannot be opened, or they are not of one shape.
+        UserError: a model cannot be opened, or their shapes differ.
     """
 
     def look() -> tuple[Family, Path, ModelShape]:
@@ -101,9 +101,9 @@ def compare(hf: Path, checkpoint: str, layout: Layout, device: Device, *, tokens
     longest = min(filter(None, (shape.max_positions, shape.attention_window)), default=None)
     tokens = tokens if tokens is not None else min(64, longest or 64)
     if tokens < 1 or tokens > (longest or tokens):
-        raise UserError(f"--tokens: {tokens} is not within 1 and the model's longest sequence {longest}")
+        raise UserError(f"--tokens: {tokens} is not between 1 and the model's {longest} positions")
     ids = torch.randint(shape.vocab, (SEQUENCES, tokens), generator=torch.Generator().manual_seed(seed))
-    # One model after the other, so that both need not fit at once.
+    # One model after the other, so that both need not fit in memory at once.
     theirs = run_on_rank0(lambda: _transformers(hf, family, ids))
     parallel = layouts.build(layout, seed)
     ours = _megatron(folder, shape, parallel, device, ids)
@@ -118,13 +118,13 @@ def _check(theirs: ModelShape, ours: ModelShape, layout: Layout) -> None:
     for name in ("family", "layers", "hidden", "heads", "ffn", "vocab"):
         if getattr(theirs, name) != getattr(ours, name):
             raise UserError(
-                f"--hf has {name} {getattr(theirs, name)}, --checkpoint has {getattr(ours, name)}; compare one model"
+                f"--hf has {name} {getattr(theirs, name)}, --checkpoint has {getattr(ours, name)}; compare equal models"
             )
     check_flags(ours, layout, dist.get_world_size())
 
 
 def _transformers(hf: Path, family: Family, ids: Tensor) -> _Trace:
-    """The reference; rank 0 alone."""
+    """Runs the reference; rank 0 only."""
     try:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
@@ -132,15 +132,15 @@ def _transformers(hf: Path, family: Family, ids: Tensor) -> _Trace:
         raise UserError(not_installed("transformers", "hf")) from None
     logging.disable_progress_bar()
     how = {"trust_remote_code": False, "use_safetensors": True, "local_files_only": True}
-    try:  # the files' own numbers, whatever type config.json speaks of
+    try:  # fp32, regardless of the type in config.json
         model, info = _with_loading_info(
             AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, output_loading_info=True, **how)
         )
-    except Exception as error:  # its checks of a configuration raise classes of many kinds
+    except Exception as error:  # its config checks raise many types
         reason = in_one_line(error, 300)
-        raise UserError(f"{hf}: transformers does not load it ({reason}); mend the folder") from error
+        raise UserError(f"{hf}: transformers does not load it ({reason}); fix the folder") from error
     if wrong := sorted([*info["missing_keys"], *info["unexpected_keys"]]):
-        raise UserError(f"{hf}: transformers finds {', '.join(wrong)} missing or unexpected; give a whole model")
+        raise UserError(f"{hf}: transformers finds {', '.join(wrong)} missing or unexpected; give a complete model")
     model.eval()
     name = next(row.hf[0] for row in family.rows if "{layer}" in row.hf[0]).split(".{layer}")[0]
     trace = _Trace({})
@@ -158,7 +158,7 @@ def _with_loading_info(loaded: Any) -> tuple[torch.nn.Module, dict[str, Collecti
 
 
 def _megatron(folder: Path, shape: ModelShape, parallel: ParallelContext, device: Device, ids: Tensor) -> _Trace:
-    """This rank's part of our model; logits on the last stage alone."""
+    """Runs this rank's part of the Megatron model; logits on the last stage only."""
     chunks = gpt.build(shape, parallel, Precision(), device, sequence_length=ids.shape[1])
     loader.load_weights(folder, chunks, parallel)
     model = gpt.unwrap(chunks[0]).eval()
@@ -182,7 +182,7 @@ def _megatron(folder: Path, shape: ModelShape, parallel: ParallelContext, device
 
 @contextmanager
 def _watched(layers: list[torch.nn.Module], numbers: Any, kept: dict[int, Tensor], turn: Any) -> Iterator[None]:
-    """Keeps what each layer returns, and what goes into the first, while the block runs."""
+    """Records the output of each layer, and the input of the first, within the context."""
 
     def keep(number: int, hidden: Any) -> None:
         kept[number] = turn(hidden[0] if isinstance(hidden, tuple) else hidden).detach().clone()

@@ -1,4 +1,4 @@
-"""From numbered samples to the micro-batches of one data-parallel rank."""
+"""Micro-batches of one data-parallel rank, built from numbered samples."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,16 +12,16 @@ from megatron_capgap.data.sampler import dp_shard
 
 @dataclass
 class MicroBatch:
-    """What one forward pass reads; replicated over the tensor- and pipeline-parallel ranks.
+    """Input of one forward pass; replicated over the tensor- and pipeline-parallel ranks.
 
     Attributes:
         tokens: int64 [b, s].
-        labels: int64 [b, s], the token after each of `tokens`.
-        loss_mask: float32 [b, s], 1 where a label counts.
+        labels: int64 [b, s], the next token of each position.
+        loss_mask: float32 [b, s], 1 where the loss counts the label.
         position_ids: int64 [b, s].
-        sample_ids: number of the sample in each row.
-        conversations: int64 [b, s], which of its row's conversations a token belongs to, -1 behind the last one;
-            None where a token may look back over the whole row.
+        sample_ids: sample number of each row.
+        conversations: int64 [b, s], index within the row of the conversation that a token belongs to, -1 after the
+            last one; None where a token attends to all earlier tokens of the row.
     """
 
     tokens: torch.Tensor
@@ -33,9 +33,9 @@ class MicroBatch:
 
     @property
     def attention_mask(self) -> torch.Tensor | None:
-        """Bool [b, 1, s, s], True where a token may not look; None means that it may not look ahead.
+        """Bool [b, 1, s, s], True where attention is masked; None means plain causal attention.
 
-        Made when it is asked for: those of a whole global batch would be s bytes a token.
+        Built on access: the masks of a complete global batch would take s bytes per token.
         """
         if self.conversations is None:
             return None
@@ -44,24 +44,24 @@ class MicroBatch:
         return (ahead | ~self._together())[:, None]
 
     def lengths(self) -> torch.Tensor:
-        """Int64 [b, s]: tokens of the conversation that each token belongs to."""
+        """Int64 [b, s]: length of the conversation that each token belongs to."""
         return self._together().sum(-1)
 
     def _together(self) -> torch.Tensor:
-        """Bool [b, s, s], whether two tokens belong to one conversation."""
-        assert self.conversations is not None, "asked for where rows are packed of conversations alone"
+        """Bool [b, s, s], whether two tokens belong to the same conversation."""
+        assert self.conversations is not None, "called only for rows packed with conversations"
         return self.conversations[:, :, None] == self.conversations[:, None, :]
 
     def flat(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Labels and loss mask as vectors [s * b], in the order of hidden states [s, b, h] as [s * b, h]."""
+        """Labels and loss mask as vectors [s * b], in the order of hidden states [s, b, h] reshaped to [s * b, h]."""
         return self.labels.t().reshape(-1), self.loss_mask.t().reshape(-1)
 
 
 class Samples(Protocol):
-    """Numbered samples, of text or of conversations.
+    """Numbered samples of text or conversations.
 
     Attributes:
-        sequence_length: tokens of a row.
+        sequence_length: tokens in a row.
     """
 
     sequence_length: int
@@ -70,17 +70,17 @@ class Samples(Protocol):
         """Samples in one pass."""
 
     def micro_batch(self, there: Sequence[int | None], ids: list[int], device: torch.device) -> MicroBatch:
-        """Some samples as rows.
+        """Returns samples as the rows of a micro-batch.
 
         Args:
-            there: their numbers; None makes a row that counts for nothing.
-            ids: what the micro-batch calls them.
-            device: where the tensors go.
+            there: sample numbers; None gives a row with loss mask 0.
+            ids: sample numbers stored in the micro-batch.
+            device: device of the tensors.
         """
 
 
 def global_batch_samples(step: int, global_batch: int) -> range:
-    """Numbers of the samples of a step, which counts from 0."""
+    """Sample numbers of a step; steps count from 0."""
     return range(step * global_batch, (step + 1) * global_batch)
 
 
@@ -93,25 +93,30 @@ def micro_batches(
     device: torch.device,
     limit: int | None = None,
 ) -> Iterator[MicroBatch]:
-    """The micro-batches of one data-parallel rank, as `order.dealt` deals them.
+    """Yields the micro-batches of one data-parallel rank, assigned by `sampler.dp_shard`.
 
     Args:
-        limit: samples from this number on do not exist; their rows are padding that counts for nothing. With
-            the length of a held-out set it lets every layout count each of its samples once.
+        sequence: the dataset.
+        samples: sample numbers of the global batch.
+        micro_batch: rows of a micro-batch.
+        data_rank, data_size: this data-parallel rank and the number of ranks.
+        device: device of the tensors.
+        limit: number of existing samples; rows of later samples are padding with loss mask 0. Set to the length of
+            a held-out set, every layout counts each of its samples once.
     """
     for ids in dp_shard(samples, micro_batch, data_rank, data_size):
         yield read(sequence, ids, device, limit)
 
 
 def read(sequence: Samples, ids: list[int], device: torch.device, limit: int | None = None) -> MicroBatch:
-    """One micro-batch of the samples `ids`; `limit` as in `micro_batches`."""
+    """Reads one micro-batch of the samples `ids`; `limit` as in `micro_batches`."""
     return sequence.micro_batch([k if limit is None or k < limit else None for k in ids], ids, device)
 
 
 def collate(
     rows: Sequence[np.ndarray | None], sample_ids: list[int], sequence_length: int, device: torch.device
 ) -> MicroBatch:
-    """Stack rows of int64 [sequence_length + 1] tokens; None makes a row of padding with loss mask 0."""
+    """Stacks rows of int64 [sequence_length + 1] tokens; None gives a padding row with loss mask 0."""
     stack = np.zeros((len(rows), sequence_length + 1), dtype=np.int64)
     loss_mask = np.zeros((len(rows), sequence_length), dtype=np.float32)
     for index, row in enumerate(rows):

@@ -1,4 +1,4 @@
-"""Templates that turn a conversation into text and ids, and tell what of it the assistant says."""
+"""Chat templates: render a conversation to text and token ids, and mark the tokens that the assistant writes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_capgap.data.template_files import DEFAULT, TOOL_USE, Jinja
 from megatron_capgap.data.tokenizer import Tokenizer
 
 _CALL = {"id": "aaaaaaaaa", "type": "function", "function": {"name": "f", "arguments": {"a": "B"}}}
-_SOMETHING = "\ue0f2"  # a private character, which no text holds: stands for a message
+_SOMETHING = "\ue0f2"  # private-use character that no text contains: placeholder for a message
 
 
 @dataclass(frozen=True)
@@ -28,46 +28,46 @@ class Segment:
 
     tokens: tuple[int, ...]
     learned: bool
-    """Whether the loss counts them: the assistant says them."""
+    """Whether the loss counts them: the assistant writes them."""
     joined: bool = False
-    """Whether the tokenizer has merged the assistant's first characters with what stands before them; a prompt that
-    ends there has other ids."""
+    """Whether a token merges the assistant's first characters with the text before them; a prompt that ends there has
+    different ids."""
 
 
 class Template(ABC):
-    """How a conversation is written down for a tokenizer.
+    """Encodes conversations with one tokenizer.
 
     Attributes:
-        jinja: the same in the language of Hugging Face's tokenizers.
+        jinja: the template as Jinja source, as Hugging Face tokenizers store it.
     """
 
     jinja: Jinja
 
     @abstractmethod
     def encode(self, conversation: Conversation) -> list[Segment]:
-        """Tokens from the beginning on; after a last message of the user's, up to where the assistant begins."""
+        """Tokens of the conversation; if the last message is not the assistant's, includes the generation prompt."""
 
     @abstractmethod
     def ends(self) -> frozenset[int]:
-        """Ids that the template writes where the assistant's turn ends; a text that is generated ends there too."""
+        """Ids that the template writes at the end of an assistant turn; generation stops at them."""
 
 
 class JinjaTemplate(Template):
-    """A template in Jinja, in the sandbox and with the helpers that transformers gives it.
+    """A Jinja template, run in the same sandbox and with the same helpers as in transformers.
 
-    The whole conversation becomes text and then ids, as in transformers' `apply_chat_template`: what a tokenizer makes
-    of a piece depends on what stands before it. The assistant's words are what `{% generation %}` marks, or, without
-    such marks, from where the template leaves the assistant to begin to the end of its turn. A token that stands for
-    characters on both sides of that beginning is learned, and told of (`Segment.joined`): generation begins behind a
-    prompt that ends there, whose ids are others.
+    The complete conversation is rendered to text and then encoded, as in transformers' `apply_chat_template`, because
+    tokenization of a part depends on the text before it. The assistant's text is what `{% generation %}` marks, or,
+    without such marks, from the end of the generation prompt to the end of the turn. A token that spans the start of
+    the assistant's text is learned and reported (`Segment.joined`): at generation the prompt ends there, and its ids
+    differ.
 
     Args:
-        source: the template, or several by name; one that is neither `default` nor `tool_use` is only handed on.
-        tokenizer: gives bos_token, eos_token and the like as text.
-        place: what messages call it.
+        source: the template, or several by name; names other than `default` and `tool_use` are exported only.
+        tokenizer: gives bos_token, eos_token and other special tokens as text.
+        place: name of the template in messages.
 
     Raises:
-        UserError: it is no Jinja.
+        UserError: `source` is not valid Jinja.
     """
 
     def __init__(self, source: Jinja, tokenizer: Tokenizer, place: str) -> None:
@@ -77,7 +77,7 @@ class JinjaTemplate(Template):
         try:
             self._sources = {name: TemplateSource(named[name]) for name in (DEFAULT, TOOL_USE) if name in named}
         except (TemplateError, RecursionError) as error:
-            raise UserError(f"{place}: is no Jinja ({error}); mend it, or use the default template") from None
+            raise UserError(f"{place}: is not valid Jinja ({error}); fix it, or use the default template") from None
 
     def encode(self, conversation: Conversation) -> list[Segment]:
         conversation = self._readable(self._tools_by_name(conversation))
@@ -95,10 +95,10 @@ class JinjaTemplate(Template):
         return found
 
     def _joined(self, text: str, at: int, ids: list[int], places: list[Span]) -> int | None:
-        """The first of the assistant's tokens, by its number, where the prompt before it alone has other ids."""
+        """Index of the assistant's first token if the prompt encoded alone has different ids; else None."""
         if any(start == at for start, _ in places) and (not at or any(end == at for _, end in places)):
             return None
-        # Not where a token ends; or one whose space counts for nothing in its place, so that only the ids tell.
+        # No token boundary here, or a token whose space maps to no characters: compare the ids.
         asked, _ = self._tokenizer.encode_with_places(text[:at])
         if ids[: len(asked)] == asked:
             return None
@@ -110,25 +110,24 @@ class JinjaTemplate(Template):
             for asked, said in (("A", "B"), (_parts("A"), _parts("B"))):
                 found.update(self._tokens_at_the_end(name, asked, Message("assistant", said))[:1])
         for name in self._sources:
-            # Some templates end a turn that calls a tool otherwise; what stands before the end belongs to the call.
+            # Some templates end a tool-call turn differently; the tokens before its last one belong to the call.
             closing = self._tokens_at_the_end(name, "A", Message("assistant", None, {"tool_calls": [_CALL]}))
             if found.isdisjoint(closing):
                 found.update(closing[-1:])
         return frozenset(found)
 
     def _tokens_at_the_end(self, name: str, asked: Any, said: Message) -> list[int]:
-        """Ids of the tokens, among those that are never cut, which a template writes behind the assistant's words."""
+        """Ids of the never-split tokens that a template writes after the assistant's text."""
         try:
             talk = Conversation((Message("user", asked), said), [] if name == TOOL_USE else None)
             turn = self._end_of_turn(talk, 1)
-        except UserError:  # it wants more than a question and an answer
+        except UserError:  # the template needs more than a question and an answer
             return []
         ids, _ = self._tokenizer.encode_with_places(turn)
         return [token for token in ids if token in self._tokenizer.whole]
 
     def _tools_by_name(self, conversation: Conversation) -> Conversation:
-        """The conversation with tools called `tool` where the template leaves out, or fails at, what they are called
-        otherwise."""
+        """Renames tool roles (such as ipython) to `tool` if the template drops, or fails at, their original name."""
         numbers = [number for number, message in enumerate(conversation) if message.role not in ROLES]
         answer = conversation.messages[-1].role != "assistant"
         text = self._part(conversation, answer) if numbers else None
@@ -139,11 +138,11 @@ class JinjaTemplate(Template):
         return conversation
 
     def _readable(self, conversation: Conversation) -> Conversation:
-        """The conversation as the template can read it: where it fails at content in parts, or at none, each content
-        becomes one text. There transformers fails too.
+        """The conversation in a form that the template accepts: if it fails at content in parts, or at missing content,
+        each content becomes one string. transformers fails on these.
 
         Raises:
-            UserError: it prints parts as a list, or leaves them out.
+            UserError: the template prints parts as a list, or drops them.
         """
         if all(isinstance(message.words, str) for message in conversation):
             return conversation
@@ -158,12 +157,12 @@ class JinjaTemplate(Template):
                 if printed or self._changed(conversation, number, answer, calls=False) == text:
                     raise UserError(
                         f"{self._place}: {'prints as a list' if printed else 'leaves out'} the content of message "
-                        f"{number + 1}, which is in parts, and transformers would do the same; write it as one string"
+                        f"{number + 1}, which is in parts, as transformers does; write the content as one string"
                     )
         return conversation
 
     def _written(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """The text, and where the assistant says in it what is to be learned."""
+        """The rendered text, and the spans of it that are learned."""
         messages, marked = conversation.messages, self._source(conversation).marked
         answer = messages[-1].role != "assistant"
         text, said = self._render(conversation, answer)
@@ -181,8 +180,8 @@ class JinjaTemplate(Template):
         return text, [(at, to) for at, to in said if not any(at < end and to > start for start, end in spans)]
 
     def _turn(self, conversation: Conversation, number: int, text: str, answer: bool) -> Span:
-        """Where one turn of the assistant's stands in the text of all: from where it is left to begin, in a prompt that
-        ends before it, up to what the template writes at the end of a turn."""
+        """Span of one assistant turn in the rendered text: from the end of the generation prompt to the end-of-turn
+        text that the template writes."""
         before, after = conversation.upto(number), conversation.upto(number + 1)
         asked = self._part(before, answer=True)
         said = self._part(after, answer=False) if len(after) < len(conversation) else text
@@ -190,47 +189,47 @@ class JinjaTemplate(Template):
         if asked is not None and said is not None and len(asked) < len(said):
             if text.startswith(asked) and text.startswith(said):
                 return len(asked), len(said)
-        # What changes with the words is where they stand; a template may write the same turn otherwise once more
-        # follows, such as without the thoughts before an answer.
+        # Locate the content by changing it; a template may render a turn differently once more messages follow, for
+        # example without the reasoning before an answer.
         start, end = self._words(conversation, number, text, answer) or (len(text), len(text))
         turns = self._turns(conversation, answer, text)
-        if asked is None:  # such as where the assistant speaks first; a header is the same behind any question
+        if asked is None:  # for example the assistant speaks first; the header is the same after any question
             before = Conversation((Message("user", "A"),), conversation.tools)
             asked = self._part(before, answer=True) or ""
         start = self._begins(before, asked, text, start, turns)
-        if said is None:  # such as where the user has not spoken yet
+        if said is None:  # for example no user message so far
             after = Conversation((Message("user", "A"), conversation.messages[number]), conversation.tools)
         closing = self._end_of_turn(after, len(after) - 1)
         shared = _common(text[end:], closing)
         if shared == len(closing):
             return start, end + shared
-        # A template may end the last turn otherwise than those before.
+        # A template may end the last turn differently from earlier ones.
         follows = self._words(conversation, number + 1, text, answer) if number + 1 < len(conversation) else None
         limit = len(text) if follows is None else follows[0]
         ends = [place for place in turns if end <= place <= limit]
         return start, ends[0] if ends else end + self._whole(text[end : end + shared])
 
     def _check_said(self, conversation: Conversation, number: int, text: str, answer: bool) -> None:
-        """Refuses a template that writes nothing of what the assistant says and calls; some leave out words beside
-        tool calls, and thoughts before an earlier answer."""
+        """Rejects a template that renders neither an assistant message's text nor its tool calls. Some templates drop
+        text beside tool calls, and the reasoning before an earlier answer; those are accepted."""
         message = conversation.messages[number]
         words, calls = bool(message.text.strip()), bool(message.fields.get("tool_calls"))
         tried = [kind for kind, there in ((False, words), (True, calls)) if there]
         if tried and all(self._changed(conversation, number, answer, kind) == text for kind in tried):
             raise UserError(
                 f"{self._place}: leaves out what the assistant {'says' if words else 'calls'} in message {number + 1}, "
-                "or writes it so that it cannot be told apart; use the default template"
+                "or renders it so that it cannot be located; use the default template"
             )
 
     def _part(self, conversation: Conversation, answer: bool) -> str | None:
-        """The text of the beginning of a conversation, or None where the template fails at it."""
+        """Rendered text of a conversation's first messages, or None if the template fails."""
         try:
             return self._render(conversation, answer).text
         except UserError:
             return None
 
     def _begins(self, before: Conversation, asked: str, text: str, start: int, turns: list[int]) -> int:
-        """Where the turn begins whose words begin at `start`."""
+        """Start of the turn whose content starts at `start`."""
         if asked and text.startswith(asked) and len(asked) <= start:
             return len(asked)
         here = max((place for place in turns if place <= start), default=start)
@@ -239,14 +238,14 @@ class JinjaTemplate(Template):
         return there if there <= start and text.startswith(header, here) else start
 
     def _whole(self, text: str) -> int:
-        """Characters of a text up to the last token that is never cut, or the last space: what begins alike behind
-        that may be the half of something else."""
+        """Length of the prefix that ends at the last never-split token or the last whitespace; an equal prefix beyond
+        that may be part of another word."""
         ids, places = self._tokenizer.encode_with_places(text)
         marks = [to for token, (_, to) in zip(ids, places, strict=True) if token in self._tokenizer.whole]
         return max([*marks, *(space.end() for space in re.finditer(r"\s+", text))], default=0)
 
     def _words(self, conversation: Conversation, number: int, text: str, answer: bool) -> Span | None:
-        """What of the text changes with the words of a message, or with its tool calls."""
+        """Span of the text that changes with a message's content, or with its tool calls."""
         for calls in (False, True) if conversation.messages[number].fields.get("tool_calls") else (False,):
             changed = self._changed(conversation, number, answer, calls)
             if changed != text:
@@ -254,7 +253,7 @@ class JinjaTemplate(Template):
         return None
 
     def _changed(self, conversation: Conversation, number: int, answer: bool, calls: bool) -> str:
-        """The text, had a message other words or other tool calls."""
+        """The rendered text with other content, or other tool calls, in one message."""
         other = conversation.messages[number].otherwise(_SOMETHING, calls)
         return self._render(conversation.exchanged(number, other), answer).text
 
@@ -262,23 +261,23 @@ class JinjaTemplate(Template):
         return self._source(conversation).turns(self._values(conversation, answer), text)
 
     def _end_of_turn(self, conversation: Conversation, number: int) -> str:
-        """What the template writes after the assistant's words, where they are the last; nothing where it fails at
-        a conversation that ends there."""
+        """Text that the template writes after the assistant's content in the last message; empty if the template fails
+        at a conversation that ends there."""
         if self._part(conversation, answer=False) is None:
             return ""
         text, said = self._render(conversation, answer=False)
         words = self._words(conversation, number, text, answer=False)
-        if self._source(conversation).marked:  # the mark may hold the header of the turn too
+        if self._source(conversation).marked:  # the mark may include the header of the turn
             return text[words[1] : said[-1][1]] if words and said else ""
         return text[words[1] :] if words else ""
 
     def _source(self, conversation: Conversation) -> TemplateSource:
-        """Which of several templates writes a conversation down; an empty list of tools names some, to transformers."""
+        """The template for a conversation; as in transformers, an empty list of tools selects `tool_use`."""
         name = TOOL_USE if conversation.tools is not None and TOOL_USE in self._sources else DEFAULT
         if name not in self._sources:
             raise UserError(
-                f"{self._place}: brings chat templates ({', '.join(sorted(self.jinja))}), none of which is called "
-                "default; call one so, or use template default"
+                f"{self._place}: has chat templates ({', '.join(sorted(self.jinja))}), none of which is named "
+                "default; rename one to default, or use template default"
             )
         return self._sources[name]
 
@@ -286,24 +285,24 @@ class JinjaTemplate(Template):
         source = self._source(conversation)
         try:
             return source.render(self._values(conversation, answer))
-        except Exception as error:  # a template is a program of somebody else's: it may raise anything
+        except Exception as error:  # a template is third-party code: it may raise anything
             what = str(error) if isinstance(error, TemplateError) else f"{type(error).__name__}: {error}"
             raise UserError(
                 f"{self._place}: {in_one_line(what)}; use other conversations or the default template"
             ) from None
 
     def _values(self, conversation: Conversation, answer: bool) -> dict[str, Any]:
-        """What a template reads."""
+        """Variables of a template."""
         messages = [message.content() for message in conversation]
         told = {"messages": messages, "tools": conversation.tools, "documents": None, "add_generation_prompt": answer}
         return {**self._tokenizer.special, **told}
 
 
 class DefaultTemplate(JinjaTemplate):
-    """`[|User|]words</s>[|Assistant|]words</s>`, as the original writes it, for any tokenizer with an end of text.
+    """`[|User|]text</s>[|Assistant|]text</s>`, the original's format, for any tokenizer with an end-of-text token.
 
     Raises:
-        UserError: the tokenizer has none.
+        UserError: the tokenizer has no end-of-text token.
     """
 
     JINJA = jinja = (
@@ -315,7 +314,9 @@ class DefaultTemplate(JinjaTemplate):
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         if tokenizer.eos is None:
-            raise UserError("the default chat template needs a tokenizer with an end of text; train or choose another")
+            raise UserError(
+                "the default chat template needs a tokenizer with an end-of-text token; train or choose another"
+            )
         super().__init__(self.JINJA, tokenizer, "the default chat template")
 
 
@@ -324,13 +325,13 @@ def _parts(text: str) -> tuple[dict[str, str], ...]:
 
 
 def _within(text: str, start: int, end: int, at: int, to: int) -> bool:
-    """Whether a token belongs to a turn. One that reaches over its beginning does, as in transformers; one that begins
-    with the space behind the words and holds what comes after the turn does not."""
+    """Whether a token belongs to a turn. A token that spans the start of the turn does, as in transformers; one that
+    starts with the space after the content and contains the text after the turn does not."""
     return start < to and end > at and (end <= to or not text[start:to].isspace())
 
 
 def _difference(text: str, other: str) -> Span:
-    """The characters of a text that are not those of another, whose beginning and end are the same."""
+    """Span of a text that differs from another text with the same prefix and suffix."""
     start = _common(text, other)
     most = min(len(text), len(other)) - start
     end = min(_common(text[::-1], other[::-1]), most)
@@ -338,7 +339,7 @@ def _difference(text: str, other: str) -> Span:
 
 
 def _common(text: str, other: str) -> int:
-    """Characters at the beginning of both."""
+    """Length of the common prefix."""
     known, most = 0, min(len(text), len(other))
     while known < most:
         middle = (known + most + 1) // 2
@@ -353,31 +354,31 @@ def open_template(name: str, tokenizer: Tokenizer, path: str) -> Template:
     """The template that a configuration names.
 
     Args:
-        name: `tokenizer` for the one that came with the tokenizer, or `default`.
+        name: `tokenizer` for the tokenizer's own template, or `default`.
         tokenizer: opened from `path`.
-        path: data.tokenizer.
+        path: value of data.tokenizer.
 
     Raises:
-        UserError: the tokenizer brings none, or one that cannot be used.
+        UserError: the tokenizer has no template, or an unusable one.
     """
     if name == "default":
         return DefaultTemplate(tokenizer)
     found = template_files.brought(Path(path))
     if found is None:
-        raise UserError(f"{name}: {path} brings no chat template; template default would do, or another tokenizer")
+        raise UserError(f"{name}: {path} has no chat template; use template default, or another tokenizer")
     return JinjaTemplate(found[0], tokenizer, str(found[1]))
 
 
 def stop_tokens(
     tokenizer: Tokenizer, jinja: Jinja | None, vocab: int, others: frozenset[int] = frozenset()
 ) -> tuple[frozenset[int], str | None]:
-    """Every id that ends a text of a model, and a line about those that are left out because it has no such token.
+    """Stop ids of a model, and a message about ids dropped because the model's vocabulary lacks them.
 
     Args:
-        tokenizer: its end of text, and those of generation_config.json beside it, end a text.
-        jinja: the template that the model was finetuned with, or None; it ends where a turn of the assistant's does.
-        vocab: the model's rows.
-        others: of another template.
+        tokenizer: its end-of-text id, and the ids in generation_config.json beside it, are stop ids.
+        jinja: the template that the model was finetuned with, or None; its end-of-turn ids are stop ids.
+        vocab: rows of the model's embedding.
+        others: stop ids of another template.
     """
     found = tokenizer.stops | others
     if jinja is not None:

@@ -1,6 +1,6 @@
-"""Conversations of jsonl files as samples: encoded once, into arrays that every rank maps into its memory.
+"""Conversations of jsonl files as samples: encoded once into arrays that every rank memory-maps.
 
-A run that is started again reads the tokens that it read before, whatever its template makes of today's date.
+A restarted run reads the same tokens as before, even if the template renders today's date.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from megatron_capgap.data.conversation_files import read_conversations
 from megatron_capgap.data.conversation_packing import Example, InstructSequence
 from megatron_capgap.data.tokenizer import Tokenizer
 
-_CUT = "cut.json"  # in the folder of a list of files: what did not fit
+_CUT = "cut.json"  # in the cache folder of a list of files: the `PackingCounts`
 _ARRAYS = {"tokens": np.int32, "learned": np.bool_, "ends": np.int64}
-_HELD_OUT_ORDER = 0  # held-out rows come in the same order in every run
+_HELD_OUT_ORDER = 0  # seed: held-out rows have the same order in every run
 
 
 class _Examples(Sequence[Example]):
-    """Conversations in arrays, one behind the other."""
+    """Conversations stored back to back in memory-mapped arrays."""
 
     def __init__(self, folder: Path) -> None:
         self._tokens, self._learned, self._ends = (_array(folder / f"{name}.npy") for name in _ARRAYS)
@@ -38,7 +38,7 @@ class _Examples(Sequence[Example]):
 
     @property
     def largest(self) -> int:
-        """Of all ids."""
+        """Largest token id."""
         return int(self._tokens.max())
 
     def __getitem__(self, index: int) -> Example:  # type: ignore[override]
@@ -49,35 +49,35 @@ class _Examples(Sequence[Example]):
 
 
 class Conversations:
-    """The conversations that a configuration names, as one template writes them down.
+    """The conversations of a configuration, encoded with one template.
 
     Args:
-        data: which files; rows have its sequence_length.
+        data: the files and the sequence_length of rows.
         tokenizer: opened from data.tokenizer.
-        template: how they are written down.
-        cache_dir: where the arrays are kept.
+        template: the chat template.
+        cache_dir: folder of the cached arrays.
     """
 
     def __init__(self, data: DataConfig, tokenizer: Tokenizer, template: Template, cache_dir: Path) -> None:
         self._data, self._tokenizer, self._template, self._cache_dir = data, tokenizer, template, cache_dir
 
     def build(self, vocab: int) -> list[str]:
-        """Reads and encodes what is not in the cache yet. One process does this before any opens them.
+        """Reads and encodes what the cache lacks. One process calls this before any process opens the data.
 
         Args:
-            vocab: ids must be smaller.
+            vocab: exclusive upper limit of ids.
 
         Returns:
-            What is to be said of conversations that did not fit, or whose answers begin within a token.
+            Messages about conversations that did not fit, or whose answers start within a token.
 
         Raises:
-            UserError: a file is missing or holds something else, no conversation fits into a row, an id has no row in
-                the model, or the cache cannot be written.
+            UserError: a file is missing or has other content, no conversation fits into a row, an id is not in the
+                model's vocabulary, or the cache cannot be written.
         """
         missing = {}
-        for files in self._lists():  # all are read before anything is written
+        for files in self._lists():  # read all before writing anything
             if self._folder(files).is_dir():
-                # Perhaps written for a model with more rows.
+                # The cache may come from a model with more rows.
                 self._check_ids(files, _Examples(self._folder(files)).largest, vocab)
             else:
                 conversations = [conversation for file in files for conversation in read_conversations(file)]
@@ -89,16 +89,15 @@ class Conversations:
         return [line for files in self._lists() for line in self._said(files)]
 
     def open_training(self, seed: int, *, packed: bool) -> InstructSequence:
-        """Endless rows of data.train, in another order in each epoch; see `InstructSequence`.
+        """Endless rows of data.train, reshuffled in each epoch; see `InstructSequence`.
 
         Raises:
-            UserError: `build` has not been where this host looks.
+            UserError: the output of `build` is not visible on this host.
         """
         return InstructSequence(self._open(self._data.train), self._data.sequence_length, seed, packed=packed)
 
     def open_validation(self, *, packed: bool) -> InstructSequence:
-        """Every row of data.valid once, in a shuffled order that is always the same, so that the first ones are a fair
-        portion.
+        """Every row of data.valid once, in a fixed shuffled order, so that the first rows are a representative sample.
 
         Raises:
             UserError: as `open_training`.
@@ -110,7 +109,7 @@ class Conversations:
         return (files for files in dict.fromkeys((self._data.train, self._data.valid)) if files)
 
     def _folder(self, files: tuple[str, ...]) -> Path:
-        """Where the arrays of some files are kept: a name for all that decides their content."""
+        """Cache folder of a list of files; its name is a hash of everything that determines the content."""
         content = {
             "files": [_identity(Path(file)) for file in files],
             "tokenizer": [self._tokenizer.fingerprint, _identity(Path(self._data.tokenizer))],
@@ -121,7 +120,8 @@ class Conversations:
         return self._cache_dir / f"conversations_{digest[:16]}"
 
     def _write(self, folder: Path, examples: Sequence[Example], cut: conversation_packing.PackingCounts) -> None:
-        """A killed job leaves only the partial folder, and of two jobs with one cache either may finish first."""
+        """Writes the arrays to a partial folder and renames it: a killed job leaves only the partial folder, and two
+        jobs that share a cache may finish in any order."""
         nothing = np.zeros(1, dtype=np.bool_)
         arrays = {
             "tokens": np.concatenate([example.tokens for example in examples]),
@@ -138,7 +138,7 @@ class Conversations:
                 partial.rename(folder)
         except OSError as error:
             raise UserError(
-                f"{self._cache_dir} cannot hold the encoded conversations ({error.strerror}): "
+                f"{self._cache_dir} cannot store the encoded conversations ({error.strerror}): "
                 "choose a run_dir that is writable and has space"
             ) from error
         finally:
@@ -147,37 +147,37 @@ class Conversations:
     def _check_ids(self, files: tuple[str, ...], largest: int, vocab: int) -> None:
         if largest >= vocab:
             raise UserError(
-                f"{', '.join(files)}: hold the token {self._tokenizer.pieces()[largest]!r} ({largest}), which has no "
-                f"row in the model's vocab of {vocab}; use the model's own tokenizer and template, or other texts"
+                f"{', '.join(files)}: contain the token {self._tokenizer.pieces()[largest]!r} ({largest}), which has "
+                f"no row in the model's vocab of {vocab}; use the model's own tokenizer and template, or other texts"
             )
 
     def _said(self, files: tuple[str, ...]) -> Iterator[str]:
         cut = json.loads((self._folder(files) / _CUT).read_text())
         if cut["shortened"] or cut["dropped"]:
             yield (
-                f"{', '.join(files)}: of {cut['kept'] + cut['dropped']} conversations {cut['shortened']} lost their "
-                f"end, {cut['dropped']} were dropped, with no word of the assistant's within data.sequence_length "
+                f"{', '.join(files)}: of {cut['kept'] + cut['dropped']} conversations {cut['shortened']} were "
+                f"truncated, {cut['dropped']} were dropped: no assistant text within data.sequence_length "
                 f"{self._data.sequence_length}"
             )
-        if cut.get("joined"):  # a cache of an earlier version does not say
+        if cut.get("joined"):  # caches of earlier versions lack it
             yield (
-                f"{', '.join(files)}: in {cut['joined']} of {cut['kept']} conversations a token spans the place at "
-                "which an answer begins, so that generation begins with other ids than are learned here; a template "
-                "whose prompt ends with a special token or a line end keeps them apart"
+                f"{', '.join(files)}: in {cut['joined']} of {cut['kept']} conversations a token spans the start of an "
+                "answer, so generation starts from different ids than training; use a template "
+                "whose prompt ends with a special token or a newline"
             )
 
     def _open(self, files: tuple[str, ...]) -> _Examples:
         folder = self._folder(files)
         if not folder.is_dir():
             raise UserError(
-                f"{folder} with the conversations of {', '.join(files)} is not there: put run_dir and the data on a "
-                "file system that all hosts share, and leave the data alone while a run starts"
+                f"{folder} with the conversations of {', '.join(files)} is missing: put run_dir and the data on a "
+                "file system that all hosts share, and do not change the data while a run starts"
             )
         return _Examples(folder)
 
 
 def _identity(path: Path) -> list[object]:
-    """What tells a file, or the files of a folder, from others of the name."""
+    """Path, sizes and modification times that identify a file, or the files of a folder."""
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     found = [(str(file), file.stat()) for file in files if file.is_file()]
     return [os.path.abspath(path), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in found)]
@@ -188,5 +188,5 @@ def _array(file: Path) -> np.ndarray:
         return np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{file}: is no array of numbers ({in_one_line(error)}); remove {file.parent}, it is built anew"
+            f"{file}: is not a numeric array ({in_one_line(error)}); remove {file.parent}, it is rebuilt"
         ) from None

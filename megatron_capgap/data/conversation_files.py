@@ -1,4 +1,4 @@
-"""Conversations from jsonl files, in each of the ways in which they are written down."""
+"""Reads conversations from jsonl files in OpenAI's, ShareGPT's and the original's format."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_capgap.common.errors import UserError, in_one_line
 from megatron_capgap.data.jsonl import find, rows
 from megatron_capgap.data.messages import ROLES, THOUGHTS, Conversation, Message
 
-# The names of ShareGPT, of the data sets that followed it, and of models whose messages call the speakers otherwise.
+# Role names of ShareGPT, of later data sets in its format, and of model-specific message formats.
 _SPEAKERS = {name: "user" for name in ("human", "prompter")}
 _SPEAKERS |= dict.fromkeys(("gpt", "chatgpt", "bard", "bing", "claude", "ai", "bot", "chatbot", "model"), "assistant")
 _SPEAKERS |= dict.fromkeys(("function_call", "tool_call"), "assistant")
@@ -19,13 +19,13 @@ _TOOLS = ("ipython", "observation", "function", "function_response", "tool_respo
 _SPEAKERS |= dict.fromkeys(_TOOLS, "tool")
 _SPEAKERS |= {role: role for role in ROLES}
 _SILENT = ("system", "developer", "tool", *_TOOLS)
-"""Those who may say an empty text."""
+"""Roles whose text may be empty."""
 _TURNS = {"messages": "role", "conversations": "from"}
-"""Where a line has its turns, and what says there who speaks unless a turn itself says so by the other key."""
+"""Key of a line's turns -> default key of a turn's role; a turn may use the other key."""
 _AS_MESSAGES = '{"messages": [{"role": "user", "content": %s}, {"role": "assistant", "content": %s}]}'
 _FORMS = {
     ("instruction", "output"): "it is an Alpaca row: write it as "
-    + _AS_MESSAGES % ("INSTRUCTION, or with INPUT behind it", "OUTPUT"),
+    + _AS_MESSAGES % ("INSTRUCTION, followed by INPUT if any", "OUTPUT"),
     ("prompt", "completion"): "it is a prompt with its completion: write it as "
     + _AS_MESSAGES % ("PROMPT", "COMPLETION"),
     ("prompt", "response"): "it is a prompt with its response: write it as " + _AS_MESSAGES % ("PROMPT", "RESPONSE"),
@@ -33,27 +33,29 @@ _FORMS = {
     ("chosen", "rejected"): 'it is a pair of preferences: write the turns of one as {"messages": [...]}',
     ("text",): "it is plain text, as adapt and distill read it",
 }
-"""Keys of rows in other forms, and what is to be done."""
+"""Keys of rows in other formats -> what the row is and the fix."""
 
 
 def read_conversations(path: str) -> list[Conversation]:
-    """Every conversation of a jsonl file. A line is `{"messages": [{"role": ..., "content": ...}, ...]}`, ShareGPT's
-    `{"conversations": [{"from": ..., "value": ...}, ...]}`, or, as in the original's files,
-    `[{"User": ..., "Assistant": ...}, ...]`. An assistant's message with `weight` 0, or `train` or `loss` false,
+    """Reads every conversation of a jsonl file. A line is `{"messages": [{"role": ..., "content": ...}, ...]}`,
+    ShareGPT's `{"conversations": [{"from": ..., "value": ...}, ...]}`, or the original's
+    `[{"User": ..., "Assistant": ...}, ...]`. An assistant message with `weight` 0, or `train` or `loss` false,
     is context only.
 
     Raises:
-        UserError: the file is missing or empty, or a line is no conversation; with its number.
+        UserError: the file is missing or empty, or a line is not a conversation; names the line.
     """
     conversations_file(path)
     found = [_conversation(*row) for row in rows(path)]
     if not found:
-        raise UserError(f'{path}: holds no conversation; a line is {{"messages": [{{"role": ..., "content": ...}}]}}')
+        raise UserError(
+            f'{path}: contains no conversation; a line is {{"messages": [{{"role": ..., "content": ...}}]}}'
+        )
     return found
 
 
 def conversations_file(path: str) -> Path:
-    """Where the conversations are.
+    """Path of a conversations file.
 
     Raises:
         UserError: the file is missing.
@@ -66,29 +68,30 @@ def _conversation(place: str, content: Any) -> Conversation:
     if not found or found.messages[-1].role != "assistant":
         raise UserError(f"{place}: does not end with an assistant message; add it or remove the line")
     if not any(message.learned for message in found if message.role == "assistant"):
-        raise UserError(f"{place}: nothing is learned of it, with weight 0 or train false throughout; remove the line")
+        raise UserError(
+            f"{place}: no assistant message counts in the loss (weight 0, train or loss false); remove the line"
+        )
     return found
 
 
 def read_turns(place: str, content: Any) -> Conversation:
-    """The messages of a line that was read from JSON; in which order the speakers may come is the chat template's
-    matter.
+    """Parses the messages of a decoded line; the chat template decides which order of roles is valid.
 
     Args:
-        place: what messages call it.
-        content: as in `read_conversations`.
+        place: FILE:LINE, for messages.
+        content: the decoded line, as in `read_conversations`.
 
     Raises:
-        UserError: it is no conversation.
+        UserError: `content` is not a conversation.
     """
     tools = _tools(place, content) if isinstance(content, dict) else None
     return Conversation(tuple(_messages(place, content)), tools, place)
 
 
 def _tools(place: str, content: dict[str, Any]) -> list[Any] | None:
-    """The tools beside the turns; data sets in ShareGPT's form have them as JSON in a string, empty without any."""
+    """The tools beside the turns; in ShareGPT's format they are a JSON string, empty for no tools."""
     if content.get("functions") is not None:
-        raise UserError(f"{place}: functions are OpenAI's old tools, which templates do not read; write tools")
+        raise UserError(f"{place}: functions is OpenAI's deprecated format, which templates do not read; use tools")
     found = content.get("tools")
     if isinstance(found, str):
         try:
@@ -96,7 +99,7 @@ def _tools(place: str, content: dict[str, Any]) -> list[Any] | None:
         except (ValueError, RecursionError):
             pass
     if found is not None and not (isinstance(found, list) and all(isinstance(tool, dict) for tool in found)):
-        raise UserError(f"{place}: tools is no list of objects, nor JSON of one in a string; mend the line")
+        raise UserError(f"{place}: tools is neither a list of objects nor a JSON string of one; fix the line")
     return found
 
 
@@ -119,24 +122,24 @@ def _messages(place: str, content: Any) -> Iterator[Message]:
             return
     raise UserError(
         f'{place}: neither {{"messages": [...]}}, {{"conversations": [...]}} nor a list of User and Assistant turns; '
-        f"{other_form(content) or 'mend the line'}"
+        f"{other_form(content) or 'fix the line'}"
     )
 
 
 def _begins_with(turns: list[Any], said: str) -> bool:
-    """Whether the turns hold the system's words themselves."""
+    """Whether the first turn is the system message."""
     first = turns[0] if turns and isinstance(turns[0], dict) else {}
     return "system" in (first.get("role"), first.get("from")) and said in (first.get("content"), first.get("value"))
 
 
 def other_form(content: Any) -> str | None:
-    """What is to be done with a row in another form, where it is a known one."""
+    """The fix for a row in another known format, or None."""
     if not isinstance(content, dict):
         return None
     for key, found in content.items():
         first = found[0] if isinstance(found, list) and found else None
         if key not in (*_TURNS, *sum(_FORMS, ())) and isinstance(first, dict) and {"role", "from"} & first.keys():
-            return f"its turns are called {in_one_line(json.dumps(key))[:60]}: call them messages"
+            return f"its turns are under the key {in_one_line(json.dumps(key))[:60]}: rename it to messages"
     return next((what for keys, what in _FORMS.items() if all(key in content for key in keys)), None)
 
 
@@ -149,7 +152,7 @@ def _pairs(place: str, content: list[Any]) -> Iterator[Message]:
     for turn, pair in enumerate(content, start=1):
         for role, name in (("user", "User"), ("assistant", "Assistant")):
             if not isinstance(pair, dict) or name not in pair:
-                raise UserError(f"{place}: turn {turn} has no {name}; each holds User and Assistant")
+                raise UserError(f"{place}: turn {turn} has no {name}; each turn needs User and Assistant")
             yield Message(role, _words(place, f"turn {turn}", role, pair[name], {}))
 
 
@@ -162,23 +165,22 @@ def _message(place: str, what: str, message: Any, speaker: str) -> Message:
     fields = {key: value for key, value in message.items() if key not in (speaker, said) and value is not None}
     if "function_call" in fields:
         raise UserError(
-            f"{place}: {what}: function_call is OpenAI's old way to call a tool, which templates do not read; write "
-            "it as tool_calls"
+            f"{place}: {what}: function_call is OpenAI's deprecated format, which templates do not read; use tool_calls"
         )
     calls = fields.get("tool_calls", [])
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise UserError(f"{place}: {what}: its tool_calls are no list of objects; mend the line")
+        raise UserError(f"{place}: {what}: tool_calls is not a list of objects; fix the line")
     if said not in message and not calls and not any(key in fields for key in THOUGHTS):
         raise UserError(
-            f"{place}: {what}: has no content, but {', '.join(map(str, message)) or 'nothing'}; call its words content"
+            f"{place}: {what}: has no content, but {', '.join(map(str, message)) or 'nothing'}; put its text under "
+            "content"
         )
     words = _words(place, what, role, message.get(said), fields)
     return Message(role, words, fields, learned=role != "assistant" or _learned(place, what, fields))
 
 
 def _role(place: str, what: str, role: Any, key: str) -> str:
-    """Who speaks, as templates call the speaker. What a `role` calls a tool is kept, since some templates know a tool
-    by such a name alone."""
+    """The role as templates name it. Tool names under `role` are kept: some templates accept only their own name."""
     name = role.casefold() if isinstance(role, str) else None
     if name not in _SPEAKERS:
         shown = "is missing" if role is None else f"{role!r} is unknown"
@@ -187,10 +189,10 @@ def _role(place: str, what: str, role: Any, key: str) -> str:
 
 
 def _learned(place: str, what: str, fields: Mapping[str, Any]) -> bool:
-    """Whether an assistant's message is more than context."""
+    """Whether the loss counts an assistant message."""
     for key, known in (("weight", (0, 1)), ("train", (False, True)), ("loss", (False, True))):
         if fields.get(key, 1) not in known:
-            raise UserError(f"{place}: {what}: its {key} is {fields[key]!r}; {known[0]} or {known[1]} would do")
+            raise UserError(f"{place}: {what}: its {key} is {fields[key]!r}; valid values: {known[0]}, {known[1]}")
     return all(fields.get(key, True) for key in ("weight", "train", "loss"))
 
 
@@ -201,23 +203,23 @@ def _words(
         content = tuple(_part(place, what, part) for part in content)
     elif content is not None and not isinstance(content, str):
         raise UserError(
-            f"{place}: {what}: the {role}'s content is no text but {type(content).__name__}; write it as a string"
+            f"{place}: {what}: the {role}'s content is of type {type(content).__name__}; write it as a string"
         )
     may_be_silent = role in _SILENT and content is not None
     if role == "assistant":
         may_be_silent = bool(fields.get("tool_calls")) or any(fields.get(key) for key in THOUGHTS)
     if not may_be_silent and not Message(role, content).text.strip():
-        raise UserError(f"{place}: {what}: the {role} says nothing; remove the line, or give it words")
+        raise UserError(f"{place}: {what}: the {role}'s text is empty; remove the line, or add text")
     return content
 
 
 def _part(place: str, what: str, part: Any) -> str | dict[str, Any]:
-    """One part of a content in parts, which holds text."""
+    """Checks one part of content in parts: it must be text."""
     if isinstance(part, str):
         return part
     kind = part.get("type") if isinstance(part, dict) else None
     if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
         raise UserError(
-            f"{place}: {what}: a part of its content is of type {kind!r}; only text can be read, remove the line"
+            f"{place}: {what}: a part of its content is of type {kind!r}; only text is supported, remove the line"
         )
     return part

@@ -1,4 +1,4 @@
-"""Conversations as training samples: several to a row, none of which sees another; a loss on the assistant's words."""
+"""Packs conversations into rows without attention between them; the loss counts assistant tokens only."""
 
 from __future__ import annotations
 
@@ -18,41 +18,40 @@ from megatron_capgap.data.sampler import shuffled
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation: what is read, and which of the next tokens are learned."""
+    """One tokenized conversation with its loss mask."""
 
     tokens: np.ndarray
     """int64 `[n + 1]`."""
     learned: np.ndarray
-    """bool `[n]`: whether the loss counts `tokens[1:]`."""
+    """bool `[n]`: whether the loss counts each of `tokens[1:]`."""
 
     def __len__(self) -> int:
-        """Tokens that are predicted."""
+        """Number of predicted tokens."""
         return len(self.learned)
 
 
 @dataclass(frozen=True)
 class PackingCounts:
-    """What did not fit: into a row, or a prompt into the ids of the whole."""
+    """Counts of conversations that did not fit into a row, or whose prompt has different ids than the conversation."""
 
     shortened: int
-    """Conversations that lost their end."""
+    """Truncated conversations."""
     dropped: int
-    """Those of which no word of the assistant's was left."""
+    """Conversations dropped because truncation left no assistant token."""
     joined: int = 0
-    """Of those that were kept: where a token spans the place at which an answer begins (`Segment.joined`)."""
+    """Kept conversations in which a token spans the start of an answer (`Segment.joined`)."""
 
 
 def encode(
     conversations: Sequence[Conversation], template: Template, sequence_length: int
 ) -> tuple[list[Example], PackingCounts]:
-    """Tokens of every conversation, the first `sequence_length` of them.
+    """Encodes every conversation, truncated to `sequence_length` predicted tokens.
 
-    Where the tokenizer merges across the place at which an answer begins, the ids are those of the whole conversation,
-    as in transformers, and not those of a prompt that ends there, with which generation begins; such conversations are
-    counted.
+    If the tokenizer merges across the start of an answer, the ids are those of the complete conversation, as in
+    transformers, and differ from the prompt that generation starts with; such conversations are counted.
 
     Raises:
-        UserError: no conversation is left, or the template cannot write one down.
+        UserError: no conversation is left, or the template fails at one.
     """
     found: list[Example] = []
     shortened = dropped = joined = 0
@@ -73,24 +72,24 @@ def encode(
         found.append(example)
     if not found:
         raise UserError(
-            f"data.sequence_length: {sequence_length} is too short: no conversation has a word of the assistant's "
-            "within it; a longer one would do"
+            f"data.sequence_length: {sequence_length} is too short: no conversation has assistant text "
+            "within it; increase it"
         )
     return found, PackingCounts(shortened, dropped, joined)
 
 
 def pack(lengths: Sequence[int], sequence_length: int) -> list[list[int]]:
-    """Which conversations share a row: the longest first, each into the fullest row that it fits into.
+    """Assigns conversations to rows: longest first, each into the fullest row with room for it (best-fit decreasing).
 
     Args:
-        lengths: tokens of each conversation, none above `sequence_length`.
-        sequence_length: tokens of a row.
+        lengths: tokens of each conversation, at most `sequence_length`.
+        sequence_length: tokens in a row.
 
     Returns:
-        The numbers of the conversations of each row.
+        Indices of the conversations of each row.
     """
     rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, number of the row), ascending
+    room: list[tuple[int, int]] = []  # (tokens left, row index), ascending
     for number in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         place = bisect_left(room, (lengths[number], -1))
         if place == len(room):
@@ -104,13 +103,13 @@ def pack(lengths: Sequence[int], sequence_length: int) -> list[list[int]]:
 
 
 class InstructSequence:
-    """Rows of packed conversations, numbered: every row once in each epoch, in an order of its own.
+    """Numbered rows of packed conversations: every row once per epoch, in a different order in each epoch.
 
     Args:
-        examples: conversations.
-        sequence_length: tokens of a row.
-        seed: decides the orders; None keeps the rows as they are (held-out data).
-        packed: False gives every conversation a row of its own.
+        examples: the conversations.
+        sequence_length: tokens in a row.
+        seed: seed of the shuffles; None keeps the order of the rows.
+        packed: False puts each conversation into a row of its own.
     """
 
     def __init__(
@@ -126,12 +125,12 @@ class InstructSequence:
         return len(self._rows)
 
     def micro_batch(self, there: Sequence[int | None], ids: list[int], device: torch.device) -> MicroBatch:
-        """As `batch.Samples`."""
+        """See `batch.Samples.micro_batch`."""
         rows = [None if k is None else self.conversations(k) for k in there]
         return collate(rows, ids, self.sequence_length, device)
 
     def conversations(self, k: int) -> list[Example]:
-        """Those of row k; beyond the first epoch the rows come again, in another order."""
+        """Conversations of row k; k may exceed one epoch, each epoch has its own order."""
         epoch, position = divmod(k, len(self._rows))
         if self._seed is not None:
             position = shuffled(position, len(self._rows), f"{self._seed} instruct {epoch}")
@@ -139,17 +138,17 @@ class InstructSequence:
 
 
 def collate(rows: Sequence[Sequence[Example] | None], ids: list[int], length: int, device: torch.device) -> MicroBatch:
-    """Lays conversations end to end in rows of `length` tokens; positions begin anew with each.
+    """Concatenates conversations into rows of `length` tokens; positions restart at each conversation.
 
     Args:
-        rows: the conversations of each row; None makes a row that counts for nothing.
-        ids: numbers of the rows.
-        length: tokens of a row.
-        device: where the tensors go.
+        rows: the conversations of each row; None gives a row with loss mask 0.
+        ids: sample numbers of the rows.
+        length: tokens in a row.
+        device: device of the tensors.
     """
     count = len(rows)
     tokens, labels, positions = (np.zeros((count, length), dtype=np.int64) for _ in range(3))
-    # What is left of a row is one conversation more, which nobody learns from.
+    # The rest of a row is padding: it forms one more conversation (-1) with loss mask 0.
     belongs = np.full((count, length), -1, dtype=np.int64)
     mask = np.zeros((count, length), dtype=np.float32)
     for row, examples in enumerate(rows):

@@ -1,5 +1,4 @@
-"""Text corpora: jsonl files to documents and token ids, on several processes, and a vocabulary trained on
-them."""
+"""Text corpora: jsonl files to documents and token ids on several processes, and training of a vocabulary."""
 
 import io
 import json
@@ -21,24 +20,24 @@ from megatron_capgap.common.errors import UserError
 from megatron_capgap.data.jsonl import Block, content_of, read_blocks
 from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
 
-_VOCABULARY_BYTES = 256 << 20  # sentencepiece holds its corpus in memory several times over
-_PIECE_OF_LINE = 100_000  # characters; sentencepiece drops longer sentences in silence
+_VOCABULARY_BYTES = 256 << 20  # sentencepiece keeps several copies of its corpus in memory
+_PIECE_OF_LINE = 100_000  # characters; sentencepiece silently drops longer sentences
 _KEYS = 5
-_SHOWN = 10  # malformed lines of each kind
-_NAMES = 3  # of files in a message
+_SHOWN = 10  # malformed lines reported per kind
+_NAMES = 3  # file names in a message
 
 
 @dataclass
 class Encoded:
-    """What a block became.
+    """An encoded block.
 
     Attributes:
         consumed: as in the block.
-        ids: int32, the token ids of all documents, one document after another.
+        ids: int32, the token ids of all documents, concatenated.
         lengths: tokens of each document.
-        numbers: number of each document's line, over all files.
+        numbers: line number of each document, over all files.
         text_bytes: UTF-8 bytes of each document.
-        problems: (kind, "FILE:LINE: detail") of each line that holds no document, in order.
+        problems: (kind, "FILE:LINE: detail") of each malformed line, in order.
     """
 
     consumed: int
@@ -50,17 +49,17 @@ class Encoded:
 
 
 class Malformed:
-    """Lines that hold no document: each kind with its count and its first places."""
+    """Malformed lines by kind: the count and the first locations."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.places: dict[str, list[str]] = defaultdict(list)
 
     def add(self, kind: str, where: str) -> None:
-        """One more.
+        """Adds a malformed line.
 
         Args:
-            kind: of what is wrong with it.
+            kind: kind of error.
             where: "FILE:LINE: detail".
         """
         self.counts[kind] += 1
@@ -68,7 +67,7 @@ class Malformed:
             self.places[kind].append(where)
 
     def nothing_read(self, files: list[str], text_key: str) -> UserError:
-        """What to say where these are all the lines there are."""
+        """The error if no line is valid."""
         names = ", ".join(files[:_NAMES]) + (f" and {len(files) - _NAMES} more" if len(files) > _NAMES else "")
         said = "there is no line"
         if self.counts:
@@ -78,13 +77,13 @@ class Malformed:
 
 
 def parse(line: bytes, text_key: str) -> str:
-    """The document in one line.
+    """Returns the document in one line.
 
     Raises:
-        ValueError: (kind, detail) of what is wrong with the line.
+        ValueError: (kind, detail) of the error.
     """
     if not line.strip():
-        raise ValueError("empty", "nothing in this line")
+        raise ValueError("empty", "the line is empty")
     try:
         record = content_of(line)
     except ValueError as problem:
@@ -101,7 +100,7 @@ def parse(line: bytes, text_key: str) -> str:
     if not isinstance(text, str):
         raise ValueError(f"{text_key!r} is not a string", f"it is {_words(text)}")
     if not text.strip():
-        raise ValueError("empty", f"nothing in {text_key!r}")
+        raise ValueError("empty", f"{text_key!r} is empty")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -110,12 +109,12 @@ def parse(line: bytes, text_key: str) -> str:
 
 
 def _words(value: Any) -> str:
-    """A JSON value in few words."""
+    """A short description of a JSON value."""
     return f"of type {type(value).__name__}" if isinstance(value, list | dict) else json.dumps(value)[:40]
 
 
 def encode_block(block: Block, tokenizer: Tokenizer, text_key: str, begin: int | None, end: int | None) -> Encoded:
-    """Token ids of every document in a block, `begin` before and `end` after each unless they are None."""
+    """Encodes every document of a block, with `begin` before and `end` after each unless None."""
     tokens: list[int] = []
     encoded = Encoded(block.consumed, np.empty(0, dtype=np.int32))
     for offset, line in enumerate(block.lines):
@@ -141,7 +140,7 @@ def encode_block(block: Block, tokenizer: Tokenizer, text_key: str, begin: int |
 def encode_files(
     files: list[str], tokenizer_path: str, text_key: str, prepend_bos: bool, append_eos: bool, workers: int
 ) -> Iterator[Encoded]:
-    """Token ids of all files, in their order whatever the number of processes.
+    """Encodes all files; the order does not depend on the number of processes.
 
     Raises:
         UserError: a file is damaged, or a process was killed.
@@ -152,8 +151,8 @@ def encode_files(
         _start_worker(*setup)
         yield from map(_encode_in_worker, blocks)
         return
-    # Processes are spawned, not forked: the parent may have threads. A pool of futures notices a killed
-    # process, where multiprocessing.Pool waits for ever; the window keeps a fast reader from filling memory.
+    # Spawn, not fork: the parent may have threads. ProcessPoolExecutor detects a killed process, where
+    # multiprocessing.Pool waits forever; the window bounds the memory of blocks read ahead.
     window: deque[Future[Encoded]] = deque()
     with ProcessPoolExecutor(workers, get_context("spawn"), _start_process, setup) as pool:
         try:
@@ -165,7 +164,7 @@ def encode_files(
                 yield window.popleft().result()
         except BrokenProcessPool:
             raise UserError(
-                "a tokenizing process was killed, most likely for want of memory: use fewer --workers"
+                "a tokenizing process was killed, most likely for lack of memory: use fewer --workers"
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
@@ -182,7 +181,7 @@ def _start_worker(tokenizer_path: str, text_key: str, prepend_bos: bool, append_
 
 
 def _start_process(*setup: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent answers it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent handles it
     _start_worker(*setup)
 
 
@@ -191,18 +190,18 @@ def _encode_in_worker(block: Block) -> Encoded:
 
 
 def uniform(number: int) -> float:
-    """A fixed number in [0, 1) for each line number, evenly spread."""
+    """Maps a line number to a fixed, uniformly distributed number in [0, 1)."""
     return int.from_bytes(blake2b(b"%d" % number, digest_size=6).digest(), "big") / 2**48
 
 
 def train_vocabulary(files: list[str], text_key: str, vocab_size: int) -> bytes:
-    """A SentencePiece BPE model with byte fallback; the same files give the same bytes.
+    """Trains a SentencePiece BPE model with byte fallback; the same files give the same bytes.
 
-    Of a corpus beyond 256 MB a fixed sample of the lines is read. Spaces are kept as they are, digits stand
-    alone, and unk, bos and eos are 0, 1 and 2, as in LLaMA.
+    Above 256 MB of text, a fixed sample of the lines is used. Spaces are kept, digits are split, and unk, bos and eos
+    are 0, 1 and 2, as in LLaMA.
 
     Raises:
-        UserError: no line can be read, the corpus does not give `vocab_size` pieces, or its characters alone need more.
+        UserError: no line is valid, the corpus yields fewer than `vocab_size` pieces, or has more characters than that.
     """
     import sentencepiece
 
@@ -242,7 +241,7 @@ def train_vocabulary(files: list[str], text_key: str, vocab_size: int) -> bytes:
 
 
 def _sentences(files: list[str], text_key: str, share: float, malformed: Malformed) -> Iterator[str]:
-    """The lines of the documents. Malformed lines are left out; whoever encodes the files reports them."""
+    """Yields the text lines of the documents. Malformed lines are skipped; encoding the files reports them."""
     for block in read_blocks(files):
         for offset, line in enumerate(block.lines):
             if uniform(block.number + offset) >= share:

@@ -1,4 +1,4 @@
-"""What a file is when it is no JSON lines: by its first bytes, and by the shape of its first lines."""
+"""Detects the type of a file that is not JSON lines, from its first bytes and its first lines."""
 
 from __future__ import annotations
 
@@ -8,61 +8,61 @@ import shlex
 from collections.abc import Sequence
 
 START_BYTES = 1024
-"""Of a file, for `kind_of_bytes`."""
+"""Bytes of a file that `kind_of_bytes` needs."""
 _LINES = 20
 _KEYS = {"text", "messages", "conversations", "prompt"}
-"""Of a row, not of a turn."""
+"""Keys of a row, not of a turn."""
 _OF_TURNS = {"User", "Assistant", "role", "from", "content", "value"}
 _AS_JSONL = "write it as jsonl, as datasets.Dataset.to_json does"
 _MAGICS = {
     b"PAR1": "a parquet file: write it as jsonl, as with pandas.read_parquet(FILE).to_json(OUT, orient='records', "
     "lines=True)",
-    b"\x28\xb5\x2f\xfd": "packed with zstd: unpack it with zstd -d",
-    b"\x04\x22\x4d\x18": "packed with lz4: unpack it with lz4 -d",
-    b"\x02\x21\x4c\x18": "packed with lz4: unpack it with lz4 -d",
-    b"\xff\x06\x00\x00sNaPpY": "packed with snappy: unpack it",
-    b"\x1f\x9d": "packed with compress: unpack it with uncompress",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd: decompress it with zstd -d",
+    b"\x04\x22\x4d\x18": "compressed with lz4: decompress it with lz4 -d",
+    b"\x02\x21\x4c\x18": "compressed with lz4: decompress it with lz4 -d",
+    b"\xff\x06\x00\x00sNaPpY": "compressed with snappy: decompress it",
+    b"\x1f\x9d": "compressed with compress: decompress it with uncompress",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it with 7z x",
     b"Rar!\x1a\x07": "a rar archive: unpack it",
     b"PK\x03\x04": "a zip archive: unpack it",
     b"PK\x05\x06": "an empty zip archive: give a file of JSON lines",
     b"\x89HDF": "an HDF5 file: write its texts as jsonl",
-    b"\x93NUMPY": "an array of NumPy's: write its texts as jsonl",
+    b"\x93NUMPY": "a NumPy array: write its texts as jsonl",
     b"SQLite format 3\x00": "an SQLite database: write its texts as jsonl",
     b"Obj\x01": f"an Avro file: {_AS_JSONL}",
     b"ARROW1": f"an Arrow file: {_AS_JSONL}",
     b"\xff\xff\xff\xff": f"an Arrow stream: {_AS_JSONL}",
     b"FEA1": f"a feather file: {_AS_JSONL}",
-    b"MMIDIDX\x00": "the index of a Megatron dataset, whose text is tokens already: give the text it was made of",
+    b"MMIDIDX\x00": "the index of a Megatron dataset, whose text is already tokenized: give the original text",
     b"%PDF-": "a PDF document: write its texts as jsonl",
-    b"\x89PNG": "a picture: give a file of JSON lines",
-    b"\xff\xd8\xff": "a picture: give a file of JSON lines",
-    b"\x7fELF": "a program: give a file of JSON lines",
+    b"\x89PNG": "an image: give a file of JSON lines",
+    b"\xff\xd8\xff": "an image: give a file of JSON lines",
+    b"\x7fELF": "an executable: give a file of JSON lines",
     b"\xd0\xcf\x11\xe0": "an Office document: write its texts as jsonl",
-    b"version https://git-lfs.github.com/": "a git-lfs pointer in place of the file: fetch that with git lfs pull",
+    b"version https://git-lfs.github.com/": "a git-lfs pointer instead of the file: fetch the file with git lfs pull",
     b"\xff\xfe\x00\x00": "text in UTF-32: convert it, as with iconv -f UTF-32 -t UTF-8",
     b"\x00\x00\xfe\xff": "text in UTF-32: convert it, as with iconv -f UTF-32 -t UTF-8",
     b"\xff\xfe": "text in UTF-16: convert it, as with iconv -f UTF-16 -t UTF-8",
     b"\xfe\xff": "text in UTF-16: convert it, as with iconv -f UTF-16 -t UTF-8",
 }
 _PATTERNS = {
-    rb"[\x50-\x5f]\x2a\x4d\x18": "packed with zstd or lz4: unpack it with zstd -d or lz4 -d",
-    rb"\x80[\x02-\x05]": "a pickle of Python's: write its texts as jsonl",
+    rb"[\x50-\x5f]\x2a\x4d\x18": "compressed with zstd or lz4: decompress it with zstd -d or lz4 -d",
+    rb"\x80[\x02-\x05]": "a Python pickle: write its texts as jsonl",
     rb".{257}ustar": "a tar archive: unpack it with tar -xf",
-    rb'.{5}\x00\x00\x00\{"': "a safetensors file, which holds weights: give a file of JSON lines",
+    rb'.{5}\x00\x00\x00\{"': "a safetensors file with weights: give a file of JSON lines",
     rb"([\t\n\r -~]\x00\x00\x00){2}": "text in UTF-32: convert it, as with iconv -f UTF-32LE -t UTF-8",
     rb"(\x00\x00\x00[\t\n\r -~]){2}": "text in UTF-32: convert it, as with iconv -f UTF-32BE -t UTF-8",
     rb"([\t\n\r -~]\x00){4}": "text in UTF-16: convert it, as with iconv -f UTF-16LE -t UTF-8",
     rb"(\x00[\t\n\r -~]){4}": "text in UTF-16: convert it, as with iconv -f UTF-16BE -t UTF-8",
-    rb"\x00": "no text, it begins with NUL bytes, as a file that was not written to its end: copy or make it again",
+    rb"\x00": "not text, it begins with NUL bytes, as an incompletely written file does: copy or create it again",
 }
 _NEVER_IN_TEXT = re.compile(rb"[\x00-\x06\x0e-\x1a\x1c-\x1f]")
 _COLUMN = re.compile(rb'"?([\w\x80-\xff]([\w .:/()\x80-\xff-]{0,60}[\w)\x80-\xff])?)?"?')
-_TABLES = {b",": "commas (CSV)", b"\t": "tabs (TSV)", b";": "semicolons (CSV)", b"|": "bars"}
+_TABLES = {b",": "commas (CSV)", b"\t": "tabs (TSV)", b";": "semicolons (CSV)", b"|": "vertical bars"}
 
 
 def kind_of_bytes(start: bytes) -> str | None:
-    """What a file is that is neither text in UTF-8 nor packed in a way that is unpacked here, and what to do.
+    """Type and fix of a file that is neither UTF-8 text nor in a supported compression format, or None.
 
     Args:
         start: its first bytes.
@@ -77,8 +77,7 @@ def kind_of_bytes(start: bytes) -> str | None:
 
 
 def kind_of_lines(file: str, lines: Sequence[bytes]) -> str | None:
-    """What a file of text is that holds no JSON lines, and what to do; None where one of its first lines is one, or
-    where they tell nothing.
+    """Type and fix of a text file that is not JSON lines; None if one of its first lines is JSON, or if unknown.
 
     Args:
         file: its name.
@@ -89,35 +88,35 @@ def kind_of_lines(file: str, lines: Sequence[bytes]) -> str | None:
         return None
     first, name = some[0], shlex.quote(file)
     if re.match(rb"[\[{]\s*[\[{]?\s*'", first) and not any(map(_is_row, some)):
-        return "no JSON, its words stand in single quotes as Python prints them: write each line with json.dumps"
+        return "not JSON, its strings are in single quotes as Python prints them: write each line with json.dumps"
     if _is_array(first, some):
-        return f"one JSON array; write one object a line, as with jq -c '.[]' {name} > lines.jsonl"
+        return f"one JSON array; write one object per line, as with jq -c '.[]' {name} > lines.jsonl"
     if _is_json(first):
         return None
     if _is_spread(lines, some):
-        return f"JSON with objects over several lines: write one object a line, as with jq -c . {name} > lines.jsonl"
+        return f"JSON with objects over several lines: write one object per line, as with jq -c . {name} > lines.jsonl"
     if any(map(_is_row, some)):
         return None
     if b"\r" in first:
         return (
-            f"text with carriage returns alone as line ends: convert it, as with tr '\\r' '\\n' < {name} > lines.jsonl"
+            f"text with bare carriage returns as line ends: convert it, as with tr '\\r' '\\n' < {name} > lines.jsonl"
         )
     return _kind_of_line(name, first, some)
 
 
 def _kind_of_line(name: str, first: bytes, some: Sequence[bytes]) -> str | None:
-    """What a file is by its first line, where none of them is JSON."""
+    """Type and fix of a file by its first line, if none of its first lines is JSON."""
     begun = _begun(first)
     if begun is not None:
         if first[begun:].lstrip().startswith((b"{", b"[")):
-            return f"JSON with several objects on a line: write one a line, as with jq -c . {name} > lines.jsonl"
+            return f"JSON with several objects per line: write one per line, as with jq -c . {name} > lines.jsonl"
         if first[begun:].strip() == b",":
-            return f"JSON with a comma behind each object: take it away, as with sed 's/,\\s*$//' {name} > lines.jsonl"
+            return f"JSON with a comma after each object: remove it, as with sed 's/,\\s*$//' {name} > lines.jsonl"
     if first.startswith((b"{", b"[")):
         return None
     head = b"\n".join(some)[:START_BYTES]
     if found := _NEVER_IN_TEXT.search(head):
-        return f"no text but binary data (0x{found[0][0]:02x} among its first bytes): write its texts as jsonl"
+        return f"not text but binary data (0x{found[0][0]:02x} among its first bytes): write its texts as jsonl"
     if first.startswith(b"<"):
         return "a web page or XML: write its texts as jsonl"
     for mark, what in _TABLES.items():
@@ -130,8 +129,8 @@ def _kind_of_line(name: str, first: bytes, some: Sequence[bytes]) -> str | None:
     try:
         words = first[:200].decode(errors="strict" if len(first) <= 200 else "ignore")
     except UnicodeDecodeError:
-        return None  # whoever reads the line says so
-    return None if first.startswith(b'"') else f"no JSON, it begins with {words[:30]!r}: write one JSON object a line"
+        return None  # reading the line reports this
+    return None if first.startswith(b'"') else f"not JSON, it begins with {words[:30]!r}: write one JSON object a line"
 
 
 def _is_json(line: bytes) -> bool:
@@ -143,7 +142,7 @@ def _is_row(line: bytes) -> bool:
 
 
 def _begun(line: bytes) -> int | None:
-    """Where the first JSON value of a line ends."""
+    """End of the first JSON value of a line, or None."""
     try:
         text = line.decode()
         return len(text[: json.JSONDecoder().raw_decode(text)[1]].encode())
@@ -152,7 +151,7 @@ def _begun(line: bytes) -> int | None:
 
 
 def _is_array(first: bytes, some: Sequence[bytes]) -> bool:
-    """One array over all lines is JSON, and no line of it is; but a line may hold a list of turns of one
+    """Whether the file is one JSON array, possibly over several lines; a line may itself be the list of turns of one
     conversation."""
     if not first.startswith(b"["):
         return False

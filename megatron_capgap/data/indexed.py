@@ -1,11 +1,10 @@
-"""Megatron's indexed dataset on disk: what stands in PREFIX.idx, and whether PREFIX.bin is what it promises.
+"""Checks a Megatron indexed dataset on disk: PREFIX.idx, and PREFIX.bin against it.
 
-PREFIX.idx, little-endian: 9 bytes magic, u64 version, u8 dtype code, u64 sequences, u64 document marks, then
-i32 length of each sequence, i64 byte offset of each sequence, i64 number of the sequence at which each
-document begins, with the number of sequences at the end. PREFIX.bin holds the ids, one sequence after
-another.
+PREFIX.idx, little-endian: 9 bytes magic, u64 version, u8 dtype code, u64 number of sequences, u64 number of document
+marks, then i32 length of each sequence, i64 byte offset of each sequence, i64 first sequence of each document followed
+by the number of sequences. PREFIX.bin holds the ids of the sequences, concatenated.
 
-Megatron maps both files without these checks, and a wrong pair shows only when its bad part is read.
+Megatron maps both files without these checks; there an inconsistent pair fails only when the bad part is read.
 """
 
 import struct
@@ -27,12 +26,12 @@ _DTYPES = dict(
     )
 )
 _CHUNK = 1 << 20  # items; small enough for a core's cache, large enough to hide Python
-_REBUILD = "make it again with tools/prepare_data.py, or copy both files again"
+_REBUILD = "create it again with tools/prepare_data.py, or copy both files again"
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What one indexed dataset holds.
+    """Properties of one indexed dataset.
 
     Attributes:
         prefix: PREFIX of PREFIX.bin and PREFIX.idx.
@@ -40,7 +39,7 @@ class Facts:
         documents: number of documents.
         dtype: name of the stored integer type, for example "uint16".
         largest_id: largest token id.
-        bytes: size of both files.
+        bytes: total size of both files.
     """
 
     prefix: str
@@ -53,7 +52,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class _Index:
-    """The arrays of PREFIX.idx, mapped: lengths int32 [n], offsets int64 [n], documents int64 [d + 1]."""
+    """The memory-mapped arrays of PREFIX.idx: lengths int32 [n], offsets int64 [n], documents int64 [d + 1]."""
 
     dtype: np.dtype
     lengths: np.ndarray
@@ -62,10 +61,10 @@ class _Index:
 
 
 def paths(prefix: str) -> tuple[Path, Path]:
-    """PREFIX.bin and PREFIX.idx.
+    """Paths of PREFIX.bin and PREFIX.idx.
 
     Raises:
-        UserError: the prefix names one of the files, or a file is missing.
+        UserError: the prefix is the name of one of the files, or a file is missing.
     """
     if prefix.endswith((".bin", ".idx")):
         raise UserError(f"dataset {prefix}: give the prefix without {prefix[-4:]}: {prefix[:-4]}")
@@ -77,19 +76,17 @@ def paths(prefix: str) -> tuple[Path, Path]:
 
 
 def inspect(prefix: str, vocab_size: int | None, sequence_length: int | None) -> Facts:
-    """Read all of PREFIX.idx and PREFIX.bin and check that they fit each other, the vocabulary and the
-    samples.
+    """Reads all of PREFIX.idx and PREFIX.bin and checks their consistency, the ids, and that one sample fits.
 
-    A pair of files from two datasets with the same total of tokens cannot be told from a good one.
+    Files of two datasets with the same total number of tokens cannot be told from a matching pair.
 
     Args:
-        vocab_size: ids must be smaller; None checks only that none is negative.
-        sequence_length: there must be at least one sample of this many tokens and its last label; None asks
-        for
-            one token.
+        prefix: PREFIX of both files.
+        vocab_size: exclusive upper limit of ids; None only checks that no id is negative.
+        sequence_length: the dataset must have at least this many tokens plus one; None requires one token.
 
     Raises:
-        UserError: the first thing that is wrong, with file, value and fix.
+        UserError: the first error, with file, value and fix.
     """
     bin_file, idx_file = paths(prefix)
     index = _read_index(idx_file)
@@ -97,15 +94,15 @@ def inspect(prefix: str, vocab_size: int | None, sequence_length: int | None) ->
     size = bin_file.stat().st_size
     expected = tokens * index.dtype.itemsize
     if size != expected:
-        kind = "it was cut off" if size < expected else "it belongs to another .idx"
+        kind = "it is truncated" if size < expected else "it belongs to another .idx"
         raise UserError(
-            f"{bin_file} has {size} bytes, {idx_file} promises {expected} ({tokens} {index.dtype}): {kind}; {_REBUILD}"
+            f"{bin_file} has {size} bytes, {idx_file} expects {expected} ({tokens} {index.dtype}): {kind}; {_REBUILD}"
         )
     needed = 1 if sequence_length is None else sequence_length + 1
     if tokens < needed:
         raise UserError(
             f"{bin_file} has {tokens} tokens, one sample needs {needed}: "
-            "give more text, or a data.sequence_length that it fills"
+            "give more text, or a smaller data.sequence_length"
         )
     return Facts(
         prefix=prefix,
@@ -118,32 +115,32 @@ def inspect(prefix: str, vocab_size: int | None, sequence_length: int | None) ->
 
 
 def _advice(prefix: str, files: tuple[Path, Path]) -> str:
-    """What to do about a missing file of a dataset."""
+    """The fix for a missing file of a dataset."""
     if any(file.is_file() for file in files):
         return f"a dataset is two files; {_REBUILD}"
     there = sorted(str(file)[: -len(".idx")] for file in Path(prefix).parent.glob("*.idx"))
     near = get_close_matches(str(Path(prefix)), there, n=3, cutoff=0.6)
-    return f"did you mean {' or '.join(near)}?" if near else "make it with tools/prepare_data.py --out"
+    return f"did you mean {' or '.join(near)}?" if near else "create it with tools/prepare_data.py --out"
 
 
 def _read_index(file: Path) -> _Index:
-    """Map the arrays of PREFIX.idx after checking its header and its length."""
+    """Maps the arrays of PREFIX.idx after checking its header and its size."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         header = stream.read(_HEADER.size)
     if not header.startswith(_MAGIC):
         raise UserError(f"{file} is not a Megatron index (it begins with {header[:9]!r}): {_REBUILD}")
     if len(header) < _HEADER.size:
-        raise UserError(f"{file} has {size} bytes, its header alone has {_HEADER.size}: it was cut off; {_REBUILD}")
+        raise UserError(f"{file} has {size} bytes, its header alone has {_HEADER.size}: it is truncated; {_REBUILD}")
     _, version, code, sequences, marks = _HEADER.unpack(header)
     if version != 1:
         raise UserError(f"{file} has format version {version}, Megatron-Core reads 1: {_REBUILD}")
     if not np.issubdtype(_DTYPES.get(code, np.void), np.integer):
-        raise UserError(f"{file} has dtype code {code}, which is no integer type: {_REBUILD}")
+        raise UserError(f"{file} has dtype code {code}, which is not an integer type: {_REBUILD}")
     promised = _HEADER.size + 12 * sequences + 8 * marks
     if size != promised:
         raise UserError(
-            f"{file} has {size} bytes, its header promises {promised} "
+            f"{file} has {size} bytes, its header implies {promised} "
             f"({sequences} sequences, {marks} document marks): {_REBUILD}"
         )
     if not sequences or not marks:
@@ -159,7 +156,7 @@ def _read_index(file: Path) -> _Index:
 
 
 def _check_index(file: Path, index: _Index) -> int:
-    """Number of tokens, once lengths, offsets and document marks are known to agree."""
+    """Checks that lengths, offsets and document marks are consistent; returns the number of tokens."""
     tokens = 0
     for part in _parts(len(index.lengths)):
         lengths = index.lengths[part]
@@ -171,7 +168,7 @@ def _check_index(file: Path, index: _Index) -> int:
         if wrong.any():
             bad = part.start + int(np.argmax(wrong))
             raise UserError(
-                f"{file}: sequence {bad} begins at byte {index.offsets[bad]}, which the lengths before deny: "
+                f"{file}: sequence {bad} begins at byte {index.offsets[bad]}, which contradicts the lengths before it: "
                 f"the file is damaged; {_REBUILD}"
             )
         tokens = int(ends[-1])
@@ -185,10 +182,10 @@ def _check_index(file: Path, index: _Index) -> int:
 
 
 def _scan(file: Path, index: _Index, vocab_size: int | None) -> int:
-    """Largest id in PREFIX.bin, once every id is known to be in [0, vocab_size)."""
+    """Checks that every id of PREFIX.bin is in [0, vocab_size); returns the largest."""
     signed = np.issubdtype(index.dtype, np.signedinteger)
     limit = np.iinfo(index.dtype).max + 1 if vocab_size is None else vocab_size
-    # Seen as unsigned, a negative id is larger than every good one: one pass finds both.
+    # Viewed as unsigned, a negative id is larger than every valid one: one pass finds both errors.
     ids = np.memmap(file, mode="r", dtype=index.dtype).view(index.dtype.str.replace("i", "u"))
     largest = 0
     for part in _parts(len(ids)):
@@ -201,12 +198,12 @@ def _scan(file: Path, index: _Index, vocab_size: int | None) -> int:
             reason = "negative" if signed and token < 0 else f"not below the vocabulary size {vocab_size}"
             raise UserError(
                 f"{file}: token {position} (document {document}) is {token}, {reason}: "
-                "use the tokenizer that made this dataset, or make the dataset again"
+                "use the tokenizer of this dataset, or create the dataset again"
             )
         largest = max(largest, found)
     return largest
 
 
 def _parts(length: int) -> Iterator[slice]:
-    """[0, length) in slices of at most _CHUNK."""
+    """Splits [0, length) into slices of at most _CHUNK."""
     return (slice(start, min(start + _CHUNK, length)) for start in range(0, length, _CHUNK))

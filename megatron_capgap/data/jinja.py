@@ -1,4 +1,4 @@
-"""Chat templates in Jinja, in the sandbox and with the helpers that transformers gives them."""
+"""Renders Jinja chat templates with the same sandbox and helpers as transformers."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 Span = tuple[int, int]
-"""Characters of a text: from, to."""
-_NEXT = "\ue0f3\ue0f4"  # private characters, which no text holds: they mark where a loop goes on
+"""Characters of a text: (start, end)."""
+_NEXT = "\ue0f3\ue0f4"  # private-use characters that no text contains: mark loop iterations
 
 
 class Rendering(NamedTuple):
-    """What a template writes."""
+    """Output of a template."""
 
     text: str
     said: list[Span]
-    """What `{% generation %}` marks."""
+    """Spans that `{% generation %}` marks."""
 
 
 class TemplateSource:
-    """One template.
+    """One compiled template.
 
     Raises:
-        TemplateError or RecursionError: it is no Jinja.
+        TemplateError or RecursionError: the text is not valid Jinja.
     """
 
     def __init__(self, text: str) -> None:
         self.marked = bool(re.search(r"{%[-+]?\s*generation\s*[-+]?%}", text))
-        """Whether it says itself what the assistant writes."""
+        """Whether the template marks the assistant's text with `{% generation %}`."""
         self._text = text
         self._sandbox = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
@@ -48,7 +48,7 @@ class TemplateSource:
         self._template = self._sandbox.from_string(text)
 
     def render(self, values: dict[str, Any]) -> Rendering:
-        """What it writes; it is a program of somebody else's and may raise anything."""
+        """Renders the template; it is third-party code and may raise anything."""
         tracker = self._sandbox.extensions[_Generation.identifier]
         assert isinstance(tracker, _Generation)
         tracker.written, tracker.said, blocks = 0, [], []
@@ -58,10 +58,10 @@ class TemplateSource:
         return Rendering("".join(blocks), tracker.said)
 
     def turns(self, values: dict[str, Any], text: str) -> list[int]:
-        """Where in the text that it writes each round of its outer loops begins and the last one ends: there one
-        message ends and the next begins. Empty where that cannot be told."""
+        """Positions in the rendered text where an iteration of an outer loop begins or the last one ends, which are the
+        boundaries between messages. Empty if they cannot be found."""
         found = self._looped.render(values).split(_NEXT)
-        if "".join(found) != text:  # such as where a loop's text is counted
+        if "".join(found) != text:  # for example the template counts a loop's text
             return []
         places, at = [], 0
         for part in found[:-1]:
@@ -71,18 +71,18 @@ class TemplateSource:
 
     @cached_property
     def _looped(self) -> Any:
-        """The template with marks where its outer loops go on."""
+        """The template with marks at the iterations of its outer loops."""
         tree = self._sandbox.parse(self._text)
         _mark_loops(tree.body)
         return self._sandbox.from_string(tree)
 
 
 class _Generation(Extension):
-    """transformers' `{% generation %}`: what the assistant writes.
+    """transformers' `{% generation %}` tag, which marks the assistant's text.
 
     Attributes:
-        written: characters of the text so far.
-        said: where the marked parts stand, as transformers counts.
+        written: characters rendered so far.
+        said: spans of the marked parts, counted as in transformers.
     """
 
     tags: ClassVar = {"generation"}  # type: ignore[misc]  # jinja2 annotates it as an instance's

@@ -1,4 +1,4 @@
-"""Files of JSON lines: packed or not, and what they are when they are something else."""
+"""Reads files of JSON lines, compressed or not, and reports the type of other files."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Block(NamedTuple):
     Attributes:
         file: the file they come from.
         line: number of the first line, from 1.
-        number: number of the first line, over all files, from 0.
-        lines: the lines, undecoded.
-        consumed: bytes read so far, on disk and over all files.
+        number: number of the first line over all files, from 0.
+        lines: the lines as bytes.
+        consumed: bytes read from disk so far, over all files.
     """
 
     file: str
@@ -39,15 +39,15 @@ class Block(NamedTuple):
 
 
 def read_blocks(files: list[str], plain: bool = False) -> Iterator[Block]:
-    """The lines of all files in order, about a megabyte at a time; gzip, bzip2 and xz are unpacked, whatever a file is
-    called, and a byte order mark is left out.
+    """Yields the lines of all files in order, about a megabyte at a time; gzip, bzip2 and xz are detected by content
+    and decompressed, and a byte order mark is removed.
 
     Args:
-        files: their names.
-        plain: they hold text, not JSON lines.
+        files: file names.
+        plain: whether the files are plain text, not JSON lines.
 
     Raises:
-        UserError: a packed file is damaged, or a file is of another kind.
+        UserError: a compressed file is damaged, or a file is of another type.
     """
     number = consumed = 0
     for file in files:
@@ -74,17 +74,17 @@ def read_blocks(files: list[str], plain: bool = False) -> Iterator[Block]:
 
 
 def check_files(files: list[str]) -> None:
-    """Looks at the beginning of each file of JSON lines.
+    """Checks the first block of each file of JSON lines.
 
     Raises:
-        UserError: one is damaged there, or of another kind.
+        UserError: a file is damaged there, or of another type.
     """
     for file in files:
         next(read_blocks([file]), None)
 
 
 def _unpacked(file: str, raw: IO[bytes]) -> IO[bytes]:
-    """The file's content, at its beginning."""
+    """A stream of the file's decompressed content, at position 0."""
     start = _start(raw)
     unpack = next((unpack for magic, unpack in _PACKED.items() if start.startswith(magic)), None)
     if unpack is None:
@@ -94,12 +94,12 @@ def _unpacked(file: str, raw: IO[bytes]) -> IO[bytes]:
     stream: IO[bytes] = unpack(raw, "rb")  # type: ignore[operator]
     try:
         start = _start(stream)
-    except OSError as error:  # bzip2's and gzip's own, which name no file
+    except OSError as error:  # raised by bz2 and gzip without a file name
         raise UserError(f"{file} is damaged after line 0 ({error}): copy it again") from None
     if any(map(start.startswith, _PACKED)):
-        raise UserError(f"{file}: is packed twice: unpack it once")
+        raise UserError(f"{file}: is compressed twice: decompress it once")
     if what := kind_of_bytes(start):
-        raise UserError(f"{file}: is packed, and what it holds is {what}")
+        raise UserError(f"{file}: is compressed, and its content is {what}")
     return stream
 
 
@@ -110,22 +110,26 @@ def _start(stream: IO[bytes]) -> bytes:
 
 
 def find(path: str, wanted: str) -> Path:
-    """A file to be read.
+    """Returns the path of an input file.
+
+    Args:
+        path: the file.
+        wanted: description of the expected file, for messages.
 
     Raises:
-        UserError: it is not there, or no file.
+        UserError: the path does not exist, or is not a file.
     """
     file = Path(path)
     if not file.is_file():
         kinds = {"a folder": file.is_dir, "a pipe": file.is_fifo, "a socket": file.is_socket}
         kinds |= {"a device": lambda: file.is_char_device() or file.is_block_device()}
-        what = next((f"is {kind}, no file" for kind, holds in kinds.items() if holds()), "no such file")
+        what = next((f"is {kind}, not a file" for kind, holds in kinds.items() if holds()), "no such file")
         raise UserError(f"{path}: {what}; give {wanted}")
     return file
 
 
 class Row(NamedTuple):
-    """What one line holds."""
+    """One decoded line."""
 
     place: str
     """FILE:LINE."""
@@ -133,10 +137,10 @@ class Row(NamedTuple):
 
 
 def rows(path: str) -> Iterator[Row]:
-    """What the lines of a file hold; empty ones are left out.
+    """Yields the decoded lines of a file; empty lines are skipped.
 
     Raises:
-        UserError: a line is no JSON in UTF-8, or holds half of a character; with its number.
+        UserError: a line is not JSON in UTF-8, or has an unpaired surrogate; names the line.
     """
     for block in read_blocks([path]):
         for number, line in enumerate(block.lines, start=block.line):
@@ -151,37 +155,37 @@ def _content(place: str, line: bytes) -> Any:
         kind, detail, fix = problem.args
         raise UserError(f"{place}: {kind}{detail and f' ({detail})'}; {fix}") from None
     try:
-        if b"\\u" in line:  # only so can half of a character be written
+        if b"\\u" in line:  # an unpaired surrogate needs an escape
             json.dumps(content, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise UserError(f"{place}: holds half of a surrogate pair, which is no character; mend the line") from None
+        raise UserError(f"{place}: has an unpaired surrogate, which is not a character; fix the line") from None
     except RecursionError:
-        raise UserError(f"{place}: is nested too deep to be read; mend or remove the line") from None
+        raise UserError(f"{place}: is nested too deeply; fix or remove the line") from None
     return content
 
 
 def content_of(line: bytes) -> Any:
-    """What a line of JSON holds.
+    """Decodes a line of JSON.
 
     Raises:
-        ValueError: (kind, detail or "", fix) of what is wrong with the line.
+        ValueError: (kind, detail or "", fix) of the error.
     """
-    line = line.removeprefix(_BOM)  # one in the middle is where files were put together
+    line = line.removeprefix(_BOM)  # a byte order mark within a file comes from concatenated files
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
         place = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
-        fix = "mend or remove the line" if b"\0" in line else "convert the file, as with iconv -f LATIN1 -t UTF-8"
+        fix = "fix or remove the line" if b"\0" in line else "convert the file, as with iconv -f LATIN1 -t UTF-8"
         raise ValueError("not UTF-8", place, fix) from None
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         detail = f"{error.msg} at column {error.colno}"
         if "\0" in text:
-            detail = f"a NUL byte at column {text.index(chr(0)) + 1}, as where a file was not written to its end"
-        raise ValueError("not JSON", detail, "mend or remove the line") from None
+            detail = f"a NUL byte at column {text.index(chr(0)) + 1}, as in an incompletely written file"
+        raise ValueError("not JSON", detail, "fix or remove the line") from None
     except RecursionError:
-        raise ValueError("is nested too deep to be read", "", "mend or remove the line") from None
+        raise ValueError("is nested too deeply", "", "fix or remove the line") from None
     except ValueError:
-        detail = f"a number of more than {sys.get_int_max_str_digits()} digits"
-        raise ValueError("not JSON", detail, "mend or remove the line") from None
+        detail = f"an integer of more than {sys.get_int_max_str_digits()} digits"
+        raise ValueError("not JSON", detail, "fix or remove the line") from None

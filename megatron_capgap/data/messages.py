@@ -1,4 +1,4 @@
-"""Conversations: messages and what a template reads of them."""
+"""Conversations and messages, and their form for chat templates."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from typing import Any
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 THOUGHTS = ("reasoning_content", "thinking", "reasoning")
-"""What a message's thoughts are called; of several, transformers takes the first."""
+"""Keys of a message's reasoning text; if several are present, the first is used, as in transformers."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn."""
+    """One message of a conversation."""
 
     role: str
-    """One of `ROLES`, or what else a template may call a tool, such as ipython."""
+    """One of `ROLES`, or another tool role that a template knows, such as ipython."""
     words: str | tuple[Any, ...] | None
-    """Its content: text, parts of text, or None where it has none, as beside tool_calls."""
+    """Content: a text, text parts, or None if there is none, as beside tool_calls."""
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """What else a template may read, such as tool_calls."""
+    """Other fields that a template may read, such as tool_calls."""
     learned: bool = True
-    """Whether the loss counts it where it is the assistant's."""
+    """Whether the loss counts it, if it is an assistant message."""
 
     @property
     def text(self) -> str:
-        """Its content as one text."""
+        """Content as one string."""
         if isinstance(self.words, tuple):
             return "".join(part if isinstance(part, str) else part["text"] for part in self.words)
         return self.words or ""
 
     def content(self) -> dict[str, Any]:
-        """As transformers hands it to a template: without keys that hold nothing, and with the thoughts under the names
-        that templates read."""
+        """The message as transformers passes it to a template: without keys whose value is None, and with the reasoning
+        text under both `thinking` and `reasoning_content`."""
         words = list(self.words) if isinstance(self.words, tuple) else self.words
         found = {"role": self.role, "content": words, **self.fields}
         found = {key: value for key, value in found.items() if value is not None}
@@ -41,7 +41,7 @@ class Message:
         return found if thoughts is None else {"thinking": thoughts, **found, "reasoning_content": thoughts}
 
     def otherwise(self, word: str, calls: bool) -> Message:
-        """The message in other words and with other thoughts, or with other arguments of its tool calls."""
+        """A copy with content and reasoning replaced by `word`, or, with `calls`, with changed tool-call arguments."""
         fields = dict(self.fields)
         if calls:
             fields["tool_calls"] = [_called_otherwise(call, word) for call in fields.get("tool_calls") or ()]
@@ -55,13 +55,13 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """The turns of one conversation, and the tools that it names."""
+    """Messages and tools of one conversation."""
 
     messages: tuple[Message, ...]
     tools: list[Any] | None = None
-    """Descriptions of the tools that the assistant may call; None where the conversation does not speak of tools."""
+    """Descriptions of the tools that the assistant may call; None if the conversation has no tools key."""
     place: str | None = field(default=None, compare=False)
-    """What messages call it."""
+    """FILE:LINE, for messages."""
 
     def __len__(self) -> int:
         return len(self.messages)
@@ -70,20 +70,20 @@ class Conversation:
         return iter(self.messages)
 
     def upto(self, count: int) -> Conversation:
-        """Its first messages."""
+        """The conversation truncated to its first `count` messages."""
         return replace(self, messages=self.messages[:count])
 
     def exchanged(self, number: int, message: Message) -> Conversation:
-        """The conversation with another message in one place."""
+        """The conversation with message `number` replaced."""
         return replace(self, messages=(*self.messages[:number], message, *self.messages[number + 1 :]))
 
     def plain(self) -> Conversation:
-        """Every content as one text."""
+        """The conversation with every content as one string."""
         return replace(self, messages=tuple(replace(message, words=message.text) for message in self.messages))
 
 
 def _called_otherwise(call: Any, word: str) -> Any:
-    """A tool call with other arguments, or, without any, of another function; its id is left, since tools repeat it."""
+    """A tool call with changed arguments, or, without any, a changed name; its id stays, as tool messages repeat it."""
     if not isinstance(call, dict):
         return call
     if isinstance(call.get("function"), dict):

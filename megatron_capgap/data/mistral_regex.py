@@ -1,8 +1,7 @@
-"""How vocabularies of Mistral's cut text: a tokenizer.json from before transformers 5 has another pattern than
-Mistral's own tokenizer, and `fix_mistral_regex` in tokenizer_config.json has transformers put the right one in its
-place.
+"""Fixes the pre-tokenizer pattern of Mistral vocabularies if `fix_mistral_regex` is set in tokenizer_config.json.
 
-It follows `TokenizersBackend._patch_mistral_regex` of transformers 5, for folders.
+A tokenizer.json from before transformers 5 has a pattern that differs from Mistral's own tokenizer. This follows
+`TokenizersBackend._patch_mistral_regex` of transformers 5, for folders.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 KEY = "fix_mistral_regex"
 _MODELS = (None, "mistral", "mistral3", "voxtral", "ministral", "pixtral")
-_FEWEST = 100_000  # tokens that an earlier vocabulary of Mistral's does not have
+_FEWEST = 100_000  # tokens; earlier Mistral vocabularies are smaller
 _CAPITALS, _SMALL = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
 _BEFORE = r"[^\r\n\p{L}\p{N}]?"
 _PATTERN = "|".join(
@@ -33,12 +32,12 @@ _PATTERN = "|".join(
 
 
 def mend(built: tokenizers.Tokenizer, settings: Mapping[str, Any], config: Mapping[str, Any] | None) -> str | None:
-    """Puts the right pattern where the settings ask for it, as transformers does; what is to be said where they do not.
+    """Sets Mistral's own pattern if the settings ask for it, as transformers does; else returns a warning.
 
     Args:
         built: the folder's tokenizer, with its added tokens.
-        settings: of tokenizer_config.json.
-        config: of config.json; None where there is none.
+        settings: content of tokenizer_config.json.
+        config: content of config.json; None without that file.
     """
     from tokenizers import Regex, pre_tokenizers
 
@@ -49,8 +48,8 @@ def mend(built: tokenizers.Tokenizer, settings: Mapping[str, Any], config: Mappi
         return None
     if not settings.get(KEY):
         return (
-            f'text is cut as tokenizer.json says, by a pattern that is not Mistral\'s own; "{KEY}": true in '
-            "tokenizer_config.json has it, and transformers, take the right one"
+            f'text is split by the pattern in tokenizer.json, which is not Mistral\'s own; set "{KEY}": true in '
+            "tokenizer_config.json to use the right pattern, here and in transformers"
         )
     split = pre_tokenizers.Split(Regex(_PATTERN), "isolated")
     if isinstance(step, pre_tokenizers.Sequence):
@@ -64,7 +63,7 @@ def mend(built: tokenizers.Tokenizer, settings: Mapping[str, Any], config: Mappi
 
 
 def _is_later(version: Any) -> bool:
-    """Whether a model was saved by transformers 5, whose files are right; not by one of its previews."""
+    """Whether a model was saved by a final release of transformers 5 or later, whose files have the right pattern."""
     found = re.match(r"(\d+)((?:\.\d+)*)(.*)", version) if isinstance(version, str) else None
     if found is None:
         return False

@@ -1,11 +1,10 @@
 """Packed samples of indexed datasets, read through Megatron-Core's GPTDataset.
 
-Megatron shuffles the documents of a dataset once (by the seed), lays them end to end, and cuts the stream
-into samples of `sequence_length` tokens, which it shuffles once more; the last label of a sample is the first
-token of the next. Samples run across documents, as is usual in pretraining: neither attention nor positions
-start anew at a document. What remains at the end, fewer than `sequence_length` + 1 tokens, is read in no
-epoch. Each dataset is opened for exactly one epoch, so that nothing depends on how many samples a run asks
-for; `order` goes round in it.
+Megatron shuffles the documents of a dataset once (by the seed), concatenates them, splits the stream into samples of
+`sequence_length` tokens, and shuffles the samples; the last label of a sample is the first token of the next. Samples
+span documents, as is usual in pretraining: neither attention nor positions restart at a document. The remainder, fewer
+than `sequence_length` + 1 tokens, is read in no epoch. Each dataset is opened for exactly one epoch, so nothing depends
+on the number of samples that a run needs; `sampler` repeats the epochs.
 """
 
 import hashlib
@@ -27,15 +26,15 @@ from megatron_capgap.data import indexed
 from megatron_capgap.data.batch import MicroBatch, collate
 from megatron_capgap.data.sampler import Order, training_order, validation_order
 
-_FACTS = "facts.json"  # in the folder of a dataset's indices: what was found when it was checked
-_VALIDATION_SEED = 0  # held-out samples are the same ones in every run
+_FACTS = "facts.json"  # in a dataset's index folder: result of its check
+_VALIDATION_SEED = 0  # held-out samples are the same in every run
 
 
 class SampleSequence:
-    """The samples of one or several datasets, numbered.
+    """Numbered samples of one or several datasets.
 
     Attributes:
-        sequence_length: tokens that a sample predicts; it holds one more.
+        sequence_length: predicted tokens of a sample, which has one token more.
     """
 
     def __init__(
@@ -47,17 +46,17 @@ class SampleSequence:
         self._order = order
 
     def __len__(self) -> int:
-        """Samples in one pass over every dataset."""
+        """Number of samples in one epoch of every dataset."""
         return sum(len(dataset) for dataset in self._datasets)
 
     @property
     def left_out(self) -> int:
-        """Tokens at the ends of the datasets, less than a sample of each, that no sample predicts."""
+        """Tokens that no sample predicts: the remainder of each dataset, less than one sample."""
         predicted = sum(int(dataset.dataset.sequence_lengths.sum()) - 1 for dataset in self._datasets)
         return predicted - len(self) * self.sequence_length
 
     def tokens(self, k: int) -> np.ndarray:
-        """Sample k: int64 [sequence_length + 1]; in training for any k >= 0, held-out for k < len(self)."""
+        """Sample k: int64 [sequence_length + 1]; any k >= 0 in training, k < len(self) in held-out data."""
         place = self._order(k)
         sample = self._datasets[place.dataset][place.sample]
         tokens = np.append(sample["tokens"].numpy(), sample["labels"].numpy()[-1:])
@@ -65,35 +64,34 @@ class SampleSequence:
         return tokens
 
     def micro_batch(self, there: Sequence[int | None], ids: list[int], device: torch.device) -> MicroBatch:
-        """As `batch.Samples`."""
+        """See `batch.Samples.micro_batch`."""
         rows = [None if k is None else self.tokens(k) for k in there]
         return collate(rows, ids, self.sequence_length, device)
 
     def source(self, k: int) -> str:
-        """Where sample k comes from, for messages: "data/train sample 17 (epoch 2)"; epochs count from 1."""
+        """Origin of sample k, for messages: "data/train sample 17 (epoch 2)"; epochs count from 1."""
         place = self._order(k)
         return f"{self._prefixes[place.dataset]} sample {place.sample} (epoch {place.epoch + 1})"
 
 
 def build_indices(data: DataConfig, vocab_size: int, seed: int, cache_dir: Path) -> None:
-    """Check every dataset of `data` and build the sample indices that `open_training` and `open_validation`
-    read.
+    """Checks every dataset of `data` and builds the sample indices of `open_training` and `open_validation`.
 
-    One process does this before any opens them. A dataset that was checked and built before, by this or an
-    earlier run with the same `cache_dir`, costs nothing.
+    One process calls this before any process opens the data. Datasets that an earlier call with the same `cache_dir`
+    has checked and built are skipped.
 
     Raises:
-        UserError: a dataset is damaged, too short or beyond the vocabulary, or `cache_dir` is not writable.
+        UserError: a dataset is damaged, too short or has ids beyond the vocabulary, or `cache_dir` is not writable.
     """
     wanted = [(prefix, seed) for prefix in data.train] + [(prefix, _VALIDATION_SEED) for prefix in data.valid]
     missing: dict[tuple[str, int], indexed.Facts] = {}
-    for prefix, shuffle in dict.fromkeys(wanted):  # all are checked before anything is written
+    for prefix, shuffle in dict.fromkeys(wanted):  # check all before writing anything
         facts_file = _entry(prefix, data.sequence_length, shuffle, cache_dir) / _FACTS
         if not facts_file.is_file() or json.loads(facts_file.read_text())["largest_id"] >= vocab_size:
             missing[prefix, shuffle] = indexed.inspect(prefix, vocab_size, data.sequence_length)
     for (prefix, shuffle), facts in missing.items():
         entry = _entry(prefix, data.sequence_length, shuffle, cache_dir)
-        # A killed job leaves only the partial folder, and of two jobs with one cache either may finish first.
+        # A killed job leaves only the partial folder; two jobs that share a cache may finish in any order.
         partial = entry.with_name(f"{entry.name}.partial.{os.getpid()}")
         try:
             partial.mkdir(parents=True)
@@ -103,7 +101,7 @@ def build_indices(data: DataConfig, vocab_size: int, seed: int, cache_dir: Path)
                 partial.rename(entry)
         except OSError as error:
             raise UserError(
-                f"{cache_dir} cannot hold the sample indices of {prefix} ({error.strerror}): "
+                f"{cache_dir} cannot store the sample indices of {prefix} ({error.strerror}): "
                 "choose a run_dir that is writable and has space"
             ) from error
         finally:
@@ -111,11 +109,11 @@ def build_indices(data: DataConfig, vocab_size: int, seed: int, cache_dir: Path)
 
 
 def open_training(data: DataConfig, seed: int, cache_dir: Path) -> SampleSequence:
-    """The endless shuffled blend of data.train; sample k depends on the seed, k, the datasets and their
-    weights alone.
+    """Opens the endless shuffled blend of data.train; sample k depends only on the seed, k, the datasets and their
+    weights.
 
     Raises:
-        UserError: `build_indices` has not built the indices in a `cache_dir` that this host sees.
+        UserError: the indices of `build_indices` are not visible on this host.
     """
     datasets = [_open_built(prefix, data.sequence_length, seed, cache_dir) for prefix in data.train]
     order = training_order([len(dataset) for dataset in datasets], data.train_weights, seed)
@@ -123,9 +121,9 @@ def open_training(data: DataConfig, seed: int, cache_dir: Path) -> SampleSequenc
 
 
 def open_validation(data: DataConfig, cache_dir: Path) -> SampleSequence:
-    """Every sample of data.valid once: dataset after dataset, each in Megatron's shuffle with a fixed seed.
+    """Opens every sample of data.valid once: dataset after dataset, each shuffled by Megatron with a fixed seed.
 
-    The first samples are therefore a fair portion of their dataset.
+    The first samples are therefore representative of their dataset.
 
     Raises:
         UserError: as `open_training`.
@@ -136,7 +134,7 @@ def open_validation(data: DataConfig, cache_dir: Path) -> SampleSequence:
 
 
 class _NoTokenizer:
-    """Stands where GPTDataset asks for a tokenizer; here no id is padding and none is masked."""
+    """Placeholder for the tokenizer that GPTDataset requires; no id is padding and none is masked."""
 
     vocab_size = None
     eod = None
@@ -146,7 +144,8 @@ class _NoTokenizer:
 def _entry(prefix: str, sequence_length: int, seed: int, cache_dir: Path) -> Path:
     """Folder of one dataset's indices.
 
-    Megatron's own file names leave out what the data is: a dataset made anew would get the old one's indices.
+    Its name includes sizes and modification times of the files. Megatron's own file names do not, so a rebuilt dataset
+    would reuse the indices of the old one.
     """
     stats = [file.stat() for file in indexed.paths(prefix)]
     identity = [os.path.abspath(prefix), sequence_length, seed, [(s.st_size, s.st_mtime_ns) for s in stats]]
@@ -157,27 +156,27 @@ def _open_built(prefix: str, sequence_length: int, seed: int, cache_dir: Path) -
     entry = _entry(prefix, sequence_length, seed, cache_dir)
     if not entry.is_dir():  # else GPTDataset would build on this rank
         raise UserError(
-            f"{entry} with the sample indices of {prefix} is not there: "
+            f"{entry} with the sample indices of {prefix} is missing: "
             "put run_dir and the data on a file system that all hosts share, "
-            "and leave the data alone while a run starts"
+            "and do not change the data while a run starts"
         )
     _refuse_pickles(entry)
     return _open(prefix, sequence_length, seed, entry)
 
 
 def _refuse_pickles(entry: Path) -> None:
-    """Megatron reads its indices with `allow_pickle=True`, which would run what somebody put in their place."""
+    """Rejects pickled arrays: Megatron reads indices with `allow_pickle=True`, which would run code in such a file."""
     for file in entry.glob("*.npy"):
         try:
             np.load(file, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{file}: is no array of numbers ({in_one_line(error)}); remove {entry}, it is built anew"
+                f"{file}: is not a numeric array ({in_one_line(error)}); remove {entry}, it is rebuilt"
             ) from None
 
 
 def _open(prefix: str, sequence_length: int, seed: int, index_dir: Path) -> GPTDataset:
-    """One epoch of a dataset; the indices are read from `index_dir`, or built into it."""
+    """Opens one epoch of a dataset; reads its indices from `index_dir`, or builds them there."""
     path = os.path.abspath(prefix)
     config = GPTDatasetConfig(
         random_seed=seed % 2**32,  # the range of NumPy's RandomState

@@ -1,4 +1,4 @@
-"""What a model is asked to continue: plain text, or a conversation in which the assistant speaks next."""
+"""Prompts for generation: plain text, or a conversation whose next message is the assistant's."""
 
 from __future__ import annotations
 
@@ -16,50 +16,48 @@ Prompt = str | Conversation
 
 
 def read_prompts(path: str) -> list[Prompt]:
-    """Every prompt of a jsonl file: a line is `{"prompt": text}` or `{"messages": [...]}` with the user's turn, or
-    a tool's, last.
+    """Reads every prompt of a jsonl file: a line is `{"prompt": text}`, or `{"messages": [...]}` that ends with a user
+    or tool message.
 
     Raises:
-        UserError: the file is missing or empty, or a line is no prompt; with its number.
+        UserError: the file is missing or empty, or a line is not a prompt; names the line.
     """
     find(path, "a jsonl file of prompts")
     found = [_prompt(*row) for row in rows(path)]
     if not found:
-        raise UserError(f'{path}: holds no prompt; a line is {{"prompt": "..."}} or {{"messages": [...]}}')
+        raise UserError(f'{path}: contains no prompt; a line is {{"prompt": "..."}} or {{"messages": [...]}}')
     return found
 
 
 def _prompt(place: str, content: Any) -> Prompt:
     turns = isinstance(content, dict) and any(key in content for key in ("messages", "conversations"))
     if not isinstance(content, dict) or ("prompt" in content) == turns:
-        what = other_form(content) or "mend the line"
+        what = other_form(content) or "fix the line"
         raise UserError(f'{place}: neither {{"prompt": ...}} nor {{"messages": [...]}}; {what}')
     if not turns:
         if not isinstance(content["prompt"], str) or not content["prompt"]:
-            raise UserError(f"{place}: prompt is {content['prompt']!r}; give it words")
+            raise UserError(f"{place}: prompt is {content['prompt']!r}; write a non-empty text")
         return content["prompt"]
     found = read_turns(place, content)
     if not found or found.messages[-1].role in ("system", "developer", "assistant"):
-        raise UserError(
-            f"{place}: does not end with a message of the user's or a tool's, which the assistant would answer; add it"
-        )
+        raise UserError(f"{place}: does not end with a user or tool message for the assistant to answer; add one")
     return found
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Tokenizer, template: Callable[[], Template], begin: bool) -> list[int]:
-    """Tokens of a prompt.
+    """Encodes a prompt.
 
     Args:
         prompt: text or a conversation.
-        tokenizer: the model's.
-        template: opens the chat template; called for a conversation only.
-        begin: whether the id that begins a document comes before text; templates write their own.
+        tokenizer: the model's tokenizer.
+        template: opens the chat template; called for conversations only.
+        begin: whether to put bos before plain text; templates write their own.
 
     Raises:
-        UserError: there is no such id, or the template cannot be used.
+        UserError: the tokenizer has no bos, or the template cannot be used.
     """
     if not isinstance(prompt, str):
         return [token for segment in template().encode(prompt) for token in segment.tokens]
     if begin and tokenizer.bos is None:
-        raise UserError("--bos: the tokenizer has no id that begins a document; leave it out")
+        raise UserError("--bos: the tokenizer has no bos id; omit --bos")
     return [*([tokenizer.bos] if begin and tokenizer.bos is not None else []), *tokenizer.encode(prompt)]

@@ -1,5 +1,4 @@
-"""Which sample is the k-th of a run: arithmetic on k alone, the same for any layout, number of steps or
-restart."""
+"""Sample order: maps k to the k-th sample of a run, independent of layout, number of steps and restarts."""
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
@@ -13,12 +12,12 @@ _ROUNDS = 6
 
 
 class SampleIndex(NamedTuple):
-    """Where one sample stands.
+    """Location of one sample.
 
     Attributes:
-        dataset: number of the dataset in its list.
-        sample: number of the sample in that dataset.
-        epoch: how often that dataset has been read through before.
+        dataset: index of the dataset.
+        sample: index of the sample in that dataset.
+        epoch: epoch of that dataset, from 0.
     """
 
     dataset: int
@@ -30,14 +29,13 @@ Order = Callable[[int], SampleIndex]
 
 
 def training_order(sizes: Sequence[int], weights: Sequence[float] | None, seed: int) -> Order:
-    """Endless order over a blend; each dataset is shuffled anew in each of its epochs.
+    """Endless order over a blend of datasets; each dataset is reshuffled in each of its epochs.
 
     Args:
         sizes: samples in each dataset.
-        weights: share of the samples from each dataset; None means in proportion to `sizes`, so that the
-        first
-            sum(sizes) samples are every sample once.
-        seed: decides the shuffles.
+        weights: share of each dataset; None means in proportion to `sizes`, so the first sum(sizes) samples are every
+            sample once.
+        seed: seed of the shuffles.
     """
     blend = Blend(sizes if weights is None else weights)
 
@@ -50,10 +48,10 @@ def training_order(sizes: Sequence[int], weights: Sequence[float] | None, seed: 
 
 
 def dp_shard(samples: range, micro_batch: int, data_rank: int, data_size: int) -> list[list[int]]:
-    """Numbers of the samples in each micro-batch of one data-parallel rank.
+    """Sample numbers of each micro-batch of one data-parallel rank.
 
-    They are dealt out in runs of `micro_batch`, to rank 0, 1, ..., data_size - 1 and round again: which samples a
-    global batch holds does not depend on the layout, only who reads them does.
+    Blocks of `micro_batch` consecutive samples go to ranks 0, 1, ..., data_size - 1 in turn. The samples of a global
+    batch do not depend on the layout; only their assignment to ranks does.
     """
     deal = micro_batch * data_size
     assert len(samples) % deal == 0, f"{len(samples)} samples over {data_size} ranks of {micro_batch}"
@@ -76,20 +74,20 @@ def validation_order(sizes: Sequence[int]) -> Order:
 class Blend:
     """Interleaves datasets by weight: `blend(k)` is (dataset, number of earlier samples of that dataset).
 
-    The datasets, heaviest first, are cut in two where the weights balance best, each side again, down to
-    single ones. Of the first k samples that reach such a cut, round(k * left / both) go left and the others
-    right. Any k costs a few divisions, and no state is kept.
+    The datasets, heaviest first, form a binary tree: each node splits its datasets where the weights balance best. Of
+    the first k samples that reach a node, round(k * left / both) go left and the others right. Any k costs a few
+    divisions, without state.
 
-    After k samples each dataset has had its share of k to within 1/2 (two datasets), 1 (three) or 2 (any
-    number). For a cut adds 1/2 at most, what it hands down shrinks with the weights, and a side of more than
-    one dataset never holds more than 2/3 of both.
+    After k samples, the count of each dataset differs from its share of k by at most 1/2 (two datasets), 1 (three) or 2
+    (any number): a node adds at most 1/2, the error passed down shrinks with the weights, and a side of more than one
+    dataset has at most 2/3 of the weight of both.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
         exact = [Fraction(weight) for weight in weights]
         unit = lcm(*(weight.denominator for weight in exact))
         self._heaviest_first = sorted(range(len(exact)), key=lambda i: -exact[i])
-        # In whole numbers nothing is rounded but the shares themselves, at any k.
+        # In integers, only the shares themselves are rounded, at any k.
         self._ends = [0, *accumulate(int(exact[i] * unit) for i in self._heaviest_first)]
 
     def __call__(self, k: int) -> tuple[int, int]:
@@ -105,7 +103,7 @@ class Blend:
         return self._heaviest_first[first], k
 
     def _balance(self, first: int, last: int) -> int:
-        """Where to cut datasets first..last - 1 so that the heavier side is as light as it can be."""
+        """Split point of datasets first..last - 1 that minimises the weight of the heavier side."""
         both = self._ends[first] + self._ends[last]
         middle = bisect_left(self._ends, (both + 1) // 2, first + 1, last - 1)
         before = middle - 1
@@ -120,9 +118,9 @@ def _share(k: int, part: int, whole: int) -> int:
 def shuffled(position: int, size: int, key: str) -> int:
     """Image of `position` under the permutation of [0, size) that `key` names.
 
-    A Feistel network over pairs of digits in base ceil(sqrt(size)), walked until it lands below `size`. It
-    needs no table, which for 10^8 samples would be 800 MB on every rank, and unlike NumPy's generators its
-    outcome is fixed by the definition of BLAKE2b, not by a library's version.
+    A Feistel network over pairs of digits in base ceil(sqrt(size)), iterated until the result is below `size`
+    (cycle walking). It needs no table, which for 10^8 samples would take 800 MB on every rank, and unlike NumPy's
+    generators its result does not depend on a library version.
     """
     base = isqrt(size - 1) + 1 if size > 1 else 1
     secret = key.encode()

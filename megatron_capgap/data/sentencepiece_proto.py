@@ -1,8 +1,8 @@
-"""SentencePiece model files: read piece by piece, and lengthened.
+"""Reads SentencePiece model files and appends pieces to them.
 
-A model file is a protobuf message, and two of those written one after the other read as one: lists are joined, of
-single values the later one counts. So whatever is not touched here stays as it was, byte by byte. The message classes
-that come with sentencepiece are not used, since each of its versions asks for a protobuf of its own.
+A model file is a protobuf message. Concatenated messages parse as one: repeated fields are joined, and the last value
+of a singular field counts. Appending therefore leaves the original bytes unchanged. The message classes of
+sentencepiece are not used, because each of its versions requires a specific protobuf version.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ REMEDY = (
 _PIECES, _TRAINER, _NORMALIZER = 1, 2, 3
 _TEXT, _SCORE, _KIND = 1, 2, 3
 _MODEL_KIND, _VOCAB_SIZE, _BYTE_FALLBACK = 3, 4, 35
-_SPECIAL = {"unk_token": (40, 0), "bos_token": (41, 1), "eos_token": (42, 2)}  # (number, id unless it is said)
+_SPECIAL = {"unk_token": (40, 0), "bos_token": (41, 1), "eos_token": (42, 2)}  # (field number, default id)
 _RULE, _CHARACTER_MAP, _DUMMY_PREFIX, _REMOVE_SPACES, _ESCAPE_SPACES = 1, 2, 3, 4, 5
-# Values of its enumerations.
+# Enum values.
 NORMAL, CONTROL, USER_DEFINED, BYTE = 1, 3, 4, 6
 _MODEL_KINDS = {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 
@@ -42,33 +42,33 @@ class Piece:
     text: str
     score: float
     kind: int
-    """`NORMAL`, `BYTE`, or another number for control, unknown, user-defined and unused ones."""
+    """`NORMAL`, `BYTE`, `CONTROL`, `USER_DEFINED`, or another number for unknown and unused pieces."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model file."""
+    """A parsed model file."""
 
     content: bytes
     kind: str
     """unigram, bpe, word or char."""
     pieces: tuple[Piece, ...]
-    """By id."""
+    """Pieces by id."""
     special: dict[str, int] = field(default_factory=dict)
-    """Ids of unk_token, bos_token and eos_token, those that it has."""
+    """Ids of unk_token, bos_token and eos_token, as far as the model has them."""
     byte_fallback: bool = False
-    """Whether a character without a piece is written in bytes."""
+    """Whether a character without a piece is encoded as byte pieces."""
     character_map: bytes = b""
-    """How text is normalised, as sentencepiece compiles it; empty where it is not."""
+    """Compiled normalisation rules; empty if text is not normalised."""
     adds_prefix: bool = True
-    """Whether a space comes before a text."""
+    """Whether a space is added before a text."""
     removes_spaces: bool = True
-    """Whether spaces at the ends and several in a row are lost."""
+    """Whether leading, trailing and repeated spaces are removed."""
     escapes_spaces: bool = True
     """Whether a space is written as U+2581."""
 
     def with_pieces(self, new: Sequence[Piece]) -> Model:
-        """The model with more pieces behind its own."""
+        """The model with pieces appended."""
         pieces = (*self.pieces, *new)
         parts = [self.content, _field(_TRAINER, _field(_VOCAB_SIZE, len(pieces)))]
         for piece in new:
@@ -77,7 +77,7 @@ class Model:
         return replace(self, content=b"".join(parts), pieces=pieces)
 
     def processor_of_pieces(self) -> sentencepiece.SentencePieceProcessor:
-        """Reads text as pieces are written: nothing is normalised, no space is put in front."""
+        """A processor that encodes text literally: no normalisation, no space added in front."""
         import sentencepiece
 
         rules = _field(_RULE, b"identity") + _field(_CHARACTER_MAP, b"")
@@ -89,13 +89,13 @@ def load(path: Path) -> sentencepiece.SentencePieceProcessor:
     """Opens a model file.
 
     Raises:
-        UserError: it is none.
+        UserError: the file is not a SentencePiece model.
     """
     import sentencepiece
 
     model, processor = path.read_bytes(), sentencepiece.SentencePieceProcessor()
     try:
-        if not model:  # sentencepiece takes an empty model and fails at the first use
+        if not model:  # sentencepiece loads an empty model and fails at the first use
             raise RuntimeError("empty file")
         processor.load_from_serialized_proto(model)
     except RuntimeError:
@@ -107,9 +107,9 @@ def read(path: Path) -> Model:
     """Reads a model file.
 
     Raises:
-        UserError: it is none.
+        UserError: the file is not a SentencePiece model.
     """
-    load(path)  # sentencepiece's own reader refuses what is damaged
+    load(path)  # sentencepiece's own parser rejects damaged files
     content = path.read_bytes()
     trainer: dict[int, int | bytes] = {}
     normalizer: dict[int, int | bytes] = {}
@@ -136,18 +136,18 @@ def read(path: Path) -> Model:
 
 
 def _signed(value: int | bytes) -> int:
-    """A number that is written in 64 bits where it is negative."""
+    """Decodes a signed integer, which is stored as 64 bits if negative."""
     number = _int(value)
     return number - (1 << 64) if number >> 63 else number
 
 
 def _int(value: int | bytes) -> int:
-    assert isinstance(value, int), "sentencepiece has read the file, and this field is a number"
+    assert isinstance(value, int), "sentencepiece has read the file, and this field is an integer"
     return value
 
 
 def _bytes(value: int | bytes) -> bytes:
-    assert isinstance(value, bytes), "sentencepiece has read the file, and this field is no integer"
+    assert isinstance(value, bytes), "sentencepiece has read the file, and this field is not an integer"
     return value
 
 
@@ -158,7 +158,7 @@ def _piece(message: bytes) -> Piece:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """Number and value of each field of a message, in order; messages within, texts and floats as their bytes."""
+    """Yields number and value of each field of a message, in order; nested messages, strings and floats as bytes."""
     at = 0
     while at < len(message):
         tag, at = _varint(message, at)
@@ -174,7 +174,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """A number in groups of 7 bits, lowest first, and the place behind it."""
+    """Decodes a varint (groups of 7 bits, lowest first); returns it and the position after it."""
     value = shift = 0
     while True:
         byte = message[at]
@@ -185,7 +185,7 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
 
 
 def _field(number: int, value: Value) -> bytes:
-    """One field as it is written."""
+    """Encodes one field."""
     if isinstance(value, float):
         return _number(number << 3 | 5) + struct.pack("<f", value)
     if isinstance(value, int):

@@ -19,13 +19,13 @@ from megatron_capgap.data.tokenizer_steps import SPACE
 if TYPE_CHECKING:
     import tokenizers
 
-# Vocabularies that transformers reads with the class they belong to.
+# Vocabulary files that transformers reads with their tokenizer class.
 _PARTS = ("vocab.json", "merges.txt")
 _OTHER_FORMS = (*_PARTS, "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json")
 
 
 class Tokenizer(ABC):
-    """A vocabulary with the two ways across it.
+    """Converts text to token ids and back.
 
     Attributes:
         vocab_size: ids run from 0 to vocab_size - 1, added tokens included.
@@ -37,25 +37,25 @@ class Tokenizer(ABC):
     bos: int | None
     eos: int | None
     stops: frozenset[int]
-    """Ids that end a text: `eos`, and what else generation_config.json beside the tokenizer names."""
+    """Stop ids: `eos`, and those in generation_config.json beside the tokenizer."""
     special: dict[str, str]
-    """Text of bos_token, eos_token and the like, as chat templates call them."""
+    """Text of bos_token, eos_token and other named special tokens, for chat templates."""
     whole: frozenset[int]
-    """Ids of tokens that are never cut: control tokens, added ones, user-defined pieces of a SentencePiece model."""
+    """Ids of never-split tokens: control tokens, added tokens, user-defined pieces of a SentencePiece model."""
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
-    """Ids that the tokenizer itself puts around a text, as transformers does unless it is asked not to."""
+    """Ids that the tokenizer adds before and after a text by default, as in transformers."""
     remarks: tuple[str, ...] = ()
-    """What is to be said of how it was read, a line each."""
+    """Warnings from loading, one line each."""
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; neither shortened nor padded, and nothing is added."""
+        """Token ids of `text`, without truncation, padding or added special tokens."""
 
     @abstractmethod
     def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids of a text in which special tokens stand as words, as chat templates write them and transformers reads
-        them; with the characters of the text that each id stands for: from, to."""
+        """Encodes a text that contains special tokens as text, as chat templates write them; returns the ids, and for
+        each id its span (start, end) in the text."""
 
     @abstractmethod
     def decode(self, ids: list[int]) -> str:
@@ -63,28 +63,27 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def pieces(self) -> list[str | None]:
-        """The vocabulary as it is written in its file, by id; None where an id is not used."""
+        """Vocabulary entries by id, as in the vocabulary file; None for unused ids."""
 
     @abstractmethod
     def byte_lengths(self) -> np.ndarray:
         """UTF-8 bytes that each id adds to the text: int64 [vocab_size], 0 for control and unknown tokens.
 
-        The space that SentencePiece puts before a text counts, so that a text sums to its bytes or one more.
+        The space that SentencePiece adds before a text counts, so the sum is the text's bytes or one more.
         """
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of the vocabulary: equal where two models' logits mean the same tokens.
+        """Hash of pieces, bos and eos: equal if the logits of two models refer to the same tokens.
 
-        It covers pieces, bos and eos. Merge ranks and scores are left out: they decide how a text is cut, not
-        what an id means.
+        Merge ranks and scores are excluded: they determine how text is split, not what an id means.
         """
         return self._digest(self.bos, self.eos)
 
     def special_ids_of(self, fingerprint: str) -> tuple[int | None, int | None] | None:
-        """bos and eos of the tokenizer with a fingerprint, where its pieces are this one's; None where they are others.
+        """bos and eos of the tokenizer with a fingerprint if it has the same pieces as this one; else None.
 
-        A base model and its instruct model have the same pieces, and mostly another end of text.
+        A base model and its instruct model usually have the same pieces and different eos ids.
         """
         if fingerprint == self.fingerprint:
             return self.bos, self.eos
@@ -92,7 +91,7 @@ class Tokenizer(ABC):
         return next(((bos, eos) for bos in ids for eos in ids if self._digest(bos, eos) == fingerprint), None)
 
     def _digest(self, bos: int | None, eos: int | None) -> str:
-        digest = self._pieces_digest.copy()  # of [pieces, bos, eos] in JSON
+        digest = self._pieces_digest.copy()  # hash of [pieces, bos, eos] as JSON
         digest.update(f", {json.dumps(bos)}, {json.dumps(eos)}]".encode())
         return digest.hexdigest()
 
@@ -102,11 +101,11 @@ class Tokenizer(ABC):
 
 
 def open_tokenizer(path: str) -> Tokenizer:
-    """Open a SentencePiece `.model` file, or a folder with tokenizer.json, tokenizer.model, or vocab.json and
+    """Opens a SentencePiece `.model` file, or a folder with tokenizer.json, tokenizer.model, or vocab.json and
     merges.txt.
 
     Raises:
-        UserError: `path` does not exist or holds no tokenizer.
+        UserError: `path` does not exist or has no tokenizer.
     """
     place = Path(path)
     if place.is_file():
@@ -120,17 +119,19 @@ def open_tokenizer(path: str) -> Tokenizer:
         return HuggingFaceTokenizer(place)
     if len(others) == 1 and others[0] in _PARTS:
         missing = next(name for name in _PARTS if name not in others)
-        raise UserError(f"tokenizer folder {path} has {others[0]} without {missing}: copy that there too, or {SAVE}")
+        raise UserError(
+            f"tokenizer folder {path} has {others[0]} without {missing}: copy that file there too, or {SAVE}"
+        )
     if others:
         raise UserError(
-            f"tokenizer folder {path} has {', '.join(others)}, which are not read here, and neither tokenizer.json nor "
+            f"tokenizer folder {path} has {', '.join(others)}, which are not supported, and neither tokenizer.json nor "
             f"tokenizer.model: {SAVE}, and name PreTrainedTokenizerFast as tokenizer_class there"
         )
     raise UserError(f"tokenizer folder {path} has neither tokenizer.json nor tokenizer.model: {REMEDY}")
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model; control tokens that stand in a text are read as text."""
+    """A SentencePiece model; control tokens in a text are encoded as plain text."""
 
     def __init__(self, path: Path) -> None:
         self._processor = sentencepiece_proto.load(path)
@@ -156,7 +157,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     @functools.cached_property
     def _as_exported(self) -> "tokenizers.Tokenizer":
-        """As transformers reads the model."""
+        """The model as transformers reads it."""
         return tokenizer_folder.read_model(self._path).tokenizer
 
     def decode(self, ids: list[int]) -> str:
@@ -176,7 +177,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A Hugging Face folder; special tokens that stand in a text become their ids, as they do there."""
+    """A Hugging Face folder; special tokens in a text become their ids, as in transformers."""
 
     def __init__(self, folder: Path) -> None:
         found = tokenizer_folder.read(folder)
@@ -214,7 +215,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return lengths
 
     def _piece_length(self) -> Callable[[str], int]:
-        """How this kind of vocabulary writes bytes into pieces."""
+        """Returns the function from a piece to its number of UTF-8 bytes for this kind of vocabulary."""
         recipe = json.loads(self._tokenizer.to_str())
         steps = set(tokenizer_folder.types_of([recipe.get("pre_tokenizer"), recipe.get("decoder")]))
         if "ByteLevel" in steps:
@@ -226,7 +227,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 unknown = model["vocab"][model["unk_id"]][0]
             return functools.partial(_spaced_length, byte_tokens=bool(model.get("byte_fallback")), unknown=unknown)
         raise UserError(
-            f"tokenizer {self._folder}: bytes per token are known for byte-level and SentencePiece "
+            f"tokenizer {self._folder}: bytes per token are supported for byte-level and SentencePiece "
             "vocabularies only; use one of these kinds"
         )
 

@@ -1,8 +1,8 @@
-"""Which class transformers opens a tokenizer folder with, and whether that class takes tokenizer.json as it stands.
+"""Selects the class with which transformers opens a tokenizer folder, and whether it uses tokenizer.json unchanged.
 
-A class with a constructor of its own takes vocabulary and merges alone and puts its own steps around them, whatever
-steps tokenizer.json has; any other takes the file. The choice follows `AutoTokenizer.from_pretrained` of transformers
-5, where the model's type counts beside the class that the folder names; a test compares the tables.
+A class with its own constructor takes only vocabulary and merges and applies its own steps, whatever steps
+tokenizer.json has; other classes use the file unchanged. The selection follows `AutoTokenizer.from_pretrained` of
+transformers 5, which considers the model type as well as the folder's tokenizer_class; a test compares the tables.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 AS_TRAINED = "tokenization_as_trained.AsTrained"
-"""The program that exports bring, see `conversion.same_ids`."""
-# The classes with steps of their own, and the types of model that transformers opens with each.
+"""Custom class that exports may include, see `conversion.tokenizer_check`."""
+# Classes with their own steps -> the model types that transformers opens with each.
 _MODELS = {
     "AlbertTokenizer": "albert yoso",
     "BartTokenizer": "florence2",
@@ -125,7 +125,7 @@ _MODELS = {
     "XLMTokenizer": "xlm",
     "XLNetTokenizer": "xlnet",
 }
-# Types of model whose tokenizer is the file as it stands, unless that type is none that transformers knows.
+# Model types whose tokenizer is tokenizer.json unchanged, if transformers knows the type.
 _PLAIN_MODELS = frozenset(
     (
         "EvollaModel arctic aria beam bigbird_pegasus camembertv2-base canary chatlm cohere_asr ernie4_5 "
@@ -140,27 +140,27 @@ _PLAIN_MODELS = frozenset(
         "step3_vl umt5 vipllava voxtral voxtral_realtime xlm-roberta-xl"
     ).split()
 )
-# Folders of these are known to name a wrong class; what counts is the one of the model's type.
+# Model types whose folders are known to have a wrong tokenizer_class; the class of the model type is used.
 _MISNAMED = frozenset("hyperclovax_vision_v2 qwen2 qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen4_exp siglip2".split())
 _OF_MODEL = {model: name for name, models in _MODELS.items() for model in models.split()}
 
 
 def class_of(settings: Mapping[str, Any], config: Mapping[str, Any], is_byte_level: Callable[[], bool]) -> str | None:
-    """The class that makes the folder's tokenizer anew, or None where tokenizer.json counts as it stands.
+    """The class that rebuilds the folder's tokenizer, or None if tokenizer.json is used unchanged.
 
     Args:
-        settings: of tokenizer_config.json.
-        config: of config.json.
-        is_byte_level: whether tokenizer.json has byte-level steps; asked only where it matters.
+        settings: content of tokenizer_config.json.
+        config: content of config.json.
+        is_byte_level: returns whether tokenizer.json has byte-level steps; called only if needed.
     """
     declared = _bare(settings.get("tokenizer_class") or config.get("tokenizer_class"))
     model = config.get("model_type")
     model = model if isinstance(model, str) else ""
     of_model = _OF_MODEL.get(model)
-    # Where the folder brings a program, transformers has not looked at the model's type.
+    # With custom code (auto_map), transformers ignores the model type.
     if declared and not _programs(settings):
         if declared == "LlamaTokenizer" and model not in _MISNAMED and is_byte_level():
-            return None  # as LLaMA 3's
+            return None  # such as LLaMA 3
         if model in _PLAIN_MODELS:
             return None
         if of_model and of_model != declared and model in _MISNAMED:
@@ -170,10 +170,10 @@ def class_of(settings: Mapping[str, Any], config: Mapping[str, Any], is_byte_lev
 
 
 def program_of(settings: Mapping[str, Any]) -> str | None:
-    """The program that a folder brings for AutoTokenizer, unless it is the one that takes tokenizer.json as it stands.
+    """The custom AutoTokenizer class that a folder names in auto_map, unless it is `AS_TRAINED`.
 
     Args:
-        settings: of tokenizer_config.json.
+        settings: content of tokenizer_config.json.
     """
     found = _programs(settings)
     names = [name for name in (found if isinstance(found, list) else [found]) if isinstance(name, str)]

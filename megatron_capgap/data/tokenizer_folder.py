@@ -1,8 +1,7 @@
-"""A Hugging Face tokenizer folder, read as transformers' AutoTokenizer reads it.
+"""Reads a Hugging Face tokenizer folder as transformers' AutoTokenizer does.
 
-tokenizer.json alone does not say how a folder cuts text: tokens stand in other files too, a class can replace the
-steps before the model, and a folder may hold nothing but a SentencePiece model. What is here follows transformers 5
-(`PreTrainedTokenizerBase._from_pretrained`, `TokenizersBackend`); the tests compare ids with it.
+Other files add tokens to tokenizer.json, a class can replace its steps, and some folders have only a SentencePiece
+model. Follows transformers 5 (`PreTrainedTokenizerBase._from_pretrained`, `TokenizersBackend`); tests compare the ids.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ if TYPE_CHECKING:
     import tokenizers
 
 SAVE = "save it with transformers, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OTHER), without config.json"
-"""Makes a tokenizer.json that holds the steps of a class."""
+"""Fix that creates a tokenizer.json with the steps of a class."""
 FORMS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-"""Files that hold a vocabulary, the first before the others; the last one's merges are in merges.txt."""
+"""Vocabulary files, in order of precedence; the merges of vocab.json are in merges.txt."""
 OWN = "model_specific_special_tokens"
 _GENERATION = "generation_config.json"
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -33,35 +32,35 @@ NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 
 @dataclass(frozen=True)
 class Reading:
-    """What a folder says."""
+    """Content of a tokenizer folder."""
 
     tokenizer: tokenizers.Tokenizer
-    """Cuts text; neither shortens nor pads it."""
+    """Splits text, without truncation or padding."""
     bos: int | None
     eos: int | None
-    """The ids that the folder names as the ends of a document."""
+    """bos and eos of the folder."""
     stops: frozenset[int]
-    """`eos`, and what else generation_config.json says ends a text."""
+    """Stop ids: `eos`, and those in generation_config.json."""
     before: tuple[int, ...]
     after: tuple[int, ...]
-    """Ids that transformers puts around a text unless it is asked not to."""
+    """Ids that transformers adds before and after a text by default."""
     special: dict[str, str]
-    """Text of the tokens with a role, such as bos_token."""
+    """Text of the named special tokens, such as bos_token."""
     named: tuple[int | None, int | None] = (None, None)
-    """bos and eos that the tokenizer itself names, whatever the model beside it says."""
+    """bos and eos of the tokenizer itself, ignoring the model's config files."""
     own: frozenset[int] = frozenset()
-    """Ids of the pieces of a SentencePiece model that its user defined, which are never cut."""
+    """Ids of the user-defined pieces of a SentencePiece model, which are never split."""
     made_by: str | None = None
-    """The class of transformers whose steps stand around the vocabulary, whatever tokenizer.json says."""
+    """The transformers class whose steps replace those of tokenizer.json; None if tokenizer.json is used unchanged."""
     remarks: tuple[str, ...] = ()
-    """What is to be said of how it was read."""
+    """Warnings from reading."""
 
 
 def read_model(file: Path) -> Reading:
-    """Reads a SentencePiece model as a folder that holds nothing else.
+    """Reads a SentencePiece model like a folder that contains only this file.
 
     Raises:
-        UserError: it is none.
+        UserError: the file is not a SentencePiece model.
     """
     return _reading(file.parent, file, {}, legacy=True, beside=False)
 
@@ -70,7 +69,7 @@ def read(folder: Path) -> Reading:
     """Reads a folder with one of `FORMS`.
 
     Raises:
-        UserError: one of its files is damaged, or contradicts another.
+        UserError: a file is damaged, or contradicts another.
     """
     settings = settings_of(folder)
     legacy = "added_tokens_decoder" not in settings  # written before transformers 4.34
@@ -79,10 +78,10 @@ def read(folder: Path) -> Reading:
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, and special_tokens_map.json where it lists no added tokens.
+    """Reads tokenizer_config.json, merged with special_tokens_map.json if it has no added_tokens_decoder.
 
-    Special tokens without a role are the list `extra_special_tokens`, and those with a role of the model's own, such as
-    image_token, the names in `model_specific_special_tokens`, wherever the files have them.
+    Unnamed special tokens are normalised to the list `extra_special_tokens`, and model-specific named ones, such as
+    image_token, to the dict `model_specific_special_tokens`, wherever the files have them.
     """
     found = read_json(folder / "tokenizer_config.json")
     special = {} if "added_tokens_decoder" in found else read_json(folder / "special_tokens_map.json")
@@ -105,31 +104,32 @@ def settings_of(folder: Path) -> dict[str, Any]:
     own = {**_taken(found, lambda value: isinstance(_content(value), str)), **(found.pop(OWN, None) or {})}
     if not isinstance(found.get(extra) or [], list):
         raise UserError(
-            f"tokenizer {folder / 'tokenizer_config.json'}: {extra} {found[extra]!r} is no list of tokens: save the "
+            f"tokenizer {folder / 'tokenizer_config.json'}: {extra} {found[extra]!r} is not a list of tokens: save the "
             "tokenizer again"
         )
     return {**found, OWN: own} if own else found
 
 
 def _taken(settings: dict[str, Any], is_token: Callable[[Any], bool]) -> dict[str, Any]:
-    """Takes the roles of the model's own out of the settings."""
+    """Removes the model-specific named tokens from the settings and returns them."""
     names = [key for key, value in settings.items() if key not in NAMED and key.endswith("_token") and is_token(value)]
     return {name: settings.pop(name) for name in names}
 
 
 def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, beside: bool = True) -> Reading:
-    """
+    """Reads a vocabulary file with its settings.
+
     Args:
-        folder: with the other files, which count where `beside` says so.
+        folder: folder of the other files, which are read if `beside`.
         file: tokenizer.json, a SentencePiece model, or vocab.json.
-        settings: of tokenizer_config.json.
-        legacy: whether they list no added tokens.
+        settings: content of tokenizer_config.json.
+        legacy: whether the settings have no added_tokens_decoder.
     """
     for key in NAMED:
         content = _content(settings.get(key))
         if content is not None and not isinstance(content, str):
             where = folder / "tokenizer_config.json"
-            raise UserError(f"tokenizer {where}: {key} {content!r} is no text: save the tokenizer again")
+            raise UserError(f"tokenizer {where}: {key} {content!r} is not a string: save the tokenizer again")
     made_by = _class_of(folder, settings) if beside else None
     has_json, user_defined = file.name == FORMS[0], frozenset[int]()
     given, settings = settings, {**SPECIAL.get(made_by or "", {}), **settings}
@@ -157,20 +157,19 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
         before, after = _around(built, settings, has_json)
     except UserError:
         raise
-    except Exception as error:  # the library raises bare Exception
+    except Exception as error:  # the tokenizers library raises bare Exception
         raise UserError(
             f"tokenizer {file} cannot be read ({in_one_line(error)}): save the tokenizer again, give a "
             "SentencePiece .model file, or train one with tools/prepare_data.py --train-tokenizer"
         ) from None
     of_model = {name: _of_model(folder, name) if beside else [] for name in ("bos", "eos")}
     named = _named(built, settings, "bos"), _named(built, settings, "eos")
-    bos, eos = (  # where the tokenizer names none, the model's
+    bos, eos = (  # if the tokenizer names none, use the model's
         own if own is not None else next((token for token in ids if token >= 0), None)
         for own, ids in zip(named, of_model.values(), strict=True)
     )
     special = {key: _content(token) for key, token in _roles(settings).items()}
-    for name, token in (("bos_token", bos), ("eos_token", eos)):
-        # Where the model alone says so; chat templates write it as text.
+    for name, token in (("bos_token", bos), ("eos_token", eos)):  # from the model alone, for chat templates
         if token is not None and name not in special and (text := built.id_to_token(token)):
             special[name] = text
             built.add_special_tokens([text])
@@ -180,7 +179,7 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
 
 
 def _class_of(folder: Path, settings: Mapping[str, Any]) -> str | None:
-    """The class of transformers that takes the folder's vocabulary and merges and puts steps of its own around them."""
+    """The transformers class that applies its own steps to the folder's vocabulary and merges, or None."""
     file = folder / "tokenizer.json"
     config = read_json(folder / "config.json")
     name = class_of(settings, config, lambda: file.is_file() and "ByteLevel" in _types(read_json(file)))
@@ -188,31 +187,31 @@ def _class_of(folder: Path, settings: Mapping[str, Any]) -> str | None:
         said = settings.get("tokenizer_class") or config.get("tokenizer_class")
         why = f"tokenizer_class {said}" if said else f"model_type {config.get('model_type')} of its config.json"
         raise UserError(
-            f"tokenizer {folder}: transformers opens it as {name} ({why}), whose own way to cut text is not known "
-            f"here; {SAVE}, and name PreTrainedTokenizerFast as tokenizer_class in OTHER/tokenizer_config.json"
+            f"tokenizer {folder}: transformers opens it as {name} ({why}), whose tokenization steps are not "
+            f"supported; {SAVE}, and name PreTrainedTokenizerFast as tokenizer_class in OTHER/tokenizer_config.json"
         )
     return name
 
 
 def _remarks(folder: Path, settings: Mapping[str, Any], built: tokenizers.Tokenizer) -> tuple[str, ...]:
-    """What is to be said of a folder; the pattern of Mistral's is mended where the folder asks for it."""
+    """Warnings about a folder; also fixes the Mistral pattern if the folder asks for it."""
     file = folder / "config.json"
     about_mistral = mistral_regex.mend(built, settings, read_json(file) if file.is_file() else None)
     program = program_of(settings)
     about_program = program and (
-        f"auto_map in tokenizer_config.json names a program, {program}, which is not run here: text is cut as the "
-        "other files say, and perhaps otherwise by AutoTokenizer with trust_remote_code"
+        f"auto_map in tokenizer_config.json names custom code, {program}, which is not run: text is split according "
+        "to the other files, and may be split differently by AutoTokenizer with trust_remote_code"
     )
     return tuple(f"tokenizer {folder}: {text}" for text in (about_mistral, about_program) if text)
 
 
 def _types(recipe: dict[str, Any]) -> set[str]:
-    """Every `type` of the steps around the model."""
+    """Every `type` of the steps before and after the model."""
     return set(types_of([recipe.get("normalizer"), recipe.get("pre_tokenizer"), recipe.get("decoder")]))
 
 
 def types_of(recipe: Any) -> Iterator[str]:
-    """Every `type` in the nested description of a tokenizer's steps."""
+    """Yields every `type` in the nested description of a tokenizer's steps."""
     if isinstance(recipe, dict):
         if isinstance(recipe.get("type"), str):
             yield recipe["type"]
@@ -225,21 +224,21 @@ def types_of(recipe: Any) -> Iterator[str]:
 def _from_json(
     file: Path, settings: Mapping[str, Any], made_by: str | None
 ) -> tuple[tokenizers.Tokenizer, list[dict[str, Any]], dict[str, str]]:
-    """The tokenizer in a file, the added tokens that it lists and the tokenizer lacks, and what the file pads with,
-    which is the pad token where the settings do not speak of one."""
+    """Reads tokenizer.json: the tokenizer, the file's added tokens that the tokenizer lacks, and the file's padding
+    token, which is the default of pad_token."""
     import tokenizers
 
     built = tokenizers.Tokenizer.from_file(str(file))
     padding = {"pad_token": built.padding["pad_token"]} if built.padding else {}
-    built.no_truncation()  # what was asked for in the last call before it was saved
+    built.no_truncation()  # the file stores the settings of the last call before it was saved
     built.no_padding()
     if made_by is None:
         return built, [], padding
     recipe = read_json(file)
     vocabulary = recipe["model"]["vocab"]
-    if "merges" not in recipe["model"]:  # such as a unigram model, read as a BPE model that merges nothing
+    if "merges" not in recipe["model"]:  # for example a unigram model, which the class would read as BPE without merges
         raise UserError(
-            f"tokenizer {file}: its model is no BPE, and transformers' {made_by} makes one of it; set tokenizer_class "
+            f"tokenizer {file}: its model is not BPE, but transformers' {made_by} reads it as BPE; set tokenizer_class "
             "to PreTrainedTokenizerFast in a tokenizer_config.json without a config.json beside it"
         )
     merges: list[tuple[str, str]] = []
@@ -247,26 +246,27 @@ def _from_json(
         first, second = merge.split(" ") if isinstance(merge, str) else merge
         merges.append((first, second))
     rebuilt = of_class(made_by, vocabulary, merges, settings)
-    if built.post_processor is not None and made_by != "GPTNeoXTokenizer":  # which makes its own, of no tokens
+    if (
+        built.post_processor is not None and made_by != "GPTNeoXTokenizer"
+    ):  # this class has its own, which adds no tokens
         rebuilt.post_processor = built.post_processor
     return rebuilt, recipe.get("added_tokens", []), padding
 
 
 def _from_vocabulary(file: Path, settings: Mapping[str, Any], made_by: str | None) -> tokenizers.Tokenizer:
-    """The tokenizer whose vocabulary is in a file and whose merges are in merges.txt beside it; a class says how text
-    is cut.
+    """Builds a tokenizer from vocab.json and the merges.txt beside it; the class determines the other steps.
 
     Raises:
-        UserError: the folder names none, or one that reads other files.
+        UserError: the folder names no class, or one that reads other files.
     """
     from tokenizers import models
 
     if made_by not in OF_PARTS:
         named = f"{made_by} of transformers does not read them" if made_by else "no class is named that reads them"
         raise UserError(
-            f"tokenizer {file.parent}: vocab.json and merges.txt do not say how text is cut, and {named}; set "
-            "tokenizer_class in tokenizer_config.json to the one that they were made with, without a config.json that "
-            f"says otherwise; valid values: {', '.join(OF_PARTS)}"
+            f"tokenizer {file.parent}: vocab.json and merges.txt need a tokenizer class, and {named}; set "
+            "tokenizer_class in tokenizer_config.json to the class that they were made with, without a config.json "
+            f"that contradicts it; valid values: {', '.join(OF_PARTS)}"
         )
     vocabulary, merges = models.BPE.read_file(str(file), str(file.parent / "merges.txt"))
     return of_class(made_by, vocabulary, merges, settings)
@@ -275,7 +275,7 @@ def _from_vocabulary(file: Path, settings: Mapping[str, Any], made_by: str | Non
 def _added_tokens(
     behind: dict[str, Any], settings: Mapping[str, Any], legacy: bool, listed: list[dict[str, Any]]
 ) -> dict[int, tokenizers.AddedToken]:
-    """Added tokens by the id that a file gives them."""
+    """Added tokens by id."""
     import tokenizers
 
     found: dict[int, tokenizers.AddedToken] = {}
@@ -294,17 +294,17 @@ def _added_tokens(
 
 
 def _extra(settings: Mapping[str, Any]) -> list[Any]:
-    """Special tokens without a role."""
+    """Unnamed special tokens."""
     return list(settings.get("extra_special_tokens") or [])
 
 
 def _roles(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Special tokens with a role, those that every model can have first."""
+    """Named special tokens: the common ones first, then the model-specific ones."""
     return {key: settings[key] for key in NAMED if _content(settings.get(key))} | dict(settings.get(OWN) or {})
 
 
 def _add(built: tokenizers.Tokenizer, settings: Mapping[str, Any], added: dict[int, tokenizers.AddedToken]) -> None:
-    """Gives the tokenizer the tokens that other files than its own name."""
+    """Adds the tokens of the other files to the tokenizer."""
     there = built.get_added_tokens_decoder().values()
     known = {repr(token) for token in there}
     new = [token for _, token in sorted(added.items()) if repr(token) not in known]
@@ -330,7 +330,7 @@ def _token(token: Any) -> tokenizers.AddedToken:
     if isinstance(token, str):
         return tokenizers.AddedToken(token, special=True)
     if not isinstance(token, dict) or not isinstance(token.get("content"), str):
-        raise UserError(f"a token is written as {json.dumps(token)[:60]}, which is no text: save the tokenizer again")
+        raise UserError(f"a token is {json.dumps(token)[:60]}, which is not a string: save the tokenizer again")
     known = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
     return tokenizers.AddedToken(**{"special": True, **{key: token[key] for key in known if key in token}})
 
@@ -348,8 +348,8 @@ def _content(token: Any) -> Any:
 def _around(
     built: tokenizers.Tokenizer, settings: Mapping[str, Any], has_json: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The ids before and behind a text."""
-    if has_json:  # the flags of tokenizer_config.json count for a SentencePiece model only
+    """Ids that are added before and after a text."""
+    if has_json:  # the flags of tokenizer_config.json apply to a SentencePiece model only
         plain = built.encode("a", add_special_tokens=False).ids
         whole = built.encode("a", add_special_tokens=True).ids
         extra = len(whole) - len(plain)
@@ -363,18 +363,18 @@ def _around(
 
 
 def _named(built: tokenizers.Tokenizer, settings: Mapping[str, Any], name: str) -> int | None:
-    """Id of the bos or eos token that the tokenizer names."""
+    """Id of the bos or eos token in the tokenizer's settings."""
     content = _content(settings.get(f"{name}_token"))
     return built.token_to_id(content) if content else None
 
 
 def _of_model(folder: Path, name: str) -> list[int]:
-    """The ids that the model beside the tokenizer begins or ends with, from the first file that says so."""
+    """bos or eos ids of the model's config files; generation_config.json takes precedence over config.json."""
     return _ids_in(folder / _GENERATION, name) or _ids_in(folder / "config.json", name)
 
 
 def _stops_of_model(folder: Path) -> list[int]:
-    """The ids that transformers' generate stops at: config.json is asked where there is no generation_config.json."""
+    """Stop ids of transformers' generate: from generation_config.json, or from config.json without that file."""
     file = folder / _GENERATION
     return _ids_in(file if file.is_file() else folder / "config.json", "eos")
 
@@ -384,12 +384,12 @@ def _ids_in(file: Path, name: str) -> list[int]:
     tokens = token if isinstance(token, list) else [] if token is None else [token]
     for each in tokens:
         if type(each) is not int:
-            raise UserError(f"{file}: {name}_token_id {token!r} is no number: save the model again")
+            raise UserError(f"{file}: {name}_token_id {token!r} is not an integer: save the model again")
     return tokens
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in `file`, or {} where there is none."""
+    """The JSON object in `file`, or {} if there is none."""
     if not file.is_file():
         return {}
     try:

@@ -1,4 +1,4 @@
-"""The steps that transformers puts around a vocabulary: of its tokenizer classes, and of a SentencePiece model.
+"""Tokenization steps that transformers applies for its tokenizer classes and for a SentencePiece model.
 
 They follow `LlamaTokenizer`, `GPT2Tokenizer` and the like, and `SpmConverter.build_tokenizer_from_spm_proto` of
 transformers 5.
@@ -41,21 +41,21 @@ SPECIAL: Mapping[str, Mapping[str, str]] = {
     "Qwen2Tokenizer": _OF_QWEN,
     "Qwen3_5Tokenizer": _OF_QWEN,
 }
-"""The classes of transformers whose steps are known here, with the special tokens of a folder that names none."""
+"""The supported transformers classes, with their default special tokens."""
 OF_PARTS = ("GPT2Tokenizer", "CodeGenTokenizer", "GPTNeoXTokenizer", "CohereTokenizer", "Qwen2Tokenizer")
-"""Those that read vocab.json and merges.txt; Qwen3_5Tokenizer finds nothing in them."""
+"""The classes that read vocab.json and merges.txt; Qwen3_5Tokenizer does not."""
 
 
 def of_class(
     name: str, vocabulary: dict[str, int], merges: list[tuple[str, str]], settings: Mapping[str, Any]
 ) -> tokenizers.Tokenizer:
-    """The steps that a class puts around vocabulary and merges.
+    """Builds a tokenizer with the steps of a transformers class.
 
     Args:
-        name: one of `SPECIAL`.
+        name: a key of `SPECIAL`.
         vocabulary: id of each piece.
-        merges: pairs, the first before the others.
-        settings: of tokenizer_config.json.
+        merges: pairs, in order of precedence.
+        settings: content of tokenizer_config.json.
     """
     if name == "LlamaTokenizer":
         return _llama(vocabulary, merges, settings)
@@ -125,7 +125,7 @@ def _byte_level(
 def of_sentencepiece(
     model: sentencepiece_proto.Model, file: Path, settings: Mapping[str, Any], name: str | None
 ) -> tokenizers.Tokenizer:
-    """A SentencePiece model with the steps of the tokenizers library around it, or those of the class `name`."""
+    """Builds a tokenizer from a SentencePiece model, with the model's own steps or those of the class `name`."""
     import tokenizers
     from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
@@ -158,7 +158,7 @@ def of_sentencepiece(
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if model.escapes_spaces:
         steps.append(normalizers.Replace(" ", SPACE))
-    if model.adds_prefix and prefixed_each:  # Metaspace adds none where there is one; SentencePiece does
+    if model.adds_prefix and prefixed_each:  # Metaspace adds no space before a space; SentencePiece does
         steps.append(normalizers.Replace(Regex(rf"\A{SPACE}"), SPACE * 2))
     built.normalizer = normalizers.Sequence(steps)
     before: list[Any] = []
@@ -166,7 +166,7 @@ def of_sentencepiece(
         scheme = "always" if prefixed_each else "first"
         before.append(pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme=scheme, split=False))
     own = sorted((pieces[i] for i, p in enumerate(model.pieces) if p.kind == USER_DEFINED), key=len, reverse=True)
-    if own:  # whole wherever they stand
+    if own:  # never split
         before.append(pre_tokenizers.Split(Regex("|".join(map(re.escape, own))), behavior="isolated"))
     if before:
         built.pre_tokenizer = pre_tokenizers.Sequence(before)
@@ -182,7 +182,7 @@ def of_sentencepiece(
 
 
 def _renamed(model: sentencepiece_proto.Model, settings: Mapping[str, Any]) -> list[str]:
-    """The pieces by id, some of which tokenizer_config.json may write otherwise."""
+    """Pieces by id, renamed where tokenizer_config.json has a different text."""
     listed = {
         int(key): token["content"] if isinstance(token, dict) else token
         for key, token in (settings.get("added_tokens_decoder") or {}).items()
@@ -193,9 +193,9 @@ def _renamed(model: sentencepiece_proto.Model, settings: Mapping[str, Any]) -> l
 
 
 def _merges(model: sentencepiece_proto.Model, pieces: list[str]) -> list[tuple[str, str]]:
-    """The merges that make the pieces, first to last: SentencePiece merges towards the piece of the best score.
+    """The merges of the pieces, in order of precedence: SentencePiece merges towards the piece with the best score.
 
-    A piece can come from several pairs; each is listed, for whichever stands in a text is merged.
+    A piece can result from several pairs; each is listed.
     """
     rank = {pieces[i]: (-piece.score, i) for i, piece in enumerate(model.pieces) if piece.kind == NORMAL}
     found = []

@@ -1,13 +1,13 @@
-"""A SentencePiece vocabulary that takes over the pieces of a second one, and what that is worth on a text.
+"""Adds the pieces of a second SentencePiece model to a first one, and counts the tokens saved on a text.
 
-New pieces get new ids behind the old ones, and scores that let them join neighbours of the old encoding and do nothing
-else: text in which no new piece applies keeps exactly its old ids.
+New pieces get ids after the old ones, and scores that only let them join adjacent pieces of the old encoding: text in
+which no new piece applies keeps exactly its old ids.
 
-- BPE merges the pair of the best score first. New pieces rank below all old ones, in the second model's order, so that
-  merging goes to its old end before the first new piece is considered.
-- Unigram takes the pieces whose scores add up to most. A new piece is worth as much as the old pieces that it is made
-  of, and a little more for each token that it saves: a cut through the text that the old model did not make stays as
-  unlikely as it was, and of those that it made the fewest tokens win.
+- BPE merges the pair with the best score first. New pieces rank below all old ones, in the second model's order, so all
+  old merges are done before the first new piece is considered.
+- Unigram selects the pieces with the largest sum of scores. The score of a new piece is the sum over the old pieces
+  that it replaces, plus a small bonus for each token that it saves: the old model's segmentation stays the best one,
+  and among equivalent ones the fewest tokens win.
 """
 
 from __future__ import annotations
@@ -24,33 +24,33 @@ from megatron_capgap.data.jsonl import read_blocks
 from megatron_capgap.data.sentencepiece_proto import BYTE, NORMAL, Model, Piece
 from megatron_capgap.data.tokenizer import Tokenizer
 
-# What a saved token is worth in a unigram model, in nats: above the rounding of sums over a document, below what tells
-# one way of cutting a word from another.
+# Bonus for a saved token in a unigram model, in nats: above the rounding error of sums over a document, below the score
+# difference between segmentations of a word.
 _SAVED_TOKEN = 0.25
-# What a character that the first unigram model lacks is worth in new pieces, below its best piece. All ways of cutting
-# a text hold the same ones, so that the number decides nothing.
+# Score of a character that the first unigram model lacks, relative to its best piece. Every segmentation of a text has
+# the same characters, so the value does not affect the result.
 _NEW_CHARACTER = -1.0
 
 
 @dataclass(frozen=True)
 class Expansion:
-    """A vocabulary grown out of another one."""
+    """An expanded vocabulary."""
 
     model: bytes
-    """The SentencePiece model file; ids below `known` mean what they did."""
+    """The SentencePiece model file; ids below `known` are unchanged."""
     known: int
     """Tokens of the first model."""
     splits: tuple[tuple[int, ...], ...]
     """For each new piece, from id `known` on, the ids of the old pieces that it splits into."""
     shared: int
-    """Pieces of the second model that the first has too."""
+    """Pieces of the second model that the first also has."""
     special: int
-    """Pieces of the second model that are control, unknown, byte, user-defined or unused ones, which stay behind."""
+    """Control, unknown, byte, user-defined and unused pieces of the second model, which are not added."""
 
 
 @dataclass(frozen=True)
 class Count:
-    """A text in tokens of two vocabularies."""
+    """Characters of a text, and its tokens before and after the expansion."""
 
     characters: int
     before: int
@@ -58,10 +58,10 @@ class Count:
 
 
 def model_file(path: str) -> Path:
-    """The SentencePiece model that a path names: a file, or a folder with tokenizer.model.
+    """The SentencePiece model at a path: a file, or a folder with tokenizer.model.
 
     Raises:
-        UserError: nothing there.
+        UserError: there is no such file.
     """
     place = Path(path)
     file = place / "tokenizer.model" if place.is_dir() else place
@@ -71,15 +71,15 @@ def model_file(path: str) -> Path:
 
 
 def expand(first: Path, second: Path) -> Expansion:
-    """Adds to a model what a second one of the same kind has more.
+    """Adds to a model the pieces that it lacks from a second model of the same kind.
 
     Args:
-        first: keeps its ids, scores, special tokens, byte fallback and rules of normalisation.
+        first: keeps its ids, scores, special tokens, byte fallback and normalisation rules.
         second: its ordinary pieces are added.
 
     Raises:
-        UserError: no such models, models of different kinds, nothing to add, or new characters that the first model
-            cannot write in bytes.
+        UserError: a file is not a model, the kinds differ, there is nothing to add, or a piece has new characters and
+            the first model has no byte fallback.
     """
     base, other = sentencepiece_proto.read(first), sentencepiece_proto.read(second)
     if base.kind != other.kind:
@@ -93,7 +93,7 @@ def expand(first: Path, second: Path) -> Expansion:
     there = {piece.text for piece in base.pieces}
     new = sorted((piece for piece in ordinary if piece.text not in there), key=lambda piece: -piece.score)
     if not new:
-        raise UserError(f"{second}: {first} holds all its {len(ordinary)} pieces already; use that one as it is")
+        raise UserError(f"{second}: {first} already has all its {len(ordinary)} pieces; use the first one unchanged")
     splits = _splits(first, base, new)
     scores = _SCORES[base.kind](base, new, splits)
     merged = base.with_pieces([Piece(piece.text, score, NORMAL) for piece, score in zip(new, scores, strict=True)])
@@ -106,10 +106,10 @@ def count(file: str, before: Tokenizer, after: Tokenizer) -> Count:
 
     Args:
         file: .jsonl with a `text` field, or plain text whose lines count as documents; either may end with .gz.
-        before, after: the vocabularies.
+        before, after: the tokenizers.
 
     Raises:
-        UserError: the file is missing, is not as it should be, or holds no character.
+        UserError: the file is missing, malformed or empty.
     """
     if not Path(file).is_file():
         raise UserError(f"--text {file} does not exist or is not a file: give .jsonl or plain text in UTF-8")
@@ -119,7 +119,7 @@ def count(file: str, before: Tokenizer, after: Tokenizer) -> Count:
         old += len(before.encode(text))
         new += len(after.encode(text))
     if not characters:
-        raise UserError(f"--text {file} holds no text: leave it out or give another file")
+        raise UserError(f"--text {file} contains no text: omit it or give another file")
     return Count(characters, old, new)
 
 
@@ -131,17 +131,17 @@ def _documents(file: str) -> Iterator[str]:
                 yield corpus.parse(line, "text") if as_json else line.decode().rstrip("\r\n")
             except ValueError as problem:
                 detail = " ".join(map(str, problem.args)) if as_json else "not UTF-8"
-                raise UserError(f"--text {file}:{block.line + offset}: {detail}; mend the line") from None
+                raise UserError(f"--text {file}:{block.line + offset}: {detail}; fix the line") from None
 
 
 def _splits(first: Path, base: Model, new: Sequence[Piece]) -> tuple[tuple[int, ...], ...]:
-    """The old pieces that each new one splits into."""
+    """Ids of the old pieces that each new piece splits into."""
     processor = base.processor_of_pieces()
     splits = tuple(tuple(processor.encode(piece.text)) for piece in new)
     strange = [piece.text for piece, split in zip(new, splits, strict=True) if processor.unk_id() in split]
     if strange:
         raise UserError(
-            f"{first} has no byte fallback, and {len(strange)} of the new pieces hold characters that it does not know "
+            f"{first} has no byte fallback, and {len(strange)} of the new pieces contain characters that it lacks "
             f"({strange[0]!r} is the first): give a first model that was trained with byte_fallback"
         )
     return splits
@@ -150,7 +150,7 @@ def _splits(first: Path, base: Model, new: Sequence[Piece]) -> tuple[tuple[int, 
 def _bpe_scores(base: Model, new: Sequence[Piece], splits: Sequence[Sequence[int]]) -> list[float]:
     scores = [np.float32(min(piece.score for piece in base.pieces))]
     for _ in new:
-        # LLaMA has runs of spaces at -1e9, where a model file's floats are 64 apart: equal scores would have no order.
+        # LLaMA has runs of spaces at -1e9, where float32 spacing is 64: equal scores would have no order.
         scores.append(min(scores[-1] - np.float32(1), np.nextafter(scores[-1], np.float32(-np.inf))))
     return [float(score) for score in scores[1:]]
 

@@ -136,7 +136,7 @@ BREAKS = [
     ("qwen2", drop_bias, "first in layer 1"),
     ("llama", other_theta, "first in layer 0"),
     ("gpt2", other_positions, "first in the embeddings"),
-    ("gpt_neox", other_final_norm, "first behind the last layer"),
+    ("gpt_neox", other_final_norm, "first after the last layer"),
 ]
 
 
@@ -289,7 +289,7 @@ def test_a_copy_of_the_tied_embedding_is_left_out(pool: WorkerPool, tmp_path: Pa
     found["lm_head.weight"][5, 7] += 1
     save_file(found, hf / "model.safetensors", {"format": "pt"})
     (rank,) = convert(pool, "import", "--hf", hf, "--out", tmp_path / "other")
-    assert rank.value == 2 and "is not the embedding, but config.json ties them" in rank.stderr
+    assert rank.value == 2 and "differs from the embedding, but config.json ties them" in rank.stderr
 
 
 def test_force_replaces_an_import_and_spares_a_run(pool: WorkerPool, teacher: Path, tmp_path: Path) -> None:
@@ -301,9 +301,9 @@ def test_force_replaces_an_import_and_spares_a_run(pool: WorkerPool, teacher: Pa
     must(pool, "import", "--hf", hf, "--out", tmp_path / "run", "--force")
     shutil.copytree(hf, tmp_path / "run" / "hf")
     (rank,) = convert(pool, "import", "--hf", tmp_path / "run" / "hf", "--out", tmp_path / "run", "--force")
-    assert rank.value == 2 and "which is read" in rank.stderr and (tmp_path / "run" / "hf").is_dir()
+    assert rank.value == 2 and "contains the input" in rank.stderr and (tmp_path / "run" / "hf").is_dir()
     shutil.copytree(teacher, tmp_path / "trained")
     before = runs.files_of(tmp_path / "trained")
     (rank,) = convert(pool, "import", "--hf", hf, "--out", tmp_path / "trained", "--force")
-    assert rank.value == 2 and "so --force spares it" in rank.stderr
+    assert rank.value == 2 and "so --force does not replace it" in rank.stderr
     assert runs.files_of(tmp_path / "trained") == before

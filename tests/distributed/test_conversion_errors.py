@@ -147,11 +147,11 @@ def first_entry(**changes: Any) -> Callable[[dict[str, Any]], None]:
 
 CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (shutil.rmtree, "no such folder"),
-    "no config": (remove("config.json"), "config.json: is not there"),
+    "no config": (remove("config.json"), "config.json: is missing"),
     "a checkpoint of Megatron-LM": (megatron_lm, "is a checkpoint of Megatron-LM or of another program"),
     "config no json": (overwrite("config.json", b"{"), "config.json: cannot be read"),
-    "config a list": (overwrite("config.json", b"[]"), "holds list, not an object"),
-    "unknown architecture": (config(model_type="mamba"), "'mamba' is not known; convert one of llama, mistral"),
+    "config a list": (overwrite("config.json", b"[]"), "contains list, not an object"),
+    "unknown architecture": (config(model_type="mamba"), "'mamba' is not supported; valid values: llama, mistral"),
     "no LM head": (config(architectures=["LlamaForSequenceClassification"]), "is not supported, LlamaForCausalLM is"),
     "quantised": (config(quantization_config={"bits": 4}), "quantised weights are not supported"),
     "yarn": (config(rope_parameters={"rope_type": "yarn", "factor": 4.0}), '"yarn" is not supported'),
@@ -161,34 +161,34 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a size of text": (config(hidden_size="many"), "hidden: 'many'"),
     "a size of zero": (config(num_hidden_layers=0), "layers: 0"),
     "odd groups": (config(num_key_value_heads=4), "4 does not divide 6 heads"),
-    "a size out of all proportion": (config(vocab_size=10**12), "this model would have"),
-    "layers without end": (config(num_hidden_layers=10**9), "this model would have"),
+    "a size out of all proportion": (config(vocab_size=10**12), "the model would have"),
+    "layers without end": (config(num_hidden_layers=10**9), "the model would have"),
     "a nest of lists": (overwrite("config.json", b"[" * 10**6), "config.json: cannot be read"),
-    "model type a list": (config(model_type=["llama"]), "['llama'] is not known"),
+    "model type a list": (config(model_type=["llama"]), "['llama'] is not supported"),
     "generation settings no json": (
         overwrite("generation_config.json", b"{"),
         "generation_config.json: cannot be read",
     ),
-    "architecture a number": (config(architectures=5), "architectures: 5 is no list of names"),
-    "positions a list": (config(rope_parameters=[1]), "rope_parameters: [1] is no object"),
+    "architecture a number": (config(architectures=5), "architectures: 5 is not a list of names"),
+    "positions a list": (config(rope_parameters=[1]), "rope_parameters: [1] is not an object"),
     "size missing": (without_config("hidden_size"), "hidden_size: is missing"),
     "no tokenizer": (remove("tokenizer.json"), "has neither tokenizer.json nor tokenizer.model"),
-    "pickle": (pickles, "pytorch_model.bin: a pickle can run any program"),
+    "pickle": (pickles, "pytorch_model.bin: a pickle can run arbitrary code"),
     "no weights": (lambda hf: [file.unlink() for file in (*shards(hf), hf / INDEX)], f"has neither {INDEX}"),
-    "index out": (index("../evil.safetensors"), "'../evil.safetensors', which leads out of the folder"),
-    "index absolute": (index("/etc/passwd"), "'/etc/passwd', which leads out of the folder"),
-    "index into a folder": (symlinked_out, "'sub/x.safetensors', which leads out of the folder"),
+    "index out": (index("../evil.safetensors"), "'../evil.safetensors', which is outside the folder"),
+    "index absolute": (index("/etc/passwd"), "'/etc/passwd', which is outside the folder"),
+    "index into a folder": (symlinked_out, "'sub/x.safetensors', which is outside the folder"),
     "index no map": (lambda hf: (hf / INDEX).write_text("{}"), "has no weight_map"),
-    "index to another file": (lambda hf: index(shards(hf)[0].name)(hf), "mend the index"),
-    "missing shard": (lambda hf: shards(hf)[1].unlink(), "is not there, but model.safetensors.index.json names it"),
-    "truncated": (truncate, "bytes long, its header speaks of"),
-    "empty file": (lambda hf: shards(hf)[0].write_bytes(b""), "is cut off or no safetensors file"),
-    "header of a tebibyte": (lambda hf: shards(hf)[0].write_bytes(struct.pack("<Q", 1 << 40) + b"{}"), "is cut off"),
+    "index to another file": (lambda hf: index(shards(hf)[0].name)(hf), "fix the index"),
+    "missing shard": (lambda hf: shards(hf)[1].unlink(), "is missing, but model.safetensors.index.json names it"),
+    "truncated": (truncate, "bytes long, its header implies"),
+    "empty file": (lambda hf: shards(hf)[0].write_bytes(b""), "is truncated or not a safetensors file"),
+    "header of a tebibyte": (lambda hf: shards(hf)[0].write_bytes(struct.pack("<Q", 1 << 40) + b"{}"), "is truncated"),
     "huge header": (
         lambda hf: shards(hf)[0].write_bytes(struct.pack("<Q", 40 << 20) + b" " * (40 << 20)),
-        "at most 33554432 are read",
+        "exceeds the limit of 33554432",
     ),
-    "header no json": (lambda hf: shards(hf)[0].write_bytes(struct.pack("<Q", 2) + b"{]"), "its header is no JSON"),
+    "header no json": (lambda hf: shards(hf)[0].write_bytes(struct.pack("<Q", 2) + b"{]"), "its header is not JSON"),
     "negative offsets": (change_header(first_entry(data_offsets=[-4, 4])), "has a damaged entry"),
     "shape of text": (change_header(first_entry(shape="big")), "has a damaged entry"),
     "shape too large": (change_header(first_entry(shape=[10**9, 10**9])), "bytes, not"),
@@ -196,19 +196,19 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "shape that wraps to nothing": (change_header(first_entry(shape=[2**32, 2**32])), "bytes, not"),
     "header a nest of lists": (
         lambda hf: shards(hf)[0].write_bytes(struct.pack("<Q", 10**6) + b"[" * 10**6),
-        "its header is no JSON",
+        "its header is not JSON",
     ),
     "overlap": (change_header(overlap), "begins at byte"),
     "integer weights": (change_header(first_entry(dtype="I8")), "bytes, not"),
     "weights in float64": (
         change_weights(lambda t: t.update({"model.norm.weight": torch.ones(48).double()})),
-        "model.norm.weight is of type float64, which no weight is; save the model in one of F32, F16, BF16",
+        "model.norm.weight is of type float64, which is not supported for weights; save the model in one",
     ),
-    "a type that is a list": (change_header(first_entry(dtype=["F32"])), "is of type ['F32'], which is not known here"),
-    "an unknown type": (change_header(first_entry(dtype="C64")), "is of type 'C64', which is not known here"),
+    "a type that is a list": (change_header(first_entry(dtype=["F32"])), "is of type ['F32'], which is not supported"),
+    "an unknown type": (change_header(first_entry(dtype="C64")), "is of type 'C64', which is not supported"),
     "a name with an escape": (
         change_weights(lambda t: t.update({"extra\n\x1b[31mrm": torch.ones(2)})),
-        "'extra\\n\\x1b[31mrm' left over",
+        "unexpected 'extra\\n\\x1b[31mrm'",
     ),
     "an index and a file of its own": (
         lambda hf: shutil.copy(shards(hf)[0], hf / "model.safetensors"),
@@ -216,23 +216,23 @@ CASES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "end of text a list of nothing": (
         token(eos_token={"content": ["</s>"]}),
-        "eos_token ['</s>'] is no text: save the tokenizer again",
+        "eos_token ['</s>'] is not a string: save the tokenizer again",
     ),
     "end of text by a word": (
         no_token(eos_token_id="two"),
-        "eos_token_id 'two' is no number: save the model again",
+        "eos_token_id 'two' is not an integer: save the model again",
     ),
     "tokenizer settings a nest of lists": (
         overwrite("tokenizer_config.json", b"[" * 10**6),
         "tokenizer_config.json is not valid JSON",
     ),
-    "a tensor in two shards": (twice, "it is in model-00001-of-00005.safetensors; mend the index"),
-    "a tensor twice in a header": (duplicate_key, "is there twice"),
-    "missing tensor": (change_weights(lambda t: t.pop("model.layers.2.mlp.up_proj.weight")), "up_proj.weight missing"),
-    "extra tensor": (change_weights(lambda t: t.update(extra=torch.ones(2))), "extra left over"),
+    "a tensor in two shards": (twice, "it is in model-00001-of-00005.safetensors; fix the index"),
+    "a tensor twice in a header": (duplicate_key, "is listed twice"),
+    "missing tensor": (change_weights(lambda t: t.pop("model.layers.2.mlp.up_proj.weight")), "missing model.layers.2"),
+    "extra tensor": (change_weights(lambda t: t.update(extra=torch.ones(2))), "unexpected extra"),
     "wrong shape": (
         change_weights(lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:-1]})),
-        "lm_head.weight is [300, 48], config.json speaks of [301, 48]",
+        "lm_head.weight is [300, 48], config.json expects [301, 48]",
     ),
     "mixed types": (
         change_weights(lambda t: t.update({"model.layers.1.input_layernorm.weight": torch.ones(48).half()})),
@@ -299,13 +299,13 @@ def test_places_and_sizes_are_checked(pool: WorkerPool, sound: Path, tmp_path: P
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     place = ["--out", tmp_path / "mine"]
-    assert "is there already" in fails(pool, tmp_path, "export", "--checkpoint", run, *place)
-    assert "so --force spares it" in fails(pool, tmp_path, "export", "--checkpoint", run, *place, "--force")
+    assert "already exists" in fails(pool, tmp_path, "export", "--checkpoint", run, *place)
+    assert "so --force does not replace it" in fails(pool, tmp_path, "export", "--checkpoint", run, *place, "--force")
     assert "no such checkpoint" in fails(pool, tmp_path, "export", "--checkpoint", "nowhere", "--out", tmp_path / "x")
     same = ["verify", "--hf", sound, "--checkpoint", run]
     assert "--nproc-per-node 2" in fails(pool, tmp_path, *same, "--tensor", 2)
     assert "--tensor: 4 does not divide heads 6" in fails(pool, tmp_path, *same, "--tensor", 4, world=4)
-    assert "--tokens: 65 is not within 1" in fails(pool, tmp_path, *same, "--tokens", 65)
+    assert "--tokens: 65 is not between 1" in fails(pool, tmp_path, *same, "--tokens", 65)
     other = hf_models.save("qwen3", tmp_path / "other")
     assert "--hf has family qwen3" in fails(pool, tmp_path, "verify", "--hf", other, "--checkpoint", run)
 
@@ -329,7 +329,7 @@ def test_numbers_too_large_for_the_type(pool: WorkerPool, sound: Path, tmp_path:
     shutil.copytree(sound, hf)
     change_weights(lambda t: t["model.layers.1.mlp.up_proj.weight"].view(-1)[7].fill_(1e5))(hf)
     line = fails(pool, tmp_path, "import", "--hf", hf, "--out", tmp_path / "run", "--dtype", "fp16", world=2)
-    assert "model.layers.1.mlp.up_proj.weight: holds 100000, too large for float16" in line
+    assert "model.layers.1.mlp.up_proj.weight: contains 100000, too large for float16" in line
     assert pool.run(
         convert_hf.main, ["import", "--hf", str(hf), "--out", str(tmp_path / "run")], world=1, initialise=False
     ) == [0]

@@ -197,7 +197,7 @@ def test_what_the_tool_refuses(pool: WorkerPool, run_of: Any, fixtures: Fixtures
         "exceeds the 64 tokens that the model supports; use fewer": {"--max-new-tokens": "64"},
         "temperature: -1.0 is no number from 0 up": {"--temperature": "-1"},
         "nothing: no such checkpoint; name a run directory": {"--checkpoint": "nothing"},
-        "brings no chat template; template default would do": {"--prompt": None, "--prompts": str(talk)},
+        "has no chat template; use template default": {"--prompt": None, "--prompts": str(talk)},
     }
     for message, change in cases.items():
         words = [word for pair in {**fit, **change}.items() if pair[1] is not None for word in pair]

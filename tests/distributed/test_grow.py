@@ -198,7 +198,7 @@ def test_adapt_goes_on_in_both_languages(
 
 
 MISTAKES = {
-    "all there": (["--add", "FIRST"], "FIRST: FIRST holds all its"),
+    "all there": (["--add", "FIRST"], "FIRST: FIRST already has all its"),
     "kinds": (["--add", "UNIGRAM"], "UNIGRAM is a unigram model and FIRST a bpe one"),
     "no bytes": (["--tokenizer", "PLAIN", "--checkpoint", ""], "PLAIN has no byte fallback, and"),
     "tokenizer": (["--tokenizer", "CHINESE", "--add", "FIRST"], "--tokenizer is CHINESE"),
@@ -208,8 +208,8 @@ MISTAKES = {
     "no checkpoint": (["--checkpoint", "FOLDER/nobody"], "FOLDER/nobody: no such checkpoint"),
     "no text": (["--text", "FOLDER/nowhere.txt"], "--text FOLDER/nowhere.txt does not exist"),
     "bad line": (["--text", "FOLDER/bad.jsonl"], "--text FOLDER/bad.jsonl:2: not JSON"),
-    "out": (["--out", "FOLDER/taken"], "FOLDER/taken: is there already"),
-    "not ours": (["--out", "FOLDER/taken", "--force"], "FOLDER/taken: is not something that this command wrote"),
+    "out": (["--out", "FOLDER/taken"], "FOLDER/taken: already exists"),
+    "not ours": (["--out", "FOLDER/taken", "--force"], "FOLDER/taken: was not written by this command"),
 }
 
 

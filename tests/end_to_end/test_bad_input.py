@@ -104,12 +104,12 @@ MISTAKES = {
         worlds=(1, 2),
     ),
     "truncated .bin": Mistake(
-        ("FOLDER/corpus_train.bin has 1001 bytes", "promises", "make it again with tools/prepare_data.py"),
+        ("FOLDER/corpus_train.bin has 1001 bytes", "expects", "create it again with tools/prepare_data.py"),
         spoil=cut_off,
         worlds=(1, 2),
     ),
     "truncated held-out .bin": Mistake(
-        ("FOLDER/corpus_valid.bin has 1001 bytes", "promises", "make it again with tools/prepare_data.py"),
+        ("FOLDER/corpus_valid.bin has 1001 bytes", "expects", "create it again with tools/prepare_data.py"),
         spoil=cut_off_held_out,
     ),
     "tokenizer too large": Mistake(

@@ -155,4 +155,4 @@ def test_a_tokenizer_with_a_token_more_than_the_model_has_rows(
     config |= {"finetune": {"template": "default"}, "data": {**config["data"], "train": [str(talk)], "valid": None}}
     (rank,) = runs.run_stage(pool, "finetune", runs.changed(config, data__valid=None))
     assert rank.value == 2
-    assert f"hold the token '[PAD]' ({vocab}), which has no row in the model's vocab of {vocab}" in rank.stderr
+    assert f"contain the token '[PAD]' ({vocab}), which has no row in the model's vocab of {vocab}" in rank.stderr

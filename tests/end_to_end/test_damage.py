@@ -111,14 +111,17 @@ def test_the_previous_checkpoint_is_used(
 
 
 POINTERS = {
-    "flipped bit": ("step_6\n", "latest: names 'step_6', which is no finished checkpoint (there: step_2, step_4)"),
-    "cut": ("step_", "latest: names 'step_', which is no finished checkpoint (there: step_2, step_4)"),
+    "flipped bit": (
+        "step_6\n",
+        "latest: names 'step_6', which is not a complete checkpoint (existing: step_2, step_4)",
+    ),
+    "cut": ("step_", "latest: names 'step_', which is not a complete checkpoint (existing: step_2, step_4)"),
     "cut by one": ("step_4", "latest: names 'step_4'"),
     "empty": ("", "latest: names ''"),
     "binary": ("\udcff", "latest: cannot be read"),
     "elsewhere": ("../../other/step_4\n", "latest: names '../../other/step_4'"),
-    "deleted": (None, "latest: is not there, checkpoints are (step_2, step_4)"),
-    "older": ("step_2\n", "latest: names step_2 although step_4 is there too; going on from step_2"),
+    "deleted": (None, "latest: is missing, although there are checkpoints (step_2, step_4)"),
+    "older": ("step_2\n", "latest: names step_2 although step_4 exists; resuming from step_2"),
 }
 
 
@@ -151,7 +154,9 @@ def test_none_left_is_an_error_and_nothing_is_touched(
     ranks = runs.run_stage(pool, "adapt", config(fixtures, run_dir), RANKS)
     assert [rank.value for rank in ranks] == [2, 2]
     *_, line = ranks[0].stderr.splitlines()
-    assert f"{run_dir}: no checkpoint of this run is whole, 2 found damaged, first {run_dir}/checkpoints/step_4" in line
+    assert (
+        f"{run_dir}: no checkpoint of this run is intact, 2 found damaged, first {run_dir}/checkpoints/step_4" in line
+    )
     assert runs.files_of(run_dir) == before
 
 
@@ -162,7 +167,7 @@ def test_checkpoints_that_vanished_do_not_make_a_new_run(
     shutil.rmtree(run_dir / "checkpoints")
     (rank,) = runs.run_stage(pool, "adapt", config(fixtures, run_dir))
     assert rank.value == 2
-    assert f"{run_dir}: no checkpoint of this run is whole" in rank.stderr
+    assert f"{run_dir}: no checkpoint of this run is intact" in rank.stderr
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -174,7 +179,7 @@ def test_a_damaged_teacher_is_an_error_that_names_the_file(
     flip_in_the_middle(file)
     ranks = runs.run_stage(pool, "distill", runs.distill_config(fixtures, tmp_path / "run", teacher), world)
     assert [rank.value for rank in ranks] == [2] * world
-    says = f"capgap: error: {file}: its checksum is not the one of what was written; use another checkpoint\n"
+    says = f"capgap: error: {file}: checksum mismatch; use another checkpoint\n"
     assert ranks[0].stderr == says
     assert not (tmp_path / "run").exists()
 

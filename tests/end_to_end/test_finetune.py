@@ -174,7 +174,7 @@ MISTAKES = {
         lines=[GOOD, {"messages": [{"content": "ka"}]}],
     ),
     "empty turn": Mistake(
-        ("FOLDER/chat_train.jsonl:2: message 2: the assistant says nothing; remove the line",),
+        ("FOLDER/chat_train.jsonl:2: message 2: the assistant's text is empty; remove the line",),
         lines=[GOOD, talk(("user", "ka"), ("assistant", " "))],
     ),
     "no answer": Mistake(
@@ -192,11 +192,11 @@ MISTAKES = {
         ('finetune.template: "chatml" given;', "expected one of tokenizer, default"), {"finetune__template": "chatml"}
     ),
     "tokenizer without a template": Mistake(
-        ("finetune.template: tokenizer: FOLDER/tokenizer.model brings no chat template; template default would do",),
+        ("finetune.template: tokenizer: FOLDER/tokenizer.model has no chat template; use template default",),
         {"finetune__template": "tokenizer"},
     ),
     "no word of the assistant's": Mistake(
-        ("data.sequence_length: 8 is too short: no conversation has a word of the assistant's within it",),
+        ("data.sequence_length: 8 is too short: no conversation has assistant text within it",),
         {"data__sequence_length": 8},
     ),
     "no checkpoint": Mistake(

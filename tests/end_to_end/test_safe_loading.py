@@ -188,17 +188,17 @@ def link_outside(folder: Path, evil: Evil) -> None:
 CRAFTED: dict[Callable[[Path, Evil], None], str] = {
     evil_metadata: "posix.mkdir",
     evil_within_metadata: "posix.mkdir",
-    evil_common: "common.pt: holds what no checkpoint needs",
-    evil_old_common: "common.pt: holds what no checkpoint needs",
-    evil_tensor: f"{NORM} is no tensor",
-    evil_lump: f"{WEIGHT} is no tensor",
-    evil_instead_of_a_tensor: "does not hold what the model needs",
+    evil_common: "common.pt: contains what no checkpoint needs",
+    evil_old_common: "common.pt: contains what no checkpoint needs",
+    evil_tensor: f"{NORM} is not a tensor",
+    evil_lump: f"{WEIGHT} is not a tensor",
+    evil_instead_of_a_tensor: "does not have what the model needs",
     evil_scales: "posix.mkdir",
     evil_list_of_scales: "posix.mkdir",
-    evil_around_scales: "holds what no checkpoint needs",
-    evil_tensor_within_scales: "holds what no checkpoint needs",
-    nonsense: "holds what no checkpoint needs",
-    file_outside: "secret.distcp', which is no file of this checkpoint",
+    evil_around_scales: "contains what no checkpoint needs",
+    evil_tensor_within_scales: "contains what no checkpoint needs",
+    nonsense: "contains what no checkpoint needs",
+    file_outside: "secret.distcp', which is not a file of this checkpoint",
     link_outside: "__0_0.distcp: ",
 }
 # A rank of its own reads as the others do; what it adds is how it refuses, by each way of being noticed.
@@ -295,7 +295,7 @@ def test_indices_of_the_data_are_numbers(
         np.save(file, np.array([Evil(marker)], dtype=object), allow_pickle=True)
     (rank,) = runs.run_stage(pool, "adapt", runs.adapt_config(fixtures, run_dir, **{**CHANGES, "train__steps": 3}))
     assert rank.value == 2
-    assert f"capgap: error: {file}: is no array of numbers" in rank.stderr
+    assert f"capgap: error: {file}: is not a numeric array" in rank.stderr
     assert not marker.exists()
 
 

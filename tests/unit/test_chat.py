@@ -50,28 +50,28 @@ def test_both_ways_of_writing_conversations(tmp_path: Path) -> None:
         ({"messages": said(TALK.messages[:1] * 2)}, "does not end with an assistant message;"),
         ({"messages": said((*TALK, LONGER.messages[0]))}, "does not end with an assistant message;"),
         ({"messages": [{"role": ["user"], "content": "a"}]}, "message 1: its role ['user'] is unknown;"),
-        ({"messages": [{"role": "user", "content": None}]}, "message 1: the user says nothing;"),
+        ({"messages": [{"role": "user", "content": None}]}, "message 1: the user's text is empty;"),
         (
             {"messages": [{"role": "user", "content": {"text": "a"}}]},
-            "message 1: the user's content is no text but dict",
+            "message 1: the user's content is of type dict;",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "a"}]}]},
-            "message 1: a part of its content is of type 'image_url'; only text can be read",
+            "message 1: a part of its content is of type 'image_url'; only text is supported",
         ),
-        ({"messages": [{"role": "assistant", "content": None}]}, "message 1: the assistant says nothing;"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "message 1: the assistant's text is empty;"),
         ({"conversations": [{"from": "narrator", "value": "a"}]}, "message 1: its from 'narrator' is unknown;"),
-        ({"conversations": [{"from": "human"}]}, "message 1: has no content, but from; call its words content"),
-        ({"conversations": [{"from": "human", "text": "a"}]}, "message 1: has no content, but from, text; call its"),
-        ('{"messages": [{"role": "user", "content": "\\ud83d"}]}\n', "holds half of a surrogate pair"),
-        ("[" * 100_000 + "\n", "is nested too deep to be read"),
-        ({"messages": [{"role": "user", "content": " "}]}, "message 1: the user says nothing;"),
+        ({"conversations": [{"from": "human"}]}, "message 1: has no content, but from; put its text under content"),
+        ({"conversations": [{"from": "human", "text": "a"}]}, "message 1: has no content, but from, text; put its"),
+        ('{"messages": [{"role": "user", "content": "\\ud83d"}]}\n', "has an unpaired surrogate"),
+        ("[" * 100_000 + "\n", "is nested too deeply"),
+        ({"messages": [{"role": "user", "content": " "}]}, "message 1: the user's text is empty;"),
         ({"messages": [{"role": "user"}]}, "message 1: has no content, but role;"),
         ({"messages": said(TALK.upto(1))}, "does not end with an assistant message;"),
         ({"messages": said(LONGER.upto(1))}, "does not end with an assistant message;"),
         ({"messages": []}, "does not end with an assistant message;"),
         ([{"User": "a"}], "turn 1 has no Assistant;"),
-        ([{"User": "a", "Assistant": ""}], "turn 1: the assistant says nothing;"),
+        ([{"User": "a", "Assistant": ""}], "turn 1: the assistant's text is empty;"),
         (["a"], "turn 1 has no User;"),
     ],
 )
@@ -85,7 +85,7 @@ def test_what_is_no_conversation(tmp_path: Path, line: Any, expected: str) -> No
 def test_files_without_conversations(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nothing.jsonl: no such file"):
         read_conversations(str(tmp_path / "nothing.jsonl"))
-    with pytest.raises(UserError, match=r"a.jsonl: holds no conversation"):
+    with pytest.raises(UserError, match=r"a.jsonl: contains no conversation"):
         read_conversations(write(tmp_path / "a.jsonl", "\n"))
 
 
@@ -149,9 +149,9 @@ def test_the_default_template_in_jinja_says_the_same(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
-        ("{% for %}", "is no Jinja"),
+        ("{% for %}", "is not valid Jinja"),
         ("{{ tools | tojson }}{{ 'a' + 1 }}", "TypeError: can only concatenate str"),
-        ("{{ messages | fromjson }}", "is no Jinja (No filter named 'fromjson'.)"),
+        ("{{ messages | fromjson }}", "is not valid Jinja (No filter named 'fromjson'.)"),
         ("{{ raise_exception('no system here') }}", "no system here; use other conversations or the default template"),
         ("{{ messages | length }}{{ messages[-1].content }}", "leaves out what the assistant says in message 3"),
     ],
@@ -167,5 +167,5 @@ def test_templates_that_cannot_be_used(folder: Path, tmp_path: Path, source: str
 
 def test_a_tokenizer_without_a_template(spaced: Tokenizer, tmp_path: Path) -> None:
     path = corpus.save_byte_level(tmp_path)
-    with pytest.raises(UserError, match="brings no chat template; template default would do"):
+    with pytest.raises(UserError, match="has no chat template; use template default"):
         open_template("tokenizer", open_tokenizer(path), path)

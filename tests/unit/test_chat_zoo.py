@@ -219,7 +219,7 @@ def test_of_several_templates_the_one_of_transformers_is_used(
         said = [message.content() for message in messages]
         how = {"add_generation_prompt": turns % 2 == 1, "tools": tools, "return_dict": True}
         if name == "for tools alone" and tools is None:
-            with pytest.raises(UserError, match=r"brings chat templates \(tool_use\), none of which is called default"):
+            with pytest.raises(UserError, match=r"has chat templates \(tool_use\), none of which is named default"):
                 template.encode(messages)
             continue
         assert tokens(template, messages) == theirs.apply_chat_template(said, **how)["input_ids"]
@@ -244,16 +244,16 @@ def test_every_template_is_exported(pair: Any, tmp_path: Path, name: str) -> Non
 @pytest.mark.parametrize(
     "content, expected",
     [
-        ([{"name": "default"}], 'chat_template holds {"name": "default"}, which is no name with a template'),
+        ([{"name": "default"}], 'chat_template has {"name": "default"}, which is not a name with a template'),
         (
             [{"name": "../a", "template": "b"}],
-            'chat_template holds {"name": "../a", "template": "b"}, which is no name',
+            'chat_template has {"name": "../a", "template": "b"}, which is not a name',
         ),
-        (["b"], 'chat_template holds "b", which is no name with a template; save the tokenizer again'),
-        ({"default": 3}, 'chat_template holds {"name": "default", "template": 3}, which is no name with a template'),
-        (["abc"], 'chat_template holds "abc", which is no name with a template; save the tokenizer again'),
-        (3, "chat_template is neither text nor templates by name; save the tokenizer again"),
-        ([{"name": "tool_use", "template": "{% if %}"}], "is no Jinja"),
+        (["b"], 'chat_template has "b", which is not a name with a template; save the tokenizer again'),
+        ({"default": 3}, 'chat_template has {"name": "default", "template": 3}, which is not a name with a template'),
+        (["abc"], 'chat_template has "abc", which is not a name with a template; save the tokenizer again'),
+        (3, "chat_template is neither a text nor named templates; save the tokenizer again"),
+        ([{"name": "tool_use", "template": "{% if %}"}], "is not valid Jinja"),
     ],
 )
 def test_a_damaged_list_of_templates_is_one_line(pair: Any, tmp_path: Path, content: Any, expected: str) -> None:
@@ -292,11 +292,11 @@ def test_ways_of_writing_one_conversation(tmp_path: Path, packed: bool) -> None:
     [
         ("é".encode("latin-1"), ":1: not UTF-8 (byte 0xe9 at column 1); convert the file"),
         (b"PAR1abcd", ": is a parquet file: write it as jsonl"),
-        (b"\x28\xb5\x2f\xfdabcd", ": is packed with zstd: unpack it"),
+        (b"\x28\xb5\x2f\xfdabcd", ": is compressed with zstd: decompress it"),
         (gzip.compress(b"{}\n" * 1000)[:-9], " is damaged after line"),
         ('{"messages": []}'.encode("utf-16"), ": is text in UTF-16"),
-        (b'[\n{"messages": []}\n]\n', ": is one JSON array; write one object a line"),
-        (b'[{"messages": []}, {"messages": []}]', ": is one JSON array; write one object a line"),
+        (b'[\n{"messages": []}\n]\n', ": is one JSON array; write one object per line"),
+        (b'[{"messages": []}, {"messages": []}]', ": is one JSON array; write one object per line"),
     ],
     ids=["latin-1", "parquet", "zstd", "damaged", "utf-16", "array", "array in a line"],
 )

@@ -70,7 +70,7 @@ def test_what_did_not_fit_is_said_every_time(data: DataConfig, tmp_path: Path) -
     short = opened(replace(data, sequence_length=45), tmp_path / "cache")
     lines = short.build(10**6)
     assert len(lines) == 2 and lines[0].startswith(f"{data.train[0]}, {data.train[1]}: of 14 conversations ")
-    assert "lost their end" in lines[0] and "within data.sequence_length 45" in lines[0]
+    assert "were truncated" in lines[0] and "within data.sequence_length 45" in lines[0]
     assert short.build(10**6) == lines
     assert opened(replace(data, sequence_length=400), tmp_path / "cache").build(10**6) == []
 
@@ -86,7 +86,7 @@ def test_a_cache_is_checked_against_a_smaller_model(data: DataConfig, tmp_path: 
         for token in segment.tokens
     )
     assert opened(data, tmp_path / "cache").build(largest + 1) == []
-    with pytest.raises(UserError, match=rf"hold the token .* \({largest}\), which has no row in the model's vocab of"):
+    with pytest.raises(UserError, match=rf"contain the token .* \({largest}\), which has no row in the model's"):
         opened(data, tmp_path / "cache").build(largest)
 
 
@@ -132,12 +132,12 @@ def test_a_bad_file_leaves_nothing(data: DataConfig, tmp_path: Path) -> None:
 
 def test_a_cache_that_is_not_there_or_is_damaged(data: DataConfig, tmp_path: Path) -> None:
     found = opened(data, tmp_path / "cache")
-    with pytest.raises(UserError, match="is not there: put run_dir and the data on a file system that all hosts share"):
+    with pytest.raises(UserError, match="is missing: put run_dir and the data on a file system that all hosts share"):
         found.open_training(3, packed=True)
     found.build(10**6)
     for file in (tmp_path / "cache").glob("*/tokens.npy"):
         os.truncate(file, 70)
-    with pytest.raises(UserError, match=r"tokens.npy: is no array of numbers .*; remove .*, it is built anew"):
+    with pytest.raises(UserError, match=r"tokens.npy: is not a numeric array .*; remove .*, it is rebuilt"):
         found.open_training(3, packed=True)
 
 
@@ -146,5 +146,5 @@ def test_pickles_are_not_opened(data: DataConfig, tmp_path: Path) -> None:
     found.build(10**6)
     for file in (tmp_path / "cache").glob("*/ends.npy"):
         np.save(file, np.array([print], dtype=object), allow_pickle=True)
-    with pytest.raises(UserError, match=r"ends.npy: is no array of numbers"):
+    with pytest.raises(UserError, match=r"ends.npy: is not a numeric array"):
         found.open_training(3, packed=True)

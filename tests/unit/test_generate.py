@@ -38,17 +38,17 @@ def test_text_and_conversations(tokenizer: Tokenizer, tmp_path: Path) -> None:
         assert tokenizer.decode(asked).endswith("[|Assistant|]")
 
 
-NOT_ASKED = ":1: does not end with a message of the user's or a tool's, which the assistant would answer; add it"
+NOT_ASKED = ":1: does not end with a user or tool message for the assistant to answer; add one"
 
 
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("", 'holds no prompt; a line is {"prompt": "..."} or {"messages": [...]}'),
+        ("", 'contains no prompt; a line is {"prompt": "..."} or {"messages": [...]}'),
         ("{", ":1: not JSON (Expecting property name"),
         ('{"text": "a"}', ':1: neither {"prompt": ...} nor {"messages": [...]}; it is plain text, as'),
-        ('{"prompt": "a", "messages": []}', ':1: neither {"prompt": ...} nor {"messages": [...]}; mend the line'),
-        ('{"prompt": ""}', ":1: prompt is ''; give it words"),
+        ('{"prompt": "a", "messages": []}', ':1: neither {"prompt": ...} nor {"messages": [...]}; fix the line'),
+        ('{"prompt": ""}', ":1: prompt is ''; write a non-empty text"),
         (
             '{"messages": []}',
             NOT_ASKED,

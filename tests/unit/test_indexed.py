@@ -61,7 +61,7 @@ def test_facts(tmp_path: Path, dtype: type) -> None:
 def test_bin_of_another_size(prefix: str, size: int) -> None:
     file = Path(f"{prefix}.bin")
     file.write_bytes((file.read_bytes() * 2)[:size])
-    with pytest.raises(UserError, match=rf"{file} has {size} bytes, .*promises {2 * TOKENS}"):
+    with pytest.raises(UserError, match=rf"{file} has {size} bytes, .*expects {2 * TOKENS}"):
         indexed.inspect(prefix, None, None)
 
 
@@ -77,7 +77,7 @@ def test_every_truncated_index_is_noticed(prefix: str) -> None:
 def test_index_longer_than_it_says(prefix: str) -> None:
     with Path(f"{prefix}.idx").open("ab") as file:
         file.write(bytes(N))  # as a multimodal dataset has it
-    with pytest.raises(UserError, match="its header promises"):
+    with pytest.raises(UserError, match="its header implies"):
         indexed.inspect(prefix, None, None)
 
 
@@ -94,8 +94,8 @@ DAMAGES: list[tuple[str, int, bytes, str]] = [
     ("float dtype", 17, b"\x06", "dtype code 6"),
     ("unknown dtype", 17, b"\x63", "dtype code 99"),
     ("wider dtype", 17, b"\x04", "begins at byte"),
-    ("sequence count", 18, struct.pack("<Q", N + 1), "its header promises"),
-    ("huge count", 18, struct.pack("<Q", 2**60), "its header promises"),
+    ("sequence count", 18, struct.pack("<Q", N + 1), "its header implies"),
+    ("huge count", 18, struct.pack("<Q", 2**60), "its header implies"),
     ("negative length", HEADER + 8, struct.pack("<i", -3), "sequence 2 has length -3"),
     ("changed length", HEADER + 12, struct.pack("<i", 16), "sequence 4 begins at byte"),
     ("first offset", HEADER + 4 * N, struct.pack("<q", 2), "sequence 0 begins at byte 2"),
@@ -162,7 +162,7 @@ def missing_idx(prefix: str) -> str:
         (lambda prefix: f"{prefix}.bin", r"give the prefix without \.bin"),
         (lambda prefix: f"{prefix}.idx", r"give the prefix without \.idx"),
         (lambda prefix: f"{prefix}0", r"v10\.bin does not exist: did you mean .*data\.v1\?"),
-        (lambda prefix: f"{prefix}/x", r"does not exist: make it with tools/prepare_data\.py"),
+        (lambda prefix: f"{prefix}/x", r"does not exist: create it with tools/prepare_data\.py"),
         (missing_idx, r"v1\.idx does not exist: a dataset is two files"),
     ],
 )

@@ -30,23 +30,23 @@ ROWS = {
 TAR = b"data.jsonl".ljust(257, b"\0") + b"ustar\x0000" + bytes(300)
 KINDS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "parquet": (lambda row: b"PAR1\x15\x04", "is a parquet file: write it as jsonl"),
-    "zstd": (lambda row: b"\x28\xb5\x2f\xfd\x24\x00", "is packed with zstd: unpack it with zstd -d"),
-    "zstd skippable": (lambda row: b"\x50\x2a\x4d\x18\4\0\0\0abcd\x28\xb5\x2f\xfd", "is packed with zstd or lz4: "),
-    "lz4": (lambda row: b"\x04\x22\x4d\x18\x64\x40\xa7", "is packed with lz4: unpack it with lz4 -d"),
+    "zstd": (lambda row: b"\x28\xb5\x2f\xfd\x24\x00", "is compressed with zstd: decompress it with zstd -d"),
+    "zstd skippable": (lambda row: b"\x50\x2a\x4d\x18\4\0\0\0abcd\x28\xb5\x2f\xfd", "is compressed with zstd or lz4: "),
+    "lz4": (lambda row: b"\x04\x22\x4d\x18\x64\x40\xa7", "is compressed with lz4: decompress it with lz4 -d"),
     "7z": (lambda row: b"7z\xbc\xaf\x27\x1c\x00\x04", "is a 7z archive: unpack it with 7z x"),
     "tar": (lambda row: TAR, "is a tar archive: unpack it with tar -xf"),
-    "tar in gzip": (lambda row: gzip.compress(TAR), "is packed, and what it holds is a tar archive: unpack it"),
+    "tar in gzip": (lambda row: gzip.compress(TAR), "is compressed, and its content is a tar archive: unpack it"),
     "sqlite": (lambda row: b"SQLite format 3\0" + bytes(50), "is an SQLite database: write its texts as jsonl"),
-    "pickle": (lambda row: pickle.dumps([json.loads(row)]), "is a pickle of Python's: write its texts as jsonl"),
-    "safetensors": (lambda row: b"\x48\0\0\0\0\0\0\0" + b'{"weight":{}}', "is a safetensors file, which holds weights"),
+    "pickle": (lambda row: pickle.dumps([json.loads(row)]), "is a Python pickle: write its texts as jsonl"),
+    "safetensors": (lambda row: b"\x48\0\0\0\0\0\0\0" + b'{"weight":{}}', "is a safetensors file with weights"),
     "megatron": (lambda row: b"MMIDIDX\0\0" + bytes(30), "is the index of a Megatron dataset"),
     "lfs": (
         lambda row: b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 3\n",
-        "is a git-lfs pointer in place of the file: fetch that with git lfs pull",
+        "is a git-lfs pointer instead of the file: fetch the file with git lfs pull",
     ),
-    "gzip in gzip": (lambda row: gzip.compress(gzip.compress(row)), "is packed twice: unpack it once"),
-    "xz in bzip2": (lambda row: bz2.compress(lzma.compress(row)), "is packed twice: unpack it once"),
-    "parquet in gzip": (lambda row: gzip.compress(b"PAR1xxxx"), "is packed, and what it holds is a parquet file"),
+    "gzip in gzip": (lambda row: gzip.compress(gzip.compress(row)), "is compressed twice: decompress it once"),
+    "xz in bzip2": (lambda row: bz2.compress(lzma.compress(row)), "is compressed twice: decompress it once"),
+    "parquet in gzip": (lambda row: gzip.compress(b"PAR1xxxx"), "is compressed, and its content is a parquet file"),
     "utf-16": (lambda row: row.decode().encode("utf-16"), "is text in UTF-16: convert it, as with iconv -f UTF-16 -t"),
     "utf-16-le": (
         lambda row: row.decode().encode("utf-16-le"),
@@ -67,13 +67,13 @@ KINDS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     ),
     "utf-16 in gzip": (
         lambda row: gzip.compress(row.decode().encode("utf-16")),
-        "is packed, and what it holds is text in UTF-16: convert it",
+        "is compressed, and its content is text in UTF-16: convert it",
     ),
     "NUL bytes": (
         lambda row: bytes(100) + b"\n",
-        "is no text, it begins with NUL bytes, as a file that was not written",
+        "is not text, it begins with NUL bytes, as an incompletely written file",
     ),
-    "binary": (lambda row: b"q\x01\x02\xfe\xffabc\n\x03", "is no text but binary data (0x01 among its first bytes)"),
+    "binary": (lambda row: b"q\x01\x02\xfe\xffabc\n\x03", "is not text but binary data (0x01 among its first bytes)"),
     "csv": (lambda row: b"text,label\nabc,1\n", "is a table with commas (CSV) between its columns: write it as jsonl"),
     "csv of pandas": (lambda row: b',text,"a label"\n0,"abc, def",1\n', "is a table with commas (CSV)"),
     "csv in latin-1": (lambda row: b"text,caf\xe9\nabc,1\n", "is a table with commas (CSV)"),
@@ -81,12 +81,12 @@ KINDS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "html": (lambda row: b"<!DOCTYPE html><html>", "is a web page or XML: write its texts as jsonl"),
     "text": (
         lambda row: b"Once upon a time, there was a cat.\n",
-        "is no JSON, it begins with 'Once upon a time, there was a '",
+        "is not JSON, it begins with 'Once upon a time, there was a '",
     ),
-    "yaml": (lambda row: b"- text: abc\n", "is no JSON, it begins with '- text: abc': write one JSON object a line"),
+    "yaml": (lambda row: b"- text: abc\n", "is not JSON, it begins with '- text: abc': write one JSON object a line"),
     "pretty": (
         lambda row: json.dumps(json.loads(row), indent=2).encode(),
-        "is JSON with objects over several lines: write one object a line, as with jq -c .",
+        "is JSON with objects over several lines: write one object per line, as with jq -c .",
     ),
     "pretty, several": (
         lambda row: 3 * (json.dumps(json.loads(row), indent=2) + "\n").encode(),
@@ -94,16 +94,16 @@ KINDS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     ),
     "array": (
         lambda row: b"[\n" + row.strip() + b",\n" + row.strip() + b"\n]\n",
-        "is one JSON array; write one object a",
+        "is one JSON array; write one object per",
     ),
-    "array in a line": (lambda row: b"[" + row.strip() + b"]\n", "is one JSON array; write one object a line"),
+    "array in a line": (lambda row: b"[" + row.strip() + b"]\n", "is one JSON array; write one object per line"),
     "carriage returns": (
         lambda row: row.replace(b"\n", b"\r") * 2,
-        "is text with carriage returns alone as line ends: ",
+        "is text with bare carriage returns as line ends: ",
     ),
-    "single quotes": (lambda row: row.replace(b'"', b"'"), "is no JSON, its words stand in single quotes as Python"),
-    "two on a line": (lambda row: row.strip() + row, "is JSON with several objects on a line: write one a line"),
-    "commas": (lambda row: (row.strip() + b",\n") * 3, "is JSON with a comma behind each object: take it away"),
+    "single quotes": (lambda row: row.replace(b'"', b"'"), "is not JSON, its strings are in single quotes as Python"),
+    "two on a line": (lambda row: row.strip() + row, "is JSON with several objects per line: write one per line"),
+    "commas": (lambda row: (row.strip() + b",\n") * 3, "is JSON with a comma after each object: remove it"),
 }
 
 
@@ -144,9 +144,9 @@ def test_the_old_format_of_lzma_is_read_too(tmp_path: Path) -> None:
     "line, expected",
     [
         (b"caf\xe9", "not UTF-8"),
-        (bytes(100), "a NUL byte at column 1, as where a file was not written to its end"),
-        (b'{"x": ' + b"9" * 5000 + b"}", "a number of more than 4300 digits"),
-        (b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deep to be read"),
+        (bytes(100), "a NUL byte at column 1, as in an incompletely written file"),
+        (b'{"x": ' + b"9" * 5000 + b"}", "an integer of more than 4300 digits"),
+        (b'{"x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
     ],
     ids=["latin-1", "NUL", "digits", "deep"],
 )

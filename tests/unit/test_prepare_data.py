@@ -171,7 +171,7 @@ def test_a_number_of_too_many_digits_is_a_malformed_line(
     (message,) = capsys.readouterr().err.splitlines()
     assert message.startswith("prepare_data: error: a.jsonl:2: ") and "(not JSON)" in message
     assert run() == 0
-    assert "1 line(s) skipped: not JSON\n  a.jsonl:2: a number of more than 4300 digits" in capsys.readouterr().err
+    assert "1 line(s) skipped: not JSON\n  a.jsonl:2: an integer of more than 4300 digits" in capsys.readouterr().err
     assert len(read("out/d")) == 1
 
 

@@ -171,7 +171,7 @@ def test_a_dataset_made_anew_gets_new_indices(data: DataConfig, tmp_path: Path) 
     assert {file: file.stat().st_mtime_ns for file in cache.rglob("*")} == before  # nothing is built twice
     (cache / f"{'0' * 16}.partial.1").mkdir()  # what a killed job leaves
     corpus.write_dataset(tmp_path / "data" / "a", numbered(1000, [9] * 9))
-    with pytest.raises(UserError, match="is not there"):
+    with pytest.raises(UserError, match="is missing: put run_dir"):
         open_training(data, 5, cache)
     build_indices(data, VOCAB, 5, cache)
     train = open_training(data, 5, cache)
@@ -197,7 +197,7 @@ def test_a_bad_dataset_is_refused_also_after_a_good_start(data: DataConfig, tmp_
 
 def test_a_cache_that_cannot_be_written(data: DataConfig, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file")
-    with pytest.raises(UserError, match="cache cannot hold the sample indices of"):
+    with pytest.raises(UserError, match="cache cannot store the sample indices of"):
         build_indices(data, VOCAB, 5, tmp_path / "cache")
 
 

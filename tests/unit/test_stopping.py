@@ -56,9 +56,9 @@ def test_the_best_one_stays_among_the_newest(run_dir: Path) -> None:
 @pytest.mark.parametrize(
     "content, says",
     [
-        (b"step_3\n", r"names 'step_3', which is no finished checkpoint \(there: step_2, step_4"),
-        (b"step_2", "names 'step_2', which is no finished checkpoint"),
-        (b"", "names '', which is no finished checkpoint"),
+        (b"step_3\n", r"names 'step_3', which is not a complete checkpoint \(existing: step_2, step_4"),
+        (b"step_2", "names 'step_2', which is not a complete checkpoint"),
+        (b"", "names '', which is not a complete checkpoint"),
         (b"\xff\xfe", "cannot be read"),
     ],
     ids=["gone", "cut", "empty", "no text"],

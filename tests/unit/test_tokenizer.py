@@ -97,7 +97,7 @@ def test_folder_with_a_sentencepiece_model_only(spaced: Tokenizer, tmp_path: Pat
 
 def test_bytes_of_other_vocabularies_are_not_guessed(tmp_path: Path) -> None:
     tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1}, "a")).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="bytes per token are known for"):
+    with pytest.raises(UserError, match="bytes per token are supported for"):
         open_tokenizer(str(tmp_path)).byte_lengths()
 
 

@@ -140,8 +140,8 @@ def test_the_class_is_the_one_that_transformers_chooses() -> None:
     [
         (
             {"tokenizer_config.json": {"tokenizer_class": "XGLMTokenizerFast"}},
-            "transformers opens it as XGLMTokenizer (tokenizer_class XGLMTokenizerFast), whose own way to cut text is "
-            "not known here; save it with transformers, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OTHER), ",
+            "transformers opens it as XGLMTokenizer (tokenizer_class XGLMTokenizerFast), whose tokenization steps are "
+            "not supported; save it with transformers, AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OTHER), ",
         ),
         ({"config.json": {"model_type": "bert"}}, "as BertTokenizer (model_type bert of its config.json)"),
         ({"tokenizer_config.json": {"tokenizer_class": "CodeLlamaTokenizer"}}, "as CodeLlamaTokenizer"),
@@ -215,7 +215,7 @@ def test_what_cannot_be_read_so_is_refused_in_one_line(zoo: dict[str, Path], mon
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fails)
     words = Copied(tokenizer_folder.read(zoo["byte_level"]), frozenset(), zoo["byte_level"])
-    with pytest.raises(UserError, match="would not read in this llama the ids that it was trained with") as caught:
+    with pytest.raises(UserError, match="would not give the ids that this llama was trained with") as caught:
         settle({"config.json": {"model_type": "llama"}}, words, None)
     assert "\n" not in str(caught.value)
 
@@ -242,7 +242,7 @@ def test_other_forms_are_refused_with_what_makes_them_readable(tmp_path: Path, f
     for file, content in files.items():
         (tmp_path / file).write_text(content if isinstance(content, str) else json.dumps(content))
     expected = (
-        f"has {', '.join(files)}, which are not read here, and neither tokenizer.json nor tokenizer.model: save it"
+        f"has {', '.join(files)}, which are not supported, and neither tokenizer.json nor tokenizer.model: save it"
     )
     with pytest.raises(UserError, match=re.escape(expected)) as caught:
         open_tokenizer(str(tmp_path))
@@ -252,8 +252,8 @@ def test_other_forms_are_refused_with_what_makes_them_readable(tmp_path: Path, f
 @pytest.mark.parametrize(
     "files, expected",
     [
-        ({"vocab.json": "{}"}, "has vocab.json without merges.txt: copy that there too, or save it with transformers"),
-        ({"merges.txt": ""}, "has merges.txt without vocab.json: copy that there too, or save it with transformers"),
+        ({"vocab.json": "{}"}, "has vocab.json without merges.txt: copy that file there too, or save it with"),
+        ({"merges.txt": ""}, "has merges.txt without vocab.json: copy that file there too, or save it with"),
         ({}, "and no class is named that reads them; set tokenizer_class in tokenizer_config.json to"),
         ({"tokenizer_config.json": '{"tokenizer_class": "PreTrainedTokenizerFast"}'}, "and no class is named"),
         (
@@ -310,17 +310,17 @@ def test_the_advice_keeps_the_ids(zoo: dict[str, Path], tmp_path: Path, name: st
 def test_a_model_without_merges_is_not_made_anew(zoo: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(open_tokenizer(str(zoo["unigram"]))._tokenizer.to_str())  # type: ignore[attr-defined]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer"}))
-    with pytest.raises(UserError, match="its model is no BPE, and transformers' Qwen2Tokenizer makes one of it; set"):
+    with pytest.raises(UserError, match="its model is not BPE, but transformers' Qwen2Tokenizer reads it as BPE; set"):
         open_tokenizer(str(tmp_path))
 
 
 @pytest.mark.parametrize(
     "file, content, expected",
     [
-        ("tokenizer_config.json", {"eos_token": 3}, "eos_token 3 is no text: save the tokenizer again"),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"9": "x", "8": 7}}, "a token is written as 7"),
-        ("tokenizer_config.json", {"extra_special_tokens": "<x>"}, "extra_special_tokens '<x>' is no list of tokens"),
-        ("generation_config.json", {"eos_token_id": ["</s>"]}, "eos_token_id ['</s>'] is no number"),
+        ("tokenizer_config.json", {"eos_token": 3}, "eos_token 3 is not a string: save the tokenizer again"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"9": "x", "8": 7}}, "a token is 7"),
+        ("tokenizer_config.json", {"extra_special_tokens": "<x>"}, "extra_special_tokens '<x>' is not a list of"),
+        ("generation_config.json", {"eos_token_id": ["</s>"]}, "eos_token_id ['</s>'] is not an integer"),
         ("added_tokens.json", "[", "is not valid JSON"),
     ],
 )
@@ -392,7 +392,7 @@ def test_a_program_of_the_folder_is_told_of_and_stays_behind(
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "auto_map": programs}))
     ours = open_tokenizer(str(folder))
     (remark,) = ours.remarks
-    assert remark.startswith(f"tokenizer {folder}: auto_map in tokenizer_config.json names a program, wise.WiseToken")
+    assert remark.startswith(f"tokenizer {folder}: auto_map in tokenizer_config.json names custom code, wise.WiseToken")
     assert "\n" not in remark
     (tmp_path / "out").mkdir()
     theirs, note = exported(folder, "llama", tmp_path / "out")

@@ -110,27 +110,27 @@ def test_weights_and_train() -> None:
 @pytest.mark.parametrize(
     "content, expected",
     [
-        ({"messages": SAID, "tools": TOOLS[0]}, "tools is no list of objects, nor JSON of one in a string;"),
-        ({"messages": SAID, "tools": "look"}, "tools is no list of objects, nor"),
-        ({"messages": SAID, "tools": json.dumps(TOOLS[0])}, "tools is no list of objects, nor"),
-        ({"messages": SAID, "tools": ["look"]}, "tools is no list of objects, nor"),
-        ({"messages": SAID, "functions": TOOLS}, "functions are OpenAI's old tools,"),
+        ({"messages": SAID, "tools": TOOLS[0]}, "tools is neither a list of objects nor a JSON string of one;"),
+        ({"messages": SAID, "tools": "look"}, "tools is neither a list of objects nor"),
+        ({"messages": SAID, "tools": json.dumps(TOOLS[0])}, "tools is neither a list of objects nor"),
+        ({"messages": SAID, "tools": ["look"]}, "tools is neither a list of objects nor"),
+        ({"messages": SAID, "functions": TOOLS}, "functions is OpenAI's deprecated format,"),
         (
             {"messages": [SAID[0], {"role": "assistant", "content": None, "function_call": {"name": "look"}}]},
-            "message 2: function_call is OpenAI's old way to call a tool,",
+            "message 2: function_call is OpenAI's deprecated format,",
         ),
-        ({"messages": [SAID[0], {**SAID[1], "tool_calls": "look"}]}, "message 2: its tool_calls are no list of obj"),
-        ({"messages": [SAID[0], {**SAID[1], "weight": 0.5}]}, "message 2: its weight is 0.5; 0 or 1 would do"),
-        ({"messages": [SAID[0], {**SAID[1], "train": "no"}]}, "message 2: its train is 'no'; False or True would do"),
-        ({"messages": [SAID[0], {**SAID[1], "train": False}]}, "nothing is learned of it, with weight 0 or train fal"),
+        ({"messages": [SAID[0], {**SAID[1], "tool_calls": "look"}]}, "message 2: tool_calls is not a list of objects"),
+        ({"messages": [SAID[0], {**SAID[1], "weight": 0.5}]}, "message 2: its weight is 0.5; valid values: 0, 1"),
+        ({"messages": [SAID[0], {**SAID[1], "train": "no"}]}, "message 2: its train is 'no'; valid values: False,"),
+        ({"messages": [SAID[0], {**SAID[1], "train": False}]}, "no assistant message counts in the loss (weight 0,"),
         ({"instruction": "i", "input": "", "output": "o"}, "neither *; it is an Alpaca row: write it as {"),
         ({"prompt": "p", "completion": "c"}, "neither *; it is a prompt with its completion: write it as {"),
         ({"prompt": SAID[:1], "completion": SAID[1:]}, "neither *; it is a prompt with its completion: write it as {"),
         ({"chosen": SAID, "rejected": SAID}, "neither *; it is a pair of preferences: write"),
-        ({"dialog": SAID}, 'neither *; its turns are called "dialog": call them messages'),
-        ({"conversation": SHARED}, 'neither *; its turns are called "conversation": call them messages'),
+        ({"dialog": SAID}, 'neither *; its turns are under the key "dialog": rename it to messages'),
+        ({"conversation": SHARED}, 'neither *; its turns are under the key "conversation": rename it to messages'),
         ({"text": "a"}, "neither *; it is plain text, as adapt and distill read it"),
-        ({"a": "a"}, "neither *; mend the line"),
+        ({"a": "a"}, "neither *; fix the line"),
         ([], "does not end with an assistant message"),
     ],
 )
@@ -166,7 +166,7 @@ def test_one_array_of_rows(tmp_path: Path, rows: Any, indent: int | None) -> Non
         with pytest.raises(UserError) as caught:
             read_file(str(file))
         assert str(caught.value) == (
-            f"{file}: is one JSON array; write one object a line, as with jq -c '.[]' {file} > lines.jsonl"
+            f"{file}: is one JSON array; write one object per line, as with jq -c '.[]' {file} > lines.jsonl"
         )
 
 
@@ -180,8 +180,8 @@ def test_prompts_in_other_forms(tmp_path: Path) -> None:
     assert read_prompts(str(file)) == [read({"messages": asked})]
     for content, expected in (
         ({"instruction": "i", "output": "o"}, "it is an Alpaca row"),
-        ({"prompt": "p", "messages": SAID[:1]}, "mend the line"),
-        ({"dialog": SAID[:1]}, "call them messages"),
+        ({"prompt": "p", "messages": SAID[:1]}, "fix the line"),
+        ({"dialog": SAID[:1]}, "rename it to messages"),
     ):
         file.write_text(json.dumps(content))
         with pytest.raises(UserError) as caught:
@@ -193,8 +193,8 @@ def test_prompts_in_other_forms(tmp_path: Path) -> None:
 def test_what_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
-    places = {str(tmp_path / "folder"): "is a folder, no file", str(tmp_path / "pipe"): "is a pipe, no file"}
-    places |= {"/dev/null": "is a device, no file", str(tmp_path / "gone"): "no such file"}
+    places = {str(tmp_path / "folder"): "is a folder, not a file", str(tmp_path / "pipe"): "is a pipe, not a file"}
+    places |= {"/dev/null": "is a device, not a file", str(tmp_path / "gone"): "no such file"}
     for path, expected in places.items():
         for read_file in (read_conversations, read_prompts):
             with pytest.raises(UserError) as caught:

@@ -1,1 +1,1 @@
-"""The architectures that are converted: one file each, one row each in `conversion.registry`."""
+"""Supported architectures: one module each, registered in `conversion.registry`."""

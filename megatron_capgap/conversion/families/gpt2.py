@@ -1,4 +1,4 @@
-"""GPT-2: learned positions, LayerNorm, GELU, biases, and matrices that are kept `[in, out]`."""
+"""GPT-2: learned positions, LayerNorm, GELU, biases, and matrices stored as `[in, out]`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _shape(settings: Settings) -> dict[str, Any]:
     settings.demand("add_cross_attention", (False,), False)
     hidden = settings.need("n_embd")
     if not isinstance(hidden, int):
-        raise settings.wrong("n_embd", f"{hidden!r} is no number; save the model again")
+        raise settings.wrong("n_embd", f"{hidden!r} is not an integer; save the model again")
     return {
         "layers": settings.need("n_layer"),
         "hidden": hidden,

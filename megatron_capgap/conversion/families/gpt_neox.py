@@ -1,6 +1,6 @@
 """GPT-NeoX, Pythia: parallel residuals, rotary positions on a share of each head, LayerNorm, GELU, biases.
 
-Its fused queries, keys and values lie head by head, which is Megatron's way with one query to a group.
+Its fused queries, keys and values are stored head by head, which is Megatron's format for groups of one query.
 """
 
 from __future__ import annotations

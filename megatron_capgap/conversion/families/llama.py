@@ -1,4 +1,4 @@
-"""LLaMA 1, 2 and 3, SmolLM; and what its relatives share: names of tensors, rotary positions, sizes."""
+"""LLaMA 1, 2 and 3, SmolLM; and the tensor names, rotary positions and sizes that related families share."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ BUFFERS = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",)
 def sizes(
     settings: Settings, *, max_positions: int, head_dim: int | None = None, kv_heads: int | None = None
 ) -> dict[str, Any]:
-    """The numbers that LLaMA and its relatives name alike.
+    """Sizes whose keys LLaMA and related families share.
 
     Args:
-        settings: their config.json.
-        max_positions, head_dim, kv_heads: what the family takes where the key is missing.
+        settings: the config.json.
+        max_positions, head_dim, kv_heads: defaults of the family.
     """
     settings.demand("hidden_act", ("silu",), "silu")
     whole_heads_turn(settings)
@@ -50,7 +50,7 @@ def sizes(
         "layers": settings.need("num_hidden_layers"),
         "hidden": settings.need("hidden_size"),
         "heads": settings.need("num_attention_heads"),
-        # Here null is a value: as many as query heads, whatever the family takes where the key is missing.
+        # null means as many as query heads; the family's default applies only if the key is missing.
         "kv_heads": settings.content.get("num_key_value_heads", kv_heads),
         "head_dim": settings.get("head_dim", head_dim),
         "ffn": settings.need("intermediate_size"),
@@ -64,27 +64,27 @@ def sizes(
 
 
 def rope_section(settings: Settings) -> dict[str, Any]:
-    """What is said of rotary positions: transformers 5 keeps all of it in rope_parameters, but rope_scaling wins."""
+    """Settings of rotary positions: transformers 5 uses rope_parameters, but rope_scaling takes precedence."""
     return settings.section("rope_scaling") or settings.section("rope_parameters")
 
 
 def whole_heads_turn(settings: Settings) -> None:
-    """Refuses heads of which a share is not rotated."""
+    """Rejects partially rotated heads."""
     for place in (rope_section(settings), settings.content):
         if (share := place.get("partial_rotary_factor")) not in (None, 1.0):
             raise settings.wrong("partial_rotary_factor", f"{share!r} is not supported, 1.0 is; convert another model")
 
 
 def rotary(settings: Settings, base_key: str = "rope_theta") -> dict[str, Any]:
-    """Base and stretching of the rotary positions."""
+    """Base and scaling of the rotary positions."""
     given = rope_section(settings)
     kind = given.get("rope_type", given.get("type", "default"))
     found: dict[str, Any] = {"rope_theta": given.get("rope_theta", settings.get(base_key, 10000.0))}
     if kind not in tuple(_ROPE_KEYS):
         raise settings.wrong("rope_type", f'"{kind}" is not supported, default, linear and llama3 are')
-    # Sections by kind of layer among them: what is not read must not be there.
+    # Reject keys that are not read, among them sections per layer type.
     if unread := sorted(given.keys() - _ROPE_KEYS[kind] - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}):
-        raise settings.wrong("rope_parameters", f"{unread[0]} is not supported beside {kind}; convert another model")
+        raise settings.wrong("rope_parameters", f"{unread[0]} is not supported with {kind}; convert another model")
     if kind == "linear":
         found["rope_scaling"] = {"kind": kind, "factor": given.get("factor")}
     if kind == "llama3":
@@ -100,7 +100,7 @@ def rotary(settings: Settings, base_key: str = "rope_theta") -> dict[str, Any]:
 
 
 def rotary_config(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    """`rope_scaling` of config.json, which every version of transformers reads."""
+    """`rope_scaling` of config.json, in a form that every version of transformers reads."""
     if scaling is None:
         return None
     if scaling.kind == "linear":

@@ -1,4 +1,4 @@
-"""Mistral 7B and Nemo: LLaMA's layers, with a window that attention looks back over."""
+"""Mistral 7B and Nemo: LLaMA's layers with sliding-window attention."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_capgap.conversion.family import Family, Settings
 
 
 def _shape(settings: Settings) -> dict[str, Any]:
-    # Here null is a value: no window. Where the key is missing the family has one.
+    # null means no window; the family's default applies only if the key is missing.
     window = settings.content.get("sliding_window", 4096)
     return {**llama.sizes(settings, max_positions=131072, kv_heads=8), "attention_window": window}
 

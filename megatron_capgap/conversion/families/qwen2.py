@@ -1,4 +1,4 @@
-"""Qwen 2 and 2.5: LLaMA's layers, with biases of queries, keys and values."""
+"""Qwen 2 and 2.5: LLaMA's layers with biases of queries, keys and values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BIASES = (Row("decoder.layers.self_attention.linear_qkv.bias", tuple(f"{name}.b
 
 
 def full_attention(settings: Settings) -> None:
-    """Refuses layers that look back over a window: Qwen has them beside layers that look back over everything."""
+    """Rejects sliding-window layers, which Qwen can mix with full-attention layers."""
     settings.demand("use_sliding_window", (False,), False)
     if any(kind != "full_attention" for kind in settings.names("layer_types")):
         raise settings.wrong("layer_types", "only full_attention is supported; convert another model")

@@ -1,4 +1,4 @@
-"""Qwen 3, dense: LLaMA's layers, with a norm of each head's query and key."""
+"""Qwen 3, dense: LLaMA's layers with a norm of each head's query and key."""
 
 from __future__ import annotations
 
