@@ -159,7 +159,7 @@ def add_questions(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--grid", type=Path, metavar="GRID.yaml", help="grid of the sweep that the records come from")
     parser.add_argument(
-        "--teacher-tokens", type=number, metavar="N", help="training tokens of a new teacher (default: as in the records)"
+        "--teacher-tokens", type=number, metavar="N", help="training tokens of a new teacher (default: the records')"
     )
 
 
