@@ -84,7 +84,7 @@ class StudentSide:
         self._received = self._agreed = 0
 
     def start(self, done: int) -> None:
-        """Sends the teacher's ranks the number of steps done. Collective over both roles."""
+        """Agrees with the teacher's ranks on the number of steps done. Collective over both roles."""
         self._received = self._agreed = done
         self._roles.start_all_reduce_max(done).wait()
 
