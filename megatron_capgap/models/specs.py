@@ -95,7 +95,7 @@ class ScaledDotProductAttention(torch.nn.Module):
         **unused: object,
     ) -> None:
         super().__init__()
-        assert config.context_parallel_size == 1, "config.validation.checks refuses context parallelism for this attention"
+        assert config.context_parallel_size == 1, "config.validation refuses context parallelism for this attention"
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
