@@ -182,7 +182,7 @@ def test_tables_that_are_none(tmp_path: Path, text: str) -> None:
 def test_losses_that_cannot_be_name_their_line(tmp_path: Path) -> None:
     rows = [{key: value for key, value in asdict(record(seed=seed)).items() if value is not None} for seed in (1, 2)]
     for wrong, message in (
-        (-0.1, "valid_loss is -0.1; more than 0"),
+        (-0.1, "valid_loss is -0.1; expected more than 0"),
         (400, "valid_loss is 400.0; a loss in nats"),
         ("nan", "nan"),
     ):
