@@ -1,10 +1,10 @@
-"""How much longer a step takes while a checkpoint is written: with checkpoint.async_save and without.
+"""Measures how much longer a step takes during a checkpoint save, with and without checkpoint.async_save.
 
     python benchmarks/async_save.py [--world 1] [--saves 6]
 
-A step counts from one line of metrics to the next, so that of a save holds all that the save takes of the training: the
-copy of the state, and the writing as far as training waits for it. One thread a rank, so that on two cores one rank
-leaves a core to the writer, as the host of a GPU does.
+A step is timed from one line of metrics to the next, so a step with a save includes all time that training spends on
+the save: the copy of the state, and the writing as far as training waits for it. Each rank uses one thread, so that one
+rank on two cores leaves a core to the writer, like the host of a GPU.
 """
 
 import argparse
@@ -29,7 +29,7 @@ MODEL = {"layers": 6, "hidden": 384, "heads": 6, "ffn": 1024, "vocab": runs.VOCA
 
 
 def times_of(words: list[str]) -> list[float]:
-    """Runs a command on a rank; returns when each step was reported."""
+    """Runs a command on one rank; returns the time at which each step was reported."""
     from megatron_capgap.training import loop
 
     report, times = loop._report, []

@@ -1,4 +1,4 @@
-"""What checksums cost: writing a checkpoint, listing its files, checking them, beside the same files written without.
+"""Measures the cost of checksums: writing a checkpoint, computing the checksums of its files, and verifying them.
 
 python benchmarks/checkpoint.py [--mib 512] [--folder DIR]
 """
@@ -26,7 +26,7 @@ ROWS = 4096
 
 
 def measure(folder: Path, mib: int) -> dict[str, float]:
-    """Median seconds of each part, this rank's clock from barrier to barrier."""
+    """Median seconds of each part, from barrier to barrier on this rank's clock."""
     from megatron_capgap.checkpoint import integrity, streaming, writer
     from megatron_capgap.checkpoint.metadata import CheckpointMetadata
     from megatron_capgap.checkpoint.metadata import write as write_manifest
@@ -66,7 +66,7 @@ def measure(folder: Path, mib: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Prints one row for each number of ranks."""
+    """Prints one row per number of ranks."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--mib", type=int, default=512, help="size of the checkpoint")
     parser.add_argument("--folder", help="where to write; a temporary folder by default")

@@ -1,10 +1,9 @@
-"""Import and export of a synthetic LLaMA beside a plain copy of the same bytes: seconds, GB/s and peak memory.
+"""Compares import and export of a synthetic LLaMA with a plain copy of the same bytes: seconds, GB/s and peak memory.
 
     python benchmarks/convert.py [--gigabytes 2] [--folder DIR]
 
-Every call is a process of its own; what a call on a tiny model needs (interpreter, torch, Megatron) is taken off its
-peak. The files are as large as asked for and in the page cache when they are read, for the copy and for the
-conversion alike.
+Every call is a separate process; the peak of a call on a tiny model (interpreter, torch, Megatron) is subtracted from
+its peak. Files are in the page cache when they are read, for both the copy and the conversion.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ import torch  # noqa: E402
 from megatron_capgap.conversion.safetensors import Writer  # noqa: E402
 from tests.support import hf_models  # noqa: E402
 
-# One call: seconds behind the imports, and what the process needed at the most.
+# One call: seconds without the imports, and the peak memory of the process.
 CALL = """
 import sys, time
 import megatron_capgap.conversion.exporting
@@ -41,7 +40,7 @@ sys.exit(code)
 
 
 def make(folder: Path, layers: int, hidden: int, vocab: int) -> int:
-    """Writes a bf16 LLaMA with a gate of 2.75 times its width; returns its bytes."""
+    """Writes a bf16 LLaMA whose ffn is 2.75 times its hidden size; returns its bytes."""
     ffn, heads = 11 * hidden // 4, hidden // 64
     config = {"model_type": "llama", "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers}
     config |= {"num_attention_heads": heads, "num_key_value_heads": heads // 2, "vocab_size": vocab}
@@ -63,7 +62,7 @@ def make(folder: Path, layers: int, hidden: int, vocab: int) -> int:
 
 
 def call(*words: object) -> tuple[float, int]:
-    """Seconds without the imports, and the peak of the process in bytes."""
+    """Seconds without the imports, and the peak memory of the process in bytes."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", CALL, *map(str, words)], env=environment, capture_output=True, text=True

@@ -1,10 +1,10 @@
-"""Fifty random kills, signals and damaged files over one small run: how many it survived, and what it learned.
+"""Fault injection: 50 random kills, signals and damaged files during one small run, compared with an undisturbed run.
 
     python benchmarks/faults.py [--count 50] [--seed 1] [--async] [--distill]
 
-Two data-parallel ranks train on text; with --distill two pipeline stages learn from a teacher. With --async checkpoints
-are written while training goes on. Prints the schedule, which the seed decides, and the counts; the exit code is 1
-where the run ended otherwise than one that nobody disturbed.
+Two data-parallel ranks train on text; with --distill two pipeline stages are distilled from a teacher. With --async
+checkpoints are written during training. Prints the schedule, which depends on the seed, and the counts; the exit code
+is 1 if the result differs from that of the undisturbed run.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main() -> int:
 
 
 def train_teacher(fixtures: runs.Fixtures) -> Path:
-    """A few steps of a larger model; its run directory."""
+    """Trains a larger model for a few steps; returns its run directory."""
     config = runs.adapt_config(fixtures, fixtures.folder / "teacher", student__model=runs.TEACHER, data__valid=None)
     runs.train_apart("adapt", config)
     return Path(config["run_dir"])

@@ -1,19 +1,19 @@
-"""How far the verdicts and the advice of tools/fit_law.py can be trusted: made-up truths, drawn again and again.
+"""Simulation study of the verdicts and recommendations of tools/fit_law.py on records with known truth.
 
     python benchmarks/law.py --out FILE.jsonl [--draws 100] [--jobs 2] [--truths exact,flat]
 
-For each truth, standard deviation of teachers' luck and design (students x teacher sizes x seeds x trainings of each
-size) it draws records, fits them, and asks for the teacher of a student that no run has seen. Finished draws are kept
-in FILE.jsonl; a second call goes on where the first one stopped. The table then has a row for each cell:
+For each truth, standard deviation of the random effect of teachers' trainings, and design (students x teacher sizes x
+seeds x trainings per size) it draws records, fits them, and requests a teacher for an unseen student. Finished draws
+are stored in FILE.jsonl; a second call continues where the first one stopped. The table has one row per cell:
 
-    holds     share of draws in which the 90% interval of the best teacher holds it (`-` where all teachers are alike)
-    end       share whose best teacher is at an end of what was looked at, where an interval cannot miss on one side
+    holds     share of draws in which the 90% interval contains the best teacher (`-` if all teachers are equally good)
+    end       share whose best teacher is at an end of the range, where an interval cannot miss on one side
     width     median of log(high / low) of that interval
     law       share of draws that say "law"
-    wrong     share of students with a verdict that their true curve contradicts
-    said      median regret that the advice expects, nats a token; `seen` that it really has; mean of `seen`
+    wrong     share of students whose true curve contradicts the verdict
+    said      median expected regret of the recommendation, nats per token; `seen` is the true regret, then its mean
     rule      mean regret of the teacher nearest to 2.5 times the student
-    paper     the same draws read the paper's way: share that name a law, share whose interval holds, mean regret
+    paper     the paper's method on the same draws: share with a law, share whose interval contains it, mean regret
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from tests.support import law as made  # noqa: E402
 
 LUCK = (0.0, 0.004, 0.0137)
 DESIGNS = ((4, 4, 2, 1), (4, 6, 2, 1), (4, 8, 2, 1), (3, 5, 1, 3))
-"""Students, teacher sizes, seeds, trainings of each teacher size."""
+"""Numbers of students, teacher sizes, seeds, and trainings per teacher size."""
 SCATTER = 0.2
 CANDIDATES = 24
 FINE = 4001
@@ -52,14 +52,14 @@ FINE = 4001
 
 @dataclass(frozen=True)
 class Truth:
-    """What losses really are."""
+    """The true losses."""
 
     loss: Callable[[float, float], float]
     students: tuple[float, float]
-    """Smallest and largest of four students; fewer take the first ones of the same spacing."""
+    """Smallest and largest of four students; with fewer students, the first ones at the same spacing."""
     teachers: tuple[float, float]
     noise: float
-    """Standard deviation of one run, nats a token."""
+    """Standard deviation of one run, nats per token."""
     scatter: float = 0.0
     """Standard deviation of log k between students."""
     best: bool = True
@@ -110,13 +110,13 @@ def draw(cell: Cell, number: int) -> tuple[list[Record], float, Callable[[float]
                     totals = {f"{name}_total": int(1.3 * size) for name, size in sizes_.items()}
                     one = made.record(**sizes_, **totals, seed=seed + 1, teacher_seed=training + 1)
                     found.append(replace(one, valid_loss=float(value + truth.noise * random.standard_normal())))
-    # To the model, a student as close as this to one of the data is that student, and has its scatter.
+    # The model identifies a student this close to one of the data with it, including its scatter.
     twin = next((index for index, each in enumerate(every) if abs(np.log(new / each)) < SAME_SIZE), -1)
     return found, new, lambda teacher: float(losses[twin](new, teacher))
 
 
 def once(job: tuple[Cell, int]) -> dict[str, Any]:
-    """One draw, fitted and compared with its truth."""
+    """Fits one draw and compares the result with the truth."""
     cell, number = job
     records, student, loss = draw(cell, number)
     process = Process(cells(records, "non-embedding"), np.random.default_rng(number))
@@ -148,7 +148,7 @@ def once(job: tuple[Cell, int]) -> dict[str, Any]:
 
 
 def _wrong(cell: Cell, found: Finding) -> bool:
-    """Whether a verdict was given on a student that its true curve contradicts."""
+    """Whether the verdict on a student contradicts its true curve."""
     curve = np.array([TRUTHS[cell.truth].loss(found.student, size) for size in found.grid])
     falls, rises = curve[0] - curve.min() > verdict.MATTERS, curve[-1] - curve.min() > verdict.MATTERS
     true = {(True, True): verdict.INTERIOR, (False, True): verdict.SMALLEST, (True, False): verdict.SATURATING}
@@ -163,7 +163,7 @@ def _paper(
     lowest: float,
     catalogue: dict[str, float],
 ) -> dict[str, Any]:
-    """What the paper's reading makes of the same draw; trainings of one size are too much for it, so it sees one."""
+    """The paper's method on the same draw; it gets one training per size, because it does not support several."""
     first = [record for record in records if record.teacher_seed == 1]
     chosen = paper_reading.read(first, "non-embedding").chosen
     if chosen is None:
@@ -179,7 +179,7 @@ def _paper(
 
 
 def table(found: Sequence[dict[str, Any]]) -> list[str]:
-    """A row for each cell."""
+    """The table's lines, one per cell."""
     names = "draws holds  end width   law wrong    said    seen    mean    rule | paper: law holds mean"
     lines = [f"{'truth luck design':28s} {names}"]
     rows: dict[str, list[dict[str, Any]]] = {}

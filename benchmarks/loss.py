@@ -1,17 +1,18 @@
-"""The distillation loss beside its peers: time, memory and exactness, forward and backward, both LM heads included.
+"""Compares the distillation loss with other implementations: time, memory and accuracy of forward and backward,
+including both LM heads.
 
     python benchmarks/loss.py [--sizes 32k 152k] [--rounds 5] [--json FILE]
 
-Peers are measured when they can be imported, in the same run, in turn with ours, on the same tensors:
+Other implementations are measured if they can be imported, in the same run, alternating, on the same tensors:
     pip install --no-deps nvidia-modelopt==0.47.0 omegaconf "antlr4-python3-runtime==4.9.3" nvidia-ml-py ninja pulp
     pip install requests          # modelopt imports it
     pip install --no-deps liger-kernel
-Best in a virtual environment of their own, made with --system-site-packages beside the project's.
+Preferably in a separate virtual environment, created with --system-site-packages from the project's.
 
 tensor parallel 2 (two gloo processes of one thread): ours; modelopt's LogitsKLLoss and Megatron's
-    vocab_parallel_cross_entropy on materialised logits; the four bare matrix products that any of them needs.
-tensor parallel 1 (one process of one thread): ours; Liger's chunked loss, which knows no tensor parallelism.
-Every contender minimises 0.5 KL(teacher || student) + 0.5 cross-entropy in fp32.
+    vocab_parallel_cross_entropy on materialised logits; the four matrix products that each of them needs.
+tensor parallel 1 (one process of one thread): ours; Liger's chunked loss, which has no tensor parallelism.
+All of them compute 0.5 KL(teacher || student) + 0.5 cross-entropy in fp32.
 """
 
 import argparse
@@ -45,7 +46,7 @@ RUN = "a run under the profiler"
 
 @dataclass(frozen=True)
 class Size:
-    """One problem; the vocabulary is cut over the ranks."""
+    """Sizes of one problem; the vocabulary is sharded over the ranks."""
 
     tokens: int
     student: int
@@ -56,7 +57,7 @@ class Size:
 SIZES = {
     "32k": Size(2048, 512, 1024, 32000),
     "152k": Size(2048, 512, 1024, 151936),
-    "tiny": Size(600, 16, 24, 320),  # says nothing about time
+    "tiny": Size(600, 16, 24, 320),  # too small for timing
 }
 
 
@@ -92,7 +93,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to the loss; its backward fills the gradients of hidden and head."""
+    """An implementation of the loss; its backward computes the gradients of hidden and head."""
 
     name: str
     loss: Callable[[Problem], Tensor]
@@ -115,7 +116,7 @@ def ours(chunk_tokens: int) -> Contender:
 
 
 def modelopt(world: int) -> Contender:
-    """Raises ImportError where nvidia-modelopt is not installed."""
+    """Raises ImportError if nvidia-modelopt is not installed."""
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import (
         copy_to_tensor_model_parallel_region,
@@ -132,17 +133,17 @@ def modelopt(world: int) -> Contender:
         with torch.no_grad():
             teacher = (p.teacher_hidden @ p.teacher_head.t())[:, None]
         divergence = kl(student, teacher)[0].sum()
-        # After the divergence: in fp32 Megatron's cross-entropy overwrites the logits it is given.
+        # After the divergence, because in fp32 Megatron's cross-entropy overwrites its logits.
         cross_entropy = vocab_parallel_cross_entropy(student, p.labels[:, None]).sum()
         whole = divergence.detach().clone()
-        dist.all_reduce(whole)  # modelopt returns this rank's share; the gradient wants the share, the report the sum
+        dist.all_reduce(whole)  # modelopt returns this rank's part; the gradient needs the part, the report the sum
         return 0.5 * (divergence + (whole - divergence.detach())) + 0.5 * cross_entropy
 
     return Contender("modelopt LogitsKLLoss + Megatron CE", loss)
 
 
 def liger(chunk_tokens: int) -> Contender:
-    """Raises ImportError where liger-kernel is not installed."""
+    """Raises ImportError if liger-kernel is not installed."""
     from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction
 
     def loss(p: Problem) -> Tensor:
@@ -156,7 +157,7 @@ def liger(chunk_tokens: int) -> Contender:
 
 
 def matrix_products(chunk_tokens: int) -> Callable[[Problem], None]:
-    """What no loss over two LM heads can do without, in the same shapes: two products forward, two backward."""
+    """The matrix products that every loss over two LM heads needs, in the same shapes: two forward, two backward."""
 
     def run(p: Problem) -> None:
         hidden, head = p.hidden.detach(), p.head.detach()
@@ -176,19 +177,19 @@ def matrix_products(chunk_tokens: int) -> Callable[[Problem], None]:
 
 @dataclass
 class Row:
-    """One line of the table; the fastest of the rounds, which on a shared machine is the least disturbed."""
+    """One line of the table; the fastest round, which is the least disturbed one on a shared machine."""
 
     name: str
     seconds: float
     cpu_seconds: float
-    """Processor time of the busier rank: what remains where others use the machine."""
+    """Processor time of the busier rank, which is less affected by other processes on the machine."""
     held_mb: float | None = None
     peak_mb: float | None = None
     gradient_error: float | None = None
 
 
 def measure(problem: Problem, contenders: list[Contender], chunks: list[int], rounds: int) -> list[Row]:
-    """Times all in turn, round after round, so that a busy machine is equally busy for all."""
+    """Times all implementations alternately, round after round, so that other load affects all equally."""
     runs: dict[str, Callable[[], None]] = {c.name: partial(step, problem, c) for c in contenders}
     for chunk in chunks:
         runs[f"bare matrix products, {chunk} tokens"] = partial(matrix_products(chunk), problem)
@@ -211,7 +212,7 @@ def step(problem: Problem, baseline: Contender) -> None:
 
 
 def timed(run: Callable[[], None], problem: Problem) -> tuple[float, float]:
-    """Seconds by the clock and of the processor, of the slower rank."""
+    """Wall-clock and processor seconds of the slower rank."""
     if problem.world > 1:
         dist.barrier()
     clock, cpu = time.perf_counter(), time.process_time()
@@ -223,11 +224,11 @@ def timed(run: Callable[[], None], problem: Problem) -> tuple[float, float]:
 
 
 def memory(problem: Problem, baseline: Contender) -> tuple[float, float]:
-    """MB on this rank above the inputs: held between forward and backward, and at the peak, gradients included.
+    """MB on this rank in addition to the inputs: held between forward and backward, and at the peak, with gradients.
 
-    Gloo's own thread lets go of a buffer a moment late, unseen by the profiler, to which the buffer then stays for
-    good. So held is what goes with the loss, a moment after the forward, not what the forward left; and of several
-    looks the most that went and the lowest peak count.
+    Gloo's own thread releases a buffer with a delay and unseen by the profiler, which then counts it as allocated
+    forever. Held memory is therefore measured as the memory freed together with the loss, shortly after the forward.
+    Of several measurements the largest freed memory and the lowest peak are reported.
     """
     held, peaks = zip(*(_memory_once(problem, baseline) for _ in range(LOOKS)), strict=True)
     return max(held) / MB, min(peaks) / MB
@@ -246,9 +247,9 @@ def _memory_once(problem: Problem, baseline: Contender) -> tuple[int, int]:
 
 
 def changes(*runs: Callable[[], None]) -> list[list[int]]:
-    """By how many bytes each run grew (or, below zero, shrank) this thread's allocated memory, event by event.
+    """Changes in bytes of this thread's allocated memory during each run, event by event.
 
-    In one profile: the profiler does not speak of the end of what was there before it.
+    All in one profile, because the profiler does not report the release of memory that was allocated before it.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         for run in runs:
@@ -265,12 +266,12 @@ def changes(*runs: Callable[[], None]) -> list[list[int]]:
 
 
 def most(changes: list[int]) -> int:
-    """The highest that their sum comes to on the way."""
+    """Maximum of the running sum."""
     return max(accumulate(changes, initial=0))
 
 
 def gradient_error(problem: Problem, baseline: Contender) -> float:
-    """The larger relative error of the two gradients, against float64, on the first tokens of the problem."""
+    """The larger relative error of the two gradients, compared with float64, on the first tokens of the problem."""
     few = replace(problem, size=replace(problem.size, tokens=CHECKED_TOKENS))
     step(few, baseline)
     hidden, teacher_hidden = few.hidden.detach().double(), few.teacher_hidden.double()
@@ -314,7 +315,7 @@ def worker(rank: int, world: int, sizes: list[str], rounds: int, folder: str) ->
 
 
 def show(size: Size, world: int, rows: list[dict]) -> None:
-    """Prints one table and, below it, how ours stands to the others."""
+    """Prints one table, and below it ours relative to the others."""
     print(
         f"\n{size.tokens} tokens, widths {size.student} and {size.teacher}, vocabulary {size.vocab}, TP {world}, fp32"
     )

@@ -1,18 +1,19 @@
-"""A checkpoint of each release of Megatron-Core, read under each other one: what is lost on the way.
+"""Compatibility of checkpoints between releases of Megatron-Core: each release loads the checkpoints of all others.
 
     python benchmarks/releases.py --work DIR [--releases 0.16.1,0.17.1,0.18.2,0.19.2] [--fp8 delayed]
 
-Under Python 3.12 or 3.13, which all releases run on. pip puts each into a folder of its own below DIR, where imports
-find it before the one of this Python; a DIR serves one Python, for there are compiled helpers in it. Under each release
-a tiny model trains on 4 ranks (tensor 2 x pipeline 2), and saves after steps 2 and 4. Every release then evaluates
-every checkpoint of step 4 on one rank, without FP8, and goes on from every one of step 2 on 4 ranks. A cell holds the
-largest relative difference of the evaluation, and of the resumed steps' losses and gradient norms, from those of the
-release that wrote the checkpoint; `=` says that all digits are equal. The exit code is 1 where a cell is not `=`.
+Requires Python 3.12 or 3.13, which all releases support. pip installs each release in its own folder below DIR, which
+precedes this Python's packages on the path; a DIR works with one Python only, because it contains compiled helpers.
+Under each release a tiny model trains on 4 ranks (tensor 2 x pipeline 2) and saves after steps 2 and 4. Every release
+then evaluates every checkpoint of step 4 on one rank, without FP8, and resumes from every one of step 2 on 4 ranks. A
+cell contains the largest relative difference of the evaluation, and of the resumed steps' losses and gradient norms,
+from those of the release that wrote the checkpoint; `=` means that all digits are equal. The exit code is 1 if a cell
+is not `=`.
 
     python benchmarks/releases.py --compare RUNS RUNS
 
-reads the metrics.jsonl of runs that both folders have, of one example under two releases, and says how far all steps
-and evaluations of each are apart. The exit code is 1 where one is by more than 1e-5.
+reads the metrics.jsonl of runs that are in both folders, of one example under two releases, and prints the largest
+difference of all steps and evaluations of each. The exit code is 1 if one exceeds 1e-5.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def main() -> int:
 
 
 def compare(releases: list[str], precision: dict[str, Any], work: Path, folder: Path) -> bool:
-    """Prints the table; whether all cells are equal."""
+    """Prints the table; returns whether all cells are equal."""
     fixtures = runs.make_material(folder)
     for release in releases:
         stage("adapt", config_of(fixtures, folder / f"trained_{release}", precision), release, work, ranks=4)
@@ -75,7 +76,7 @@ def compare(releases: list[str], precision: dict[str, Any], work: Path, folder: 
 
 
 def compare_runs(one: Path, other: Path) -> bool:
-    """Prints how far the runs below two folders are apart; whether all of them are closer than 1e-5."""
+    """Prints the differences of the runs below two folders; returns whether all are below 1e-5."""
     names = sorted(file.parent.name for file in one.glob("*/metrics.jsonl") if (other / file.parent.name).is_dir())
     worst = 0.0 if names else float("inf")
     for name in names:
@@ -87,7 +88,7 @@ def compare_runs(one: Path, other: Path) -> bool:
 
 
 def fetch(release: str, work: Path) -> None:
-    """Puts a release of Megatron-Core into a folder of its own, once; the folder has its name when it is whole."""
+    """Installs a release of Megatron-Core in its own folder, once; the folder gets its name when it is complete."""
     folder = work / f"megatron_core_{release}"
     if folder.exists():
         return
@@ -99,7 +100,7 @@ def fetch(release: str, work: Path) -> None:
 
 
 def config_of(fixtures: runs.Fixtures, run_dir: Path, precision: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """Four steps of next-token training. FP8 needs multiples of 16 in each rank's part of a weight."""
+    """Configuration of four steps of next-token training. FP8 needs multiples of 16 in each rank's weight shard."""
     changes = {
         "student__layout": LAYOUT,
         "student__model__ffn": 64,
@@ -114,7 +115,7 @@ def config_of(fixtures: runs.Fixtures, run_dir: Path, precision: dict[str, Any],
 def read(
     fixtures: runs.Fixtures, writer: str, reader: str, precision: dict[str, Any], work: Path
 ) -> tuple[list[float], list[float]]:
-    """What one release makes of another one's checkpoints: the evaluation, and the steps after the second."""
+    """One release's results from another one's checkpoints: the evaluation, and the steps after the second."""
     folder = fixtures.folder
     trained, copy = folder / f"trained_{writer}", folder / f"{writer}_resumed_under_{reader}"
     runs.rewind(trained, copy, 2)
@@ -129,12 +130,12 @@ def read(
 
 
 def steps_after_the_second(run_dir: Path) -> list[float]:
-    """What a run says of its steps 3 and 4."""
+    """The metrics of a run's steps 3 and 4."""
     return numbers([step for step in runs.steps_of(run_dir) if step["step"] > 2])
 
 
 def stage(name: str, config: dict[str, Any], release: str, work: Path, ranks: int) -> None:
-    """Runs a stage under a release of Megatron-Core; ends this program where it fails."""
+    """Runs a stage under a release of Megatron-Core; exits this program if it fails."""
     path = os.pathsep.join([str(work / f"megatron_core_{release}"), str(ROOT)])
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "-m", "megatron_capgap"]
     done = subprocess.run(
@@ -148,7 +149,7 @@ def stage(name: str, config: dict[str, Any], release: str, work: Path, ranks: in
 
 
 def numbers(entries: list[dict[str, Any]]) -> list[float]:
-    """The losses and norms of evaluations or steps, in one row."""
+    """The losses and norms of evaluations or steps, as one list."""
 
     def flat(value: Any) -> Iterator[float]:
         if isinstance(value, dict):
@@ -161,7 +162,7 @@ def numbers(entries: list[dict[str, Any]]) -> list[float]:
 
 
 def difference(found: list[float], expected: list[float]) -> float:
-    """The largest relative difference; infinite where there are more of one than of the other."""
+    """The largest relative difference; infinite if the lengths differ."""
     if len(found) != len(expected):
         return float("inf")
     return max(abs(one - other) / max(abs(other), 1e-30) for one, other in zip(found, expected, strict=True))

@@ -1,13 +1,14 @@
-"""Where a teacher runs: in the student's layout, in its own, on ranks of its own; measured, and foreseen at scale.
+"""Compares teacher placements: in the student's layout, in its own layout, on its own ranks; measured, and predicted at
+scale.
 
     python benchmarks/teacher_layouts.py [--parts runs schedules memory scale] [--steps 8] [--json FILE]
 
-Four parts. (1) Whole runs on 4 ranks, in turn: step time and peak memory of the fullest rank. (2) A simulator of
-pipeline schedules beside Megatron's own schedules over gloo, whose stages sleep instead of computing, so that the order
-of things is measured and not this machine's cores. Beside ours stands the way of a teacher inside the student's
-schedule, as modelopt does it: every stage runs both models' layers, and the activations travel concatenated. Where the
-two are further apart than `AGREE` says, the benchmark fails. (3) What teaching takes of a rank's memory, by arithmetic
-and by what benchmarks/loss.py measures. (4) What the simulator says of 8 to 64 pipeline stages.
+Four parts. (1) Whole runs on 4 ranks, one after the other: step time, and peak memory of the rank that uses most. (2) A
+simulator of pipeline schedules, compared with Megatron's own schedules over gloo, whose stages sleep instead of
+computing, so that the schedule is measured and not this machine's cores. It also covers a teacher inside the student's
+schedule, as in modelopt: every stage runs both models' layers, and the activations are sent concatenated. The benchmark
+fails if simulation and measurement differ by more than `AGREE`. (3) Memory of the teacher on a rank, by arithmetic and
+by the measurements of benchmarks/loss.py. (4) The simulator's predictions for 8 to 64 pipeline stages.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 # Time of one micro-batch in one pipeline stage of the student is 1; the teacher has 2.5 times its parameters.
 STUDENT, BACKWARD, TEACHER = 1.0, 2.0, 2.5
 AGREE = (0.85, 1.05)
-"""What the simulator says over what was measured; gloo and the operating system take their time besides."""
-# Of one model's fp32 logits of a micro-batch, at the peak of modelopt's LogitsKLLoss and Megatron's cross-entropy, as
-# benchmarks/loss.py measures it at either vocabulary: 1311 of 131 MB, 6223 of 622.
+"""Accepted ratios of simulated to measured time; gloo and the operating system add time."""
+# Multiple of one model's fp32 logits of a micro-batch at the peak of modelopt's LogitsKLLoss and Megatron's
+# cross-entropy, measured by benchmarks/loss.py for both vocabularies: 1311 of 131 MB, 6223 of 622.
 LOGITS_ALIVE = 10
 
 
 def main() -> int:
-    """Runs the parts and prints their tables; 1 where the simulator does not agree with what was measured."""
+    """Runs the parts and prints their tables; returns 1 if the simulator does not agree with the measurements."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
@@ -80,12 +81,12 @@ def main() -> int:
 
 
 def agree(measured: float, simulated: float) -> bool:
-    """Whether the simulator can be believed."""
+    """Whether simulation and measurement agree."""
     return AGREE[0] <= simulated / measured <= AGREE[1]
 
 
 def runs(folder: Path, steps: int) -> dict[str, Any]:
-    """Step time and peak memory of whole runs; prints their table."""
+    """Measures step time and peak memory of whole runs; prints the table."""
     train_throughput.prepare(folder)
     print("| 4 ranks, 34M teacher, 9.3M student, 8 x 256 | seconds a step | peak MiB a rank |\n|---|---|---|")
     found = {}
@@ -97,7 +98,7 @@ def runs(folder: Path, steps: int) -> dict[str, Any]:
 
 
 def schedules(folder: Path) -> dict[str, Any]:
-    """The simulator beside Megatron's schedules; prints their table."""
+    """Compares the simulator with Megatron's schedules; prints the table."""
     print("\n| Megatron's schedule over gloo, stages that sleep | measured s | simulated s |\n|---|---|---|")
     found = {}
     for name, case in SLEEPING.items():
@@ -108,19 +109,19 @@ def schedules(folder: Path) -> dict[str, Any]:
 
 
 def start(what: str, ranks: int, folder: Path, steps: int) -> list[dict[str, float]]:
-    """Starts one process of one thread a rank; returns every rank's result."""
+    """Starts one single-threaded process per rank; returns every rank's result."""
     command = [sys.executable, __file__, "--rank-of", what, "--folder", str(folder), "--steps", str(steps)]
     return train_throughput.start(command, ranks, threads=1)
 
 
 def rank_of(what: str, folder: Path, steps: int) -> dict[str, float]:
-    """What one rank of a measurement does."""
+    """Executes one rank of a measurement."""
     kind, name = what.split(" ", 1)
     return run(name, folder, steps) if kind == "run" else sleep_through(SLEEPING[name], steps)
 
 
 def run(name: str, folder: Path, steps: int) -> dict[str, float]:
-    """The distill stage in one placement."""
+    """Runs the distill stage in one placement."""
     import megatron.core  # noqa: F401
     import torch  # noqa: F401
 
@@ -149,14 +150,14 @@ class Schedule:
     micro_batches: int
     forward: float
     backward: float = 0.0
-    """0 for a teacher, which runs forward only."""
+    """Backward time; 0 for a teacher, which runs forward only."""
     virtual: int = 1
-    """Chunks of layers on a rank; each takes its share of the times."""
+    """Chunks of layers per rank; each takes its share of the times."""
     width: int = 64
-    """Of the activations that travel, where stages sleep."""
+    """Hidden size of the activations that are sent, if stages sleep."""
 
     def order(self, rank: int) -> list[tuple[str, int, int]]:
-        """What a rank does, one after the other: ("F" or "B", chunk, micro-batch), as Megatron-Core orders it."""
+        """Operations of a rank in Megatron-Core's order: ("F" or "B", chunk, micro-batch)."""
         count, stages, virtual = self.micro_batches, self.stages, self.virtual
         forwards = [
             ("F", k % (stages * virtual) // stages, _micro_batch(k, stages, virtual)) for k in range(count * virtual)
@@ -172,7 +173,7 @@ class Schedule:
         return forwards[:warm] + steady + backwards[len(forwards) - warm :]
 
     def simulated(self) -> float:
-        """When the last rank is done: an operation begins when its rank is free and what it works on is there."""
+        """Time at which the last rank is done: an operation starts when its rank is free and its input has arrived."""
         ends: dict[tuple[str, int, int, int], float] = {}
         queues = [iter(self.order(rank)) for rank in range(self.stages)]
         heads = [next(queue, None) for queue in queues]
@@ -188,7 +189,7 @@ class Schedule:
         return max(free)
 
     def _needs(self, rank: int, kind: str, chunk: int, micro_batch: int) -> Iterator[tuple[str, int, int, int]]:
-        """The operation on another rank, or another chunk, that an operation waits for."""
+        """The operations on other ranks or chunks that an operation waits for."""
         last = self.stages - 1
         if kind == "F" and (rank or chunk):
             yield ("F", chunk, micro_batch, rank - 1) if rank else ("F", chunk - 1, micro_batch, last)
@@ -199,7 +200,7 @@ class Schedule:
 
 
 def _micro_batch(k: int, stages: int, virtual: int) -> int:
-    """The micro-batch of a rank's k-th forward pass: each chunk takes `stages` of them in turn."""
+    """The micro-batch of a rank's k-th forward pass: each chunk processes `stages` of them in turn."""
     return k // (stages * virtual) * stages + k % stages if virtual > 1 else k
 
 
@@ -214,7 +215,7 @@ SLEEPING = {
 
 
 def sleep_through(case: Schedule, steps: int) -> dict[str, float]:
-    """One rank of Megatron's own schedule over stages that sleep."""
+    """Runs one rank of Megatron's own schedule over stages that sleep."""
     import torch
 
     from megatron_capgap.devices import choose
@@ -311,7 +312,7 @@ MEMORIES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int, i
 
 
 def memories() -> dict[str, dict[str, float]]:
-    """What teaching takes on the student's last stage, either way in one layout; prints its table."""
+    """Memory of the teacher on the student's last stage for both methods in one layout; prints the table."""
     print("\n| beside weights and activations, MiB on a rank of the last stage | ours | one schedule |\n|---|---|---|")
     found = {}
     for name, case in MEMORIES.items():
@@ -324,8 +325,8 @@ def memories() -> dict[str, dict[str, float]]:
 def taught(
     student: dict[str, Any], teacher: dict[str, Any], cut: dict[str, Any], length: int, count: int, compute: str
 ) -> tuple[int, int]:
-    """Bytes: ours, the teacher's states of a global batch and a chunk of both models' logits; and with both models in
-    one schedule, its states of a micro-batch and the loss on that micro-batch's logits.
+    """Bytes of both methods. Ours: the teacher's states of a global batch and a chunk of both models' logits. Both
+    models in one schedule: the teacher's states of a micro-batch and the loss on that micro-batch's logits.
     """
     from megatron_capgap.config import derived
     from megatron_capgap.config.schema import (
@@ -357,10 +358,11 @@ def taught(
 
 
 def foreseen() -> list[dict[str, float]]:
-    """Step times at scale, in forward passes of one student stage; prints the table.
+    """Predicted step times at scale, in units of one student stage's forward pass; prints the table.
 
-    All use the same ranks: 11 pipelines of the student's, or 6 of them and 5/11 of the ranks for the teacher. Tensor-
-    and data-parallel teachers have no stages, hence no bubble; communication is left out, but for an efficiency.
+    All use the same number of ranks: 11 pipelines of the student, or 6 of them and 5/11 of the ranks for the teacher.
+    Tensor- and data-parallel teachers have no stages, hence no bubble; communication is neglected except for an
+    efficiency factor.
     """
     header = ["stages", "micro-batches", "one schedule", "same layout", "teacher without stages", "at 75% efficiency"]
     header += ["the same, student of 2 chunks", "disjoint, 6 : 5"]
@@ -375,7 +377,7 @@ def foreseen() -> list[dict[str, float]]:
 
 
 def predicted(stages: int, count: int) -> Sequence[float]:
-    """Step times of each way for one number of stages and of micro-batches a pipeline."""
+    """Step times of each method for one number of stages and of micro-batches per pipeline."""
     student = Schedule(stages, count, STUDENT, BACKWARD).simulated()
     chunks = Schedule(stages, count, STUDENT, BACKWARD, virtual=2).simulated()
     fused = Schedule(stages, count, STUDENT + TEACHER, BACKWARD).simulated()

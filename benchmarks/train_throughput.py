@@ -1,11 +1,11 @@
-"""Distillation speed and memory: this stack beside a plain PyTorch loop on Hugging Face models, in one run.
+"""Compares distillation speed and memory of this project with a plain PyTorch loop on Hugging Face models.
 
     python benchmarks/train_throughput.py [--rounds 3] [--steps 12] [--json FILE]
 
 Both train the same student (9.3M parameters) from the same teacher (34M) on the same samples: batch 8 x 256, vocabulary
-8192, fp32, AdamW (fused), clipped gradients, 0.5 cross-entropy + 0.5 forward KL. The contenders run in turn, each in
-processes of its own; the speed is the median over the steps after the first few, the memory the peak resident set of a
-process above what it held after its imports.
+8192, fp32, AdamW (fused), clipped gradients, 0.5 cross-entropy + 0.5 forward KL. They run alternately, each in separate
+processes. The speed is the median over the steps after the first few; the memory is the peak resident set of a process
+above that after its imports.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MIB = 1 << 20
 
 
 def main() -> int:
-    """Runs all contenders `--rounds` times in turn and prints the table."""
+    """Runs all implementations `--rounds` times alternately and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def prepare(folder: Path) -> None:
-    """Text, tokenizer, datasets and a teacher checkpoint."""
+    """Creates text, tokenizer, datasets and a teacher checkpoint."""
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 9))) for _ in range(3000)]
     with open(folder / "text.jsonl", "w") as file:
@@ -92,7 +92,7 @@ def prepare(folder: Path) -> None:
 
 
 def call(command: list[str], folder: Path) -> str:
-    """Runs a command in `folder` and returns what it printed; shows it where it fails."""
+    """Runs a command in `folder` and returns its output; prints the output if it fails."""
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
@@ -100,14 +100,14 @@ def call(command: list[str], folder: Path) -> str:
 
 
 def run_contender(name: str, ranks: int, folder: Path, steps: int) -> dict[str, float]:
-    """Starts one process a rank, each with its share of the threads, and returns rank 0's result."""
+    """Starts one process per rank, each with its share of the threads; returns rank 0's result."""
     command = [sys.executable, __file__, "--contender", name, "--folder", str(folder), "--steps", str(steps)]
     answers = start(command, ranks, threads=max(1, 2 // ranks))
     return {**answers[0], "peak": max(answer["peak"] for answer in answers)}
 
 
 def start(command: list[str], ranks: int, threads: int) -> list[dict[str, float]]:
-    """Starts one process a rank, and returns what each has printed behind RESULT."""
+    """Starts one process per rank; returns what each prints after RESULT."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -123,13 +123,13 @@ def start(command: list[str], ranks: int, threads: int) -> list[dict[str, float]
 
 
 def ours(layout: dict[str, object]) -> object:
-    """A contender: the distill stage itself."""
+    """The distill stage of this project."""
 
     def baseline(folder: Path, steps: int) -> dict[str, float]:
         from megatron_capgap.cli import main as capgap
         from megatron_capgap.runtime import third_party
 
-        # What `capgap` itself imports, in its order, so that the memory begins where the run does.
+        # The imports of `capgap` itself, in its order, so that the baseline memory is that of a run.
         third_party.prepare()
         from megatron_capgap import devices
 
@@ -156,7 +156,7 @@ def ours(layout: dict[str, object]) -> object:
 
 
 def plain_loop(folder: Path, steps: int) -> dict[str, float]:
-    """The peer: Hugging Face models, sdpa attention, materialised logits, torch's optimizer."""
+    """The comparison: Hugging Face models, sdpa attention, materialised logits, torch's optimizer."""
     import torch
     import torch.nn.functional as F
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -214,7 +214,7 @@ def plain_loop(folder: Path, steps: int) -> dict[str, float]:
 
 
 def summarise(results: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Prints medians over the rounds, and ratios taken round by round."""
+    """Prints medians over the rounds, and ratios computed per round."""
     peer = results["plain PyTorch loop"]
     table = {}
     print(f"{'':<24}{'tokens/s':>10}{'x peer':>8}{'peak MiB a rank':>17}{'x peer':>8}{'first loss':>12}")

@@ -1,22 +1,23 @@
-"""Say which teacher is best for a student, from the records of distill runs, and how sure that is.
+"""Estimate the best teacher for a student from the records of distill runs, with uncertainty.
 
     python tools/fit_law.py --records runs/*/record.json --out law
     python tools/fit_law.py --records sweep/records.jsonl --where init=pruned --out law \\
         --student-params 3B --tokens 126B
 
-writes OUT/law.json (the same records give the same bytes), report.md, the same as one page, report.html, and curse.png,
-optimum.png, law.png and compute.png; causes.png where the same starts were trained on labels alone, and price.png where
-a student was asked for. Whether labels alone would do better for the same FLOPs is told where runs on labels alone are
-among the records, of several numbers of tokens.
+writes OUT/law.json (the same records give the same bytes), report.md, report.html (the report as one page), curse.png,
+optimum.png, law.png and compute.png; also causes.png if the same starts were trained on labels alone, and price.png
+with --student-params. If the records contain runs on labels alone with several numbers of tokens, the report also says
+whether training on labels alone would be better for the same FLOPs.
 
     python tools/fit_law.py --records sweep/records.jsonl --where init=pruned --out law --next 1e18 --grid grid.yaml
 
-says which cells to run next within 1e18 FLOPs. The gain of a run is by how much it is expected to lower the expected
-regret of the recommendation: its loss is simulated from the posterior (draws of the model's scales and of the losses),
-and the teacher recommended before it is compared with the one recommended after it. Cells are students of the records
-under teachers of the records, the grid and the catalogue: another seed, or another training of the teacher, whose FLOPs
-are counted once. The largest gain for each FLOP comes first. With the grid that the records come from, the cells are
-written as OUT/next.yaml, a grid for tools/make_sweep.py; give its records to --records beside the old ones.
+proposes the cells to run next within 1e18 FLOPs. The gain of a run is the expected decrease of the recommendation's
+expected regret: the run's loss is simulated from the posterior (draws of the model's scales and of the losses), and the
+teacher recommended before it is compared with the one recommended after it. Cells are students of the records under
+teachers of the records, the grid and the catalogue, with another seed or another training of the teacher, whose FLOPs
+are counted once. They are listed in descending order of gain per FLOP. With --grid, the grid that the records come
+from, the cells are written to OUT/next.yaml, a grid for tools/make_sweep.py; pass its records to --records together
+with the old ones.
 """
 
 import argparse
@@ -31,7 +32,7 @@ import numpy as np
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # matrices of a hundred rows: threads would only wait for each other
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # matrices of about 100 rows: too small for threads
 
 from megatron_capgap.common.errors import UserError, not_installed
 from megatron_capgap.common.fileio import write_atomically
@@ -50,7 +51,7 @@ except ImportError as missing:
     sys.exit(2)
 
 WANDB = """
-runs of Weights & Biases: `Export as CSV` of the table of runs, a column for each setting and metric, or in Python
+runs of Weights & Biases: `Export as CSV` of the table of runs, with a column per setting and metric, or in Python
 
     runs = wandb.Api().runs("ENTITY/PROJECT")
     told = [{"config": run.config, "summary": dict(run.summary)} for run in runs]
@@ -59,21 +60,21 @@ runs of Weights & Biases: `Export as CSV` of the table of runs, a column for eac
     python tools/fit_law.py --records runs.json --out law \\
         --rename 'config.*=*' summary.eval/loss=valid_loss config.model.size=student_params
 
-with a name for what is nested, and PREFIX.*=* for all fields of a record that have their own name below PREFIX.
+Nested values have dotted names; PREFIX.*=* maps all fields of a record that have their own name below PREFIX.
 """
 CATALOGUE = Path(__file__).resolve().with_name("catalogue.yaml")
 SUFFIXES = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0; 2 with one line on stderr where the input is at fault."""
+    """Returns the exit status: 0; 2 with one line on stderr for invalid input."""
     args = parse_arguments(argv)
     try:
         fit_law(args)
     except (UserError, LawError) as error:
         print(f"fit_law: error: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # the reader of what is printed has seen enough; everything is written
+    except BrokenPipeError:  # the reader closed the pipe; all files are written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         print(f"fit_law: error: {error.filename or args.out}: {error.strerror}", file=sys.stderr)
@@ -101,69 +102,69 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default=[],
         type=condition,
         metavar="NAME=FIELD",
-        help="read a column or key NAME of other people's files as a FIELD of a record (dots for what is nested: "
+        help="read a column or key NAME as the FIELD of a record (dotted names for nested values: "
         "summary.loss=valid_loss); fields, and an example for Weights & Biases, are listed below",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="where everything is written")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="output folder")
     parser.add_argument(
         "--where",
         nargs="+",
         default=[],
         type=condition,
         metavar="NAME=VALUE",
-        help=f"keep the records with these values; names are {', '.join(records.CONDITIONS)}",
+        help=f"keep the records with these values; names: {', '.join(records.CONDITIONS)}",
     )
     parser.add_argument(
         "--count",
         choices=records.COUNTS,
         default=records.COUNTS[0],
-        help="which parameters are counted, here and in --student-params and the catalogue (non-embedding)",
+        help="parameters to count in the records, --student-params and the catalogue (non-embedding)",
     )
     add_questions(parser)
     args = parser.parse_args(argv)
     if (args.grid or args.teacher_tokens) and not args.next:
-        parser.error("--grid and --teacher-tokens: without --next there is nothing to plan; give it as well")
+        parser.error("--grid and --teacher-tokens: only valid with --next; give it as well")
     if args.tokens and not args.student_params:
-        parser.error("--tokens: without --student-params there is no student to price; give both")
+        parser.error("--tokens: only valid with --student-params; give both")
     return args
 
 
 def add_questions(parser: argparse.ArgumentParser) -> None:
-    """What can be asked beyond the verdicts."""
-    parser.add_argument("--student-params", type=number, metavar="N", help="foretell the teacher of this student: 3B")
+    """Adds the options for a recommendation, a comparison of models, and a plan."""
+    parser.add_argument("--student-params", type=number, metavar="N", help="recommend a teacher for this student: 3B")
     parser.add_argument(
-        "--catalogue", type=Path, default=CATALOGUE, metavar="FILE", help="teachers that can be had, a YAML file"
+        "--catalogue", type=Path, default=CATALOGUE, metavar="FILE", help="YAML file of available teachers"
     )
     parser.add_argument(
         "--tokens",
         type=number,
         metavar="N",
-        help="what the student is to be distilled on (as the runs were), for its cost",
+        help="distillation tokens of the student, for its cost (default: those of the runs)",
     )
     parser.add_argument("--mfu", type=share, default=cost.MFU, help=f"share of the GPU's peak reached ({cost.MFU})")
     parser.add_argument(
-        "--gpu-peak", type=number, default=cost.GPU_PEAK, metavar="FLOPS", help="peak operations a second (312T, A100)"
+        "--gpu-peak", type=number, default=cost.GPU_PEAK, metavar="FLOPS", help="peak FLOP/s (312T, A100)"
     )
     parser.add_argument(
         "--compare",
         action="store_true",
-        help="say which of several models foretells unseen students and teachers (up to a minute)",
+        help="compare how well several models predict unseen students and teachers (up to a minute)",
     )
     parser.add_argument(
         "--next",
         type=number,
         metavar="FLOPS",
-        help="say which cells to run next within so many operations, so that the recommendation (for --student-params; "
-        "without it, for every student of the records) improves most for each of them (up to a minute)",
+        help="propose the cells to run next within this many FLOPs, those that improve the recommendation (for "
+        "--student-params; without it, for every student of the records) most per FLOP (up to a minute)",
     )
-    parser.add_argument("--grid", type=Path, metavar="GRID.yaml", help="of the sweep that the records come from")
+    parser.add_argument("--grid", type=Path, metavar="GRID.yaml", help="grid of the sweep that the records come from")
     parser.add_argument(
-        "--teacher-tokens", type=number, metavar="N", help="what a new teacher is trained on (as the records' were)"
+        "--teacher-tokens", type=number, metavar="N", help="training tokens of a new teacher (default: the records')"
     )
 
 
 def number(value: str) -> float:
-    """3B, 126e9 or 1234."""
+    """Parses a number such as 3B, 126e9 or 1234."""
     scale = SUFFIXES.get(value[-1:], 1.0)
     try:
         size = float(value[:-1] if value[-1:] in SUFFIXES else value) * scale
@@ -176,7 +177,7 @@ def number(value: str) -> float:
 
 def share(value: str) -> float:
     if not 0 < (size := number(value)) <= 1:
-        raise argparse.ArgumentTypeError(f"{value} is not above 0 and at most 1")
+        raise argparse.ArgumentTypeError(f"{value} must be above 0 and at most 1")
     return size
 
 
@@ -188,17 +189,17 @@ def condition(value: str) -> tuple[str, str]:
 
 
 def fit_law(args: argparse.Namespace) -> None:
-    """Reads, fits, writes, and says in a few lines what came out.
+    """Reads records, fits, writes the outputs, and prints a summary.
 
     Raises:
-        LawError, UserError: before anything is written.
+        LawError, UserError: invalid input; raised before anything is written.
     """
     if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {args.out}: is a file; give a folder")
     places = records.located(args.records, dict(args.rename))
     everything = list(places)
     if twice := [name for name, _ in args.where if [given for given, _ in args.where].count(name) > 1]:
-        raise UserError(f"--where {twice[0]}: given twice; one value would do")
+        raise UserError(f"--where {twice[0]}: given twice; give one value")
     found = analysis.analyse(records.select(everything, dict(args.where)), args.count, everything, places)
     advice = None
     if args.student_params:
@@ -240,7 +241,7 @@ def fit_law(args: argparse.Namespace) -> None:
 
 
 def recommend(advice: Advice) -> None:
-    """What to do comes first, and first of all where the runs cannot tell."""
+    """Prints the recommendation, or the reason why there is none, and the warnings."""
     if advice.refusal is not None:
         print(f"no recommendation: {advice.refusal}")
         return
@@ -259,13 +260,13 @@ def recommend(advice: Advice) -> None:
 
 
 def propose(args: argparse.Namespace, found: analysis.Analysis, advice: Advice | None) -> tuple[plan.Plan, str | None]:
-    """The plan for --next, and the grid of its cells where --grid is given.
+    """The plan for --next, and with --grid the grid of its cells.
 
     Raises:
         UserError, LawError: nothing can be planned, or the grid is not that of the records.
     """
     if not found.records[0].taught:
-        raise UserError("--next: these runs had no teacher; choose those that had one with --where taught=true")
+        raise UserError("--next: these runs had no teacher; select distillation runs with --where taught=true")
     if advice is not None and advice.refusal is not None:
         raise UserError(f"--next: {advice.refusal}; leave out --student-params, or add runs near that student")
     counted, total = (read_catalogue(args.catalogue, count) for count in (args.count, "total"))

@@ -1,10 +1,10 @@
-"""Turn a grid of students, teachers and seeds into runs, and run them: on this machine, or as SLURM arrays.
+"""Expand a grid of students, teachers and seeds into runs, and run them on this machine or as SLURM arrays.
 
     python tools/make_sweep.py GRID.yaml                # configurations, and OUT/slurm/submit.sh for a cluster
     python tools/make_sweep.py GRID.yaml --run          # one run after the other on this machine
-    python tools/make_sweep.py GRID.yaml --run --jobs 2 # two at a time, with a share of the cores each
+    python tools/make_sweep.py GRID.yaml --run --jobs 2 # two at a time, each with a share of the cores
 
-What is finished is skipped, so both may be stopped or killed at any time and called again. Every call gathers the
+Finished runs are skipped, so both can be stopped or killed at any time and called again. Every call collects the
 records of the finished runs in OUT/records.jsonl, which tools/fit_law.py reads.
 """
 
@@ -44,14 +44,14 @@ RECORD = "record.json"
 STAGE = Path(__file__).resolve().parents[1] / "examples" / "slurm" / "stage.sbatch"
 SUBMIT = """\
 #!/usr/bin/env bash
-# Submits the sweep: an array a phase, each when the one before it has ended, well or not: a run whose teacher or
-# student has not come to its end is refused, the others go on. LIMIT runs at a time, 16 by default; further options of
-# sbatch as arguments. Called again, it runs what is missing.
+# Submits the sweep: one array per phase, each after the previous one has ended, successfully or not. A run whose
+# teacher or student is not finished is refused; the others run. At most LIMIT runs at a time (default 16); further
+# sbatch options as arguments. Called again, it submits the sweep again; finished runs end at once.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 for file in @NEEDED@; do
     if [ ! -e "$file" ]; then
-        echo "submit.sh: error: $file is not there; make it, or call make_sweep in the folder that paths begin in" >&2
+        echo "submit.sh: error: $file not found; create it, or call make_sweep in the folder that paths refer to" >&2
         exit 2
     fi
 done
@@ -71,14 +71,14 @@ ARRAY = """\
 #SBATCH --signal=B:USR1@120
 #SBATCH --output={out}/slurm/%x_%A_%a.out
 {options}
-# One run of the phase file that is the only argument, in the way of examples/slurm/stage.sbatch: requeued until it has
-# come to its end. A run that is finished already ends at once.
+# One run of the phase file, the only argument, started as in examples/slurm/stage.sbatch: requeued until it is
+# finished. A run that is already finished ends at once.
 set -uo pipefail
 cd {folder} || exit 1
 read -r stage config < <(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$1")
 set -- "$stage" --config "$config"
 CAPGAP_PYTHON={python}
-# What it begins from may have failed in the phase before, halfway: half a teacher teaches something else.
+# A run that it depends on may have failed in the previous phase; do not distil from a partly trained teacher.
 "$CAPGAP_PYTHON" - "$config" <<'END' || exit 2
 import sys, yaml
 from pathlib import Path
@@ -90,14 +90,14 @@ for model in (config.get("teacher"), config.get("student")):
     if run and run.startswith({runs!r}):
         newest = run_directory.latest(Path(run))
         if newest is None or (found := metadata.read(newest)).step < found.steps:
-            sys.exit(f"array.sbatch: error: {{run}} has not come to its end; mend it and call submit.sh again")
+            sys.exit(f"array.sbatch: error: {{run}} is not finished; correct it and call submit.sh again")
 END
 source {script}
 """
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0; 1 where runs failed; 2 with one line on stderr where the grid is at fault; 130 when stopped."""
+    """Returns the exit status: 0; 1 if runs failed; 2 with one line on stderr for an invalid grid; 130 if stopped."""
     args = parse_arguments(argv)
     try:
         sweep = read_grid(args.grid)
@@ -131,20 +131,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("grid", type=Path, metavar="GRID.yaml", help="its keys are listed below")
     parser.add_argument("--run", action="store_true", help="run what is missing, one run after the other")
     parser.add_argument(
-        "--jobs", type=int, default=1, metavar="N", help="so many runs at a time, sharing the cores (default 1)"
+        "--jobs", type=int, default=1, metavar="N", help="runs at a time, sharing the cores (default 1)"
     )
     args = parser.parse_args(argv)
     if args.jobs < 1:
-        parser.error(f"--jobs {args.jobs}: 1 or more would do")
+        parser.error(f"--jobs {args.jobs}: must be at least 1")
     return args
 
 
 def read_grid(path: Path) -> Sweep:
-    """The grid's runs, each with a configuration that its stage takes.
+    """Reads the grid's runs and checks the configuration of each.
 
     Raises:
-        UserError: no such file, no YAML, or keys that are no configuration.
-        LawError: no grid.
+        UserError: the file cannot be read, is no YAML, or its keys are no valid configuration.
+        LawError: the grid is invalid.
     """
     try:
         grid: Any = yaml.safe_load(path.read_text())
@@ -166,7 +166,7 @@ def read_grid(path: Path) -> Sweep:
 
 
 def reads(sweep: Sweep) -> list[tuple[str, str]]:
-    """What the runs read and none of them makes: the end of its key in the grid, and its value."""
+    """The external inputs of the runs, which no run makes: the end of the key in the grid, and the value."""
     found = []
     for cell in sweep.cells:
         data = cell.config["data"]
@@ -178,8 +178,7 @@ def reads(sweep: Sweep) -> list[tuple[str, str]]:
 
 
 def missing(sweep: Sweep, path: Path) -> str | None:
-    """What to say of the first of these that is not there: where the grid names it, and what would do; None where all
-    of them are."""
+    """A message about the first external input that does not exist, with its place in the grid; None if all exist."""
     look = {"data.tokenizer": open_tokenizer, "checkpoint": run_directory.locate}
     tree = read_file(str(path))
     for end, value in reads(sweep):
@@ -188,7 +187,7 @@ def missing(sweep: Sweep, path: Path) -> str | None:
         except UserError as error:
             said = (key for key in tree.marks if key.endswith(f".{end}") and value in as_list(tree.get(key)))
             key = next(said, end)
-            where = f"the grid's paths begin in the current folder, {Path.cwd()}"
+            where = f"the grid's paths are relative to the current folder, {Path.cwd()}"
             return f"{location(tree.mark(key).text, key)}: {error}; {where}"
     return None
 
@@ -198,7 +197,7 @@ def as_list(value: Any) -> list[Any]:
 
 
 def write_sweep(sweep: Sweep) -> None:
-    """Configurations and SLURM's scripts, below the sweep's folder."""
+    """Writes configurations and SLURM scripts below the sweep's folder."""
     out = Path(sweep.out)
     for name in ("configs", "logs", "slurm"):
         (out / name).mkdir(parents=True, exist_ok=True)
@@ -226,7 +225,7 @@ def write_sweep(sweep: Sweep) -> None:
 
 
 def config_of(sweep: Sweep, cell: SweepRun) -> Path:
-    """The file with a run's configuration."""
+    """The path of a run's configuration."""
     return Path(sweep.out) / "configs" / f"{cell.name}.yaml"
 
 
@@ -235,10 +234,10 @@ def as_yaml(cell: SweepRun) -> str:
 
 
 def finished(sweep: Sweep, cell: SweepRun) -> bool:
-    """Whether a run has come to its end.
+    """Whether a run is finished.
 
     Raises:
-        UserError: it was begun with another configuration than the grid's.
+        UserError: the run was started with a configuration other than the grid's.
     """
     folder = Path(cell.config["run_dir"])
     if not (folder / "resolved.yaml").is_file():
@@ -247,7 +246,7 @@ def finished(sweep: Sweep, cell: SweepRun) -> bool:
     begun = load(str(folder / "resolved.yaml"), (), cell.stage)
     if begun.config != wanted.config:
         raise UserError(
-            f"{folder}: was begun with another configuration than {config_of(sweep, cell)} "
+            f"{folder}: was started with another configuration than {config_of(sweep, cell)} "
             f"({', '.join(differing(begun, wanted))} differ); remove that folder or give the grid another out"
         )
     if cell.stage == "distill":
@@ -264,7 +263,7 @@ def differing(one: LoadedConfig, other: LoadedConfig) -> list[str]:
 
 
 class Queue:
-    """The runs that are missing, in the grid's order, each behind those that it needs."""
+    """The runs that are not finished, in the grid's order, with their dependencies."""
 
     def __init__(self, sweep: Sweep) -> None:
         self._numbers = {cell.name: f"[{number}/{len(sweep.cells)}]" for number, cell in enumerate(sweep.cells, 1)}
@@ -273,12 +272,12 @@ class Queue:
         self.waiting = [cell for cell in sweep.cells if cell.name not in self.done]
 
     def take(self) -> SweepRun | None:
-        """The next run that could begin; None where all that wait need one that is under way."""
+        """The next run that can start; None if all that wait depend on one in progress."""
         for cell in list(self.waiting):
             if lost := self.failed & set(cell.after):
                 self.waiting.remove(cell)
                 self.failed.add(cell.name)
-                print(f"{self.label(cell)}: left out, for {', '.join(sorted(lost))} failed", flush=True)
+                print(f"{self.label(cell)}: skipped, because {', '.join(sorted(lost))} failed", flush=True)
             elif self.done >= set(cell.after):
                 self.waiting.remove(cell)
                 return cell
@@ -289,13 +288,13 @@ class Queue:
 
 
 def run(sweep: Sweep, jobs: int) -> int:
-    """Runs what is missing, `jobs` at a time, in processes that stay; returns the exit code."""
+    """Runs what is not finished, `jobs` at a time, in persistent worker processes; returns the exit code."""
     from megatron_capgap.distributed.worker_pool import WorkerPool
 
     queue = Queue(sweep)
     if queue.done:
-        print(f"{len(queue.done)} of {len(sweep.cells)} runs are finished already")
-    if jobs > 1:  # read by the processes that are started below
+        print(f"{len(queue.done)} of {len(sweep.cells)} runs are already finished")
+    if jobs > 1:  # read by the processes started below
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (jobs * sweep.ranks))))
     pools = [WorkerPool(cli.main, sweep.ranks) for _ in range(jobs)]
     idle, busy = list(pools), {}
@@ -313,20 +312,20 @@ def run(sweep: Sweep, jobs: int) -> int:
         for workers in pools:
             workers.close()
     if stop:
-        print("stopped; the same command goes on from here")
+        print("stopped; rerun the same command to continue")
         return 130
     return 1 if queue.failed else 0
 
 
 def run_cell(sweep: Sweep, cell: SweepRun, workers: Any, label: str) -> int:
-    """Runs one cell, says how it went; returns its exit code, 1 where it ended before its last step."""
+    """Runs one cell and prints its outcome; returns its exit code, 1 if it ended before its last step."""
     log = Path(sweep.out) / "logs" / f"{cell.name}.log"
     began = time.monotonic()
     code = workers.run([cell.stage, "--config", str(config_of(sweep, cell))], log)
     if not code and not finished(sweep, cell):
         code = 1
     how = f"failed with exit code {code}, see {log}" if code else "done"
-    # In one piece: print would write the line's end by itself, and another thread's line could come between.
+    # In one call: print would write the newline separately, and another thread's line could come in between.
     sys.stdout.write(f"{label}: {how} ({time.monotonic() - began:.0f} s)\n")
     sys.stdout.flush()
     return code
@@ -334,7 +333,7 @@ def run_cell(sweep: Sweep, cell: SweepRun, workers: Any, label: str) -> int:
 
 @contextmanager
 def stopping(pools: list[Any]) -> Iterator[list[int]]:
-    """Turns SIGINT and SIGTERM into a stop of all runs at their next step; a second one kills. Yields what was seen."""
+    """SIGINT and SIGTERM stop all runs at their next step; a second one kills them. Yields the signals received."""
     seen: list[int] = []
 
     def remember(number: int, frame: FrameType | None) -> None:
@@ -354,16 +353,16 @@ def stopping(pools: list[Any]) -> Iterator[list[int]]:
 
 @contextmanager
 def lock(out: Path) -> Iterator[None]:
-    """Holds the sweep, so that two calls do not write into the same runs.
+    """Locks the sweep, so that two processes do not write the same runs.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds the lock.
     """
     with open(out / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{out}: another make_sweep runs here; wait for it or give the grid another out") from None
+            raise UserError(f"{out}: another make_sweep is running; wait for it or give the grid another out") from None
         yield
 
 

@@ -1,7 +1,7 @@
-"""The only place that knows the difference between a CPU and a GPU.
+"""Devices: everything that differs between a CPU and a GPU.
 
-`choose` gives a `Device` on which stock Megatron-Core runs. Nothing else in the project asks which
-device it is on: it passes the `Device` along and reads its fields.
+`choose` returns a `Device` on which stock Megatron-Core runs. All other code passes the `Device` along and reads its
+fields, instead of checking which device it runs on.
 """
 
 from megatron_capgap.devices.base import Component, Device

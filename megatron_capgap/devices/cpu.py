@@ -1,9 +1,9 @@
-"""Stock Megatron-Core on a CPU with gloo: "the current CUDA device" comes to mean the CPU.
+"""Runs stock Megatron-Core on a CPU with gloo, by patching torch's CUDA functions to refer to the CPU.
 
-Megatron-Core asks torch for its CUDA device in some two hundred places. None of them needs a GPU; they need an answer.
-This file is the whole list of answers. It changes names inside `torch` and, for the random state, inside
-`megatron.core.tensor_parallel.random`, for the life of the process: a process that called `prepare` runs on the CPU.
-The type errors that are ignored here are those of a name that gets another function than torch says.
+Megatron-Core asks torch for the CUDA device in about two hundred places, none of which needs a GPU. This module holds
+all patches: names in `torch` and, for the random state, in `megatron.core.tensor_parallel.random`. They last for the
+life of the process: a process that called `prepare` runs on the CPU.
+Ignored type errors are those of a name that gets another function than torch declares.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _FACTORIES = (
 
 
 class _Inert:
-    """Stands for streams and events, which a CPU has no use for: every method can be called and does nothing."""
+    """Replaces streams and events, which a CPU does not need: every method can be called and does nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -50,21 +50,21 @@ class _Inert:
 
 
 def prepare(with_engine: bool = False) -> Device:
-    """Patches once, then describes the CPU as a `Device`.
+    """Applies the patches once, and returns the CPU as a `Device`.
 
     Args:
-        with_engine: whether a model is built of Transformer Engine's layers, over emulated kernels.
+        with_engine: whether a model uses Transformer Engine's layers, on emulated kernels.
 
     Raises:
-        UserError: it is, and Transformer Engine's Python modules are not installed.
+        UserError: with_engine is set, but Transformer Engine's Python modules are not installed.
     """
-    # Megatron and Transformer Engine decorate element-wise functions with torch.compile, SwiGLU among them; importing
-    # the compiler costs seconds, and using it would need a C++ compiler.
+    # Megatron and Transformer Engine decorate element-wise functions such as SwiGLU with torch.compile; importing the
+    # compiler takes seconds, and using it would need a C++ compiler.
     torch.compile = _as_it_is  # type: ignore[assignment]
     if with_engine:
         transformer_engine_cpu.install()  # before the patches below, which import some of Megatron
     else:
-        # Megatron looks for it, and without the emulation it would look for a GPU.
+        # Megatron tries to import it; without the emulation it would look for a GPU.
         sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
     if not getattr(torch.cuda, "_capgap_cpu", False):
         _answer_for_cuda()
@@ -75,7 +75,7 @@ def prepare(with_engine: bool = False) -> Device:
         cpu_kernels.install()
         _tune_allocator()
         torch.cuda._capgap_cpu = True  # type: ignore[attr-defined]
-    why = "its own modules on emulated kernels: for study, not for speed" if with_engine else "not asked for"
+    why = "its own modules on emulated kernels: for testing, slow" if with_engine else "not asked for"
     return Device(
         name="cpu",
         backend="gloo",
@@ -85,8 +85,8 @@ def prepare(with_engine: bool = False) -> Device:
         send_keeps_data=False,
         components=(
             Component("Transformer Engine layers", with_engine, why),
-            Component("scaled-dot-product attention", True, "torch; no score matrix is kept"),
-            Component("rotary positions, SwiGLU", True, "kernels of its own, in few passes of memory"),
+            Component("scaled-dot-product attention", True, "torch; no score matrix is stored"),
+            Component("rotary positions, SwiGLU", True, "own kernels with few passes over memory"),
             Component("Apex kernels", False, "need an NVIDIA GPU"),
             Component("fused AdamW", True, "torch"),
         ),
@@ -104,11 +104,11 @@ def _as_it_is(function: Callable[..., Any] | None = None, **options: Any) -> Cal
     return function or (lambda wrapped: wrapped)
 
 
-# glibc's names for its settings (malloc.h).
+# mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
-# Pages that are given back cost a fault each when they come again: a tenth of a step if it were every step.
+# Each returned page costs a fault when it is used again: 10 % of a step if it were done every step.
 _STEPS_TO_A_TRIM = 8
 
 
@@ -118,11 +118,12 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def _tune_allocator() -> None:
-    """Keeps glibc from scattering activations: one arena, and blocks from 4 MiB up in mappings of their own.
+    """Limits fragmentation by glibc: one arena, and separate mappings for blocks of at least 4 MiB.
 
-    By default the threshold grows with the first large block that is freed, and the resident set comes to twice what is
-    alive. A lower threshold would halve it again, at the price of a page fault for every page of every activation. What
-    is free at the end of the heap stays, or its pages would fault anew several times a step: `_tidy` gives it back.
+    By default this threshold grows with the first large block that is freed, and the resident set becomes twice the
+    live memory. A lower threshold would halve it again, but cost a page fault for every page of every activation. Free
+    memory at the end of the heap is not trimmed, because its pages would fault again several times per step; `_tidy`
+    returns it.
     """
     if (library := _glibc()) is not None:
         library.mallopt(_M_ARENA_MAX, 1)
@@ -131,13 +132,14 @@ def _tune_allocator() -> None:
 
 
 def _return_free_memory() -> None:
-    """Gives free pages of the heap back to the system."""
+    """Returns free pages of the heap to the system."""
     if (library := _glibc()) is not None:
         library.malloc_trim(0)
 
 
 def _tidy() -> Callable[[], None]:
-    """What to call after each step: every few steps it closes the gaps of the heap, which would go on growing."""
+    """Makes the function that is called after each step: every few steps it returns the heap's free pages, whose number
+    would otherwise grow."""
     steps = itertools.count(1)
 
     def after_a_step() -> None:
@@ -150,7 +152,7 @@ def _tidy() -> Callable[[], None]:
 def peak_resident_bytes() -> int:
     """Largest resident set of this process so far, in bytes.
 
-    Linux: VmHWM, since `ru_maxrss` survives exec and would begin with the peak of whoever started this process.
+    Linux: VmHWM, because `ru_maxrss` survives exec and would include the peak of the parent process.
     """
     status = Path("/proc/self/status")
     if status.is_file():
@@ -161,9 +163,9 @@ def peak_resident_bytes() -> int:
 
 
 def _answer_for_cuda() -> None:
-    """Device queries, synchronisation, streams and memory statistics.
+    """Patches device queries, synchronisation, streams and memory statistics.
 
-    Every name gets a function object of its own: torch's compiler keeps a rule for each and refuses to share.
+    Every name gets its own function object, because torch's compiler keeps a rule per function and refuses duplicates.
     """
 
     def answer(value: Any) -> Callable[..., Any]:
@@ -184,9 +186,9 @@ def _answer_for_cuda() -> None:
 
 
 def _rewrite_factories() -> None:
-    """`torch.zeros(..., device="cuda")` makes a CPU tensor.
+    """Makes `torch.zeros(..., device="cuda")` and other factories create CPU tensors.
 
-    Only the factories are wrapped: a TorchFunctionMode would do the same at the price of a Python call per operator.
+    Only the factories are wrapped: a TorchFunctionMode would add a Python call to every operator.
     """
 
     def on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -199,15 +201,15 @@ def _rewrite_factories() -> None:
 
         return wrapped
 
-    # `with torch.device("meta")` looks factories up in a set made at its first use; it must hold torch's own, or a
-    # model that transformers loads in this process gets buffers that nothing fills.
+    # `with torch.device("meta")` looks factories up in a set built at its first use. It must hold torch's originals, or
+    # a model that transformers loads in this process gets buffers that are never filled.
     _device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, on_cpu(getattr(torch, name)))
 
 
 def _share_random_state() -> None:
-    """Megatron's CUDA random state is the CPU generator's: on a CPU there is but one."""
+    """Makes the CPU generator's state Megatron's CUDA random state."""
 
     def manual_seed(seed: int) -> torch.Generator:
         return torch.manual_seed(seed)
@@ -226,7 +228,7 @@ def _share_random_state() -> None:
 
 
 def _name_types() -> None:
-    """`Tensor.type()` names a CPU float tensor as Megatron's optimizer expects it: torch.cuda.FloatTensor."""
+    """Makes `Tensor.type()` return torch.cuda.FloatTensor for CPU float tensors, as Megatron's optimizer expects."""
     original = torch.Tensor.type
 
     @functools.wraps(original)
@@ -240,10 +242,10 @@ def _name_types() -> None:
 
 
 def _share_event_loop() -> None:
-    """All gloo groups of this process talk through one event loop.
+    """Makes all gloo groups of this process share one event loop.
 
-    torch gives each group a loop of its own, a thread that wakes a hundred times a second even where nothing happens.
-    Megatron makes some forty groups for two layouts: that is a fiftieth of a core, in every rank, for waiting.
+    torch gives each group its own loop, a thread that wakes a hundred times per second even when idle. Megatron creates
+    about forty groups for two layouts, which costs 2 % of a core on every rank.
     """
     gloo = torch.distributed.ProcessGroupGloo
     original = gloo.__init__
@@ -254,7 +256,7 @@ def _share_event_loop() -> None:
 
     @functools.wraps(original)
     def initialise(self: Any, store: Any, rank: int, size: int, *args: Any, timeout: Any = None, **kwargs: Any) -> None:
-        if args or kwargs or timeout is None:  # whoever brings options knows what they want
+        if args or kwargs or timeout is None:  # explicit options are respected
             original(self, store, rank, size, *args, **kwargs)
             return
         options = gloo._Options()  # type: ignore[attr-defined]
@@ -264,11 +266,11 @@ def _share_event_loop() -> None:
     gloo.__init__ = initialise  # type: ignore[method-assign]
 
 
-_THREADS_OF_A_GROUP = 2  # as torch has it: they run the collectives that were not waited for
+_THREADS_OF_A_GROUP = 2  # torch's default; they run asynchronous collectives
 
 
 def _fuse_adam(optimizer: torch.optim.Optimizer) -> None:
-    """Megatron makes torch's AdamW with its default loop; the fused kernel reads and writes each parameter once."""
+    """Enables the fused kernel of torch's AdamW, which reads and writes each parameter once; Megatron does not."""
     for group in optimizer.param_groups:
         group["fused"] = True
         group["foreach"] = False

@@ -1,7 +1,7 @@
-"""The fused kernels that Megatron-Core looks for and a CPU lacks: rotary positions and SwiGLU, in few passes of memory.
+"""CPU versions of Megatron-Core's fused kernels for rotary positions and SwiGLU, with few passes over memory.
 
-Written with torch's operators, each formula costs a temporary and a pass over it; these write every result once, into
-the tensor that is returned. Both sit where Megatron looks up its own.
+With plain torch operators each operation creates a temporary and makes a pass over it; these functions write each
+result once, into the returned tensor. They are installed where Megatron looks up its own kernels.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 
 def install() -> None:
-    """Puts them in their places, for the life of the process."""
+    """Installs both kernels in Megatron, for the life of the process."""
     from megatron.core.fusions import fused_bias_swiglu
     from megatron.core.models.common.embeddings import rope_utils
 
@@ -23,13 +23,13 @@ def install() -> None:
 
 
 def swiglu(inputs: Tensor) -> Tensor:
-    """silu(gate) * up of `[..., 2 f]`, which holds gate beside up, to `[..., f]`."""
+    """silu(gate) * up: `[..., 2 f]`, gate followed by up, to `[..., f]`."""
     gate, up = inputs.chunk(2, -1)
     return torch.nn.functional.silu(gate).mul_(up)
 
 
 def swiglu_back(gradient: Tensor, inputs: Tensor) -> Tensor:
-    """The gradient `[..., 2 f]` of what went into `swiglu`, from that of its result `[..., f]`."""
+    """The gradient `[..., 2 f]` of `swiglu`'s input, from that of its output `[..., f]`."""
     gate, up = inputs.chunk(2, -1)
     result = torch.empty_like(inputs)
     of_gate, of_up = result.chunk(2, -1)
@@ -40,12 +40,12 @@ def swiglu_back(gradient: Tensor, inputs: Tensor) -> Tensor:
 
 
 def apply_rotary(heads: Tensor, angles: Tensor, interleaved: bool = False) -> Tensor:
-    """Turns pairs of columns (i, i + r/2) of each head by an angle of their position: RoPE (Su et al., 2021).
+    """RoPE (Su et al., 2021): rotates the column pairs (i, i + r/2) of each head by position-dependent angles.
 
     Args:
         heads: `[s, b, heads, d]`, queries or keys.
-        angles: `[s, 1, 1, r]` in radians, the same for both of a pair; columns from r <= d on stay as they are.
-        interleaved: must be False: the two of a pair are half of r apart, as in every family here.
+        angles: `[s, 1, 1, r]` in radians, r <= d, equal for both columns of a pair; columns from r on are unchanged.
+        interleaved: must be False: the columns of a pair are r/2 apart, as in every supported family.
     """
     assert not interleaved
     half = angles.shape[-1] // 2
@@ -54,7 +54,8 @@ def apply_rotary(heads: Tensor, angles: Tensor, interleaved: bool = False) -> Te
 
 
 class _Rotary(torch.autograd.Function):
-    """The gradient turns the other way. Kept are cosines `[s, 1, 1, d]` and sines `[s, 1, 1, r/2]` alone."""
+    """Rotation; the backward pass rotates in the opposite direction. Saves only cosines `[s, 1, 1, d]` and sines
+    `[s, 1, 1, r/2]`."""
 
     @staticmethod
     def forward(ctx: Any, heads: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:

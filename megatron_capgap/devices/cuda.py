@@ -1,4 +1,4 @@
-"""Megatron-Core at home: NCCL, Transformer Engine where importable, Apex's kernels where importable."""
+"""CUDA device: NCCL, with Transformer Engine and Apex's kernels if they can be imported."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from megatron_capgap.devices.base import Component, Device, library
 
 
 def prepare(local_rank: int, precisions: Sequence[Precision]) -> Device:
-    """Takes this rank's GPU; the table says what Megatron-Core finds of Apex and Transformer Engine.
+    """Selects this rank's GPU; the component table lists what Megatron-Core finds of Apex and Transformer Engine.
 
     Raises:
-        UserError: a model wants Transformer Engine, which is not installed.
+        UserError: a model needs Transformer Engine, which is not installed.
     """
     torch.cuda.set_device(local_rank)
     installed = importlib.util.find_spec("transformer_engine") is not None
@@ -25,7 +25,7 @@ def prepare(local_rank: int, precisions: Sequence[Precision]) -> Device:
     engines = {derived.engine(precision, default) for precision in precisions}
     if "transformer_engine" in engines and not installed:
         reason = not_installed("transformer_engine", "fp8")
-        raise UserError(f"precision.engine: {reason}, or give engine: local and no fp8")
+        raise UserError(f"precision.engine: {reason}, or set engine: local and remove fp8")
     used = "transformer_engine" in engines
     absent = "not asked for" if installed else "transformer_engine is not installed"
     return Device(

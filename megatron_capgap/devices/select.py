@@ -1,4 +1,4 @@
-"""Which device this rank takes."""
+"""Selects and prepares this rank's device."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from megatron_capgap.runtime import releases
 
 
 def choose(name: str, local_rank: int, precisions: Sequence[Precision] = (), place: str = "--device") -> Device:
-    """Picks and prepares the device of this rank, and checks the Megatron-Core version first.
+    """Checks the Megatron-Core version, then selects and prepares this rank's device.
 
-    To be called before anything imports Megatron-Core, which at its import decides what it compiles and whether
-    Transformer Engine is there.
+    Call it before anything imports Megatron-Core, which decides at import what it compiles and whether Transformer
+    Engine is available.
 
     Args:
-        name: auto, cpu or cuda; auto takes cuda where any GPU is visible.
+        name: auto, cpu or cuda; auto selects cuda if any GPU is visible.
         local_rank: this rank's number on its node.
-        precisions: the arithmetic of each model.
-        place: where the name was said, for messages.
+        precisions: the precision of each model.
+        place: where the name was given, for messages.
 
     Raises:
-        UserError: cuda or Transformer Engine was asked for and is not there, or megatron-core is outside the tested
+        UserError: cuda or Transformer Engine is requested but not available, or megatron-core is outside the tested
             range.
     """
     if complaint := releases.complaint(releases.megatron()):
@@ -40,25 +40,25 @@ def choose(name: str, local_rank: int, precisions: Sequence[Precision] = (), pla
 
 def _prepare(name: str, local_rank: int, precisions: Sequence[Precision], place: str) -> Device:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    # A launcher may show each rank its own GPU alone.
+    # A launcher may make only the rank's own GPU visible to it.
     index = 0 if gpus == 1 else local_rank
     if name == "cuda" or (name == "auto" and gpus > 0):
         if gpus == 0:
-            raise UserError(f"{place}: {name}, but there is no GPU that torch could use here; cpu would do")
+            raise UserError(f"{place}: {name}, but torch finds no usable GPU; use cpu")
         if gpus <= index:
             raise UserError(
                 f"{place}: {name}, but rank {local_rank} of this node sees {gpus} GPUs; "
-                f"cpu would do, or at most {gpus} ranks a node"
+                f"use cpu, or at most {gpus} ranks per node"
             )
         return cuda.prepare(index, precisions)
     return cpu.prepare(any(derived.engine(wanted, "local") == "transformer_engine" for wanted in precisions))
 
 
 def _save_in_this_process() -> None:
-    """Gives Megatron's checkpoint writer a queue for its results.
+    """Gives Megatron's checkpoint writer an in-process queue for its results.
 
-    It would start a server process on every rank, to hand them over from an asynchronous save, and a killed rank would
-    leave that process behind; here the rank itself saves.
+    By default it starts a server process on every rank to receive them from an asynchronous save, which a killed rank
+    would leave behind. Here the rank itself saves.
     """
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 

@@ -1,1 +1,1 @@
-"""The teacher: a forward-only input to the student's training."""
+"""The teacher's forward pass, and the transfer of its hidden states to the student's ranks."""

@@ -1,7 +1,7 @@
-"""A teacher on ranks of its own: how its ranks work ahead of the student's, and how the student's ranks keep step.
+"""Disjoint placement: the teacher's ranks work ahead of the student's ranks, and both agree on the end of each step.
 
-The teacher starts at most `ahead` global batches that the student has not taken; at the end the student takes them all,
-since process groups with open work would not close.
+The teacher starts at most `ahead` global batches that the student has not received. At the end the student receives
+all that were started, because process groups with pending work cannot be destroyed.
 """
 
 from __future__ import annotations
@@ -16,29 +16,30 @@ from megatron_capgap.distributed.role_groups import RoleGroups
 
 
 class PendingMax(Protocol):
-    """What all ranks agree on at the end of one of the student's steps."""
+    """A pending all-reduce (max) over all ranks at the end of one of the student's steps."""
 
     def wait(self) -> int:
-        """Returns when the step is done: 0 to go on, else what ends the run."""
+        """Blocks until the step is done. Returns 0 to continue, otherwise the code that ends the run."""
 
 
 def run_teacher_ahead(
     steps: range, ahead: int, teach: Callable[[int], PendingTransfer], agree: Callable[[], PendingMax]
 ) -> int:
-    """Teaches one global batch after the other. Collective over the teacher's ranks.
+    """Runs the teacher over one global batch after the other. Collective over the teacher's ranks.
 
-    A batch is begun when the student has taken the one `ahead` before it: while the student works on batch n, those up
-    to n + `ahead` are made, and at most `ahead` of them are on this rank.
+    A batch starts when the student has received the one `ahead` batches before it: while the student trains on batch n,
+    batches up to n + `ahead` are computed, and at most `ahead` of them are stored on this rank.
 
     Args:
-        steps: the student's, counted from 0.
-        ahead: global batches.
-        teach: runs the teacher over the batch of a step, and begins to send what it leaves.
-        agree: takes part in the agreement at the end of a step, without waiting for it.
+        steps: the student's steps, counted from 0.
+        ahead: maximum number of global batches the teacher is ahead.
+        teach: runs the teacher over the batch of a step, and starts to send its hidden states.
+        agree: starts the all-reduce at the end of a step, without waiting for it.
 
     Returns:
-        0 when all steps are done, else what ended the run. Nothing is under way any more, if the student too takes the
-        batches and agreements that were begun: for `ahead` steps after the last one, or as many as were left.
+        0 when all steps are done, otherwise the code that ended the run. No work is pending then, provided that the
+        student also completes the transfers and all-reduces that were started: those of the next `ahead` steps, or of
+        the steps that were left.
     """
     sending: deque[PendingTransfer] = deque()
     agreements: deque[PendingMax] = deque()
@@ -56,7 +57,7 @@ def run_teacher_ahead(
 
 
 def _drain(end: int, sending: deque[PendingTransfer], agreements: deque[PendingMax]) -> int:
-    """Waits for what is under way: process groups with open work would not close."""
+    """Waits for all pending work: process groups with pending work cannot be destroyed."""
     for transfer in sending:
         transfer.wait()
     for agreement in agreements:
@@ -65,14 +66,14 @@ def _drain(end: int, sending: deque[PendingTransfer], agreements: deque[PendingM
 
 
 class StudentSide:
-    """The student's ranks: they receive the teacher's hidden states, and agree with its ranks on the end of each step.
+    """The student's side: receives the teacher's hidden states, and agrees with its ranks on the end of each step.
 
     Args:
         roles: process groups of both roles.
-        transfer: this rank's part in the transfer.
+        transfer: this rank's part of the transfer.
         batch_size: samples of a global batch.
         steps: of the whole run.
-        ahead: global batches that the teacher may be ahead.
+        ahead: maximum number of global batches the teacher is ahead.
     """
 
     def __init__(
@@ -83,27 +84,27 @@ class StudentSide:
         self._received = self._agreed = 0
 
     def start(self, done: int) -> None:
-        """Tells the teacher's ranks from which step the run goes on. Collective over both roles."""
+        """Agrees with the teacher's ranks on the number of steps done. Collective over both roles."""
         self._received = self._agreed = done
         self._roles.start_all_reduce_max(done).wait()
 
     def teacher_forward(self, first_sample: int) -> TeacherStates:
-        """Receives the teacher's states of the global batch that begins with this sample."""
+        """Receives the teacher's states of the global batch that starts with sample `first_sample`."""
         self._received = first_sample // self._batch_size + 1
         return TeacherStates(self._transfer.start({}, first_sample).wait())
 
     def all_reduce_max(self, number: int) -> int:
-        """The largest of a number over the ranks of both roles, once a step."""
+        """Maximum of a number over the ranks of both roles, once per step. Collective."""
         self._agreed += 1
         return self._roles.start_all_reduce_max(number).wait()
 
     def abort(self, error: UserError) -> None:
-        """Tells the teacher's ranks why the student stops, in place of the end of a step."""
+        """Sends the teacher's ranks the error for which the student stops, in place of the end of a step."""
         self._agreed += 1
         self._roles.abort_peers(error)
 
     def drain(self) -> None:
-        """Takes what the teacher has begun."""
+        """Receives all transfers that the teacher has started."""
         for step in range(self._received, min(self._agreed + self._ahead, self._steps)):
             self.teacher_forward(step * self._batch_size)
         for _ in range(self._agreed, min(self._agreed + self._ahead, self._steps)):

@@ -1,4 +1,4 @@
-"""Hidden-state matching within the models: hooks on the student's layers, of which no schedule needs to know."""
+"""Hidden-state matching through forward hooks on the student's layers, independent of the pipeline schedule."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from megatron_capgap.models.gpt import unwrap
 
 
 class HiddenStateMatching:
-    """The matched pairs of layers of a run, as far as they are on this pipeline stage.
+    """Hooks for the run's matched layer pairs whose student layer is on this pipeline stage.
 
     Args:
-        chunks: the student's on this rank, with their projections.
+        chunks: the student's model chunks on this rank, with their projections.
         parallel: its layout.
         pairs: of the whole run.
     """
@@ -36,7 +36,7 @@ class HiddenStateMatching:
     ) -> None:
         self._parallel = parallel
         self._sum = torch.zeros((), dtype=torch.float64, device=next(chunks[0].parameters()).device)
-        # Every schedule takes a chunk through the micro-batches in their order: a queue tells which of them it is.
+        # Every schedule runs a chunk over the micro-batches in order, so a queue identifies the current one.
         self._waiting: dict[LayerPair, deque[tuple[Tensor, Tensor]]] = {}
         for model in map(unwrap, chunks):
             for layer in model.decoder.layers:
@@ -47,11 +47,11 @@ class HiddenStateMatching:
                         layer.register_forward_hook(partial(self._match, pair, weight))
 
     def start_batch(self, batches: Sequence[MicroBatch], taught: TeacherStates) -> None:
-        """Takes over what the teacher left of a global batch.
+        """Queues the teacher's states of a global batch.
 
         Args:
             batches: the student's micro-batches.
-            taught: with the outputs of the teacher's layers that are matched on this stage.
+            taught: holds the outputs of the teacher's layers that are matched on this stage.
         """
         if not self._waiting:
             return
@@ -65,9 +65,10 @@ class HiddenStateMatching:
             waiting.extend(zip(of_layers[pair.teacher_layer], masks, strict=True))
 
     def loss(self) -> Loss:
-        """What was added to the loss since the last call: sums over this data-parallel rank's valid tokens.
+        """The matching loss added since the last call, summed over this data-parallel rank's valid tokens.
 
-        Collective over the tensor-parallel ranks under sequence parallelism. The tokens are the last stage's to count.
+        Collective over the tensor-parallel ranks under sequence parallelism. `num_tokens` is 0, because the last stage
+        counts the tokens.
         """
         total, self._sum = self._sum, torch.zeros_like(self._sum)
         if self._parallel.layout.sequence:
@@ -75,20 +76,20 @@ class HiddenStateMatching:
         return Loss(total, torch.zeros_like(total), {"matching": total})
 
     def _part(self, rows: Tensor) -> Tensor:
-        """`[s, ...]` to this rank's `[s/tp, ...]` under sequence parallelism."""
+        """`[s, ...]` to this rank's shard `[s/tp, ...]` under sequence parallelism."""
         layout = self._parallel.layout
         return rows.chunk(layout.tensor)[self._parallel.tp_rank] if layout.sequence else rows
 
     def _match(
         self, pair: LayerPair, projection: Tensor | None, layer: torch.nn.Module, _: Any, output: tuple[Tensor, Any]
     ) -> tuple[Tensor, Any] | None:
-        """The forward hook: `(hidden states [s, b, h], context)` with the loss attached; nothing while evaluating."""
+        """The forward hook: returns `(hidden states [s, b, h], context)` with the loss attached; None in eval mode."""
         if not layer.training:
             return None
         hidden, context = output
         taught, mask = self._waiting[pair].popleft()
         flat, loss = match(hidden.flatten(0, 1), taught.flatten(0, 1), mask, pair.kind, pair.weight, projection)
         self._sum += loss
-        # Megatron frees what a stage has sent on, and cannot free a view.
+        # Megatron frees the output that a stage has sent, and cannot free a view.
         matched = make_viewless_tensor(flat.view_as(hidden), requires_grad=True, keep_graph=True)
         return matched, context

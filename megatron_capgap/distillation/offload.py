@@ -1,4 +1,4 @@
-"""Frozen weights that visit the device only while they are needed."""
+"""Host offload of frozen weights: they are on the device only while they are used."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 class HostOffload:
     """Keeps weights in host memory, and copies them to the device within a `with` block.
 
-    They are frozen, so that nothing comes back: the device's copies are dropped. Where the device is the host, they
-    stay where they are.
+    The weights are frozen, so the device's copies are dropped without copying back. If the device is the host, nothing
+    is copied.
 
     Args:
-        parameters: leave the device at once.
-        device: where they are needed.
+        parameters: moved to host memory at construction.
+        device: the device on which they are used.
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], device: torch.device) -> None:
@@ -36,5 +36,5 @@ class HostOffload:
 
 
 def _on_host(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy in pages that a GPU can read by itself; on a CPU the weight as it is."""
+    """A copy in pinned memory, from which a GPU copies directly; on a CPU the weight itself."""
     return weight.cpu().pin_memory() if device.type == "cuda" else weight

@@ -1,4 +1,4 @@
-"""The teacher as an input: it runs forward-only over a global batch, in its own layout, and leaves hidden states."""
+"""The teacher's forward pass over a global batch, in its own layout; yields hidden states."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ class Teacher:
     """A frozen model in its layout, without its LM head."""
 
     chunks: Sequence[torch.nn.Module]
-    """This rank's part, in eval mode, without gradients."""
+    """This rank's model chunks, in eval mode, without gradients."""
     parallel: ParallelContext
     """Its layout."""
     shape: ModelShape
-    """The model in numbers."""
+    """The model's sizes."""
     micro_batch: int
-    """Sequences in one forward pass; need not be the student's."""
+    """Sequences in one forward pass; may differ from the student's."""
     samples: Sequence[int]
-    """Which of a global batch's samples, counted from 0, this data-parallel rank runs over."""
+    """The samples of a global batch, counted from 0, that this data-parallel rank processes."""
     weights: AbstractContextManager[None]
-    """Entered for its turn: puts the weights where they are needed."""
+    """Context of a forward pass: moves the weights to the device."""
 
     def read(self, sequence: Samples, first_sample: int, device: torch.device) -> list[MicroBatch]:
-        """This data-parallel rank's micro-batches of the global batch that begins with sample `first_sample`."""
+        """This data-parallel rank's micro-batches of the global batch that starts with sample `first_sample`."""
         ids = [first_sample + sample for sample in self.samples]
         starts = range(0, len(ids), self.micro_batch)
         return [read(sequence, ids[start : start + self.micro_batch], device) for start in starts]
@@ -48,11 +48,12 @@ class Teacher:
 
         Args:
             batches: its micro-batches.
-            layers: whose outputs are wanted too, counted from 1.
+            layers: layers whose outputs are also returned, counted from 1.
 
         Returns:
-            What is left on this rank, `[s, h_teacher]` or `[s/tp, h_teacher]` under sequence parallelism for each
-            sample: the stream `FINAL`, after the final norm, on the last stage; those of layers on their stages.
+            The hidden states on this rank, per stream and sample `[s, h_teacher]`, or `[s/tp, h_teacher]` under
+            sequence parallelism: the stream `FINAL` (after the final norm) on the last stage, those of layers on the
+            layers' stages.
         """
         found: States = {}
         hooks = [
@@ -79,12 +80,12 @@ class Teacher:
 def _collect_hidden(
     states: dict[int, Tensor], batches: Any, layer: torch.nn.Module, _: Any, output: tuple[Tensor, Any]
 ) -> None:
-    """A layer's forward hook. Every schedule takes the micro-batches in their order: an iterator tells which it is."""
+    """A layer's forward hook. Schedules run the micro-batches in order, so an iterator identifies the current one."""
     states.update(split_by_sample(output[0], next(batches).sample_ids))
 
 
 def freeze(chunks: Sequence[torch.nn.Module]) -> None:
-    """Eval mode, no gradients: nothing of the forward pass is kept for a backward one."""
+    """Sets eval mode and disables gradients, so that a forward pass saves nothing for a backward pass."""
     for chunk in chunks:
         chunk.eval()
         chunk.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Hidden states on their way from the ranks of the teacher to those of the student, piece by piece as planned."""
+"""Transfers hidden states from the teacher's ranks to the student's ranks, as `transfer_plan` prescribes."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from torch import Tensor
 from megatron_capgap.distillation.transfer_plan import RowRange, TensorStream
 
 States = dict[int, dict[int, Tensor]]
-"""Hidden states `[rows, h_teacher]` by stream and sample, each sample contiguous in memory of its own."""
+"""Hidden states `[rows, h_teacher]` by stream and sample, each sample in its own contiguous memory."""
 
 
 class TransferError(RuntimeError):
-    """A transfer that did not come about: a rank is gone, or stalls."""
+    """A failed transfer: a rank has died or stalls."""
 
 
 class Work(Protocol):
-    """A transfer under way."""
+    """A pending transfer."""
 
     def wait(self) -> object:
-        """Returns when it is done; raises where it cannot be."""
+        """Blocks until it is done; raises if it fails."""
 
 
 Transport = Callable[[Sequence[tuple[Tensor, int]], Sequence[tuple[Tensor, int]]], Sequence[Work]]
-"""Begins to send and to receive contiguous tensors, each with the rank at the other end; gives the work of each in this
-order. Between two ranks what is sent first is received first."""
+"""Starts to send and to receive contiguous tensors, each paired with the peer rank. Returns the work of each in this
+order: sends, then receives. Between two ranks the order of sends and receives must match."""
 
 
 def batched_p2p(sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Tensor, int]]) -> Sequence[Work]:
-    """The transport where teacher and student share all ranks."""
+    """The transport for colocated placement, where teacher and student share all ranks."""
     operations = [dist.P2POp(dist.isend, tensor, peer) for tensor, peer in sends]
     operations += [dist.P2POp(dist.irecv, tensor, peer) for tensor, peer in receives]
     return dist.batch_isend_irecv(operations) if operations else []
@@ -41,20 +41,21 @@ def batched_p2p(sends: Sequence[tuple[Tensor, int]], receives: Sequence[tuple[Te
 
 @dataclass(frozen=True)
 class PendingTransfer:
-    """What one global batch's hand-off has begun on this rank."""
+    """The pending transfer of one global batch on this rank."""
 
     states: States
-    """What this rank needs; whole once `finish` has returned."""
+    """The states that this rank needs; complete after `wait`."""
     in_flight: list[tuple[Work, Tensor, str]]
-    """Work, the memory that it reads or writes (gloo would go on reading it after it was freed), and what it is."""
+    """For each transfer: its work, the memory it reads or writes (kept alive, because gloo still accesses it), its
+    name."""
     on_wait: Callable[[str], None]
-    """Is told what this rank waits for: ranks that wait for this one have no other way to know."""
+    """Called with the transfer that this rank waits for, so that ranks waiting for this one can report it."""
 
     def wait(self) -> States:
-        """Waits for all of it.
+        """Waits for all transfers of the batch.
 
         Raises:
-            HandOffError: with the transfer that waited.
+            TransferError: names the transfer that failed.
         """
         for work, _, what in self.in_flight:
             self.on_wait(what)
@@ -68,16 +69,16 @@ class PendingTransfer:
 
 
 class HiddenStateTransfer:
-    """The hand-off of a run, as far as it is this rank's.
+    """This rank's part of a run's hidden-state transfer.
 
     Args:
         streams: this rank's part of the plan.
-        rank: its number, as the plan counts.
-        width: of the teacher's hidden states.
-        dtype: their type.
-        device: where they live.
-        transport: how they travel.
-        say: is told which transfer this rank waits for, and "" when it waits no more.
+        rank: this rank's number in the plan.
+        width: the teacher's hidden size.
+        dtype: dtype of the hidden states.
+        device: their device.
+        transport: starts sends and receives.
+        say: called with the transfer that this rank waits for, and with "" when it no longer waits.
     """
 
     def __init__(
@@ -96,15 +97,15 @@ class HiddenStateTransfer:
         self._transport, self._say = transport, say
 
     def start(self, held: Mapping[int, Mapping[int, Tensor]], first_sample: int) -> PendingTransfer:
-        """Begins to give and to take the states of one global batch. All ranks of the plan do so.
+        """Starts to send and receive the states of one global batch. Collective over all ranks of the plan.
 
         Args:
-            held: what the teacher has left on this rank, whole `[rows, h_teacher]`, contiguous; nothing where it left
-                nothing.
+            held: the teacher's states on this rank, by stream and sample, complete `[rows, h_teacher]`, contiguous;
+                empty on a rank without the teacher.
             first_sample: number of the global batch's first sample.
 
         Raises:
-            HandOffError: a rank at another end has gone before.
+            TransferError: a peer rank has died.
         """
         states: States = {}
         sends: list[tuple[Tensor, int]] = []
@@ -141,7 +142,8 @@ class HiddenStateTransfer:
         return PendingTransfer(states, list(zip(works, tensors, descriptions, strict=True)), self._say)
 
     def _recv_buffer(self, stream: TensorStream, held: Mapping[int, Tensor], first_sample: int) -> dict[int, Tensor]:
-        """Memory for what this rank needs of a stream: new, or the teacher's own where that is all of it."""
+        """Receive buffer for the rows of a stream that this rank needs: new, or the teacher's own tensor if it already
+        holds all of them."""
         need, have = stream.needed, stream.held
         if need is None:
             return {}
@@ -156,7 +158,7 @@ class HiddenStateTransfer:
 
 
 class TeacherStates:
-    """What reached this rank of a global batch's hidden states.
+    """The teacher's hidden states of a global batch on this rank.
 
     Args:
         states: by stream and sample.
@@ -166,33 +168,33 @@ class TeacherStates:
         self._states = states
 
     def pop(self, key: int, samples: Sequence[int]) -> Tensor:
-        """Hands out a micro-batch of one stream `[rows, b, h_teacher]`, and forgets it.
+        """Removes and returns one stream's states of a micro-batch, `[rows, b, h_teacher]`.
 
         Args:
-            key: `FINAL` or the number of a teacher's layer.
+            key: `FINAL` or the number of the teacher's layer.
             samples: the micro-batch's sample ids.
         """
         return torch.stack([self._states[key].pop(sample) for sample in samples], dim=1)
 
 
 def split_by_sample(hidden: Tensor, samples: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-    """A micro-batch's states `[rows, b, h]` by sample, each in memory of its own, so that it can go on its own."""
+    """A micro-batch's states `[rows, b, h]` by sample, each in its own memory, so that it can be freed separately."""
     return ((sample, hidden[:, index].contiguous()) for index, sample in enumerate(samples))
 
 
 def _rows(states: Tensor, piece: RowRange, start: int) -> Tensor:
-    """The piece's rows of one sample's states, which begin with row `start`."""
+    """The rows `piece` of one sample's states, whose first row is number `start`."""
     return states[piece.start - start : piece.stop - start]
 
 
 def _name(stream: TensorStream, piece: RowRange, sample: int) -> str:
     output = f"layer {stream.key}" if stream.key else "the last layer"
     rows = f"rows {piece.start} to {piece.stop - 1} of sample {sample}"
-    return f"the transfer of the teacher's hidden states behind {output} from rank {piece.source} to rank " + (
+    return f"the transfer of the teacher's hidden states after {output} from rank {piece.source} to rank " + (
         f"{piece.target} ({rows})"
     )
 
 
 def _transfer_error(what: str, error: RuntimeError) -> TransferError:
     said = str(error).strip()
-    return TransferError(f"{what} waited in vain: {said.splitlines()[0] if said else type(error).__name__}")
+    return TransferError(f"{what} failed: {said.splitlines()[0] if said else type(error).__name__}")

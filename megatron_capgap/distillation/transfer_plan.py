@@ -1,8 +1,8 @@
-"""Which rank hands which hidden states to which rank: worked out once, from both models' layouts. No torch.
+"""Plan of the hidden-state transfer: which rank sends which rows to which rank, from both models' layouts. No torch.
 
-A global batch is samples 0 to n - 1, each of them `length` rows of hidden states. Of a pipeline stage's output every
-rank holds a slab: the samples of its data-parallel rank, and of each all rows or, under sequence parallelism, its
-part of them. What a rank of the student needs and does not hold comes from a rank of the teacher that does.
+A global batch is samples 0 to n - 1, each with `length` rows of hidden states. Of a pipeline stage's output each rank
+holds a slice: the samples of its data-parallel rank, and of each sample all rows or, under sequence parallelism, its
+shard of the rows. Rows that a student's rank needs but does not hold are sent by a teacher's rank that holds them.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from megatron_capgap.data.sampler import dp_shard
 
 @dataclass(frozen=True)
 class RankSlice:
-    """What one rank holds, or needs, of a global batch."""
+    """The part of a global batch that one rank holds or needs."""
 
     rank: int
     samples: tuple[int, ...]
-    """In the order in which the rank works on them."""
+    """In the order in which the rank processes them."""
     start: int
     stop: int
     """The same rows of every sample."""
@@ -40,25 +40,25 @@ class RowRange:
 
     @property
     def rows(self) -> int:
-        """How many rows it is."""
+        """Number of rows."""
         return self.stop - self.start
 
 
 @dataclass(frozen=True)
 class ModelPlacement:
-    """One model among the ranks."""
+    """Placement of one model on the ranks."""
 
     layout: Layout
     first_rank: int
-    """Its ranks are consecutive; this is the first one's number."""
+    """Number of its first rank; its ranks are consecutive."""
     samples: tuple[tuple[int, ...], ...]
-    """Those of each data-parallel rank, in its order."""
+    """The samples of each data-parallel rank, in processing order."""
     length: int
     """Rows of a sample: the tokens of a sequence."""
 
     def rank_slices(self, stage: int) -> list[RankSlice]:
-        """What the ranks of one pipeline stage hold of its output, in Megatron's order of ranks: tensor fastest, then
-        data, then pipeline."""
+        """The slices of one pipeline stage's output, per rank in Megatron's rank order (tensor fastest, then data, then
+        pipeline)."""
         tensor, part = self.layout.tensor, self.length // self.layout.tensor
         first = self.first_rank + stage * tensor * len(self.samples)
         found = []
@@ -71,33 +71,40 @@ class ModelPlacement:
 
 
 def student_samples(global_batch: int, micro_batch: int, copies: int) -> tuple[tuple[int, ...], ...]:
-    """The samples of each data-parallel rank of the student, as the data deals them out."""
+    """The samples of each data-parallel rank of the student, as the data sampler distributes them.
+
+    Args:
+        global_batch: samples of a global batch.
+        micro_batch: samples of a micro-batch.
+        copies: data-parallel size.
+    """
     ranks = (dp_shard(range(global_batch), micro_batch, rank, copies) for rank in range(copies))
     return tuple(tuple(sample for ids in batches for sample in ids) for batches in ranks)
 
 
 def teacher_samples(of_student: Sequence[Sequence[int]], copies: int) -> tuple[tuple[int, ...], ...]:
-    """The samples of each data-parallel rank of the teacher: neighbours of the student's, so that little has to move.
+    """The samples of each data-parallel rank of the teacher, in the student's order, which keeps transfers small.
 
     Args:
-        of_student: the samples of each of its data-parallel ranks.
+        of_student: the samples of each of the student's data-parallel ranks.
         copies: data-parallel size of the teacher; divides the global batch.
     """
     everything = [sample for samples in of_student for sample in samples]
     share, rest = divmod(len(everything), copies)
-    assert rest == 0, f"{len(everything)} samples over {copies} copies of the teacher"
+    assert rest == 0, f"{len(everything)} samples over {copies} replicas of the teacher"
     return tuple(tuple(everything[start : start + share]) for start in range(0, len(everything), share))
 
 
 def row_ranges(held: Iterable[RankSlice], needed: Iterable[RankSlice]) -> list[RowRange]:
-    """Covers every needed slab exactly once: by what its rank holds itself, else by the holder that gives least so far.
+    """Covers every needed slice exactly once: from its own rank if that holds the rows, otherwise from the holder with
+    the fewest rows to send so far.
 
     Args:
-        held: slabs of the teacher; several ranks may hold the same rows.
-        needed: slabs of the student.
+        held: slices of the teacher; several ranks may hold the same rows.
+        needed: slices of the student.
 
     Returns:
-        Pieces in the same order on every rank; those with `source == target` do not travel.
+        Row ranges in the same order on every rank; those with `source == target` are not sent.
     """
     holders: dict[int, list[RankSlice]] = defaultdict(list)
     for slab in held:
@@ -120,26 +127,26 @@ def row_ranges(held: Iterable[RankSlice], needed: Iterable[RankSlice]) -> list[R
 
 
 FINAL_HIDDEN = 0
-"""The stream of the states behind the final norm; other streams have the number of the teacher's layer, from 1."""
+"""The stream of the states after the final norm; other streams have the number of the teacher's layer, from 1."""
 
 
 @dataclass(frozen=True)
 class TensorStream:
-    """What one output of the teacher's has to do with one rank."""
+    """One rank's part in the transfer of one output of the teacher."""
 
     key: int
     """`FINAL` or the number of a teacher's layer."""
     held: RankSlice | None
-    """What the teacher leaves on this rank."""
+    """The teacher's slice on this rank; None if it has none."""
     needed: RankSlice | None
-    """What the student needs on this rank."""
+    """The slice that the student needs on this rank; None if it needs none."""
     row_ranges: tuple[RowRange, ...]
-    """Those that this rank gives or takes, in the same order as on the other side."""
+    """Row ranges that this rank sends or receives, in the same order as on the peer."""
 
 
 @dataclass(frozen=True)
 class StageRoute:
-    """From the teacher's stage that makes an output to the student's stages that need it."""
+    """From the teacher's stage that computes an output to the student's stages that need it."""
 
     key: int
     """`FINAL` or the number of a teacher's layer."""
@@ -150,7 +157,7 @@ class StageRoute:
 def streams(
     teacher: ModelPlacement, student: ModelPlacement, routes: Iterable[StageRoute], rank: int
 ) -> list[TensorStream]:
-    """The part of one rank in the hand-off of every output; the same order of streams on all ranks."""
+    """One rank's part in the transfer of every output; the same order of streams on all ranks."""
     found = []
     for route in routes:
         held = teacher.rank_slices(route.teacher_stage)
@@ -162,7 +169,7 @@ def streams(
 
 
 def model_placements(config: Config, world: int) -> tuple[ModelPlacement, ModelPlacement]:
-    """The teacher's and the student's place in a run.
+    """The placements of the teacher and the student in a run.
 
     Args:
         config: checked.

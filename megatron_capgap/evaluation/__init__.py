@@ -1,1 +1,1 @@
-"""Benchmarks: requests scored by a model in any layout, and the tasks of lm-evaluation-harness on top."""
+"""Benchmark evaluation: scoring and generation requests in any layout, and the tasks of lm-evaluation-harness."""

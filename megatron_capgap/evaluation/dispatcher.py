@@ -1,4 +1,4 @@
-"""One rank decides what is computed, and all of them compute it."""
+"""Rank 0 dispatches scoring and generation requests; all ranks execute them."""
 
 from __future__ import annotations
 
@@ -16,23 +16,25 @@ from megatron_capgap.evaluation.scoring import Score, Scorer, ScoringRow
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """How texts are continued."""
+    """Settings of a continuation."""
 
     most: int
-    """New tokens at most."""
+    """Maximum number of new tokens."""
     until: tuple[str, ...] = ()
-    """Texts of which each ends a continuation."""
+    """Texts each of which ends a continuation."""
     sampling: tuple[tuple[str, float], ...] = ()
-    """Arguments of `generation.Sampling`; none take the likeliest token."""
+    """Arguments of `generation.Sampling`; empty selects greedy decoding."""
 
 
 @dataclass(frozen=True)
 class Rank0Dispatcher:
-    """All ranks of a model. Rank 0 calls `score`, `generate` and at the end `dismiss`; the others call `follow`.
+    """Executes requests on all ranks of a model.
+
+    Rank 0 calls `score`, `generate` and finally `shutdown`; the other ranks call `worker_loop`.
 
     Args:
         scorer: the model.
-        tokenizer: what it reads.
+        tokenizer: its tokenizer.
         ends: ids that end a text.
     """
 
@@ -41,21 +43,21 @@ class Rank0Dispatcher:
     ends: frozenset[int]
 
     def score(self, rows: Sequence[ScoringRow]) -> list[Score]:
-        """Scores rows that are no longer than the model reads."""
+        """Scores rows that are no longer than the model's maximum length."""
         return self._all("_score", rows)
 
     def generate(self, prompts: Sequence[Sequence[int]], decoding: GenerationRequest) -> list[list[int]]:
-        """New ids for each prompt; a text of `until` may stand at their end."""
+        """New ids for each prompt; they may end with a text of `until`."""
         return self._all("_generate", prompts, decoding)
 
     def worker_loop(self) -> None:
-        """Computes what rank 0 asks for until it dismisses the others."""
+        """Executes rank 0's requests until it calls `shutdown`."""
         while call := self._broadcast(None):
-            with suppress(UserError):  # all ranks meet it alike; rank 0 tells of it, and dismisses
+            with suppress(UserError):  # raised on all ranks; rank 0 reports it and shuts the others down
                 getattr(self, call[0])(*call[1:])
 
     def shutdown(self) -> None:
-        """Lets the others go."""
+        """Ends `worker_loop` on the other ranks."""
         self._broadcast(None)
 
     def _all(self, *call: Any) -> Any:

@@ -1,7 +1,7 @@
-"""A sharded Megatron model behind the model interface of lm-evaluation-harness.
+"""Model interface of lm-evaluation-harness for a sharded Megatron model.
 
-Rank 0 alone imports this and runs the harness; it tells the other ranks what to compute. So tasks are read, and a
-task's code is run, once.
+Only rank 0 imports this module and runs the harness; it dispatches requests to the other ranks. Tasks are therefore
+read, and their code is run, once.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from megatron_capgap.evaluation.dispatcher import GenerationRequest, Rank0Dispat
 from megatron_capgap.evaluation.scoring import ScoringRow
 
 _MAY_RUN_CODE = "HF_ALLOW_CODE_EVAL"
-"""The variable that the library `evaluate` asks; HumanEval asks it while it is loaded."""
+"""The environment variable that the library `evaluate` checks; HumanEval checks it while it is loaded."""
 _REPORTED = ("results", "groups", "group_subtasks", "versions", "n-shot", "n-samples", "higher_is_better", "samples")
 
 
 class MegatronLM(TemplateLM):
-    """Answers the requests of tasks as lm-evaluation-harness's own `hf` model does: the same tokens, the same windows.
+    """Answers the tasks' requests with the same tokens and windows as lm-evaluation-harness's own `hf` model.
 
     Args:
         ranks: the model.
-        bos: begin each text with the tokenizer's bos token, whether or not the tokenizer itself does.
-        truncate: cut contexts that are too long on the left, as `hf` does, instead of refusing them.
+        bos: start each text with the tokenizer's bos token, whether or not the tokenizer does.
+        truncate: truncate contexts that are too long on the left, as `hf` does, instead of refusing them.
     """
 
     def __init__(self, ranks: Rank0Dispatcher, *, bos: bool, truncate: bool) -> None:
@@ -44,7 +44,7 @@ class MegatronLM(TemplateLM):
         self._words, self._longest = ranks.tokenizer, ranks.scorer.longest
         if self._words.eos is None or (bos and self._words.bos is None):
             missing = "eos" if self._words.eos is None else "bos"
-            raise UserError(f"--tokenizer: has no {missing} token, which requests begin or end with; give it one")
+            raise UserError(f"--tokenizer: has no {missing} token, with which requests start or end; add one")
 
     @property
     def eot_token_id(self) -> int:
@@ -61,7 +61,7 @@ class MegatronLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **unused: Any) -> list[int]:
         ids, words = self._words.encode(string), self._words
-        if add_special_tokens is False or ids[:1] == [self.prefix_token_id]:  # the text itself begins with it
+        if add_special_tokens is False or ids[:1] == [self.prefix_token_id]:  # the text already starts with it
             return ids
         before = (words.bos,) if self._bos and words.bos not in words.before else words.before
         return [*before, *ids, *words.after]
@@ -89,7 +89,7 @@ class MegatronLM(TemplateLM):
         return [answers[number] for number in range(len(requests))]
 
     def _windows(self, text: str) -> Any:
-        """Pieces of a text as (context, continuation), so that each token is predicted once."""
+        """Windows of a text as (context, continuation), so that each token is predicted exactly once."""
         return get_rolling_token_windows(
             token_list=self.tok_encode(text),
             prefix_token=self.prefix_token_id,
@@ -101,7 +101,7 @@ class MegatronLM(TemplateLM):
         tokens = [*context, *continuation]
         if len(continuation) > self._longest:
             raise UserError(
-                f"a continuation of {len(continuation)} tokens exceeds the model's {self._longest}; drop it"
+                f"a continuation of {len(continuation)} tokens exceeds the model's {self._longest}; remove it"
             )
         return ScoringRow(tuple(self._fitted(tokens, self._longest + 1)), len(continuation))
 
@@ -119,13 +119,13 @@ class MegatronLM(TemplateLM):
         vocab = self._ranks.scorer.vocab_size
         if wrong := next((token for token in tokens if token >= vocab), None):
             raise UserError(
-                f"a request holds the token {self._words.pieces()[wrong]!r} ({wrong}), which has no row in the model's "
+                f"a request has the token {self._words.pieces()[wrong]!r} ({wrong}), which has no row in the model's "
                 f"vocab of {vocab}; use the model's own tokenizer"
             )
         if len(tokens) > room and not self._truncate:
             raise UserError(
-                f"a request of {len(tokens)} tokens does not fit the {room} that the model of {self._longest} has for "
-                "it; take fewer examples (--shots), or let contexts be cut on the left (--truncate)"
+                f"a request of {len(tokens)} tokens exceeds the {room} that the model of {self._longest} has for "
+                "it; use fewer examples (--shots), or truncate contexts on the left (--truncate)"
             )
         return tokens[-room:]
 
@@ -133,21 +133,21 @@ class MegatronLM(TemplateLM):
 def run_tasks(
     model: MegatronLM, tasks: Sequence[str], *, limit: int | None, shots: int | None, log_samples: bool, unsafe: bool
 ) -> dict[str, Any]:
-    """Runs tasks; rank 0 alone.
+    """Runs tasks. Rank 0 only.
 
     Args:
-        model: what is asked.
-        tasks: names of the harness's registry, patterns of them, and YAML files.
-        limit: documents of each task; None takes all.
-        shots: examples before each question; None leaves it to the task.
+        model: the model.
+        tasks: names of the harness's registry, patterns of names, and YAML files.
+        limit: documents of each task; None uses all.
+        shots: examples before each question; None uses the task's number.
         log_samples: keep every request and its answer in the results.
-        unsafe: whether tasks may run the code that the model writes.
+        unsafe: whether tasks may run code that the model writes.
 
     Returns:
-        The harness's results, as far as they are numbers and texts.
+        The harness's results, reduced to numbers and texts.
 
     Raises:
-        UserError: a task is not there, cannot be read, or asks for what the model cannot do.
+        UserError: a task does not exist, cannot be read, or needs something that the model does not support.
     """
     if unsafe:
         os.environ[_MAY_RUN_CODE] = "1"
@@ -166,17 +166,17 @@ def run_tasks(
 
 
 def _asks_registry(name: str) -> bool:
-    """Whether a task is one of the harness's own, or a group in a file, which may name some."""
+    """Whether a task needs the harness's registry: one of its tasks, or a group in a file, which may refer to some."""
     file = Path(name)
     return not file.is_file() or re.search(r"^group\s*:", file.read_text(errors="replace"), re.MULTILINE) is not None
 
 
 class _Manager(TaskManager):
-    """Loads tasks, or says in one line why not.
+    """Loads tasks, or raises an error of one line.
 
     Args:
-        unsafe: whether they may run code.
-        registry: whether the harness's own tasks can be asked for; to look through them takes some ten seconds.
+        unsafe: whether tasks may run code.
+        registry: whether to index the harness's own tasks, which takes about ten seconds.
     """
 
     def __init__(self, unsafe: bool, registry: bool) -> None:
@@ -186,10 +186,10 @@ class _Manager(TaskManager):
     def load(self, task_list: Any) -> Any:
         try:
             loaded = super().load(task_list)
-        except Exception as error:  # the harness and the readers of data sets raise whatever they like
+        except Exception as error:  # the harness and data set readers raise arbitrary exceptions
             if _MAY_RUN_CODE in str(error) and not self._unsafe:
                 raise _refused("one of them") from error
-            raise UserError(f"--tasks: {in_one_line(error, 300)}; mend the task or its data") from error
+            raise UserError(f"--tasks: {in_one_line(error, 300)}; correct the task or its data") from error
         for name, task in loaded["tasks"].items():
             if getattr(task, "UNSAFE_CODE", False) and not self._unsafe:
                 raise _refused(name)
@@ -201,7 +201,7 @@ def _refused(task: str) -> UserError:
 
 
 def _find(manager: TaskManager, name: str) -> list[str]:
-    """Tasks by a name, a pattern of names or a YAML file."""
+    """Tasks that match a name, a pattern of names or a YAML file."""
     if name.endswith((".yaml", ".yml")):
         if not Path(name).is_file():
             raise UserError(f"--tasks: {name}: no such file; give a task's YAML file, or a name of the registry")
@@ -212,7 +212,7 @@ def _find(manager: TaskManager, name: str) -> list[str]:
 
 
 def _decoding(asked: dict[str, Any]) -> GenerationRequest:
-    """A task's generation_kwargs."""
+    """Converts a task's generation_kwargs."""
     options = normalize_gen_kwargs(asked)
     until = options.get("until") or []
     until = [until] if isinstance(until, str) else until
@@ -222,7 +222,7 @@ def _decoding(asked: dict[str, Any]) -> GenerationRequest:
 
 
 def _before(text: str, ends: Sequence[str]) -> str:
-    """The text before the first of the ends."""
+    """The text before the first occurrence of any of the ends."""
     for end in ends:
         text = text.split(end)[0]
     return text

@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations, many at a time, in any layout."""
+"""Log-likelihoods of continuations, in batches, in any layout."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from megatron_capgap.models import schedule
 from megatron_capgap.models.gpt import unwrap
 
 BUCKET = 64
-"""Rows are padded to a multiple of it, so that those of nearly one length run through the pipeline together."""
+"""Rows are padded to a multiple of this, so that rows of similar length share a pipeline batch."""
 
 
 @dataclass(frozen=True)
 class ScoringRow:
-    """A text of which the end is scored."""
+    """A text whose last tokens are scored."""
 
     tokens: tuple[int, ...]
-    """All of it; the model reads all but the last."""
+    """All tokens; the model's input is all but the last."""
     scored: int
-    """How many of the last tokens count; at least the first one cannot, for nothing stands before it."""
+    """Number of last tokens that are scored; less than the length, because the first token has no context."""
 
 
 class Score(NamedTuple):
-    """What a model thinks of a row's scored tokens."""
+    """Log-probability of a row's scored tokens."""
 
     log_likelihood: float
     """Sum of their log-probabilities, in nats."""
     greedy: bool
-    """Whether each of them is the likeliest after those before it."""
+    """Whether each of them is the most probable token given the previous ones."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,12 @@ class Scorer:
 
     Args:
         chunks: this rank's model chunks, in evaluation mode.
-        grid: their layout, without virtual stages.
-        vocab_size: columns of the LM head beyond it are padding.
+        parallel: their layout, without virtual stages.
+        vocab_size: number of real columns of the LM head; the rest is padding.
         micro_batch: rows in one forward pass of one rank.
-        longest: tokens that the model reads at most; under sequence parallelism a multiple of the tensor-parallel size.
-        device: where tensors live.
+        longest: maximum number of tokens of the model; under sequence parallelism a multiple of the tensor-parallel
+            size.
+        device: device of the tensors.
     """
 
     chunks: Sequence[torch.nn.Module]
@@ -62,7 +63,7 @@ class Scorer:
     device: torch.device
 
     def __call__(self, rows: Sequence[ScoringRow]) -> list[Score]:
-        """Scores rows, in their order; the same on every rank. Collective: all ranks give the same rows."""
+        """Scores rows, in their order; the same on every rank. Collective: all ranks pass the same rows."""
         assert all(row.scored < len(row.tokens) <= self.longest + 1 for row in rows)
         mine: dict[int, Score] = {}
         with torch.no_grad():
@@ -74,7 +75,7 @@ class Scorer:
         return [scores[number] for number in range(len(rows))]
 
     def _batches(self, rows: Sequence[ScoringRow]) -> list[MicroBatch]:
-        """This data-parallel rank's micro-batches, longest first, so that what does not fit memory fails at once."""
+        """This data-parallel rank's micro-batches, longest first, so that a lack of memory shows at once."""
         order = sorted(range(len(rows)), key=lambda number: -len(rows[number].tokens))
         batches = []
         for length, group in groupby(order, key=lambda number: self._padded(len(rows[number].tokens) - 1)):
@@ -87,7 +88,7 @@ class Scorer:
         return min(-(-max(length, 1) // BUCKET) * BUCKET, self.longest)
 
     def _collate(self, rows: Sequence[ScoringRow], numbers: list[int], length: int) -> MicroBatch:
-        """A micro-batch of rows [micro_batch, length], padded behind, where causal attention does not look."""
+        """A micro-batch of rows [micro_batch, length], right-padded; causal attention does not attend to padding."""
         padded = np.zeros((self.micro_batch, length + 1), dtype=np.int64)
         mask = torch.zeros(self.micro_batch, length)
         for place, number in enumerate(numbers):
@@ -99,7 +100,7 @@ class Scorer:
         return batch
 
     def _run(self, batches: list[MicroBatch], length: int, into: dict[int, Score]) -> None:
-        """Fills in the scores of the micro-batches' rows; last stage only, alike on its tensor-parallel ranks."""
+        """Adds the scores of the micro-batches' rows to `into`; last stage only, identical on tensor-parallel ranks."""
 
         def last_stage(hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, None]:
             labels, mask = batch.flat()
@@ -113,7 +114,7 @@ class Scorer:
             )
             sums = (log_probs.double() * mask).view(length, -1).sum(0).tolist()
             same = (greedy | (mask == 0)).view(length, -1).all(0).tolist()
-            into.update(zip(batch.sample_ids, map(Score, sums, same), strict=False))  # rows of padding have no number
+            into.update(zip(batch.sample_ids, map(Score, sums, same), strict=False))  # padding rows have no number
             return hidden.new_zeros(()), torch.zeros((), dtype=torch.int, device=hidden.device), None
 
         schedule.run(

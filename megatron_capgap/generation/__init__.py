@@ -1,4 +1,4 @@
-"""Text from a model: prompts in, new tokens out, in any layout."""
+"""Text generation in any layout."""
 
 from megatron_capgap.generation.decode import generate
 from megatron_capgap.generation.sampling import Sampling

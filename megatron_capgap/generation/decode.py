@@ -1,4 +1,4 @@
-"""The loop over tokens: every row of a batch reads one token a step, of its prompt or of its own making."""
+"""The decoding loop: in each step every row of a batch processes one token, of its prompt or a generated one."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from megatron_capgap.generation.sampling import GREEDY, Sampling, choose
 from megatron_capgap.models.gpt import unwrap
 from megatron_capgap.models.kv_cache import CachedForward, whole_sequences
 
-_FAILED = -1  # in place of an id, where the logits are not finite
-_FILLER = 0  # what a finished row reads
+_FAILED = -1  # in place of an id if the logits are not finite
+_FILLER = 0  # input of a finished row
 
 
 def generate(
@@ -31,29 +31,29 @@ def generate(
     stop: Callable[[list[int]], bool] | None = None,
     batch: int = 32,
 ) -> list[list[int]]:
-    """Continues prompts. Collective over the grid's ranks, each of which gives the same arguments.
+    """Continues prompts. Collective over all ranks of the layout, which pass the same arguments.
 
-    Prompts of like length are read together; data-parallel ranks share them out. A prompt's continuation does not
-    depend on the others, nor on the layout, but for rounding.
+    Prompts of similar length share a batch; batches are distributed over data-parallel ranks. Except for rounding, a
+    prompt's continuation depends neither on the other prompts nor on the layout.
 
     Args:
         chunks: this rank's model chunks, with weights.
         parallel: their layout.
         prompts: token ids, of any lengths.
-        vocab_size: columns of the LM head beyond it are padding.
-        max_new_tokens: most new tokens of a prompt.
+        vocab_size: number of real columns of the LM head; the rest is padding.
+        max_new_tokens: maximum number of new tokens per prompt.
         ends: the ids that end a text.
-        sampling: how tokens are chosen; draws are numbered by the prompt's place in `prompts`.
-        stop: looks at a prompt's new ids after each and says whether they are enough. It must look at nothing else, for
-            every rank asks its own.
+        sampling: how tokens are chosen; draws are numbered by the prompt's index in `prompts`.
+        stop: called with a prompt's new ids after each of them; returns whether the prompt is finished. It must depend
+            on these ids only, because every rank calls its own.
         batch: prompts in one forward pass of a data-parallel rank.
 
     Returns:
-        For each prompt its new ids, without the one that ends it; the same on every rank.
+        For each prompt its new ids, without the id that ends it; the same on every rank.
 
     Raises:
-        UserError: a prompt is empty, holds an id outside the vocabulary, or leaves no room for the new tokens in the
-            sequence that the model was built for; the layout or type cannot generate; logits are not finite.
+        UserError: a prompt is empty, contains an id outside the vocabulary, or exceeds the model's sequence length
+            together with the new tokens; the layout or precision does not support generation; logits are not finite.
     """
     _check(chunks, parallel, prompts, vocab_size, max_new_tokens)
     in_order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
@@ -68,21 +68,21 @@ def generate(
     dist.all_gather_object(parts, found, group=parallel.groups.dp)
     everything = {number: new for part in parts for number, new in part.items()}
     if failed := sorted(number for number, new in everything.items() if new is None):
-        raise UserError(f"prompt {failed[0]}: the model's logits are not finite; look at the checkpoint's weights")
+        raise UserError(f"prompt {failed[0]}: the model's logits are not finite; inspect the checkpoint's weights")
     return [everything[number] or [] for number in range(len(prompts))]
 
 
 class _Row:
-    """One prompt on its way."""
+    """State of one prompt."""
 
     def __init__(self, number: int, prompt: Sequence[int]) -> None:
         self.number = number
-        self.tokens = list(prompt)  # prompt, then what was chosen, then fillers
+        self.tokens = list(prompt)  # prompt, then chosen tokens, then fillers
         self.new: list[int] | None = []
         self.done = False
 
     def take(self, token: int, most: int, ends: Set[int], stop: Callable[[list[int]], bool] | None) -> None:
-        """A chosen token."""
+        """Appends a chosen token."""
         self.tokens.append(token if token != _FAILED else _FILLER)
         assert self.new is not None
         if token == _FAILED:
@@ -103,8 +103,8 @@ def _decode(
     sampling: Sampling,
     stop: Callable[[list[int]], bool] | None,
 ) -> None:
-    """Fills the rows' new ids. Up to the shortest prompt in one pass; from there on longer prompts give their next
-    token where a shorter one's has been chosen."""
+    """Generates the rows' new ids. One pass reads all rows up to the shortest prompt's length; then each step feeds the
+    chosen token, or the next prompt token of a longer prompt."""
     device = next(chunks[0].parameters()).device
     forward = CachedForward(chunks, parallel, len(rows), max(len(row.tokens) for row in rows) + most)
     read = 0
@@ -130,7 +130,8 @@ def _agree(
     sampling: Sampling,
     device: torch.device,
 ) -> list[int]:
-    """The ids that the last stage chooses, on every stage. One broadcast over the pipeline-parallel ranks."""
+    """Distributes the ids that the last stage chooses to every stage. Collective: one broadcast over the
+    pipeline-parallel ranks."""
     ids = torch.empty(len(rows), dtype=torch.int64, device=device)
     if logits is not None:
         draws = [(row.number, len(row.new or ())) for row in rows]
@@ -144,7 +145,7 @@ def _agree(
 
 @contextmanager
 def _inference(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """No dropout, no gradients, no sequence parallelism; and everything as it was afterwards."""
+    """Disables dropout, gradients and sequence parallelism; restores the previous state on exit."""
     training = [chunk.training for chunk in chunks]
     try:
         with torch.no_grad(), whole_sequences(chunks):
@@ -165,18 +166,18 @@ def _check(
 ) -> None:
     model = unwrap(chunks[0])
     if parallel.layout.context > 1:
-        raise UserError(f"layout.context: {parallel.layout.context}; generation keeps whole sequences, use 1")
+        raise UserError(f"layout.context: {parallel.layout.context}; generation does not shard the context; use 1")
     if model.config.fp8:
-        raise UserError(f"precision.fp8: {model.config.fp8}; generation runs in bf16 or fp32, leave it out")
+        raise UserError(f"precision.fp8: {model.config.fp8}; generation runs in bf16 or fp32; remove the key")
     if most < 1:
         raise UserError(f"max_new_tokens: {most} is less than 1")
     for number, prompt in enumerate(prompts):
         if not len(prompt):
-            raise UserError(f"prompt {number}: is empty; give it a token, as the one that begins a text")
+            raise UserError(f"prompt {number}: is empty; give at least one token, e.g. the one that starts a text")
         if wrong := [token for token in prompt if not 0 <= token < vocab_size]:
             raise UserError(f"prompt {number}: id {wrong[0]} is outside the model's {vocab_size} tokens")
         if len(prompt) + most > model.max_sequence_length:
             raise UserError(
-                f"prompt {number}: its {len(prompt)} tokens and {most} new ones are more than the "
-                f"{model.max_sequence_length} that the model takes; shorten it, or ask for fewer"
+                f"prompt {number}: its {len(prompt)} tokens and {most} new ones exceed the "
+                f"{model.max_sequence_length} of the model; shorten the prompt, or generate fewer tokens"
             )

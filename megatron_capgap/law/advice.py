@@ -1,4 +1,4 @@
-"""The teacher for a student: the least expected regret among those that can be had, and when not to believe it."""
+"""Recommends a teacher for a student: least expected regret among the catalogue, with limits and warnings."""
 
 from __future__ import annotations
 
@@ -17,58 +17,58 @@ from megatron_capgap.law.records import Record
 from megatron_capgap.law.verdict import DRAWS, minima, quantiles, span
 
 FAR = 1.25
-"""A student beyond those of the data by more than this factor is warned of."""
+"""Factor beyond the students of the data above which a warning is given."""
 REFUSED = 4.0
-"""Beyond this factor the data say nothing."""
+"""Factor beyond the students of the data above which there is no recommendation."""
 SMALL_STUDENT = 0.1
-"""A student below this share of its teacher learns less from it than from a smaller one in most published sweeps."""
+"""In most published sweeps a student below this share of its teacher's size learns more from a smaller teacher."""
 PRUNING = 0.8
-"""Share of the teacher's weights from which on pruning is known to lose what training does not bring back."""
+"""Share of pruned weights above which pruning is known to lose quality that training does not restore."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A teacher that can be had."""
+    """A teacher of the catalogue."""
 
     name: str
     teacher: float
     """Parameters."""
     regret: float
-    """Expected loss above that of the best teacher within `Advice.within`, in the catalogue or not, nats a token."""
+    """Expected loss above that of the best teacher within `Advice.within`, in the catalogue or not, nats per token."""
     interval: tuple[float, float]
     """LEVEL interval of the regret."""
     probability: float
-    """Of being the best candidate."""
+    """Probability of being the best candidate."""
     flops: float | None
-    """Operations of distilling with it, where the tokens are known."""
+    """FLOPs of distilling with it, if the tokens are known."""
     losses: tuple[float, float, float]
-    """The student's loss, nats a token, on as many tokens as the data: the lower end of the interval, median, upper
-    end."""
+    """The student's loss in nats per token, after as many tokens as in the data: lower end of the interval, median,
+    upper end."""
     against: Against | None = None
-    """Labels alone for the same operations; None where `Advice.labels` says why."""
+    """Comparison with training on labels alone for the same FLOPs; None if `Advice.labels` gives a reason."""
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What the data say about one student."""
+    """The recommendation for one student."""
 
     student: float
     beyond: float
-    """How many times the student is beyond those of the data; 1 within them."""
+    """Factor by which the student is beyond the students of the data; 1 within them."""
     refusal: str | None
-    """Why nothing is recommended; then everything below is empty."""
+    """Reason for no recommendation; all fields below are then empty."""
     best: float | None
     """Median of the best teacher within `within`, in the catalogue or not, parameters."""
     interval: tuple[float, float] | None
     within: tuple[float, float] | None
-    """The teachers that the data tell something of, parameters; at an end of it the best may lie beyond."""
+    """Range of teachers covered by the data, parameters; at an end of it the best teacher may be outside."""
     candidates: tuple[Candidate, ...]
-    """Those within `within`, the least expected regret first."""
+    """Candidates within `within`, in ascending order of expected regret."""
     outside: tuple[str, ...]
-    """Names of larger teachers that lie outside of it."""
+    """Names of larger teachers outside `within`."""
     warnings: tuple[str, ...]
     labels: str | None = "not looked at"
-    """Why distilling cannot be compared with labels alone for the same operations; None where it can."""
+    """Reason why distillation cannot be compared with labels alone for the same FLOPs; None if it can."""
 
 
 def advise(
@@ -77,11 +77,11 @@ def advise(
     """The recommendation for a student.
 
     Args:
-        process: fitted to the runs under the conditions that the student is to be distilled under.
-        student: parameters, counted as the data count.
-        catalogue: parameters of the teachers that can be had, by name.
-        tokens: that the student is to be distilled on, for the price.
-        init: where the students of the data began; `pruned` adds what is known of heavy pruning.
+        process: fitted to runs under the conditions of the planned distillation.
+        student: parameters, counted as in the data.
+        catalogue: parameters of the available teachers, by name.
+        tokens: distillation tokens, for the cost; None leaves the cost out.
+        init: initialisation of the data's students; `pruned` adds a warning about heavy pruning.
     """
     sizes = process.cells.students()
     beyond = float(max(student / sizes[-1], sizes[0] / student, 1.0))
@@ -128,14 +128,14 @@ def advise(
 def beside_labels(
     advice: Advice, taught: Sequence[Record], everything: Sequence[Record], count: str, tokens: float | None = None
 ) -> Advice:
-    """The advice with what labels alone would reach for the same operations, where the records tell.
+    """The advice with a comparison to labels alone for the same FLOPs, if the records allow one.
 
     Args:
         advice: for a student.
-        taught: the runs that it comes from.
-        everything: all records, among which those on labels alone are.
+        taught: the distillation runs that it is based on.
+        everything: all records, including those on labels alone.
         count: how parameters are counted, one of `records.COUNTS`.
-        tokens: that the student is to be distilled on; as the runs were where None.
+        tokens: distillation tokens; None takes those of the runs.
     """
     if advice.refusal is not None:
         return advice

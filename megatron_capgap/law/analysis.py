@@ -1,4 +1,4 @@
-"""From records to verdicts, and everything that law.json says."""
+"""Analysis of records: fits the model, gives the verdicts, and builds law.json."""
 
 from __future__ import annotations
 
@@ -22,31 +22,31 @@ from megatron_capgap.law.records import Record, conditions
 from megatron_capgap.law.verdict import Finding
 
 DIGITS, DRAWN_DIGITS, CAUSE_DIGITS = 6, 3, 4
-"""Significant digits in law.json; of what is drawn from the posterior, about what its draws can vouch for."""
+"""Significant digits in law.json; for posterior quantities about the precision of the draws."""
 FEW_TEACHERS = 3
 ODD = 4.0
-"""Standard deviations beyond which a run is named."""
+"""Standard deviations beyond which a run is reported as an outlier."""
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """What a set of records says."""
+    """Result of the analysis of a set of records."""
 
     records: Sequence[Record]
     count: str
     trainings: Sequence[Training]
     process: Process
     findings: Sequence[Finding]
-    """One a student, ascending."""
+    """One per student, ascending."""
     reading: Reading
     """The paper's method on the same records, for comparison."""
     causes: Sequence[Cause]
-    """What the start costs and the teaching gives, where the same starts were trained on labels alone."""
+    """Effects of initialisation and of teaching, where the same starts were also trained on labels alone."""
     remarks: Sequence[str]
 
     @property
     def law(self) -> bool:
-        """Whether enough students surely have an interior optimum."""
+        """Whether enough students have an interior optimum with sufficient probability."""
         return verdict.is_law(self.findings)
 
 
@@ -58,11 +58,11 @@ def analyse(
     Args:
         records: under one set of conditions, from `records.select`.
         count: how parameters are counted, one of `records.COUNTS`.
-        everything: all records, for those of the same starts on labels alone.
-        places: file and line of the records, to name those that are odd.
+        everything: all records, including those on labels alone from the same starts.
+        places: file and line of the records, to name outliers.
 
     Raises:
-        LawError: records that contradict each other.
+        LawError: records contradict each other.
     """
     trainings = cells.trainings(records, count)
     process = Process(cells.cells(records, count), np.random.default_rng(0))
@@ -81,7 +81,7 @@ def analyse(
 
 
 def compared(study: Analysis) -> list[Score]:
-    """How well the model of all cells and laws with few numbers foretell unseen students."""
+    """How well the model of all cells and laws with few parameters predict unseen students."""
     own = [record.teacher_valid_loss for record in study.records]
     losses = np.array(own, dtype=np.float64) if None not in own else None
     return compare.scores(study.process.cells, losses)
@@ -90,7 +90,7 @@ def compared(study: Analysis) -> list[Score]:
 def as_json(
     study: Analysis, advice: Advice | None = None, scores: Sequence[Score] = (), plan: Plan | None = None
 ) -> str:
-    """law.json: the same records give the same bytes."""
+    """Contents of law.json; the same records give the same bytes."""
     content: dict[str, Any] = {
         "format": 2,
         "verdict": "law" if study.law else "no law",
@@ -186,7 +186,7 @@ def _plan(plan: Plan) -> dict[str, Any]:
 def _remarks(
     records: Sequence[Record], trainings: Sequence[Training], process: Process, apart: Sequence[Cause]
 ) -> list[str]:
-    """What to keep in mind about the runs."""
+    """Remarks about the runs, for the report."""
     found = []
     once = [size for size, number in Counter(training.size for training in trainings).items() if number == 1]
     if once:
@@ -231,8 +231,8 @@ def _remarks(
 
 
 def _odd(records: Sequence[Record], process: Process, places: Mapping[Record, str]) -> list[str]:
-    """Runs that all others make very unlikely. An odd run widens the noise that it is measured by, so that fewer than
-    some 20 runs cannot show one."""
+    """Outliers: runs that are very unlikely given all others. An outlier increases the estimated noise it is compared
+    with, so fewer than about 20 runs cannot reveal one."""
     found = []
     for record, miss, sd in zip(records, *process.left_out(), strict=True):
         if abs(miss) > ODD * sd and abs(miss) > verdict.MATTERS:

@@ -1,7 +1,8 @@
-"""Why a student is worse under a larger teacher: what its start costs, and what the teaching gives.
+"""Causes of a higher loss under a larger teacher: the effect of the initialisation, and the effect of teaching.
 
-Runs of the same start, once taught and once on labels alone, differ by the teaching; the luck of the teacher that the
-start was pruned out of cancels. What is left, the loss on labels alone, is the start's.
+Two runs from the same start, one distilled and one on labels alone, differ by the effect of teaching; the random effect
+of the training of the teacher that the start was pruned from cancels. The loss on labels alone is the effect of the
+initialisation.
 """
 
 from __future__ import annotations
@@ -17,42 +18,42 @@ from megatron_capgap.law.records import Record
 from megatron_capgap.law.verdict import DRAWS, levelled, quantiles, span
 
 SHARED = ("family", "init", "tokens", "valid_tokens", "tokenizer")
-"""Conditions that both arms have in common; their objectives differ."""
+"""Conditions shared by both runs of a pair; their objectives differ."""
 FEW_PAIRS = 3
 
 
 @dataclass(frozen=True)
 class Cause:
-    """One student."""
+    """The causes for one student."""
 
     student: float
     """Parameters."""
     pairs: int
-    """Runs with a counterpart on labels alone."""
+    """Number of runs with a counterpart on labels alone."""
     grid: Array
     """Teachers, parameters `[m]`."""
     teaching: Array
-    """Quantiles of the loss on labels alone minus the loss taught, nats a token `[3, m]`: above 0 teaching helps."""
+    """Quantiles of the loss on labels alone minus the distilled loss, nats per token `[3, m]`; > 0: teaching helps."""
     start: Array | None
-    """Quantiles of the loss on labels alone `[3, m]`; None where every teacher has the same start."""
+    """Quantiles of the loss on labels alone `[3, m]`; None if all teachers have the same start."""
 
     @property
     def rise_of_start(self) -> float:
-        """What the start costs more under the largest teacher than under the smallest, nats a token."""
+        """Loss on labels alone under the largest teacher's start above that under the smallest's, nats per token."""
         return 0.0 if self.start is None else float(self.start[1, -1] - self.start[1, 0])
 
     @property
     def loss_of_teaching(self) -> float:
-        """What the teaching gives less under the largest teacher than under the smallest, nats a token."""
+        """Gain from teaching under the smallest teacher above that under the largest, nats per token."""
         return float(self.teaching[1, 0] - self.teaching[1, -1])
 
 
 def causes(taught: Sequence[Record], everything: Sequence[Record], count: str) -> list[Cause]:
-    """The causes for every student with FEW_PAIRS pairs or more, ascending.
+    """The causes for every student with at least FEW_PAIRS pairs, ascending.
 
     Args:
-        taught: the runs that are studied, under one set of conditions.
-        everything: all records, among which the counterparts are.
+        taught: the distillation runs, under one set of conditions.
+        everything: all records, including the counterparts.
         count: how parameters are counted, one of `records.COUNTS`.
     """
     pairs = counterparts(taught, everything)
@@ -76,7 +77,7 @@ def causes(taught: Sequence[Record], everything: Sequence[Record], count: str) -
 
 
 def counterparts(taught: Sequence[Record], everything: Sequence[Record]) -> list[tuple[Record, Record]]:
-    """The taught runs that have one on labels alone with the same start, seed and tokens, each with that."""
+    """Pairs (distilled run, run on labels alone) with the same start, seed and tokens."""
     if not taught[0].taught:
         return []
     alone = {begun(each): each for each in everything if not each.taught and _shared(each) == _shared(taught[0])}
@@ -84,7 +85,7 @@ def counterparts(taught: Sequence[Record], everything: Sequence[Record]) -> list
 
 
 def gained(pairs: Sequence[tuple[Record, Record]], count: str, random: np.random.Generator) -> Process:
-    """The model of the loss on labels alone minus that taught."""
+    """The model of the loss on labels alone minus the distilled loss."""
     return Process(
         cells([replace(one, valid_loss=other.valid_loss - one.valid_loss) for one, other in pairs], count), random
     )
@@ -99,7 +100,7 @@ def _shared(record: Record) -> tuple[object, ...]:
 
 
 def begun(record: Record) -> tuple[object, ...]:
-    """Equal for runs that begin with the same weights and read the same text."""
+    """A key that is equal for runs with the same initial weights and the same text."""
     student = (record.student_params, record.student_params_total, record.seed)
     if not record.init.startswith("pruned"):
         return student

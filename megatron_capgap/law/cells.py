@@ -1,4 +1,4 @@
-"""Records as the arrays that the model of all cells is fitted to."""
+"""Converts records to the arrays that the model of all cells is fitted to."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ Numbers = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
 SAME_SIZE = 0.02
-"""Students whose sizes are as close as this are one student: pruning to a sparsity does not hit a size exactly."""
+"""Relative difference below which sizes count as one student: pruning to a sparsity does not hit a size exactly."""
 SAME_LOSS = 0.002
-"""Nats a token by which evaluations of one teacher may differ."""
+"""Nats per token by which evaluations of one teacher may differ."""
 QUADRATIC_FROM, LINEAR_FROM = 8, 5
-"""Numbers of teacher sizes from which on the trend of the teachers' own losses is fitted with a bend, and with a slope.
-With fewer sizes a training is compared with the others of its size alone."""
+"""Minimum numbers of teacher sizes to fit the trend of the teachers' own losses with curvature, and with a slope. With
+fewer sizes a training is compared only with others of its size."""
 
 
 @dataclass(frozen=True)
 class Cells:
-    """All runs under one set of conditions as arrays `[n]`; nothing is averaged or left out."""
+    """All runs under one set of conditions as arrays `[n]`, without averaging or omission."""
 
     student: Array
     """Parameters; equal for runs of one student."""
     teacher: Array
     """Parameters."""
     curve: Numbers
-    """Number of the student and seed. A seed's data order and initial weights shift its whole curve."""
+    """Index of the (student, seed) pair. A seed's data order and initial weights shift its whole curve."""
     training: Numbers
-    """Number of the teacher's training."""
+    """Index of the teacher's training."""
     loss: Array
-    """The student's held-out loss, nats a token."""
+    """The student's held-out loss, nats per token."""
     quality: Array
-    """The teacher's own held-out loss minus what the trend over sizes expects, nats a token; 0 where not known."""
+    """The teacher's own held-out loss minus the trend over sizes, nats per token; 0 if unknown."""
 
     def __len__(self) -> int:
         return len(self.loss)
@@ -67,11 +67,11 @@ class Training:
     size: int
     """Parameters."""
     seed: int | None
-    """Which training of this size, where records tell."""
+    """Seed that identifies the training among those of its size; None if not recorded."""
     tokens: int | None
     """Tokens it was trained on."""
     loss: float | None
-    """Its own held-out loss, nats a token."""
+    """Its own held-out loss, nats per token."""
 
 
 def cells(records: Sequence[Record], count: str) -> Cells:
@@ -82,7 +82,7 @@ def cells(records: Sequence[Record], count: str) -> Cells:
         count: how parameters are counted, one of `records.COUNTS`.
 
     Raises:
-        LawError: one training of a teacher that has two losses.
+        LawError: one training of a teacher has two losses.
     """
     known = trainings(records, count)
     number = {(training.size, training.seed): index for index, training in enumerate(known)}
@@ -100,11 +100,11 @@ def cells(records: Sequence[Record], count: str) -> Cells:
 
 
 def trainings(records: Sequence[Record], count: str) -> list[Training]:
-    """Every training of a teacher, ascending by size: one for each size and `teacher_seed`. Its loss is the mean of
-    what its records say, which may differ by SAME_LOSS.
+    """Every training of a teacher, ascending by size: one per size and `teacher_seed`. Its loss is the mean over its
+    records, which may differ by SAME_LOSS.
 
     Raises:
-        LawError: records of one size and teacher_seed with other losses or tokens.
+        LawError: records of one size and teacher_seed have different losses or tokens.
     """
     groups: dict[tuple[int, int | None], list[Record]] = {}
     for record in records:
@@ -126,7 +126,7 @@ def trainings(records: Sequence[Record], count: str) -> list[Training]:
 
 
 def _merged(sizes: Array) -> Array:
-    """Sizes within SAME_SIZE of the smallest of their group become the geometric mean of the group."""
+    """Replaces sizes within SAME_SIZE of the smallest of their group by the geometric mean of the group."""
     order, merged, start = np.argsort(sizes, kind="stable"), sizes.copy(), 0
     for end in range(1, len(order) + 1):
         if end == len(order) or sizes[order[end]] > sizes[order[start]] * (1 + SAME_SIZE):
@@ -137,13 +137,13 @@ def _merged(sizes: Array) -> Array:
 
 
 def _numbers(keys: Sequence[Hashable]) -> Numbers:
-    """The keys as numbers, equal where they are equal."""
+    """Indices of the keys; equal keys have equal indices."""
     known: dict[Hashable, int] = {}
     return np.array([known.setdefault(key, len(known)) for key in keys])
 
 
 def _quality(known: Sequence[Training]) -> Array:
-    """How far each training's loss lies from the trend over sizes; 0 where it has none."""
+    """Each training's loss minus the trend over sizes; 0 if it has no loss."""
     told = [index for index, training in enumerate(known) if training.loss is not None]
     found = np.zeros(len(known))
     if told:

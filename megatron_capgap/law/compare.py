@@ -1,8 +1,8 @@
-"""Which model predicts students it has not seen: the model of all cells beside laws with few numbers.
+"""Cross-validation of the model of all cells against laws with few parameters, on unseen students.
 
-Each is fitted without one student and asked for that student's losses and best teacher, for every student in turn;
-fitted to the smaller half of the students and asked for the larger; and fitted without one size of teachers and asked
-for the losses of their students, for every size in turn.
+Each model is fitted without one student and predicts that student's losses and best teacher, for every student in turn.
+It is also fitted to the smaller half of the students to predict the larger half, and fitted without one size of
+teachers to predict the losses of their students, for every size in turn.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from megatron_capgap.law.gaussian_process import Process
 
 MILLION = 1e6
 Model = Callable[[Cells, Array, Cells, Array], Array]
-"""From runs with the teachers' own losses `[n]`, and other runs with theirs `[m]`, to the losses of these `[m]`; those
-that they have are not looked at."""
+"""(known runs, their teachers' own losses `[n]`, other runs, theirs `[m]`) -> predicted losses of the other runs `[m]`,
+whose actual losses are not used."""
 LEAST_STUDENTS = LEAST_TEACHERS = 3
 RULES = (2.5, 1.5)
 
 
 @dataclass(frozen=True)
 class Score:
-    """How well a model foretells students that it has not seen."""
+    """How well a model predicts unseen students."""
 
     model: str
     error: float | None
-    """Root mean square error of the losses, nats a token; None for rules, which foretell none."""
+    """Root mean square error of the losses, nats per token; None for rules, which predict no losses."""
     regret: float
-    """Mean over students: loss under the teacher it would choose of those tried, above that under the best of them."""
+    """Mean over students of the loss under the chosen one of the tried teachers, above that under the best of them."""
     worst: float
     """The largest of these regrets."""
     small_to_large: float | None
-    """The error where the larger half of the students is foretold from the smaller."""
+    """The error when the larger half of the students is predicted from the smaller half."""
     teacher_out: float | None
-    """The error where each size of teachers is foretold from the others, for students that had others; None for rules,
-    and where there are fewer than LEAST_TEACHERS sizes."""
+    """The error when each size of teachers is predicted from the others, for students that have others; None for rules,
+    and for fewer than LEAST_TEACHERS sizes."""
 
 
 def scores(cells: Cells, losses: Array | None) -> list[Score]:
@@ -47,8 +47,8 @@ def scores(cells: Cells, losses: Array | None) -> list[Score]:
 
     Args:
         cells: the runs.
-        losses: the teachers' own held-out losses `[n]`; None where some are not known, which leaves out the laws that
-            need them.
+        losses: the teachers' own held-out losses `[n]`; None if some are unknown, which leaves out the laws that need
+            them.
     """
     students = cells.students()
     if len(students) < LEAST_STUDENTS:
@@ -81,7 +81,7 @@ def scores(cells: Cells, losses: Array | None) -> list[Score]:
 
 
 def _teachers_out(cells: Cells, foretold: Callable[[Mask], Array]) -> float | None:
-    """The error over all sizes of teachers, each foretold from the others."""
+    """The error over all sizes of teachers, each predicted from the others."""
     sizes = np.unique(cells.teacher)
     if len(sizes) < LEAST_TEACHERS:
         return None
@@ -94,8 +94,8 @@ def _teachers_out(cells: Cells, foretold: Callable[[Mask], Array]) -> float | No
 
 
 def all_cells(known: Cells, losses: Array, new: Cells, new_losses: Array) -> Array:
-    """The model of all cells; the level of a student that is not known follows those of the known ones, a line in
-    log S. Of a training that is not known, its own loss is what is told."""
+    """The model of all cells. The level of an unseen student is a line in log S through the known levels. An unseen
+    training is described by its own loss."""
     process = Process(known, np.random.default_rng(0))
     luck = process.teachers()
     levels = {}
@@ -113,7 +113,7 @@ def all_cells(known: Cells, losses: Array, new: Cells, new_losses: Array) -> Arr
 
 
 def five_numbers(known: Cells, losses: Array, new: Cells, new_losses: Array) -> Array:
-    """a + b log S + c log(T/S) + d L_T + e log S log(T/S): the cut enters by the last but one and the last."""
+    """a + b log S + c log(T/S) + d L_T + e log S log(T/S): pruning enters through the terms in log(T/S)."""
 
     def design(cells: Cells, own: Array) -> Array:
         size, ratio = np.log(cells.student / MILLION), np.log(cells.teacher / cells.student)
@@ -124,12 +124,12 @@ def five_numbers(known: Cells, losses: Array, new: Cells, new_losses: Array) -> 
 
 
 def apple(known: Cells, losses: Array, new: Cells, new_losses: Array) -> Array:
-    """Busbridge et al. 2025 (arXiv 2502.08606), equation 8, with one number of student tokens: the teacher enters by
-    its own loss alone, and there is no term for the cut. Weak priors, several starts."""
+    """Busbridge et al. 2025 (arXiv 2502.08606), equation 8, for one number of student tokens: the teacher enters only
+    through its own loss, and there is no term for pruning. Weak priors, several starting points."""
 
     def law(p: Array, cells: Cells, own: Array) -> Array:
         size = np.log(cells.student / MILLION)
-        alone = p[7] + np.exp(p[8] - p[9] * size)  # what the student reaches without a teacher
+        alone = p[7] + np.exp(p[8] - p[9] * size)  # the student's loss without a teacher
         capacity = np.exp(p[1]) * np.exp(p[2]) * np.logaddexp(0, (np.log(own) - np.log(alone) - p[3]) / np.exp(p[2]))
         return own + np.exp(-p[0] * np.log(own) - capacity + 0.5 * np.logaddexp(p[4] - p[5] * size, p[6]))
 
@@ -160,7 +160,7 @@ MODELS: dict[str, tuple[Model, bool]] = {
 
 
 def _regret(cells: Cells, predicted: Array) -> float:
-    """What one student loses by taking the teacher that is predicted to be the best, over its seeds `[n]`."""
+    """Regret of one student from the teacher that is predicted to be the best; runs `[n]` of all its seeds."""
     teachers = np.unique(cells.teacher)
     seen, expected = ([np.mean(each[cells.teacher == size]) for size in teachers] for each in (cells.loss, predicted))
     return float(seen[int(np.argmin(expected))] - min(seen))

@@ -1,4 +1,4 @@
-"""One student under many teachers: its best teacher, as read off the grid and as the vertex of a parabola.
+"""A student's curve over teachers: the best teacher on the grid, and the vertex of a fitted parabola.
 
 x is the natural logarithm of the teacher's parameters, y the validation loss. Arrays are float64.
 """
@@ -18,22 +18,23 @@ from megatron_capgap.law.records import Record
 
 DRAWS = 2000
 LEVEL = 0.9
-"""Share of the truth that an interval is meant to cover."""
+"""Nominal coverage of intervals."""
 WINDOW = 5
-"""At most so many teachers around the best one does the parabola pass: farther away, curves are no parabolas."""
+"""Maximum number of teachers around the best one to which the parabola is fitted: farther away, curves are not
+parabolic."""
 UNFIT = 0.25
-"""Where seeds would put a curve so far from a parabola less often than this, the farthest teacher is left out. As high
-as this, for a curve's lean shifts the vertex long before it shows: on Apple's law 0.05 read it 12% too high."""
+"""The farthest teacher is left out if the p-value of the deviation from a parabola is below this. The threshold is high
+because asymmetry shifts the vertex long before it is significant: on Apple's law, 0.05 estimates it 12% too high."""
 
 OPTIMUM, EDGE, NO_CURSE, TOO_FEW = "optimum", "edge", "no curse seen", "too few teachers"
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Losses of one student, every seed with every teacher."""
+    """Losses of one student, for every seed with every teacher."""
 
     student: float
-    """Parameters; the geometric mean where sizes differ slightly."""
+    """Parameters; the geometric mean if sizes differ slightly."""
     teachers: Array
     """Parameters `[t]`, ascending."""
     seeds: tuple[int, ...]
@@ -42,51 +43,51 @@ class Curve:
 
     @property
     def mean(self) -> Array:
-        """Loss over the seeds `[t]`."""
+        """Mean loss over the seeds `[t]`."""
         return self.losses.mean(axis=0)
 
 
 @dataclass(frozen=True)
 class Optimum:
-    """What a curve says about its best teacher."""
+    """The best teacher of a curve."""
 
     best: float
     """Parameters of the teacher with the lowest mean loss."""
     status: str
-    """optimum: a minimum inside the grid; edge: the smallest teacher is the best; no curse seen: the loss does not
-    rise towards the largest teacher, or by no more than chance; too few teachers: fewer than three."""
+    """optimum: a minimum inside the grid; edge: the smallest teacher is the best; no curse seen: the loss does not rise
+    significantly towards the largest teacher; too few teachers: fewer than three."""
     censored: str | None
-    """below or above: the best teacher lies beyond that end of the grid."""
+    """below or above: the best teacher is outside the grid, on that side."""
     teacher: float | None = None
-    """Parameters at the parabola's vertex, only where status is optimum."""
+    """Parameters at the parabola's vertex, only if status is optimum."""
     interval: tuple[float, float] | None = None
-    """The vertex's interval, cut off at the ends of the grid; None without residual degrees of freedom."""
+    """The vertex's interval, limited to the grid; None without residual degrees of freedom."""
     variance: float = 0.0
-    """Of the vertex, in x squared, by this curve's own noise."""
+    """Variance of the vertex in x, from this curve's own noise."""
     noise: float = 0.0
     """Variance of one run's loss about the parabola; 0 without residual degrees of freedom."""
     freedom: int = 0
-    """Residual degrees of freedom that noise comes from."""
+    """Residual degrees of freedom of `noise`."""
     curvature: float | None = None
-    """Loss at a distance of 1 in x from the vertex, above that at the vertex."""
+    """Increase of the loss at a distance of 1 in x from the vertex."""
     rise: float | None = None
     """Mean loss with the largest teacher above that with the best; None for too few teachers."""
     chance: float | None = None
-    """The rise that seeds alone exceed in 1 - LEVEL of all curves at most; None where one seed tells nothing of it."""
+    """The rise that seeds alone exceed in at most 1 - LEVEL of all curves; None with one seed."""
 
 
 def curves(records: Sequence[Record], count: str) -> tuple[list[Curve], list[str]]:
-    """Sorts records into curves, students ascending.
+    """Groups records into curves, students ascending.
 
     Args:
         records: under one set of conditions.
         count: one of `records.COUNTS`.
 
     Returns:
-        (curves, remarks): a remark for every student whose sizes were taken together or whose seeds were left out.
+        (curves, remarks): a remark for every student whose sizes were merged or whose seeds were left out.
 
     Raises:
-        LawError: a student that no seed has met all of its teachers with.
+        LawError: no seed of a student was run with all of its teachers.
     """
     found, remarks = [], []
     for group in _students(records, count):
@@ -121,12 +122,11 @@ def curves(records: Sequence[Record], count: str) -> tuple[list[Curve], list[str
 
 
 def optimum(curve: Curve, random: np.random.Generator) -> Optimum:
-    """The best teacher of a student, with what its seeds say about how sure that is.
+    """The best teacher of a student, with its uncertainty from the seeds.
 
-    A curve that falls steeply at first and then stays flat has a parabola with a vertex inside the grid, too, so the
-    rise behind it must itself be more than chance. The parabola is fitted with a level for each seed, for a seed's data
-    order and initial weights shift its whole curve. Its interval is a bootstrap of the residuals, in which the noise's
-    own size is drawn as well.
+    A curve that falls steeply at first and then stays flat also has a vertex inside the grid, so the rise beyond the
+    optimum must be significant. The parabola is fitted with one level per seed, because a seed's data order and initial
+    weights shift its whole curve. The interval is a bootstrap of the residuals, which also draws the noise variance.
     """
     x, mean = np.log(curve.teachers), curve.mean
     at = int(mean.argmin())
@@ -152,18 +152,18 @@ def optimum(curve: Curve, random: np.random.Generator) -> Optimum:
     if np.mean(vertices < x[-1] - fitted.centre) < LEVEL:
         return Optimum(best, NO_CURSE, None, **rise)
     low, high = np.exp(np.quantile(vertices, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) + fitted.centre)
-    # From the middle half, for a few draws at the ends of the grid would make most of a variance.
+    # From the interquartile range, because a few draws at the ends of the grid would dominate a variance.
     spread = np.subtract(*np.quantile(vertices, [0.75, 0.25])) / 1.349
     found |= {"variance": float(spread**2), "noise": fitted.noise, "freedom": fitted.freedom}
     return Optimum(best, OPTIMUM, None, interval=(float(low), float(high)), **found)
 
 
 def chance_rise(curve: Curve) -> float | None:
-    """The rise from the best teacher to the largest that seeds alone exceed in 1 - LEVEL of all curves at most, where
-    all teachers are alike; None for one seed.
+    """The rise from the best teacher to the largest that seeds alone exceed in at most 1 - LEVEL of all curves, if all
+    teachers are equally good; None with one seed.
 
-    A one-sided t test between two teachers, each the mean of its seeds, with the noise of all runs about the levels of
-    their seed and teacher. The best was chosen among all but the largest, which therefore share the test's level
+    A one-sided t test between two teachers' means over seeds, with the noise of all runs about the levels of their seed
+    and teacher. The best teacher was chosen among all but the largest, so the level is divided by their number
     (Bonferroni).
     """
     seeds, teachers = curve.losses.shape
@@ -177,22 +177,22 @@ def chance_rise(curve: Curve) -> float | None:
 
 @dataclass(frozen=True)
 class _Parabola:
-    """A parabola through the teachers around the best one, with a level for each seed."""
+    """A parabola fitted to the teachers around the best one, with one level per seed."""
 
     centre: float
-    """Where x is counted from."""
+    """Origin of x."""
     solve: Array
     """From mean losses to coefficients `[3, w]`."""
     coefficients: Array
-    """Level, slope, bend."""
+    """Level, slope, curvature."""
     residuals: Array
     """`[seeds, w]`."""
     lack_of_fit: float
-    """Probability that seeds alone would put the curve so far from a parabola; 1 where they cannot tell."""
+    """p-value of the deviation from a parabola, given the noise of the seeds; 1 if they cannot estimate it."""
 
     @property
     def freedom(self) -> int:
-        """Degrees of freedom of the residuals: a level a seed, a slope and a bend are taken."""
+        """Residual degrees of freedom, after one level per seed, a slope and a curvature."""
         return self.residuals.size - len(self.residuals) - 2
 
     @property
@@ -201,14 +201,14 @@ class _Parabola:
         return float(np.sum(self.residuals**2)) / self.freedom
 
     def draws(self, random: np.random.Generator) -> Array:
-        """Coefficients as other seeds might have given them `[DRAWS, 3]`."""
+        """Bootstrap draws of the coefficients `[DRAWS, 3]`."""
         drawn = self.residuals.ravel()[random.integers(self.residuals.size, size=(DRAWS, *self.residuals.shape))]
         size = np.sqrt(self.residuals.size / random.chisquare(self.freedom, DRAWS))
         return self.coefficients + (drawn.mean(axis=1) * size[:, None]) @ self.solve.T
 
 
 def _parabola(curve: Curve, at: int) -> _Parabola:
-    """Fitted to as many teachers around number `at` as WINDOW allows and a parabola passes through."""
+    """Fits the largest window around teacher number `at`, up to WINDOW, in which the curve is parabolic."""
     x = np.log(curve.teachers)
     nearest = [n for n in np.argsort(np.abs(x - x[at]), kind="stable").tolist() if abs(n - at) > 1]
     window = [at - 1, at, at + 1, *nearest][:WINDOW]
@@ -231,14 +231,14 @@ def _fit(curve: Curve, window: list[int]) -> _Parabola:
     noise, freedom, noise_freedom = np.sum((losses - mean) ** 2), len(x) - 3, (len(losses) - 1) * (len(x) - 1)
     lack = 1.0
     if freedom and noise_freedom:
-        # Without noise, rounding errors must not pass for a curve's lean.
+        # Without noise, rounding errors must not count as asymmetry.
         ratio = (misses / freedom) / max(noise / noise_freedom, 1e-20)
         lack = float(stats.f.sf(ratio, freedom, noise_freedom))
     return _Parabola(centre, solve, coefficients, losses - design @ coefficients, lack)
 
 
 def _vertex(coefficients: Array, x: Array) -> Array:
-    """Where each parabola `[n, 3]` is lowest between the ends of x: `[n]`."""
+    """The minimum of each parabola `[n, 3]` within the range of x: `[n]`."""
     level, slope, bend = coefficients.T
     at_ends = np.stack([level + slope * end + bend * end**2 for end in (x[0], x[-1])])
     end = np.where(at_ends[0] <= at_ends[1], x[0], x[-1])
@@ -247,7 +247,7 @@ def _vertex(coefficients: Array, x: Array) -> Array:
 
 
 def _students(records: Sequence[Record], count: str) -> list[list[Record]]:
-    """Records by student, ascending; sizes that follow each other closely are one student."""
+    """Records by student, ascending; sizes that differ slightly count as one student."""
     ordered = sorted(records, key=lambda record: record.sizes(count))
     groups: list[list[Record]] = []
     for record in ordered:

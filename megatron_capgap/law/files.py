@@ -1,8 +1,8 @@
-"""Files of records: JSON lines, a JSON list, or a table whose first row names the columns.
+"""Reads files of records: JSON lines, a JSON list, or a table whose first row names the columns.
 
-What is nested is named with dots, beside its own name: `{"config": {"seed": 1}}` has `config` and `config.seed`. So
-come the runs of W&B: what `wandb.Api().runs(...)` gives, as a JSON list of `{"config": {...}, "summary": {...}}`, or
-the table that W&B's own example writes of it, whose cells hold such dictionaries as text.
+Nested values are available under dotted names in addition to their own: `{"config": {"seed": 1}}` has `config` and
+`config.seed`. This covers W&B runs: the result of `wandb.Api().runs(...)` as a JSON list of `{"config": {...},
+"summary": {...}}`, or the table that W&B's own example writes, whose cells contain such dictionaries as text.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 class LawError(ValueError):
-    """Records that no law can be drawn from, or a grid that is none. The message is one line with place and fix."""
+    """Invalid records or an invalid grid. The message is one line with place and fix."""
 
 
 def read_file(path: Path, wanted: Sequence[str]) -> list[tuple[str, dict[str, Any], bool]]:
-    """What stands in a file, with its places, and whether its cells are text still.
+    """The records of a file as (place, content, whether cells are still text).
 
     Args:
         path: of the file.
-        wanted: names that a record needs, to say so where there is none.
+        wanted: names that a record needs, for the error message.
 
     Raises:
-        LawError: it cannot be read, or holds something else.
+        LawError: the file cannot be read, or contains something else.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -47,12 +47,12 @@ def read_file(path: Path, wanted: Sequence[str]) -> list[tuple[str, dict[str, An
         listed = [(place, _json(place, line)) for place, line in lines]
     for place, content in listed:
         if not isinstance(content, dict):
-            raise LawError(f"{place}: {str(content)[:40]} is no record; an object with {', '.join(wanted)} would do")
+            raise LawError(f"{place}: {str(content)[:40]} is no record; expected an object with {', '.join(wanted)}")
     return [(place, _flat(content), False) for place, content in listed]
 
 
 def _flat(content: Mapping[str, Any], parsed: bool = False) -> dict[str, Any]:
-    """With what is nested beside it, under dotted names; `parsed`: dictionaries may be there as text."""
+    """Adds nested values under dotted names; with `parsed`, dictionaries may also be given as text."""
     found = dict(content)
     for name, value in content.items():
         if parsed and isinstance(value, str) and value.startswith("{"):
@@ -63,8 +63,8 @@ def _flat(content: Mapping[str, Any], parsed: bool = False) -> dict[str, Any]:
 
 
 def _dictionary(cell: str) -> Any:
-    """A dictionary as JSON or Python writes it; the text where it is none."""
-    # Python has no literal for what is no number; as what is not finite, it is refused with its line.
+    """Parses a dictionary in JSON or Python notation; returns other text unchanged."""
+    # Python has no literal for nan or inf; as a non-finite number it is refused later, with its line.
     finite = re.sub(r"(?<=[ :,\[-])(nan|inf)(?=[,}\]])", "1e999", cell)
     for convert, text in ((json.loads, cell), (ast.literal_eval, finite)):
         try:
@@ -75,7 +75,7 @@ def _dictionary(cell: str) -> Any:
 
 
 def _rows(path: Path, text: str) -> list[tuple[str, dict[str, Any]]]:
-    """The rows of a table by column; empty cells are left out."""
+    """The rows of a table, by column name; empty cells are omitted."""
     rows = csv.reader(text.splitlines(keepends=True), delimiter=DELIMITERS[path.suffix.lower()], strict=True)
     found, columns = [], None
     try:
@@ -103,7 +103,7 @@ def _json(place: str, text: str) -> Any:
         if len(content) < len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            raise LawError(f"{place}: {twice!r} stands there twice; keep one")
+            raise LawError(f"{place}: {twice!r} is given twice; keep one")
         return content
 
     try:
@@ -111,4 +111,4 @@ def _json(place: str, text: str) -> Any:
     except ValueError as error:
         if isinstance(error, LawError):
             raise
-        raise LawError(f"{place}: not JSON ({error}); a .jsonl file has one whole record a line") from None
+        raise LawError(f"{place}: not JSON ({error}); a .jsonl file has one complete record per line") from None

@@ -1,16 +1,16 @@
 """The law through the students' optima: T = k S, T = k S + b and T = c S^g, with intervals.
 
-Every form is a linear regression whose errors are relative ones, so that a large student does not drown the small:
+Every form is a linear regression with relative errors, so that large students do not dominate small ones:
 
     proportional   log T - log S = log k
     affine         T / S         = k + b / S
     power          log T         = log c + g log S
 
-An optimum differs from the law for two reasons: its seeds (variance v_i, from the bootstrap of its curve) and itself
-(variance tau^2, the same for all, by the method of Paule and Mandel). Both are drawn again in a bootstrap of the fitted
-model, in which the size of the students' scatter about the law is drawn too, by its n - p degrees of freedom: as
-Hartung and Knapp's intervals do. Drawing students with replacement instead would give intervals that are far too short
-for the three to six students that a pilot can afford.
+An optimum deviates from the law by the noise of its seeds (variance v_i, from the bootstrap of its curve) and by a
+random effect of the student (variance tau^2, the same for all, by the method of Paule and Mandel). A parametric
+bootstrap draws both, and also the size of the students' scatter about the law with its n - p degrees of freedom, as in
+the intervals of Hartung and Knapp. Resampling students instead would give intervals that are far too short for the
+three to six students of a pilot.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ class Form:
     name: str
     symbols: tuple[str, ...]
     design: Callable[[Array], Array]
-    """From student sizes `[n]` to `[n, p]`."""
+    """Student sizes `[n]` -> design matrix `[n, p]`."""
     to_z: Callable[[Array, Array], Array]
-    """From student and teacher sizes `[n]` to z."""
+    """Student and teacher sizes `[n]` -> z."""
     to_teacher: Callable[[Array, Array], Array]
-    """From student sizes and z to teacher sizes."""
+    """Student sizes and z -> teacher sizes."""
     slope: Callable[[Array, Array], Array]
-    """dz / dlogT at student and teacher sizes: turns an optimum's variance into that of z."""
+    """dz / dlogT at student and teacher sizes: converts an optimum's variance to that of z."""
     plain: float | None
-    """Value of its last parameter with which it is T = k S; None where it is that anyway."""
+    """Value of its last parameter at which it reduces to T = k S; None for T = k S itself."""
     public: Callable[[Array], Array]
-    """From coefficients `[..., p]` to the numbers that `symbols` names."""
+    """Coefficients `[..., p]` -> the parameters named by `symbols`."""
 
     @property
     def size(self) -> int:
@@ -59,7 +59,7 @@ def _ones(students: Array) -> Array:
 
 
 def _exp(x: Array) -> Array:
-    """Without overflow: intervals of two students span more than numbers can."""
+    """exp without overflow: intervals from two students exceed the range of floats."""
     return np.exp(np.clip(x, -600, 600))
 
 
@@ -79,7 +79,7 @@ FORMS = (
         ("k", "b"),
         design=lambda s: np.stack([np.ones_like(s), MILLION / s], axis=1),
         to_z=lambda s, t: t / s,
-        # A line may cross zero; a teacher of a thousandth of the student stands for "none".
+        # The line may cross zero; a teacher of 1/1000 of the student represents "none".
         to_teacher=lambda s, z: s * np.maximum(z, 1e-3),
         slope=lambda s, t: t / s,
         plain=0.0,
@@ -104,19 +104,19 @@ class Law:
 
     form: Form
     students: Array
-    """Sizes it was fitted on `[n]`, ascending."""
+    """Sizes that it was fitted to `[n]`, ascending."""
     coefficients: Array
     """`[p]`."""
     draws: Array | None
-    """Coefficients as they might also have come out `[DRAWS, p]`; None where nothing tells how sure they are."""
+    """Bootstrap draws of the coefficients `[DRAWS, p]`; None if their uncertainty cannot be estimated."""
     scatter: Array
-    """Standard deviation of a new student's z about the law `[DRAWS]`, beyond what its seeds explain."""
+    """Standard deviation of a new student's z about the law `[DRAWS]`, excluding the noise of its seeds."""
     r2: float | None
     """Share of the variance of the optima, in parameters, that the law explains; None for a single student."""
     leave_one_out: float | None
-    """Mean relative error where each student is foretold by the others; None where they are too few."""
+    """Mean relative error when each student is predicted from the others; None for too few students."""
     holdout: float | None
-    """Mean relative error where the larger half of the students is foretold by the smaller; None likewise."""
+    """Mean relative error when the larger half of the students is predicted from the smaller; None likewise."""
 
     def values(self) -> dict[str, float]:
         """Its parameters by name."""
@@ -134,11 +134,11 @@ class Law:
         return self.form.to_teacher(students, self.form.design(students) @ self.coefficients)
 
     def teacher_draws(self, student: float, random: np.random.Generator | None = None) -> Array | None:
-        """Best teachers that one student might have `[DRAWS]`.
+        """Draws of one student's best teacher `[DRAWS]`.
 
         Args:
             student: its size.
-            random: draws a new student's own distance from the law; None leaves it out and draws the law's line alone.
+            random: draws a new student's own deviation from the law; None omits it and draws the law only.
         """
         if self.draws is None:
             return None
@@ -155,7 +155,7 @@ def fit(form: Form, students: Array, teachers: Array, variances: Array, random: 
         form: a row of `FORMS`.
         students: sizes `[n]`, n at least form.size.
         teachers: the sizes of their best teachers `[n]`.
-        variances: of the logarithms of those `[n]`; 0 where unknown.
+        variances: of the logarithms of the teachers' sizes `[n]`; 0 if unknown.
         random: source of the bootstrap.
     """
     design, z = form.design(students), form.to_z(students, teachers)
@@ -192,7 +192,7 @@ def fit(form: Form, students: Array, teachers: Array, variances: Array, random: 
 
 
 def laws(optima: Sequence[tuple[Curve, Optimum]], random: np.random.Generator) -> dict[str, Law]:
-    """Every form that the students with an optimum are enough for, by name."""
+    """Fits every form for which there are enough students with an optimum, by name."""
     used = [(curve.student, found) for curve, found in optima if found.teacher is not None]
     if not used:
         return {}
@@ -204,17 +204,17 @@ def laws(optima: Sequence[tuple[Curve, Optimum]], random: np.random.Generator) -
 
 
 def _variances(optima: Sequence[Optimum]) -> Array:
-    """Of the logarithms of the optima `[n]`, from the noise of all curves taken together: a handful of residuals would
-    make one curve's noise seem half or twice of what it is, and its weight in the law with it."""
+    """Variances of the logarithms of the optima `[n]`, from the pooled noise of all curves: with few residuals one
+    curve's own estimate, and so its weight in the law, may be wrong by a factor of two."""
     freedom = sum(found.freedom for found in optima)
     pooled = sum(found.noise * found.freedom for found in optima) / max(freedom, 1)
     scaled = np.array([found.variance * pooled / found.noise if found.noise else 0.0 for found in optima])
-    # A curve of one seed and three teachers does not tell how sure it is: then no surer than the least sure one.
+    # A curve of one seed and three teachers has no variance of its own; it gets the largest of the others.
     return np.where(scaled > 0, scaled, scaled.max())
 
 
 def paper_reading(optima: Sequence[tuple[Curve, Optimum]]) -> dict[str, float] | None:
-    """T = k S + b as the paper reads it: ordinary least squares through the best teachers on the grid.
+    """T = k S + b by the paper's method: ordinary least squares through the best teachers on the grid.
 
     Returns:
         k, b, r2 and the number of students; None for fewer than two. Students whose best teacher is at an end of the
@@ -231,8 +231,8 @@ def paper_reading(optima: Sequence[tuple[Curve, Optimum]]) -> dict[str, float] |
 
 
 def choose(fitted: dict[str, Law]) -> Law | None:
-    """T = k S, unless another form foretells students from each other better and its second number is surely not the
-    one that makes it T = k S."""
+    """T = k S, unless another form predicts students from each other better, and the interval of its second parameter
+    excludes the value at which it reduces to T = k S."""
     if not fitted:
         return None
     chosen = fitted["proportional"]
@@ -247,7 +247,7 @@ def choose(fitted: dict[str, Law]) -> Law | None:
 
 
 def _error(form: Form, students: Array, teachers: Array, noise: Array, folds: Sequence[np.ndarray]) -> float | None:
-    """Mean relative error at the students outside each fold, foretold by those inside; None where folds are small."""
+    """Mean relative error at the students outside each fold, predicted from those inside; None if folds are small."""
     errors: list[float] = []
     for inside in folds:
         outside = np.setdiff1d(np.arange(len(students)), inside)
@@ -276,7 +276,7 @@ def _regress(design: Array, z: Array, noise: Array) -> tuple[Array, Array, float
 
     freedom, tau2 = len(z) - design.shape[1], 0.0
     if freedom > 0 and solve(0.0)[2] > freedom:
-        # The weighted sum of squares falls as tau^2 grows; where it equals the degrees of freedom, tau^2 explains it.
+        # The weighted sum of squares decreases with tau^2; the estimate is where it equals the degrees of freedom.
         enough = 2 * float(np.var(z)) * len(z) + 1e-12
         tau2 = optimize.brentq(lambda tau2: solve(tau2)[2] - freedom, 0.0, enough, xtol=1e-9 * enough)
     coefficients, covariance, _ = solve(tau2)
@@ -284,7 +284,7 @@ def _regress(design: Array, z: Array, noise: Array) -> tuple[Array, Array, float
 
 
 def _floored(variance: Array, z: Array) -> Array:
-    """Variances above zero, for optima without seeds to tell them, or exact ones."""
+    """Positive variances, also for optima that are exact or have no seeds to estimate them from."""
     return np.maximum(variance, 1e-14 * max(1.0, float(np.max(np.abs(z))) ** 2))
 
 

@@ -1,10 +1,10 @@
-"""Sizes and laws as people read them."""
+"""Formats sizes and laws for reports."""
 
 from megatron_capgap.law.fit import Law
 
 
 def short(size: float) -> str:
-    """A number of parameters with three digits at most: 302k, 1.21M, 7B."""
+    """A number of parameters with at most three digits: 302k, 1.21M, 7B."""
     for letter, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(size) >= 0.9995 * scale:
             return f"{size / scale:.3g}{letter}"

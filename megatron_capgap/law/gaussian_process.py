@@ -1,14 +1,14 @@
-"""One Gaussian process of all cells: what a student's loss is as a function of its teacher, and how sure that is.
+"""Gaussian-process model of all cells: a student's loss as a function of its teacher, with uncertainty.
 
-The loss of a run, in nats a token, is modelled as
+The loss of a run, in nats per token, is modelled as
 
-    level[student, seed] + a d + shared(d) + drift(d, log S) + own[student](d) + b q + luck[training] + noise
+    level[student, seed] + a d + shared(d) + drift(d, log S) + own[student](d) + b q + training[teacher] + noise
 
-with d = log(T / S). `shared` is one smooth curve for all students; `drift` lets it change smoothly with the student's
-size; `own` is what one student's curve has for itself. `luck` is a random effect of each training of a teacher, which
-all students of that teacher share; q is how far the teacher's own held-out loss lies from the smooth curve of losses
-against sizes, where it is told. Levels and the coefficients a and b have fixed priors; the six standard deviations and
-lengths of `Scales` are found by marginal likelihood, and their uncertainty enters by importance sampling.
+with d = log(T / S). `shared` is one smooth curve for all students; `drift` is its smooth change with the student's
+size; `own` is one student's deviation. `training` is the random effect of a teacher's training (scale `luck`), shared
+by all students of that teacher; q is the deviation of the teacher's own held-out loss from the smooth curve of losses
+against sizes, if recorded. Levels and the coefficients a and b have fixed priors. The six standard deviations and
+lengths of `Scales` are estimated by marginal likelihood; importance sampling accounts for their uncertainty.
 
 Rasmussen and Williams, Gaussian Processes for Machine Learning, 2006, equations 2.25, 2.26 and 5.9.
 """
@@ -28,9 +28,9 @@ SLOPE_SD = 0.1
 BETA_SD = 1.0
 """Prior standard deviations of a level, of a and of b."""
 OWN_BEND = 0.05
-"""Share of a smooth curve, beside a slope of variance 1, in what a student has for itself."""
+"""Variance of the smooth curve, relative to a slope of variance 1, in a student's own deviation."""
 SIZE_LENGTH = 1.2
-"""Over how much of log S the drift stays correlated."""
+"""Correlation length of the drift in log S."""
 # Medians, and standard deviations of the logarithm.
 PRIOR = {
     "shared": (0.05, 1.2),
@@ -42,22 +42,22 @@ PRIOR = {
 }
 NAMES = tuple(PRIOR)
 HYPER_DRAWS = 200
-"""Draws of the scales that curves are drawn with."""
+"""Number of draws of the scales."""
 ROUNDS, ROUND, FREEDOM, FIRST_WIDTH, NEXT_WIDTH = 3, 300, 5, 1.7, 1.14
-"""Rounds of importance sampling, draws of a round, degrees of freedom of its t distribution, how much wider it is than
-the curvature at the mode says, and than the spread of the draws so far."""
+"""Importance sampling: rounds, draws per round, degrees of freedom of the t distribution, and its width relative to the
+curvature at the mode and relative to the spread of the draws so far."""
 REACH = 4.0
-"""How many of its prior's standard deviations a scale may be from the median."""
+"""Maximum distance of a scale from its prior median, in prior standard deviations."""
 JITTER = 1e-10
-"""Added to the variance of the noise, so that a covariance can be inverted."""
+"""Added to the noise variance, so that covariances are invertible."""
 ROOT_JITTER = 1e-8
-"""The same for a covariance that is drawn from, relative to its mean variance."""
+"""The same for a covariance used for draws, relative to its mean variance."""
 SAME = 1e-6
-"""Students whose log S differ by less are one."""
+"""Students whose log S differ by less count as one."""
 
 
 class Process:
-    """The posterior given some cells."""
+    """The posterior given a set of cells."""
 
     def __init__(self, cells: Cells, random: np.random.Generator) -> None:
         self.cells, self.random = cells, random
@@ -82,7 +82,7 @@ class Process:
         return dict(zip(NAMES, np.exp(np.median(self.draws, axis=0)).tolist(), strict=True))
 
     def curves(self, student: float, ratios: Array, draws: int) -> Array:
-        """Draws of the curve of one student, up to a level: `[draws, m]`.
+        """Draws of one student's curve, up to a level: `[draws, m]`.
 
         Args:
             student: parameters; a size of the cells, or another.
@@ -103,20 +103,20 @@ class Process:
         return np.concatenate(found)
 
     def mean(self, student: float, ratios: Array) -> Array:
-        """The mean of what `curves` draws `[m]`."""
+        """The mean of the curves that `curves` draws `[m]`."""
         across = _parts(ratios, np.full(len(ratios), np.log(student)), self.d, self.z)
         solved = [linalg.cho_solve((factor, True), self._y) for factor in self._factors]
         means = [_shape(h, across) @ each for h, each in zip(self.draws, solved, strict=True)]
         return np.mean(means, axis=0)
 
     def moments(self, number: int, curves: Sequence[tuple[float, Array]], runs: Cells) -> tuple[Array, Array]:
-        """Mean `[m + c]` and covariance of points of curves, up to a level each, and of the losses of runs that have
-        not been made, their noise included, less the mean of the known losses.
+        """Mean `[m + c]` and covariance of points of curves, each up to a level, and of the losses of runs not yet made
+        (noise included), relative to the mean of the known losses.
 
         Args:
-            number: of the draw of the scales.
-            curves: student and log(T / S) of the points, m in all.
-            runs: c of them, whose losses are not looked at; a curve or training that the cells have not is a new one.
+            number: index of the draw of the scales.
+            curves: student and log(T / S) of the points, m in total.
+            runs: c runs, whose losses are not used; curves or trainings that are not in the cells count as new.
         """
         h, factor = self.draws[number], self._factors[number]
         d = np.concatenate([*(ratios for _, ratios in curves), np.log(runs.teacher / runs.student)])
@@ -139,22 +139,22 @@ class Process:
         return mean, own - solved.T @ solved
 
     def teachers(self) -> Array:
-        """What each training of a teacher adds to its students' losses beyond its size: the effect of its own loss and
-        its luck, nats a token, by the mode of the scales; in the order of `cells.training` `[trainings]`."""
+        """Effect of each training of a teacher on its students' losses, beyond its size: effect of its own loss plus
+        its random effect, nats per token, at the mode of the scales; in the order of `cells.training` `[trainings]`."""
         which = np.arange(self.cells.training.max() + 1)
         quality = np.zeros(len(which))
         quality[self.cells.training] = self.cells.quality
         return self.effects(which, quality)
 
     def effects(self, which: Numbers, quality: Array) -> Array:
-        """The same for trainings by their numbers, which the cells may not have, and the qualities of these `[n]`."""
+        """The same for trainings given by index, which need not be in the cells, and their qualities `[n]`."""
         cross = BETA_SD**2 * np.outer(quality, self.cells.quality)
         cross += np.exp(2 * self.mode[NAMES.index("luck")]) * _same(which, self.cells.training)
         return cross @ linalg.cho_solve((self._factor(self.mode), True), self._y)
 
     def left_out(self) -> tuple[Array, Array]:
-        """How far each loss lies from what all other runs expect, and the standard deviation of that, nats a token, by
-        the mode of the scales `[n]`. Rasmussen and Williams, equation 5.12."""
+        """Each loss minus its prediction from all other runs, and the standard deviation of this difference, nats per
+        token, at the mode of the scales `[n]`. Rasmussen and Williams, equation 5.12."""
         inverse = linalg.cho_solve((self._factor(self.mode), True), np.eye(len(self.cells)))
         sd = np.diag(inverse) ** -0.5
         return inverse @ self._y * sd**2, sd
@@ -242,7 +242,7 @@ def _same(one: Numbers, other: Numbers) -> Array:
 
 @dataclass(frozen=True)
 class Parts:
-    """What the covariance of two sets of cells is made of, `[n, m]` each."""
+    """Components of the covariance between two sets of cells, `[n, m]` each."""
 
     d2: Array
     """Squared distances of d."""
@@ -251,7 +251,7 @@ class Parts:
     near: Array
     """Correlation of the drift by the students' sizes."""
     same: Array
-    """1 where the student is the same, else 0."""
+    """1 for the same student, otherwise 0."""
 
 
 def _parts(d1: Array, z1: Array, d2: Array, z2: Array) -> Parts:
@@ -261,13 +261,13 @@ def _parts(d1: Array, z1: Array, d2: Array, z2: Array) -> Parts:
 
 
 def _shape(h: Array, parts: Parts) -> Array:
-    """Covariance of the curves, without levels and luck."""
+    """Covariance of the curves, without levels and random effects of trainings."""
     return SLOPE_SD**2 * parts.product + sum(_terms(h, parts))
 
 
 def _terms(h: Array, parts: Parts) -> tuple[Array, Array, Array]:
-    """Covariance of the shared curve, the drift and a student's own: a smooth curve each, the last two with a slope,
-    which moves an optimum without bending the curve. A student's own is mostly slope."""
+    """Covariances of the shared curve, the drift and a student's own deviation. Each is smooth; the last two include a
+    slope, which moves an optimum without changing the curvature. A student's own deviation is mostly slope."""
     shared, length, drift, own = np.exp(h[:4])
     smooth = np.exp(-0.5 * parts.d2 / length**2)
     drifting = drift**2 * parts.near * (smooth + parts.product)
@@ -275,6 +275,6 @@ def _terms(h: Array, parts: Parts) -> tuple[Array, Array, Array]:
 
 
 def root_of(spread: Array) -> Array:
-    """The Cholesky factor of a covariance that is singular but for rounding. Unlike eigenvectors it is unique, so that
-    equal numbers draw equal curves on every machine."""
+    """The Cholesky factor of a covariance that is singular up to rounding. Unlike eigenvectors it is unique, so equal
+    random numbers give equal curves on every machine."""
     return linalg.cholesky(spread + ROOT_JITTER * np.trace(spread) / len(spread) * np.eye(len(spread)), lower=True)

@@ -1,4 +1,4 @@
-"""report.html: the report with its pictures in one file that opens without a network and prints."""
+"""Builds report.html: the report with embedded pictures in one file, which works offline and can be printed."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ th { border-bottom: 2px solid #666; }
 
 
 def page(report: str, folder: Path) -> str:
-    """The page.
+    """The HTML page.
 
     Args:
-        report: Markdown, whose pictures are files beside it.
-        folder: where these are.
+        report: Markdown that refers to pictures in `folder`.
+        folder: folder of the pictures.
     """
     body = markdown(report, extensions=["tables"])
     title = report.partition("\n")[0].removeprefix("# ")

@@ -1,14 +1,14 @@
-"""Whether to distil at all: training on labels alone for the same operations.
+"""Compares distillation with training on labels alone for the same FLOPs.
 
-A token costs 6 operations a student parameter, and 2 a teacher parameter more where a teacher reads it as well. For the
-operations of distilling D tokens, labels alone train on D (1 + T / 3S) tokens. What distilling gains at D tokens comes
-from pairs of runs with the same start (`causes`); what the further tokens gain, from runs on labels alone over several
-numbers of tokens,
+A token costs 6 FLOPs per student parameter, plus 2 per teacher parameter with a teacher. For the FLOPs of distilling
+D tokens, training on labels alone processes D (1 + T / 3S) tokens. The gain of distillation at D tokens comes from
+pairs of runs with the same start (`causes`). The gain of the additional tokens comes from runs on labels alone with
+several numbers of tokens,
 
     loss = level[student, seed, start] + (a + b log S) x + c x^2,    x = log(tokens)
 
-by least squares, b where there are several students and c where there are three numbers of tokens. Both are uncertain;
-the answer is their difference.
+by least squares, with b if there are several students and c if there are three numbers of tokens. Both gains are
+uncertain; the result is their difference.
 """
 
 from __future__ import annotations
@@ -27,25 +27,26 @@ from megatron_capgap.law.records import Record
 from megatron_capgap.law.verdict import DRAWS, quantiles
 
 FAR_TOKENS = 4.0
-"""So many times beyond the tokens of the runs on labels alone nothing is said: losses do not go on falling so."""
+"""Maximum factor beyond the tokens of the runs on labels alone: losses cannot be extrapolated further."""
 FREEDOM = 2
-"""Degrees of freedom that the further tokens' gain needs."""
+"""Minimum residual degrees of freedom of the fit for additional tokens."""
 
 
 @dataclass(frozen=True)
 class Against:
-    """Distilling with one teacher against labels alone for the same operations."""
+    """Distillation from one teacher compared with labels alone for the same FLOPs."""
 
     times: float
-    """So many times the tokens can labels alone be trained on."""
+    """Ratio of the tokens on labels alone to the distillation tokens."""
     gain: tuple[float, float, float]
-    """How much lower distilling ends, nats a token: the lower end of the interval, median, upper end."""
+    """Loss on labels alone minus the loss of distillation, nats per token: lower end of the interval, median, upper
+    end."""
     probability: float
-    """That distilling ends lower."""
+    """Probability that distillation ends with the lower loss."""
 
 
 Further = Callable[[float, float, float], Array]
-"""From student, tokens and more tokens to draws of what these gain on labels alone, nats a token `[DRAWS]`."""
+"""(student, tokens, more tokens) -> draws of the gain of more tokens on labels alone, nats per token `[DRAWS]`."""
 
 
 def against(
@@ -56,15 +57,15 @@ def against(
     teachers: Mapping[str, float],
     tokens: float | None = None,
 ) -> dict[str, Against] | str:
-    """The comparison for each teacher by name, or why there is none.
+    """The comparison for each teacher by name, or the reason why there is none.
 
     Args:
-        taught: the runs that are studied, under one set of conditions.
-        everything: all records, among which those on labels alone are.
+        taught: the distillation runs, under one set of conditions.
+        everything: all records, including those on labels alone.
         count: how parameters are counted, one of `records.COUNTS`.
         student: parameters.
-        teachers: their parameters, within what the runs tell of.
-        tokens: that the student is to be distilled on; as the runs were where None.
+        teachers: their parameters, within the range covered by the runs.
+        tokens: distillation tokens; None takes those of the runs.
     """
     wanted = [name for name in SHARED if name != "tokens"]
     conditions = [getattr(taught[0], name) for name in wanted]
@@ -99,8 +100,8 @@ def against(
 
 
 def _further(alone: Sequence[Record], count: str, random: np.random.Generator) -> Further | None:
-    """The fit; None where too few runs with the same start have different tokens. Terms that the runs cannot tell
-    beside FREEDOM degrees of freedom are left out, the last ones first."""
+    """The fit; None if too few runs with the same start have different tokens. Terms are dropped, the last ones first,
+    until FREEDOM degrees of freedom are left."""
     starts = [begun(each) for each in alone]
     groups = {key: number for number, key in enumerate(dict.fromkeys(starts))}
     levels = np.eye(len(groups))[[groups[key] for key in starts]]

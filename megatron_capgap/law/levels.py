@@ -1,4 +1,4 @@
-"""Losses of a student, its level included, also of one that no run has seen."""
+"""Predicted losses of a student including its level, also for unseen students."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from megatron_capgap.law.cells import Array, Cells
 from megatron_capgap.law.gaussian_process import SAME, Process, root_of
 
 SCALES = 50
-"""Draws of the scales that losses are drawn with."""
+"""Number of draws of the scales."""
 
 
 def losses(process: Process, student: float, ratios: Array, draws: int) -> Array:
-    """Draws of the loss of a student under teachers of ordinary luck, mean over seeds, nats a token `[draws, m]`.
+    """Draws of a student's loss under teachers of average training, mean over seeds, nats per token `[draws, m]`.
 
-    A student of the data has the level of its runs. The level of another lies on the line in log S through those of the
-    two students beside it, or of the two nearest; how levels scatter about that line is not in it.
+    A student of the data has the level of its runs. The level of another student is on the line in log S through the
+    levels of its two neighbours, or of the two nearest students; the scatter about that line is not included.
 
     Args:
         process: the model.

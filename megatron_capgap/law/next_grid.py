@@ -1,5 +1,5 @@
-"""The grid of the runs that a plan proposes, for tools/make_sweep.py. It stands beside the sweep that the records come
-from, whose teachers and starts it reads."""
+"""Builds the grid of the runs that a plan proposes, for tools/make_sweep.py. It uses the teachers and starts of the
+sweep that the records come from."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ KEPT = ("common", "teach", "start", "prune", "distill", "ranks", "slurm")
 def next_grid(
     plan: Plan, grid: Mapping[str, Any], init: str, sizes: Callable[[Any], float], further: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """A grid of the proposed runs alone.
+    """A grid of only the proposed runs.
 
     Args:
-        plan: with a step at least.
-        grid: of the sweep that the records come from, one that `sweep.expand` takes.
-        init: where the students of the records begin.
-        sizes: from a model's section to its parameters, as the plan counts them.
-        further: sections of models of teachers that the grid may not have, by name.
+        plan: with at least one step.
+        grid: grid of the sweep that the records come from, valid for `sweep.expand`.
+        init: initialisation of the records' students.
+        sizes: returns a model section's parameters, counted as in the plan.
+        further: model sections of teachers that may be missing in the grid, by name.
 
     Raises:
-        LawError: a student, or a training of a teacher, that is not in the grid.
+        LawError: a student, or a training of a teacher, is not in the grid.
     """
     if init not in STARTS or init == "pruned_other":
-        raise LawError(f"--grid: init {init!r} has no row in a grid of new runs; take the cells from the table")
+        raise LawError(f"--grid: init {init!r} is not supported in a grid of new runs; take the cells from the table")
     apart, _ = trained_apart(dict(grid))
     taken = _Names(plan, apart, sizes, further)
     rows: list[dict[str, Any]] = []
@@ -63,12 +63,12 @@ class _Names:
     ) -> None:
         self._plan, self._grid, self._sizes, self._further = plan, grid, sizes, further
         self._new: dict[int, str] = {}
-        # All teachers that are there stay in it, so that the next plan can be made from this grid.
+        # All existing teachers are kept, so that the next plan can be made from this grid.
         self.teachers = {name: self._there(name) for name in grid["teachers"]}
         self.students: dict[str, Any] = {}
 
     def student(self, run: Run, init: str) -> str:
-        """The name of a run's student, whose entry is kept."""
+        """The name of a run's student; keeps its entry in the new grid."""
         name = self._close(self._grid["students"], run.student)
         if name is None:
             raise LawError(f"--grid: no student of {short(run.student)} is in it; give the grid of these records")
@@ -79,7 +79,7 @@ class _Names:
         return name
 
     def teacher(self, run: Run) -> str:
-        """The name of a run's teacher; a new training gets an entry."""
+        """The name of a run's teacher; adds an entry for a new training."""
         if run.training >= self._plan.known:
             if run.training not in self._new:
                 self._new[run.training] = self._add(run)
@@ -92,7 +92,7 @@ class _Names:
         raise LawError(f"--grid: no teacher of {short(size)}{told} is in it; give the grid of these records")
 
     def _add(self, run: Run) -> str:
-        """A new training: of a teacher of the grid, with a seed that no other training of it had, or of another."""
+        """Adds a new training: of a teacher of the grid with an unused seed, or of a teacher from `further`."""
         size = run.teacher.size
         same = {name: entry for name, entry in self.teachers.items() if self._is(entry, size)}
         if not same:
@@ -125,6 +125,6 @@ class _Names:
 
 
 def _beside(out: str) -> str:
-    """Another folder for the new runs: OUT-next, then OUT-next2."""
+    """Folder of the new runs: OUT-next, then OUT-next2."""
     match = re.fullmatch(r"(.*-next)(\d*)", out.rstrip("/"))
     return f"{match[1]}{int(match[2] or 1) + 1}" if match else f"{out.rstrip('/')}-next"

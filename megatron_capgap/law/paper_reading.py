@@ -1,7 +1,7 @@
-"""The paper's reading of a set of records: a parabola for each student alone, and a line through their vertices.
+"""The paper's method on a set of records: a parabola per student, and a line through the vertices.
 
-It takes the luck of each teacher's training for an effect of the teacher's size, and its optima follow the grid. The
-verdicts and the advice of `law.json` come from `verdict` and `advice`; this stands beside them for comparison.
+It mistakes the random effect of each teacher's training for an effect of the teacher's size, and its optima follow the
+grid. It is reported for comparison only: the verdicts and advice in `law.json` come from `verdict` and `advice`.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ FEW_STUDENTS = 3
 
 @dataclass(frozen=True)
 class Reading:
-    """What the paper's method says of a set of records."""
+    """Result of the paper's method on a set of records."""
 
     optima: Sequence[tuple[Curve, Optimum]]
     laws: Mapping[str, Law]
     chosen: Law | None
-    """The form that would predict; None where no student has shown an optimum."""
+    """The form chosen for prediction; None if no student has an optimum."""
     remarks: Sequence[str]
-    """What to keep in mind about it; why there is none, where the records have gaps."""
+    """Caveats; if the records have gaps, the reason why there is no result."""
 
 
 def read(records: Sequence[Record], count: str) -> Reading:
-    """Finds each student's optimum and fits a line through them.
+    """Finds each student's optimum and fits a law through them.
 
     Args:
         records: under one set of conditions, from `records.select`.
@@ -43,7 +43,7 @@ def read(records: Sequence[Record], count: str) -> Reading:
     random = np.random.default_rng(0)
     try:
         found, remarks = curves.curves(records, count)
-    except LawError as reason:  # this method needs every cell, and one run in each
+    except LawError as reason:  # this method needs exactly one run in every cell
         return Reading([], {}, None, [str(reason)])
     optima = [(curve, curves.optimum(curve, random)) for curve in found]
     fitted = fit.laws(optima, random)
@@ -52,7 +52,7 @@ def read(records: Sequence[Record], count: str) -> Reading:
 
 
 def as_dict(reading: Reading) -> dict[str, Any]:
-    """The reading as law.json has it."""
+    """The result as stored in law.json."""
     return {
         "students": [_student(curve, found) for curve, found in reading.optima],
         "laws": {name: _law(law) for name, law in reading.laws.items()},
@@ -92,7 +92,7 @@ def _law(law: Law) -> dict[str, Any]:
 
 
 def _caveats(optima: Sequence[tuple[Curve, Optimum]], chosen: Law | None) -> list[str]:
-    """What to keep in mind about the optima and the law."""
+    """Caveats about the optima and the law."""
     found = []
     for curve, best in optima:
         name, largest = f"student of {curve.student:,.0f}", f"{curve.teachers[-1]:,.0f}"
@@ -141,7 +141,7 @@ def _caveats(optima: Sequence[tuple[Curve, Optimum]], chosen: Law | None) -> lis
 
 
 def _contradictions(optima: Sequence[tuple[Curve, Optimum]], law: Law) -> list[str]:
-    """Students left out of the fit whose optimum lies where the law does not put it."""
+    """Students left out of the fit whose censored optimum contradicts the law."""
     found = []
     for curve, best in optima:
         teacher = float(law.teacher(np.array([curve.student]))[0])

@@ -1,20 +1,20 @@
-"""Which runs to make next, so that the recommendation improves most for each operation.
+"""Plans the next runs: those that improve the recommendation most per FLOP.
 
-The worth of a run is how much it lowers the expected regret of the recommendation. Before it, the teacher with the
-least expected loss is recommended; its loss would change the expectations, and with them perhaps the teacher. So
+The gain of a run is the decrease of the recommendation's expected regret. Before the run, the teacher with the least
+expected loss is recommended; the run's loss changes the expectations, and so possibly the recommended teacher:
 
     gain = mean over losses of the run (expected loss of the teacher recommended before it
                                         - expected loss of the teacher recommended after it)
 
-where both are expected after the run. Its loss is simulated from the posterior: draws of the six scales, and
-for each of them joint draws of all runs that could be made. What is expected after it is exact for each draw of the
-scales, and these are weighted anew by how well they foretold the loss. Runs are taken one by one, the largest gain for
-each operation first, each on top of those taken before, while the budget lasts.
+where both expectations are taken after the run. Its loss is simulated from the posterior: draws of the six scales, and
+for each of them joint draws of all possible runs. The expectation after a run is exact for each draw of the scales, and
+the draws are reweighted by the likelihood of the simulated loss. Runs are selected greedily by gain per FLOP, each
+conditional on those selected before, until the budget is spent.
 
-A new seed shifts a student's whole curve by what is not known, so its first run alone tells nothing: it comes with a
-second one. A new training of a teacher is paid once, with the first run that it is for; what cutting a student out of
-it costs is left out. The way is greedy: of two runs that tell something only together, and are no step here, neither is
-seen.
+A new seed shifts a student's whole curve by an unknown amount, so its first run alone gives no information; it is
+proposed together with a second one. The cost of a new training of a teacher is counted once, with the first run that
+needs it; the cost of pruning is neglected. The greedy search misses runs that are informative only together, unless
+they form one of the steps considered here.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from megatron_capgap.law.records import Record
 from megatron_capgap.law.verdict import DRAWS
 
 SCALES, SIMULATIONS = 20, 400
-"""Draws of the scales, and simulated outcomes of all runs."""
+"""Number of draws of the scales, and of simulated outcomes of all runs."""
 AGAIN = 2
-"""So many further seeds of a student, and trainings of a teacher, can be proposed."""
+"""Maximum number of further seeds of a student, and of further trainings of a teacher, that are proposed."""
 LEAST = 1e-5
-"""Nats a token. A run that is expected to gain less is not proposed."""
+"""Minimum expected gain of a proposed run, nats per token."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Teacher:
 
     name: str
     size: float
-    """Parameters as the data count them."""
+    """Parameters, counted as in the data."""
     total: float
     """All parameters."""
 
@@ -60,49 +60,49 @@ class Run:
     """Parameters."""
     teacher: Teacher
     training: int
-    """Number of the training: of those of the data, or beyond them for a new one."""
+    """Index of the teacher's training: one of the data, or a higher number for a new one."""
     teacher_seed: int | None
-    """Of a training of the data; None for a new one, or where the records do not tell."""
+    """Seed of a training of the data; None for a new one, or if not recorded."""
     curve: int
     seed: int
     flops: float
-    """Operations of distilling alone."""
+    """FLOPs of the distillation only."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """Runs that are proposed together, and what they are worth."""
+    """Runs that are proposed together, with their cost and gain."""
 
     runs: tuple[Run, ...]
     trained: tuple[int, ...]
-    """Numbers of the teachers' trainings that they need first."""
+    """Indices of the teachers' trainings that must be made first."""
     flops: float
-    """Operations of all of it."""
+    """FLOPs of the step, including new trainings of teachers."""
     gain: float
-    """By how much it lowers the expected regret, on top of the steps before, nats a token."""
+    """Decrease of the expected regret, in addition to the previous steps, nats per token."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run next."""
+    """The proposed next runs."""
 
     budget: float
     regret: float
-    """Expected regret of the recommendation now, mean over the students that it is for, nats a token."""
+    """Current expected regret of the recommendation, mean over the target students, nats per token."""
     steps: tuple[Step, ...]
     considered: int
-    """Steps that were weighed in the first round."""
+    """Number of steps considered in the first round."""
     known: int
-    """Trainings of teachers that are there; numbers from here on are new ones."""
+    """Number of existing trainings of teachers; indices from here on are new ones."""
 
     @property
     def flops(self) -> float:
-        """Operations of all steps."""
+        """FLOPs of all steps."""
         return sum(step.flops for step in self.steps)
 
     @property
     def then(self) -> float:
-        """The expected regret with all steps."""
+        """The expected regret after all steps."""
         return max(self.regret - sum(step.gain for step in self.steps), 0.0)
 
 
@@ -116,20 +116,20 @@ def plan(
     teacher_tokens: float | None = None,
     simulations: int = SIMULATIONS,
 ) -> Plan:
-    """The steps, the most worth for each operation first.
+    """The steps, in descending order of gain per FLOP.
 
     Args:
         process: fitted to the records.
         records: under one set of conditions.
         count: how parameters are counted, one of `records.COUNTS`.
-        targets: for every student that a teacher is looked for, the parameters of those among which it is chosen.
-        teachers: further ones that could be trained, beside those of the records.
-        budget: operations.
-        teacher_tokens: that new teachers are trained on; None for what the records say.
+        targets: for each target student, the parameters of its candidate teachers.
+        teachers: teachers that could be trained, in addition to those of the records.
+        budget: FLOPs.
+        teacher_tokens: training tokens of new teachers; None takes those of the records.
         simulations: number of simulated outcomes.
 
     Raises:
-        LawError: nothing tells on how many tokens teachers are trained.
+        LawError: the number of training tokens of teachers is unknown.
     """
     options = _Options(process, records, count, teachers, teacher_tokens)
     belief = _Belief.begin(process, targets, options.runs, simulations)
@@ -153,7 +153,7 @@ def plan(
 
 
 class _Options:
-    """All runs that could be made, and which of them are offered when."""
+    """All possible runs, and the steps that are offered in each round."""
 
     def __init__(
         self,
@@ -176,8 +176,9 @@ class _Options:
             self._of_student(student, there, new, count)
 
     def offers(self, taken: set[int]) -> Iterator[tuple[int, ...]]:
-        """Steps, as numbers of runs: single ones, two of a new seed, and of new trainings: one for all students, one of
-        each size for a student, and for all of them; a few runs may tell nothing where many do."""
+        """Steps, as indices of runs: single runs, two of a new seed, and runs of new trainings: one training for all
+        students, one of each size for a student, and one of each size for all students, because a few runs may give no
+        information where many do."""
         curves = {self.runs[n].curve for n in taken}
         used = {self.runs[n].training for n in taken}
         whole: dict[tuple[object, ...], list[int]] = {}
@@ -194,18 +195,18 @@ class _Options:
         yield from dict.fromkeys(tuple(numbers) for numbers in whole.values() if len(numbers) > 1)
 
     def unpaid(self, numbers: Sequence[int], taken: set[int]) -> tuple[int, ...]:
-        """The trainings of teachers that these runs are the first to need."""
+        """The trainings of teachers that these runs need and that no earlier step has paid for."""
         paid = {self.runs[n].training for n in taken}
         wanted = sorted({self.runs[n].training for n in numbers})
         return tuple(training for training in wanted if training >= self.known and training not in paid)
 
     def price(self, numbers: Sequence[int], taken: set[int]) -> float:
-        """Operations of these runs, with the teachers that they need first."""
+        """FLOPs of these runs, including the new trainings of teachers."""
         trained = sum(self._teacher_flops[training] for training in self.unpaid(numbers, taken))
         return trained + sum(self.runs[n].flops for n in numbers)
 
     def _follows(self, training: int) -> bool:
-        """Whether it is a second new training of its teacher, which is as good as the first."""
+        """Whether it is a second new training of its teacher, which is equivalent to the first."""
         return training >= self.known and (training - self.known) % AGAIN > 0
 
     def _later(self, curve: int) -> bool:
@@ -214,7 +215,7 @@ class _Options:
     def _new_trainings(
         self, there: Sequence[Training], teachers: Sequence[Teacher], tokens: float | None, count: str
     ) -> list[tuple[int, Teacher]]:
-        """Number and teacher of each training that could be added."""
+        """Index and teacher of each training that could be added."""
         totals = {record.sizes(count)[1]: record.sizes("total")[1] for record in self._records}
         known = [Teacher(short(size), size, totals[size]) for size in sorted({each.size for each in there})]
         far = [each for each in teachers if all(abs(np.log(each.size / one.size)) >= SAME_SIZE for one in known)]
@@ -225,8 +226,8 @@ class _Options:
             on = tokens or (float(np.median(own or told)) if told else None)
             if on is None:
                 raise LawError(
-                    "--next: the records have no teacher_tokens, so that the price of another training of a teacher is "
-                    "not known; give --teacher-tokens N"
+                    "--next: the records have no teacher_tokens, so the cost of another training of a teacher is "
+                    "unknown; give --teacher-tokens N"
                 )
             for _ in range(AGAIN):
                 number = self.known + len(found)
@@ -237,7 +238,7 @@ class _Options:
     def _of_student(
         self, student: float, there: Sequence[Training], new: Sequence[tuple[int, Teacher]], count: str
     ) -> None:
-        """Adds the runs of one student: cells that are missing, those of a new seed, those of a new training."""
+        """Adds the runs of one student: missing cells, those of a new seed, those of a new training."""
         cells = self._process.cells
         mine = cells.student == student
         own = [record for record, here in zip(self._records, mine, strict=True) if here]
@@ -273,36 +274,36 @@ class _Options:
 
 @dataclass(frozen=True)
 class _Belief:
-    """What is expected in each simulation, after the runs that have been told."""
+    """Expectations in each simulation, after the runs whose losses have been observed."""
 
     mean: Array
-    """Of the points that are chosen among, then of the runs, for each draw of the scales `[scales, simulations, n]`."""
+    """Means of the candidate points, then of the runs, for each draw of the scales `[scales, simulations, n]`."""
     spread: Array
     """Their covariance `[scales, n, n]`."""
     log: Array
-    """Logarithm of the likelihood of what was told `[scales, simulations]`."""
+    """Log-likelihood of the observed losses `[scales, simulations]`."""
     losses: Array
-    """Simulated, of all runs `[simulations, runs]`."""
+    """Simulated losses of all runs `[simulations, runs]`."""
     slices: tuple[slice, ...]
-    """Of the points of each student that a teacher is looked for."""
+    """Slice of the points of each target student."""
     regret: float
-    """Expected regret before anything was told."""
+    """Expected regret before any observation."""
 
     @property
     def points(self) -> int:
-        """Number of the points that are chosen among."""
+        """Number of candidate points."""
         return self.slices[-1].stop
 
     @staticmethod
     def begin(
         process: Process, targets: Mapping[float, Sequence[float]], runs: Sequence[Run], simulations: int
     ) -> _Belief:
-        """Before any of the runs is told.
+        """The state before any run is observed.
 
         Args:
             process: the model.
-            targets: teachers to choose among, parameters, for each student.
-            runs: that could be made.
+            targets: parameters of the candidate teachers, for each student.
+            runs: all possible runs.
             simulations: number of simulated outcomes.
         """
         curves = [(student, np.log(np.array(sizes) / student)) for student, sizes in targets.items()]
@@ -328,7 +329,7 @@ class _Belief:
         return _Belief(everywhere, spread, log, outcome[:, ends[-1] :], slices, float(np.mean(lost)))
 
     def told(self, run: int) -> _Belief:
-        """With one more loss, each simulation's own."""
+        """The state after observing one more run, with each simulation's own loss."""
         column = self.points + run
         variance = self.spread[:, column, column]
         missed = self.losses[:, run] - self.mean[:, :, column]
@@ -339,7 +340,7 @@ class _Belief:
         return _Belief(mean, spread, log, self.losses, self.slices, self.regret)
 
     def gain(self, runs: Sequence[int]) -> float:
-        """By how much these runs would lower the expected regret, nats a token."""
+        """Decrease of the expected regret by these runs, nats per token."""
         kept = [*range(self.points), *(self.points + run for run in runs)]
         after = _Belief(
             self.mean[:, :, kept],
@@ -358,15 +359,15 @@ class _Belief:
         return float(np.mean(gains))
 
     def _expected(self) -> Array:
-        """Losses of the points, over the draws of the scales by how well they foretold what was told
-        `[simulations, points]`."""
+        """Expected losses of the points: mean over the draws of the scales, weighted by the likelihood of the observed
+        losses `[simulations, points]`."""
         weights = np.exp(self.log - self.log.max(axis=0))
         weights /= weights.sum(axis=0)
         return np.einsum("ks,ksp->sp", weights, self.mean[:, :, : self.points])
 
 
 def _root(spread: Array) -> Array:
-    """`root_of` by correlations: a new seed's level varies a thousand times as much as a point of a curve, and what is
-    added to the variance of one must be nothing to the other."""
+    """`root_of` applied to the correlations: a new seed's level varies a thousand times as much as a point of a curve,
+    so one value added to both variances would be too large for the latter."""
     sd = np.sqrt(np.maximum(np.diag(spread), 1e-30))
     return sd[:, None] * root_of(spread / np.outer(sd, sd))

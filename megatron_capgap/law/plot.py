@@ -1,5 +1,5 @@
-"""Pictures: loss against teacher, where the best teacher is, compute against loss. Colours of Okabe and Ito, told apart
-by markers as well."""
+"""Plots: loss against teacher size, location of the best teacher, loss against compute. Colours of Okabe and Ito, also
+distinguished by markers."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ VERDICTS = {
 }
 DPI = 200
 NAMED = 12
-"""Up to so many teachers of a catalogue are all named; of more, those that no cheaper one beats."""
+"""Maximum number of catalogue teachers that are all labelled; of more, only those on the Pareto frontier are."""
 
 
 def curse(study: Analysis, path: Path) -> None:
-    """Loss against teacher size: each run as measured and without its teacher's luck, the posterior's median and
-    interval for each student."""
+    """Loss against teacher size: each run as measured and without the random effect of its teacher's training; the
+    posterior median and interval of each student."""
     figure, axes = _figure()
     cells, luck = study.process.cells, study.process.teachers()
     for number, found in enumerate(study.findings):
@@ -60,7 +60,7 @@ def curse(study: Analysis, path: Path) -> None:
 
 
 def optimum(study: Analysis, path: Path) -> None:
-    """Probability of each ratio T / S to be the best, for each student."""
+    """Cumulative probability of the best ratio T / S, for each student."""
     figure, axes = _figure()
     for number, found in enumerate(study.findings):
         colour, marker = _look(number)
@@ -87,7 +87,7 @@ def optimum(study: Analysis, path: Path) -> None:
 
 
 def law(study: Analysis, path: Path, advice: Advice | None = None) -> None:
-    """Best teacher against student: posterior medians with intervals, the teachers looked at, the paper's slope."""
+    """Best teacher against student size: posterior medians with intervals, the range of teachers, the paper's slope."""
     figure, axes = _figure()
     sizes = [found.student for found in study.findings]
     reach = np.geomspace(min(sizes) / 1.4, max(sizes) * 1.4, 100)
@@ -134,7 +134,7 @@ def law(study: Analysis, path: Path, advice: Advice | None = None) -> None:
 
 
 def causes(study: Analysis, path: Path) -> None:
-    """What the start costs and what the teaching gives, against teacher size: a panel each."""
+    """Effects of the initialisation and of teaching against teacher size, one panel each."""
     figure = Figure(figsize=(6.4, 6.8), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(2, sharex=True)
@@ -160,7 +160,7 @@ def causes(study: Analysis, path: Path) -> None:
 
 
 def compute(study: Analysis, path: Path) -> None:
-    """Loss against the compute of the run: a colour a student, larger marks for larger teachers, the frontier."""
+    """Loss against the compute of the run: one colour per student, larger marks for larger teachers; the frontier."""
     figure, axes = _figure()
     cells, runs = study.process.cells, []
     students = cells.students()
@@ -183,8 +183,8 @@ def compute(study: Analysis, path: Path) -> None:
 
 
 def price(advice: Advice, path: Path) -> None:
-    """Loss against the operations of distilling, for each teacher that can be had, with its interval; what labels alone
-    reach for the same operations, where that is known."""
+    """Loss with interval against the FLOPs of distilling, for each teacher of the catalogue; also the loss on labels
+    alone for the same FLOPs, if known."""
     figure, axes = _figure()
     told = sorted(((each.flops, each) for each in advice.candidates if each.flops), key=lambda pair: pair[0])
     best = advice.candidates[0].name
@@ -227,7 +227,7 @@ def price(advice: Advice, path: Path) -> None:
 
 
 def pareto(runs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The (compute, loss) pairs that no other run beats in both, compute ascending."""
+    """The (compute, loss) pairs on the Pareto frontier, compute ascending."""
     kept: list[tuple[float, float]] = []
     for flops, loss in sorted(runs):
         if not kept or loss < kept[-1][1]:
@@ -236,7 +236,7 @@ def pareto(runs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _figure() -> tuple[Figure, Axes]:
-    # Without pyplot: no display is looked for and no state is left behind.
+    # Without pyplot: needs no display and keeps no global state.
     figure = Figure(figsize=(6.4, 4.4), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -245,7 +245,7 @@ def _figure() -> tuple[Figure, Axes]:
 
 
 def _plain(axes: Axes) -> None:
-    """Light lines behind, no frame."""
+    """Light grid lines in the background, no frame."""
     axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -253,7 +253,7 @@ def _plain(axes: Axes) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    # Without the version of matplotlib in it, equal pictures are equal files.
+    # Without matplotlib's version in the metadata, equal pictures are equal files.
     figure.savefig(path, metadata={"Software": None})
 
 
@@ -271,7 +271,7 @@ def _percent() -> str:
 
 
 def _sizes(axis: Axis, sizes: Sequence[float]) -> None:
-    """Ticks at round sizes, as many as the range needs, written short."""
+    """Ticks at round sizes, in number according to the range, in short notation."""
     narrow = max(sizes) / min(sizes) < 30
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1, 3)))
     axis.set_major_formatter(FuncFormatter(lambda size, _: short(size)))

@@ -1,12 +1,12 @@
-"""Records: the one line that a distillation leaves for the law, or a row of a table that others have made.
+"""Records of distillation runs for the law: one line per run, or a row of a table from another source.
 
-A file is JSON lines, or, where it ends in .csv or .tsv, a table whose first row names the columns: what W&B and
-spreadsheets export. Fields are those of `Record`, in its units; columns of other names are passed over, an empty cell
-is a field that is not told.
+A file contains JSON lines; files ending in .csv or .tsv are tables whose first row names the columns, as exported by
+W&B and spreadsheets. Fields are those of `Record`, in its units. Other columns are ignored; an empty cell is a missing
+field.
 
-Reading is strict. A record that lacks a field, a loss that is no number, a run that is there twice, runs under
-different conditions: each is one message that names the file, the line, the field and what would do. Nothing is left
-out or averaged in silence.
+Reading is strict: a missing field, a loss that is not a number, a duplicate run, or runs under different conditions
+raise an error of one line with the file, the line, the field and the valid values. Nothing is silently left out or
+averaged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_capgap.law.files import LawError, read_file
 
 COUNTS = ("non-embedding", "total")
 CONDITIONS = ("family", "init", "taught", "objective", "tokens", "valid_tokens", "tokenizer")
-"""Fields in which all records of one fit agree: losses under different ones cannot be compared."""
+"""Fields that must be equal in all records of one fit: losses under different conditions cannot be compared."""
 UNITS = {
     "student_params": "parameters without embeddings and LM head",
     "teacher_params": "the same of the teacher",
@@ -43,25 +43,25 @@ UNITS = {
     "teacher_seed": "which training of that teacher",
     "taught": "false where the student saw labels alone",
 }
-"""Units of the fields, as --help has them; `Record` says more."""
+"""Descriptions and units of the fields for --help; `Record` has the details."""
 EVERY = "*"
-"""In a rename: all names that begin alike."""
+"""Wildcard in a rename: all names with the given prefix."""
 MOST_LOSS = 16.0
-"""Nats a token: what guessing among nine million tokens would have. A larger loss is of a run gone wrong, or in another
-unit."""
+"""Nats per token: the loss of a uniform distribution over nine million tokens. A larger loss means a failed run or
+another unit."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One distillation run: who taught whom, under which conditions, and what came of it.
+    """One distillation run: student, teacher, conditions and result.
 
-    Fields with a default may be missing in a file (None: not told).
+    Fields with a default may be missing in a file (None: not recorded).
     """
 
     student_params: int
     """The student's parameters without embeddings and LM head."""
     teacher_params: int
-    """The teacher's, counted alike."""
+    """The teacher's, counted in the same way."""
     student_params_total: int
     """All of the student's parameters."""
     teacher_params_total: int
@@ -73,28 +73,29 @@ class Record:
     seed: int
     """Decides data order and random weights."""
     init: str
-    """Where the student began: `random` weights, `pruned` from this teacher, `pruned_other` from another training of
-    that size, or one `fixed` checkpoint for all."""
+    """The student's initialisation: `random` weights, `pruned` from this teacher, `pruned_other` from another training
+    of that size, or one `fixed` checkpoint for all."""
     valid_loss: float
-    """Cross-entropy on held-out text after the last step, nats a token."""
+    """Cross-entropy on held-out text after the last step, nats per token."""
     objective: str | None = None
-    """What was minimised, in words."""
+    """The objective, as text."""
     flops: float | None = None
     """Floating-point operations of the run: the student's training and the teacher's forward passes."""
     config_hash: str | None = None
-    """Fingerprint of the resolved configuration, run_dir left out."""
+    """Fingerprint of the resolved configuration without run_dir."""
     teacher_tokens: int | None = None
     """Tokens that the teacher was trained on in the run that its checkpoint comes from."""
     teacher_valid_loss: float | None = None
-    """The teacher's own loss on the held-out text of that run, nats a token: tells a weak teacher from a large one."""
+    """The teacher's own loss on the held-out text of that run, nats per token; separates a teacher's quality from its
+    size."""
     valid_tokens: int | None = None
     """Held-out tokens that valid_loss is a mean over."""
     tokenizer: str | None = None
     """Fingerprint of the tokenizer."""
     teacher_seed: int | None = None
-    """Which training of that teacher: the seed it was trained with. Trainings of one size are told apart by it."""
+    """The seed of the teacher's training; distinguishes trainings of one size."""
     taught: bool = True
-    """False where the student began as `init` says and was then trained on labels alone, without the teacher."""
+    """False if the student was trained on labels alone, without the teacher, from the initialisation `init`."""
 
     def sizes(self, count: str) -> tuple[int, int]:
         """(student, teacher) parameters, counted `non-embedding` or `total`."""
@@ -117,19 +118,19 @@ def read(paths: Sequence[str | Path], names: Mapping[str, str] | None = None) ->
 
     Args:
         paths: of the files.
-        names: from names in the files to fields of `Record`, where they differ.
+        names: names in the files -> fields of `Record`, if they differ.
 
     Returns:
-        The records in an order that does not depend on that of files and lines. Unknown fields are passed over.
+        The records, in an order independent of the order of files and lines. Unknown fields are ignored.
 
     Raises:
-        LawError: the first thing that is wrong.
+        LawError: the first problem found.
     """
     return list(located(paths, names))
 
 
 def located(paths: Sequence[str | Path], names: Mapping[str, str] | None = None) -> dict[Record, str]:
-    """What `read` reads, in its order, with the file and line of each."""
+    """The records of `read`, in its order, with the file and line of each."""
     names = names or {}
     for wrong in set(names.values()) - set(_ALL) - {EVERY}:
         raise LawError(f"--rename: {wrong} is no field of a record; valid values: {', '.join(_ALL)}")
@@ -155,7 +156,7 @@ def located(paths: Sequence[str | Path], names: Mapping[str, str] | None = None)
 
 
 def _spelled_out(names: Mapping[str, str], present: set[str]) -> dict[str, str]:
-    """With `config.*=*` as what it stands for: config.NAME is NAME, for every field NAME that is there."""
+    """Expands `config.*=*`: config.NAME is NAME, for every existing field NAME."""
     found: dict[str, str] = {}
     for name, field in names.items():
         if field == EVERY and name.endswith(EVERY):
@@ -169,14 +170,14 @@ def _spelled_out(names: Mapping[str, str], present: set[str]) -> dict[str, str]:
                 )
             found |= told
         elif field == EVERY:
-            raise LawError(f"--rename {name}={field}: {EVERY} on one side alone; PREFIX.*=* would do")
+            raise LawError(f"--rename {name}={field}: {EVERY} on one side only; write PREFIX.*=*")
         else:
             found[name] = field
     return found
 
 
 def schema() -> str:
-    """The fields of a record with their units, a line each."""
+    """The fields of a record with their units, one per line."""
     lines = []
     for name, kind in _ALL.items():
         shown = name if name in _REQUIRED else f"[{name}]"
@@ -188,16 +189,17 @@ def select(records: Sequence[Record], where: Mapping[str, str]) -> list[Record]:
     """The records under one set of conditions.
 
     Args:
-        where: values that some of `CONDITIONS` must have, as text; `taught` is true unless it says otherwise.
+        records: all records.
+        where: required values of some `CONDITIONS`, as text; `taught` is true unless given.
 
     Raises:
-        LawError: none are left, or they still differ in a condition; the message counts them and shows the choice.
+        LawError: no record is left, or they still differ in a condition; the message gives the values and counts.
     """
     for name in where:
         if name not in CONDITIONS:
-            raise LawError(f"--where {name}: no such condition; one of {', '.join(CONDITIONS)} would do")
+            raise LawError(f"--where {name}: no such condition; valid values: {', '.join(CONDITIONS)}")
     if "taught" not in where and any(record.taught for record in records):
-        # Runs on labels alone stand beside the others; they are no students of these teachers.
+        # Runs on labels alone are only counterparts: their students were not distilled.
         records = [record for record in records if record.taught]
     kept = [record for record in records if all(_text(record, name) == value for name, value in where.items())]
     if not kept:
@@ -214,12 +216,12 @@ def select(records: Sequence[Record], where: Mapping[str, str]) -> list[Record]:
 
 
 def conditions(records: Sequence[Record]) -> dict[str, Any]:
-    """What all records of one selection have in common."""
+    """The conditions shared by all records of one selection."""
     return {name: getattr(records[0], name) for name in CONDITIONS}
 
 
 def _plain(kind: str, cell: Any) -> Any:
-    """A cell of a table as JSON would have it, by the kind of its field; as it is where it is no such thing."""
+    """Converts a table cell to the JSON value of its field's kind; returns it unchanged if that is not possible."""
     if kind == "bool":
         return {"true": True, "false": False}.get(cell.strip().lower(), cell)
     for convert in {"int": (int, float), "float": (float,)}.get(kind, ()):
@@ -233,7 +235,7 @@ def _plain(kind: str, cell: Any) -> Any:
 def _parse(place: str, content: Mapping[str, Any], text: bool) -> Record:
     missing = [name for name in _REQUIRED if content.get(name) is None]
     if missing:
-        raise LawError(f"{place}: {', '.join(missing)} missing; write the run's record anew or remove the line")
+        raise LawError(f"{place}: {', '.join(missing)} missing; rewrite the run's record or remove the line")
     told = {name: content[name] for name in _ALL if content.get(name) is not None}
     values = {
         name: _value(
@@ -252,7 +254,7 @@ def _parse(place: str, content: Mapping[str, Any], text: bool) -> Record:
 
 
 def _value(place: str, name: str, given: Any) -> Any:
-    """One field, of its type and in its bounds."""
+    """Checks the type and range of one field."""
     kind = _ALL[name]
     if kind == "bool":
         if not isinstance(given, bool):
@@ -260,19 +262,19 @@ def _value(place: str, name: str, given: Any) -> Any:
         return given
     if kind == "str":
         if not isinstance(given, str) or not given:
-            raise LawError(f"{place}: {name} is {given!r}; a word would do")
+            raise LawError(f"{place}: {name} is {given!r}; expected a non-empty text")
         return given
     if isinstance(given, str):
-        raise LawError(f"{place}: {name} is the text {given!r}; a number without quotes would do")
+        raise LawError(f"{place}: {name} is the text {given!r}; expected a number without quotes")
     number = isinstance(given, int | float) and not isinstance(given, bool)
     if not number or not math.isfinite(given):
-        raise LawError(f"{place}: {name} is {given!r}; a finite number would do, or remove the run")
+        raise LawError(f"{place}: {name} is {given!r}; expected a finite number; correct it or remove the run")
     if name.endswith("valid_loss") and given > MOST_LOSS:
-        raise LawError(f"{place}: {name} is {given!r}; a loss in nats a token is below {MOST_LOSS:g}; remove the run")
+        raise LawError(f"{place}: {name} is {given!r}; a loss in nats per token is below {MOST_LOSS:g}; remove the run")
     lowest = 0 if name.endswith("seed") else 1 if kind == "int" else 0.0
     if given < lowest or (kind == "float" and given == 0) or (kind == "int" and given != int(given)):
         wanted = f"a whole number from {lowest} on" if kind == "int" else "more than 0"
-        raise LawError(f"{place}: {name} is {given!r}; {wanted} would do")
+        raise LawError(f"{place}: {name} is {given!r}; expected {wanted}")
     return int(given) if kind == "int" else float(given)
 
 
@@ -284,22 +286,22 @@ def _refuse_duplicates(found: Sequence[tuple[str, Record]]) -> None:
         if key in seen:
             raise LawError(
                 f"{place}: the same student, teacher, seed {record.seed} and conditions as {seen[key]}; "
-                "remove one of the two; trainings of one teacher are told apart by teacher_seed"
+                "remove one of the two; teacher_seed distinguishes trainings of one teacher"
             )
         seen[key] = place
 
 
 def _refuse_mixed_counts(found: Sequence[tuple[str, Record]]) -> None:
-    """Sizes with and without embeddings that are equal in some records and different in others come of two ways to
-    count; equal in all of them, they are at least one way."""
+    """Refuses records that count parameters in two ways: sizes with and without embeddings are equal in some of them
+    and different in others. If they are equal in all records, the counting is at least consistent."""
     equal: dict[bool, str] = {}
     for place, record in found:
         for inner, total in zip(record.sizes("non-embedding"), record.sizes("total"), strict=True):
             equal.setdefault(inner == total, place)
     if len(equal) > 1:
         raise LawError(
-            f"{equal[True]}: sizes with and without embeddings are equal, but in {equal[False]} they differ, so the "
-            "records count in two ways; write student_params and teacher_params without embeddings everywhere"
+            f"{equal[True]}: sizes with and without embeddings are equal, but in {equal[False]} they differ: the "
+            "records count in two ways; give student_params and teacher_params without embeddings everywhere"
         )
 
 
@@ -319,7 +321,7 @@ def _commonest(records: Sequence[Record], name: str) -> str:
 
 
 def _choice(records: Sequence[Record], names: Sequence[str]) -> str:
-    """How many records have which values, for example `tokens=1000: 24, tokens=2000: 3`."""
+    """Number of records per value, for example `tokens=1000: 24, tokens=2000: 3`."""
     counts: dict[str, int] = {}
     for record in records:
         key = " ".join(f"{name}={_text(record, name)}" for name in names)

@@ -1,4 +1,4 @@
-"""report.md: what was found and how sure it is, for somebody who has to choose a teacher."""
+"""Builds report.md: results and their uncertainty, for the choice of a teacher."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def write(
     """The report as Markdown.
 
     Args:
-        study: what the records say.
-        advice: the recommendation for a student, where one was asked for.
-        scores: how well models foretell unseen students, where that was asked for.
-        mfu: share of the GPU's peak that GPU-hours assume.
-        peak: that peak, operations a second.
-        plan: what to run next, where that was asked for.
+        study: the analysis of the records.
+        advice: the recommendation for a student, if requested.
+        scores: how well models predict unseen students, if requested.
+        mfu: share of the GPU's peak assumed for GPU-hours.
+        peak: that peak, FLOP/s.
+        plan: the proposed next runs, if requested.
     """
     parts = ["# Which teacher: what these runs say"]
     if advice is not None:
@@ -62,7 +62,7 @@ def write(
 
 
 def at_equal_flops(advice: Advice) -> str:
-    """Whether to distil at all, in one line."""
+    """One line on whether to distil or to train on labels alone."""
     first = advice.candidates[0]
     if first.against is None:
         return f"distil, or train on labels alone for the same FLOPs: these runs cannot tell, for {advice.labels}"
@@ -88,7 +88,7 @@ def _beats(against: Against) -> str:
 
 
 def plan_table(plan: Plan) -> str:
-    """What to run next, a line for each step."""
+    """The proposed next runs, one line per step."""
     if not plan.steps:
         return (
             f"what to run next: none of {plan.considered} steps within {plan.budget:.3g} FLOPs is expected to gain "
@@ -118,7 +118,7 @@ def _plan(plan: Plan) -> str:
 
 
 def _cells(plan: Plan, step: Step) -> str:
-    """The runs of a step in words, those of one teacher and seed together."""
+    """The runs of a step as text, grouped by teacher and seed."""
     groups: dict[tuple[object, ...], list[str]] = {}
     for run in step.runs:
         training = "another training" if run.training >= plan.known else ""
@@ -130,7 +130,7 @@ def _cells(plan: Plan, step: Step) -> str:
 
 
 def headline(study: Analysis) -> str:
-    """One line: law or no law, and why."""
+    """One line: law or no law, and the reason."""
     counts = {name: sum(each.verdict == name for each in study.findings) for name in (INTERIOR, SMALLEST, SATURATING)}
     seen = {
         INTERIOR: "have a best teacher inside the grid",

@@ -1,28 +1,28 @@
-"""A grid of students, teachers and seeds as runs: which stage, which configuration, after which other runs.
+"""Expands a grid of students, teachers and seeds into runs with stage, configuration and dependencies.
 
     out: work/sweep                                   # folder of the sweep
     common: {device: cpu, data: {...}, ...}           # keys of every run
     teach: {train: {steps: 400}, ...}                 # keys of the teachers' runs (adapt)
     start: {train: {steps: 100}, ...}                 # keys of the runs that make fixed starts (adapt)
-    prune: {prune: {batches: 8}, ...}                 # keys of the runs that cut students out of teachers (prune)
+    prune: {prune: {batches: 8}, ...}                 # keys of the runs that prune students from teachers (prune)
     distill: {train: {steps: 200}, ...}               # keys of the students' runs
     teachers: {t1: {model: {...}, seeds: [1, 2]}, t2: {checkpoint: RUN}}    # seeds: that many trainings of t1
     students: {s1: {model: {...}}}                    # with init fixed also {checkpoint: RUN}
     rows:                                             # each: students x teachers x seeds
       - {init: random, seeds: [1, 2]}
       - {init: fixed, students: [s1], seeds: [1, 2]}
-      - {init: pruned, seeds: [1, 2]}                 # out of each teacher, to the shape of the student's model
-      - {init: pruned_other, seeds: [1]}              # out of another training of that teacher; needs two or more
-    ranks: 1                                          # processes of one run on this machine; 1 where not given
+      - {init: pruned, seeds: [1, 2]}                 # from each teacher, to the shape of the student's model
+      - {init: pruned_other, seeds: [1]}              # from another training of that teacher; needs at least two
+    ranks: 1                                          # processes of one run on this machine; default 1
     slurm: ["--time=02:00:00", "--gres=gpu:1"]        # options for sbatch
 
-out, common, distill, teachers, students and rows are needed. A row without students or teachers takes all of them, and
-every training of a teacher. Each start (for pruned ones, each student and teacher) is trained on labels alone as well,
-once a seed, which tells what the teaching gives from what the start gives; `labels: false` in a row leaves that out.
+out, common, distill, teachers, students and rows are required. A row without students or teachers uses all of them, and
+every training of a teacher. Each start (for pruned ones, each pair of student and teacher) is also trained on labels
+alone, once per seed, to separate the effect of teaching from that of the start; `labels: false` in a row disables this.
 
-Paths begin in the folder that make_sweep is called in, as those of every configuration do.
+Paths are relative to the folder that make_sweep is called in, as in every configuration.
 
-A teacher or student may bring sections of its own (`train: {...}`), which win over those of its kind of run.
+A teacher or student may have its own sections (`train: {...}`), which override those of its kind of run.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ SECTIONS = {
     "ranks": int,
     "slurm": list,
 }
-"""The keys of a grid and their kinds; what they mean stands above, where tools/make_sweep.py --help takes it from."""
+"""The keys of a grid and their types; the module docstring describes them (shown by tools/make_sweep.py --help)."""
 _NEEDED = ("out", "common", "distill", "teachers", "students", "rows")
 _ROW = {"init", "students", "teachers", "seeds", "labels"}
 LABELS = "labels-"
-"""What the names of runs without a teacher begin with."""
+"""Prefix of the names of runs without a teacher."""
 _LABELS_ALONE = {"objective": {"divergence_weight": 0.0, "cross_entropy_weight": 1.0, "matching": []}}
 
 
@@ -67,7 +67,7 @@ class SweepRun:
 
 @dataclass(frozen=True)
 class Sweep:
-    """All runs, each behind those that it needs."""
+    """All runs in dependency order."""
 
     out: str
     cells: tuple[SweepRun, ...]
@@ -77,7 +77,7 @@ class Sweep:
     """Options for sbatch."""
 
     def phases(self) -> list[list[SweepRun]]:
-        """The runs that need none, those that need only these, and so on."""
+        """Groups of runs: those without dependencies, those that need only these, and so on."""
         depth: dict[str, int] = {}
         for cell in self.cells:
             depth[cell.name] = 1 + max((depth[name] for name in cell.after), default=-1)
@@ -85,13 +85,13 @@ class Sweep:
 
 
 def expand(grid: Any) -> Sweep:
-    """Checks a grid and spells out its runs.
+    """Checks a grid and expands it into runs.
 
     Args:
-        grid: what the YAML file holds; see the module.
+        grid: contents of the YAML file; see the module docstring.
 
     Raises:
-        LawError: a key that is missing, unknown or of the wrong kind, a name that the grid does not have.
+        LawError: a key is missing, unknown or of the wrong type, or a name is not in the grid.
     """
     _check(grid)
     grid, trainings = trained_apart(grid)
@@ -116,7 +116,7 @@ def expand(grid: Any) -> Sweep:
 def _row(
     grid: Mapping[str, Any], number: int, row: Mapping[str, Any], start: Start, trainings: Mapping[str, list[str]]
 ) -> Iterator[SweepRun]:
-    """The runs of one row, with those that make its starts."""
+    """The runs of one row, including those that make its starts."""
     labels = row.get("labels", True)
     if not isinstance(labels, bool):
         raise LawError(f"rows[{number}].labels: {labels!r} given; valid values: true, false")
@@ -131,14 +131,14 @@ def _row(
             for seed in _seeds(number, row):
                 yield _student(grid, f"{row['init']}-{student}-{teacher}-seed{seed}", student, teacher, seed, begun)
                 if labels:
-                    # Named by what the start was made of: without a teacher, nothing else tells one run from another.
+                    # Named after the teacher that the start was made from, because the run itself has no teacher.
                     init = f"pruned-{student}-{begun.source}" if begun.source else f"{row['init']}-{student}"
                     name, nominal = f"{LABELS}{init}-seed{seed}", begun.source or teacher
                     yield _student(grid, name, student, nominal, seed, begun, **_LABELS_ALONE)
 
 
 def trained_apart(grid: dict[str, Any]) -> tuple[dict[str, Any], dict[str, list[str]]]:
-    """The grid with every training of a teacher as a teacher of its own, and the names of these by teacher."""
+    """The grid with every training of a teacher as a separate teacher, and the names of these by teacher."""
     teachers, names = {}, {}
     for name, entry in grid["teachers"].items():
         if "seeds" not in entry:
@@ -155,7 +155,7 @@ def trained_apart(grid: dict[str, Any]) -> tuple[dict[str, Any], dict[str, list[
 
 
 def _in_order(out: str, cells: Mapping[str, SweepRun]) -> tuple[SweepRun, ...]:
-    """The runs, each behind those that it needs: those that it names, and those whose folder it reads."""
+    """The runs in dependency order; a run depends on the runs it names and on those whose folder it reads."""
     folders = {cell.config["run_dir"]: cell.name for cell in cells.values()}
     placed: dict[str, SweepRun] = {}
 
@@ -176,18 +176,18 @@ def _in_order(out: str, cells: Mapping[str, SweepRun]) -> tuple[SweepRun, ...]:
 
 
 def run_dir(out: str, name: str) -> str:
-    """Where a run of the sweep lies."""
+    """The run directory of a run of the sweep."""
     return f"{out}/runs/{name}"
 
 
 @dataclass(frozen=True)
 class StudentStart:
-    """Where a student begins."""
+    """The start (initialisation) of a student."""
 
     section: dict[str, Any]
     """The run's `student`."""
     source: str | None = None
-    """The teacher that it was pruned out of; None where every teacher has the same start."""
+    """The teacher that it was pruned from; None if every teacher has the same start."""
     made: tuple[SweepRun, ...] = ()
     """The runs that make it."""
     after: tuple[str, ...] = ()
@@ -195,7 +195,7 @@ class StudentStart:
 
 
 def _random(grid: Mapping[str, Any], student: str, teacher: str, trainings: Mapping[str, list[str]]) -> StudentStart:
-    """Random weights, by the seed alone: the same under every teacher."""
+    """Random weights that depend only on the seed: the same under every teacher."""
     return StudentStart({"model": grid["students"][student]["model"]})
 
 
@@ -209,7 +209,7 @@ def _fixed(grid: Mapping[str, Any], student: str, teacher: str, trainings: Mappi
 
 
 def _pruned(grid: Mapping[str, Any], student: str, teacher: str, trainings: Mapping[str, list[str]]) -> StudentStart:
-    """Pruned out of each teacher anew, as in the paper."""
+    """Pruned from each teacher, as in the paper."""
     shape = grid["students"][student]["model"]
     target = {name: shape[name] for name in ("layers", "hidden", "heads", "kv_heads", "ffn") if name in shape}
     checkpoint, after = _teacher(grid, teacher)
@@ -221,7 +221,7 @@ def _pruned(grid: Mapping[str, Any], student: str, teacher: str, trainings: Mapp
 def _pruned_other(
     grid: Mapping[str, Any], student: str, teacher: str, trainings: Mapping[str, list[str]]
 ) -> StudentStart | None:
-    """Pruned out of the next training of the same teacher; None where there is only one."""
+    """Pruned from the next training of the same teacher; None if there is only one."""
     same = next(names for names in trainings.values() if teacher in names)
     other = same[(same.index(teacher) + 1) % len(same)]
     return _pruned(grid, student, other, trainings) if other != teacher else None
@@ -234,20 +234,20 @@ STARTS: dict[str, Start] = {
     "pruned": _pruned,
     "pruned_other": _pruned_other,
 }
-"""By `init`: from the grid, student, teacher and the trainings by teacher to where the student begins."""
+"""By `init`: (grid, student, teacher, trainings by teacher) -> the student's start."""
 
 
 def _student(
     grid: Mapping[str, Any], name: str, student: str, teacher: str, seed: int, begun: StudentStart, **own: Any
 ) -> SweepRun:
-    """One training of a student, taught by a teacher unless `own` says otherwise."""
+    """One training of a student, distilled from a teacher unless `own` overrides it."""
     checkpoint, trained = _teacher(grid, teacher)
     taught = {"teacher": {"checkpoint": checkpoint}, "seed": seed, "student": begun.section, **own}
     return _cell(grid, name, "distill", "distill", grid["students"][student], after=(*trained, *begun.after), **taught)
 
 
 def _teacher(grid: Mapping[str, Any], teacher: str) -> tuple[str, tuple[str, ...]]:
-    """A teacher's checkpoint, and the run that makes it where the grid does."""
+    """A teacher's checkpoint, and the run that makes it, if it is part of the grid."""
     checkpoint = grid["teachers"][teacher].get("checkpoint")
     if checkpoint is None:
         return run_dir(grid["out"], f"teacher-{teacher}"), (f"teacher-{teacher}",)
@@ -263,7 +263,7 @@ def _cell(
     after: tuple[str, ...] = (),
     **own: Any,
 ) -> SweepRun:
-    """A run from the common keys, those of its kind, those that its model brings, and its own; the later ones win."""
+    """A run from the common keys, those of its kind, those of its model, and its own; later ones override."""
     config: dict[str, Any] = {"run_dir": run_dir(grid["out"], name)}
     brought = {key: value for key, value in entry.items() if key not in ("model", "checkpoint")}
     for keys in (grid["common"], grid.get(kind, {}), brought, own):
@@ -286,7 +286,7 @@ def _check(grid: Any) -> None:
         if key not in SECTIONS:
             raise LawError(f"{key}: unknown key of a grid; it has {', '.join(SECTIONS)}")
         if not isinstance(value, SECTIONS[key]) or isinstance(value, bool):
-            raise LawError(f"{key}: {str(value)[:40]!r} given; {SECTIONS[key].__name__} would do")
+            raise LawError(f"{key}: {str(value)[:40]!r} given; expected a {SECTIONS[key].__name__}")
     for key in _NEEDED:
         if not grid.get(key):
             raise LawError(f"{key}: missing or empty; a grid has {', '.join(_NEEDED)}")
@@ -300,15 +300,15 @@ def _check(grid: Any) -> None:
                 )
     for number, row in enumerate(grid["rows"]):
         if not isinstance(row, dict) or not row.keys() <= _ROW:
-            raise LawError(f"rows[{number}]: {str(row)[:60]!r} given; keys {', '.join(sorted(_ROW))} would do")
+            raise LawError(f"rows[{number}]: {str(row)[:60]!r} given; valid keys: {', '.join(sorted(_ROW))}")
 
 
 def _names(number: int, row: Mapping[str, Any], kind: str, known: Mapping[str, list[str]]) -> list[str]:
-    """The students, or the trainings of teachers, of a row; all where it names none."""
+    """The students, or the trainings of teachers, of a row; all if it names none."""
     wanted = row.get(kind, list(known))
     for name in wanted:
         if name not in known:
-            raise LawError(f"rows[{number}].{kind}: {name!r} is none of {', '.join(known)}")
+            raise LawError(f"rows[{number}].{kind}: {name!r} is unknown; valid values: {', '.join(known)}")
     return [each for name in wanted for each in known[name]]
 
 
@@ -318,5 +318,5 @@ def _seeds(number: int, row: Mapping[str, Any]) -> list[int]:
 
 def _whole_numbers(key: str, seeds: Any) -> list[int]:
     if not isinstance(seeds, list) or not seeds or not all(type(seed) is int for seed in seeds):
-        raise LawError(f"{key}: {seeds!r} given; a list of whole numbers would do")
+        raise LawError(f"{key}: {seeds!r} given; expected a list of whole numbers")
     return seeds

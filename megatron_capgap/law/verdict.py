@@ -1,4 +1,4 @@
-"""What the posterior says about each student of the data, and whether there is a law."""
+"""Verdict on each student of the data from the posterior, and whether there is a law."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from megatron_capgap.law.cells import Array
 from megatron_capgap.law.gaussian_process import Process
 
 LEVEL = 0.9
-"""Share of the posterior that an interval holds."""
+"""Posterior probability of an interval."""
 MATTERS = 0.002
-"""Nats a token. A smaller rise or fall counts as none: another seed changes as much."""
+"""Nats per token. A smaller rise or fall does not count: another seed changes as much."""
 SURE, SURE_ONE_WAY = 0.9, 0.95
-"""Probability from which on an interior optimum is told, and a curve that only falls or only rises. The prior holds
-that all teachers are alike to be next to impossible: where they are, the luck of few trainings lies along a rise or
-a fall, and each of the two would pass 0.9 in up to a tenth of all grids. An interior optimum needs both."""
+"""Minimum probability to report an interior optimum, and a curve that only falls or only rises. The prior gives almost
+no probability to equally good teachers. If they are equal, the random effects of few trainings resemble a rise or a
+fall, and each of the two would exceed 0.9 in up to 10 % of all grids. An interior optimum requires both."""
 STUDENTS = 3
-"""The word law needs interior optima of so many students."""
+"""Minimum number of students with an interior optimum to report a law."""
 POINTS = 41
 DRAWS = 2000
 
@@ -29,28 +29,28 @@ NOT_DETECTED = "not detected"
 
 @dataclass(frozen=True)
 class Finding:
-    """One student."""
+    """The verdict on one student."""
 
     student: float
     """Parameters."""
     verdict: str
-    """interior: the loss falls by MATTERS or more towards larger teachers and rises by as much again; smallest: it only
-    rises; saturating: it falls and does not rise again; not detected: none of these is as probable as SURE
-    or SURE_ONE_WAY asks."""
+    """interior: the loss falls by at least MATTERS towards larger teachers and then rises by at least as much;
+    smallest: it only rises; saturating: it falls and does not rise again; not detected: none of these reaches the
+    probability SURE or SURE_ONE_WAY."""
     probability: float
-    """Of the verdict; for `not detected`, that of an interior optimum."""
+    """Probability of the verdict; for `not detected`, that of an interior optimum."""
     probabilities: dict[str, float]
-    """Of interior, smallest, saturating and flat; all 0 where there is one teacher, which shows no curve."""
+    """Probabilities of interior, smallest, saturating and flat; all 0 with a single teacher."""
     best: float
     """Median of the best teacher, parameters, within the grid."""
     interval: tuple[float, float]
     """LEVEL interval of the best teacher."""
     grid: Array
-    """Teachers, parameters `[m]`, from the smallest to the largest that the student was trained with."""
+    """Parameters of teachers `[m]`, from the smallest to the largest that the student was trained with."""
     measured: float
-    """The teacher with the lowest mean loss as measured, its luck included, parameters."""
+    """Parameters of the teacher with the lowest measured mean loss, including the random effect of its training."""
     curve: Array
-    """Quantiles of the loss at `grid`, nats a token `[3, m]`: the lower end of the interval, median, upper end."""
+    """Quantiles of the loss at `grid`, nats per token `[3, m]`: lower end of the interval, median, upper end."""
     optimum: Array
     """Probability of each teacher of `grid` to be the best `[m]`."""
 
@@ -67,7 +67,7 @@ def finding(process: Process, student: float) -> Finding:
     drawn = process.curves(student, ratios, DRAWS)
     lowest, at = drawn.min(axis=1), drawn.argmin(axis=1)
     falls, rises = drawn[:, 0] - lowest > MATTERS, drawn[:, -1] - lowest > MATTERS
-    several = float(ratios[-1] > ratios[0])  # one teacher shows no curve
+    several = float(ratios[-1] > ratios[0])  # a single teacher gives no curve
     shares = {
         INTERIOR: float(np.mean(falls & rises)),
         SMALLEST: float(np.mean(~falls & rises)),
@@ -99,7 +99,7 @@ def _measured(process: Process, student: float) -> float:
 
 
 def levelled(process: Process, student: float, ratios: Array, drawn: Array) -> Array:
-    """Draws of a curve at the level of the student's runs under teachers of ordinary luck `[draws, m]`."""
+    """Draws of a curve at the level of the student's runs, under teachers of average training `[draws, m]`."""
     mine = process.cells.student == student
     level = np.mean(process.cells.loss[mine] - process.teachers()[process.cells.training[mine]])
     at_runs = [np.interp(process.d[mine], ratios, each).mean() for each in drawn]
@@ -107,13 +107,13 @@ def levelled(process: Process, student: float, ratios: Array, drawn: Array) -> A
 
 
 def is_law(found: Sequence[Finding]) -> bool:
-    """Whether enough students surely have an interior optimum."""
+    """Whether enough students have an interior optimum with probability SURE."""
     return sum(each.verdict == INTERIOR for each in found) >= STUDENTS
 
 
 def minima(ratios: Array, drawn: Array) -> Array:
-    """Where each curve `[draws, m]` over equally spaced `ratios` is lowest `[draws]`: the vertex of the parabola
-    through its lowest point and the neighbours."""
+    """Minimum of each curve `[draws, m]` over equally spaced `ratios` `[draws]`: the vertex of the parabola through its
+    lowest point and the neighbours."""
     at = drawn.argmin(axis=1)
     inner = np.clip(at, 1, len(ratios) - 2)
     rows = np.arange(len(drawn))
@@ -125,10 +125,10 @@ def minima(ratios: Array, drawn: Array) -> Array:
 
 
 def span(process: Process, student: float) -> Array | None:
-    """log(T / S) between which something is known of a student `[POINTS]`; None where that is nowhere.
+    """Range of log(T / S) that the data cover for a student `[POINTS]`; None if there is none.
 
-    For a student of the data, what its own teachers span; for another, the ratios that were tried, without teachers
-    smaller or larger than any of the data.
+    For a student of the data, the range of its own teachers; for another student, the tried ratios, limited to teachers
+    within the sizes of the data.
     """
     mine = process.cells.student == student
     if mine.any():
@@ -139,6 +139,6 @@ def span(process: Process, student: float) -> Array | None:
 
 
 def quantiles(drawn: Array) -> Array:
-    """The ends of the LEVEL interval and the median between them, over the first axis `[3, ...]`."""
+    """Lower end of the LEVEL interval, median and upper end, over the first axis `[3, ...]`."""
     ends = [(1 - LEVEL) / 2, 0.5, (1 + LEVEL) / 2]
     return np.quantile(drawn, ends, axis=0)

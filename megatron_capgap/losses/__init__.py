@@ -1,7 +1,7 @@
-"""Vocabulary-parallel losses over hidden states and LM heads. Plain torch: no Megatron here.
+"""Vocabulary-parallel distillation and language-model losses over hidden states and LM heads, in plain torch.
 
-`distillation_loss` and `language_model_loss` are the face. Both run the LM heads themselves, so logits never
-exist as a whole; a divergence is a row of the table in `divergences.py`.
+Entry points: `distillation_loss` and `language_model_loss`. Both apply the LM heads themselves, one chunk of tokens at
+a time, so the full logits are never materialised. Divergences are the rows of a table in `divergences.py`.
 """
 
 from megatron_capgap.losses.fused import Loss, distillation_loss, language_model_loss

@@ -1,7 +1,8 @@
-"""Student against teacher on one chunk of tokens: what each rank does before and after the collective.
+"""Compares student and teacher on one chunk of tokens: the local computation before and after the collective.
 
-Shapes: c tokens in the chunk, r of them in a block that fits the cache, w real columns of the shard, tp ranks, k
-listed tokens of a sparse teacher.
+Shapes: c tokens in the chunk, r of them in a block that fits the CPU caches, w real columns of the shard, tp ranks,
+k listed tokens of a sparse teacher, m statistics per token. The variables `pull` hold the logit gradient term of
+`divergences.py`.
 """
 
 from typing import Protocol
@@ -27,21 +28,21 @@ class Comparison(Protocol):
     """The gradient of the divergence with respect to the student's logits is `factor * probabilities + rest`."""
 
     def local_(self, student: Tensor) -> tuple[Tensor, Tensor]:
-        """Student logits [c, w] become the probabilities exp(logits - normaliser).
+        """Replaces the student's logits [c, w] by the probabilities exp(logits - normaliser), in place.
 
-        Returns the normaliser [c], and the statistics [m, c] that `resolve` needs of all ranks; their first row is
+        Returns the normaliser [c], and the statistics [m, c] that `resolve` needs from all ranks; their first row is
         the student's log-sum-exp within the shard.
         """
 
     def resolve(self, gathered: Tensor) -> tuple[Tensor, Tensor]:
-        """All ranks' statistics [tp, m, c] -> the divergence [c], the same on every rank, and the factor [c]."""
+        """All ranks' statistics [tp, m, c] -> the divergence [c], the same on every rank, and the local factor [c]."""
 
     def gradient_(self, probabilities: Tensor, factor: Tensor, scale: Tensor) -> None:
-        """Probabilities [c, w] become factor [c] * probabilities + scale [c] * rest."""
+        """Replaces probabilities [c, w] by factor [c] * probabilities + scale [c] * rest, in place."""
 
 
 class NoComparison:
-    """There is no teacher: the divergence is 0."""
+    """No teacher: the divergence is 0."""
 
     def local_(self, student: Tensor) -> tuple[Tensor, Tensor]:
         """Statistics: log-sum-exp of the student within the shard."""
@@ -49,20 +50,22 @@ class NoComparison:
         return lse, lse[None]
 
     def resolve(self, gathered: Tensor) -> tuple[Tensor, Tensor]:
-        """Nothing, and no factor."""
+        """Divergence 0 and factor 0."""
         zero = torch.zeros_like(gathered[0, 0])
         return zero, zero
 
     def gradient_(self, probabilities: Tensor, factor: Tensor, scale: Tensor) -> None:
-        """As in `Comparison`; there is no rest."""
+        """As in `Comparison`, with rest = 0."""
         probabilities.mul_(factor[:, None])
 
 
 class DenseComparison:
-    """All logits of the teacher are known. The rest of the gradient is the weighted pull of `divergences.py`.
+    """Comparison with a teacher whose logits are all known.
+
+    The rest of the gradient is the weighted logit gradient term of `divergences.py`.
 
     Args:
-        teacher: [c, w] teacher logits over the temperature; become the pull.
+        teacher: [c, w] teacher logits divided by the temperature; overwritten by the logit gradient term.
         objective: names the divergence.
         shard: this rank's columns.
     """
@@ -72,7 +75,7 @@ class DenseComparison:
         self.row = DIVERGENCES[objective.divergence]
 
     def local_(self, student: Tensor) -> tuple[Tensor, Tensor]:
-        """Statistics: log-sum-exp of student and teacher within the shard, sums of values and of pulls."""
+        """Statistics: log-sum-exp of student and teacher within the shard, sums of values and of gradient terms."""
         parts: list[tuple[Tensor, ...]] = []
         if self.row.shard_weight is not None:
             for q, p in blocks_in_cache(student, self.teacher):
@@ -80,7 +83,7 @@ class DenseComparison:
                 parts.append((lse_q, lse_p, *self._logit_grad_term_(q, p, log_q, log_p)))
             statistics = _in_rows(parts)
             return statistics[0], statistics
-        # No chain rule: the formula needs probabilities of the whole vocabulary, so their normalisers come first.
+        # No chain rule: the formula needs probabilities over the whole vocabulary, so normalisers are gathered first.
         lse = torch.stack([log_sum_exp(student), log_sum_exp(self.teacher)])
         normalisers = self.shard.gather(lse).logsumexp(0)
         for q, p, of_q, of_p in blocks_in_cache(student, self.teacher, *normalisers):
@@ -91,25 +94,25 @@ class DenseComparison:
         return normalisers[0], torch.cat([lse, _in_rows(parts)])
 
     def _logit_grad_term_(self, q: Tensor, p: Tensor, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-        """Puts the pull in place of p [r, w]; returns the sums of values and of pulls [r]."""
+        """Overwrites p [r, w] by the logit gradient term; returns the sums of values and of gradient terms [r]."""
         value, pull = self.row.formula(p, q, log_p, log_q, self.objective)
         p.copy_(pull)
         return value.sum(1), pull.sum(1)
 
     def resolve(self, gathered: Tensor) -> tuple[Tensor, Tensor]:
-        """As in `Comparison`; by the chain rule, where there is one."""
+        """As in `Comparison`; by the chain rule if the divergence has one."""
         mine = self.shard.rank
         value, pull = gathered[:, 2], gathered[:, 3]
         if self.row.shard_weight is None:
             self.weight = torch.ones_like(value[mine])
             return value.sum(0), pull.sum(0)
-        # Masses P and Q of the shards, [tp, c], and their own divergence, by the same formula.
+        # Probability masses P and Q of the shards, [tp, c], and the divergence between them, by the same formula.
         log_q, log_p = (gathered[:, i] - gathered[:, i].logsumexp(0) for i in (0, 1))
         q, p = log_q.exp(), log_p.exp()
         outer_value, outer_pull = self.row.formula(p, q, log_p, log_q, self.objective)
         weight = p if self.row.shard_weight == "teacher" else q
         inner = (weight * value).sum(0)
-        # A logit moves the softmax within its shard, the shard's mass, and with it the weights if they are Q.
+        # A logit changes the softmax within its shard and the shard's mass, hence also the weights if they are Q.
         factor = weight[mine] * pull[mine] + q[mine] * outer_pull.sum(0) - outer_pull[mine]
         if self.row.shard_weight == "student":
             factor += q[mine] * (value[mine] - inner)
@@ -123,20 +126,21 @@ class DenseComparison:
 
 
 class SparseComparison:
-    """Of the teacher, k tokens a position are known with their log-probabilities.
+    """Comparison with a teacher of which k log-probabilities per position are known.
 
-    Both distributions shrink to the same few outcomes, the listed tokens and perhaps one for all others, and the
-    formula is evaluated there, on every rank alike. The rest of the gradient stands at the listed tokens.
+    Both distributions are reduced to the same outcomes: the listed tokens, and unless `tail` is renormalise one more
+    for all other tokens. Every rank evaluates the formula on these. The rest of the gradient is non-zero at the listed
+    tokens only.
 
     Args:
-        ids: [c, k] int64 ids in the whole vocabulary; any number where the log-probability is -inf.
+        ids: [c, k] int64 ids in the whole vocabulary; ignored where the log-probability is -inf.
         log_probs: [c, k].
         tail: see `TeacherTopK`.
         objective: names the divergence.
         shard: this rank's columns.
 
     Raises:
-        UserError: the tail is dropped, and the divergence is infinite where the teacher gives nothing.
+        UserError: the tail is dropped, and the divergence is infinite where the teacher's probability is 0.
     """
 
     def __init__(self, ids: Tensor, log_probs: Tensor, tail: Tail, objective: ObjectiveConfig, shard: VocabShard):
@@ -144,8 +148,8 @@ class SparseComparison:
         self.objective, self.shard, self.row = objective, shard, DIVERGENCES[objective.divergence]
         if tail == "drop" and not self.row.finite_without_teacher:
             raise UserError(
-                f"teacher top-k with tail 'drop': {objective.divergence} is infinite where the teacher gives "
-                "nothing; use tail 'renormalise' or 'ghost'"
+                f"teacher top-k with tail 'drop': {objective.divergence} is infinite where the teacher has "
+                "probability 0; use tail 'renormalise' or 'ghost'"
             )
 
     def local_(self, student: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,7 +175,7 @@ class SparseComparison:
         on_outcomes = q * pull.sum(1, keepdim=True) - pull
         if self.tail == "renormalise":
             per_mass = torch.zeros_like(lse)
-        else:  # an unlisted token moves the last outcome in proportion to its share of that mass
+        else:  # an unlisted token's logit changes the last outcome in proportion to its share of that mass
             per_mass = on_outcomes[:, -1] / q[:, -1]
             on_outcomes, q = on_outcomes[:, :-1], q[:, :-1]
         self.at_listed = on_outcomes - per_mass[:, None] * q
@@ -184,11 +188,11 @@ class SparseComparison:
 
 
 def _in_rows(parts: list[tuple[Tensor, ...]]) -> Tensor:
-    """m numbers a token, block by block as m tensors [r] -> [m, c]."""
+    """Concatenates m numbers per token: blocks of m tensors [r] -> [m, c]."""
     return torch.stack([torch.cat(row) for row in zip(*parts, strict=True)])
 
 
 def _log_remainder(log_probs: Tensor) -> Tensor:
-    """log(1 - sum exp), [c, k] -> [c, 1]; no less than the log of the rounding error of the sum."""
+    """log(1 - sum exp), [c, k] -> [c, 1]; at least log(eps), the rounding error of the sum."""
     remainder = 1 - log_probs.exp().sum(1, keepdim=True)
     return remainder.clamp_min_(torch.finfo(log_probs.dtype).eps).log_()

@@ -1,26 +1,24 @@
-"""The divergences of the teacher's distribution p and the student's q: one function and one row of a table each.
+"""Table of divergences between the teacher's distribution p and the student's q: one formula and one row each.
 
-A formula sees p, q and their logarithms at some entries of the vocabulary (any shape, all four alike) and
-returns, entry by entry and without writing its arguments,
+A formula takes p, q and their logarithms at some entries of the vocabulary (any shape, the same for all four) and
+returns, per entry and without modifying its arguments,
 
-    value   what the entry adds to D(p, q) = sum_v value_v
-    pull    -q_v * d value_v / d q_v, from which the gradient follows: with q = softmax(s),
-            d D / d s_v = q_v * sum_w pull_w - pull_v
+    value   the entry's contribution to D(p, q) = sum_v value_v
+    pull    the logit gradient term t_v = -q_v * d value_v / d q_v. With q = softmax(s) it gives the gradient
+            d D / d s_v = q_v * sum_w t_w - t_v
 
-Any multiple of q may be added to the pull without changing that gradient. Each formula uses this freedom so
-that its pull is exactly zero where p equals q: a student that agrees with its teacher gets a gradient of
-zero, not of rounding errors.
+Adding any multiple of q to the term does not change that gradient. Each formula uses this so that its term is exactly
+0 where p equals q: a student that equals its teacher gets a gradient of 0, not rounding errors.
 
-Under tensor parallelism a rank holds a shard of the vocabulary, where p has the mass P_r and, inside the
-shard, the distribution p/P_r (likewise Q_r and q/Q_r for the student). The Kullback-Leibler family obeys the
-chain rule
+Under tensor parallelism rank r holds a shard of the vocabulary, in which p has the mass P_r and the conditional
+distribution p/P_r (for the student Q_r and q/Q_r). The Kullback-Leibler family obeys the chain rule
 
     D(p, q) = sum_r W_r * D(p/P_r, q/Q_r) + D(P, Q)            W = P or W = Q
 
-so each rank works with its own normaliser and one collective of a few numbers a token completes the sum. For
-the others the entries need the global normaliser first: two collectives that depend on each other, each of which
-carries two chunks. (The second could travel with the first of the next chunk instead: as many logits alive, as many
-messages.) The column `shard_weight` says which W, or None.
+so each rank uses its local normaliser, and one collective of a few numbers per token completes the sum. All other
+divergences need the global normaliser first: two dependent collectives, each of which carries two chunks. (Sending the
+second one with the first one of the next chunk would keep as many logits alive and need as many messages.) The column
+`shard_weight` is W, or None without a chain rule.
 """
 
 from collections.abc import Callable
@@ -40,32 +38,35 @@ class Divergence:
     """One row of the table."""
 
     formula: Formula
-    """(p, q, log p, log q, objective) -> (value, pull), as described at the top of this file."""
+    """(p, q, log p, log q, objective) -> (value, logit gradient term); see the module docstring."""
     shard_weight: Literal["teacher", "student"] | None = None
-    """W of the chain rule; None where there is none; then the schema names the row in WITHOUT_CHAIN_RULE."""
+    """W of the chain rule: teacher is P, student is Q. None without a chain rule; the schema then lists the row in
+    WITHOUT_CHAIN_RULE."""
     finite_without_teacher: bool = True
-    """Whether D stays finite where p is 0 and q is not (a sparse teacher's dropped tail)."""
+    """Whether D is finite where p is 0 and q is not (tokens outside a sparse teacher's list, with tail drop)."""
 
 
 def forward_kl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: ObjectiveConfig) -> tuple[Tensor, Tensor]:
-    """KL(p || q) = sum p (log p - log q): the classic of Hinton et al. (2015); covers the teacher's modes."""
+    """KL(p || q) = sum p (log p - log q), Hinton et al. (2015); mode-covering."""
     return (log_p - log_q).mul_(p), p - q
 
 
 def reverse_kl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: ObjectiveConfig) -> tuple[Tensor, Tensor]:
-    """KL(q || p) = sum q (log q - log p): MiniLLM (Gu et al., 2023); seeks the teacher's modes."""
+    """KL(q || p) = sum q (log q - log p), MiniLLM (Gu et al., 2023); mode-seeking."""
     pull = (log_p - log_q).mul_(q)
     return -pull, pull
 
 
 def soft_cross_entropy(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: ObjectiveConfig) -> tuple[Tensor, Tensor]:
-    """H(p, q) = - sum p log q: forward_kl plus the teacher's entropy, so the same gradient; MiniMA's loss."""
+    """H(p, q) = - sum p log q, MiniMA's loss: forward_kl plus the teacher's entropy, hence the same gradient."""
     return (p * log_q).neg_(), p - q
 
 
 def jsd(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, objective: ObjectiveConfig) -> tuple[Tensor, Tensor]:
-    """b KL(p || m) + (1 - b) KL(q || m) with m = b p + (1 - b) q, b = jsd_beta: the generalised
-    Jensen-Shannon divergence of GKD (Agarwal et al., 2023); symmetric at b = 0.5."""
+    """b KL(p || m) + (1 - b) KL(q || m) with m = b p + (1 - b) q, b = jsd_beta.
+
+    The generalised Jensen-Shannon divergence of GKD (Agarwal et al., 2023); symmetric at b = 0.5.
+    """
     b = objective.jsd_beta
     mixture = torch.lerp(q, p, b)
     pull = _log_ratio(mixture, q).mul_(q).mul_(1 - b)
@@ -75,7 +76,7 @@ def jsd(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, objective: Objective
 def skew_forward_kl(
     p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, objective: ObjectiveConfig
 ) -> tuple[Tensor, Tensor]:
-    """KL(p || m) with m = a p + (1 - a) q, a = skew_alpha: DistiLLM (Ko et al., 2024); bounded by -log a."""
+    """KL(p || m) with m = a p + (1 - a) q, a = skew_alpha, DistiLLM (Ko et al., 2024); at most -log a."""
     a = objective.skew_alpha
     mixture = torch.lerp(q, p, a)
     pull = _over(p - q, mixture).mul_(q).mul_((1 - a) ** 2)
@@ -85,7 +86,7 @@ def skew_forward_kl(
 def skew_reverse_kl(
     p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, objective: ObjectiveConfig
 ) -> tuple[Tensor, Tensor]:
-    """KL(q || m) with m = (1 - a) p + a q, a = skew_alpha: DistiLLM (Ko et al., 2024); bounded by -log a."""
+    """KL(q || m) with m = (1 - a) p + a q, a = skew_alpha, DistiLLM (Ko et al., 2024); at most -log a."""
     a = objective.skew_alpha
     mixture = torch.lerp(p, q, a)
     towards = _log_ratio(mixture, q).mul_(q)
@@ -93,18 +94,18 @@ def skew_reverse_kl(
 
 
 def total_variation(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: ObjectiveConfig) -> tuple[Tensor, Tensor]:
-    """1/2 sum |p - q|: the largest difference in the probability of any event."""
+    """1/2 sum |p - q|: the largest difference between the probabilities that p and q assign to the same event."""
     difference = p - q
     return difference.abs().mul_(0.5), difference.sign().mul_(q).mul_(0.5)
 
 
 def _over(numerator: Tensor, mixture: Tensor) -> Tensor:
-    """numerator / mixture; 0 where both distributions have underflowed to 0."""
+    """numerator / mixture; 0 where both distributions underflow to 0."""
     return numerator.div_(mixture.clamp_min(torch.finfo(mixture.dtype).tiny))
 
 
 def _log_ratio(mixture: Tensor, part: Tensor) -> Tensor:
-    """log(mixture / part): exactly 0 where they are equal, finite where either has underflowed."""
+    """log(mixture / part); exactly 0 where they are equal, finite where either underflows to 0."""
     tiny = torch.finfo(mixture.dtype).tiny
     return mixture.clamp_min(tiny).div_(part.clamp_min(tiny)).log_()
 

@@ -1,13 +1,13 @@
-"""The losses over hidden states: both LM heads run inside, a chunk of tokens at a time.
+"""Fused LM head and loss: logits, losses and gradients are computed chunk by chunk in the forward pass.
 
-A chunk's logits are made, compared, turned into their gradient and multiplied back into the gradients of hidden
-states and LM head, all in the forward pass; then the next chunk takes their place. So memory grows with the chunk and
-not with the number of tokens, and the backward pass has nothing to do but scale.
+For each chunk of tokens the forward pass computes the logits, compares them with the teacher's, replaces them by their
+gradient and multiplies it into the gradients of hidden states and LM head; the next chunk reuses the buffers. Memory
+therefore grows with the chunk, not with the number of tokens, and the backward pass only scales the stored gradients.
 
-Collectives over the tensor-parallel group: one all-gather of statistics a chunk, and one all-reduce a call for the
-hidden states' gradient. With sequence parallelism each chunk gathers its hidden states and reduce-scatters their
-gradient instead. None in the backward pass. The divergences without a chain rule need a second all-gather that waits
-for the first: they go two chunks at a time, and both gathers carry both.
+Collectives over the tensor-parallel group: one all-gather of per-token statistics per chunk, and one all-reduce per
+call for the hidden states' gradient. With sequence parallelism each chunk all-gathers its hidden states and
+reduce-scatters their gradient instead. The backward pass has no collectives. Divergences without a chain rule need a
+second all-gather that depends on the first; they process two chunks at a time, and each all-gather carries both.
 """
 
 from dataclasses import dataclass
@@ -29,14 +29,18 @@ from megatron_capgap.losses.vocab_shard import VocabShard
 
 
 class Loss(NamedTuple):
-    """What the losses return; all of it the same on every tensor-parallel rank."""
+    """Result of a loss function; identical on all tensor-parallel ranks.
+
+    The mean loss is loss_sum / num_tokens, with both summed over all micro-batches and data-parallel ranks.
+    """
 
     loss_sum: Tensor
-    """Scalar: weighted sum over valid tokens, fp32 (float64 for float64 inputs), to divide by the global num_tokens."""
+    """Scalar: objective summed over tokens, each times its loss mask; fp32 (float64 for float64 inputs)."""
     num_tokens: Tensor
     """Scalar, fp32: sum of the loss mask."""
     report: dict[str, Tensor]
-    """Scalars, detached: the unweighted sums "cross_entropy" and, where a teacher was looked at, "divergence"."""
+    """Detached scalars, masked sums without the objective's weights: "cross_entropy" and, if a teacher is used,
+    "divergence" (T^2 included)."""
 
 
 def distillation_loss(
@@ -54,29 +58,34 @@ def distillation_loss(
 ) -> Loss:
     """Divergence from the teacher plus cross-entropy, summed over the valid tokens of a micro-batch.
 
-    `loss_sum.backward()` fills the gradients of student_hidden (complete, not partial) and student_head (of this
-    shard; where it has the `main_grad` of Megatron's DDP, added there, unrounded). It may be called once. Under
-    torch.no_grad(), or where neither wants one, no gradient work is done.
+    `loss_sum.backward()` computes the gradients of student_hidden (complete, not partial over tensor-parallel ranks)
+    and of student_head (of the local shard; if the head has the `main_grad` of Megatron's DDP, the gradient is added
+    there without rounding). It can be called once. Under torch.no_grad(), or if neither tensor requires a gradient,
+    no gradient is computed.
+
+    Collective over `group`: all its ranks must call it with the same number of tokens. One all-gather per chunk (two
+    for a divergence without a chain rule) and one all-reduce per call; with sequence parallelism an all-gather and a
+    reduce-scatter of [c, h] per chunk instead of the all-reduce.
 
     Args:
-        student_hidden: [n, h] replicated, or with sequence_parallel [n/tp, h]: tokens rank * n/tp + i, as
-            Megatron cuts the sequence. After the final norm.
+        student_hidden: [n, h] replicated, or with sequence_parallel [n/tp, h]: rank r holds the tokens r * n/tp + i,
+            as in Megatron. After the final norm.
         student_head: [v/tp, h] local shard of the LM head, padding included.
         teacher: hidden states and LM head, logits, or top-k log-probabilities.
-        labels: [n] int64, always all tokens.
-        loss_mask: [n] weight of each token, 0 where it does not count; its label is not looked at then.
-        objective: what is summed, and how it is weighted.
-        vocab_size: real columns of the vocabulary; the rest of the heads' rows is padding, weighs nothing and
-            gets no gradient.
+        labels: [n] int64 token ids, always of all n tokens.
+        loss_mask: [n] weight of each token; where it is 0, the token does not count and its label is ignored.
+        objective: divergence, temperature and weights.
+        vocab_size: number of real columns of the vocabulary; further rows of the heads are padding, have probability
+            0 and get no gradient.
         group: the tensor-parallel group; None for one rank.
-        sequence_parallel: whether hidden states arrive cut along the sequence.
-        chunk_tokens: tokens whose logits exist at a time. More of them make larger matrix products, fewer
-            save memory. None leaves it to `derive.loss_chunk_tokens`. Over several ranks twice as many for a
-            divergence without a chain rule of a teacher that is not sparse.
+        sequence_parallel: whether hidden states are sharded along the sequence.
+        chunk_tokens: tokens per chunk, whose logits exist at the same time. Larger chunks make larger matrix products,
+            smaller ones save memory. None selects `config.derived.loss_chunk_tokens`. Doubled over several ranks for
+            a divergence without a chain rule, unless the teacher is sparse (top-k).
 
     Raises:
-        UserError: shapes that do not fit each other, a counted label or a teacher's id outside the vocabulary (on a
-            GPU a device assertion, since the message would cost a synchronisation).
+        UserError: shapes that do not match, or a counted label or teacher's id outside the vocabulary (on a GPU a
+            device assertion, since the message would require a synchronisation).
     """
     looked_at = None if objective.divergence_weight == 0 else teacher
     shard = VocabShard.of(student_head.shape[0], vocab_size, group)
@@ -97,7 +106,10 @@ def language_model_loss(
     sequence_parallel: bool = False,
     chunk_tokens: int | None = None,
 ) -> Loss:
-    """Cross-entropy alone, for pretraining, finetuning and evaluation; the arguments are distillation_loss's."""
+    """Cross-entropy alone, for pretraining, finetuning and evaluation.
+
+    Arguments, gradients, collectives and Raises are those of `distillation_loss`, without a teacher.
+    """
     objective = ObjectiveConfig(divergence_weight=0.0, cross_entropy_weight=1.0)
     shard = VocabShard.of(head.shape[0], vocab_size, group)
     task = _Task(None, labels, loss_mask, objective, vocab_size, shard, sequence_parallel, _chunk(chunk_tokens, labels))
@@ -110,7 +122,7 @@ def _chunk(given: int | None, tensor: Tensor) -> int:
 
 @dataclass(frozen=True)
 class _Task:
-    """Everything about one call but the two tensors that may want a gradient."""
+    """The arguments of one call, except the two tensors that may require a gradient."""
 
     teacher: TeacherOutputs | None
     labels: Tensor
@@ -123,26 +135,26 @@ class _Task:
 
     @property
     def parts(self) -> int:
-        """Number of ranks over which the tokens are cut."""
+        """Number of ranks over which the tokens are sharded."""
         return self.shard.size if self.sequence_parallel else 1
 
     @property
     def step(self) -> int:
-        """Tokens of each part that are walked over at a time."""
+        """Tokens of each part that are processed at a time."""
         dense = self.teacher is not None and not isinstance(self.teacher, TeacherTopK)
         together = derived.loss_chunks_together(self.objective.divergence, self.shard.size) if dense else 1
         return max(1, together * self.chunk_tokens // self.parts)
 
     def of_chunk(self, everything: Tensor, rows: slice) -> Tensor:
-        """[n, ...] -> the chunk's tokens [c, ...]: `rows` of every rank's part, in the order of the ranks."""
+        """[n, ...] -> the chunk's tokens [c, ...]: `rows` of every rank's part, in rank order."""
         return everything.unflatten(0, (self.parts, -1))[:, rows].flatten(0, 1)
 
     def gathered(self, part: Tensor, rows: slice) -> Tensor:
-        """[n / parts, h] on each rank -> the chunk's tokens [c, h]; an all-gather where there are several parts."""
+        """[n / parts, h] on each rank -> the chunk's tokens [c, h]. Collective (all-gather) if parts > 1."""
         return part[rows] if self.parts == 1 else self.shard.gather_rows(part[rows])
 
     def comparison(self, rows: slice, buffer: Tensor | None) -> Comparison:
-        """The teacher's side of one chunk; dense logits are made in `buffer` [c, w]."""
+        """The comparison with the teacher for one chunk; dense teacher logits are computed into `buffer` [c, w]."""
         teacher, objective, shard = self.teacher, self.objective, self.shard
         if teacher is None:
             return NoComparison()
@@ -162,10 +174,10 @@ class _Task:
 
 
 class _Gradients:
-    """Gradients of hidden states [n / parts, h] and LM head [v/tp, h] as they grow, each only if wanted.
+    """Accumulated gradients of hidden states [n / parts, h] and LM head [v/tp, h], each only if requested.
 
-    The head's sum over chunks is kept in `exact` precision. It is rounded to the head's type once, at the end, unless
-    the head has a `main_grad` to which it is added in the backward pass.
+    The head's gradient is accumulated over chunks in the dtype `exact`. It is rounded to the head's dtype once, at the
+    end, unless the head has a `main_grad`, to which the backward pass adds it.
     """
 
     def __init__(self, hidden: Tensor, head: Tensor, task: _Task, wanted: tuple[bool, bool], exact: torch.dtype):
@@ -175,7 +187,7 @@ class _Gradients:
         self.of_head = torch.zeros_like(head, dtype=exact) if wanted[1] else None
 
     def add_(self, rows: slice, logits: Tensor, hidden: Tensor) -> None:
-        """One chunk: the gradient of its logits [c, w] and its hidden states [c, h]."""
+        """Adds one chunk, given the gradient of its logits [c, w] and its hidden states [c, h]."""
         logits = logits.to(hidden.dtype)
         if self.of_hidden is not None:
             if self.task.parts == 1:  # partial over the ranks until `finished`
@@ -190,7 +202,7 @@ class _Gradients:
                 of_real_head.add_(torch.mm(logits.t(), hidden))
 
     def finished(self) -> tuple[Tensor | None, Tensor | None]:
-        """Both gradients, complete."""
+        """Both gradients, complete. Collective: an all-reduce of the hidden states' gradient, if it is partial."""
         if self.of_hidden is not None and self.task.parts < self.task.shard.size:
             dist.all_reduce(self.of_hidden, group=self.task.shard.group)
         return self.of_hidden, None if self.of_head is None else self.of_head.to(self.head_type)
@@ -199,7 +211,7 @@ class _Gradients:
 def _chunked_forward_backward(
     hidden: Tensor, head: Tensor, task: _Task, wanted: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
-    """Returns the loss, the sums of cross-entropy and divergence [2], and the wanted gradients of hidden and head."""
+    """Returns the loss, the sums of cross-entropy and divergence [2], and the requested gradients (hidden, head)."""
     objective, shard, parts = task.objective, task.shard, task.parts
     exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     step = max(1, min(task.step, hidden.shape[0]))
@@ -229,7 +241,7 @@ def _chunked_forward_backward(
 
 
 def _project(hidden: Tensor, head: Tensor, out: Tensor) -> None:
-    """out [c, w] = hidden [c, h] @ head [w, h]^T, multiplied in the type of the inputs."""
+    """out [c, w] = hidden [c, h] @ head [w, h]^T, multiplied in the dtype of the inputs."""
     if hidden.dtype == out.dtype:
         torch.mm(hidden, head.t(), out=out)
     else:
@@ -237,7 +249,7 @@ def _project(hidden: Tensor, head: Tensor, out: Tensor) -> None:
 
 
 class _GradientInForward(torch.autograd.Function):
-    """The walk over chunks as one node of the graph."""
+    """The loop over chunks as one autograd node: forward computes the gradients, backward scales them."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, task: _Task) -> tuple[Tensor, Tensor]:
@@ -251,12 +263,12 @@ class _GradientInForward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, loss_gradient: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         of_hidden, of_head = ctx.saved_tensors
-        if not (loss_gradient.is_cpu and loss_gradient == 1):  # a GPU would multiply sooner than it answers
-            # In place: they were made for this moment. A second backward finds them changed and raises.
+        if not (loss_gradient.is_cpu and loss_gradient == 1):  # on a GPU `==` would synchronise: multiply
+            # In place: these gradients are used once. A second backward detects the change and raises.
             of_hidden, of_head = (x if x is None else x.mul_(loss_gradient) for x in (of_hidden, of_head))
         if of_head is not None and ctx.main_grad is not None:
             ctx.main_grad.add_(of_head)
-            # DDP's hook wants a gradient, and adds it: with tied embeddings it brings theirs.
+            # DDP's hook requires a gradient and adds it to main_grad; with tied embeddings it holds the embedding's.
             of_head = of_head.zero_().to(ctx.head_type)
         return of_hidden, of_head, None
 
@@ -275,13 +287,13 @@ def _loss(hidden: Tensor, head: Tensor, task: _Task) -> Loss:
 
 
 def _check(hidden: Tensor, head: Tensor, task: _Task) -> None:
-    """Raises UserError where shapes do not fit or a counted label is no id of the vocabulary."""
+    """Raises UserError if shapes do not match or a counted label is outside the vocabulary."""
     labels, mask, parts = task.labels, task.loss_mask, task.parts
     if hidden.shape[-1] != head.shape[1]:
-        raise UserError(f"student hidden states are {hidden.shape[-1]} wide but its LM head is {head.shape[1]} wide")
+        raise UserError(f"student hidden states are {hidden.shape[-1]} wide, but its LM head is {head.shape[1]} wide")
     if hidden.dim() != 2 or hidden.shape[0] * parts != labels.shape[0] or labels.shape != mask.shape:
         raise UserError(
-            f"student hidden states {tuple(hidden.shape)} over {parts} sequence part(s) need labels and mask "
+            f"student hidden states {tuple(hidden.shape)} over {parts} sequence shard(s) need labels and mask "
             f"of [{hidden.shape[0] * parts}], not {tuple(labels.shape)} and {tuple(mask.shape)}"
         )
     if task.chunk_tokens < 1:

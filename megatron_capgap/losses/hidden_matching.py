@@ -1,6 +1,6 @@
-"""Hidden states within the models: how far a student layer's are from a teacher layer's, and the gradient of that.
+"""Matching losses: distance of a student layer's hidden states from a teacher layer's, and its gradient.
 
-Shapes: n tokens (with sequence parallelism this rank's part of them), h_student and h_teacher wide.
+Shapes: n tokens (with sequence parallelism this rank's shard of them), hidden sizes h_student and h_teacher.
 """
 
 from collections.abc import Callable
@@ -12,12 +12,12 @@ from torch.autograd.function import once_differentiable
 
 
 def mean_squared_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """[n, h], [n, h] -> [n]: the squared difference, mean over the width."""
+    """[n, h], [n, h] -> [n]: squared difference, averaged over the hidden size."""
     return (student - teacher).square().mean(-1)
 
 
 def cosine_distance(student: Tensor, teacher: Tensor) -> Tensor:
-    """[n, h], [n, h] -> [n]: 1 minus the cosine of the angle between them."""
+    """[n, h], [n, h] -> [n]: 1 - cosine similarity."""
     return 1 - torch.cosine_similarity(student, teacher, dim=-1)
 
 
@@ -25,14 +25,14 @@ MATCHINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": mean_squared_
 
 
 def matching_sum(student: Tensor, teacher: Tensor, mask: Tensor, kind: str, projection: Tensor | None) -> Tensor:
-    """The distance of student from teacher, summed over the tokens that count: a scalar, fp32 or wider.
+    """The distance between student and teacher, summed over tokens with weights `mask`: a scalar, fp32 or wider.
 
     Args:
         student: [n, h_student].
         teacher: [n, h_teacher].
         mask: [n] weight of each token.
         kind: a name from `MATCHINGS`.
-        projection: [h_teacher, h_student], applied to the student; None where the widths are equal.
+        projection: [h_teacher, h_student], applied to the student; None if the hidden sizes are equal.
     """
     if projection is not None:
         student = student @ projection.t()
@@ -43,23 +43,29 @@ def matching_sum(student: Tensor, teacher: Tensor, mask: Tensor, kind: str, proj
 def match(
     student: Tensor, teacher: Tensor, mask: Tensor, kind: str, weight: float, projection: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Puts a matching loss onto the path of hidden states, without a say of whoever runs the backward pass.
+    """Identity autograd function whose backward adds the matching-loss gradient.
 
-    With sequence parallelism the sum is partial over the tensor-parallel ranks, and so is the projection's gradient.
-    No collectives. Until the backward pass, which computes the distance once more, nothing is held but the arguments.
+    The loss therefore needs no part of the pipeline schedule that runs the backward pass. No collectives: with sequence
+    parallelism the sum and the projection's gradient are partial over the tensor-parallel ranks. Only the arguments
+    are kept for the backward pass, which recomputes the distance.
 
-    Args: those of `matching_sum`, and
+    Args:
+        student: [n, h_student].
+        teacher: [n, h_teacher].
+        mask: [n] weight of each token.
+        kind: a name from `MATCHINGS`.
         weight: of the loss.
+        projection: [h_teacher, h_student], applied to the student; None if the hidden sizes are equal.
 
     Returns:
-        The student's hidden states, a view, whose backward pass adds the gradient of weight * sum to the one that
-        arrives; and weight * sum, detached.
+        A view of the student's hidden states, whose backward adds the gradient of weight * sum to the incoming one;
+        and weight * sum, detached.
     """
     return _Match.apply(student, projection, teacher, mask, kind, weight)
 
 
 class _Match(torch.autograd.Function):
-    """The identity, with a loss on the side."""
+    """The autograd function of `match`."""
 
     @staticmethod
     def forward(

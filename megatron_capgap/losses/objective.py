@@ -1,4 +1,4 @@
-"""What the student minimises, as an object."""
+"""The distillation objective: divergence, temperature and loss weights."""
 
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -10,15 +10,18 @@ from megatron_capgap.losses.divergences import DIVERGENCES, Divergence
 
 @dataclass(frozen=True)
 class DistillationObjective(ObjectiveConfig):
-    """divergence_weight * T^2 * D(teacher / T, student / T) + cross_entropy_weight * cross-entropy.
+    """Loss per token: divergence_weight * T^2 * D(teacher / T, student / T) + cross_entropy_weight * cross_entropy.
 
-    The fields and their defaults are those of the section `objective` of a configuration:
-    `DistillationObjective(**dataclasses.asdict(config.objective))`. With divergence_weight 0 no teacher is
-    looked at; with cross_entropy_weight 0 the cross-entropy is still reported. `matching` speaks of layers that
-    distillation_loss does not see: `losses.matching` has its formulas, the stage distill attaches them to the layers.
+    T is the temperature; it divides the logits of both models in the divergence, not in the cross-entropy. Fields and
+    defaults are those of the configuration's section `objective`:
+    `DistillationObjective(**dataclasses.asdict(config.objective))`.
+
+    With divergence_weight 0 the teacher is not used. With cross_entropy_weight 0 the cross-entropy is still reported.
+    `distillation_loss` ignores `matching`, which concerns intermediate layers: its formulas are in
+    `losses.hidden_matching`, and the distill stage attaches them to the layers.
 
     Raises:
-        UserError: a divergence that is not in the table, or a number out of its range.
+        UserError: an unknown divergence, or a number out of range.
     """
 
     def __post_init__(self) -> None:
@@ -26,7 +29,7 @@ class DistillationObjective(ObjectiveConfig):
             closest = get_close_matches(str(self.divergence), DIVERGENCES, n=1, cutoff=0.0)[0]
             known = ", ".join(DIVERGENCES)
             raise UserError(
-                f"objective.divergence: {self.divergence!r} is unknown; did you mean {closest!r}? There are {known}"
+                f"objective.divergence: {self.divergence!r} is unknown; did you mean {closest!r}? Valid values: {known}"
             )
         for key in ("divergence_weight", "cross_entropy_weight"):
             if not 0 <= getattr(self, key) < float("inf"):
@@ -35,9 +38,9 @@ class DistillationObjective(ObjectiveConfig):
             raise UserError(f"objective.temperature: {self.temperature} must be a number above 0")
         for key in ("skew_alpha", "jsd_beta"):
             if not 0 < getattr(self, key) < 1:
-                raise UserError(f"objective.{key}: {getattr(self, key)} must lie between 0 and 1, both excluded")
+                raise UserError(f"objective.{key}: {getattr(self, key)} must be between 0 and 1, both excluded")
 
     @property
     def row(self) -> Divergence:
-        """The divergence's row of the table."""
+        """The divergence's row of the table `DIVERGENCES`."""
         return DIVERGENCES[self.divergence]

@@ -1,4 +1,4 @@
-"""What a model thinks of given tokens, one by one: their log-probabilities, and whether it would have said them."""
+"""Log-probabilities of given tokens, and whether each is the model's greedy choice."""
 
 from __future__ import annotations
 
@@ -21,23 +21,25 @@ def token_scores(
     sequence_parallel: bool = False,
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The log-probability of each label, and whether it is the likeliest token of the whole vocabulary.
+    """The log-probability of each label, and whether it is the most probable token of the whole vocabulary.
 
-    Logits exist for a chunk of tokens at a time, each rank's columns alone. One all-gather of four numbers a token
-    over the tensor-parallel group; with sequence parallelism one more, of the chunk's hidden states.
+    Computes logits for one chunk of tokens at a time, each rank for its own columns. No gradient.
+
+    Collective over `group`: per chunk one all-gather of four numbers per token; with sequence parallelism one more, of
+    the chunk's hidden states.
 
     Args:
         hidden: [n, h] replicated, or with sequence_parallel [n/tp, h], as in `language_model_loss`.
         head: [v/tp, h] local shard of the LM head, padding included.
         labels: [n] int64 ids of the vocabulary.
-        vocab_size: real columns of the vocabulary; padding is never the likeliest.
+        vocab_size: number of real columns of the vocabulary; padding is never the most probable.
         group: the tensor-parallel group; None for one rank.
-        sequence_parallel: whether hidden states arrive cut along the sequence.
-        chunk_tokens: tokens whose logits exist at a time; None leaves it to `derive.loss_chunk_tokens`.
+        sequence_parallel: whether hidden states are sharded along the sequence.
+        chunk_tokens: tokens whose logits exist at the same time; None selects `config.derived.loss_chunk_tokens`.
 
     Returns:
         log_probs [n] fp32 (float64 for float64 inputs) and greedy [n] bool, the same on every tensor-parallel rank.
-        Of equal logits the lowest id is the likeliest.
+        Among equal logits the lowest id counts as the most probable.
     """
     shard = VocabShard.of(head.shape[0], vocab_size, group)
     parts = shard.size if sequence_parallel else 1
@@ -60,9 +62,9 @@ def token_scores(
 
 
 def _statistics(logits: Tensor, labels: Tensor, shard: VocabShard) -> Tensor:
-    """[4, c] of the shard's logits [c, w]: log-sum-exp, the logit at the label, the largest and its id.
+    """[4, c] of the shard's logits [c, w]: log-sum-exp, the logit at the label, the largest logit and its id.
 
-    An id below 2^24 is exact in fp32; no vocabulary is that large.
+    Ids below 2^24 are exact in fp32; no vocabulary is that large.
     """
     at_label = shard.pick(logits, labels[:, None]).squeeze(1)
     if shard.width == 0:

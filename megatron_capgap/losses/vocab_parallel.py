@@ -1,8 +1,8 @@
 """Losses and gradient of one chunk of tokens, given this rank's shard of its logits.
 
-each rank on its own shard       logits become probabilities, in place
-all-gather of a few numbers      for each token: log-sum-exp, sums, the logit at the label
-each rank on its own shard       probabilities become the gradient, in place
+local, on each rank's shard      replace logits by probabilities, in place
+all-gather of a few numbers      per token: log-sum-exp, sums, the logit at the label
+local, on each rank's shard      replace probabilities by the gradient, in place
 """
 
 import torch
@@ -24,21 +24,21 @@ def chunk_losses_(
     spare: Tensor | None,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and divergence (T^2 included) of each token, [c] and [c], the same on every rank; not weighted.
+    """Unweighted cross-entropy and divergence (T^2 included) of each token, [c] and [c], the same on every rank.
 
-    One all-gather over the tensor-parallel group; one more for a divergence that has no chain rule.
+    Collective: one all-gather over the tensor-parallel group; one more for a divergence without a chain rule.
 
     Args:
-        logits: [c, w] student logits of the shard; overwritten, with_gradient by the gradient of
+        logits: [c, w] student logits of the shard; overwritten, if with_gradient by the gradient of
             sum_i weight_i * (divergence_weight * divergence_i + cross_entropy_weight * cross_entropy_i).
-        comparison: the teacher's side.
+        comparison: the comparison with the teacher.
         labels: [c] ids in the whole vocabulary; a label outside it needs weight 0.
         weight: [c] loss mask.
         objective: weights and temperature.
         shard: this rank's columns.
-        spare: [c, w], overwritten. Given where the comparison has a temperature other than 1: the two losses look at
-            two different distributions then.
-        with_gradient: False where only the losses are wanted.
+        spare: [c, w], overwritten. Required if the comparison's temperature is not 1: the two losses then use
+            different distributions. Otherwise None.
+        with_gradient: False to compute the losses only.
     """
     temperature = objective.temperature
     at_label = shard.pick(logits, labels[:, None]).t()
@@ -53,7 +53,7 @@ def chunk_losses_(
     divergence, factor = comparison.resolve(gathered[:, :-2])
     if with_gradient:
         for_cross_entropy = weight * objective.cross_entropy_weight
-        for_divergence = weight * objective.divergence_weight * temperature  # T^2 of the loss over T of s / T
+        for_divergence = weight * objective.divergence_weight * temperature  # T^2 of the loss times 1/T of d(s / T)
         on_softmax, on_tempered = for_cross_entropy * (normaliser - lse).exp(), for_divergence * factor
         if spare is None:
             comparison.gradient_(logits, on_softmax + on_tempered, for_divergence)

@@ -1,4 +1,4 @@
-"""One rank's share of the vocabulary, and the collective that completes its statistics."""
+"""One rank's shard of the vocabulary, and the collectives that combine the shards' statistics."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from torch import Tensor
 
 from megatron_capgap.common.errors import UserError
 
-# The log of "no mass at all". Finite, so that 0 * log 0 is 0 and not NaN, and far below any real logit.
+# The log of zero probability. Finite, so that 0 * log 0 is 0 and not NaN, and far below any real logit.
 LOG_OF_NOTHING = -1.0e30
 
-# Entries of a block for each thread: a few such temporaries fit a core's cache, and torch, which hands no thread fewer
-# than 2^15, uses all threads.
+# Entries of a block per thread: a few temporaries of this size fit a core's cache, and the block is large enough for
+# torch, which gives each thread at least 2^15 entries, to use all threads.
 BLOCK_OF_A_CORE = 2**16
 
-# Newer torch warns at the older names.
+# Newer torch versions warn about the older names.
 _ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
@@ -25,8 +25,8 @@ _REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 class VocabShard:
     """Columns [start, start + width) of the vocabulary, on this rank of the tensor-parallel group.
 
-    `width` counts real columns only. A padded vocabulary gives the last ranks fewer of them, perhaps none;
-    the padded columns are never computed, which is how they weigh nothing and get no gradient.
+    `width` counts real columns only. With a padded vocabulary the last ranks have fewer of them, possibly none.
+    Padded columns are never computed, so they have probability 0 and get no gradient.
     """
 
     group: dist.ProcessGroup | None
@@ -51,31 +51,31 @@ class VocabShard:
         if not 0 < vocab_size <= size * padded_width:
             raise UserError(
                 f"vocab_size {vocab_size} does not fit {size} LM-head shard(s) of {padded_width} rows "
-                f"({size * padded_width} in all); pad the heads or give the vocabulary they were built for"
+                f"({size * padded_width} in total); pad the heads or pass the vocabulary size they were built for"
             )
         start = rank * padded_width
         return cls(group, size, rank, start, min(max(vocab_size - start, 0), padded_width))
 
     def gather(self, local: Tensor) -> Tensor:
-        """[m, c] on each rank -> [tp, m, c], the same on every rank. One collective; none on one rank."""
+        """[m, c] on each rank -> [tp, m, c], the same on every rank. Collective (one all-gather); none on one rank."""
         if self.size == 1:
             return local[None]
         return self.gather_rows(local).view(self.size, *local.shape)
 
     def gather_rows(self, local: Tensor) -> Tensor:
-        """[m, c] on each rank -> [tp * m, c], in the order of the ranks. One collective."""
+        """[m, c] on each rank -> [tp * m, c], in rank order. Collective (one all-gather)."""
         everyone = local.new_empty(self.size * local.shape[0], local.shape[1])
         _ALL_GATHER(everyone, local.contiguous(), group=self.group)
         return everyone
 
     def reduce_rows(self, partial: Tensor, out: Tensor) -> None:
-        """out [m, c] = this rank's rows of the sum over ranks of partial [tp * m, c]. One collective."""
+        """out [m, c] = this rank's rows of partial [tp * m, c] summed over ranks. Collective (one reduce-scatter)."""
         _REDUCE_SCATTER(out, partial, group=self.group)
 
     def pick(self, values: Tensor, ids: Tensor) -> Tensor:
-        """values [c, width], ids [c, k] in the whole vocabulary -> [c, k]; 0 where another rank has the id.
+        """values [c, width], ids [c, k] in the whole vocabulary -> [c, k]; 0 where another rank holds the id.
 
-        Summed over the ranks this is the value at the id, since exactly one rank has it.
+        The sum over ranks is the value at the id, because exactly one rank holds it.
         """
         if self.width == 0:
             return values.new_zeros(ids.shape)
@@ -83,7 +83,7 @@ class VocabShard:
         return values.gather(1, columns).masked_fill_(~here, 0)
 
     def add_at_(self, values: Tensor, ids: Tensor, increments: Tensor) -> None:
-        """values [c, width] += increments [c, k] at ids [c, k], as far as the ids live on this rank."""
+        """values [c, width] += increments [c, k] at ids [c, k], for the ids that this rank holds."""
         if self.width:
             columns, here = self._columns(ids)
             values.scatter_add_(1, columns, increments.masked_fill(~here, 0))
@@ -95,9 +95,9 @@ class VocabShard:
 
 
 def blocks_in_cache(matrix: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Cuts a matrix [c, w], and others of c rows, into views of so few rows that temporaries stay in the cores' caches.
+    """Splits a matrix [c, w], and others of c rows, into views small enough for temporaries to stay in the CPU caches.
 
-    A GPU has no such cache and pays for every launch, so there the block is the whole.
+    On a GPU the block is the whole matrix: it has no such cache, and each kernel launch costs time.
     """
     block = BLOCK_OF_A_CORE * torch.get_num_threads()
     rows = matrix.shape[0] if matrix.is_cuda else max(1, block // max(1, matrix.shape[1]))
@@ -105,9 +105,9 @@ def blocks_in_cache(matrix: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, .
 
 
 def local_softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Turns logits [r, w] into probabilities within the shard, in place.
+    """Replaces logits [r, w] by probabilities within the shard, in place.
 
-    Returns their logarithms [r, w] and the log-sum-exp [r] of what the logits were.
+    Returns the log-probabilities [r, w] and the log-sum-exp [r] of the original logits.
     """
     if logits.shape[1] == 0:
         return logits, logits.new_full(logits.shape[:1], LOG_OF_NOTHING)
@@ -120,11 +120,11 @@ def local_softmax_(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def softmax_(logits: Tensor) -> Tensor:
-    """Turns logits [c, w] into probabilities within the shard, in place; returns their log-sum-exp [c]."""
+    """Replaces logits [c, w] by probabilities within the shard, in place; returns the logits' log-sum-exp [c]."""
     return torch.cat([local_softmax_(block)[1] for (block,) in blocks_in_cache(logits)])
 
 
 def log_sum_exp(logits: Tensor) -> Tensor:
-    """[c, w] -> [c], over the shard."""
+    """Log-sum-exp over the shard's columns: [c, w] -> [c]."""
     lse = torch.cat([block.logsumexp(1) for (block,) in blocks_in_cache(logits)])
     return lse.clamp_min_(LOG_OF_NOTHING)

@@ -1,1 +1,1 @@
-"""Language models as Megatron-Core builds them, and what they weigh."""
+"""Megatron-Core language models: construction, initialisation, pipeline schedules, sizes and memory estimates."""

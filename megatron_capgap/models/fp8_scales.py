@@ -1,7 +1,7 @@
-"""What delayed scaling has learned: kept aside while a model is not to learn, and named for checkpoints.
+"""FP8 delayed-scaling state: saved and restored around forward passes that must not change it, and for checkpoints.
 
-Transformer Engine would put it into its modules' `_extra_state`, as a pickle that it refuses to read back in 2.16.1 and
-from 2.17.1 on. Here it is the tensors of `COUNTS`, which 2.11 to 2.20 keep under the same names.
+Transformer Engine stores this state in its modules' `_extra_state`, a pickle that 2.16.1 and releases from 2.17.1 on
+refuse to load. Here it is stored as the tensors of `COUNTS`, which have the same names in 2.11 to 2.20.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 from megatron_capgap.models.gpt import unwrap
 
 PREFIX = "delayed_scaling."
-"""What the keys of scales and histories in a checkpoint begin with."""
+"""Prefix of the keys of scales and histories in a checkpoint."""
 COUNTS = {"scale_fwd": 3, "amax_history_fwd": 3, "scale_bwd": 2, "amax_history_bwd": 2}
-"""How many tensors of a linear each speaks of: input, weight and output; gradients of output and input."""
-# Transformer Engine's parts of a module's state, by how our names end.
+"""Number of tensors of a linear that each covers: input, weight and output; gradients of output and input."""
+# Keys of Transformer Engine's `fp8_meta`, by the suffix of the names above.
 _PARTS = {"fwd": "scaling_fwd", "bwd": "scaling_bwd"}
 
 
@@ -32,10 +32,10 @@ class _Linear(Protocol):
 
 
 class DelayedScales:
-    """Scales and histories of largest values as they are now; nothing where no module delays its scales.
+    """Snapshot of the scales and amax histories; empty if no module uses delayed scaling.
 
-    Transformer Engine writes the largest values of every forward pass into the histories, without a gradient too, and
-    the next training step makes scales of them.
+    Transformer Engine records the amax of every forward pass in the histories, also without gradients, and the next
+    training step computes scales from them.
 
     Args:
         chunks: this rank's model chunks.
@@ -46,9 +46,10 @@ class DelayedScales:
         self._kept = [(tensor, tensor.clone()) for tensor in _tensors(chunks)]
 
     def restore(self) -> None:
-        """Makes them what they were, in place: Transformer Engine has noted where they lie.
+        """Restores the snapshot in place: Transformer Engine keeps the tensors' addresses.
 
-        Those that a module has made in the meantime, at its first forward pass, go back to where they began.
+        Tensors that a module created after the snapshot, at its first forward pass, get their initial values: scales
+        1, histories 0.
         """
         known = {id(tensor) for tensor, _ in self._kept}
         for tensor in _tensors(self._chunks):
@@ -59,14 +60,17 @@ class DelayedScales:
 
 
 def _tensors(chunks: Sequence[torch.nn.Module]) -> Iterator[Tensor]:
-    """Scales and histories of all modules that delay their scales."""
+    """Scales and histories of all modules that use delayed scaling."""
     for module in (module for chunk in chunks for module in chunk.modules()):
         yield from state_of(module).values()
 
 
 def state_of(module: torch.nn.Module) -> dict[str, Tensor]:
-    """By the names of `COUNTS`, the scale `[n]` and the history `[steps, n]` of a module's n tensors, forward and
-    backward, fp32, as Transformer Engine holds them; nothing where the module has not run under delayed scaling."""
+    """Delayed-scaling state of a module, under the names of `COUNTS`: the tensors that Transformer Engine holds.
+
+    For each of forward and backward: the scale `[n]` and the amax history `[steps, n]` of n tensors, fp32. Empty if the
+    module has not run under delayed scaling.
+    """
     found: dict[str, Tensor] = {}
     for end, part in _PARTS.items():
         state = getattr(module, "fp8_meta", {}).get(part)
@@ -77,15 +81,16 @@ def state_of(module: torch.nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def set_state(module: torch.nn.Module, state: Mapping[str, Tensor], recipe: object) -> None:
-    """Gives one of Transformer Engine's linears the scales and histories of `state_of`, before it runs.
+    """Sets the scales and histories of one of Transformer Engine's linears, before its first forward pass.
 
     Args:
         module: the linear.
-        state: all four.
-        recipe: Transformer Engine's, that the module will run under. A history of another length keeps what is newest.
+        state: as `state_of` returns it, all four tensors.
+        recipe: Transformer Engine's recipe that the module will use. If its history length differs, the newest entries
+            are kept.
     """
     linear = cast("_Linear", module)
-    linear.fp8_meta.setdefault("num_gemms", 1)  # which a module that has not run does not know
+    linear.fp8_meta.setdefault("num_gemms", 1)  # not set before the first forward pass
     linear.fp8_meta["recipe"] = recipe
     linear.init_fp8_meta_tensors(recipe)
     for name, held in state_of(module).items():
@@ -94,14 +99,18 @@ def set_state(module: torch.nn.Module, state: Mapping[str, Tensor], recipe: obje
 
 
 def _of_length(history: Tensor, steps: int) -> Tensor:
-    """A history `[steps, n]` out of one of another length: row 0 collects, the rows after it grow newer to the end."""
+    """Resizes a history to `[steps, n]`: row 0 accumulates the current step, rows 1 to the end run from old to new."""
     kept = history[max(1, len(history) - steps + 1) :]
     return torch.cat([history[:1], history.new_zeros(steps - 1 - len(kept), history.shape[1]), kept])
 
 
 def linears(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[int, str, torch.nn.Module]]:
-    """Transformer Engine's modules within the layers: a layer's index in the whole model, the module's name without
-    it (`decoder.layers.mlp.linear_fc1`), the module."""
+    """Transformer Engine's FP8 modules within the layers.
+
+    Yields:
+        The layer's index in the whole model, the module's name without that index (`decoder.layers.mlp.linear_fc1`),
+        and the module.
+    """
     for layer in (layer for chunk in chunks for layer in unwrap(chunk).decoder.layers):
         for name, module in layer.named_modules():
             if hasattr(module, "fp8_meta"):

@@ -1,4 +1,4 @@
-"""Weights that live in FP8: Transformer Engine's quantised tensors in the place of bf16 parameters."""
+"""FP8 parameters: Transformer Engine's quantised tensors in place of bf16 parameters."""
 
 from __future__ import annotations
 
@@ -52,23 +52,24 @@ class _QuantisedModule(Protocol):
 def cast_params_to_fp8(
     chunks: Sequence[torch.nn.Module], precision: Precision, *, backward: bool = False, masters: bool = False
 ) -> None:
-    """Where `precision` asks for it, casts the weights of all linears that multiply in FP8; from then on those bytes
-    are the parameters.
+    """Casts the weights of all linears that multiply in FP8, if `precision.fp8.param_gather` is set; the FP8 tensors
+    replace the parameters.
 
-    To be called once the weights are there and before anything knows the parameters: Transformer Engine could make them
-    so at once, of numbers that nobody wants yet and with kernels that a model built in host memory has not.
+    Call it after the weights are filled, and before DDP or an optimizer refers to the parameters. Transformer Engine
+    could create FP8 parameters at construction, but would cast values that are overwritten later, with kernels that do
+    not exist for a model in host memory.
 
     Args:
         chunks: this rank's model chunks, in bf16.
         precision: the model's.
-        backward: whether gradients of inputs will be taken, for which a transposed copy is kept.
-        masters: keeps the exact weights in host memory until Megatron's optimizer has made its fp32 masters of them.
+        backward: whether gradients of inputs will be computed; these need a transposed copy of each weight.
+        masters: keeps the exact weights in host memory until Megatron's optimizer has created its fp32 master weights.
     """
     if precision.fp8 is None or not precision.fp8.param_gather:
         return
     for chunk in map(unwrap, chunks):
         config = chunk.config
-        config.fp8_param = True  # from here on: told so earlier, Megatron would have built them so
+        config.fp8_param = True  # set only now: set earlier, Megatron would have built FP8 parameters
         for layer in chunk.decoder.layers:
             with get_fp8_context(config, layer.layer_number - 1, is_init=True):
                 for module in layer.modules():
@@ -78,7 +79,7 @@ def cast_params_to_fp8(
 
 @torch.no_grad()
 def _cast(module: _QuantisedModule, *, backward: bool, masters: bool) -> None:
-    """What one of Transformer Engine's modules does at its construction, without drawing the weights anew."""
+    """Casts one module's weights as Transformer Engine does at construction, without reinitialising them."""
     module.init_fp8_metadata()
     if not module.fp8_parameters:
         return  # one of the layers that stay in bf16
@@ -99,23 +100,22 @@ def _cast(module: _QuantisedModule, *, backward: bool, masters: bool) -> None:
 
 
 def _keep_exact(held: torch.nn.Parameter, exact: Tensor) -> None:
-    """Gives a parameter the two methods that Megatron's optimizer asks such weights for."""
+    """Adds the two methods through which Megatron's optimizer reads the exact values of FP8 parameters."""
     kept = [exact]
     held.get_high_precision_init_val = lambda: kept[0]  # type: ignore[attr-defined]
     held.clear_high_precision_init_val = kept.clear  # type: ignore[attr-defined]
 
 
 def in_compute_type(state: ShardedStateDict) -> ShardedStateDict:
-    """A sharded state to be loaded into, whose FP8 weights are tensors of the type they stand for."""
+    """A sharded state as the target of a load, with FP8 weights replaced by tensors of the dtype they represent."""
     return _in_compute_type(state, lambda shard: dequantize_fp8_tensor(shard.data.detach()))
 
 
 def written_in_compute_type(state: ShardedStateDict) -> ShardedStateDict:
-    """A sharded state to be saved, whose FP8 weights are copies in the type they stand for: what any run and any tool
-    can load.
+    """A sharded state to be saved, with FP8 weights replaced by copies in the dtype they represent.
 
-    The copies are in host memory, made one at a time, and empty where another rank writes them: on a GPU they would
-    take what the weights save.
+    Any run and any tool can load these. The copies are made one at a time in host memory, because on a GPU they would
+    take the memory that FP8 weights save; they are empty where another rank writes the tensor.
     """
 
     def copied(shard: ShardedBase) -> Tensor:

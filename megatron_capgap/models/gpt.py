@@ -1,4 +1,4 @@
-"""Shape, layout and device to Megatron-Core model chunks."""
+"""Builds Megatron-Core model chunks from a shape, a layout and a device."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class HiddenStateModel(GPTModel):
-    """Megatron's GPT whose last stage returns its final hidden states: the loss owns the LM head, logits never exist.
+    """Megatron's GPT, but the last stage returns its final hidden states; the loss applies the LM head.
 
-    `forward(tokens [b, s], position_ids [b, s], attention_mask=None)` returns `[s, b, h]`, or `[s/tp, b, h]` under
-    sequence parallelism, on every stage; on the last one it is after the final norm.
+    `forward(tokens [b, s], position_ids [b, s], attention_mask=None)` returns the hidden states `[s, b, h]`, or
+    `[s/tp, b, h]` under sequence parallelism, on every stage; on the last stage after the final norm.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.projections = torch.nn.ModuleDict()
-        """Trained and saved with the model, and no part of it: see `models.projections`."""
+        """Trained and saved with the model, but not part of it: see `models.projections`."""
 
     def _postprocess(self, hidden_states: Tensor, **unused: object) -> Tensor:
-        # GPTModel offers no argument for "stop before the output layer"; this is the method it calls there.
+        # GPTModel has no argument to skip the output layer; this is the method that applies it.
         return hidden_states
 
     def lm_head(self) -> Tensor:
@@ -64,7 +64,7 @@ def unwrap(model: torch.nn.Module) -> HiddenStateModel:
 def transformer_config(
     shape: ModelShape, layout: Layout, precision: Precision, device: Device, dropout: float = 0.0
 ) -> TransformerConfig:
-    """The numbers in Megatron's words."""
+    """Megatron's TransformerConfig for a shape, layout, precision and device."""
     dtype = DTYPES[precision.compute]
     engine = derived.engine(precision, device.default_engine)
     traits = ARCHITECTURES[shape.family]
@@ -94,18 +94,18 @@ def transformer_config(
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=precision.compute == "bf16",
-        # Weights are filled by `initialise` or from a checkpoint, never by Megatron's own layout-dependent draws.
+        # `initialise` or a checkpoint fills the weights; Megatron's own initialisation depends on the layout.
         use_cpu_initialization=True,
         perform_initialization=False,
         # The loss is a sum over tokens; Megatron divides gradients once, by the global number of valid tokens.
         calculate_per_token_loss=True,
         deallocate_pipeline_outputs=device.send_keeps_data or layout.virtual_pipeline == 1,
         # With two pipeline ranks the next stage is also the previous one. Batched sends and receives are matched by
-        # order alone, so that an interleaved schedule would take gradients for activations, silently.
+        # order only, so an interleaved schedule would silently receive gradients as activations.
         batch_p2p_comm=layout.virtual_pipeline == 1,
         overlap_p2p_comm=layout.virtual_pipeline > 1,
-        # SwiGLU keeps its input alone and recomputes the rest, on any device. Megatron's fused GELU would be its tanh
-        # approximation under either name.
+        # Fused SwiGLU saves only its input and recomputes the rest, on any device. Megatron's fused GELU is the tanh
+        # approximation for both GELU variants.
         bias_activation_fusion=traits.gated,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -115,9 +115,9 @@ def transformer_config(
 
 
 def _fp8(wanted: FP8 | None) -> dict[str, object]:
-    """FP8 in Megatron's words; it enters Transformer Engine's context around each block or layer by itself.
+    """Megatron's FP8 arguments; Megatron enters Transformer Engine's FP8 context around each block or layer.
 
-    Weights that live in FP8 are made of the finished model: see `fp8_weights`.
+    FP8 parameters are created after the model is built: see `fp8_weights`.
     """
     if wanted is None:
         return {}
@@ -144,18 +144,18 @@ def build(
     head: bool = True,
     masked: bool = False,
 ) -> list[torch.nn.Module]:
-    """This rank's chunks of a model: one, or one for each virtual stage. Weights are not initialised.
+    """Builds this rank's model chunks: one, or one per virtual stage. Weights are not initialised.
 
     Args:
-        shape: the model in numbers.
-        parallel: who holds what.
-        precision: type of weights and activations.
-        device: where they live.
+        shape: the model's sizes.
+        parallel: the layout and this rank's place in it.
+        precision: dtype of weights and activations.
+        device: device of the weights.
         sequence_length: longest sequence.
         dropout: rate in attention and residual branches.
-        virtual: False builds the model without virtual stages, whatever the layout says (a teacher needs none).
+        virtual: False builds the model without virtual stages whatever the layout says (a teacher needs none).
         head: False builds the last stage without its LM head; it still ends with the final norm.
-        masked: whether its forward passes get an attention mask.
+        masked: whether forward passes get an attention mask.
     """
     layout = parallel.layout if virtual else Layout(**{**vars(parallel.layout), "virtual_pipeline": 1})
     config = transformer_config(shape, layout, precision, device, dropout)
@@ -185,13 +185,13 @@ def build(
         if not head:
             _drop_head(model)
         model.to(device.torch_device)
-        # No Float16Module around it: params_dtype has made the weights bf16, and the loss wants bf16 hidden states.
+        # No Float16Module around it: params_dtype makes the weights bf16, and the loss takes bf16 hidden states.
         chunks.append(model)
     return chunks
 
 
 def _scale_rotary(model: GPTModel, scaling: RopeScaling | None) -> None:
-    """Stretches the rotary positions; GPTModel's own argument for it takes the factor alone."""
+    """Applies RoPE scaling to the rotary frequencies; GPTModel's own argument for it takes only the factor."""
     if scaling is None:
         return
     rotary = model.rotary_pos_emb
@@ -208,23 +208,23 @@ def _scale_rotary(model: GPTModel, scaling: RopeScaling | None) -> None:
 
 
 def _type_positions(model: GPTModel) -> None:
-    """Learned positions in the type of the other weights: Megatron leaves them to the Float16Module around a model."""
+    """Casts learned positions to the dtype of the other weights, which Megatron leaves to Float16Module."""
     if model.pre_process and model.embedding.add_position_embedding:
         model.embedding.position_embeddings.to(model.config.params_dtype)
 
 
 def _drop_head(model: GPTModel) -> None:
-    """Takes the LM head off a last stage; tied weights stay where they embed the input."""
+    """Removes the LM head from a last stage; tied weights are kept where they embed the input."""
     if model.post_process:
         del model.output_layer
-    # What is left of them speaks of the head alone: in which checkpoint entry it lies, and with what it is tied.
+    # The remaining attributes concern the head only: its checkpoint entry, and the weight it is tied to.
     model.post_process = model.share_embeddings_and_output_weights = False
 
 
 def _mark_shards(model: torch.nn.Module) -> None:
-    """Says of each weight along which dimension it is cut, as Megatron's own initialisation would have.
+    """Marks the dimension along which each weight is sharded, as Megatron's own initialisation does.
 
-    Gradient norms count unmarked parameters as replicated, once for all tensor-parallel ranks.
+    Gradient norms count unmarked parameters as replicated: once for all tensor-parallel ranks.
     """
     for module in model.modules():
         if (
@@ -238,7 +238,7 @@ def _mark_shards(model: torch.nn.Module) -> None:
 def init_std(name: str, shape: ModelShape) -> float | None:
     """Standard deviation of a parameter's initial values; None for gains, which start at 1; 0 for biases.
 
-    Projections back into the residual stream are scaled down by sqrt(2 layers), as in GPT-2 and Megatron-LM.
+    For projections into the residual stream it is divided by sqrt(2 * layers), as in GPT-2 and Megatron-LM.
 
     Args:
         name: the parameter's key in the sharded checkpoint.

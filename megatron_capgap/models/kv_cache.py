@@ -1,4 +1,4 @@
-"""Forward passes over growing sequences that read each token once: the attention's keys and values are kept."""
+"""Incremental forward passes with a key/value cache."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _SEQUENCE_PARALLEL = ("sequence_parallel", "scatter_to_sequence_parallel", "redu
 
 
 class CachedForward:
-    """A model and what it remembers of one batch of sequences, which all grow by as many tokens at a time.
+    """A model with the key/value cache of one batch of sequences, which all grow by the same number of tokens.
 
-    The cache is Megatron-Core's own: `[length, b, kv_heads/tp, d]` keys and values of each layer on this rank.
+    The cache is Megatron-Core's own: keys and values `[length, b, kv_heads/tp, d]` of each layer on this rank.
 
     Args:
         chunks: this rank's model chunks, in evaluation mode and inside `whole_sequences`.
         parallel: their layout.
-        rows: b, the sequences in the batch.
-        length: the most tokens one will have.
+        rows: b, the number of sequences in the batch.
+        length: maximum number of tokens of a sequence.
     """
 
     def __init__(self, chunks: Sequence[torch.nn.Module], parallel: ParallelContext, rows: int, length: int) -> None:
@@ -34,18 +34,18 @@ class CachedForward:
         self._context = StaticInferenceContext(rows, length)
 
     def step(self, tokens: Tensor) -> Tensor | None:
-        """Reads the next tokens of every sequence. Collective over the tensor- and pipeline-parallel ranks.
+        """Runs the next tokens of every sequence. Collective over the tensor- and pipeline-parallel ranks.
 
-        One send and receive between neighbouring stages, one all-gather over tensor-parallel ranks on the last.
+        One send and receive between neighbouring stages, one all-gather over tensor-parallel ranks on the last stage.
 
         Args:
-            tokens: int64 `[b, s]`, replicated; after the first call s is 1.
+            tokens: int64 `[b, s]`, replicated; s is 1 after the first call.
 
         Returns:
-            The logits `[b, v]` after the last of them, v the padded vocabulary, replicated over tensor-parallel ranks
-            on the last stage; None on others.
+            On the last stage the logits `[b, v]` after the last token, v the padded vocabulary, replicated over
+            tensor-parallel ranks; None on other stages.
         """
-        assert tokens.shape[1] == 1 or self._context.sequence_len_offset == 0, "the mask is causal from 0 alone"
+        assert tokens.shape[1] == 1 or self._context.sequence_len_offset == 0, "a causal mask starts at position 0"
         start = self._context.sequence_len_offset
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand_as(tokens)
         hidden = None
@@ -62,19 +62,19 @@ class CachedForward:
         return self._logits(hidden[-1])
 
     def _receive(self, model: HiddenStateModel, tokens: Tensor) -> Tensor:
-        """Hidden states `[s, b, h]` of the stage before; blocking, for every rank has just this one thing to do."""
+        """Receives the previous stage's hidden states `[s, b, h]`; blocking, because there is no work to overlap."""
         rows, length = tokens.shape
         hidden = tokens.new_empty(length, rows, model.config.hidden_size, dtype=model.config.pipeline_dtype)
         dist.recv(hidden, self._neighbour(-1), group=self._parallel.groups.pp)
         return hidden
 
     def _neighbour(self, step: int) -> int:
-        """Global rank of a stage beside this one; with virtual stages the first follows the last."""
+        """Global rank of a neighbouring stage; with virtual stages the first follows the last."""
         stage = (self._parallel.pp_rank + step) % self._parallel.layout.pipeline
         return dist.get_global_rank(self._parallel.groups.pp, stage)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        """`[b, h]` to `[b, v]`."""
+        """`[b, h]` to `[b, v]`. Collective: one all-gather over tensor-parallel ranks."""
         shard = hidden @ self._models[-1].lm_head().t()
         shards = [torch.empty_like(shard) for _ in range(self._parallel.layout.tensor)]
         dist.all_gather(shards, shard.contiguous(), group=self._parallel.groups.tp)
@@ -83,10 +83,10 @@ class CachedForward:
 
 @contextmanager
 def whole_sequences(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Turns sequence parallelism off for a while: one token cannot be cut over tensor-parallel ranks.
+    """Disables sequence parallelism within the context: a single token cannot be sharded over tensor-parallel ranks.
 
-    It decides which collectives run and nothing about the weights. Megatron's switch for it remembers models by their
-    address, which another model may have by then.
+    The switch changes which collectives run, not the weights. Megatron's own switch identifies models by their address,
+    which another model may have reused.
     """
     owners = [owner for chunk in chunks for part in chunk.modules() for owner in (part, getattr(part, "config", None))]
     before = [(owner, name, vars(owner)[name]) for owner in owners for name in _SEQUENCE_PARALLEL if _has(owner, name)]

@@ -1,4 +1,4 @@
-"""Blocks that Megatron-Core lacks: a LayerNorm that takes part in sequence parallelism, and parallel residuals."""
+"""Modules that Megatron-Core lacks: a LayerNorm that supports sequence parallelism, and parallel residual layers."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def mark_sequence_parallel(parameter: torch.nn.Parameter, config: TransformerCon
 class LayerNorm(torch.nn.Module):
     """Mean and variance norm over the last dimension, with gain and bias.
 
-    Both are replicated over tensor-parallel ranks; under sequence parallelism each rank sees only its part of the
-    sequence, and the mark `sequence_parallel` makes Megatron add up their gradients over them. Megatron's wrapper
+    Both are replicated over tensor-parallel ranks. Under sequence parallelism each rank processes only its shard of the
+    sequence; the attribute `sequence_parallel` makes Megatron sum their gradients over these ranks. Megatron's wrapper
     around torch's norm refuses sequence parallelism.
     """
 
@@ -36,15 +36,15 @@ class LayerNorm(torch.nn.Module):
             mark_sequence_parallel(parameter, config)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """`[..., h]` to `[..., h]`, the statistics in fp32 or wider."""
+        """`[..., h]` to `[..., h]`, with statistics in fp32 or wider."""
         return F.layer_norm(hidden, self.weight.shape, self.weight, self.bias, self.epsilon)
 
 
 class ParallelResidualLayer(TransformerLayer):
-    """A transformer layer whose feed-forward part reads the layer's input: `x + attention(norm(x)) + mlp(norm'(x))`."""
+    """A transformer layer with parallel residuals: `x + attention(norm(x)) + mlp(norm'(x))`."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        """`[s, b, h]`, or `[s/tp, b, h]` under sequence parallelism, to the same; (output, None)."""
+        """`[s, b, h]`, or `[s/tp, b, h]` under sequence parallelism, to the same shape; returns (output, None)."""
         kwargs.pop("dynamic_inference_decode_only", None)
         attended, context = self._forward_attention(hidden_states, *args, **kwargs)
         branch = self.mlp(self.pre_mlp_layernorm(hidden_states))

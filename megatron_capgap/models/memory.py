@@ -1,9 +1,9 @@
-"""Bytes that a run needs on its fullest rank, by arithmetic alone. No torch.
+"""Memory estimate: bytes that a run needs on the rank that needs most, by arithmetic alone. No torch.
 
-Counted is what is alive at the worst moment of a step, the first layer of the backward pass: weights, gradients,
-optimizer state, every activation that the local layers keep, the loss, and the teacher. Saving a checkpoint and a
-teacher's turn come at other moments, when no activation is alive. Not counted: the interpreter with its libraries,
-communication buffers.
+The estimate is the peak of a step, at the first layer of the backward pass: weights, gradients, optimizer state, all
+activations that the local layers save, the loss, and the teacher. A checkpoint save and the teacher's forward pass
+happen at other times, when no activation is alive. Not included: the interpreter with its libraries, and communication
+buffers.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from megatron_capgap.config.validation import fp8
 from megatron_capgap.models import size
 
 _BYTES = {"fp32": 4, "bf16": 2}
-# While a checkpoint is written, bytes a parameter and in all, measured: weights and both moments whole on the first
-# data-parallel rank, then copies of them on their way to the file.
+# Bytes per parameter and in total while a checkpoint is written, measured: complete weights and both moments on the
+# first data-parallel rank, then the copies that are written to the file.
 _SAVED_BYTES, _SAVING_BUFFERS = 36, 16 << 20
 # Weights and both moments in fp32.
 _COPIED_BYTES = 12
-# On a CPU glibc serves blocks below 4 MiB from its heap, where a freed aligned block rarely fits the next request:
-# measured, every byte alive there holds about one more, and under sequence parallelism, where gathered copies come and
-# go between what stays, almost two.
+# On a CPU glibc serves blocks below 4 MiB from its heap, where a freed aligned block rarely fits the next request.
+# Measured overhead: about one more byte per live byte, and almost two under sequence parallelism, where gathered
+# copies are allocated and freed between longer-lived tensors.
 _HEAP_BLOCK, _HEAP_WASTE, _HEAP_WASTE_OF_SEQUENCE = 4 << 20, 1.0, 1.75
 _WORKSPACE = 24 << 20
 
@@ -40,30 +40,30 @@ class Memory:
     backward_pass: int = 0
     loss: int = 0
     fp8_copies: int = 0
-    """Weights of the layers cast to FP8, for forward and backward pass: kept for a step beside those in bf16, or with
-    param_gather the weights themselves."""
+    """Weights of the layers cast to FP8, for forward and backward pass: kept for a step in addition to the bf16
+    weights; with param_gather these are the weights."""
     teacher_weights: int = 0
-    """With its LM head where the student's is."""
+    """Including its LM head on the student's last stage."""
     teacher_hidden: int = 0
-    """Its hidden states that wait: for the student's use, or on ranks of its own to be sent."""
+    """The teacher's hidden states that are stored: for the student, or on the teacher's own ranks until sent."""
     teaching: int = 0
-    """A forward pass of the teacher's, and what it leaves on this rank to be sent; not at the same time as activations,
+    """The teacher's forward pass, and its hidden states that this rank sends; not at the same time as activations,
     backward pass and loss."""
     heap: int = 0
-    """What a CPU's allocator holds on top of small activations."""
+    """CPU: the allocator's overhead for small activations."""
     workspace: int = 0
-    """What a CPU's matrix library packs its operands into, measured."""
+    """CPU: buffers into which the matrix library packs its operands, measured."""
     saving: int = 0
     """Copies while a checkpoint is written; not at the same time as activations, backward pass and loss."""
     saved_beside: int = 0
-    """The copy that a checkpoint is written from while training goes on; gone sooner where the disk is quick."""
+    """The copy from which an asynchronous save writes the checkpoint during training; freed once it is written."""
     until_cast: int = 0
-    """What weights that live in FP8 take beyond that while they are loaded, in bf16: nothing where the transposed
-    copies take as much. Gradients and optimizer are made later."""
+    """Additional bytes of FP8 parameters while they are loaded in bf16; 0 if the transposed copies take as much.
+    Gradients and optimizer state are created later."""
 
     @property
     def total(self) -> int:
-        """At the worst moment."""
+        """Peak of the step, in bytes."""
         passing = self.activations + self.backward_pass + self.loss + self.heap
         moments = (passing, self.saving, self.teaching)
         loaded = self.weights + self.fp8_copies + self.teacher_weights + self.until_cast
@@ -73,14 +73,14 @@ class Memory:
 def estimate(
     config: Config, stage: str, student: ModelShape, teacher: ModelShape | None, world: int, *, on_cpu: bool
 ) -> Memory:
-    """The fullest rank of those that hold the student.
+    """Estimate for the rank that needs most, of those that hold the student.
 
     Args:
         config: checked.
         stage: a name from `schema.STAGES`.
         student, teacher: shapes.
         world: number of ranks, the teacher's own included.
-        on_cpu: whether the run is on a CPU, whose allocator and matrix library hold more.
+        on_cpu: whether the run is on a CPU, whose allocator and matrix library need more.
     """
     ranks = derived.student_world(config, world)
     chunk = derived.loss_chunk_tokens(on_cpu)
@@ -99,7 +99,7 @@ def estimate(
             )
         needs.append(need)
     if not on_cpu:
-        # Copies of what is saved are in host memory.
+        # On a GPU a save copies to host memory.
         needs = [replace(need, heap=0, workspace=0, saving=0, saved_beside=0) for need in needs]
     return max(needs, key=lambda need: need.total)
 
@@ -123,7 +123,7 @@ def _of_stage(
     tokens = config.train.micro_batch * config.data.sequence_length
     last = pipeline_rank == layout.pipeline - 1
     gated = ARCHITECTURES[student.family].gated
-    backward = (6 if gated else 4) * student.ffn // layout.tensor  # of one feed-forward layer, the largest
+    backward = (6 if gated else 4) * student.ffn // layout.tensor  # the largest part: one feed-forward layer
     in_fp8 = _weights_in_fp8(precision, student, layout, pipeline_rank, backward=stage != "evaluate")
     if stage == "evaluate":
         return Memory(
@@ -139,12 +139,12 @@ def _of_stage(
     kept = _saved_activations(student, layout, width) * (layers - cast)
     kept += _saved_activations(student, layout, width, precision.fp8.recipe) * cast if precision.fp8 else []
     kept += [_shard_numel(student.hidden, layout) * width] * 2 if last else []
-    # Where conversations share rows, each layer keeps what is added to its scores.
+    # With packed conversations each layer saves the mask that is added to its attention scores.
     masks = layers * tokens * config.data.sequence_length * width if stage == "finetune" else 0
     return Memory(
         weights=held * width - in_fp8.not_in_bf16,
         gradients=held * 4,
-        # Adam's two moments in fp32, and with bf16 weights the fp32 ones, cut over data-parallel ranks.
+        # Adam's two moments in fp32, and fp32 master weights if weights are bf16; sharded over data-parallel ranks.
         optimizer=held * (8 if width == 4 else 12) // derived.data_parallel(layout, world),
         activations=sum(kept) * tokens + masks,
         backward_pass=backward * tokens * width,
@@ -158,7 +158,7 @@ def _of_stage(
 
 
 def _of_scoring(config: Config, teacher: ModelShape, world: int, pipeline_rank: int, chunk: int) -> Memory:
-    """A teacher whose parts are scored: with gradients of activations, and none of weights."""
+    """A teacher during importance scoring: gradients of activations, but not of weights."""
     layout = replace(config.student.layout, virtual_pipeline=1)
     precision = derived.teacher_precision(config)
     width = _BYTES[precision.compute]
@@ -167,8 +167,8 @@ def _of_scoring(config: Config, teacher: ModelShape, world: int, pipeline_rank: 
     backward = (6 if ARCHITECTURES[teacher.family].gated else 4) * teacher.ffn // layout.tensor
     kept: list[int] = []
     if config.prune is not None and config.prune.importance == "gradient":
-        # Frozen linears keep no inputs, so the norms' outputs go; in their place stays what attention and feed-forward
-        # add to the residual stream, for the scores.
+        # Frozen linears save no inputs, so the norms' outputs are freed. The outputs of attention and feed-forward are
+        # kept for the scores instead.
         micro_batches = derived.micro_batches(config, config.student.layout, world)
         kept = _saved_activations(teacher, layout, width) * _layers_in_flight(
             layout, micro_batches, pipeline_rank, teacher.layers
@@ -188,33 +188,33 @@ def _of_scoring(config: Config, teacher: ModelShape, world: int, pipeline_rank: 
 
 @dataclass(frozen=True)
 class TeacherMemory:
-    """Bytes of the teacher's on one rank."""
+    """The teacher's bytes on one rank."""
 
     weights: int
-    """Its layers and input embedding here."""
+    """Its layers and input embedding on this rank."""
     head: int
-    """Its LM head, cut as the student is, on the student's last stage."""
+    """Its LM head, sharded like the student's, on the student's last stage."""
     held: int
-    """The hidden states of a global batch that it leaves here."""
+    """The hidden states of a global batch that it computes on this rank."""
     needed: int
-    """Those that the student needs here."""
+    """The hidden states of a global batch that the student needs on this rank."""
     forward: int
-    """What its forward pass has alive at a time."""
+    """Live activations of its forward pass."""
     until_cast: int
-    """What its weights take beyond that while they are loaded."""
+    """Additional bytes of its FP8 parameters while they are loaded."""
 
 
 def teacher_memory(
     config: Config, student: ModelShape, teacher: ModelShape, world: int, mine: int | None, of_teacher: int | None
 ) -> TeacherMemory:
-    """The teacher's part of a rank.
+    """The teacher's memory on one rank.
 
     Args:
         config: checked.
         student, teacher: shapes.
         world: number of ranks, the teacher's own included.
         mine: the student's pipeline stage on this rank; None on a rank of the teacher's own.
-        of_teacher: the teacher's; None on a rank without it.
+        of_teacher: the teacher's pipeline stage on this rank; None on a rank without the teacher.
     """
     precision = derived.teacher_precision(config)
     width, length = _BYTES[precision.compute], config.data.sequence_length
@@ -244,7 +244,7 @@ def teacher_memory(
 
 
 def estimate_teacher(config: Config, student: ModelShape, teacher: ModelShape, world: int) -> Memory:
-    """The fullest of the teacher's own ranks; the arguments are `estimate`'s."""
+    """Estimate for the rank that needs most, of the teacher's own ranks; arguments as in `estimate`."""
     needs = []
     for stage in range(derived.teacher_layout(config).pipeline):
         share = teacher_memory(config, student, teacher, world, None, stage)
@@ -261,7 +261,7 @@ def estimate_teacher(config: Config, student: ModelShape, teacher: ModelShape, w
 
 
 def _stages(config: Config, world: int) -> list[tuple[int, int | None]]:
-    """Which stages of the student and of the teacher meet on a rank of the student's."""
+    """Pairs (student's stage, teacher's stage or None) that share a rank of the student's."""
     pipeline = config.student.layout.pipeline
     if config.teacher is None or config.teacher.placement == "disjoint":
         return [(stage, None) for stage in range(pipeline)]
@@ -270,7 +270,7 @@ def _stages(config: Config, world: int) -> list[tuple[int, int | None]]:
 
 
 def _hidden_states_stay(config: Config) -> bool:
-    """Whether every rank of the student's has what it needs from the teacher on it, so that nothing is copied."""
+    """Whether every rank of the student's already holds the teacher's states it needs, so that nothing is copied."""
     student, teacher = config.student.layout, derived.teacher_layout(config)
     alike = all(getattr(student, name) == getattr(teacher, name) for name in ("tensor", "pipeline", "sequence"))
     return derived.teacher_section(config).placement == "colocated" and alike and not config.objective.matching
@@ -281,13 +281,13 @@ class _InFP8:
     """Bytes of the weights that multiply in FP8 on one rank."""
 
     copies: int
-    """A byte a weight, and another for the transposed copy that the backward pass multiplies with."""
+    """One byte per weight, and another for the transposed copy that the backward pass uses."""
     not_in_bf16: int
-    """What they would take in bf16, where they live in FP8."""
+    """Bytes they would take in bf16, if the parameters are FP8; otherwise 0."""
 
     @property
     def until_cast(self) -> int:
-        """What they take beyond the copies before they are made."""
+        """Bytes needed before the cast, beyond those of the FP8 copies."""
         return max(0, self.not_in_bf16 - self.copies)
 
 
@@ -307,15 +307,15 @@ def _fp8_layers(precision: Precision, shape: ModelShape, layout: Layout, stage: 
 
 
 def _matched_layers(config: Config, shape: ModelShape, layout: Layout, stage: int, role: str) -> set[int]:
-    """Layers of the teacher that are matched, if `role` is teacher those on this stage of it, else those that are
-    matched with a layer on this stage of the student."""
+    """Matched layers of the teacher: those on its stage `stage` if `role` is teacher, otherwise those matched with a
+    layer on the student's stage `stage`."""
     stages = derived.stages_of_layers(shape.layers, layout)
     pairs = config.objective.matching
     return {pair.teacher_layer for pair in pairs if stages[getattr(pair, f"{role}_layer") - 1] == stage}
 
 
 def _projections(config: Config, student: ModelShape, teacher: ModelShape | None, pipeline_rank: int) -> int:
-    """Parameters of the linear maps on one stage, whole on each tensor-parallel rank."""
+    """Parameters of the projections on one stage, replicated on the tensor-parallel ranks."""
     stages = derived.stages_of_layers(student.layers, config.student.layout)
     pairs = derived.projected_pairs(config, student, teacher)
     count = sum(stages[pair.student_layer - 1] == pipeline_rank for pair in pairs)
@@ -326,22 +326,23 @@ def _projections(config: Config, student: ModelShape, teacher: ModelShape | None
 
 
 def _shard_numel(hidden: int, layout: Layout) -> int:
-    """Width of the residual stream, as if cut, under sequence parallelism, where it is the sequence that is."""
+    """Elements per token of the residual stream on one rank: hidden / tp under sequence parallelism, as the sequence is
+    sharded."""
     return hidden // layout.tensor if layout.sequence else hidden
 
 
 def _saved_activations(shape: ModelShape, layout: Layout, width: int, recipe: str | None = None) -> list[int]:
-    """Bytes a token of the tensors that one layer keeps for the backward pass.
+    """Bytes per token of each tensor that one layer saves for the backward pass.
 
-    Twice the norm's input and its output; the packed queries, keys and values; queries and keys after rotation; the
-    attention's output; gate and up, or up alone; what the activation makes of them. Where queries and keys have norms,
-    what goes into those. In FP8 a linear keeps its cast input: of norms and activation there is nothing else. The
-    attention's output is kept for the attention's sake, from which other recipes than delayed cast it once more.
+    Input and output of both norms; the packed queries, keys and values; queries and keys after rotation; the
+    attention's output; gate and up, or up alone; the activation's output. With QK norms also their inputs. In FP8 a
+    linear saves its cast input, and nothing else is saved of norms and activation. The attention saves its own output;
+    recipes other than delayed save a cast copy of it as well.
 
     Args:
-        shape, layout: say how wide.
-        width: bytes of the type of compute.
-        recipe: of a layer in FP8.
+        shape, layout: give the tensors' sizes.
+        width: bytes of the compute dtype.
+        recipe: FP8 recipe of the layer; None without FP8.
     """
     traits = ARCHITECTURES[shape.family]
     query, key_value = shape.heads * derived.head_dim(shape), derived.kv_heads(shape) * derived.head_dim(shape)
@@ -355,10 +356,10 @@ def _saved_activations(shape: ModelShape, layout: Layout, width: int, recipe: st
 
 
 def _layers_in_flight(layout: Layout, micro_batches: int, pipeline_rank: int, layers: int) -> int:
-    """Layers times micro-batches between forward and backward pass on one stage, at most.
+    """Maximum of layers times micro-batches between forward and backward pass on one stage.
 
-    1F1B holds one micro-batch for each stage from here to the end. The interleaved schedule counts chunks of layers:
-    two for each later stage, a round for each further virtual stage, and the one at work.
+    1F1B holds one micro-batch for this stage and each later one. The interleaved schedule holds chunks of layers: two
+    for each later stage, one round for each further virtual stage, and the current one.
     """
     behind = layout.pipeline - pipeline_rank
     on_stage = layers // layout.pipeline
@@ -369,16 +370,16 @@ def _layers_in_flight(layout: Layout, micro_batches: int, pipeline_rank: int, la
 
 
 def _heap(kept: list[int], tokens: int, layout: Layout) -> int:
-    """What glibc's heap holds beyond the tensors that live in it, of so many bytes a token."""
+    """Overhead in bytes of glibc's heap for tensors of the given bytes per token."""
     sizes = [nbytes * tokens for nbytes in kept]
     waste = _HEAP_WASTE_OF_SEQUENCE if layout.sequence else _HEAP_WASTE
     return int(waste * sum(nbytes for nbytes in sizes if nbytes < _HEAP_BLOCK))
 
 
 def _loss(config: Config, student: ModelShape, teacher: ModelShape | None, tokens: int, chunk: int) -> int:
-    """Logits alive at a time, and the gradients of hidden states and LM head until the backward pass.
+    """Bytes of the live logits, and of the gradients of hidden states and LM head until the backward pass.
 
-    Besides the student's logits the teacher's, and at a temperature other than 1 the student's once more.
+    Logits: the student's, the teacher's, and a second copy of the student's if the temperature is not 1.
     """
     layout, objective = config.student.layout, config.objective
     buffers = 1
@@ -391,5 +392,5 @@ def _loss(config: Config, student: ModelShape, teacher: ModelShape | None, token
 
 
 def _logits(shape: ModelShape, layout: Layout, tokens: int) -> int:
-    """Bytes of the fp32 logits of one model and so many tokens."""
+    """Bytes of one model's fp32 logits for `tokens` tokens."""
     return 4 * tokens * size.padded_vocab(shape.vocab, layout.tensor) // layout.tensor

@@ -1,7 +1,7 @@
-"""How Megatron packs several projections into one matrix: the one place that knows. No torch.
+"""Row order of Megatron's packed projections (fused QKV, gate and up). No torch.
 
-A packed matrix is described by its rows, from top to bottom, as runs of consecutive rows of its parts. Fused queries,
-keys and values lie group by group, each group's queries before its key and its value; gate lies above up.
+A packed matrix is described as runs of consecutive rows of its parts, from top to bottom. Fused queries, keys and
+values are ordered by group, each group's queries before its key and its value; gate is above up.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ class PackedRows:
     """Consecutive rows of a packed matrix that are consecutive in one of its parts."""
 
     part: int
-    """Which part: 0, 1, ..."""
+    """Index of the part."""
     start: int
     """First row in the part."""
     packed: int
@@ -51,14 +51,14 @@ def qkv(shape: ModelShape) -> list[PackedRows]:
 
 
 def qkv_stacked(shape: ModelShape) -> list[PackedRows]:
-    """One part, whose rows are all queries, then all keys, then all values."""
+    """One part: all queries, then all keys, then all values."""
     width = derived.head_dim(shape)
     first = (0, shape.heads * width, (shape.heads + derived.kv_heads(shape)) * width)
     return [PackedRows(0, first[run.part] + run.start, run.packed, run.count) for run in qkv(shape)]
 
 
 def parts_of_rows(runs: Sequence[PackedRows], start: int, count: int) -> Iterator[PackedRows]:
-    """The runs, cut to rows `start` to `start + count` of the packed matrix, in order."""
+    """The runs restricted to rows [start, start + count) of the packed matrix, in order."""
     for run in runs:
         first, last = max(start, run.packed), min(start + count, run.packed + run.count)
         if first < last:
@@ -66,11 +66,11 @@ def parts_of_rows(runs: Sequence[PackedRows], start: int, count: int) -> Iterato
 
 
 def arranged(source: Sequence[PackedRows], target: Sequence[PackedRows], parts: Sequence[Sequence[int]]) -> list[int]:
-    """For each row of a packed matrix that is made out of another one, the row of that one; -1 where zeros stand.
+    """For each row of a packed matrix built from another one, the source row; -1 for a row of zeros.
 
     Args:
         source: runs of the matrix that rows are taken from.
-        target: runs of the matrix that is made.
+        target: runs of the matrix to be built.
         parts: for each row of each part of `target`, the row of the same part of `source`, or -1.
     """
     packed = [[0] * rows for rows in part_rows(source)]

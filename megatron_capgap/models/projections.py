@@ -1,4 +1,4 @@
-"""Linear maps from the student's width to the teacher's: they are trained and saved with a model, and no part of it."""
+"""Projections from the student's hidden size to the teacher's: trained and saved with a model, not part of it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from megatron_capgap.models.gpt import HiddenStateModel, unwrap
 from megatron_capgap.models.layers import mark_sequence_parallel
 
 PREFIX = "projections."
-"""What their keys in a checkpoint begin with."""
+"""Prefix of their keys in a checkpoint."""
 
 
 class Projection(torch.nn.Module):
     """A bias-free linear map, replicated over the tensor-parallel ranks.
 
-    Under sequence parallelism each rank sees only its part of the sequence; the mark `sequence_parallel` makes
-    Megatron add up the gradient over them, as it does for norms.
+    Under sequence parallelism each rank processes only its shard of the sequence; the attribute `sequence_parallel`
+    makes Megatron sum the gradient over these ranks, as it does for norms.
     """
 
     def __init__(self, student_width: int, teacher_width: int, config: TransformerConfig) -> None:
@@ -29,12 +29,12 @@ class Projection(torch.nn.Module):
 
 
 def add(chunks: Sequence[torch.nn.Module], pairs: Sequence[LayerPair], teacher_width: int) -> None:
-    """Gives the chunks that hold the student layers of `pairs` a projection for each, not yet filled.
+    """Adds a projection, not yet initialised, for each student layer of `pairs` to the chunk that holds the layer.
 
     Args:
-        chunks: this rank's, not yet wrapped.
+        chunks: this rank's, not yet wrapped in DDP.
         pairs: of the whole run.
-        teacher_width: width of the teacher's residual stream.
+        teacher_width: the teacher's hidden size.
     """
     for model in map(unwrap, chunks):
         held = {layer.layer_number for layer in model.decoder.layers}

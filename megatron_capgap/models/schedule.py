@@ -1,4 +1,4 @@
-"""Megatron's own pipeline schedules, run over this rank's chunks: the one place that calls them."""
+"""Runs Megatron's pipeline schedules over this rank's model chunks."""
 
 from __future__ import annotations
 
@@ -30,21 +30,20 @@ def run(
     forward_only: bool,
     shape: tuple[int, int],
 ) -> list[Any]:
-    """Runs a schedule (none, 1F1B or interleaved, as the chunks' config says) over the micro-batches.
+    """Runs the schedule of the chunks' config (none, 1F1B or interleaved) over the micro-batches. Collective.
 
     Args:
         chunks: this rank's model chunks, wrapped or bare.
         parallel: their layout.
-        micro_batches: what to run; each has `tokens` and `position_ids` `[b, s]`, and an `attention_mask`
-            `[b, 1, s, s]` or None.
+        micro_batches: each has `tokens` and `position_ids` `[b, s]`, and an `attention_mask` `[b, 1, s, s]` or None.
         last_stage: called on the last stage with the final hidden states `[s, b, h]` (`[s/tp, b, h]` under sequence
-            parallelism) and their micro-batch. When training it returns (loss_sum, num_tokens, anything); forward-only,
-            (a scalar tensor, num_tokens, anything). Megatron divides gradients by the global sum of num_tokens.
-        forward_only: no backward pass.
+            parallelism) and their micro-batch. Returns (loss_sum, num_tokens, result); with forward_only any scalar
+            tensor in place of loss_sum. Megatron divides gradients by the global sum of num_tokens.
+        forward_only: skips the backward pass.
         shape: (sequence length, micro-batch size).
 
     Returns:
-        What `last_stage` returned last, one for each micro-batch; empty on other stages.
+        `last_stage`'s third value (result) for each micro-batch; empty on other stages.
     """
     config = get_model_config(chunks[0])
 

@@ -1,4 +1,4 @@
-"""A model's parameters by their layout-free names: Megatron's sharded state, and initial weights drawn through it."""
+"""Megatron's sharded state of a model's parameters, and initialisation; both independent of the layout."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from megatron_capgap.distributed.parallel_context import ParallelContext
 from megatron_capgap.models.gpt import init_std, unwrap
 from megatron_capgap.models.projections import PREFIX
 
-# Rows drawn at once while initialising: bounds the memory, does not change the values.
+# Rows drawn at a time during initialisation: bounds memory without changing the values.
 _ROWS = 4096
 
 
 def sharded_state(
     chunks: list[torch.nn.Module], parallel: ParallelContext, *, with_projections: bool = True
 ) -> ShardedStateDict:
-    """Megatron's sharded state dict of all chunks of this rank, parameters alone.
+    """Megatron's sharded state dict of all chunks of this rank, parameters only.
 
-    The keys name every tensor the same way in every layout. Scales of FP8 have keys of their own: see `models.scales`.
+    The keys are the same in every layout. FP8 scales have their own keys: see `models.fp8_scales`.
 
     Args:
         chunks: this rank's model chunks.
         parallel: their layout.
-        with_projections: False leaves the model alone.
+        with_projections: False leaves the projections out.
 
     Returns:
         `{"model": {...}}`, or `{"model0": {...}, "model1": {...}}` with virtual stages.
@@ -48,7 +48,7 @@ def sharded_state(
 
 
 def shards(chunks: list[torch.nn.Module], parallel: ParallelContext) -> Iterator[ShardedTensor]:
-    """Every local shard, with its place in the whole tensor; `.data` is a view of the parameter, to be written to."""
+    """Every local shard, with its offset in the whole tensor; `.data` is a writable view of the parameter."""
     state = sharded_state(chunks, parallel)
     apply_factories(state)
     tensors, _ = extract_sharded_tensors(state)
@@ -64,17 +64,17 @@ def initialise(
     *,
     only_projections: bool = False,
 ) -> None:
-    """Fills all weights with random values that depend on the seed and the parameter's name alone.
+    """Fills all weights with random values that depend only on the seed and the parameter's name.
 
-    Every tensor has a generator of its own and is drawn whole, row by row, whichever part a rank keeps: the same
-    model in every layout, on every device.
+    Each tensor has its own generator and is drawn completely, row by row, whichever shard a rank keeps. The model is
+    therefore the same in every layout and on every device.
 
     Args:
         chunks: this rank's model chunks.
         shape: gives the standard deviations.
-        parallel: this rank's place.
+        parallel: the layout and this rank's place in it.
         seed: of the run.
-        only_projections: leaves the model as it is.
+        only_projections: initialises the projections only.
     """
     for shard in shards(chunks, parallel):
         if only_projections and not shard.key.startswith(PREFIX):
@@ -89,9 +89,9 @@ def initialise(
 
 
 def _draw(shard: ShardedTensor, std: float, seed: int, vocab: int) -> None:
-    """Draws the whole tensor `[rows, columns]` of one layer in blocks of rows and keeps this rank's part.
+    """Draws the whole tensor `[rows, columns]` of one layer in blocks of rows and keeps this rank's shard.
 
-    Rows beyond the vocabulary are padding that depends on the layout: they are not drawn and become zero.
+    Rows beyond the vocabulary are padding, whose number depends on the layout: they are not drawn and are set to 0.
     """
     prefix = shard.prepend_axis_num
     rows, columns = shard.global_shape[prefix:]

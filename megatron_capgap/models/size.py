@@ -1,4 +1,4 @@
-"""What a model weighs, by arithmetic alone: parameters, FLOPs and bytes a rank. No torch."""
+"""Parameter counts and FLOPs of a model, in total and per rank, by arithmetic alone. No torch."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from megatron_capgap.config.schema import Layout, ModelShape
 
 
 def padded_vocab(vocab: int, tensor: int) -> int:
-    """Rows of embedding and LM head: the vocabulary rounded up so that every tensor-parallel rank holds as many."""
+    """Rows of embedding and LM head: the vocabulary rounded up so that all tensor-parallel ranks hold equally many."""
     return -(-vocab // tensor) * tensor
 
 
 def _layer_matrices(shape: ModelShape) -> int:
-    """Parameters of one layer's matrices: attention projections, gate (where there is one), up and down."""
+    """Parameters of one layer's matrices: attention projections, gate (if gated), up and down."""
     query, key_value = shape.heads * derived.head_dim(shape), 2 * derived.kv_heads(shape) * derived.head_dim(shape)
     attention = shape.hidden * (query + key_value) + query * shape.hidden
     return attention + (3 if ARCHITECTURES[shape.family].gated else 2) * shape.hidden * shape.ffn
 
 
 def _layer_cut_vectors(shape: ModelShape) -> int:
-    """Parameters of one layer's biases that are cut with the columns they belong to: queries, keys, values and up."""
+    """Parameters of one layer's biases that are sharded with their columns: queries, keys, values and up."""
     traits = ARCHITECTURES[shape.family]
     packed = (shape.heads + 2 * derived.kv_heads(shape)) * derived.head_dim(shape)
     biases = packed if traits.qkv_bias or traits.linear_bias else 0
@@ -35,7 +35,7 @@ def _norm_parameters(shape: ModelShape) -> int:
 
 
 def _layer_whole_vectors(shape: ModelShape) -> int:
-    """Parameters of one layer that every tensor-parallel rank holds: norms, and biases behind the row-parallel
+    """Parameters of one layer that are replicated over tensor-parallel ranks: norms, and biases of the row-parallel
     projections."""
     traits = ARCHITECTURES[shape.family]
     biases = 2 * shape.hidden if traits.linear_bias else 0
@@ -58,18 +58,17 @@ def embedding_parameters(shape: ModelShape) -> int:
 
 
 def non_embedding_parameters(shape: ModelShape) -> int:
-    """Parameters without embeddings and LM head: the size that the law of capacity gap speaks of."""
+    """Parameters without embeddings and LM head: the model size in the law of capacity gap."""
     return shape.layers * layer_parameters(shape) + _norm_parameters(shape)
 
 
 def kept_parameters(shape: ModelShape, groups: int, neurons: int) -> int:
-    """Parameters without embeddings and LM head of a model whose layers keep fewer parts than they store; the rest is
-    zero.
+    """Parameters without embeddings and LM head of a model whose layers are zero-padded to one shape; zeros excluded.
 
     Args:
-        shape: what is stored, the same for all layers.
-        groups: key/value heads, with their queries, that all layers together keep.
-        neurons: neurons that all layers together keep.
+        shape: the stored shape, the same for all layers.
+        groups: key/value heads, with their queries, kept in all layers together.
+        neurons: neurons kept in all layers together.
     """
     stored, width = derived.kv_heads(shape), derived.head_dim(shape)
     more = replace(shape, heads=shape.heads + shape.heads // stored, kv_heads=stored + 1, head_dim=width)
@@ -85,15 +84,15 @@ def parameters(shape: ModelShape) -> int:
 
 
 def forward_flops(shape: ModelShape, sequence_length: int) -> float:
-    """Floating-point operations of one token's forward pass: two for each weight of a matrix product (the LM head
-    included, the embedding look-up not), and the causal half of the attention scores."""
+    """Floating-point operations of one token's forward pass: two per weight of a matrix product (including the LM head,
+    excluding the embedding look-up), and the causal half of the attention scores."""
     matrices = shape.layers * _layer_matrices(shape) + shape.vocab * shape.hidden
     scores = shape.layers * 2 * shape.heads * derived.head_dim(shape) * sequence_length
     return 2.0 * matrices + scores
 
 
 def training_flops(shape: ModelShape, teacher: ModelShape | None, sequence_length: int) -> float:
-    """Floating-point operations of training on one token: 3 forward passes of the student, 1 of the teacher."""
+    """Floating-point operations of training on one token: 3 forward passes of the student and 1 of the teacher."""
     teaching = forward_flops(teacher, sequence_length) if teacher else 0.0
     return 3.0 * forward_flops(shape, sequence_length) + teaching
 
@@ -104,8 +103,8 @@ def head_parameters(shape: ModelShape, layout: Layout) -> int:
 
 
 def rank_parameters(shape: ModelShape, layout: Layout, stage: int, *, head: bool = True) -> int:
-    """Parameters that one rank of pipeline stage `stage` holds, with or without its LM head; norms, learned positions
-    and biases of row-parallel projections are replicated over tensor-parallel ranks."""
+    """Parameters on one rank of pipeline stage `stage`, with or without its LM head. Norms, learned positions and
+    biases of row-parallel projections are replicated over tensor-parallel ranks."""
     cut = (_layer_matrices(shape) + _layer_cut_vectors(shape)) // layout.tensor
     layer = cut + _layer_whole_vectors(shape)
     count = shape.layers // layout.pipeline * layer

@@ -1,7 +1,7 @@
-"""Which modules a transformer layer is made of: Transformer Engine's, or Megatron's local ones with two of ours.
+"""Layer specs: Transformer Engine's modules, or Megatron's local modules with two of this package.
 
-The local ones run on a CPU and on a GPU without Transformer Engine. Ours are an RMSNorm that takes part in sequence
-parallelism (Megatron's wrapper around torch's refuses to) and an attention that never holds a score matrix.
+The local modules run on a CPU and on a GPU without Transformer Engine. This package adds an RMSNorm that supports
+sequence parallelism (Megatron's wrapper around torch's refuses it), and an attention that materialises no score matrix.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from megatron_capgap.models.layers import LayerNorm, ParallelResidualLayer, mark
 class _RMSNormFunction(torch.autograd.Function):
     """x * rstd * gain, with rstd = 1 / sqrt(mean(x^2) + epsilon).
 
-    Keeps x, which the residual stream keeps anyway, and one number a token; torch's own composite keeps the
-    normalised x as well and passes over memory twice as often.
+    Saves x, which the residual stream saves anyway, and one number per token. torch's composite implementation also
+    saves the normalised x and makes twice as many passes over memory.
     """
 
     @staticmethod
@@ -63,8 +63,8 @@ class _RMSNormFunction(torch.autograd.Function):
 class RMSNorm(torch.nn.Module):
     """Root-mean-square norm over the last dimension, with a gain.
 
-    Its gain is replicated over tensor-parallel ranks; under sequence parallelism each rank sees only its part of the
-    sequence, and the mark `sequence_parallel` makes Megatron add up the gain's gradient over them.
+    The gain is replicated over tensor-parallel ranks. Under sequence parallelism each rank processes only its shard of
+    the sequence; the attribute `sequence_parallel` makes Megatron sum the gain's gradient over these ranks.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **unused: object) -> None:
@@ -95,7 +95,7 @@ class ScaledDotProductAttention(torch.nn.Module):
         **unused: object,
     ) -> None:
         super().__init__()
-        assert config.context_parallel_size == 1, "config.checks refuses context parallelism for this attention"
+        assert config.context_parallel_size == 1, "config.validation refuses context parallelism for this attention"
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
 
@@ -109,12 +109,13 @@ class ScaledDotProductAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: object | None = None,
     ) -> Tensor:
-        """Attends.
+        """Computes the attention output.
 
         Args:
-            query: `[s, b, heads/tp, d]`; key, value: `[s, b, kv_heads/tp, d]`, local shards.
-            attention_mask: bool `[b, 1, s, s]`, True where a query may not look; None is what attn_mask_type says.
-            attn_mask_type: no_mask for a query that comes after all keys, as with a cache; otherwise causal.
+            query: `[s, b, heads/tp, d]`, a local shard.
+            key, value: `[s, b, kv_heads/tp, d]`, local shards.
+            attention_mask: bool `[b, 1, s, s]`, True where a query must not attend; None selects attn_mask_type.
+            attn_mask_type: no_mask for a query after all keys, as with a cache; otherwise causal.
             attention_bias, packed_seq_params: must be None.
 
         Returns:
@@ -127,7 +128,7 @@ class ScaledDotProductAttention(torch.nn.Module):
         causal = seen is None and attn_mask_type is not AttnMaskType.no_mask
         dropout = self.dropout if self.training else 0.0
         if dropout > 0.0:
-            # Every tensor-parallel rank has other heads, hence its own random stream.
+            # Each tensor-parallel rank holds different heads, so it uses its own random stream.
             with get_cuda_rng_tracker().fork():
                 context = self._attend(query, key, value, seen, causal, dropout, grouped)
         else:
@@ -183,7 +184,7 @@ def _local_layer(traits: ArchitectureSpec) -> ModuleSpec:
             pre_mlp_layernorm=norm,
             mlp=mlp,
             mlp_bda=get_bias_dropout_add,
-            # Checkpoints carry Transformer Engine's names, where the norm lives inside the linear behind it.
+            # Checkpoints use Transformer Engine's keys, where the norm is part of the linear that follows it.
             sharded_state_dict_keys_map={
                 "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
                 "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
@@ -220,12 +221,11 @@ def block(
     Args:
         config: Megatron's transformer configuration.
         engine: local or transformer_engine.
-        device: what it is to run on.
+        device: the device the model runs on.
         chunk: virtual stage, or None without virtual stages.
         pipeline_rank: this rank's stage.
-        traits: what the model's family fixes.
-        masked: whether its forward passes get an attention mask; Transformer Engine's causal attention would not look
-            at it.
+        traits: the properties of the model's family.
+        masked: whether forward passes get an attention mask; Transformer Engine's causal attention would ignore it.
     """
     if engine == "transformer_engine":
         return _engine_layer(traits, own_attention=device.name == "cpu" or masked)

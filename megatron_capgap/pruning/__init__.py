@@ -1,1 +1,1 @@
-"""A student out of a teacher: what its parts are worth, which of them stay, and the smaller checkpoint."""
+"""Structured pruning of a teacher into a student: importance scores, pruning plan, and the student's checkpoint."""

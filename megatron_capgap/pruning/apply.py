@@ -1,4 +1,4 @@
-"""Teacher checkpoint and plan to student checkpoint: block by block, no rank holds a model."""
+"""Writes the student's checkpoint from the teacher's and a plan, block by block: no rank holds a whole model."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from megatron_capgap.models import packing
 from megatron_capgap.pruning.prune_plan import Plan, spread
 
 _LAYERS = "decoder.layers."
-# The norms in the order of a plan's gains.
+# The norms of a layer, in the order of a plan's gains.
 _NORMS = ("self_attention.linear_qkv.layer_norm_", "mlp.linear_fc1.layer_norm_")
-# Each projection of a layer: what its outputs and its inputs run over.
+# Axes of the outputs and inputs of each projection of a layer.
 _LINEARS = (
     ("self_attention.linear_qkv.", "qkv", "channels"),
     ("self_attention.linear_proj.", "channels", "context"),
@@ -30,7 +30,7 @@ _LINEARS = (
 )
 
 Axes = tuple[str, ...]
-"""What each dimension of a tensor of one layer runs over."""
+"""The axis name of each dimension of a layer's tensor."""
 
 
 def apply(checkpoint: Path, plan: Plan, staged: Path) -> None:
@@ -38,12 +38,12 @@ def apply(checkpoint: Path, plan: Plan, staged: Path) -> None:
 
     Args:
         checkpoint: the teacher's.
-        plan: what stays.
+        plan: the parts to keep.
         staged: an empty folder.
 
     Raises:
-        UserError: the checkpoint does not hold what its words say or cannot be read, or a file cannot be written; on
-            every rank alike.
+        UserError: the checkpoint does not match its metadata or cannot be read, or a file cannot be written; raised on
+            all ranks.
     """
     cutting = _Pruner(checkpoint, plan)
     pieces = [
@@ -57,7 +57,7 @@ def apply(checkpoint: Path, plan: Plan, staged: Path) -> None:
 
 
 def axes_of(shape: ModelShape) -> dict[str, Axes]:
-    """Every tensor of a model by its key in a checkpoint."""
+    """The axes of every tensor of a model, by its key in a checkpoint."""
     traits = ARCHITECTURES[shape.family]
     norm = ("weight", "bias") if traits.norm == "LayerNorm" else ("weight",)
     found: dict[str, Axes] = {"embedding.word_embeddings.weight": ("vocabulary", "channels")}
@@ -77,11 +77,11 @@ def axes_of(shape: ModelShape) -> dict[str, Axes]:
 
 
 class _Pruner:
-    """Makes pieces of the student out of rows of the teacher.
+    """Builds blocks of the student's tensors from rows of the teacher's.
 
     Args:
         checkpoint: the teacher's.
-        plan: what stays.
+        plan: the parts to keep.
 
     Raises:
         UserError: see `apply`.
@@ -94,10 +94,10 @@ class _Pruner:
         self._reader = Reader(checkpoint)
         self._sources = self._checked(checkpoint)
         self.entries = [self._entry(key, source) for key, source in self._sources.items()]
-        """Of the student."""
+        """Of the student's tensors."""
 
     def __call__(self, piece: Block) -> Tensor:
-        """The piece's rows `[count, ...]`, in the teacher's type."""
+        """The block's rows `[count, ...]`, in the teacher's dtype."""
         key, source = piece.entry.key, self._sources[piece.entry.key]
         rows = self._rows(self._axes[key][0], piece.layer)[piece.start : piece.start + piece.count]
         layer = self._plan.layers[piece.layer] if source.layered else 0
@@ -113,7 +113,7 @@ class _Pruner:
         return block if gain == 1.0 else (block.double() * gain).to(block.dtype)
 
     def _checked(self, checkpoint: Path) -> dict[str, TensorEntry]:
-        """The teacher's tensors, each as large as its words say."""
+        """The teacher's tensors, after a check of their sizes against the shape in its metadata."""
         there, found = self._reader.tensors(), {}
         for key, axes in self._axes.items():
             if key not in there:
@@ -121,10 +121,10 @@ class _Pruner:
             size, dtype = there[key]
             layered = key.startswith(_LAYERS)
             wanted = tuple(self._length(axis) for axis in axes)
-            # Rows beyond the vocabulary are padding of the layout that wrote them.
+            # Rows beyond the vocabulary are padding, which depends on the layout that wrote them.
             inner = size[1:] if layered else (min(size[0], wanted[0]), *size[1:])
             if inner != wanted or (layered and size[0] != self._plan.teacher.layers):
-                raise UserError(f"{checkpoint}: {key} is {list(size)}, in each layer {list(wanted)} was expected")
+                raise UserError(f"{checkpoint}: {key} is {list(size)}, expected {list(wanted)} in each layer")
             found[key] = TensorEntry(key, size, dtype, layered)
         return found
 
@@ -135,7 +135,7 @@ class _Pruner:
         )
 
     def _gain(self, key: str, layer: int) -> float:
-        """What a norm's gain is multiplied with, 1 for other tensors."""
+        """The factor of a norm's gain; 1 for other tensors."""
         if key == "decoder.final_layernorm.weight":
             return self._plan.gains[-1]
         for number, name in enumerate(_NORMS):
@@ -160,11 +160,11 @@ class _Pruner:
         }[axis]
 
     def _rows(self, axis: str, layer: int) -> list[int]:
-        """What stays along an axis: rows of the teacher, ascending, and -1 where the student has zeros.
+        """Rows of the teacher that are kept along an axis, ascending; -1 where the student has zeros.
 
         Args:
             axis: its name.
-            layer: of the student, from 0.
+            layer: of the student, counted from 0.
         """
         if (axis, layer) not in self._kept:
             self._kept[axis, layer] = self._find_rows(axis, layer)
@@ -189,18 +189,18 @@ class _Pruner:
         return list(range(self._length(axis)))
 
     def _queries(self, groups: Sequence[int], layer: int) -> list[int]:
-        """The query heads that stay of each group, as many of each; -1 for those of a group that is zero."""
+        """The query heads that are kept, equally many of each group; -1 for those of a group of zeros."""
         heads, count = self._plan.heads[layer], self._plan.student.heads // derived.kv_heads(self._plan.student)
         of_group = {group: heads[i * count : (i + 1) * count] for i, group in enumerate(self._plan.groups[layer])}
         return [head for group in groups for head in of_group.get(group, (-1,) * count)]
 
     def _wide(self, heads: Sequence[int]) -> list[int]:
-        """The rows of heads of the teacher's width."""
+        """The rows of the given heads, each of the teacher's head width."""
         width = derived.head_dim(self._plan.teacher)
         return [head * width + i if head >= 0 else -1 for head in heads for i in range(width)]
 
 
 def _index_select(block: Tensor, dim: int, rows: Sequence[int]) -> Tensor:
-    """Rows of a tensor along a dimension, zeros for -1."""
+    """Rows of a tensor along a dimension; zeros for -1."""
     index = torch.tensor(rows)
     return block.index_select(dim, index.clamp(min=0)).index_fill_(dim, (index < 0).nonzero().flatten(), 0)

@@ -1,8 +1,9 @@
-"""What heads, neurons, channels and layers are worth, read off a frozen model while it runs under its schedule.
+"""Importance scores of heads, neurons, channels and layers, from hooks on a frozen model during its pipeline schedule.
 
-A mask of ones stands, in thought, on each head's output, on each neuron, and one for all layers on the channels: of
-the embeddings, of what attention and feed-forward add to the residual stream, and of the sums. At 1 the derivative by a
-mask is the sum over tokens of value times gradient, so no mask is ever made: hooks see both.
+Scores are derivatives of the loss with respect to masks of ones: one on each head's output, one on each neuron, and one
+for all layers on the channels (of the embeddings, of the outputs of attention and feed-forward, and of the residual
+sums). At 1 such a derivative is the sum over tokens of value times gradient, so the masks are never created: hooks read
+both.
 """
 
 from __future__ import annotations
@@ -26,21 +27,21 @@ from megatron_capgap.models.gpt import unwrap
 from megatron_capgap.pruning.importance_scores import Scores
 
 _BLOCK = 1 << 17
-"""Numbers that are in float64 at a time: 1 MiB of them."""
+"""Numbers held in float64 at a time (1 MiB)."""
 MeanLoss = Callable[[Tensor, Tensor, Any], Tensor]
-"""(final hidden states `[s/tp or s, b, h]`, LM head shard `[v/tp, h]`, micro-batch) to its mean loss, a scalar."""
+"""(final hidden states `[s/tp or s, b, h]`, LM head shard `[v/tp, h]`, micro-batch) -> its mean loss, a scalar."""
 
 
 class Importance:
-    """Scores of a model, adding up from one global batch to the next.
+    """Accumulates a model's scores over global batches.
 
-    Every number is counted on one rank of a model's copy, so that one sum over the world makes the scores whole.
+    Each number is counted on exactly one rank of a model replica, so one sum over all ranks completes the scores.
 
     Args:
         chunks: the model on this rank, one chunk, without dropout; it is frozen.
         parallel: its layout.
-        shape: the model in numbers.
-        gradient: score by |d loss / d mask|, a mean over micro-batches; else by activations, forward only.
+        shape: the model's sizes.
+        gradient: True scores by |d loss / d mask|, a mean over micro-batches; False by activations, forward only.
     """
 
     def __init__(
@@ -49,10 +50,10 @@ class Importance:
         self._chunks, self._parallel, self._shape, self._gradient = chunks, parallel, shape, gradient
         self._device = next(chunks[0].parameters()).device
         self._sums = Scores.zeros(shape, self._device)
-        # Under sequence parallelism each rank sees a part of the tokens, else all see the same residual stream.
+        # Under sequence parallelism each rank holds a shard of the tokens; otherwise the residual stream is replicated.
         self._sees_its_own = parallel.layout.sequence or parallel.tp_rank == 0
         self._seen: Counter[str] = Counter()
-        # Derivatives by the masks of each micro-batch of the global batch at work: `[m, h]` and `[m, layers]`.
+        # Derivatives by the masks, for each micro-batch of the current global batch: `[m, h]` and `[m, layers]`.
         self._by_channel = self._by_layer = torch.empty(0)
         for chunk in chunks:
             chunk.eval()
@@ -64,7 +65,7 @@ class Importance:
 
         Args:
             batches: this data-parallel rank's micro-batches.
-            loss: what masks are differentiated through; not called where activations are scored.
+            loss: the loss that is differentiated; not called when activations are scored.
         """
         self._seen.clear()
         count = len(batches)
@@ -89,19 +90,19 @@ class Importance:
         """The sums over all ranks and all batches so far, on the CPU. Collective.
 
         Raises:
-            UserError: one of them is not finite.
+            UserError: a score is not finite.
         """
         total = self._sums.vector()
         dist.all_reduce(total)
         if not torch.isfinite(total).all():
             raise UserError(
-                "the scores are not finite: the teacher's loss or its activations are not; evaluate teacher.checkpoint "
-                "on data.train, or use another one"
+                "the scores are not finite, because the teacher's loss or activations are not; evaluate "
+                "teacher.checkpoint on data.train, or use another checkpoint"
             )
         return Scores.from_vector(total.cpu(), self._shape)
 
     def _take_absolutes(self) -> None:
-        """|derivative| of each micro-batch by masks whose terms lie on several ranks."""
+        """Adds |derivative| of each micro-batch for masks whose terms are on several ranks. Collective."""
         terms, groups = torch.cat([self._by_channel, self._by_layer], dim=1), self._parallel.groups
         if self._parallel.layout.sequence:
             dist.all_reduce(terms, group=groups.tp)
@@ -113,7 +114,7 @@ class Importance:
             self._sums.layers.add_(layers)
 
     def _watch(self, model: Any) -> None:
-        """Hooks on everything that is scored in one chunk."""
+        """Registers hooks on all scored parts of one chunk."""
         if self._gradient and model.pre_process:
             model.embedding.register_forward_hook(self._embedded)
         for layer in model.decoder.layers:
@@ -135,7 +136,7 @@ class Importance:
             self._watch_norm(2 * self._shape.layers, model.decoder.final_layernorm, None)
 
     def _watch_norm(self, index: int, norm: Any, fused: Any) -> None:
-        """Transformer Engine's norms live in the linear behind them; an identity stands in their place."""
+        """Hooks a norm. Transformer Engine's norms are part of the following linear, an identity is in their place."""
         gain, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
         if gain is None:
             gain, bias = fused.layer_norm_weight, getattr(fused, "layer_norm_bias", None)
@@ -155,7 +156,7 @@ class Importance:
         self._columns(inputs[0], reading, add)
 
     def _neurons(self, index: int, reading: Tensor, _: Any, inputs: tuple[Tensor, ...]) -> None:
-        """What the activation leaves, `[s, b, ffn/tp]`: this rank's neurons of all tokens."""
+        """The activation's output, `[s, b, ffn/tp]`: this rank's neurons of all tokens."""
         neurons, rank = inputs[0].shape[-1], self._parallel.tp_rank
 
         def add(columns: Tensor) -> None:
@@ -164,28 +165,28 @@ class Importance:
         self._columns(inputs[0], reading, add)
 
     def _columns(self, value: Tensor, reading: Tensor, add: Callable[[Tensor], None]) -> None:
-        """One number a column: now, of its size and of the weights that read it, or when its gradient is known."""
+        """Adds one number per column: now, from its size and the weights that read it, or in the backward pass."""
         if self._gradient:
             _when_known(value, value, add)
         else:
             add(_over_tokens(value.abs()) * reading)
 
     def _embedded(self, module: Any, _: Any, output: Tensor) -> None:
-        """The embedding is where gradients begin: no weight wants any."""
+        """Makes the embedding's output require a gradient: all weights are frozen, so the graph starts here."""
         self._masked(output.requires_grad_(), output, self._call("embedding"))
 
     def _branch(self, index: int, module: Any, _: Any, output: tuple[Tensor, Tensor | None]) -> None:
-        """What attention or feed-forward adds to the residual stream; its bias comes apart from it."""
+        """The output of attention or feed-forward before the residual addition; its bias is returned separately."""
         value, bias = output
         added = value.detach() if bias is None else value.detach() + bias
         self._masked(value, added, self._call(f"{index} {type(module).__name__}"), index)
 
     def _middle(self, index: int, _: Any, inputs: tuple[Tensor, ...]) -> None:
-        """The sum between attention and feed-forward."""
+        """The residual stream between attention and feed-forward."""
         self._masked(inputs[0], inputs[0], self._call(f"{index} middle"))
 
     def _layer(self, index: int, _: Any, inputs: tuple[Tensor, ...], named: Any, output: tuple[Tensor, Any]) -> None:
-        """A whole layer: the sum that it leaves, or how far it turns what it was given."""
+        """A whole layer: the residual stream after it, or the cosine distance between its input and output."""
         if self._gradient:
             self._masked(output[0], output[0], self._call(f"{index} layer"))
         elif self._sees_its_own:
@@ -194,11 +195,11 @@ class Importance:
             self._sums.layers[index] += turned.sum(dtype=torch.float64)
 
     def _masked(self, tensor: Tensor, value: Tensor, call: int, index: int | None = None) -> None:
-        """A place where the channels' mask stands, and with an index the mask of a layer.
+        """Scores one position of the channels' mask, and with an index also the mask of a layer.
 
         Args:
-            tensor: whose gradient is the value's.
-            value: `[s, b, h]`, or `[s/tp, b, h]`.
+            tensor: the tensor whose gradient equals the value's.
+            value: `[s, b, h]`, or `[s/tp, b, h]` under sequence parallelism.
             call: number of the micro-batch.
             index: of the layer.
         """
@@ -211,13 +212,13 @@ class Importance:
         _when_known(tensor, value, add)
 
     def _call(self, place: str) -> int:
-        """Which micro-batch is passing: every schedule takes a chunk through them in their order."""
+        """Number of the current micro-batch: every schedule runs a chunk over them in order."""
         self._seen[place] += 1
         return self._seen[place] - 1
 
     @torch.no_grad()
     def _norm(self, index: int, gain: Tensor, bias: Tensor | None, _: Any, inputs: tuple[Tensor, ...]) -> None:
-        """The residual stream on its way into a norm, `[s, b, h]`, or `[s/tp, b, h]`."""
+        """A norm's input, the residual stream `[s, b, h]`, or `[s/tp, b, h]` under sequence parallelism."""
         if not self._sees_its_own:
             return
         wide = inputs[0].float()
@@ -231,20 +232,20 @@ class Importance:
 
 
 def _reading(linear: Any) -> Tensor:
-    """Length of the weights that read each of this rank's columns, float64 `[in/tp]`."""
+    """L2 norm of the weights that read each of this rank's columns, float64 `[in/tp]`."""
     return linear.weight.detach().double().norm(dim=0)
 
 
 def _when_known(tensor: Tensor, value: Tensor, add: Callable[[Tensor], None]) -> None:
-    """Adds up value times gradient over tokens as soon as the backward pass gets there.
+    """Sums value times gradient over tokens once the backward pass computes the gradient.
 
     Args:
-        tensor: whose gradient is the value's.
+        tensor: the tensor whose gradient equals the value's.
         value: `[s, b, n]`.
-        add: takes the sums, float64 `[n]`.
+        add: called with the sums, float64 `[n]`.
     """
-    # An alias, for the pipeline takes the memory of what was sent on out of the tensor itself; and dropped when it was
-    # used, for the graph lives on until the next micro-batch has run forward.
+    # An alias, because the pipeline frees the memory of a sent output through the tensor itself. Dropped after use,
+    # because the graph lives until the next micro-batch has run forward.
     waiting = [value.detach()]
     tensor.register_hook(lambda gradient: add(_over_tokens(waiting.pop(), gradient)))
 
@@ -252,7 +253,7 @@ def _when_known(tensor: Tensor, value: Tensor, add: Callable[[Tensor], None]) ->
 def _over_tokens(*factors: Tensor) -> Tensor:
     """The product of tensors `[s, b, n]`, summed over tokens in float64: `[n]`.
 
-    By a few tokens at a time, since torch would make a float64 copy of all of them first.
+    Processes a few tokens at a time, because torch would first make a float64 copy of all of them.
     """
     batch, columns = factors[0].shape[1:]
     total = factors[0].new_zeros(columns, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What the parts of a model are worth, in numbers, and the file that keeps them between two starts of a run."""
+"""Importance scores of a model's parts, and the file scores.json that stores them for a resumed run."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ FILE = "scores.json"
 FORMAT = 1
 
 Facts = Mapping[str, Any]
-"""What scores depend on, by the keys of the configuration that say it."""
+"""The settings that scores depend on, by their configuration keys."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Sums over micro-batches or tokens, float64, of the whole model; only ratios within one field mean something."""
+    """Sums over micro-batches or tokens, float64, of the whole model; only ratios within one field are meaningful."""
 
     heads: Tensor
     """`[layers, heads]`."""
     groups: Tensor
-    """`[layers, kv_heads]`: of all heads that share a key and a value, and of these."""
+    """`[layers, kv_heads]`: of all query heads that share a key and a value, together with these."""
     neurons: Tensor
     """`[layers, ffn]`."""
     channels: Tensor
@@ -38,12 +38,12 @@ class Scores:
     layers: Tensor
     """`[layers]`."""
     squares: Tensor
-    """`[2 * layers + 1, hidden]`: squares behind each norm, before its gain; the norms of attention and feed-forward of
-    each layer in turn, then the last one."""
+    """`[2 * layers + 1, hidden]`: squares of each norm's output before its gain; the norms of attention and
+    feed-forward of each layer in turn, then the final norm."""
 
     @classmethod
     def zeros(cls, shape: ModelShape, device: torch.device) -> Scores:
-        """For a model that nothing is known of yet."""
+        """Scores of 0 for a model of this shape."""
         sizes = _sizes(shape)
         return cls(**{name: torch.zeros(size, dtype=torch.float64, device=device) for name, size in sizes.items()})
 
@@ -55,16 +55,16 @@ class Scores:
         return cls(**{name: part.view(size) for (name, size), part in zip(sizes.items(), parts, strict=True)})
 
     def vector(self) -> Tensor:
-        """All numbers in a row, to be added up over ranks at once."""
+        """All numbers as one vector, to be summed over ranks in one collective."""
         return torch.cat([getattr(self, field.name).flatten() for field in fields(self)])
 
     def normalised(self) -> Scores:
-        """Each layer's heads, groups and neurons, and all channels, divided by their L2 norm, as the paper compares
-        them."""
+        """Scores divided by their L2 norm, as in the paper: per layer for heads, groups and neurons, over all channels
+        for hidden."""
         scaled = {}
         for name in ("heads", "groups", "neurons", "channels"):
             rows = getattr(self, name)
-            # The original's guard against a layer without any score.
+            # The original implementation's guard against a layer whose scores are all 0.
             scaled[name] = rows / (rows.norm(dim=-1, keepdim=True) + 1e-17)
         return Scores(**{**vars(self), **scaled})
 
@@ -81,13 +81,13 @@ def _sizes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 
 
 def write(run_dir: Path, scores: Scores, batches: int, facts: Facts) -> None:
-    """Writes RUN/scores.json at once, in the place of an earlier one.
+    """Writes RUN/scores.json atomically, replacing an earlier one.
 
     Args:
         run_dir: of the run.
         scores: the sums so far.
-        batches: global batches they are sums of.
-        facts: what they depend on.
+        batches: number of global batches summed.
+        facts: the settings that the scores depend on.
     """
     sums = {field.name: getattr(scores, field.name).tolist() for field in fields(scores)}
     content = {"format": FORMAT, "facts": dict(facts), "batches": batches, "sums": sums}
@@ -95,10 +95,10 @@ def write(run_dir: Path, scores: Scores, batches: int, facts: Facts) -> None:
 
 
 def read(run_dir: Path, shape: ModelShape, facts: Facts) -> tuple[Scores, int]:
-    """The sums in RUN/scores.json and the number of global batches they hold; zeros and 0 where there is no such file.
+    """The sums in RUN/scores.json and the number of global batches summed; zeros and 0 if there is no such file.
 
     Raises:
-        UserError: it is damaged, or was made from something else than `facts`.
+        UserError: the file is damaged, or was computed with settings other than `facts`.
     """
     path = run_dir / FILE
     nothing = Scores.zeros(shape, torch.device("cpu"))
@@ -109,12 +109,12 @@ def read(run_dir: Path, shape: ModelShape, facts: Facts) -> tuple[Scores, int]:
         known, batches, sums = content["facts"], int(content["batches"]), content["sums"]
         found = {name: torch.tensor(sums[name], dtype=torch.float64) for name in _sizes(shape)}
     except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); remove it, and the scores are made again") from None
+        raise UserError(f"{path}: cannot be read ({error}); remove it to recompute the scores") from None
     for key, value in facts.items():
         if known.get(key) != value:
-            raise UserError(f"{path}: was made with {key} {known.get(key)}, not {value}; choose another run_dir")
+            raise UserError(f"{path}: was computed with {key} {known.get(key)}, not {value}; choose another run_dir")
     for name, size in _sizes(shape).items():
         if tuple(found[name].shape) != size:
             text = f"{name} is {list(found[name].shape)}, the teacher's is {list(size)}"
-            raise UserError(f"{path}: {text}; remove it, and the scores are made again")
+            raise UserError(f"{path}: {text}; remove it to recompute the scores")
     return Scores(**found), batches

@@ -1,4 +1,4 @@
-"""Which parts of the teacher stay: the plan, and its file, made to be read."""
+"""Pruning plan: the parts of the teacher that are kept, and the human-readable plan.json."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Rows = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Plan:
-    """What stays, numbered from 0 as in the teacher and ascending; a row for each layer that stays."""
+    """The kept parts, numbered from 0 as in the teacher and ascending; one row per kept layer."""
 
     teacher: ModelShape
     student: ModelShape
@@ -33,23 +33,23 @@ class Plan:
     groups: Rows
     """Key/value heads."""
     heads: Rows
-    """Query heads, those of a group beside each other."""
+    """Query heads, those of a group next to each other."""
     neurons: Rows
     gains: tuple[float, ...]
-    """Factors of the norms' gains: attention and feed-forward of each layer in turn, then the last norm. A norm divides
-    by the root mean square of the channels it is given; those that stay may be larger or smaller than all were."""
+    """Factors of the norms' gains: attention and feed-forward of each layer in turn, then the final norm. Removing
+    channels changes the root mean square that a norm divides by; the factors compensate for it."""
     tensor: int = 1
-    """Tensor-parallel size that a layer's parts are spread over where it keeps fewer than the student stores."""
+    """Tensor-parallel size over which a layer's parts are spread if it keeps fewer than the student stores."""
 
     @property
     def kept_parts(self) -> dict[str, list[int]]:
-        """How many parts each layer keeps, by their name in a shape."""
+        """Number of parts that each layer keeps, by their name in a shape."""
         rows = {"kv_heads": self.groups, "heads": self.heads, "ffn": self.neurons}
         return {name: [len(row) for row in parts] for name, parts in rows.items()}
 
     @property
     def padding(self) -> int:
-        """Parameters that are zero, since a layer keeps fewer parts than the student stores."""
+        """Number of parameters that are zero because a layer keeps fewer parts than the student stores."""
         kept = [sum(map(len, rows)) for rows in (self.groups, self.neurons)]
         return size.non_embedding_parameters(self.student) - size.kept_parameters(self.student, *kept)
 
@@ -57,14 +57,15 @@ class Plan:
 def make(
     teacher: ModelShape, student: ModelShape, scores: Scores, layers_by: str, budget: Budget | None = None
 ) -> Plan:
-    """Takes the best of everything.
+    """Keeps the parts with the highest scores.
 
     Args:
-        teacher, student: the shapes before and after; with a budget the plan's student stores what its largest layer
-            keeps.
+        teacher, student: the shapes before and after; with a budget the plan's student stores as many parts as its
+            largest layer keeps.
         scores: of the teacher.
-        layers_by: `position` keeps the middle layers, `importance` those of the highest scores.
-        budget: what layers keep together, ranked over all of them; None leaves each as many as the student has.
+        layers_by: `position` keeps the middle layers, `importance` those with the highest scores.
+        budget: number of parts kept in all layers together, ranked over all layers; None keeps the student's number in
+            each layer.
     """
     if layers_by == "importance":
         layers = _best(scores.layers, student.layers)
@@ -96,7 +97,7 @@ def make(
 
 
 def _best(scores: Tensor, count: int) -> tuple[int, ...]:
-    """Where the `count` highest scores stand, ascending; of equal ones the first."""
+    """Indices of the `count` highest scores, ascending; among equal scores the first."""
     order = scores.sort(descending=True, stable=True).indices
     return tuple(sorted(order[:count].tolist()))
 
@@ -106,12 +107,12 @@ def _best_over_layers(scores: Tensor, unit: int, total: int, most: int) -> Rows:
 
     Args:
         scores: `[layers, parts]`, comparable between layers.
-        unit: each layer keeps a multiple of so many parts, and one unit at least.
-        total: parts of all layers, a multiple of unit.
-        most: parts that a layer keeps at most, a multiple of unit.
+        unit: each layer keeps a multiple of this number of parts, at least one unit.
+        total: parts kept in all layers together, a multiple of unit.
+        most: maximum number of parts kept in one layer, a multiple of unit.
     """
     ranked = scores.sort(dim=1, descending=True, stable=True)
-    # A layer's units hold its parts from the best on, so that the best units of all are the first ones of each.
+    # A layer's units group its parts in descending order of score, so the best units overall are each layer's first.
     units = ranked.values[:, :most].unflatten(1, (-1, unit)).sum(-1)
     units[:, 0] = torch.inf
     chosen = Counter(i // units.shape[1] for i in _best(units.flatten(), total // unit))
@@ -119,7 +120,8 @@ def _best_over_layers(scores: Tensor, unit: int, total: int, most: int) -> Rows:
 
 
 def _storing(student: ModelShape, groups: int, neurons: int) -> ModelShape:
-    """The student with so many key/value heads, of its width and queries, and neurons in every layer."""
+    """The student with `groups` key/value heads and `neurons` neurons per layer; head width and queries per group are
+    unchanged."""
     stored, width = derived.kv_heads(student), derived.head_dim(student)
     if groups != stored:
         heads = groups * student.heads // stored
@@ -128,14 +130,14 @@ def _storing(student: ModelShape, groups: int, neurons: int) -> ModelShape:
 
 
 def spread(kept: Sequence[int], stored: int, shards: int) -> list[int]:
-    """Where the parts that a layer keeps stand in the width that is stored; -1 stands for zeros.
+    """Positions of a layer's kept parts within the stored width; -1 is a position of zeros.
 
-    Padding costs the same wherever it stands, and every layout loads it. In the one that was asked for each shard gets
-    as many kept parts, give or take one, so that whoever cuts the zeros off finds the work balanced over ranks.
+    The position of padding does not affect its cost, and every layout can load it. In the configured layout each shard
+    gets the same number of kept parts, up to one, so that the work is balanced over ranks if the zeros are removed.
 
     Args:
         kept: parts, ascending, at most `stored`.
-        stored: a multiple of `shards`.
+        stored: number of stored parts, a multiple of `shards`.
         shards: tensor-parallel size.
     """
     rows: list[int] = []
@@ -146,27 +148,29 @@ def spread(kept: Sequence[int], stored: int, shards: int) -> list[int]:
 
 
 def _heads(teacher: ModelShape, student: ModelShape, scores: Tensor, groups: tuple[int, ...]) -> tuple[int, ...]:
-    """The best queries of each group that stays, as many of each."""
+    """The best query heads of each kept group, equally many of each."""
     queries = teacher.heads // derived.kv_heads(teacher)
     count = student.heads // derived.kv_heads(student)
     return tuple(g * queries + i for g in groups for i in _best(scores[g * queries : (g + 1) * queries], count))
 
 
 def _gain(squares: Tensor, channels: tuple[int, ...]) -> float:
-    """Root mean square behind a norm over the channels that stay, to that over all: 1 where all stay, and for channels
-    that were always 0 what makes their going unseen."""
+    """Ratio of the root mean square of a norm's output over the kept channels to that over all channels.
+
+    It is 1 if all channels are kept. If the removed channels were always 0, it makes their removal exact.
+    """
     if len(channels) == len(squares) or not squares.sum() > 0:
         return 1.0
     return float((squares[list(channels)].mean() / squares.mean()).sqrt())
 
 
 def text(plan: Plan, scores: Scores, facts: Facts) -> str:
-    """plan.json: a line for each row of numbers.
+    """Contents of plan.json, with one line per row of numbers.
 
     Args:
-        plan: what stays.
-        scores: why.
-        facts: what the scores were made from.
+        plan: the kept parts.
+        scores: the scores that the plan was made from.
+        facts: the settings that the scores depend on.
     """
     kept = {name: getattr(plan, name) for name in ("layers", "channels", "groups", "heads", "neurons")}
     scaled = scores.normalised()
@@ -191,14 +195,14 @@ def text(plan: Plan, scores: Scores, facts: Facts) -> str:
 
 
 def _short(scores: Tensor) -> list[Any]:
-    """Six digits of each number."""
+    """Each number rounded to six digits."""
     if scores.dim() == 2:
         return [_short(row) for row in scores]
     return [float(f"{score:.6g}") for score in scores.tolist()]
 
 
 def _lines(value: Any, indent: str) -> Iterator[str]:
-    """JSON with what holds other lists or sections spread over lines, and plain lists in one line each."""
+    """JSON lines: containers that hold other containers are spread over lines, plain lists take one line each."""
     inner = list(value.values()) if isinstance(value, dict) else value
     if not isinstance(value, dict | list | tuple) or not any(isinstance(one, dict | list | tuple) for one in inner):
         yield json.dumps(value)

@@ -1,8 +1,8 @@
-"""The shape of the student that the section `prune` asks for, from the teacher's shape alone. No torch.
+"""The student's shape, from the section `prune` and the teacher's shape. No torch.
 
 A Megatron model has one width for all its layers, so counts are uniform over layers, as in the paper's conversion of
-LLaMA2-7B. With `prune.per_layer` they differ, as in its pilot: what all layers keep together is known here, and what
-each of them keeps, and with it the width that all of them store, when the scores are.
+LLaMA2-7B. With `prune.per_layer` they differ, as in its pilot: this module fixes the totals over all layers; the scores
+then decide the number that each layer keeps, and the width that all layers store.
 """
 
 from __future__ import annotations
@@ -21,54 +21,54 @@ from megatron_capgap.config.validation.context import divisors, multiples, spans
 from megatron_capgap.models import size
 
 _WIDTHS = ("hidden", "heads", "kv_heads", "ffn")
-# Beyond this a shape is no answer to the number of parameters that was asked for.
+# Largest accepted relative difference between a shape's parameters and the requested number.
 _FARTHEST = 0.25
-_SHARES = 2000  # steps of the share by which the widths are cut
+_SHARES = 2000  # steps of the share to which the widths are reduced
 
 
 UNDECIDED = ("heads", "kv_heads", "head_dim", "ffn")
-"""Numbers of the student's shape that wait for the scores where it has a budget."""
+"""Fields of the student's shape that the scores decide if it has a budget."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What layers keep together where each may keep a number of its own.
+    """Totals over all layers, if each layer may keep a different number of parts.
 
-    What a layout must divide is the width that they store, and that is rounded. What a layer keeps of it is rounded
-    where that costs nothing: neurons, which are many, to units. Key/value heads are few: were they rounded too, of 8
-    under tensor 8 every layer would keep all.
+    The layout must divide the stored width, so that is rounded. The number kept in a layer is rounded only for neurons,
+    to units, because there are many of them. Key/value heads are few: with rounding, every layer would keep all of 8
+    heads under tensor 8.
     """
 
     groups: int
-    """Key/value heads, each with its queries, of all layers; a layer keeps one at least."""
+    """Key/value heads, each with its queries, in all layers together; a layer keeps at least one."""
     widths: tuple[int, ...]
-    """Numbers of key/value heads that layers can store, for the layout divides and the family holds them; ascending."""
+    """Numbers of key/value heads that layers can store: divided by the layout, supported by the family; ascending."""
     neurons: int
-    """Neurons of all layers, a multiple of `unit`."""
+    """Neurons in all layers together, a multiple of `unit`."""
     unit: int
-    """A layer keeps a multiple of so many neurons, and one at least; the layout divides it."""
+    """A layer keeps a multiple of this number of neurons, at least one unit; the layout divides it."""
     most: int
-    """Neurons that a layer keeps at most."""
+    """Maximum number of neurons that a layer keeps."""
     tensor: int
     """Tensor-parallel size of the layout."""
 
     def stored_groups(self, count: int) -> int:
-        """The least number of key/value heads that a layer can store which keeps so many."""
+        """The smallest number of key/value heads that can be stored in a layer that keeps `count`."""
         return next(width for width in self.widths if width >= count)
 
 
 @dataclass(frozen=True)
 class StudentTarget:
-    """The student as far as it is known before the scores."""
+    """The student as known before the scores."""
 
     shape: ModelShape
-    """The student's; with a budget the least that it can come to, were all layers to keep as many heads and neurons."""
+    """The student's shape; with a budget the smallest possible one, in which all layers keep equally many parts."""
     budget: Budget | None = None
-    """None where all layers keep as many."""
+    """None if all layers keep equally many parts."""
 
     @property
     def kept(self) -> int:
-        """Parameters without embeddings that stay; what is stored beyond them is zero."""
+        """Number of kept parameters without embeddings; further stored parameters are zero."""
         if self.budget is None:
             return size.non_embedding_parameters(self.shape)
         return size.kept_parameters(self.shape, self.budget.groups, self.budget.neurons)
@@ -76,16 +76,16 @@ class StudentTarget:
 
 @dataclass(frozen=True)
 class PruneSpec:
-    """What is to be cut out of what."""
+    """The configuration of a pruning, and the teacher's shape."""
 
     loaded: LoadedConfig
     teacher: ModelShape
     path: str
-    """The teacher's checkpoint, as messages name it."""
+    """The teacher's checkpoint, as named in messages."""
 
     @property
     def wanted(self) -> PruneConfig:
-        """The section."""
+        """The section `prune`."""
         assert self.loaded.config.prune is not None, "load refuses a prune configuration without the section"
         return self.loaded.config.prune
 
@@ -96,27 +96,27 @@ class PruneSpec:
 
     @property
     def queries(self) -> int:
-        """The teacher's queries to a group."""
+        """The teacher's queries per group."""
         return self.teacher.heads // derived.kv_heads(self.teacher)
 
     def problem(self, key: str, text: str) -> str:
-        """One finished sentence about `prune.key`."""
+        """A complete message about `prune.key`."""
         return f"{self.loaded.location(f'prune.{key}' if key else 'prune')}: {text}"
 
 
 def student_target(loaded: LoadedConfig, teacher: ModelShape) -> StudentTarget:
-    """What the student is to be.
+    """The student's shape, and with prune.per_layer its budget.
 
     Args:
-        loaded: of the stage prune.
-        teacher: the shape found in teacher.checkpoint.
+        loaded: configuration of the stage prune.
+        teacher: the shape of teacher.checkpoint.
 
     Raises:
-        ConfigError: with one line for every problem.
+        ConfigError: with one line per problem.
     """
     assert loaded.config.teacher is not None, "load refuses a prune configuration without a teacher"
     order = PruneSpec(loaded, teacher, loaded.config.teacher.checkpoint)
-    # Each row supposes that the ones before it found nothing.
+    # Each check assumes that the previous ones found no problem.
     for row in _CHECKS:
         if problems := list(row(order)):
             raise ConfigError(problems)
@@ -127,21 +127,21 @@ def student_target(loaded: LoadedConfig, teacher: ModelShape) -> StudentTarget:
 
 
 def _check_nontrivial(order: PruneSpec, found: StudentTarget) -> Iterator[str]:
-    """The student is not the teacher, and where layers may differ they can."""
+    """The student must be smaller than the teacher, and with per_layer it must be possible for layers to differ."""
     budget, layers = found.budget, found.shape.layers
     if budget is not None:
         if (budget.groups, budget.neurons) == (layers * budget.widths[-1], layers * budget.most):
-            text = "true, but every layer keeps all heads and neurons that it can store, so that none can differ"
-            yield order.problem("per_layer", f"{text}; give fewer heads or ffn or a larger sparsity, or remove the key")
+            text = "true, but every layer keeps all heads and neurons that it can store, so layers cannot differ"
+            yield order.problem("per_layer", f"{text}; use fewer heads or ffn or a larger sparsity, or remove the key")
     elif _numbers(found.shape) == _numbers(order.teacher):
-        text = f"leaves {order.path} as it is; a smaller layers, hidden, heads or ffn would do, or a larger sparsity"
+        text = f"leaves {order.path} unchanged; use smaller layers, hidden, heads or ffn, or a larger sparsity"
         yield order.problem("", text)
 
 
 def _chosen(order: PruneSpec) -> StudentTarget:
     wanted, teacher = order.wanted, order.teacher
     if wanted.sparsity is not None:
-        # A weight lies between two of hidden, heads and ffn: it stays where both of its ends stay.
+        # A weight connects two of hidden, heads and ffn, and is kept if both of its ends are kept.
         return _by_sparsity(order, math.sqrt(1.0 - wanted.sparsity))
     if wanted.parameters is not None:
         return _of_parameters(order, wanted.parameters)
@@ -156,7 +156,7 @@ def _numbers(shape: ModelShape) -> tuple[int, ...]:
 
 
 def _attention(order: PruneSpec) -> tuple[int, int]:
-    """Heads and groups that the numbers come to."""
+    """Number of heads and of key/value heads that the section asks for."""
     wanted, teacher = order.wanted, order.teacher
     if wanted.heads is None and wanted.kv_heads is None:
         return teacher.heads, derived.kv_heads(teacher)
@@ -174,13 +174,13 @@ def _shape(order: PruneSpec, hidden: int, heads: int, kv_heads: int, ffn: int) -
         kv_heads=None if teacher.kv_heads is None and kv_heads == heads else kv_heads,
         head_dim=teacher.head_dim if heads * width == hidden else width,
         ffn=ffn,
-        # Where only dead channels go, a norm's mean square grows by teacher.hidden / hidden, and its epsilon must too.
+        # If only dead channels are removed, a norm's mean square grows by teacher.hidden / hidden; so must its epsilon.
         norm_epsilon=teacher.norm_epsilon * (teacher.hidden / hidden),
     )
 
 
 def _by_sparsity(order: PruneSpec, share: float) -> StudentTarget:
-    """Hidden, heads and ffn cut to a share of the teacher's, in units that the layout divides."""
+    """Hidden, heads and ffn reduced to a share of the teacher's, in units that the layout divides."""
     wanted, teacher, tensor = order.wanted, order.teacher, order.tensor
     traits, width = ARCHITECTURES[teacher.family], derived.head_dim(teacher)
     if wanted.per_layer:
@@ -194,16 +194,16 @@ def _by_sparsity(order: PruneSpec, share: float) -> StudentTarget:
 
 
 def _by_sparsity_over_layers(order: PruneSpec, share: float) -> StudentTarget:
-    """Hidden cut to a share of the teacher's; heads and neurons to what leaves share * share of the weights, whatever
-    hidden was rounded to."""
+    """Hidden reduced to a share of the teacher's; heads and neurons such that share * share of the weights are kept,
+    whatever hidden is rounded to."""
     wanted, teacher, tensor, queries = order.wanted, order.teacher, order.tensor, order.queries
     traits, groups = ARCHITECTURES[teacher.family], derived.kv_heads(teacher)
     if traits.free_head_dim:
-        # A layer may keep all of its heads, and transformers wants them to divide hidden.
+        # A layer may keep all of its heads, and transformers requires that they divide hidden.
         unit = math.lcm(wanted.multiple, teacher.heads) if traits.heads_divide_hidden else wanted.multiple
         hidden = _nearest(share * teacher.hidden, unit, teacher.hidden)
     else:
-        # Hidden is as wide as the heads that are stored, so rounding it up lets some layers keep more than others.
+        # Hidden equals the stored heads' total width; rounding it up lets some layers keep more heads than others.
         hidden = math.ceil(share * groups / tensor) * tensor * queries * derived.head_dim(teacher)
     kept = min(1.0, share * share * teacher.hidden / hidden)
     unit = math.lcm(wanted.multiple, tensor)
@@ -213,13 +213,13 @@ def _by_sparsity_over_layers(order: PruneSpec, share: float) -> StudentTarget:
 def _over_layers(
     order: PruneSpec, hidden: int, queries: int, groups: float, neurons: float, unit: int
 ) -> StudentTarget:
-    """Layers that keep numbers of their own.
+    """The target if each layer may keep a different number of parts.
 
     Args:
-        order: what is to be cut out of what.
-        hidden: channels that stay.
-        queries: that stay of each key/value head.
-        groups, neurons: that a layer keeps in the mean; all layers together keep the nearest whole numbers of units.
+        order: the configuration and the teacher's shape.
+        hidden: number of kept channels.
+        queries: number of kept queries per key/value head.
+        groups, neurons: mean number kept per layer; the totals are the nearest whole numbers of units.
         unit: of neurons.
     """
     teacher, layers = order.teacher, order.wanted.layers or order.teacher.layers
@@ -242,7 +242,7 @@ def _over_layers(
 
 
 def _widths(order: PruneSpec, hidden: int, queries: int) -> Iterator[int]:
-    """Numbers of key/value heads that the layout divides and the family holds beside this hidden, ascending."""
+    """Numbers of key/value heads that the layout divides and the family supports with this hidden, ascending."""
     traits, width = ARCHITECTURES[order.teacher.family], derived.head_dim(order.teacher)
     for groups in range(order.tensor, derived.kv_heads(order.teacher) + 1, order.tensor):
         heads = groups * queries
@@ -251,25 +251,25 @@ def _widths(order: PruneSpec, hidden: int, queries: int) -> Iterator[int]:
 
 
 def _no_width(order: PruneSpec, hidden: int, queries: int, groups: int) -> str:
-    """A problem: no layer can store `groups` key/value heads, which is what they keep in the mean."""
+    """The message that no layer can store `groups` key/value heads, the mean number that is kept."""
     family, width = order.teacher.family, derived.head_dim(order.teacher)
     stored = -(-groups // order.tensor) * order.tensor * queries
     if ARCHITECTURES[family].free_head_dim:
         would = multiples(hidden, derived.kv_heads(order.teacher) * queries)
-        text = f"{hidden} is divided by no number of heads, {groups * queries} or more, that layers could store"
+        text = f"{hidden} is not divisible by any number of heads, {groups * queries} or more, that layers could store"
     else:
         would = str(stored * width)
         text = f"{hidden} is no whole number of heads {width} wide, {groups * queries} or more, that layers could store"
-    return order.problem("hidden", f"{text}, as {family} needs it; {would} would do")
+    return order.problem("hidden", f"{text}, as {family} requires; valid values: {would}")
 
 
 def _nearest(number: float, unit: int, most: int) -> int:
-    """The multiple of `unit` nearest to a number, at least one; `most` itself where no multiple fits below it."""
+    """The multiple of `unit` nearest to a number, at least one unit; `most` itself if no multiple is below it."""
     return min(max(1, round(number / unit)) * unit, most // unit * unit or most)
 
 
 def _of_parameters(order: PruneSpec, parameters: int) -> StudentTarget:
-    """The shape whose parameters without embeddings come nearest, of all that cut the widths by one share."""
+    """The shape with the nearest number of parameters without embeddings, of all that reduce widths by one share."""
     targets = {_by_sparsity(order, share / _SHARES): None for share in range(1, _SHARES + 1)}
 
     def distance(found: StudentTarget) -> int:
@@ -277,24 +277,24 @@ def _of_parameters(order: PruneSpec, parameters: int) -> StudentTarget:
 
     best = min(targets, key=distance)
     if distance(best) > _FARTHEST * parameters:
-        text = f"{parameters} is not near any shape; {best.kept} would do, or a smaller prune.multiple, or fewer layers"
+        text = f"{parameters} is not near any shape; use {best.kept}, a smaller prune.multiple, or fewer layers"
         raise ConfigError([order.problem("parameters", text)])
     return best
 
 
 def _check_single_size_option(order: PruneSpec) -> Iterator[str]:
-    """Numbers, a sparsity or a count of parameters; layers may stand beside each."""
+    """Only one of widths, sparsity and parameters may be given; layers may be combined with each."""
     wanted, config = order.wanted, order.loaded.config
     widths = [name for name in _WIDTHS if getattr(wanted, name) is not None]
     totals = [name for name in ("sparsity", "parameters") if getattr(wanted, name) is not None]
     if len(totals) == 2:
-        text = f"{wanted.parameters} given beside prune.sparsity {wanted.sparsity}; give one of them"
+        text = f"{wanted.parameters} given in addition to prune.sparsity {wanted.sparsity}; give only one of them"
         yield order.problem("parameters", text)
     for name in widths if totals else ():
-        text = f"{getattr(wanted, name)} given beside prune.{totals[0]}, which chooses the widths; give one of them"
+        text = f"{getattr(wanted, name)} given, but prune.{totals[0]} determines the widths; give only one of them"
         yield order.problem(name, text)
     if not widths and not totals and wanted.layers is None:
-        text = "says nothing of the student's size; give layers, hidden, heads and ffn, or sparsity, or parameters"
+        text = "does not give the student's size; give layers, hidden, heads and ffn, or sparsity, or parameters"
         yield order.problem("", text)
     if config.teacher is not None and config.teacher.layout is not None:
         place = order.loaded.location("teacher.layout")
@@ -302,55 +302,57 @@ def _check_single_size_option(order: PruneSpec) -> Iterator[str]:
 
 
 def _check_within_teacher(order: PruneSpec) -> Iterator[str]:
-    """Nothing can be pruned to a larger size."""
+    """No size may exceed the teacher's."""
     for name in ("layers", *_WIDTHS):
         given = getattr(order.wanted, name)
         most = derived.kv_heads(order.teacher) if name == "kv_heads" else getattr(order.teacher, name)
         if given is not None and given > most:
-            text = f"{given} is larger than {name} {most} of {order.path}; {spans(range(1, most + 1))} would do"
+            text = f"{given} is larger than {name} {most} of {order.path}; valid values: {spans(range(1, most + 1))}"
             yield order.problem(name, text)
     parameters, most = order.wanted.parameters, size.non_embedding_parameters(order.teacher)
     if parameters is not None and parameters >= most:
-        text = f"{parameters} is not below the {most} of {order.path} without embeddings; {round(most / 2.5)} would do"
+        text = f"{parameters} is not below the {most} of {order.path} without embeddings; use e.g. {round(most / 2.5)}"
         yield order.problem("parameters", text)
 
 
 def _check_queries_per_group(order: PruneSpec) -> Iterator[str]:
-    """Queries stay with the key and value that they were trained with."""
+    """Queries must keep the key and value that they were trained with."""
     wanted, queries, (heads, kv_heads) = order.wanted, order.queries, _attention(order)
     if wanted.kv_heads is None:
         if heads % queries:
-            text = f"{heads} heads do not fill groups of {queries} queries as {order.path} has them"
+            text = f"{heads} heads do not fill groups of {queries} queries, which {order.path} has"
             more = ", or give kv_heads" if ARCHITECTURES[order.teacher.family].grouped_queries else ""
-            yield order.problem("heads", f"{text}; {multiples(heads, queries)} would do{more}")
+            yield order.problem("heads", f"{text}; nearest valid values: {multiples(heads, queries)}{more}")
     elif heads % kv_heads:
-        yield order.problem("kv_heads", f"{kv_heads} does not divide heads {heads}; {divisors(heads)} would do")
+        yield order.problem("kv_heads", f"{kv_heads} does not divide heads {heads}; valid values: {divisors(heads)}")
     elif heads // kv_heads > queries:
         text = f"{kv_heads} makes groups of {heads // kv_heads} queries, but those of {order.path} have {queries}"
         least = -(-heads // queries)
         would = spans(n for n in range(least, derived.kv_heads(order.teacher) + 1) if heads % n == 0)
-        yield order.problem("kv_heads", f"{text}; {would} would do")
+        yield order.problem("kv_heads", f"{text}; valid values: {would}")
 
 
 def _check_width_allowed(order: PruneSpec) -> Iterator[str]:
-    """Some families have heads of hidden / heads alone; transformers loads others only where heads divide hidden."""
+    """Some families require a head width of hidden / heads; others are loaded by transformers only if heads divide
+    hidden."""
     wanted, teacher, (heads, _) = order.wanted, order.teacher, _attention(order)
     if wanted.sparsity is not None or wanted.parameters is not None or wanted.per_layer:
-        return  # with per_layer heads are a mean; `_over_layers` looks for a number that layers could store
+        return  # with per_layer heads are a mean; `_over_layers` finds a number that layers can store
     hidden, width, traits = wanted.hidden or teacher.hidden, derived.head_dim(teacher), ARCHITECTURES[teacher.family]
     if not traits.free_head_dim and hidden != heads * width:
-        text = f"{hidden} is not heads {heads} times their width {width}, as it is in {teacher.family}"
-        yield order.problem("hidden", f"{text}; {heads * width} would do")
+        text = f"{hidden} is not heads {heads} times their width {width}, as {teacher.family} requires"
+        yield order.problem("hidden", f"{text}; valid values: {heads * width}")
     elif traits.heads_divide_hidden and hidden % heads:
-        text = f"{hidden} is not divisible by heads {heads}, and transformers loads no {teacher.family} like that"
-        yield order.problem("hidden", f"{text}; {multiples(hidden, heads)} would do")
+        text = f"{hidden} is not divisible by heads {heads}, and transformers cannot load such a {teacher.family}"
+        yield order.problem("hidden", f"{text}; nearest valid values: {multiples(hidden, heads)}")
 
 
 def _check_heads_divide_over_tensor(order: PruneSpec) -> Iterator[str]:
-    """Without per_layer the student's heads are looked at, with everything else that a layout must divide."""
+    """With per_layer, the layout must divide the teacher's heads; otherwise the general layout check covers the
+    student's."""
     groups = derived.kv_heads(order.teacher)
     if order.wanted.per_layer and groups % order.tensor:
-        text = f"{order.tensor} does not divide kv_heads {groups} of {order.path}; {divisors(groups)} would do"
+        text = f"{order.tensor} does not divide kv_heads {groups} of {order.path}; valid values: {divisors(groups)}"
         yield f"{order.loaded.location('student.layout.tensor')}: {text}"
 
 

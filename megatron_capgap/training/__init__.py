@@ -1,1 +1,1 @@
-"""Optimizer, one step, the loop around it."""
+"""Training: the loop, one optimizer step, the optimizer, evaluation, early stopping, checkpoint saves."""

@@ -1,4 +1,4 @@
-"""A run and its checkpoints: going on from the newest one that is whole, and saving."""
+"""Resumes a run from its newest intact checkpoint, and saves its checkpoints."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from megatron_capgap.training.run import Run
 
 
 def resume(run: Run) -> Run:
-    """Loads the run's newest checkpoint that is whole, if it has one. Collective.
+    """Loads the run's newest intact checkpoint, if there is one. Collective.
 
     Returns:
-        The run, knowing what its state stands for.
+        The run, with the step counts of the loaded state.
 
     Raises:
-        UserError: the run has checkpoints, but none that is whole.
+        UserError: the run has checkpoints, but none is intact.
     """
     folders, reasons = collectives.run_on_rank0(lambda: run_directory.candidates(run.run_dir))
     damaged: list[Path] = []
@@ -52,27 +52,27 @@ def _make_latest(folder: Path, damaged: list[Path]) -> None:
 def save(run: Run, done: int, skipped: int, *, last: bool) -> bool:
     """Writes a checkpoint of the state after `done` steps. Collective.
 
-    A full disk in the middle of a run is no reason to stop: it says so, and the next save tries again.
+    A failed save, e.g. on a full disk, does not stop the run: a warning is logged, and the next save retries.
 
     Args:
         run: the run.
-        done: its steps.
-        skipped: those among them that changed nothing.
-        last: there will be no next save.
+        done: steps done.
+        skipped: bad batches among them, which changed nothing.
+        last: whether this is the final save of the process.
 
     Returns:
-        Whether it is on disk, or on its way.
+        Whether the checkpoint is on disk, or being written.
 
     Raises:
-        NotSaved: the last one could not be written.
-        UserError: another job has taken the run directory over.
+        SaveFailed: the last checkpoint could not be written.
+        UserError: another job has taken over the run directory.
     """
     run.watchdog.activity = f"the save after step {done}"
     collectives.run_on_rank0(run.checkpoints.check_ownership)
-    # Saving copies the optimizer's state, in the room that the activations leave.
+    # A save copies the optimizer's state, into the memory that activations used.
     run.device.release_memory()
     meta = replace(run.checkpoints.metadata(done), skipped=skipped)
-    warn_if_save_failed(run, run.checkpoints.saver.wait)  # the one before
+    warn_if_save_failed(run, run.checkpoints.saver.wait)  # the previous save
     try:
         run.checkpoints.saver.start(meta, run.chunks, run.parallel, run.optimizer)
         if last:
@@ -86,7 +86,7 @@ def save(run: Run, done: int, skipped: int, *, last: bool) -> bool:
 
 
 def warn_if_save_failed(run: Run, work: Callable[[], None]) -> None:
-    """Says what could not be saved; the next save tries again."""
+    """Runs `work`; a failed save is logged as a warning, and the next save retries."""
     try:
         work()
     except SaveFailed as error:
@@ -94,12 +94,12 @@ def warn_if_save_failed(run: Run, work: Callable[[], None]) -> None:
 
 
 def _log_save_failed(run: Run, error: SaveFailed) -> None:
-    run.log.warning(f"{error}; training goes on, the next save tries again")
+    run.log.warning(f"{error}; training continues, the next save tries again")
 
 
 @contextmanager
 def finish_saving_on_error(run: Run) -> Iterator[None]:
-    """What is being written gets done, also where a mistake that all ranks see ends the run."""
+    """Completes a save that is under way, also if an error that all ranks raise ends the run."""
     try:
         yield
     except UserError:

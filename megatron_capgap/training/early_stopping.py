@@ -1,4 +1,4 @@
-"""Early stopping: when the held-out loss has not fallen for a while, the run ends, and its best checkpoint stays."""
+"""Early stopping: ends a run whose held-out loss stops falling, and keeps its best checkpoint."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from megatron_capgap.runtime.metrics import evaluations
 
 @dataclass
 class EarlyStopping:
-    """The held-out losses of a run so far. The same on all ranks."""
+    """State of early stopping: the best held-out loss so far. The same on all ranks."""
 
     patience: int | None
-    """Evaluations in a row without a lower loss that end the run; None never ends it, and no checkpoint is the best."""
+    """Consecutive evaluations without a lower loss after which the run ends; None disables early stopping and the best
+    checkpoint."""
     best_step: int | None = None
     best_loss: float = float("inf")
     waited: int = 0
@@ -24,11 +25,11 @@ class EarlyStopping:
 
     @property
     def exhausted(self) -> bool:
-        """Whether the run is to end."""
+        """Whether the run has to end."""
         return self.patience is not None and self.waited >= self.patience
 
     def update(self, step: int, loss: float) -> bool:
-        """Takes note of an evaluation; whether it is the best so far, and its checkpoint to be kept."""
+        """Records an evaluation. Returns whether it is the best so far, so that its checkpoint must be kept."""
         if loss < self.best_loss:
             self.best_step, self.best_loss, self.waited = step, loss, 0
             return self.patience is not None
@@ -37,9 +38,10 @@ class EarlyStopping:
 
 
 def restore(run_dir: Path, most: int | None, done: int) -> EarlyStopping:
-    """What a run that goes on after `done` steps had seen by then, as metrics.jsonl has it. Collective.
+    """State of early stopping after `done` steps, restored from metrics.jsonl when a run resumes. Collective.
 
-    `best` is put right: a run may have been killed before it was written, or have gone back to an older checkpoint.
+    Also corrects the link `best`: the run may have been killed before it was written, or resumed from an older
+    checkpoint.
     """
 
     def read() -> EarlyStopping:

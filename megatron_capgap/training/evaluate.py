@@ -1,4 +1,4 @@
-"""Loss on held-out text: the same number in every layout, per token and per byte."""
+"""Evaluation: loss on held-out text, per token and per byte, independent of the layout."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from megatron_capgap.training.step import reduce_losses
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A model on a held-out set."""
+    """Result of evaluating a model on a held-out set."""
 
     loss: float
-    """Cross-entropy in nats a token."""
+    """Cross-entropy in nats per token."""
     bits_per_byte: float
-    """Bits that the model needs for one byte of the text; comparable between tokenizers."""
+    """Cross-entropy in bits per byte of the text; comparable between tokenizers."""
     tokens: int
-    """Tokens that were predicted."""
+    """Number of predicted tokens."""
     samples: int
-    """Sequences that were read."""
+    """Number of sequences read."""
 
     @property
     def perplexity(self) -> float:
@@ -38,7 +38,7 @@ class Evaluation:
         return math.exp(min(self.loss, 700.0))
 
     def entry(self, step: int) -> dict[str, float]:
-        """Its line in metrics.jsonl."""
+        """The entry for metrics.jsonl."""
         return {
             "step": step,
             "valid_loss": self.loss,
@@ -63,22 +63,22 @@ def evaluate(
 ) -> Evaluation | None:
     """Runs the model forward over held-out samples, each exactly once. Collective.
 
-    Leaves the model in training mode, with the FP8 scales that it had.
+    Leaves the model in training mode, with its FP8 scales unchanged.
 
     Args:
         chunks: this rank's model chunks.
         parallel: their layout.
         sequence: held-out samples.
-        vocab_size: columns of the LM head beyond it are padding.
+        vocab_size: number of real columns of the LM head; the rest is padding.
         byte_lengths: UTF-8 bytes of each token, float64 `[vocab_size]`.
         micro_batch: sequences in one forward pass of one rank.
         global_batch: sequences in one pass of all ranks.
-        batches: global batches to read; None reads everything.
-        device: where tensors live.
-        halted: asked before every batch whether to give up, on all ranks alike. Collective.
+        batches: global batches to read; None reads all.
+        device: device of the tensors.
+        halted: called before every batch; True on all ranks ends the evaluation. Collective.
 
     Returns:
-        The same on all ranks; None where it was given up.
+        The result, the same on all ranks; None if `halted` ended it.
     """
     samples = len(sequence) if batches is None else min(len(sequence), batches * global_batch)
     losses: list[Loss] = []
@@ -104,8 +104,7 @@ def evaluate(
 def _summing(
     losses: list[Loss], last_chunk: torch.nn.Module, parallel: ParallelContext, vocab_size: int, lengths: Tensor
 ) -> schedule.LastStage:
-    """What the last pipeline stage does with its hidden states: cross-entropy and bytes of a micro-batch, added to
-    `losses`."""
+    """The last pipeline stage's function: appends cross-entropy and byte sums of a micro-batch to `losses`."""
 
     def last_stage(hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, None]:
         labels, mask = batch.flat()
@@ -127,7 +126,7 @@ def _summing(
 
 @contextmanager
 def _measuring(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Evaluation mode and no gradients, then training mode and the FP8 scales from before."""
+    """Evaluation mode without gradients; on exit training mode and the previous FP8 scales."""
     scales = DelayedScales(chunks)
     for chunk in chunks:
         chunk.eval()

@@ -1,5 +1,5 @@
-"""The training loop: read, teacher forward, student step, report, save, evaluate; until the last step, a signal or the
-end of the time."""
+"""Training loop: read, teacher forward, student step, report, save, evaluate; until the last step, a signal or the time
+limit."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from megatron_capgap.training.step_timer import StepTimer
 
 
 def train(run: Run) -> None:
-    """Trains from where the run stands to its last step, to the step boundary at which it is to stop, or to the end of
-    finetune.patience. Collective."""
+    """Trains from the run's current step to its last one, or until a signal, the time limit or early stopping
+    (finetune.patience) ends it at a step boundary. Collective."""
     config, log, steps = run.config, run.log, run.config.train.steps
     assert steps is not None
     done, skipped = run.done, run.skipped
@@ -58,7 +58,7 @@ def train(run: Run) -> None:
                 saved = _evaluate(run, done, skipped, stopping, saved=saved, stop=stop)
                 reason = stop.reason
                 if reason and done < steps:
-                    stop.agreed()  # tells a teacher on ranks of its own
+                    stop.agreed()  # informs a teacher on its own ranks
             meter.pause()
             if reason:
                 _stop(run, done, skipped, reason, saved=saved)
@@ -70,7 +70,7 @@ def train(run: Run) -> None:
 
 
 def read_global_batch(run: Run, done: int, timer: StepTimer) -> list[MicroBatch]:
-    """This data-parallel rank's micro-batches of the step after `done` steps: the seed and `done` alone decide them."""
+    """This data-parallel rank's micro-batches of step `done + 1`; they depend on the seed and `done` only."""
     timer.start()
     run.watchdog.activity = f"step {done + 1}, reading"
     rows = micro_batches(
@@ -87,8 +87,8 @@ def read_global_batch(run: Run, done: int, timer: StepTimer) -> list[MicroBatch]
 
 
 def teacher_forward(run: Run, done: int) -> TeacherStates | None:
-    """The teacher's hidden states of the global batch after `done` steps, as far as this rank needs them; None without
-    a teacher. Collective."""
+    """The teacher's hidden states that this rank needs for the global batch of step `done + 1`; None without a teacher.
+    Collective."""
     run.watchdog.activity = f"step {done + 1}"
     forward = run.objective.teacher_forward
     return None if forward is None else forward(done * run.data.global_batch)
@@ -97,11 +97,13 @@ def teacher_forward(run: Run, done: int) -> TeacherStates | None:
 def student_step(
     run: Run, done: int, skipped: int, batches: Sequence[MicroBatch], teacher_states: TeacherStates | None
 ) -> StepResult | None:
-    """Step number `done + 1`: forward, backward, update; None for a bad batch that was skipped, which leaves weights,
-    optimizer and FP8 scales as they were. Collective.
+    """Step `done + 1`: forward, backward, update. Collective.
+
+    Returns:
+        The result; None if the batch is bad and was skipped. Weights, optimizer and FP8 scales are then unchanged.
 
     Raises:
-        UserError: a bad batch more than train.max_skipped allows.
+        UserError: more bad batches than train.max_skipped allows.
     """
     scales = DelayedScales(run.chunks)
     try:
@@ -123,20 +125,24 @@ def student_step(
 
 
 def _stop(run: Run, done: int, skipped: int, reason: str, *, saved: bool) -> None:
-    """The end of a start before that of the run: its state is on disk, and the batch script is told."""
+    """Ends the process before the run is complete: saves the state if needed, and records the outcome for the batch
+    script."""
     if not saved:
         save(run, done, skipped, last=True)
     run.checkpoints.saver.wait()
     steps = run.config.train.steps
-    run.log.info(f"stopped by {reason} after step {done} of {steps}; the same command goes on from there")
+    run.log.info(f"stopped by {reason} after step {done} of {steps}; rerun the same command to continue")
     if run.log.is_rank0:
         launcher.write_outcome("stopped")
 
 
 @contextmanager
 def _gc_frozen() -> Iterator[None]:
-    """Keeps what start-up has made out of garbage collection: it lives as long as the run, and looking through it takes
-    a third of a second, in every save too, where Megatron-Core collects. Whoever runs several may have frozen more."""
+    """Excludes the objects created at start-up from garbage collection, for the duration of the run.
+
+    They live as long as the run, and scanning them takes a third of a second, also in every save, where Megatron-Core
+    collects. A process that executes several runs may have frozen more objects.
+    """
     if gc.get_freeze_count():
         yield
         return
@@ -151,7 +157,7 @@ def _gc_frozen() -> Iterator[None]:
 def _log_nothing_to_do(run: Run, done: int, stopping: EarlyStopping) -> None:
     why = f"{_no_improvement(stopping)}; raise finetune.patience" if stopping.exhausted else "raise train.steps"
     steps = done if stopping.exhausted else run.config.train.steps
-    run.log.info(f"nothing to do: all {steps} steps are done; {why} to go on")
+    run.log.info(f"nothing to do: all {steps} steps are done; {why} to continue")
 
 
 def _log_finished(run: Run, done: int, stopping: EarlyStopping) -> None:
@@ -171,12 +177,12 @@ def _no_improvement(stopping: EarlyStopping) -> str:
 
 
 def peak_memory_line(device: Device, at_start: int, estimate: int) -> str:
-    """What the fullest rank took, beside what was foreseen, in words. Collective.
+    """A line with the measured peak memory of the rank that used most, and the estimate. Collective.
 
     Args:
         device: of the run.
         at_start: peak bytes of this process before it built a model.
-        estimate: bytes that --check foresees above that.
+        estimate: additional bytes that --check predicts.
     """
     above = collectives.all_reduce_max(device.peak_memory() - at_start, device.torch_device)
     return (
@@ -185,19 +191,19 @@ def peak_memory_line(device: Device, at_start: int, estimate: int) -> str:
 
 
 def _skip_bad_batch(run: Run, step: int, skipped: int, bad: BadBatch) -> None:
-    """Leaves a bad batch out: the step counts, with its samples and its place in the schedule, but changes nothing.
+    """Skips a bad batch: the step, its samples and its place in the schedule count, but nothing else changes.
 
     Raises:
-        UserError: it is one too many.
+        UserError: more bad batches than train.max_skipped allows.
     """
     most = run.config.train.max_skipped
     if skipped > most:
         if most == 0:
             raise bad
-        raise UserError(f"{bad}; {most} bad batches were skipped before, train.max_skipped allows no more") from bad
+        raise UserError(f"{bad}; {most} bad batches were skipped before: train.max_skipped allows no more") from bad
     run.optimizer.schedule.step(1)
     run.log.record({"step": step, "bad_batch": bad.what, "samples": bad.samples, "skipped": skipped})
-    run.log.warning(f"step {step}: {bad.what}; skipped samples {bad.samples}; {skipped} of {most} that may be skipped")
+    run.log.warning(f"step {step}: {bad.what}; skipped samples {bad.samples}; {skipped} of at most {most} skips")
 
 
 def _is_due(done: int, every: int, steps: int) -> bool:
@@ -205,7 +211,7 @@ def _is_due(done: int, every: int, steps: int) -> bool:
 
 
 def _evaluation_is_missing(run: Run, done: int) -> bool:
-    """Whether an evaluation is due after step `done` that metrics.jsonl lacks. Collective where one is due."""
+    """Whether an evaluation is due after step `done` but missing in metrics.jsonl. Collective if one is due."""
     assert run.config.train.steps is not None
     if run.data.valid is None or not _is_due(done, run.config.train.eval_every, run.config.train.steps):
         return False
@@ -213,7 +219,7 @@ def _evaluation_is_missing(run: Run, done: int) -> bool:
 
 
 def _report(run: Run, done: int, result: StepResult, meter: ThroughputMeter, timer: StepTimer) -> None:
-    """One line of metrics.jsonl, one on the console. Collective where the step is one to be shown."""
+    """Writes one line to metrics.jsonl and one to the console. Collective for steps that are logged."""
     rate, flops = meter.update(result.tokens)
     steps, every = run.config.train.steps, run.config.train.log_every
     assert steps is not None, "stage_context has put a number there"
@@ -231,19 +237,21 @@ def _report(run: Run, done: int, result: StepResult, meter: ThroughputMeter, tim
 def _evaluate(
     run: Run, done: int, skipped: int, stopping: EarlyStopping, *, saved: bool, stop: StopRequest | None = None
 ) -> bool:
-    """Loss on the held-out set, into metrics.jsonl; the best checkpoint is kept where there is patience. Collective.
+    """Evaluates on the held-out set and writes the loss to metrics.jsonl; with patience, keeps the best checkpoint.
+    Collective.
 
-    One that is stopped between two of its batches leaves nothing; the run that goes on begins with it.
+    An evaluation stopped between two batches writes nothing; the resumed run starts with it.
 
     Args:
         run: the run.
-        done, skipped: its steps, and those among them that changed nothing.
-        stopping: takes note of the loss.
+        done: steps done.
+        skipped: bad batches among them, which changed nothing.
+        stopping: records the loss.
         saved: whether there is a checkpoint of this step.
-        stop: may end it.
+        stop: may end the evaluation.
 
     Returns:
-        Whether there is one now.
+        Whether there is a checkpoint of this step now.
     """
     if run.data.valid is None:
         return saved
@@ -267,10 +275,10 @@ def _evaluate(
         f"step {done}  valid loss {result.loss:.4f}  perplexity {result.perplexity:.2f}  "
         f"{result.bits_per_byte:.4f} bits a byte  ({count(result.tokens)} tokens)"
     )
-    # Of the first rank alone, whose number decides for all.
+    # Decided by rank 0's value for all ranks.
     if stopping.update(done, collectives.run_on_rank0(lambda: result.loss)):
         if not saved:
             saved = save(run, done, skipped, last=False)
-        warn_if_save_failed(run, run.checkpoints.saver.wait)  # only what is on disk can be the best
+        warn_if_save_failed(run, run.checkpoints.saver.wait)  # `best` must refer to a checkpoint on disk
         collectives.run_on_rank0(lambda: run_directory.set_best(run.run_dir, done))
     return saved

@@ -1,4 +1,4 @@
-"""NEFTune: noise on the input embeddings while a model is finetuned (arXiv 2310.05914)."""
+"""NEFTune: noise on the input embeddings during finetuning (arXiv 2310.05914)."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from megatron_capgap.models.gpt import unwrap
 def noise(batch: MicroBatch, hidden: int, alpha: float, seed: int) -> Tensor:
     """Noise for the whole rows of a micro-batch, fp32 `[s, b, h]`, uniform in [-1, 1] * alpha / sqrt(length * h).
 
-    A row's is drawn from the seed and its sample's number alone, whole on every rank that needs a part of it: it does
-    not depend on the layout, on the micro-batch or on what was drawn before, and a restart need not remember it. The
-    length is that of the token's own conversation, as if it had the row for itself.
+    The noise of a row depends only on the seed and its sample number, and each rank that needs a part draws the whole
+    row. It is therefore independent of the layout, the micro-batch and earlier draws, and is not part of a checkpoint.
+    `length` is that of the token's own conversation, as if it were alone in the row.
 
     Args:
         batch: of packed conversations.
-        hidden: width of the embeddings.
+        hidden: hidden size of the embeddings.
         alpha: strength.
         seed: of the run.
     """
@@ -38,10 +38,10 @@ def noise(batch: MicroBatch, hidden: int, alpha: float, seed: int) -> Tensor:
 
 
 class Neftune:
-    """Adds `noise` to what the input embedding gives in training; on ranks without it, nothing.
+    """Adds `noise` to the output of the input embedding in training; does nothing on ranks without the embedding.
 
     Args:
-        chunks: the model's on this rank.
+        chunks: this rank's model chunks.
         parallel: its layout.
         alpha: strength.
         seed: of the run.
@@ -49,14 +49,14 @@ class Neftune:
 
     def __init__(self, chunks: Sequence[torch.nn.Module], parallel: ParallelContext, alpha: float, seed: int) -> None:
         self._parallel, self._alpha, self._seed = parallel, alpha, seed
-        # Every schedule takes a chunk through the micro-batches in their order: a queue tells which of them it is.
+        # Every schedule runs a chunk over the micro-batches in order, so a queue identifies the current one.
         self._waiting: deque[MicroBatch] = deque()
         self._embeds = parallel.is_first_stage
         if self._embeds:
             unwrap(chunks[0]).embedding.register_forward_hook(self._add)
 
     def start_batch(self, batches: Sequence[MicroBatch]) -> None:
-        """Takes note of a global batch's micro-batches, before they run."""
+        """Registers a global batch's micro-batches, before they run."""
         if self._embeds:
             assert not self._waiting, f"{len(self._waiting)} micro-batches of the last step were not embedded"
             self._waiting.extend(batches)

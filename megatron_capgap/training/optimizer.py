@@ -1,4 +1,4 @@
-"""Megatron's distributed AdamW and its schedule, from the configuration."""
+"""Megatron's distributed AdamW optimizer and learning-rate schedule, built from the configuration."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from megatron_capgap.runtime import releases
 def wrap(
     chunks: list[torch.nn.Module], parallel: ParallelContext, precision: Precision
 ) -> list[DistributedDataParallel]:
-    """Puts model chunks into Megatron's DistributedDataParallel, with optimizer state cut over data-parallel ranks."""
+    """Wraps model chunks in Megatron's DistributedDataParallel; optimizer state is sharded over data-parallel ranks."""
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
@@ -48,8 +48,8 @@ def wrap(
     return wrapped
 
 
-# The one optimizer format of Megatron-Core that a run of any other data-parallel size can load; gathered where it is
-# written, not on every data-parallel rank.
+# The only optimizer format of Megatron-Core that a run with another data-parallel size can load; gathered on the rank
+# that writes it, not on every data-parallel rank.
 _METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": True,
@@ -67,11 +67,11 @@ class OptimizerState:
     schedule: OptimizerParamScheduler
 
     def grad_norm(self) -> float:
-        """Global norm of the gradients that are ready. Collective.
+        """Global norm of the reduced gradients. Collective.
 
-        Rounded to fp32 once, from a sum in fp64: equal gradients have the same norm to the last digit, on whichever
-        stages of a pipeline they are. Megatron's own is rounded on every stage; clipping multiplies all gradients by
-        it, so that another last digit is another last digit of many weights, and some 8-bit casts of them flip.
+        Summed in fp64 and rounded to fp32 once, so that equal gradients have the same norm to the last digit in every
+        pipeline layout. Megatron's own norm is rounded on every stage. Clipping multiplies all gradients by the norm,
+        so a difference in its last digit changes the last digit of many weights, and some of their 8-bit casts.
         """
         parts = self.optimizer.chained_optimizers
         squares = sum_of_squares([grad for part in parts for grad in releases.grads_for_norm(part)])
@@ -79,33 +79,34 @@ class OptimizerState:
         return squares.sqrt().float().item()
 
     def sharded_state(self, model: ShardedStateDict, *, loading: bool) -> ShardedStateDict:
-        """The optimizer's state by layout-free names. Collective; what is saved goes over Megatron's gloo groups, which
-        nothing else uses, to the first data-parallel rank.
+        """The optimizer's sharded state, with layout-independent keys. Collective.
+
+        For a save, Megatron's gloo groups, used by nothing else, gather it on the first data-parallel rank.
 
         Args:
-            model: the model's own sharded state, which names and cuts the parameters.
-            loading: whether it is about to be filled.
+            model: the model's sharded state, which gives the parameters' names and sharding.
+            loading: whether the state is the target of a load.
         """
         return self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_METADATA)
 
     def copied(self) -> OptimizerState:
-        """What `sharded_state` reads, in host memory, as it is now; good for nothing else."""
+        """A copy in host memory of the state that `sharded_state` reads; usable for that only."""
         optimizer = copy.copy(self.optimizer)
         optimizer.chained_optimizers = [_copied(part) for part in self.optimizer.chained_optimizers]
         return replace(self, optimizer=optimizer)
 
     def load(self, state: dict[str, Any], steps: int, updates: int) -> None:
-        """Takes over a loaded state.
+        """Sets the optimizer's state from a checkpoint.
 
         Args:
-            state: what `sharded_state` described, filled.
-            steps: steps of the schedule that it stands for.
+            state: the filled state of `sharded_state`.
+            steps: schedule steps done.
             updates: those among them that changed the weights.
         """
-        # What the configuration says now holds, whatever the checkpoint was written with.
+        # The current configuration applies, not the one the checkpoint was written with.
         wanted = [{key: group[key] for key in _FROM_CONFIG if key in group} for group in self.optimizer.param_groups]
         for group in state["optimizer"]["param_groups"]:
-            # Megatron-Core 0.19 finds a saved group by the rates that it has now; older ones by its kind alone.
+            # Megatron-Core 0.19 identifies a saved group by its current rates, older releases by its kind only.
             group.update(
                 next(
                     now for now, own in zip(wanted, self.optimizer.param_groups, strict=True) if _same_group(group, own)
@@ -123,19 +124,19 @@ class OptimizerState:
 
 
 def _same_group(group: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two groups hold the same parameters, as those with weight decay or those without."""
+    """Whether two groups are of the same kind: parameters with or without weight decay."""
     return all(
         group.get(key) == other.get(key) for key in ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
     )
 
 
-# Values whose squares are added up in fp32. The CPU's kernel adds up a whole tensor in fp32, in few sums: of 30 million
-# normal values it loses 0.2 % of the norm.
+# Number of values whose squares are summed in fp32. The CPU kernel sums a whole tensor in fp32 with few accumulators,
+# which loses 0.2 % of the norm of 30 million normal values.
 _PIECE = 4096
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """Of all their values, fp64 scalar: pieces of a tensor are summed in fp32, their sums in fp64."""
+    """Sum of squares of all values, fp64 scalar: blocks of a tensor are summed in fp32, the blocks' sums in fp64."""
     norms = []
     for tensor in tensors:
         values = tensor.detach().view(-1)
@@ -148,9 +149,9 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _copied(part: MegatronOptimizer) -> MegatronOptimizer:
-    """A distributed optimizer that has its ranges and groups from the original, and its numbers from now."""
+    """A distributed optimizer with the original's ranges and groups, and copies of its current tensors."""
     inner, found = part.optimizer, copy.copy(part)
-    # Not copy.copy: what else Transformer Engine's optimizer holds is no part of what it would copy.
+    # Not copy.copy: it would not copy all attributes of Transformer Engine's optimizer.
     found.optimizer = object.__new__(type(inner))
     vars(found.optimizer).update(vars(inner))
     shadows = {p: _in_host_memory(p) for group in inner.param_groups for p in group["params"]}
@@ -175,8 +176,8 @@ def _torch_optimizers(optimizer: MegatronOptimizer) -> Iterator[torch.optim.Adam
 def _load_torch(optimizer: MegatronOptimizer, inner: torch.optim.AdamW, state: dict[str, Any], updates: int) -> None:
     """Loads a distributed optimizer that wraps torch's AdamW.
 
-    Megatron's own `load_state_dict` stumbles over torch's step counters (it looks for them among the sharded tensors)
-    and would share one counter among all parameters, which each would count up: so the counters stay out of its way.
+    Megatron's own `load_state_dict` fails on torch's step counters (it looks for them among the sharded tensors), and
+    would make all parameters share one counter that each of them increments. The counters are therefore set separately.
     """
     (part,) = optimizer.chained_optimizers
     groups = {key: value for key, value in state.items() if not key.startswith("param_state")}
@@ -189,7 +190,7 @@ def _load_torch(optimizer: MegatronOptimizer, inner: torch.optim.AdamW, state: d
 
 
 def _allocate(optimizer: torch.optim.AdamW) -> None:
-    """Makes Adam's state before the first step: Megatron can load a checkpoint only into state that is there."""
+    """Allocates Adam's state before the first step: Megatron can load a checkpoint only into existing state."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = {
@@ -200,12 +201,12 @@ def _allocate(optimizer: torch.optim.AdamW) -> None:
 
 
 def build(chunks: list[DistributedDataParallel], config: Config, device: Device) -> OptimizerState:
-    """Makes the optimizer over all chunks of this rank. Collective.
+    """Builds the optimizer over all chunks of this rank. Collective.
 
     Args:
         chunks: wrapped by `wrap`.
-        config: optimizer, train.steps and precision are read.
-        device: switches on its fused kernels.
+        config: its optimizer, train.steps and precision are used.
+        device: decides whether fused kernels are used.
     """
     wanted = config.optimizer
     precision = derived.student_precision(config)
@@ -234,11 +235,11 @@ def build(chunks: list[DistributedDataParallel], config: Config, device: Device)
 
 
 def schedule_of(optimizer: MegatronOptimizer, wanted: schema.OptimizerConfig, steps: int) -> OptimizerParamScheduler:
-    """The learning rate of each update, as in the schedules of transformers.
+    """The learning-rate schedule, as in transformers.
 
     Args:
-        optimizer: whose rate it sets.
-        wanted: the configuration's.
+        optimizer: whose learning rate it sets.
+        wanted: the configuration's section `optimizer`.
         steps: updates of the whole run.
     """
     warmup = warmup_steps(wanted.warmup_fraction, steps)
@@ -248,7 +249,7 @@ def schedule_of(optimizer: MegatronOptimizer, wanted: schema.OptimizerConfig, st
         max_lr=wanted.lr,
         min_lr=wanted.min_lr,
         lr_warmup_steps=warmup,
-        lr_decay_steps=max(steps, warmup + 1),  # Megatron wants some decay; the run ends before it
+        lr_decay_steps=max(steps, warmup + 1),  # Megatron requires a decay phase; the run ends before it
         lr_decay_style=wanted.schedule,
         start_wd=wanted.weight_decay,
         end_wd=wanted.weight_decay,
@@ -258,5 +259,5 @@ def schedule_of(optimizer: MegatronOptimizer, wanted: schema.OptimizerConfig, st
 
 
 def warmup_steps(fraction: float, steps: int) -> int:
-    """Updates of the warm-up: rounded up, as transformers does. A run of one update has none, whose rate would be 0."""
+    """Number of warm-up updates, rounded up as in transformers; 0 for a run of one update, whose rate would be 0."""
     return math.ceil(steps * fraction) if steps > 1 else 0

@@ -1,4 +1,4 @@
-"""What a training run consists of: its parts, fixed before the first step."""
+"""The parts of a training run, fixed before the first step."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from megatron_capgap.training.step import LossFunction
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run reads."""
+    """The data of a run."""
 
     train: Samples
     """Endless."""
     valid: Samples | None
     """The held-out set, each sample once."""
     vocab_size: int
-    """Rows of the vocabulary that count, without padding."""
+    """Size of the vocabulary without padding."""
     byte_lengths: Tensor
     """UTF-8 bytes of each token, float64 `[vocab]`."""
     global_batch: int
@@ -41,45 +41,45 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class TrainingObjective:
-    """What is minimised."""
+    """The loss of a run."""
 
     loss_function: Callable[[Sequence[MicroBatch], TeacherStates | None], LossFunction]
-    """From a global batch and the teacher's states of it to the loss of each micro-batch."""
+    """Takes a global batch and the teacher's states of it; returns the loss function of each micro-batch."""
     teacher_forward: Callable[[int], TeacherStates] | None = None
-    """From the number of a global batch's first sample to the teacher's states that this rank needs; None without a
-    teacher."""
+    """Takes the number of a global batch's first sample; returns the teacher's states that this rank needs. None
+    without a teacher."""
     matching_loss: Callable[[], Loss] | None = None
-    """What hidden-state matching added to the loss of the last global batch; see `train_step`."""
+    """Returns the matching loss of the last global batch; see `train_step`."""
 
 
 @dataclass(frozen=True)
 class RunCosts:
-    """What a run is expected to take."""
+    """Predicted costs of a run, for reports."""
 
     flops_per_token: float
-    """Of the student's training and the teacher's forward pass."""
+    """FLOPs per token of the student's training and the teacher's forward pass."""
     peak_flops: float | None
-    """FLOP/s of all ranks at best, where the configuration says it."""
+    """Peak FLOP/s of all ranks, if the configuration gives it."""
     memory_at_start: int
     """Peak bytes of this process before the model was built: the interpreter, its libraries, communication buffers."""
     memory_estimate: int
-    """Bytes that --check predicts above that."""
+    """Additional bytes that --check predicts."""
 
 
 @dataclass(frozen=True)
 class CheckpointPolicy:
-    """How a run's state gets to disk."""
+    """How a run's state is saved."""
 
     saver: Saver
     metadata: Callable[[int], CheckpointMetadata]
-    """From the number of steps done to what the checkpoint says of itself."""
+    """Takes the number of steps done; returns the checkpoint's metadata."""
     check_ownership: Callable[[], None]
-    """Raises UserError where the run directory belongs to another job by now. Rank 0 only."""
+    """Raises UserError if another job has taken over the run directory. Rank 0 only."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a training run consists of."""
+    """All parts of a training run."""
 
     config: Config
     run_dir: Path
@@ -94,10 +94,10 @@ class Run:
     log: RunLogger
     watchdog: Watchdog
     stop_at: float | None
-    """Of `time.monotonic`: when to save and end before the last step; None for never."""
+    """Time limit on the clock of `time.monotonic`, at which the run saves and ends; None without a limit."""
     all_reduce_max: Callable[[int], int] | None = None
-    """The largest of a number over all ranks, where a teacher has some of its own. Collective, once a step."""
+    """Maximum of a number over all ranks, if the teacher has ranks of its own. Collective, once per step."""
     done: int = 0
-    """Steps that the state in `chunks` and `optimizer` stands for."""
+    """Steps done by the state in `chunks` and `optimizer`."""
     skipped: int = 0
-    """Those among them that were bad batches and changed nothing."""
+    """Bad batches among them, which changed nothing."""

@@ -1,4 +1,4 @@
-"""One optimizer step: the schedule, one division by the global number of tokens, a check, the update."""
+"""One optimizer step: pipeline schedule, division by the global number of tokens, check of loss and norm, update."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from megatron_capgap.models.gpt import unwrap
 from megatron_capgap.training.optimizer import OptimizerState
 
 LossFunction = Callable[[Tensor, Tensor, MicroBatch], Loss]
-"""(final hidden states `[s/tp or s, b, h]`, LM head shard `[v/tp, h]`, micro-batch) to sums over its valid tokens."""
+"""(final hidden states `[s/tp or s, b, h]`, LM head shard `[v/tp, h]`, micro-batch) -> sums over its valid tokens."""
 
 
 class BadBatch(UserError):
-    """Nothing can be learned from a global batch; weights and optimizer are as before it. Raised on all ranks alike.
+    """Loss or gradient norm of a global batch is not usable; weights and optimizer are unchanged. Raised on all ranks.
 
     Args:
-        message: one line for the reader.
-        what: what is wrong with it, in a few words.
-        samples: ids of the samples under suspicion.
+        message: one line for the user.
+        what: short description of the problem.
+        samples: ids of the suspect samples.
     """
 
     def __init__(self, message: str, what: str, samples: list[int]) -> None:
@@ -40,18 +40,18 @@ class BadBatch(UserError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did; every number is global and the same on all ranks."""
+    """Result of one step; all numbers are global and the same on all ranks."""
 
     loss: float
-    """Mean over valid tokens of what was minimised."""
+    """Loss, mean over valid tokens."""
     report: dict[str, float]
-    """Its parts, mean over valid tokens."""
+    """Parts of the loss, mean over valid tokens."""
     tokens: int
     """Valid tokens in the global batch."""
     grad_norm: float
     """Global gradient norm before clipping."""
     lr: float
-    """Learning rate that was used."""
+    """Learning rate of the update."""
 
 
 def train_step(
@@ -73,16 +73,16 @@ def train_step(
         parallel: its layout and process groups.
         optimizer: its optimizer and schedule.
         batches: this data-parallel rank's micro-batches of the global batch.
-        loss: what is minimised, of the final hidden states.
-        matching_loss: tells, once all micro-batches have run, the sums over this rank's tokens of what the layers of
-            this stage have put into the backward pass themselves; collective over the tensor-parallel ranks.
+        loss: the loss as a function of the final hidden states.
+        matching_loss: returns, after all micro-batches, the matching loss that this stage's layers have added to the
+            backward pass, summed over this rank's tokens; collective over the tensor-parallel ranks.
         step: its number, for messages.
-        clip_norm: larger gradients are scaled down to this norm; 0 does not clip.
-        max_norm: a batch with a larger gradient norm is a bad one; None takes any that is finite.
+        clip_norm: gradients with a larger norm are scaled down to it; 0 disables clipping.
+        max_norm: a batch with a larger gradient norm is bad; None accepts every finite norm.
 
     Raises:
-        BadBatch: loss or gradient norm is not finite, or the norm too large; weights, optimizer and schedule are as
-            before the step.
+        BadBatch: loss or gradient norm is not finite, or the norm is too large; weights, optimizer and schedule are
+            unchanged.
     """
     for chunk in chunks:
         chunk.zero_grad_buffer()
@@ -98,14 +98,14 @@ def train_step(
     schedule.run(chunks, parallel, batches, last_stage, forward_only=False, shape=(sequence_length, micro_batch))
     of_layers = [] if matching_loss is None else [matching_loss()]
     loss_mean, report, tokens = reduce_losses([*(out for out, _ in losses), *of_layers], parallel)
-    if not loss_mean - loss_mean == 0.0:  # also true for NaN and infinities
+    if not loss_mean - loss_mean == 0.0:  # true for NaN and infinities
         suspect = [batch for out, batch in losses if not _finite(out)]
         what = f"loss {loss_mean} is not finite"
         raise _bad_batch(what, step, suspect if all(map(_finite, of_layers)) else batches)
     grad_norm = _clip(optimizer, clip_norm, max_norm, step, batches)
     lr = next(group["lr"] for group in optimizer.optimizer.param_groups if group.get("default_config", True))
     optimizer.optimizer.step_with_ready_grads()
-    optimizer.schedule.step(1)  # after the update: the first one has the rate that the schedule begins with
+    optimizer.schedule.step(1)  # after the update: the first update uses the schedule's first rate
     return StepResult(loss_mean, report, tokens, grad_norm, lr)
 
 
@@ -113,7 +113,7 @@ def reduce_losses(losses: Sequence[Loss], parallel: ParallelContext) -> tuple[fl
     """Means over all valid tokens of all ranks. Collective.
 
     Args:
-        losses: sums that this rank knows, replicated over tensor-parallel ranks; each token is counted on one stage.
+        losses: sums on this rank, replicated over tensor-parallel ranks; each token is counted on one stage.
 
     Returns:
         (mean loss, mean of each report entry, number of tokens), the same on every rank.
@@ -137,7 +137,7 @@ def reduce_losses(losses: Sequence[Loss], parallel: ParallelContext) -> tuple[fl
 def _clip(
     optimizer: OptimizerState, clip_norm: float, max_norm: float | None, step: int, batches: Sequence[MicroBatch]
 ) -> float:
-    """Computes the global gradient norm, refuses a bad one, scales the gradients down to `clip_norm`."""
+    """Computes the global gradient norm, raises BadBatch for a bad one, clips gradients to `clip_norm`. Collective."""
     inner = optimizer.optimizer
     inner.prepare_grads()
     norm = optimizer.grad_norm()
@@ -156,12 +156,12 @@ def _finite(out: Loss) -> bool:
 
 
 def _bad_batch(what: str, step: int, mine: Sequence[MicroBatch]) -> BadBatch:
-    """Gathers the ids of the samples under suspicion from all ranks. Collective."""
+    """Builds the error with the ids of the suspect samples, gathered from all ranks. Collective."""
     everywhere: list[list[int]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(everywhere, [sample for batch in mine for sample in batch.sample_ids])
     samples = sorted({sample for ids in everywhere for sample in ids})
     message = (
         f"step {step}: {what}; weights and optimizer are as after step {step - 1}; "
-        f"suspect samples {samples}; look at them, lower optimizer.lr, or start again from the last checkpoint"
+        f"suspect samples {samples}; inspect them, lower optimizer.lr, or restart from the last checkpoint"
     )
     return BadBatch(message, what, samples)

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: which rank the others wait for, and what reading takes."""
+"""Step timing: reports the slowest rank (straggler) and the share of time spent on reading data."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from megatron_capgap.devices import Device
 
 
 class StepTimer:
-    """A rank's clock; ranks compare theirs when a line is to be said, in one all-gather of two numbers.
+    """Times one rank's steps; `summary` compares the ranks with one all-gather of two numbers.
 
-    What counts is a rank's way from the beginning of a step to the reduction of gradients, where data-parallel replicas
-    meet: a slow node is late there. Ranks of one replica wait for each other before, in tensor and pipeline
-    parallelism, and are late together.
+    The measured time is from the start of a step to the reduction of gradients, where data-parallel replicas wait for
+    each other: a slow node arrives late there. Ranks of one replica already wait for each other in tensor and pipeline
+    parallelism, so they arrive late together.
 
     Args:
-        chunks: this rank's model chunks; their gradients' reduction is watched from here on.
+        chunks: this rank's model chunks; hooks on their gradient reduction record its start.
         device: of the run.
     """
 
@@ -40,15 +40,15 @@ class StepTimer:
         config.finalize_model_grads_func = arrive
 
     def start(self) -> None:
-        """A step begins, with the reading of its batch."""
+        """Marks the start of a step, which begins with reading its batch."""
         self._began = time.perf_counter()
 
     def data_loaded(self) -> None:
-        """This rank's part of the global batch is there."""
+        """Marks the end of reading this rank's part of the global batch."""
         self._read = time.perf_counter()
 
     def summary(self) -> str:
-        """The last step of all ranks in words. Collective."""
+        """One line about the last step of all ranks. Collective."""
         times = [self._arrived - self._began, self._read - self._began]
         mine = torch.tensor(times, dtype=torch.float64, device=self._device.torch_device)
         found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
@@ -57,10 +57,10 @@ class StepTimer:
 
 
 def as_text(times: Sequence[tuple[float, float]]) -> str:
-    """Names the slowest rank where there are several, and the share of its own time that the worst reader read.
+    """Names the slowest rank if there are several, and the largest share of a rank's time spent on reading.
 
     Args:
-        times: of each rank, the seconds from a step's beginning to the reduction of gradients, and those of reading.
+        times: per rank, the seconds from a step's start to the reduction of gradients, and the seconds of reading.
     """
     ways = [way for way, _ in times]
     slowest = max(range(len(ways)), key=ways.__getitem__)

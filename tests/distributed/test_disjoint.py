@@ -188,7 +188,7 @@ def test_a_lost_teacher_rank_stops_all_in_time(
         assert all(code not in (0, None) for code in codes), codes
         lost = r"rank 3 on \S+, last heartbeat in .+: dead or stalled"
         # A rank that stands still between two turns is missed in the agreement on the end of a step.
-        transfer = r"the transfer of the teacher's hidden states behind the last layer from rank \d to rank \d"
+        transfer = r"the transfer of the teacher's hidden states after the last layer from rank \d to rank \d"
         waited = f"{transfer}|the end-of-step all-reduce over all ranks"
         for said in map(ranks.stderr, range(3)):
             assert re.search(lost, said) and re.search(waited, said), said

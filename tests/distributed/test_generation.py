@@ -195,7 +195,7 @@ def test_what_the_tool_refuses(pool: WorkerPool, run_of: Any, fixtures: Fixtures
         f"--tokenizer: {other} differs from the tokenizer that": {"--tokenizer": other},
         "--tensor 5 * --pipeline 1 does not divide the world size 1": {"--tensor": "5"},
         "exceeds the 64 tokens that the model supports; use fewer": {"--max-new-tokens": "64"},
-        "temperature: -1.0 is no number from 0 up": {"--temperature": "-1"},
+        "temperature: -1.0 must be at least 0": {"--temperature": "-1"},
         "nothing: no such checkpoint; name a run directory": {"--checkpoint": "nothing"},
         "has no chat template; use template default": {"--prompt": None, "--prompts": str(talk)},
     }
@@ -237,10 +237,10 @@ def refused(run: Path) -> list[str]:
 
 def test_bad_input_is_refused(pool: WorkerPool, run_of: Any) -> None:
     assert pool.run(refused, run_of("gpt2"), world=1)[0] == [
-        "prompt 1: is empty; give it a token, as the one that begins a text",
+        "prompt 1: is empty; give at least one token, e.g. the one that starts a text",
         f"prompt 0: id {VOCAB} is outside the model's {VOCAB} tokens",
         "max_new_tokens: 0 is less than 1",
-        "prompt 0: its 20 tokens and 45 new ones are more than the 64 that the model takes; "
-        "shorten it, or ask for fewer",
-        "prompt 0: the model's logits are not finite; look at the checkpoint's weights",
+        "prompt 0: its 20 tokens and 45 new ones exceed the 64 of the model; "
+        "shorten the prompt, or generate fewer tokens",
+        "prompt 0: the model's logits are not finite; inspect the checkpoint's weights",
     ]

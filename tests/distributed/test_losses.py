@@ -348,7 +348,7 @@ def run_teacher_cut_elsewhere(case: Case) -> None:
 @pytest.mark.parametrize(
     ("run", "case", "message"),
     [
-        (run_case, replace(BASE, vocab=65), "vocab_size 65 does not fit 2 LM-head shard(s) of 32 rows (64 in all)"),
+        (run_case, replace(BASE, vocab=65), "vocab_size 65 does not fit 2 LM-head shard(s) of 32 rows (64 in total)"),
         (run_teacher_cut_elsewhere, BASE, "teacher LM head: 36 rows on this rank, but the student's has 32"),
     ],
 )

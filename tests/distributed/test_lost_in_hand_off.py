@@ -60,9 +60,9 @@ def hand_over_without(lost: int, how: str) -> tuple[str, float] | None:
 
 def assert_named(said: str, source: int, target: int) -> None:
     name = (
-        f"the transfer of the teacher's hidden states behind the last layer from rank {source} to rank {target} (rows "
+        f"the transfer of the teacher's hidden states after the last layer from rank {source} to rank {target} (rows "
     )
-    assert name in said and "waited in vain: " in said, said
+    assert name in said and "failed: " in said, said
 
 
 def test_a_rank_that_stalls_in_a_colocated_hand_off(pool: WorkerPool) -> None:

@@ -278,5 +278,5 @@ def test_a_start_goes_on_from_the_scores(pool: WorkerPool, fixtures: Fixtures, t
     raw["prune"]["batches"] = 3
     (rank,) = runs.run_stage(pool, "prune", raw)
     assert rank.value == 2
-    assert "scores.json: was made with prune.batches 4, not 3; choose another run_dir" in rank.stderr
+    assert "scores.json: was computed with prune.batches 4, not 3; choose another run_dir" in rank.stderr
     assert runs.files_of(begun) == before

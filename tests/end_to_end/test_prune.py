@@ -60,7 +60,7 @@ def test_check_tells_what_layers_keep_together(
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], int, tuple[str, ...]]] = {
-    "larger": ({"prune__hidden": 96}, 1, ("prune.hidden: 96 is larger than hidden 48 of", "1 to 48 would do")),
+    "larger": ({"prune__hidden": 96}, 1, ("prune.hidden: 96 is larger than hidden 48 of", "valid values: 1 to 48")),
     "not divisible": (
         {"prune__heads": 3, "student__layout": {"tensor": 2}},
         2,

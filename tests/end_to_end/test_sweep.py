@@ -113,7 +113,7 @@ def test_only_what_was_missing_ran(killed: dict[str, Any]) -> None:
     finished_before = {"teacher-t1", "teacher-t2", *killed["done"]}
     names = {path.stem for path in (out / "configs").iterdir()}
     assert len(killed["done"]) >= 2 and set(ran) == names - finished_before and len(ran) == len(set(ran))
-    assert f"{len(finished_before)} of 12 runs are finished already" in killed["said"]
+    assert f"{len(finished_before)} of 12 runs are already finished" in killed["said"]
     for name in finished_before:
         assert files_of(out / "runs" / name) == killed["before"][name], name
 
@@ -156,7 +156,7 @@ def test_a_run_of_the_sweep_is_a_run_of_the_door(killed: dict[str, Any], tmp_pat
 def test_a_finished_sweep_runs_nothing(killed: dict[str, Any]) -> None:
     before = files_of(killed["out"] / "runs")
     code, said, _ = call(killed["file"], "--run")
-    assert code == 0 and "12 of 12 runs are finished already" in said
+    assert code == 0 and "12 of 12 runs are already finished" in said
     assert files_of(killed["out"] / "runs") == before
 
 
@@ -168,7 +168,7 @@ def test_a_changed_grid_is_refused(killed: dict[str, Any], fixtures: Fixtures, t
     file.write_text(yaml.safe_dump(changed))
     before = files_of(killed["out"] / "runs")
     code, _, complained = call(file, "--run")
-    assert code == 2 and "random-s1-t1-seed1: was begun with another configuration" in complained
+    assert code == 2 and "random-s1-t1-seed1: was started with another configuration" in complained
     assert "(train differ)" in complained and files_of(killed["out"] / "runs") == before
     assert call(killed["file"])[0] == 0  # the configurations of the true grid again
 
@@ -208,7 +208,7 @@ def test_a_lost_record_is_written_anew(killed: dict[str, Any]) -> None:
     before = path.read_text()
     path.unlink()
     code, said, _ = call(killed["file"], "--run")
-    assert code == 0 and "11 of 12 runs are finished already" in said and path.read_text() == before
+    assert code == 0 and "11 of 12 runs are already finished" in said and path.read_text() == before
 
 
 @pytest.mark.slow("a sweep starts, is stopped and goes on")
@@ -221,12 +221,12 @@ def test_sigterm_saves_the_current_run_and_stops(fixtures: Fixtures, tmp_path: P
         wait_in(process, lambda: len(metrics(first)) > 2, "the teacher's third step")
         process.send_signal(signal.SIGTERM)
         said, _ = process.communicate(timeout=120)
-        assert process.returncode == 130 and "stopped; the same command goes on from here" in said
+        assert process.returncode == 130 and "stopped; rerun the same command to continue" in said
     assert 2 < json.loads((run_directory.latest(first) / metadata.METADATA).read_text())["step"] < 2000
     assert [path.name for path in (tmp_path / "work" / "runs").iterdir()] == ["teacher-t1"]
     refused = array_task(tmp_path / "work", task=0, folder=tmp_path)
     assert refused.returncode == 2, refused.stderr
-    assert refused.stderr.startswith(f"array.sbatch: error: {first} has not come to its end; ")
+    assert refused.stderr.startswith(f"array.sbatch: error: {first} is not finished; ")
 
 
 def test_keys_that_are_no_configuration_are_refused(fixtures: Fixtures, tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_what_runs_read_is_there_before_they_begin(
     line = int(said.split(":")[3])
     assert f"{key.rpartition('.')[2]}:" in text.splitlines()[line - 1]
     assert said.startswith(f"make_sweep: error: grid.yaml:{line}: {section}.{key}: {message}") and said.count("\n") == 1
-    assert f"; the grid's paths begin in the current folder, {tmp_path}" in said
+    assert f"; the grid's paths are relative to the current folder, {tmp_path}" in said
     assert [path.name for path in tmp_path.iterdir()] == ["grid.yaml"]
     # A plan may be made before the data are, and says what is missing; so does the script that submits it.
     assert make_sweep.main(["grid.yaml"]) == 0
@@ -304,8 +304,6 @@ def test_a_failed_run_leaves_out_those_behind_it(fixtures: Fixtures, tmp_path: P
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(wrong))
     code, said, _ = call(tmp_path / "grid.yaml", "--run")
     assert code == 1
-    assert (
-        "teacher-t1: failed with exit code 2" in said and "random-s1-t1-seed1: left out, for teacher-t1 failed" in said
-    )
+    assert "teacher-t1: failed with exit code 2" in said and "-s1-t1-seed1: skipped, because teacher-t1 failed" in said
     assert json.loads((tmp_path / "work" / "records.jsonl").read_text())["teacher_params"] > 0
     assert "heads" in (tmp_path / "work" / "logs" / "teacher-t1.log").read_text()

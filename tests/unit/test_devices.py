@@ -45,8 +45,8 @@ def test_no_megatron_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("gpus", "rank", "message"),
     [
-        (0, 0, "--device: cuda, but there is no GPU that torch could use here; cpu would do"),
-        (2, 2, "--device: cuda, but rank 2 of this node sees 2 GPUs; cpu would do, or at most 2 ranks a node"),
+        (0, 0, "--device: cuda, but torch finds no usable GPU; use cpu"),
+        (2, 2, "--device: cuda, but rank 2 of this node sees 2 GPUs; use cpu, or at most 2 ranks per node"),
     ],
 )
 def test_a_gpu_that_is_not_there_is_one_line(

@@ -43,17 +43,17 @@ def test_the_face_alone_is_a_record(tmp_path: Path) -> None:
 
 
 BAD = {
-    "valid_loss": (float("nan"), "valid_loss is nan; a finite number would do, or remove the run"),
-    "flops": (float("inf"), "flops is inf; a finite number"),
-    "tokens": (1.5, "tokens is 1.5; a whole number from 1 on would do"),
-    "student_params": (0, "student_params is 0; a whole number from 1 on would do"),
+    "valid_loss": (float("nan"), "valid_loss is nan; expected a finite number"),
+    "flops": (float("inf"), "flops is inf; expected a finite number"),
+    "tokens": (1.5, "tokens is 1.5; expected a whole number from 1 on"),
+    "student_params": (0, "student_params is 0; expected a whole number from 1 on"),
     "teacher_params": (3_300_001, "teacher_params 3300001 is above teacher_params_total 3300000"),
-    "seed": (True, "seed is True; a finite number"),
-    "family": (7, "family is 7; a word would do"),
-    "init": ("", "init is ''; a word would do"),
-    "teacher_valid_loss": (400.0, "teacher_valid_loss is 400.0; a loss in nats a token is below 16"),
+    "seed": (True, "seed is True; expected a finite number"),
+    "family": (7, "family is 7; expected a non-empty text"),
+    "init": ("", "init is ''; expected a non-empty text"),
+    "teacher_valid_loss": (400.0, "teacher_valid_loss is 400.0; a loss in nats per token is below 16"),
     "taught": ("no", "taught is 'no'; valid values: true, false"),
-    "teacher_seed": (-1, "teacher_seed is -1; a whole number from 0 on would do"),
+    "teacher_seed": (-1, "teacher_seed is -1; expected a whole number from 0 on"),
 }
 
 
@@ -182,7 +182,7 @@ def test_tables_that_are_none(tmp_path: Path, text: str) -> None:
 def test_losses_that_cannot_be_name_their_line(tmp_path: Path) -> None:
     rows = [{key: value for key, value in asdict(record(seed=seed)).items() if value is not None} for seed in (1, 2)]
     for wrong, message in (
-        (-0.1, "valid_loss is -0.1; more than 0"),
+        (-0.1, "valid_loss is -0.1; expected more than 0"),
         (400, "valid_loss is 400.0; a loss in nats"),
         ("nan", "nan"),
     ):
@@ -206,7 +206,7 @@ def test_what_stands_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LawError, match=r"two\.csv:1: two columns are called 'seed'"):
         records.read([tmp_path / "two.csv"])
     (tmp_path / "two.jsonl").write_text('{"seed": 1, "seed": 2}\n')
-    with pytest.raises(LawError, match=r"two\.jsonl:1: 'seed' stands there twice"):
+    with pytest.raises(LawError, match=r"two\.jsonl:1: 'seed' is given twice"):
         records.read([tmp_path / "two.jsonl"])
 
 
@@ -302,7 +302,7 @@ def test_renames_of_all_names_that_begin_alike(tmp_path: Path) -> None:
     path = save_raw(wandb_runs(), tmp_path / "runs.jsonl")
     with pytest.raises(LawError, match=r"--rename settings\.\*=\*: no field of a record begins with 'settings\.'"):
         records.read([path], {"settings.*": "*"})
-    with pytest.raises(LawError, match=r"--rename seed=\*: \* on one side alone"):
+    with pytest.raises(LawError, match=r"--rename seed=\*: \* on one side only"):
         records.read([path], {"seed": "*"})
     with pytest.raises(LawError, match=r"valid_loss missing"):
         records.read([path], {"config.*": "*", "config.seq.tokens": "tokens"})

@@ -265,13 +265,13 @@ COUNTED = {"mask": torch.ones(6)}
         ({"teacher": TeacherHidden(torch.ones(5, 8), torch.ones(12, 8))}, "5 tokens, but there are 6 labels"),
         ({"teacher": TeacherLogits(torch.ones(6, 8))}, "shape (6, 8), but 6 labels"),
         ({"teacher": sparse_teacher([1, 2, 3], [-1.0, -2.0])}, "ids (6, 3) and log_probs (6, 2)"),
-        ({"teacher": sparse_teacher([9], [0.0])}, "teacher top-k ids: 9 lies outside the vocabulary of 9"),
-        ({"teacher": sparse_teacher([0], [0.0], "all")}, "tail 'all' is unknown; use drop"),
+        ({"teacher": sparse_teacher([9], [0.0])}, "teacher top-k ids: 9 is outside the vocabulary of 9"),
+        ({"teacher": sparse_teacher([0], [0.0], "all")}, "tail 'all' is unknown; valid values: drop"),
         ({"vocab_size": 13}, "vocab_size 13 does not fit 1 LM-head shard(s) of 12 rows"),
-        ({"labels": torch.tensor([0, 1, 2, 3, 4, 9]), **COUNTED}, "labels: 9 lies outside the vocabulary of 9"),
-        ({"labels": torch.tensor([-100, 1, 2, 3, 4, 8]), **COUNTED}, "labels: -100 lies outside"),
+        ({"labels": torch.tensor([0, 1, 2, 3, 4, 9]), **COUNTED}, "labels: 9 is outside the vocabulary of 9"),
+        ({"labels": torch.tensor([-100, 1, 2, 3, 4, 8]), **COUNTED}, "labels: -100 is outside"),
         ({"labels": torch.zeros(5).long()}, "need labels and mask of [6], not (5,) and (6,)"),
-        ({"hidden": torch.ones(6, 4, dtype=torch.float64)}, "4 wide but its LM head is 5 wide"),
+        ({"hidden": torch.ones(6, 4, dtype=torch.float64)}, "4 wide, but its LM head is 5 wide"),
         ({"chunk_tokens": 0}, "chunk_tokens: 0 must be at least 1"),
     ],
 )
@@ -283,5 +283,5 @@ def test_what_does_not_fit_is_named(changes: dict[str, Any], message: str) -> No
 
 def test_dropping_the_tail_under_reverse_kl_is_refused() -> None:
     objective = DistillationObjective("reverse_kl")
-    with pytest.raises(UserError, match="reverse_kl is infinite where the teacher gives nothing"):
+    with pytest.raises(UserError, match="reverse_kl is infinite where the teacher has probability 0"):
         wrong(teacher=sparse_teacher([0], [0.0], "drop"), objective=objective)

@@ -130,7 +130,7 @@ def test_scores_are_kept_and_refused(tmp_path: Path) -> None:
     files.write(tmp_path, scores, 3, facts)
     found, batches = files.read(tmp_path, TEACHER, facts)
     assert batches == 3 and torch.equal(found.vector(), scores.vector())
-    with pytest.raises(UserError, match=r"scores.json: was made with data.train \['a', 'b'\], not \['a'\]; choose"):
+    with pytest.raises(UserError, match=r"scores.json: was computed with data.train \['a', 'b'\], not \['a'\]; choose"):
         files.read(tmp_path, TEACHER, {**facts, "data.train": ["a"]})
     with pytest.raises(UserError, match=r"heads is \[5, 6\], the teacher's is \[5, 8\]; remove it"):
         files.read(tmp_path, replace(TEACHER, heads=8), facts)

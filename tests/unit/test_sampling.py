@@ -65,11 +65,11 @@ def test_logits_that_are_not_finite() -> None:
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        ({"temperature": -1.0}, "temperature: -1.0 is no number from 0 up"),
-        ({"temperature": float("nan")}, "temperature: nan is no number from 0 up"),
+        ({"temperature": -1.0}, "temperature: -1.0 must be at least 0"),
+        ({"temperature": float("nan")}, "temperature: nan must be at least 0"),
         ({"top_k": -2}, "top_k: -2 is negative"),
-        ({"top_p": 0.0}, "top_p: 0.0 is not above 0"),
-        ({"top_p": 1.5}, "top_p: 1.5 is not above 0"),
+        ({"top_p": 0.0}, "top_p: 0.0 must be above 0"),
+        ({"top_p": 1.5}, "top_p: 1.5 must be above 0"),
     ],
 )
 def test_numbers_out_of_range(numbers: dict[str, float], message: str) -> None:

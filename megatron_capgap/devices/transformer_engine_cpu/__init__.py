@@ -1,6 +1,6 @@
-"""Transformer Engine's own Python modules on a CPU: a stand-in for its compiled extension, and nothing else.
+"""CPU emulation of Transformer Engine's compiled extension; Transformer Engine's own Python modules run on it.
 
-`install` comes before `megatron.core` is first imported, since Megatron looks for Transformer Engine as it is imported.
+Call `install` before `megatron.core` is first imported, because Megatron looks for Transformer Engine at import.
 """
 
 from megatron_capgap.devices.transformer_engine_cpu.gemm import Gemm, counts, reset_counts

@@ -1,4 +1,4 @@
-"""The stand-in for `transformer_engine_torch`: its names, with our functions behind those that run here."""
+"""The emulated module `transformer_engine_torch`: all of its names, of which those needed here are implemented."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAME = "transformer_engine_torch"
 
 
 class FP8FwdTensors(enum.IntEnum):
-    """Places of a module's forward quantisers: Transformer Engine's modules index lists with these."""
+    """Indices of a module's forward quantisers in Transformer Engine's lists."""
 
     GEMM1_INPUT = 0
     GEMM1_WEIGHT = 1
@@ -28,7 +28,7 @@ class FP8FwdTensors(enum.IntEnum):
 
 
 class FP8BwdTensors(enum.IntEnum):
-    """Places of a module's backward quantisers."""
+    """Indices of a module's backward quantisers in Transformer Engine's lists."""
 
     GRAD_OUTPUT1 = 0
     GRAD_INPUT1 = 1
@@ -39,7 +39,7 @@ class FP8BwdTensors(enum.IntEnum):
 
 
 class NVTE_Fused_Attn_Backend(enum.IntEnum):
-    """Kernels of attention; Transformer Engine asserts that no other member is there."""
+    """Attention kernels; Transformer Engine asserts that there is no other member."""
 
     NVTE_No_Backend = -1
     NVTE_F16_arbitrary_seqlen = 1
@@ -47,7 +47,7 @@ class NVTE_Fused_Attn_Backend(enum.IntEnum):
 
 
 class _Named(type):
-    """A class whose every attribute is an integer of its own: enumerations of kernels that are not here."""
+    """Metaclass whose attributes are distinct integers, for enumerations of kernels that are not emulated."""
 
     def __getattr__(cls, name: str) -> int:
         if name.startswith("__"):
@@ -94,20 +94,20 @@ _FOREIGN_TYPES = (
 
 
 def module() -> types.ModuleType:
-    """A new stand-in. Every other function of the extension is there by name, and raises when it is called."""
+    """A new emulated module. Functions that are not implemented exist by name, and raise when called."""
     made = types.ModuleType(NAME, "A CPU version of what Megatron-Core's dense GPT layers call.")
     for member in (*_FUNCTIONS, *_TYPES):
         setattr(made, member.__name__, member)
     for name in _FOREIGN_TYPES:
         setattr(made, name, _Named(name, (), {}))
-    # What `from transformer_engine_torch import *` copies: names bound now, so that nothing here changes later.
+    # `from transformer_engine_torch import *` copies names bound now, so they must not change later.
     names = [name for name in vars(made) if not name.startswith("__")]
     vars(made).update(__all__=names, __getattr__=_absent)
     return made
 
 
 def _absent(name: str) -> Callable[..., Any]:
-    """A function of the extension that has no CPU version."""
+    """A replacement that raises for a function without a CPU version."""
     if name.startswith("__"):
         raise AttributeError(name)
 

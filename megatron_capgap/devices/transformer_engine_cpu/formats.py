@@ -1,6 +1,6 @@
 """FP8 formats, scales and casts, as Transformer Engine 2.20's kernels compute them.
 
-Everything here is exact: the same bits as the kernels, for any input. Tensors may have any shape.
+All functions are exact: they give the same bits as the kernels for any input. Tensors may have any shape.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _NAN_CODE = 0x7F
 
 
 class DType(enum.IntEnum):
-    """`transformer_engine_torch.DType`, with its values; Transformer Engine asserts that no other member is there."""
+    """`transformer_engine_torch.DType`, with its values; Transformer Engine asserts that there is no other member."""
 
     kByte = 0
     kInt32 = 2
@@ -52,11 +52,11 @@ class Format:
         """Codes (uint8) of `values * scale`: multiplied in fp32, rounded half to even, saturated; NaN is 0x7F.
 
         Args:
-            values: any floating type.
+            values: any floating dtype.
             scale: fp32, broadcast against `values`.
         """
         scaled = values.float() * scale
-        # torch turns what lies beyond E5M2 into infinity.
+        # torch converts values beyond E5M2's range to infinity.
         codes = scaled.clamp(-self.largest, self.largest).to(self.dtype).view(torch.uint8)
         return codes.masked_fill_(scaled.isnan(), _NAN_CODE)
 
@@ -71,7 +71,7 @@ FORMATS = {DType.kFloat8E4M3: E4M3, DType.kFloat8E5M2: E5M2}
 
 
 def largest_magnitude(values: Tensor, dims: tuple[int, ...] | None = None) -> Tensor:
-    """max |values| over `dims`, or over all; fp32. The kernels' maximum passes over NaN, and begins at 0."""
+    """max |values| over `dims`, or over all; fp32. As in the kernels, NaN is ignored and the maximum is at least 0."""
     dims = tuple(range(values.ndim)) if dims is None else dims
     if values.numel() == 0:
         return values.new_zeros([size for dim, size in enumerate(values.shape) if dim not in dims], dtype=torch.float32)
@@ -89,14 +89,14 @@ def scale_from_amax(amax: Tensor, largest: float, epsilon: float, power_of_two: 
         amax: fp32, not negative.
         largest: largest finite value of the format.
         epsilon: floor of `amax`.
-        power_of_two: whether the scale loses its mantissa.
-        for_infinity: the scale where the quotient overflows, before it loses its mantissa.
+        power_of_two: whether the scale is truncated to a power of two.
+        for_infinity: the scale if the quotient overflows, before truncation.
 
     Returns:
         Scales; 1 where `amax` is 0, infinite or NaN.
     """
     amax = torch.where(amax < epsilon, torch.full_like(amax, epsilon), amax)
-    # A Python number over a tensor would be a product with the reciprocal, rounded twice.
+    # Dividing a Python number by a tensor would multiply with the reciprocal, which rounds twice.
     scale = torch.full_like(amax, largest) / amax
     scale = torch.where(scale.isinf(), torch.full_like(scale, for_infinity), scale)
     if power_of_two:
@@ -105,23 +105,24 @@ def scale_from_amax(amax: Tensor, largest: float, epsilon: float, power_of_two: 
 
 
 def shared_exponent(amax: Tensor, largest: float) -> Tensor:
-    """The biased exponent (uint8, E8M0) that 32 values share in MXFP8: of amax / largest, rounded up.
+    """The biased exponent (uint8, E8M0) shared by 32 values in MXFP8: that of amax / largest, rounded up.
 
-    The quotient is a product with the fp32 reciprocal. Infinity gives 254, the largest finite exponent.
+    The quotient is computed as a product with the fp32 reciprocal. Infinity gives 254, the largest finite exponent.
     """
     # The reciprocal must be rounded to fp32 before the product.
     quotient = amax.float() * torch.tensor(1.0 / largest, dtype=torch.float32)
     bits = quotient.view(torch.int32)
     exponent, mantissa = bits >> 23, bits & 0x7FFFFF
-    # Exponent 0 already stands for 2^-127, which is the subnormal with mantissa 0x400000.
+    # Exponent 0 already represents 2^-127, which is the subnormal with mantissa 0x400000.
     up = (mantissa > 0) & (exponent != 254) & ~((exponent == 0) & (mantissa <= 0x400000))
     return torch.where(quotient.isinf(), torch.full_like(exponent, 254), exponent + up).to(torch.uint8)
 
 
 def reciprocal_of_exponent(exponent: Tensor) -> Tensor:
-    """What the kernels multiply by before an MXFP8 cast: 2^(127 - e) in fp32, for e = 254 a subnormal, and NaN for 255.
+    """The kernels' factor before an MXFP8 cast: 2^(127 - e) in fp32; a subnormal for e = 254, NaN for e = 255.
 
-    `ptx::exp2f_rcp` of transformer_engine/common/util/ptx.cuh since 2.13; before, it gave 1 for e = 0, and 0 for 254.
+    `ptx::exp2f_rcp` of transformer_engine/common/util/ptx.cuh since 2.13; earlier releases give 1 for e = 0 and 0 for
+    e = 254.
     """
     code = exponent.to(torch.int32)
     power = ((254 - code).clamp(min=0) << 23).view(torch.float32)

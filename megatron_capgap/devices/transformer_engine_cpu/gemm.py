@@ -1,4 +1,4 @@
-"""Matrix products of quantised and plain operands, and the count of which ran in which formats."""
+"""Matrix products of quantised and plain operands, with counts of the formats used."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _PASSES = {(True, False): "fprop", (False, False): "dgrad", (False, True): "wgra
 
 
 class Gemm(NamedTuple):
-    """What a product was: its place in a linear layer, and the formats that it read."""
+    """Kind of a product: its role in a linear layer, and the operands' formats."""
 
     part: str
     """fprop (input, weight), dgrad (output's gradient, weight) or wgrad (output's gradient, input)."""
     left: str
-    """Format of the operand named first: e4m3, e5m2, bf16, fp16 or fp32."""
+    """Format of the first operand listed above: e4m3, e5m2, bf16, fp16 or fp32."""
     right: str
 
 
@@ -28,12 +28,12 @@ _counts: Counter[Gemm] = Counter()
 
 
 def counts() -> Counter[Gemm]:
-    """How often each kind of product ran in this process since `reset_counts`."""
+    """Number of products of each kind in this process since `reset_counts`."""
     return Counter(_counts)
 
 
 def reset_counts() -> None:
-    """Begins to count anew."""
+    """Resets all counts to 0."""
     _counts.clear()
 
 
@@ -62,19 +62,19 @@ def generic_gemm(
     alpha: float = 1.0,
     beta: float | None = None,
 ) -> tuple[Tensor, Tensor | None, None, Tensor | None]:
-    """`D = alpha * op(B) @ op(A) + beta * D`, the extension's face: for a linear, A is the weight or the input.
+    """Extension function: `D = alpha * op(B) @ op(A) + beta * D`; in a linear, A is the weight or the input.
 
-    Codes are multiplied and added up in fp32; per-tensor scales multiply the sum, block scales the codes; the bias is
-    added in fp32; one rounding to the output's type ends it. GPUs add in another order, and on some in fewer bits.
+    Codes are multiplied and summed in fp32; per-tensor scales multiply the sum, block scales the codes. The bias is
+    added in fp32, and the result is rounded once to the output dtype. GPUs sum in another order, some in fewer bits.
 
     Returns:
-        D; the bias's gradient (column sums of B) where `grad` and a bias is given; None; `extra_output`.
+        D; the bias's gradient (column sums of B) if `grad` is set and a bias is given; None; `extra_output`.
 
     Raises:
         NotImplementedError: GELU epilogues, quantised outputs and overlapped communication.
     """
     if gelu or quantizer is not None or comm_overlap is not None:
-        raise NotImplementedError("GEMMs on the CPU have no GELU, no quantised output and no overlapped communication")
+        raise NotImplementedError("GEMMs on the CPU support no GELU, quantised output or overlapped communication")
     right, left = operand(A, rowwise=transA), operand(B, rowwise=not transB)
     _counts[Gemm(_PASSES[transA, transB], left.format, right.format)] += 1
     shape = [left.values.shape[1]] if transB else list(B.size()[:-1])
@@ -105,7 +105,7 @@ def _wide_product(
 ) -> Tensor:
     """`alpha * first @ second + bias` in fp32; two per-tensor scales multiply the sum by their product."""
     product = (first.float() @ second.float()).mul_(alpha)
-    assert (scale is None) == (other is None), "both operands are scaled per tensor, or neither is"
+    assert (scale is None) == (other is None), "both operands must be scaled per tensor, or neither"
     if scale is not None and other is not None:
         product.mul_(scale * other)
     return product if bias is None else product.add_(bias.float())

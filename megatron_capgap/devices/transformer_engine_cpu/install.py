@@ -1,4 +1,4 @@
-"""Puts the stand-in where Transformer Engine looks for its extension, and answers its Python code as a GPU would."""
+"""Installs the emulated extension where Transformer Engine looks for it, and patches its queries for a GPU."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ import torch
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.devices.transformer_engine_cpu import extension, files, quantize
 
-# Blackwell's: the first on which Transformer Engine runs all four recipes, and multiplies FP8 in every layout.
+# Blackwell's capability: the first on which Transformer Engine supports all four recipes, and FP8 GEMMs of any layout.
 _CAPABILITY = (10, 0)
 _CUDA = "13.0"
 _FIX = "run tools/install_transformer_engine_cpu.py with this Python"
-# What Transformer Engine imports for features that the CPU has no part in.
+# Libraries that Transformer Engine imports for features that are not used on the CPU.
 _OPTIONAL = ("triton", "onnx", "onnxscript")
 _MEGATRON = ("megatron.core.extensions.transformer_engine", "megatron.core.fp8_utils", "megatron.core.optimizer")
 
@@ -30,8 +30,7 @@ _MEGATRON = ("megatron.core.extensions.transformer_engine", "megatron.core.fp8_u
 def install() -> None:
     """Makes `import transformer_engine` work on this machine's CPU, for the life of the process.
 
-    To be called before Megatron-Core's layers are first imported, in any order with `cpu.prepare`. A second call does
-    nothing.
+    Call it before Megatron-Core's layers are first imported, before or after `cpu.prepare`. A second call does nothing.
 
     Raises:
         UserError: Transformer Engine's Python files are missing, or of another release than 2.20.
@@ -44,8 +43,8 @@ def install() -> None:
     place, version = found
     if version.split(".")[:2] != files.VERSION.split(".")[:2]:
         raise UserError(
-            f"precision.engine: transformer_engine {version} in {place} is not {files.VERSION}, which the CPU stands "
-            f"in for; remove it and {_FIX}"
+            f"precision.engine: transformer_engine {version} in {place} is not {files.VERSION}, the release that is "
+            f"emulated on a CPU; remove it and {_FIX}"
         )
     early = [name for name in _MEGATRON if name in sys.modules]
     assert not early, f"{early} looked for Transformer Engine before install() was called"
@@ -59,14 +58,14 @@ def install() -> None:
 
 
 def _import(place: Path) -> None:
-    """Imports Transformer Engine with its loader of shared libraries switched off."""
+    """Imports Transformer Engine with its shared-library loader disabled."""
     name = "transformer_engine.common"
     file = place / "transformer_engine" / "common" / "__init__.py"
     spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=[str(file.parent)])
     assert spec is not None and spec.loader is not None, "Python has a loader for every .py file"
     common = importlib.util.module_from_spec(spec)
     sys.modules[name] = common
-    # With this variable set, `common` asks for no shared library.
+    # With this variable set, `common` loads no shared library.
     os.environ["NVTE_PROJECT_BUILDING"] = "1"
     with _optional_modules():
         spec.loader.exec_module(common)
@@ -79,14 +78,14 @@ def _import(place: Path) -> None:
 
 
 def _answer() -> None:
-    """Device queries, assertions and kernels that Transformer Engine's Python code would take to a GPU."""
+    """Patches device queries, assertions and kernels for which Transformer Engine's Python code needs a GPU."""
     from transformer_engine.pytorch import constants, optimizers, quantization, utils
     from transformer_engine.pytorch.cpp_extensions import gemm
     from transformer_engine.pytorch.module import base
     from transformer_engine.pytorch.tensor.storage import mxfp8_tensor_storage
 
     utils._get_device_compute_capability = lambda device: _CAPABILITY
-    # These remember their first answer, so that it is asked for while torch gives those of a GPU.
+    # These cache their first result, so they are called while torch is patched to answer as a GPU.
     with (
         _replaced(torch.cuda, "get_device_capability", lambda *args: _CAPABILITY),
         _replaced(torch.cuda, "current_device", lambda: torch.device("cpu")),
@@ -99,11 +98,11 @@ def _answer() -> None:
     gemm.get_cublas_workspace_size_bytes = lambda: 0
     torch.cuda.is_current_stream_capturing = lambda: False
     _wrap_modules(base.TransformerEngineBaseModule)
-    # Would take a tensor to the GPU first. Those of the other recipes are read by torch where they are in host memory.
+    # The original moves the tensor to the GPU first. Those of other recipes are read by torch in host memory.
     mxfp8_tensor_storage._FromMXFP8Func.forward = staticmethod(
         lambda context, tensor, dtype: quantize.dequantize(tensor, constants.TE_DType[dtype])
     )
-    # Megatron takes torch's AdamW and its own norms where these are absent, as it does with the local engine.
+    # Without these, Megatron uses torch's AdamW and its own norms, as with the local engine.
     for kernel in ("FusedAdam", "FusedSGD", "multi_tensor_applier", "multi_tensor_l2norm", "multi_tensor_scale"):
         delattr(optimizers, kernel)
     _coalesce_by_type()
@@ -111,7 +110,7 @@ def _answer() -> None:
 
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Another attribute, for a while."""
+    """Replaces an attribute within the context."""
     before = getattr(owner, name)
     setattr(owner, name, value)
     try:
@@ -121,7 +120,7 @@ def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 
 
 def _wrap_modules(module: type) -> None:
-    """Lets the two checks of `TransformerEngineBaseModule` that a GPU is there pass; only inside these methods."""
+    """Makes the two GPU checks of `TransformerEngineBaseModule` pass, only inside the checking methods."""
     build, prepare = module.__init__, module.prepare_forward  # type: ignore[misc, attr-defined]
 
     @functools.wraps(build)
@@ -135,23 +134,23 @@ def _wrap_modules(module: type) -> None:
         try:
             return prepare(self, *args, **kwargs)
         finally:
-            del torch.Tensor.is_cuda  # torch's own shows through again
+            del torch.Tensor.is_cuda  # restores torch's own attribute
 
     module.__init__, module.prepare_forward = built, prepared  # type: ignore[misc, attr-defined]
 
 
 class _Done:
-    """The work of collectives that have ended."""
+    """A completed work handle."""
 
     def wait(self) -> None:
-        """Nothing is left to wait for."""
+        """Returns at once."""
 
 
 def _coalesce_by_type() -> None:
-    """gloo takes several collectives in one go only if all are of one type; of several types it mixes up the bytes.
+    """Splits coalesced collectives by dtype: gloo corrupts data if one coalesced call mixes dtypes.
 
-    Transformer Engine's quantised all-gather (which alone names a device) moves bytes and scales; its collectives run
-    as they are called. Megatron's gather of FP8 and BF16 parameters is cut by type.
+    Transformer Engine's quantised all-gather (the only caller that names a device) sends bytes and scales; its
+    collectives run immediately. Megatron's gather of FP8 and BF16 parameters is split by dtype.
     """
     coalesce = torch.distributed._coalescing_manager
     recorded = torch.distributed.distributed_c10d._world.pg_coalesce_state
@@ -177,7 +176,7 @@ def _coalesce_by_type() -> None:
 
 
 class _Anything:
-    """A decorator, a type, a number: what module level code may make of a library that is not there."""
+    """Usable as a decorator, a type or a number by module-level code that uses an absent library."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return args[0] if len(args) == 1 and not kwargs and callable(args[0]) else self
@@ -189,30 +188,31 @@ class _Anything:
 
 
 class _Finder:
-    """Finds absent libraries and all their modules."""
+    """Import finder that creates empty modules for absent libraries and their submodules."""
 
     def __init__(self, roots: Sequence[str]) -> None:
         self.roots = roots
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """A specification for whatever begins with one of the roots."""
+        """A specification for any name that starts with one of the roots."""
         if name.split(".")[0] not in self.roots:
             return None
-        return ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]  # a loader by its methods alone
+        return ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]  # duck-typed loader
 
     def create_module(self, spec: ModuleSpec) -> types.ModuleType:
-        """An empty module, of which every attribute can be asked."""
+        """An empty module that has every attribute."""
         made = types.ModuleType(spec.name)
         vars(made).update(__version__="0", __getattr__=lambda name: getattr(_Anything(), name))
         return made
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """Nothing to run."""
+        """Does nothing."""
 
 
 @contextlib.contextmanager
 def _optional_modules() -> Iterator[None]:
-    """Importable stand-ins for optional libraries that are not installed; gone afterwards, since others probe them."""
+    """Makes optional libraries that are not installed importable within the context only, because other code probes
+    them."""
     finder = _Finder([name for name in _OPTIONAL if importlib.util.find_spec(name) is None])
     sys.meta_path.append(finder)
     try:

@@ -1,6 +1,6 @@
-"""Weights that live in FP8: casts of a rank's slice of the master weights, for Megatron's distributed optimizer.
+"""FP8 parameters: casts of a rank's slice of the master weights, for Megatron's distributed optimizer.
 
-A slice is `[n]`, and begins at `start_offset` of the flattened weight `[h, w]`.
+A slice is `[n]`, and starts at `start_offset` of the flattened weight `[h, w]`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from megatron_capgap.devices.transformer_engine_cpu.quantize import BLOCK
 
 
 def multi_tensor_scale(chunk_size: int, noop: Tensor, lists: list[list[Tensor]], scale: float) -> None:
-    """The extension's face: multiplies each tensor of the first list into its partner of the second."""
+    """Extension function: writes each tensor of the first list times `scale` into its partner in the second list."""
     for source, target in zip(*lists, strict=True):
         target.copy_(source * scale)
 
@@ -23,7 +23,7 @@ def multi_tensor_scale(chunk_size: int, noop: Tensor, lists: list[list[Tensor]],
 def multi_tensor_compute_scale_and_scale_inv(
     chunk_size: int, noop: Tensor, lists: list[list[Tensor]], max_fp8: float, force_pow_2_scales: bool, epsilon: float
 ) -> None:
-    """The extension's face: from maxima (first list) to scales (second) and their inverses (third), in place."""
+    """Extension function: computes scales (second list) and their inverses (third) from maxima (first), in place."""
     for amax, scale, inverse in zip(*lists, strict=True):
         scale.copy_(scale_from_amax(amax, max_fp8, epsilon, force_pow_2_scales, FLOAT_MAX))
         inverse.copy_(1.0 / scale)
@@ -40,7 +40,7 @@ def _tile_of(h: int, w: int, start_offset: int, count: int) -> tuple[Tensor, Ten
 def fp8_block_scaling_compute_partial_amax(
     tensor: Tensor, amax: Tensor, h: int, w: int, start_offset: int, block_len: int
 ) -> None:
-    """The extension's face: maxima of the part of each 128 x 128 tile that the slice holds; 0 where it holds none."""
+    """Extension function: maxima of the part of each 128 x 128 tile within the slice; 0 for tiles outside it."""
     rows, columns = _tile_of(h, w, start_offset, tensor.numel())
     magnitudes = tensor.reshape(-1).float().abs().nan_to_num(nan=0.0, posinf=float("inf"))
     tiles = torch.zeros(amax.numel())
@@ -52,6 +52,6 @@ def fp8_block_scaling_compute_partial_amax(
 def fp8_block_scaling_partial_cast(
     inp: Tensor, out: Tensor, scale: Tensor, h: int, w: int, start_offset: int, block_len: int, out_dtype: Any
 ) -> None:
-    """The extension's face: codes of the slice, each with the scale of its 128 x 128 tile, into `out` (uint8 `[n]`)."""
+    """Extension function: writes the slice's codes, with the scale of their 128 x 128 tile, to `out` (uint8 `[n]`)."""
     rows, columns = _tile_of(h, w, start_offset, inp.numel())
     out.copy_(FORMATS[DType(out_dtype)].cast(inp.reshape(-1), scale[rows, columns]).view(out.shape))

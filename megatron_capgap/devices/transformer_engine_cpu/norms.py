@@ -12,7 +12,7 @@ from megatron_capgap.devices.transformer_engine_cpu.quantize import buffers, qua
 
 
 def _finish(normalised: Tensor, shape: torch.Size, quantizer: Any, dtype: torch.dtype, output: Any) -> Any:
-    """Rounds, and casts where asked: delayed scaling takes the fp32 values, the other recipes the rounded ones."""
+    """Rounds, and casts if requested: delayed scaling casts the fp32 values, the other recipes the rounded ones."""
     if quantizer is None:
         rounded = normalised.to(dtype).view(shape)
         return rounded if output is None else output.copy_(rounded)
@@ -36,10 +36,11 @@ def rmsnorm_fwd(
     sm_margin: int,
     zero_centered_gamma: bool,
 ) -> tuple[Any, None, Tensor]:
-    """The extension's face.
+    """Extension function: RMSNorm forward.
 
     Args:
-        input: `[..., h]`; weight: `[h]`.
+        input: `[..., h]`.
+        weight: `[h]`.
         quantizer: for the output, or None.
 
     Returns:
@@ -55,7 +56,7 @@ def rmsnorm_fwd(
 def rmsnorm_bwd(
     dz: Tensor, x: Tensor, rsigma: Tensor, gamma: Tensor, sm_margin: int, zero_centered_gamma: bool
 ) -> tuple[Tensor, Tensor]:
-    """The extension's face: gradients of input (`x`'s shape and type) and weight `[h]`, from that of the output."""
+    """Extension function: gradients of input (`x`'s shape and dtype) and weight `[h]`, from that of the output."""
     dz32, y = dz.reshape(-1, gamma.numel()).float(), x.reshape(-1, gamma.numel()).float() * rsigma[:, None]
     dy = dz32 * _gain(gamma, zero_centered_gamma)
     dx = rsigma[:, None] * (dy - (dy * y).mean(-1, keepdim=True) * y)
@@ -74,7 +75,7 @@ def layernorm_fwd(
     sm_margin: int,
     zero_centered_gamma: bool,
 ) -> tuple[Any, Tensor, Tensor]:
-    """The extension's face: as `rmsnorm_fwd`; returns the output, the mean and 1 / deviation of each row, fp32."""
+    """Extension function: as `rmsnorm_fwd`; returns the output, and mean and 1 / deviation of each row in fp32."""
     x = input.reshape(-1, weight.numel()).float()
     mu = x.mean(-1)
     centred = x - mu[:, None]
@@ -89,7 +90,7 @@ def layernorm_fwd(
 def layernorm_bwd(
     dz: Tensor, x: Tensor, mu: Tensor, rsigma: Tensor, gamma: Tensor, sm_margin: int, zero_centered_gamma: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The extension's face: gradients of input (`x`'s shape and type), weight and bias `[h]`."""
+    """Extension function: gradients of input (`x`'s shape and dtype), weight and bias `[h]`."""
     dz32 = dz.reshape(-1, gamma.numel()).float()
     y = (x.reshape(-1, gamma.numel()).float() - mu[:, None]) * rsigma[:, None]
     dy = dz32 * _gain(gamma, zero_centered_gamma)

@@ -1,7 +1,7 @@
-"""Quantisers of the four recipes: values in high precision to Transformer Engine's quantised tensors, and back.
+"""Quantisers of the four recipes: conversion between high precision and Transformer Engine's quantised tensors.
 
-A quantised tensor is described here by its buffers, a dictionary from attribute names of Transformer Engine's classes
-to tensors or None. Letters: a tensor is a matrix `[m, k]` once all but its last dimension are flattened.
+A quantised tensor is described by its buffers, a dictionary from attribute names of Transformer Engine's classes to
+tensors or None. `[m, k]` is the matrix obtained by flattening all but the last dimension of a tensor.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ Buffers = dict[str, Tensor | None]
 
 @torch.no_grad()
 def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | None = None) -> Any:
-    """The extension's face: casts `tensor` as `quantizer` says, into `output` where one is given.
+    """Extension function: casts `tensor` with `quantizer`, into `output` if given.
 
     Args:
-        tensor: `[..., k]`, local shard, any floating type.
-        quantizer: one of Transformer Engine's four FP8 quantisers; it says which copies are wanted.
+        tensor: `[..., k]`, local shard, any floating dtype.
+        quantizer: one of Transformer Engine's four FP8 quantisers; selects the copies (rowwise, columnwise).
         output: a quantised tensor to overwrite.
-        noop: one number; unless 0, `output` stays as it is.
+        noop: one number; unless 0, `output` is left unchanged.
 
     Returns:
         A quantised tensor of the class that belongs to the quantiser.
@@ -54,7 +54,7 @@ def quantize(tensor: Tensor, quantizer: Any, output: Any = None, noop: Tensor | 
 
 
 def store(parts: Buffers, shape: torch.Size, dtype: torch.dtype, quantizer: Any, output: Any = None) -> Any:
-    """Puts buffers into a new quantised tensor that poses as `shape` and `dtype`, or into `output`, in place."""
+    """Stores buffers in a new quantised tensor with nominal `shape` and `dtype`, or in `output`, in place."""
     if output is not None:
         for name, value in parts.items():
             present = getattr(output, name)
@@ -71,7 +71,7 @@ def store(parts: Buffers, shape: torch.Size, dtype: torch.dtype, quantizer: Any,
     if kind == "Float8BlockQuantizer":
         named |= {"is_2D_scaled": quantizer.block_scaling_dim == 2}
     if kind == "MXFP8Quantizer":
-        # The products here read scales in their plain order, whatever the quantiser asks for.
+        # The emulated GEMMs read scales in plain order, whatever the quantiser requests.
         named |= {"with_gemm_swizzled_scales": False}
     if quantizer.internal:
         return storage(fake_dtype=dtype, **named)
@@ -82,7 +82,7 @@ def store(parts: Buffers, shape: torch.Size, dtype: torch.dtype, quantizer: Any,
 def create_empty_quantized_tensor(
     quantizer: Any, shape: list[int], dtype: torch.dtype, device: torch.device, pin_memory: bool
 ) -> Any:
-    """The extension's face: a tensor to be overwritten, here of zeros. No rank asks another for its largest value."""
+    """Extension function: a tensor to be overwritten, filled with zeros. No collectives."""
     alone = quantizer.copy()
     if hasattr(alone, "with_amax_reduction"):
         alone.with_amax_reduction = False
@@ -90,19 +90,19 @@ def create_empty_quantized_tensor(
 
 
 def buffers(tensor: Tensor, quantizer: Any) -> Buffers:
-    """Casts `[..., k]` values; delayed scaling also records the maximum, the other recipes find their own scales."""
+    """Casts `[..., k]` values; delayed scaling also records the maximum, the other recipes compute their scales."""
     return _RECIPES[_kind(quantizer)](tensor.detach().contiguous(), quantizer)
 
 
 def _kind(quantizer: Any) -> str:
     name = type(quantizer).__name__
     if name not in _RECIPES:
-        raise NotImplementedError(f"{name} has no CPU version; the recipes delayed, tensorwise, blockwise, mxfp8 have")
+        raise NotImplementedError(f"{name} has no CPU version; valid recipes: delayed, tensorwise, blockwise, mxfp8")
     return name
 
 
 def _classes(kind: str) -> tuple[type, type, dict[str, str]]:
-    """Storage class, tensor class, and those of their keywords that are not the attribute's name."""
+    """Storage class, tensor class, and those of their keywords that differ from the attribute's name."""
     from transformer_engine.pytorch import tensor
 
     if kind == "Float8BlockQuantizer":
@@ -123,7 +123,7 @@ def _delayed(values: Tensor, quantizer: Any) -> Buffers:
 
 
 def _current(values: Tensor, quantizer: Any) -> Buffers:
-    """Casts with a scale from the tensor's own maximum, over the ranks of a group where the quantiser names one."""
+    """Casts with a scale from the tensor's own maximum, reduced over the quantiser's process group if it has one."""
     amax = largest_magnitude(values).reshape(1)
     if quantizer.with_amax_reduction:
         dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=quantizer._canonicalized_amax_reduction_group())
@@ -133,13 +133,13 @@ def _current(values: Tensor, quantizer: Any) -> Buffers:
 
 
 def _one_scale(values: Tensor, quantizer: Any, scale: Tensor) -> Buffers:
-    """One scale `[1]` for the whole tensor. The device claims to multiply any layout, so that no transpose is kept."""
+    """One scale `[1]` for the whole tensor. The emulated device supports any GEMM layout, so no transpose is stored."""
     codes = FORMATS[quantizer.dtype].cast(values, scale)
     return {"_data": codes, "_scale_inv": 1.0 / scale, "_transpose": None}
 
 
 def _blockwise(values: Tensor, quantizer: Any) -> Buffers:
-    """One scale for 128 values along a row or a column (inputs, gradients), or for 128 x 128 (weights)."""
+    """One scale per 128 values along a row or a column (inputs, gradients), or per 128 x 128 tile (weights)."""
     matrix = values.view(-1, values.shape[-1])
     tall, wide = (BLOCK, BLOCK) if quantizer.block_scaling_dim == 2 else (1, BLOCK)
     parts: Buffers = dict.fromkeys(("_rowwise_data", "_rowwise_scale_inv", "_columnwise_data", "_columnwise_scale_inv"))
@@ -167,7 +167,7 @@ def _tiles(matrix: Tensor, tall: int, wide: int, quantizer: Any) -> tuple[Tensor
 
 
 def _mxfp8(values: Tensor, quantizer: Any) -> Buffers:
-    """One power of two for 32 values along a row, and another copy with one for 32 along a column."""
+    """One power-of-two scale per 32 values along a row; a second copy has one per 32 values along a column."""
     matrix = values.view(-1, values.shape[-1])
     rows, columns = matrix.shape
     if rows % MX_BLOCK or columns % MX_BLOCK:
@@ -196,7 +196,7 @@ _RECIPES = {
 
 
 def _pad(matrix: Tensor, rows: int = 1, columns: int = 1) -> Tensor:
-    """Zeros below and to the right, up to multiples of `rows` and `columns`."""
+    """Pads with zeros at the bottom and right, up to multiples of `rows` and `columns`."""
     missing = (0, -matrix.shape[1] % columns, 0, -matrix.shape[0] % rows)
     return F.pad(matrix, missing) if any(missing) else matrix.contiguous()
 
@@ -206,18 +206,19 @@ class Operand:
     """A factor of a matrix product."""
 
     values: Tensor
-    """`[m, k]`: high precision as it came, or decoded codes in fp32, block scales applied (exact for powers of two)."""
+    """`[m, k]`: unchanged if high precision; else decoded codes in fp32 with block scales applied (exact for powers of
+    two)."""
     scale: Tensor | None
-    """The one inverse scale of a per-tensor recipe, not yet applied; fp32 `[1]`."""
+    """Inverse scale of a per-tensor recipe, not yet applied; fp32 `[1]`."""
     format: str
 
 
 def operand(tensor: Any, rowwise: bool) -> Operand:
-    """Reads what a product needs of a tensor.
+    """Prepares a tensor as an operand of a product.
 
     Args:
-        tensor: plain, or quantised by any of the recipes.
-        rowwise: which of the two copies; for a product along rows, or along columns.
+        tensor: plain, or quantised with any of the recipes.
+        rowwise: selects the copy for a product along rows, otherwise along columns.
     """
     if hasattr(tensor, "_scale_inv"):
         target = FORMATS[tensor._fp8_dtype]
@@ -230,12 +231,12 @@ def operand(tensor: Any, rowwise: bool) -> Operand:
 
 
 def _block_operand(tensor: Any, rowwise: bool) -> Operand:
-    """Undoes the layouts of `_blockwise`; columnwise data are stored transposed."""
+    """Decodes the layouts of `_blockwise`; columnwise data are stored transposed."""
     target = FORMATS[tensor._fp8_dtype]
     data = tensor._rowwise_data if rowwise else tensor._columnwise_data
     inverse = tensor._rowwise_scale_inv if rowwise else tensor._columnwise_scale_inv
     assert data is not None, f"a {'row' if rowwise else 'column'}wise copy is needed"
-    # A transposed matrix has tiles along its rows, as a rowwise one has.
+    # A transposed matrix has tiles along its rows, like a rowwise one.
     matrix = _flat(target.decode(data)) if rowwise else target.decode(data).flatten(1)
     rows, columns = matrix.shape
     if tensor._is_2D_scaled:
@@ -266,7 +267,7 @@ def _flat(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def dequantize(input: Any, otype: DType) -> Tensor:
-    """The extension's face: the values `[..., k]` of a quantised tensor's rowwise copy, in high precision."""
+    """Extension function: the values `[..., k]` of a quantised tensor's rowwise copy, in high precision."""
     found = operand(input, rowwise=True)
     values = found.values if found.scale is None else found.values * found.scale
     return values.view(input.size()).to(TORCH_DTYPES[otype])
@@ -274,24 +275,24 @@ def dequantize(input: Any, otype: DType) -> Tensor:
 
 @torch.no_grad()
 def bgrad_quantize(input: Tensor, quantizer: Any) -> tuple[Tensor, Any]:
-    """The extension's face: column sums `[k]` of `[..., k]` before the cast, rounded once, and the cast."""
+    """Extension function: column sums `[k]` of `[..., k]` before the cast, rounded once, and the cast."""
     sums = _flat(input).sum(0, dtype=torch.float32).to(input.dtype)
     return sums, input.contiguous() if quantizer is None else quantize(input, quantizer)
 
 
 def compute_amax(input: Tensor, amax: Tensor) -> None:
-    """The extension's face: puts the largest magnitude into `amax`, one number."""
+    """Extension function: writes the largest magnitude to `amax`, one number."""
     amax.copy_(largest_magnitude(input.detach()).reshape(amax.shape))
 
 
 def fp8_transpose(input: Tensor, dtype: DType, *, out: Tensor | None = None) -> Tensor:
-    """The extension's face: codes `[..., k]` to `[k, ...]`."""
+    """Extension function: codes `[..., k]` to `[k, ...]`."""
     transposed = _flat(input).t().reshape(input.shape[-1], *input.shape[:-1]).contiguous()
     return transposed if out is None else out.copy_(transposed)
 
 
 def swap_first_dims(tensor: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """The extension's face: `[a, b, ...]` to `[b, a, ...]`."""
+    """Extension function: `[a, b, ...]` to `[b, a, ...]`."""
     swapped = tensor.transpose(0, 1).contiguous()
     return swapped if out is None else out.copy_(swapped)
 
@@ -305,14 +306,14 @@ def fused_amax_and_scale_update_after_reduction(
     fp8_dtype: DType,
     margin: float,
 ) -> None:
-    """The extension's face: delayed scaling between two steps. In place.
+    """Extension function: updates delayed scaling between two steps, in place.
 
     Args:
-        amax_reduction_buffer: this step's maxima of all modules, one after the other, over all ranks.
-        amax_histories: `[length, n]` for each module; row 0 collects, the last row is the newest.
-        scales: `[n]` for each module; stays where the maximum is 0 or not finite.
+        amax_reduction_buffer: this step's maxima of all modules, concatenated, reduced over all ranks.
+        amax_histories: `[length, n]` per module; row 0 accumulates, the last row is the newest.
+        scales: `[n]` per module; unchanged where the maximum is 0 or not finite.
         amax_compute_algo: most_recent or max.
-        margin: powers of two that the scale stays below the format's range.
+        margin: number of powers of two by which the scale stays below the format's range.
     """
     assert amax_compute_algo in ("max", "most_recent"), amax_compute_algo
     aim = FORMATS[DType(fp8_dtype)].largest * math.pow(2.0, -margin)
