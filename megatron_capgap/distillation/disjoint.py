@@ -8,18 +8,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
 
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.distillation.transfer import HiddenStateTransfer, PendingTransfer, TeacherStates
-from megatron_capgap.distributed.role_groups import RoleGroups
-
-
-class PendingMax(Protocol):
-    """What all ranks agree on at the end of one of the student's steps."""
-
-    def wait(self) -> int:
-        """Returns when the step is done: 0 to go on, else what ends the run."""
+from megatron_capgap.distributed.role_groups import PendingMax, RoleGroups
 
 
 def run_teacher_ahead(

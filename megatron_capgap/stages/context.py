@@ -83,7 +83,7 @@ class StageContext:
 def stage_context(loaded: LoadedConfig, stage: str, environment: Environment, device: Device) -> Iterator[StageContext]:
     """Checks everything, joins the ranks, opens the run directory; leaves the process groups at the end. Collective.
 
-    A run directory that was made here goes again where the stage fails before it has called `begin`.
+    A run directory that was made here goes again where the stage fails before it has called `commit_run_dir`.
 
     Raises:
         UserError: on every rank alike.
