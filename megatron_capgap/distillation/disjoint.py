@@ -8,18 +8,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
 
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.distillation.transfer import HiddenStateTransfer, PendingTransfer, TeacherStates
-from megatron_capgap.distributed.role_groups import RoleGroups
-
-
-class PendingMax(Protocol):
-    """A pending all-reduce (max) over all ranks at the end of one of the student's steps."""
-
-    def wait(self) -> int:
-        """Blocks until the step is done. Returns 0 to continue, otherwise the code that ends the run."""
+from megatron_capgap.distributed.role_groups import PendingMax, RoleGroups
 
 
 def run_teacher_ahead(
