@@ -133,5 +133,6 @@ def reads_conversations(config: Config, stage: str) -> bool:
 
 
 def files_read(config: Config, stage: str) -> dict[str, tuple[str, ...]]:
+    """Datasets or conversation files that a stage opens, by key."""
     unread = stage == "evaluate" and reads_conversations(config, stage)
     return {"data.train": () if unread else config.data.train, "data.valid": config.data.valid}

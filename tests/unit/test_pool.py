@@ -42,6 +42,7 @@ def echo(value: int) -> int:
 def make_own_group() -> int:
     assert not torch.distributed.is_initialized()
     torch.distributed.init_process_group("gloo")
+    torch.distributed.barrier()  # rank 0 holds the store: it may not leave while another rank still connects
     print("out", os.environ["RANK"])
     os.system("echo err from a child process >&2")
     os.environ["LEFT_BEHIND"] = "1"

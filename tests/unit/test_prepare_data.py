@@ -239,7 +239,7 @@ def test_training_reads_a_fixed_sample_of_a_large_corpus(here: Path, monkeypatch
         ),
         (["--text-key", "body"], "(50 no 'body'; the first is a.jsonl:1: it has 'text'); write lines like {\"body\": "),
         (["--input", "a.jsonl", "table.csv"], "table.csv: is a table with commas (CSV)"),
-        (["--split", "0.999999,0.000001"], "out/d_valid would hold no document"),
+        (["--split", "0.999999,0.000001"], "out/d_valid would have no document"),
         (["--out", "old"], "old.bin exists already"),
         (["--out", "out/d.bin"], "pass a prefix without extension"),
         (["--out", "a.jsonl/d"], "cannot be created in"),
