@@ -16,6 +16,7 @@ CORE = [
     "numpy",
     "psutil",  # Megatron's checkpoint writer imports it
     "jinja2",  # chat templates
+    "filelock",  # tools/make_sweep.py; torch requires it too
     "einops",  # Megatron's process grids import it
     "pydantic>=2.11",
     "pyyaml",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_capgap import __version__
+from megatron_capgap.common import log
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.config import derived, help
 from megatron_capgap.config.fields import table
@@ -141,6 +142,7 @@ def _obey(command: Command) -> int:
     if "--config" not in command.options:
         raise UserError(f"--config: missing; use {command.stage} --config FILE with the YAML file of the run")
     environment = read_environment()
+    log.set_rank(environment.rank)
     supposed, capability = _world(command.options), _capability(command.options)
     loaded = load(command.options["--config"], command.overrides, command.stage)
     if "check" in command.flags or supposed or capability:

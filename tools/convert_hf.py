@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,10 +28,10 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a clone, without installation
 
-from megatron_capgap.common.errors import UserError
 from megatron_capgap.distributed import launcher
-from megatron_capgap.distributed.environment import Environment, read_environment
+from megatron_capgap.distributed.environment import Environment
 from megatron_capgap.runtime import third_party
+from tools.command import run_tool_on_ranks
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -38,24 +39,11 @@ PLAIN_SECONDS = 10.0  # interval between progress lines without a terminal
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0; 1 if verify finds a difference; 2, with one line on stderr, on a user error."""
+    """Returns the exit code: 0; 1 if verify finds a difference; 2, with one line on stderr, on a user error; 130 after
+    Ctrl-C."""
     args = parse_arguments(argv)
-    first = True
-    try:
-        environment = read_environment()
-        first = environment.rank == 0
-        return run(args, environment)
-    except UserError as error:
-        message = str(error)
-    except OSError as error:
-        message = f"{error.filename or 'file system'}: {error.strerror or error}"
-    except KeyboardInterrupt:
-        message = "interrupted, nothing was written"
-    finally:
-        launcher.destroy_process_group()
-    if first:
-        print(f"convert_hf: error: {message}", file=sys.stderr)
-    return 2
+    work = partial(run, args)
+    return run_tool_on_ranks("convert_hf", work, interrupted="interrupted, nothing was written")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

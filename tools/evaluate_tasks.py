@@ -13,6 +13,7 @@ import argparse
 import importlib.util
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,25 +27,13 @@ from megatron_capgap.common.fileio import write_atomically
 from megatron_capgap.distributed import collectives, launcher
 from megatron_capgap.distributed.environment import Environment, read_environment
 from megatron_capgap.runtime import third_party
+from tools.command import run_tool_on_ranks
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0; 2, with one line on stderr, on a user error."""
+    """Returns the exit code: 0; 2, with one line on stderr, on a user error; 130 after Ctrl-C."""
     args = parse_arguments(argv)
-    first = True
-    try:
-        environment = read_environment()
-        first = environment.rank == 0
-        return run(args, environment)
-    except UserError as error:
-        message = str(error)
-    except OSError as error:
-        message = f"{error.filename or 'file system'}: {error.strerror or error}"
-    finally:
-        launcher.destroy_process_group()
-    if first:
-        print(f"evaluate_tasks: error: {message}", file=sys.stderr)
-    return 2
+    return run_tool_on_ranks("evaluate_tasks", partial(run, args))
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,31 +26,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a clone
 
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.distributed import collectives, launcher
-from megatron_capgap.distributed.environment import Environment, read_environment
+from megatron_capgap.distributed.environment import Environment
 from megatron_capgap.runtime import third_party
+from tools.command import run_tool_on_ranks
 
 TOKENIZER = "tokenizer.model"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0; 2, with one line on stderr, on a user error, after which nothing is written."""
+    """Returns the exit code: 0; 2, with one line on stderr, on a user error; 130 after Ctrl-C. In both cases nothing is
+    written."""
     args = parse_arguments(argv)
-    first = True
-    try:
-        environment = read_environment()
-        first = environment.rank == 0
-        return run(args, environment)
-    except UserError as error:
-        message = str(error)
-    except OSError as error:
-        message = f"{error.filename or 'file system'}: {error.strerror or error}"
-    except KeyboardInterrupt:
-        message = "interrupted, nothing was written"
-    finally:
-        launcher.destroy_process_group()
-    if first:
-        print(f"expand_vocab: error: {message}", file=sys.stderr)
-    return 2
+    work = partial(run, args)
+    return run_tool_on_ranks("expand_vocab", work, interrupted="interrupted, nothing was written")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -36,8 +36,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # matrices of about 100 rows
 
 from megatron_capgap.common.errors import UserError, not_installed
 from megatron_capgap.common.fileio import write_atomically
-from megatron_capgap.law.records import LawError
 from tools.catalogue import parameters, read_catalogue, read_models, read_yaml
+from tools.command import run_tool
 
 try:
     from megatron_capgap.law import analysis, cost, html_page, plan, plot, records, report
@@ -67,18 +67,17 @@ SUFFIXES = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0; 2 with one line on stderr for invalid input."""
+    """Returns the exit status: 0; 2 with one line on stderr for invalid input; 130 after Ctrl-C."""
     args = parse_arguments(argv)
-    try:
+
+    def work() -> int:
         fit_law(args)
-    except (UserError, LawError) as error:
-        print(f"fit_law: error: {error}", file=sys.stderr)
-        return 2
+        return 0
+
+    try:
+        return run_tool("fit_law", work, place=str(args.out))
     except BrokenPipeError:  # the reader closed the pipe; all files are written
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        print(f"fit_law: error: {error.filename or args.out}: {error.strerror}", file=sys.stderr)
-        return 2
     return 0
 
 

@@ -27,29 +27,15 @@ from megatron_capgap.data.chat_template import open_template, stop_tokens
 from megatron_capgap.data.prompts import Prompt, encode_prompt, read_prompts
 from megatron_capgap.data.tokenizer import open_tokenizer
 from megatron_capgap.distributed import launcher
-from megatron_capgap.distributed.environment import Environment, read_environment
+from megatron_capgap.distributed.environment import Environment
 from megatron_capgap.runtime import third_party
+from tools.command import run_tool_on_ranks
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0; 2, with one line on stderr, on a user error."""
+    """Returns the exit code: 0; 2, with one line on stderr, on a user error; 130 after Ctrl-C."""
     args = parse_arguments(argv)
-    first = True
-    try:
-        environment = read_environment()
-        first = environment.rank == 0
-        return run(args, environment)
-    except UserError as error:
-        message = str(error)
-    except OSError as error:
-        message = f"{error.filename or 'file system'}: {error.strerror or error}"
-    except KeyboardInterrupt:
-        message = "interrupted"
-    finally:
-        launcher.destroy_process_group()
-    if first:
-        print(f"generate: error: {message}", file=sys.stderr)
-    return 2
+    return run_tool_on_ranks("generate", functools.partial(run, args))
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

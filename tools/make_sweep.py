@@ -9,8 +9,8 @@ records of the finished runs in OUT/records.jsonl, which tools/fit_law.py reads.
 """
 
 import argparse
-import fcntl
 import os
+import re
 import shlex
 import signal
 import sys
@@ -26,6 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
 import yaml
+from filelock import FileLock, Timeout
 
 from megatron_capgap import cli
 from megatron_capgap.checkpoint import metadata, run_directory
@@ -39,86 +40,34 @@ from megatron_capgap.data.tokenizer import open_tokenizer
 from megatron_capgap.law import sweep as grids
 from megatron_capgap.law.records import LawError
 from megatron_capgap.law.sweep import Sweep, SweepRun, expand, run_dir
+from tools.command import run_tool
 
 RECORD = "record.json"
 STAGE = Path(__file__).resolve().parents[1] / "examples" / "slurm" / "stage.sbatch"
-SUBMIT = """\
-#!/usr/bin/env bash
-# Submits the sweep: one array per phase, each after the previous one has ended, successfully or not. A run whose
-# teacher or student is not finished is refused; the others run. At most LIMIT runs at a time (default 16); further
-# sbatch options as arguments. Called again, it submits the sweep again; finished runs end at once.
-set -euo pipefail
-here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-for file in @NEEDED@; do
-    if [ ! -e "$file" ]; then
-        echo "submit.sh: error: $file not found; create it, or call make_sweep in the folder that paths refer to" >&2
-        exit 2
-    fi
-done
-previous=
-for phase in "$here"/phase_*.txt; do
-    runs=$(wc -l < "$phase")
-    previous=$(sbatch --parsable ${previous:+--dependency=afterany:$previous} \\
-        --array="0-$((runs - 1))%${LIMIT:-16}" "$@" "$here/array.sbatch" "$phase")
-    echo "$(basename "$phase" .txt): job $previous, $runs runs"
-done
-"""
-ARRAY = """\
-#!/usr/bin/env bash
-#SBATCH --job-name=law-sweep
-#SBATCH --requeue
-#SBATCH --open-mode=append
-#SBATCH --signal=B:USR1@120
-#SBATCH --output={out}/slurm/%x_%A_%a.out
-{options}
-# One run of the phase file, the only argument, started as in examples/slurm/stage.sbatch: requeued until it is
-# finished. A run that is already finished ends at once.
-set -uo pipefail
-cd {folder} || exit 1
-read -r stage config < <(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$1")
-set -- "$stage" --config "$config"
-CAPGAP_PYTHON={python}
-# A run that it depends on may have failed in the previous phase; do not distil from a partly trained teacher.
-"$CAPGAP_PYTHON" - "$config" <<'END' || exit 2
-import sys, yaml
-from pathlib import Path
-from megatron_capgap.checkpoint import metadata
-from megatron_capgap.checkpoint import run_directory
-config = yaml.safe_load(open(sys.argv[1]))
-for model in (config.get("teacher"), config.get("student")):
-    run = (model or {{}}).get("checkpoint")
-    if run and run.startswith({runs!r}):
-        newest = run_directory.latest(Path(run))
-        if newest is None or (found := metadata.read(newest)).step < found.steps:
-            sys.exit(f"array.sbatch: error: {{run}} is not finished; correct it and call submit.sh again")
-END
-source {script}
-"""
+TEMPLATES = Path(__file__).resolve().with_name("sweep")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status: 0; 1 if runs failed; 2 with one line on stderr for an invalid grid; 130 if stopped."""
     args = parse_arguments(argv)
-    try:
-        sweep = read_grid(args.grid)
-        absent = missing(sweep, args.grid)
-        if absent and args.run:
-            raise UserError(absent)
-        write_sweep(sweep)
-        if absent:
-            print(f"note: before these runs can start: {absent}")
-        code = 0
-        if args.run:
-            with lock(Path(sweep.out)):
-                code = run(sweep, args.jobs)
-        gather(sweep)
-        return code
-    except (UserError, LawError) as error:
-        print("\n".join(f"make_sweep: error: {line}" for line in str(error).split("\n")), file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"make_sweep: error: {error.filename or args.grid}: {error.strerror}", file=sys.stderr)
-        return 2
+    return run_tool("make_sweep", lambda: make_sweep(args), place=args.grid)
+
+
+def make_sweep(args: argparse.Namespace) -> int:
+    """Writes the sweep, runs it if asked to, and collects its records; returns the exit status."""
+    sweep = read_grid(args.grid)
+    absent = missing(sweep, args.grid)
+    if absent and args.run:
+        raise UserError(absent)
+    write_sweep(sweep)
+    if absent:
+        print(f"note: before these runs can start: {absent}")
+    code = 0
+    if args.run:
+        with lock(Path(sweep.out)):
+            code = run(sweep, args.jobs)
+    gather(sweep)
+    return code
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -208,18 +157,20 @@ def write_sweep(sweep: Sweep) -> None:
     for number, cells in enumerate(sweep.phases()):
         lines = [f"{cell.stage} {config_of(sweep, cell)}\n" for cell in cells]
         write_atomically(out / "slurm" / f"phase_{number}.txt", "".join(lines))
-    script = ARRAY.format(
-        out=shlex.quote(str(out.absolute())),
-        options="".join(f"#SBATCH {option}\n" for option in sweep.slurm),
-        folder=shlex.quote(str(Path.cwd())),
-        python=shlex.quote(sys.executable),
-        script=shlex.quote(str(STAGE)),
-        runs=f"{sweep.out}/runs/",
-    )
-    write_atomically(out / "slurm" / "array.sbatch", script)
     files = [f"{value}.idx" if end in ("data.train", "data.valid") else value for end, value in reads(sweep)]
-    needed = " ".join(shlex.quote(str(Path(file).absolute())) for file in files)
-    write_atomically(out / "slurm" / "submit.sh", SUBMIT.replace("@NEEDED@", needed))
+    values = {
+        "OUT": shlex.quote(str(out.absolute())),
+        "OPTIONS": "".join(f"#SBATCH {option}\n" for option in sweep.slurm),
+        "FOLDER": shlex.quote(str(Path.cwd())),
+        "PYTHON": shlex.quote(sys.executable),
+        "SCRIPT": shlex.quote(str(STAGE)),
+        "SWEEP_TOOLS": shlex.quote(str(TEMPLATES)),
+        "RUNS": shlex.quote(f"{sweep.out}/runs/"),
+        "NEEDED": " ".join(shlex.quote(str(Path(file).absolute())) for file in files),
+    }
+    for name in ("array.sbatch", "submit.sh"):
+        script = re.sub("@([A-Z_]+)@", lambda found: values[found[1]], (TEMPLATES / name).read_text())
+        write_atomically(out / "slurm" / name, script)
     kinds = [f"{sum(cell.stage == stage for cell in sweep.cells)} {stage}" for stage in ("adapt", "prune", "distill")]
     print(f"{len(sweep.cells)} runs ({', '.join(kinds)}) in {out}; on a cluster: bash {out}/slurm/submit.sh")
 
@@ -358,12 +309,11 @@ def lock(out: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds the lock.
     """
-    with open(out / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{out}: another make_sweep is running; wait for it or give the grid another out") from None
-        yield
+    try:
+        with FileLock(out / ".lock", blocking=False):
+            yield
+    except Timeout:
+        raise UserError(f"{out}: another make_sweep is running; wait for it or give the grid another out") from None
 
 
 def gather(sweep: Sweep) -> None:

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a clone
 
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.runtime import third_party
+from tools.command import run_tool
 
 SPLITS = ("train", "valid", "test")
 PLAIN_SECONDS = 10.0  # interval between progress lines without a terminal
@@ -37,18 +38,12 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0; 2, with one line on stderr, on a user error; 130 after Ctrl-C."""
     args = parse_arguments(argv)
     third_party.prepare()
-    try:
+
+    def work() -> int:
         prepare(args, check_paths(args))
-    except UserError as error:
-        print(f"prepare_data: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"prepare_data: error: {error.filename or args.out}: {error.strerror}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("prepare_data: interrupted, nothing was written", file=sys.stderr)
-        return 130
-    return 0
+        return 0
+
+    return run_tool("prepare_data", work, place=args.out, interrupted="interrupted, nothing was written")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from megatron_capgap.common.errors import UserError, in_one_line
+from megatron_capgap.common.log import LOG
 
 if TYPE_CHECKING:
     from megatron_capgap.distributed.environment import Environment
@@ -69,11 +69,10 @@ def report_rendezvous_problems(environment: Environment, limit_seconds: float) -
             waited, pause = waited + pause, 2 * pause
             line = _state(environment)
             if not done.is_set():
-                sys.stderr.write(
-                    f"capgap: warning: rank {environment.rank} on {socket.gethostname()}: {line}; waiting for "
-                    f"{waited:.0f} s, time-out after {limit_seconds:.0f} s\n"
+                LOG.warning(
+                    f"rank {environment.rank} on {socket.gethostname()}: {line}; waiting for {waited:.0f} s, "
+                    f"time-out after {limit_seconds:.0f} s"
                 )
-                sys.stderr.flush()
 
     thread = threading.Thread(target=tell, name="capgap-reach", daemon=True)
     if speaks:

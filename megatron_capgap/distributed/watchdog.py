@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import socket
-import sys
 import threading
 import time
 import traceback
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_capgap.common.errors import in_one_line
+from megatron_capgap.common.log import LOG
 
 HEARTBEAT_SECONDS = 5.0
 """Maximum interval between heartbeats of a rank; a twentieth of the time-out if that is less. After a failed collective
@@ -110,7 +110,7 @@ class Watchdog:
         verdict = self._verdict or self.diagnose()
         if not self._verdict:  # ranks that still wait must exit too, even if all ranks are alive
             self._publish(verdict)
-        _print(f"error: {who}: {what}; {verdict}")
+        LOG.error(f"{who}: {what}; {verdict}")
 
     def diagnose(self) -> str:
         """Ranks without a heartbeat, in words; observes heartbeats for two and a half intervals."""
@@ -186,7 +186,7 @@ class Watchdog:
                 told = True
             silent[beat.rank] = (beat.count, since, told)
         if late:
-            _print(f"warning: {_listed(late)}: no heartbeat for {self._silent:.0f} s")
+            LOG.warning(f"{_listed(late)}: no heartbeat for {self._silent:.0f} s")
 
     def _read_heartbeats(self) -> list[Heartbeat] | None:
         """Last heartbeat of each rank; None if the store is unreachable."""
@@ -231,8 +231,3 @@ def _run_with_timeout(seconds: float, work: Callable[[], None]) -> None:
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(seconds)
-
-
-def _print(line: str) -> None:
-    sys.stderr.write(f"capgap: {line}\n")
-    sys.stderr.flush()

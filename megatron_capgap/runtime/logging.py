@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from megatron_capgap.common.log import LOG
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -52,10 +54,9 @@ class RunLogger:
         self.console.print(text, markup=False)
 
     def warning(self, text: str) -> None:
-        """Prints one warning line to stderr."""
+        """Logs one warning."""
         if self.is_rank0:
-            sys.stderr.write(f"capgap: warning: {text}\n")
-            sys.stderr.flush()
+            LOG.warning(text)
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Prints a table."""

@@ -67,7 +67,7 @@ def test_a_long_silence_is_said_once(watches: list[Watchdog], capfd: pytest.Capt
     heard = watches[0]._count
     wait_for(lambda: watches[0]._count >= heard + 3, 60, "three more looks at who speaks")
     (line,) = "".join([*said, capfd.readouterr().err]).splitlines()
-    assert line.startswith("capgap: warning: rank 2 on ") and line.endswith("in step 7: no heartbeat for 6 s")
+    assert "capgap: warning: rank 2 on " in line and line.endswith("in step 7: no heartbeat for 6 s")
 
 
 def test_a_rank_that_has_never_spoken_is_named() -> None:

@@ -1,0 +1,44 @@
+"""Messages of a run on stderr."""
+
+import logging
+import re
+
+import pytest
+
+from megatron_capgap.common import log
+from megatron_capgap.runtime.logging import RunLogger
+
+
+@pytest.fixture(autouse=True)
+def no_rank() -> None:
+    log.set_rank(None)
+
+
+def test_a_message_shows_time_rank_and_level(capsys: pytest.CaptureFixture[str]) -> None:
+    log.set_rank(3)
+    log.LOG.error("text with 100% and {braces}")
+    assert re.fullmatch(
+        r"\d\d:\d\d:\d\d rank 3 capgap: error: text with 100% and \{braces\}\n", capsys.readouterr().err
+    )
+
+
+def test_without_a_launcher_no_rank_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    RunLogger(None, is_rank0=True).warning("text")
+    assert re.fullmatch(r"\d\d:\d\d:\d\d capgap: warning: text\n", capsys.readouterr().err)
+
+
+def test_other_ranks_log_no_warnings_of_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    RunLogger(None, is_rank0=False).warning("text")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_program_that_embeds_the_package_can_add_a_handler() -> None:
+    seen: list[logging.LogRecord] = []
+    handler = logging.Handler()
+    handler.emit = seen.append  # type: ignore[method-assign]
+    log.LOG.addHandler(handler)
+    try:
+        RunLogger(None, is_rank0=True).warning("text")
+    finally:
+        log.LOG.removeHandler(handler)
+    assert [(record.levelname, record.getMessage()) for record in seen] == [("WARNING", "text")]
