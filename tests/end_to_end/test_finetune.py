@@ -28,7 +28,7 @@ def test_epochs_read_every_conversation_as_often(
     changes = {"train__steps": None, "finetune__epochs": 2, "finetune__packed": False, "train__global_batch": 6}
     config = runs.finetune_config(fixtures, tmp_path / "run", student, **changes)
     (rank,) = runs.run_stage(pool, "finetune", config)
-    assert rank.value == 0 and "8 steps; 2 epochs" in rank.stdout  # 24 conversations in rows of their own
+    assert rank.value == 0 and "8 steps (finetune.epochs 2" in rank.stdout  # 24 conversations in rows of their own
     steps = runs.steps_of(tmp_path / "run")
     assert len(steps) == 8
     learned = [sum(step["tokens"] for step in steps[first : first + 4]) for first in (0, 4)]
