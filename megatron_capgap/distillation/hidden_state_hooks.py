@@ -83,8 +83,9 @@ class HiddenStateMatching:
     def _match(
         self, pair: LayerPair, projection: Tensor | None, layer: torch.nn.Module, _: Any, output: tuple[Tensor, Any]
     ) -> tuple[Tensor, Any] | None:
-        """The forward hook: returns `(hidden states [s, b, h], context)` with the loss attached; None in eval mode."""
-        if not layer.training:
+        """The forward hook: returns `(hidden states [s, b, h], context)` with the loss attached; None in eval mode, and
+        in the first of the two forward passes of a recomputed layer, which has no gradient."""
+        if not layer.training or not torch.is_grad_enabled():
             return None
         hidden, context = output
         taught, mask = self._waiting[pair].popleft()

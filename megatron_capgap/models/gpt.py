@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_capgap.config import derived
 from megatron_capgap.config.architectures import ARCHITECTURES
-from megatron_capgap.config.schema import FP8, Layout, ModelShape, Precision, RopeScaling
+from megatron_capgap.config.schema import FP8, Layout, ModelShape, Precision, Recompute, RopeScaling
 from megatron_capgap.devices import Device
 from megatron_capgap.distributed.parallel_context import ParallelContext
 from megatron_capgap.models import size, specs
@@ -62,7 +62,12 @@ def unwrap(model: torch.nn.Module) -> HiddenStateModel:
 
 
 def transformer_config(
-    shape: ModelShape, layout: Layout, precision: Precision, device: Device, dropout: float = 0.0
+    shape: ModelShape,
+    layout: Layout,
+    precision: Precision,
+    device: Device,
+    dropout: float = 0.0,
+    recompute: Recompute | None = None,
 ) -> TransformerConfig:
     """Megatron's TransformerConfig for a shape, layout, precision and device."""
     dtype = DTYPES[precision.compute]
@@ -70,6 +75,7 @@ def transformer_config(
     traits = ARCHITECTURES[shape.family]
     return TransformerConfig(
         **_fp8(precision.fp8),
+        **_recompute(recompute),
         **releases.no_cuda_graphs(),
         num_layers=shape.layers,
         hidden_size=shape.hidden,
@@ -132,6 +138,17 @@ def _fp8(wanted: FP8 | None) -> dict[str, object]:
     }
 
 
+def _recompute(wanted: Recompute | None) -> dict[str, object]:
+    """Megatron's arguments for activation recomputation."""
+    if wanted is None:
+        return {}
+    if wanted.what == "mlp":
+        return {"recompute_granularity": "selective", "recompute_modules": ["mlp"]}
+    if wanted.layers is not None:
+        return {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": wanted.layers}
+    return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": wanted.every}
+
+
 def build(
     shape: ModelShape,
     parallel: ParallelContext,
@@ -140,6 +157,7 @@ def build(
     *,
     sequence_length: int,
     dropout: float = 0.0,
+    recompute: Recompute | None = None,
     virtual: bool = True,
     head: bool = True,
     masked: bool = False,
@@ -153,12 +171,13 @@ def build(
         device: device of the weights.
         sequence_length: longest sequence.
         dropout: rate in attention and residual branches.
+        recompute: activation recomputation in training mode.
         virtual: False builds the model without virtual stages whatever the layout says (a teacher needs none).
         head: False builds the last stage without its LM head; it still ends with the final norm.
         masked: whether forward passes get an attention mask.
     """
     layout = parallel.layout if virtual else Layout(**{**vars(parallel.layout), "virtual_pipeline": 1})
-    config = transformer_config(shape, layout, precision, device, dropout)
+    config = transformer_config(shape, layout, precision, device, dropout, recompute)
     engine = derived.engine(precision, device.default_engine)
     traits = ARCHITECTURES[shape.family]
     chunks: list[torch.nn.Module] = []

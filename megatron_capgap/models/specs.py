@@ -7,6 +7,7 @@ sequence parallelism (Megatron's wrapper around torch's refuses it), and an atte
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -98,6 +99,9 @@ class ScaledDotProductAttention(torch.nn.Module):
         assert config.context_parallel_size == 1, "config.validation refuses context parallelism for this attention"
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
+        # Each tensor-parallel rank holds different heads, so dropout uses this rank's own random stream. Under sequence
+        # parallelism TransformerBlock has forked it already; a second fork is lost when the layer is recomputed.
+        self.random_stream = nullcontext if config.sequence_parallel else get_cuda_rng_tracker().fork
 
     def forward(
         self,
@@ -128,8 +132,7 @@ class ScaledDotProductAttention(torch.nn.Module):
         causal = seen is None and attn_mask_type is not AttnMaskType.no_mask
         dropout = self.dropout if self.training else 0.0
         if dropout > 0.0:
-            # Each tensor-parallel rank holds different heads, so it uses its own random stream.
-            with get_cuda_rng_tracker().fork():
+            with self.random_stream():
                 context = self._attend(query, key, value, seen, causal, dropout, grouped)
         else:
             context = self._attend(query, key, value, seen, causal, 0.0, grouped)

@@ -56,7 +56,7 @@ class Importance:
         # Derivatives by the masks, for each micro-batch of the current global batch: `[m, h]` and `[m, layers]`.
         self._by_channel = self._by_layer = torch.empty(0)
         for chunk in chunks:
-            chunk.eval()
+            chunk.train(gradient)  # without dropout it makes no difference, but Megatron recomputes in training alone
             chunk.requires_grad_(False)
             self._watch(unwrap(chunk))
 
@@ -113,6 +113,10 @@ class Importance:
             self._sums.channels.add_(channels)
             self._sums.layers.add_(layers)
 
+    def _once(self, hook: Callable[..., None]) -> Callable[..., None]:
+        """The hook, called once per micro-batch: a recomputed layer runs forward without gradients before."""
+        return lambda *inputs: None if self._gradient and not torch.is_grad_enabled() else hook(*inputs)
+
     def _watch(self, model: Any) -> None:
         """Registers hooks on all scored parts of one chunk."""
         if self._gradient and model.pre_process:
@@ -121,17 +125,19 @@ class Importance:
             index = layer.layer_number - 1
             attention, mlp = layer.self_attention, layer.mlp
             attention.linear_proj.register_forward_pre_hook(
-                partial(self._heads, index, _reading(attention.linear_proj))
+                self._once(partial(self._heads, index, _reading(attention.linear_proj)))
             )
-            mlp.linear_fc2.register_forward_pre_hook(partial(self._neurons, index, _reading(mlp.linear_fc2)))
+            mlp.linear_fc2.register_forward_pre_hook(
+                self._once(partial(self._neurons, index, _reading(mlp.linear_fc2)))
+            )
             self._watch_norm(2 * index, layer.input_layernorm, attention.linear_qkv)
             self._watch_norm(2 * index + 1, layer.pre_mlp_layernorm, mlp.linear_fc1)
             if self._gradient:
-                attention.register_forward_hook(partial(self._branch, index))
-                mlp.register_forward_hook(partial(self._branch, index))
+                attention.register_forward_hook(self._once(partial(self._branch, index)))
+                mlp.register_forward_hook(self._once(partial(self._branch, index)))
                 if not ARCHITECTURES[self._shape.family].parallel_residual:
-                    layer.pre_mlp_layernorm.register_forward_pre_hook(partial(self._middle, index))
-            layer.register_forward_hook(partial(self._layer, index), with_kwargs=True)
+                    layer.pre_mlp_layernorm.register_forward_pre_hook(self._once(partial(self._middle, index)))
+            layer.register_forward_hook(self._once(partial(self._layer, index)), with_kwargs=True)
         if model.post_process:
             self._watch_norm(2 * self._shape.layers, model.decoder.final_layernorm, None)
 
@@ -140,7 +146,7 @@ class Importance:
         gain, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
         if gain is None:
             gain, bias = fused.layer_norm_weight, getattr(fused, "layer_norm_bias", None)
-        norm.register_forward_pre_hook(partial(self._norm, index, gain, bias))
+        norm.register_forward_pre_hook(self._once(partial(self._norm, index, gain, bias)))
 
     def _heads(self, index: int, reading: Tensor, _: Any, inputs: tuple[Tensor, ...]) -> None:
         """Attention's output, `[s, b, heads/tp * d]`: this rank's heads of all tokens."""

@@ -124,6 +124,7 @@ def _open(ctx: StageContext[PruningPlan]) -> Importance:
         precision,
         ctx.device,
         sequence_length=config.data.sequence_length,
+        recompute=config.student.recompute,
         virtual=False,
     )
     loader.load_weights(source.folder, chunks, ctx.parallel)
