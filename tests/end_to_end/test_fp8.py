@@ -120,6 +120,15 @@ def test_layouts_agree_as_far_as_the_recipe_promises(
     assert (first > FIRST_STEP["mxfp8"]) == (recipe == "tensorwise")
 
 
+@pytest.mark.parametrize("recipe, what", [*((recipe, "full") for recipe in RECIPES), ("delayed", "mlp")])
+def test_recomputed_layers_give_the_same_steps(
+    fresh_pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, whole: Whole, recipe: str, what: str
+) -> None:
+    """Under delayed scaling a layer that is run twice must record its maxima once."""
+    changes = {"precision": DELAYED if recipe == "delayed" else fp8(recipe), "student__recompute": {"what": what}}
+    assert adapt(fresh_pool, fixtures, tmp_path / "run", **changes) == whole(recipe)
+
+
 def test_as_many_products_as_were_announced(fresh_pool: WorkerPool, fixtures: Fixtures, tmp_path: Path) -> None:
     shape, precision = {**SHAPE, "layers": 3}, fp8("mxfp8", first_last_layers_bf16=1)
     changes = {"student__model": shape, "precision": precision, "train__steps": 1}

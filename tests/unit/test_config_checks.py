@@ -492,6 +492,36 @@ ONE_PROBLEM = [
         "distill.yaml:33: objective.temperature: 2.0: finetune has no teacher",
         ["remove it"],
     ),
+    (
+        ["--student.recompute.what=full", "--student.recompute.layers=3"],
+        {},
+        "--student.recompute.layers: 3 is more than the 2 layers of a model chunk;",
+        ["valid values: 1 to 2, or null"],
+    ),
+    (
+        ["--student.recompute.what=full", "--student.recompute.every=2", "--student.layout.virtual_pipeline=2"],
+        {},
+        "--student.recompute.every: 2 does not divide the 1 layers of a model chunk;",
+        ["valid values: 1"],
+    ),
+    (
+        ["--student.recompute.what=full", "--student.recompute.every=2", "--student.recompute.layers=2"],
+        {},
+        "--student.recompute.every: 2: with layers 2 each layer is recomputed from its own input;",
+        ["remove one of the two keys"],
+    ),
+    (
+        ["--student.recompute.what=mlp", "--student.recompute.layers=1"],
+        {},
+        "--student.recompute.layers: 1: what: mlp recomputes the feed-forward layer of every layer;",
+        ["remove the key, or set what to full"],
+    ),
+    (
+        [*FROM_CHECKPOINT, "--student.recompute.what=mlp"],
+        {"student": ModelShape(4, 64, 8, 160, 1000, family="gpt_neox")},
+        "--student.recompute.what: mlp: gpt_neox has linear biases;",
+        ["set it to full", "(llama, mistral, qwen2, qwen3)"],
+    ),
 ]
 
 
@@ -522,6 +552,9 @@ RIGHT = [
     (["--student.precision.fp8={recipe: tensorwise, first_last_layers_bf16: 1}"], {}),
     ([*FROM_CHECKPOINT], {"student": STUDENT}),
     (["--student.layout.virtual_pipeline=2"], {}),
+    (["--student.recompute={what: full, every: 2}"], {}),
+    (["--student.recompute={what: full, layers: 1}", "--student.layout.virtual_pipeline=2"], {}),
+    (["--student.recompute={what: mlp}"], {}),
     (["--teacher.layout={tensor: 2, pipeline: 2, sequence: true}", "--teacher.micro_batch=8"], {}),
     (["--train.global_batch=null", "--teacher.micro_batch=1"], {}),
     (["--teacher.layout={pipeline: 8}"], {}),

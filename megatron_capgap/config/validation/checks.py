@@ -11,7 +11,7 @@ from megatron_capgap.config import derived
 from megatron_capgap.config.architectures import ARCHITECTURES
 from megatron_capgap.config.loader import STAGE_REQUIREMENTS, LoadedConfig
 from megatron_capgap.config.schema import Layout, ModelShape, ObjectiveConfig
-from megatron_capgap.config.validation import fp8, teacher
+from megatron_capgap.config.validation import fp8, recompute, teacher
 from megatron_capgap.config.validation.context import ValidationContext, build, divisors, multiples, spans
 
 
@@ -327,5 +327,6 @@ CHECKS: tuple[Callable[[ValidationContext], Iterator[str]], ...] = (
     conversations_are_read_once_an_epoch,
     patience_has_evaluations,
     finetuning_shares_all_ranks,
+    *recompute.CHECKS,
     *fp8.CHECKS,
 )

@@ -1,0 +1,57 @@
+"""Constraints of student.recompute. Each is one function of `CHECKS`."""
+
+from collections.abc import Iterator
+
+from megatron_capgap.config.architectures import ARCHITECTURES
+from megatron_capgap.config.schema import Recompute
+from megatron_capgap.config.validation.context import ModelContext, ValidationContext, divisors
+
+_KEY = "student.recompute"
+
+
+def only_whole_layers_are_counted(ctx: ValidationContext) -> Iterator[str]:
+    """`layers` and `every` are two ways to choose among whole layers."""
+    wanted = ctx.config.student.recompute
+    if wanted is None:
+        return
+    if wanted.what == "mlp":
+        for name in ("layers", "every"):
+            if getattr(wanted, name) != getattr(Recompute("mlp"), name):
+                text = f"{getattr(wanted, name)}: what: mlp recomputes the feed-forward layer of every layer"
+                yield ctx.error(f"{_KEY}.{name}", f"{text}; remove the key, or set what to full")
+    elif wanted.layers is not None and wanted.every != 1:
+        text = f"{wanted.every}: with layers {wanted.layers} each layer is recomputed from its own input"
+        yield ctx.error(f"{_KEY}.every", f"{text}; remove one of the two keys")
+
+
+def feed_forward_layers_have_no_biases(ctx: ValidationContext) -> Iterator[str]:
+    """Megatron's feed-forward layer returns its bias, a weight, as an output of the recomputed part: the backward pass
+    would never end."""
+    wanted, model = ctx.config.student.recompute, _trained(ctx)
+    if wanted is not None and wanted.what == "mlp" and ARCHITECTURES[model.shape.family].linear_bias:
+        families = ", ".join(name for name, traits in ARCHITECTURES.items() if not traits.linear_bias)
+        text = f"mlp: {model.shape.family} has linear biases; set it to full, or use a family without ({families})"
+        yield ctx.error(f"{_KEY}.what", text)
+
+
+def recomputed_layers_exist(ctx: ValidationContext) -> Iterator[str]:
+    """Layers are counted within a model chunk: the layers of one virtual stage on one rank."""
+    wanted, model, layout = ctx.config.student.recompute, _trained(ctx), ctx.config.student.layout
+    virtual = 1 if ctx.stage == "prune" else layout.virtual_pipeline  # scoring has no virtual stages
+    chunk, rest = divmod(model.shape.layers, layout.pipeline * virtual)
+    if wanted is None or wanted.what != "full" or rest:
+        return  # checks.layers_fill_the_pipeline reports the rest
+    if wanted.layers is not None and wanted.layers > chunk:
+        text = f"{wanted.layers} is more than the {chunk} layers of a model chunk; valid values: 1 to {chunk}, or null"
+        yield ctx.error(f"{_KEY}.layers", text)
+    if wanted.layers is None and chunk % wanted.every:
+        text = f"{wanted.every} does not divide the {chunk} layers of a model chunk; valid values: {divisors(chunk)}"
+        yield ctx.error(f"{_KEY}.every", text)
+
+
+def _trained(ctx: ValidationContext) -> ModelContext:
+    """The model that is recomputed: the student, or the teacher where prune scores it."""
+    return ctx.models[-1] if ctx.stage == "prune" else ctx.models[0]
+
+
+CHECKS = (only_whole_layers_are_counted, feed_forward_layers_have_no_biases, recomputed_layers_exist)
