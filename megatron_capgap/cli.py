@@ -21,7 +21,7 @@ from megatron_capgap.config import derived, help
 from megatron_capgap.config.fields import table
 from megatron_capgap.config.loader import LoadedConfig, load, nearest
 from megatron_capgap.config.schema import STAGES
-from megatron_capgap.distributed import launcher, torchrun
+from megatron_capgap.distributed import process_group, torchrun
 from megatron_capgap.distributed.environment import Environment, read_environment
 from megatron_capgap.runtime import third_party
 
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _tell(error: UserError, who: str = "") -> None:
     sys.stderr.write("".join(f"capgap: error: {who}{line}\n" for line in str(error).split("\n")))
     sys.stderr.flush()
-    launcher.write_outcome("refused")
+    process_group.write_outcome("refused")
 
 
 def parse(argv: Sequence[str]) -> Command:

@@ -16,7 +16,7 @@ from megatron_capgap.data.batch import MicroBatch, Samples, read
 from megatron_capgap.distillation.transfer import States, split_by_sample
 from megatron_capgap.distillation.transfer_plan import FINAL_HIDDEN
 from megatron_capgap.distributed.parallel_context import ParallelContext
-from megatron_capgap.models import schedule
+from megatron_capgap.models import pipeline_schedule
 from megatron_capgap.models.gpt import unwrap
 
 
@@ -71,7 +71,7 @@ class Teacher:
 
         with torch.no_grad(), self.parallel.activate(), self.weights:
             shape = (batches[0].tokens.shape[1], self.micro_batch)
-            schedule.run(self.chunks, self.parallel, batches, last_stage, forward_only=True, shape=shape)
+            pipeline_schedule.run(self.chunks, self.parallel, batches, last_stage, forward_only=True, shape=shape)
         for hook in hooks:
             hook.remove()
         return found

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from megatron_capgap.distributed import environment, launcher
+from megatron_capgap.distributed import environment, process_group
 
 Command = Callable[[Sequence[str]], int]
 CRASHED = 70
@@ -52,7 +52,7 @@ class WorkerPool:
         while len(self._ranks) < self._world:
             self._start(len(self._ranks))
         codes = []
-        with launcher.reserved_port() as port:
+        with process_group.reserved_port() as port:
             for _, pipe, _ in self._ranks:
                 pipe.send((list(words), str(output), port))
             for process, pipe, _ in self._ranks:

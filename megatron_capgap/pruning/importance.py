@@ -22,7 +22,7 @@ from megatron_capgap.config import derived
 from megatron_capgap.config.architectures import ARCHITECTURES
 from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.distributed.parallel_context import ParallelContext
-from megatron_capgap.models import schedule
+from megatron_capgap.models import pipeline_schedule
 from megatron_capgap.models.gpt import unwrap
 from megatron_capgap.pruning.importance_scores import Scores
 
@@ -79,7 +79,7 @@ class Importance:
 
         micro_batch, length = batches[0].tokens.shape
         with torch.set_grad_enabled(self._gradient):
-            schedule.run(
+            pipeline_schedule.run(
                 self._chunks, self._parallel, batches, last_stage, forward_only=not self._gradient,
                 shape=(length, micro_batch),
             )  # fmt: skip

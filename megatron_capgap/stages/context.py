@@ -25,7 +25,7 @@ from megatron_capgap.config.schema import Config, Layout
 from megatron_capgap.data.batch import MicroBatch
 from megatron_capgap.devices import Device
 from megatron_capgap.distillation.transfer import TeacherStates
-from megatron_capgap.distributed import collectives, launcher, parallel_context
+from megatron_capgap.distributed import collectives, parallel_context, process_group
 from megatron_capgap.distributed.environment import Environment
 from megatron_capgap.distributed.parallel_context import ParallelContext
 from megatron_capgap.distributed.role_groups import RoleGroups
@@ -102,7 +102,7 @@ def stage_context(plan: Plan, environment: Environment, device: Device) -> Itera
         watchdog = roles.watchdog
     else:
         watchdog = Watchdog(
-            launcher.init_process_group(environment, device, timeout), environment.rank, environment.world, timeout
+            process_group.init_process_group(environment, device, timeout), environment.rank, environment.world, timeout
         )
     log, lock = None, RunLock(Path(config.run_dir))
     new = _missing_parents(Path(config.run_dir)) if environment.rank == 0 else []
@@ -149,7 +149,7 @@ def _close(log: RunLogger | None) -> None:
     if log is not None:
         log.close()
     parallel_context.destroy()
-    launcher.destroy_process_group()
+    process_group.destroy_process_group()
 
 
 def build_student(ctx: StageContext[RunPlan], *, trains: bool = True) -> list[torch.nn.Module]:

@@ -26,7 +26,7 @@ from megatron_capgap.distillation.transfer import (
     Transport,
     batched_p2p,
 )
-from megatron_capgap.distributed import collectives, launcher, parallel_context
+from megatron_capgap.distributed import collectives, parallel_context, process_group
 from megatron_capgap.distributed.environment import Environment
 from megatron_capgap.distributed.role_groups import FAILED, RoleGroups
 from megatron_capgap.distributed.signals import StopRequest
@@ -261,4 +261,4 @@ def abort_on_rank_failure(ctx: DistillationContext) -> Iterator[None]:
         raise
     except Exception as error:
         ctx.watchdog.report(error)
-        launcher.abort(error)
+        process_group.abort(error)

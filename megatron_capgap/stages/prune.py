@@ -14,7 +14,7 @@ from megatron_capgap.common.fileio import write_atomically
 from megatron_capgap.config import derived
 from megatron_capgap.data.batch import MicroBatch, Samples, global_batch_samples, micro_batches
 from megatron_capgap.devices import Device
-from megatron_capgap.distributed import collectives, launcher
+from megatron_capgap.distributed import collectives, process_group
 from megatron_capgap.distributed.environment import Environment
 from megatron_capgap.distributed.signals import StopRequest
 from megatron_capgap.losses import language_model_loss
@@ -100,7 +100,7 @@ def score(ctx: StageContext[PruningPlan], begun: Scores, done: int) -> Scores | 
             if reason:
                 ctx.log.info(f"stopped by {reason} after batch {done}; run the same command to continue")
                 if ctx.log.is_rank0:
-                    launcher.write_outcome("stopped")
+                    process_group.write_outcome("stopped")
                 return None
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_capgap.data.batch import MicroBatch, Samples, micro_batches
 from megatron_capgap.distributed.parallel_context import ParallelContext
 from megatron_capgap.losses import Loss, language_model_loss
-from megatron_capgap.models import schedule
+from megatron_capgap.models import pipeline_schedule
 from megatron_capgap.models.fp8_scales import DelayedScales
 from megatron_capgap.models.gpt import unwrap
 from megatron_capgap.training.step import reduce_losses
@@ -93,7 +93,7 @@ def evaluate(
                 micro_batches(sequence, wanted, micro_batch, parallel.dp_rank, parallel.dp_size, device, limit=samples)
             )
             shape = (mine[0].tokens.shape[1], micro_batch)
-            schedule.run(chunks, parallel, mine, last_stage, forward_only=True, shape=shape)
+            pipeline_schedule.run(chunks, parallel, mine, last_stage, forward_only=True, shape=shape)
     if given_up:
         return None
     loss, report, tokens = reduce_losses(losses, parallel)
@@ -103,7 +103,7 @@ def evaluate(
 
 def _summing(
     losses: list[Loss], last_chunk: torch.nn.Module, parallel: ParallelContext, vocab_size: int, lengths: Tensor
-) -> schedule.LastStage:
+) -> pipeline_schedule.LastStage:
     """The last pipeline stage's function: appends cross-entropy and byte sums of a micro-batch to `losses`."""
 
     def last_stage(hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, None]:

@@ -12,7 +12,7 @@ from megatron_capgap.common.errors import UserError
 from megatron_capgap.data.batch import MicroBatch, global_batch_samples, micro_batches
 from megatron_capgap.devices import Device
 from megatron_capgap.distillation.transfer import TeacherStates
-from megatron_capgap.distributed import collectives, launcher
+from megatron_capgap.distributed import collectives, process_group
 from megatron_capgap.distributed.signals import StopRequest
 from megatron_capgap.models.fp8_scales import DelayedScales
 from megatron_capgap.runtime.logging import ThroughputMeter, count
@@ -133,7 +133,7 @@ def _stop(run: Run, done: int, skipped: int, reason: str, *, saved: bool) -> Non
     steps = run.config.train.steps
     run.log.info(f"stopped by {reason} after step {done} of {steps}; rerun the same command to continue")
     if run.log.is_rank0:
-        launcher.write_outcome("stopped")
+        process_group.write_outcome("stopped")
 
 
 @contextmanager
@@ -201,7 +201,7 @@ def _skip_bad_batch(run: Run, step: int, skipped: int, bad: BadBatch) -> None:
         if most == 0:
             raise bad
         raise UserError(f"{bad}; {most} bad batches were skipped before: train.max_skipped allows no more") from bad
-    run.optimizer.schedule.step(1)
+    run.optimizer.lr_scheduler.step(1)
     run.log.record({"step": step, "bad_batch": bad.what, "samples": bad.samples, "skipped": skipped})
     run.log.warning(f"step {step}: {bad.what}; skipped samples {bad.samples}; {skipped} of at most {most} skips")
 

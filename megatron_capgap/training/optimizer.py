@@ -50,7 +50,7 @@ def wrap(
 
 # The only optimizer format of Megatron-Core that a run with another data-parallel size can load; gathered on the rank
 # that writes it, not on every data-parallel rank.
-_METADATA = {
+_SHARDING_METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": True,
 }
@@ -64,7 +64,7 @@ class OptimizerState:
     """The optimizer and its learning-rate schedule."""
 
     optimizer: MegatronOptimizer
-    schedule: OptimizerParamScheduler
+    lr_scheduler: OptimizerParamScheduler
 
     def grad_norm(self) -> float:
         """Global norm of the reduced gradients. Collective.
@@ -87,7 +87,7 @@ class OptimizerState:
             model: the model's sharded state, which gives the parameters' names and sharding.
             loading: whether the state is the target of a load.
         """
-        return self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_METADATA)
+        return self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_SHARDING_METADATA)
 
     def copied(self) -> OptimizerState:
         """A copy in host memory of the state that `sharded_state` reads; usable for that only."""
@@ -119,8 +119,8 @@ class OptimizerState:
             _load_torch(self.optimizer, part, state, updates)
         for group, values in zip(self.optimizer.param_groups, wanted, strict=True):
             group.update(values)
-        self.schedule.num_steps = 0
-        self.schedule.step(steps)
+        self.lr_scheduler.num_steps = 0
+        self.lr_scheduler.step(steps)
 
 
 def _same_group(group: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -231,10 +231,12 @@ def build(chunks: list[DistributedDataParallel], config: Config, device: Device)
         device.tune_optimizer(inner)
         _allocate(inner)
     assert config.train.steps is not None
-    return OptimizerState(optimizer, schedule_of(optimizer, wanted, config.train.steps))
+    return OptimizerState(optimizer, build_lr_scheduler(optimizer, wanted, config.train.steps))
 
 
-def schedule_of(optimizer: MegatronOptimizer, wanted: schema.OptimizerConfig, steps: int) -> OptimizerParamScheduler:
+def build_lr_scheduler(
+    optimizer: MegatronOptimizer, wanted: schema.OptimizerConfig, steps: int
+) -> OptimizerParamScheduler:
     """The learning-rate schedule, as in transformers.
 
     Args:

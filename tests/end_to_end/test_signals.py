@@ -92,7 +92,7 @@ def test_the_end_of_its_time_stops_a_run_as_a_signal_does(pool: WorkerPool, fixt
 def digest_of(run: Any) -> str:
     """A digest of this rank's weights, Adam's moments and step counters, and the place in the schedule."""
     digest = hashlib.sha256(b"".join(state_of(run)))
-    digest.update(str(run.optimizer.schedule.num_steps).encode())
+    digest.update(str(run.optimizer.lr_scheduler.num_steps).encode())
     return digest.hexdigest()
 
 

@@ -16,7 +16,7 @@ from megatron_capgap.common.errors import UserError
 from megatron_capgap.devices import choose
 from megatron_capgap.distributed import torchrun
 from megatron_capgap.distributed.environment import Environment, read_environment
-from megatron_capgap.distributed.launcher import init_process_group, reserved_port, write_outcome
+from megatron_capgap.distributed.process_group import init_process_group, reserved_port, write_outcome
 
 TORCHRUN = {
     "RANK": "5",
