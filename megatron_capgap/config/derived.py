@@ -86,7 +86,7 @@ def projection_names(config: Config, student: ModelShape, teacher: ModelShape | 
 
 def teacher_section(config: Config) -> TeacherConfig:
     """The section `teacher`. Needs a teacher."""
-    assert config.teacher is not None, "asked for where there is a teacher alone"
+    assert config.teacher is not None, "callers check that there is a teacher"
     return config.teacher
 
 

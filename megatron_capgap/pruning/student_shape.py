@@ -86,7 +86,7 @@ class PruneSpec:
     @property
     def wanted(self) -> PruneConfig:
         """The section `prune`."""
-        assert self.loaded.config.prune is not None, "load refuses a prune configuration without the section"
+        assert self.loaded.config.prune is not None, "guaranteed by config.loader"
         return self.loaded.config.prune
 
     @property
@@ -114,7 +114,7 @@ def student_target(loaded: LoadedConfig, teacher: ModelShape) -> StudentTarget:
     Raises:
         ConfigError: with one line per problem.
     """
-    assert loaded.config.teacher is not None, "load refuses a prune configuration without a teacher"
+    assert loaded.config.teacher is not None, "guaranteed by config.loader"
     order = PruneSpec(loaded, teacher, loaded.config.teacher.checkpoint)
     # Each check assumes that the previous ones found no problem.
     for row in _CHECKS:

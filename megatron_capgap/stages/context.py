@@ -42,7 +42,7 @@ from megatron_capgap.stages.plan import RunPlan
 from megatron_capgap.training import optimizer
 from megatron_capgap.training.checkpointing import resume
 from megatron_capgap.training.neftune import Neftune
-from megatron_capgap.training.run import CheckpointPolicy, Run, RunCosts, TrainingData, TrainingObjective
+from megatron_capgap.training.run import Checkpointing, RunCosts, TrainingData, TrainingObjective, TrainingRun
 from megatron_capgap.training.step import LossFunction
 
 _RESOLVED = "resolved.yaml"
@@ -176,7 +176,7 @@ def build_student(ctx: StageContext[RunPlan], *, trains: bool = True) -> list[to
     return chunks
 
 
-def language_model_run(ctx: StageContext[RunPlan]) -> Run:
+def language_model_run(ctx: StageContext[RunPlan]) -> TrainingRun:
     """Training run of a student without a teacher. Collective."""
     vocab_size, parallel = ctx.plan.student.vocab, ctx.parallel
 
@@ -193,7 +193,9 @@ def language_model_run(ctx: StageContext[RunPlan]) -> Run:
     return training_run(ctx, build_student(ctx), TrainingObjective(lambda batches, teacher_states: loss))
 
 
-def training_run(ctx: StageContext[RunPlan], student: list[torch.nn.Module], objective: TrainingObjective) -> Run:
+def training_run(
+    ctx: StageContext[RunPlan], student: list[torch.nn.Module], objective: TrainingObjective
+) -> TrainingRun:
     """Creates optimizer and data, restores the newest checkpoint of the run, and commits the run directory. Collective.
 
     Args:
@@ -210,7 +212,7 @@ def training_run(ctx: StageContext[RunPlan], student: list[torch.nn.Module], obj
         async_save=checkpointing.async_save,
         timeout_seconds=config.runtime.timeout_seconds,
     )
-    run = Run(
+    run = TrainingRun(
         config=config,
         run_dir=ctx.run_dir,
         device=ctx.device,
@@ -226,13 +228,13 @@ def training_run(ctx: StageContext[RunPlan], student: list[torch.nn.Module], obj
         ),
         objective=_with_neftune(ctx, student, objective),
         costs=_costs(ctx),
-        checkpoints=CheckpointPolicy(saver, lambda done: checkpoint_metadata(ctx, done), ctx.lock.check_ownership),
+        checkpoints=Checkpointing(saver, lambda done: checkpoint_metadata(ctx, done), ctx.lock.check_ownership),
         log=ctx.log,
         watchdog=ctx.watchdog,
         stop_at=ctx.stop_at,
     )
     run = resume(run)
-    commit_run_dir(ctx, run.done)
+    commit_run_dir(ctx, run.steps_done)
     return run
 
 

@@ -109,7 +109,7 @@ class DistillationPlan(RunPlan):
     @property
     def teacher_config(self) -> TeacherConfig:
         """The section `teacher`."""
-        assert self.config.teacher is not None, "load refuses a distillation without a teacher"
+        assert self.config.teacher is not None, "guaranteed by config.loader"
         return self.config.teacher
 
 
@@ -123,7 +123,7 @@ class PruningPlan(RunPlan):
     @property
     def prune_config(self) -> PruneConfig:
         """The section `prune`."""
-        assert self.config.prune is not None, "load refuses prune without the section"
+        assert self.config.prune is not None, "guaranteed by config.loader"
         return self.config.prune
 
 

@@ -91,7 +91,7 @@ def score(ctx: StageContext[PruningPlan], begun: Scores, done: int) -> Scores | 
             importance.run(batches, lambda hidden, head, batch: _loss(ctx, hidden, head, batch))
             done += 1
             ctx.log.progress(done, wanted.batches, "scored", ctx.config.train.log_every)
-            reason = stop.agreed()
+            reason = stop.poll_all_ranks()
             if reason or done == wanted.batches or (every and done % every == 0):
                 scores = _added(begun, importance.scores())
                 _keep(ctx, scores, done)

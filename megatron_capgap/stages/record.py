@@ -31,7 +31,7 @@ def write(plan: DistillationPlan) -> str:
         return f"record for the law: {run_dir / RECORD}, unchanged"
     if not plan.config.data.valid:
         return "no record for the law: data.valid is empty"
-    assert steps is not None, "stage_context sets it"
+    assert steps is not None, "set by stage_context"
     # Read from disk: the run may have been stopped between its last evaluation and the record.
     last = evaluation_after(run_dir, steps)
     if last is None or steps not in run_directory.steps_in(run_dir):

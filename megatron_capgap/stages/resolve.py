@@ -128,7 +128,7 @@ def _student_target(
     if stage == "prune" and teacher is not None:
         return student_target(loaded, teacher)
     student = loaded.config.student.model or (source.meta.model if source else None)
-    assert student is not None, "load refuses a student that has neither"
+    assert student is not None, "guaranteed by config.loader"
     return StudentTarget(student)
 
 

@@ -44,7 +44,7 @@ class StepResult:
 
     loss: float
     """Loss, mean over valid tokens."""
-    report: dict[str, float]
+    loss_parts: dict[str, float]
     """Parts of the loss, mean over valid tokens."""
     tokens: int
     """Valid tokens in the global batch."""
