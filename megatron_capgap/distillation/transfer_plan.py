@@ -177,7 +177,7 @@ def model_placements(config: Config, world: int) -> tuple[ModelPlacement, ModelP
         config: checked.
         world: number of ranks, the teacher's own included.
     """
-    teacher_layout, ranks = derived.teacher_layout(config), derived.teacher_ranks(config, world)
+    teacher_layout, ranks = derived.teacher_layout(config), derived.teacher_rank_range(config, world)
     student, length = config.student.layout, config.data.sequence_length
     students = derived.student_world(config, world)
     batch, dp_size = derived.global_batch(config, student, students), derived.data_parallel(student, students)

@@ -142,7 +142,7 @@ def build(
     dropout: float = 0.0,
     virtual: bool = True,
     head: bool = True,
-    masked: bool = False,
+    use_attention_mask: bool = False,
 ) -> list[torch.nn.Module]:
     """Builds this rank's model chunks: one, or one per virtual stage. Weights are not initialised.
 
@@ -155,14 +155,14 @@ def build(
         dropout: rate in attention and residual branches.
         virtual: False builds the model without virtual stages whatever the layout says (a teacher needs none).
         head: False builds the last stage without its LM head; it still ends with the final norm.
-        masked: whether forward passes get an attention mask.
+        use_attention_mask: whether forward passes get an attention mask.
     """
     layout = parallel.layout if virtual else Layout(**{**vars(parallel.layout), "virtual_pipeline": 1})
     config = transformer_config(shape, layout, precision, device, dropout)
     engine = derived.engine(precision, device.default_engine)
     traits = ARCHITECTURES[shape.family]
     chunks: list[torch.nn.Module] = []
-    block = partial(specs.block, config, engine, device, masked=masked)
+    block = partial(specs.block, config, engine, device, use_attention_mask=use_attention_mask)
     for chunk in range(layout.virtual_pipeline):
         stage = chunk if layout.virtual_pipeline > 1 else None
         model = HiddenStateModel(

@@ -132,7 +132,7 @@ def load_teacher(ctx: DistillationContext) -> FrozenTeacher:
             sequence_length=config.data.sequence_length,
             virtual=False,
             head=False,
-            masked=plan.template is not None,
+            use_attention_mask=plan.template is not None,
         )
         loader.load_weights(source.folder, chunks, parallel)
         cast_params_to_fp8(chunks, precision)

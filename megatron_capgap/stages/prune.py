@@ -20,8 +20,7 @@ from megatron_capgap.distributed.signals import StopRequest
 from megatron_capgap.losses import language_model_loss
 from megatron_capgap.models import gpt, memory, size
 from megatron_capgap.models.fp8_weights import cast_params_to_fp8
-from megatron_capgap.pruning import importance_scores as files
-from megatron_capgap.pruning import prune_plan as plans
+from megatron_capgap.pruning import importance_scores, prune_plan
 from megatron_capgap.pruning.apply import apply
 from megatron_capgap.pruning.importance import Importance
 from megatron_capgap.pruning.importance_scores import Scores
@@ -36,8 +35,8 @@ def run(plan: PruningPlan, environment: Environment, device: Device) -> int:
     """Computes scores, makes the prune plan and writes the student; returns the exit code."""
     with context.stage_context(plan, environment, device) as ctx:
         teacher = ctx.plan.teacher
-        begun = collectives.run_on_rank0(lambda: files.read(ctx.run_dir, teacher, facts_of(ctx.plan)))
-        if ctx.plan.resumed is not None:
+        begun = collectives.run_on_rank0(lambda: importance_scores.read(ctx.run_dir, teacher, facts_of(ctx.plan)))
+        if ctx.plan.resume_metadata is not None:
             ctx.log.info(
                 f"nothing to do: {ctx.run_dir} holds the pruned student; choose another run_dir to prune again"
             )
@@ -50,11 +49,11 @@ def run(plan: PruningPlan, environment: Environment, device: Device) -> int:
 
 def facts_of(plan: PruningPlan) -> dict[str, Any]:
     """Everything that the scores depend on, by key."""
-    config, wanted, source = plan.config, plan.prune_config, plan.teacher_source
+    config, prune_config, source = plan.config, plan.prune_config, plan.teacher_source
     return {
         "teacher.checkpoint": str(source.folder),
-        "prune.importance": wanted.importance,
-        "prune.batches": wanted.batches,
+        "prune.importance": prune_config.importance,
+        "prune.batches": prune_config.batches,
         "train.global_batch": plan.global_batch,
         "train.micro_batch": config.train.micro_batch,
         "data.train": list(config.data.train),
@@ -75,27 +74,27 @@ def score(ctx: StageContext[PruningPlan], begun: Scores, done: int) -> Scores | 
     Returns:
         Sums over all batches; None if stopped by a signal.
     """
-    wanted = ctx.plan.prune_config
-    if done >= wanted.batches:
-        ctx.log.info(f"scores: all {done} global batches are done, in {ctx.run_dir / files.FILE}")
+    prune_config = ctx.plan.prune_config
+    if done >= prune_config.batches:
+        ctx.log.info(f"scores: all {done} global batches are done, in {ctx.run_dir / importance_scores.FILE}")
         context.commit_run_dir(ctx)
         return begun
     importance = _open(ctx)
     samples = datasets.open_training(ctx.plan)
     context.commit_run_dir(ctx)
     every = ctx.config.checkpoint.every
-    ctx.log.bar(done, wanted.batches)
+    ctx.log.bar(done, prune_config.batches)
     with StopRequest(ctx.device.torch_device, deadline=ctx.stop_at) as stop:
         while True:
             batches = _batches(ctx, samples, done)
             importance.run(batches, lambda hidden, head, batch: _loss(ctx, hidden, head, batch))
             done += 1
-            ctx.log.progress(done, wanted.batches, "scored", ctx.config.train.log_every)
+            ctx.log.progress(done, prune_config.batches, "scored", ctx.config.train.log_every)
             reason = stop.poll_all_ranks()
-            if reason or done == wanted.batches or (every and done % every == 0):
+            if reason or done == prune_config.batches or (every and done % every == 0):
                 scores = _added(begun, importance.scores())
                 _keep(ctx, scores, done)
-            if done == wanted.batches:
+            if done == prune_config.batches:
                 return scores
             if reason:
                 ctx.log.info(f"stopped by {reason} after batch {done}; run the same command to continue")
@@ -106,7 +105,7 @@ def score(ctx: StageContext[PruningPlan], begun: Scores, done: int) -> Scores | 
 
 def _keep(ctx: StageContext[PruningPlan], scores: Scores, done: int) -> None:
     """Writes RUN/scores.json. Collective."""
-    collectives.run_on_rank0(lambda: files.write(ctx.run_dir, scores, done, facts_of(ctx.plan)))
+    collectives.run_on_rank0(lambda: importance_scores.write(ctx.run_dir, scores, done, facts_of(ctx.plan)))
 
 
 def _added(one: Scores, other: Scores) -> Scores:
@@ -157,11 +156,11 @@ def _loss(ctx: StageContext[PruningPlan], hidden: Tensor, head: Tensor, batch: M
 def _prune(ctx: StageContext[PruningPlan], scores: Scores) -> None:
     """Writes the prune plan and the student's checkpoint. Collective."""
     plan, run_dir, source = ctx.plan, ctx.run_dir, ctx.plan.teacher_source
-    kept = plans.make(source.meta.model, plan.student, scores, plan.prune_config.layers_by, plan.budget)
+    kept = prune_plan.make(source.meta.model, plan.student, scores, plan.prune_config.layers_by, plan.budget)
     staged = run_dir / "checkpoints" / ".step_0.incomplete"
 
     def begin() -> None:
-        write_atomically(run_dir / plans.FILE, plans.text(kept, scores, facts_of(plan)))
+        write_atomically(run_dir / prune_plan.FILE, prune_plan.text(kept, scores, facts_of(plan)))
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
 

@@ -70,7 +70,7 @@ class ValidationContext:
     @property
     def teacher_dp_size(self) -> int | None:
         """The teacher's data-parallel size; None if it is not a whole number. Requires a teacher."""
-        return _dp_size(derived.teacher_layout(self.config), len(derived.teacher_ranks(self.config, self.world)))
+        return _dp_size(derived.teacher_layout(self.config), len(derived.teacher_rank_range(self.config, self.world)))
 
     def error(self, key: str, text: str) -> str:
         """One complete message about `key`."""
