@@ -96,7 +96,9 @@ def _serve(command: Command, rank: int, world: int, pipe: Connection, alive: Con
     """Main loop of a rank: runs commands until the pipe closes or the parent dies."""
     threading.Thread(target=_exit_with_parent, args=(alive,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles interrupts
-    for name in [name for name in os.environ if name.startswith(environment.OF_LAUNCHERS)]:  # of the parent's launcher
+    for name in [
+        name for name in os.environ if name.startswith(environment.LAUNCHER_PREFIXES)
+    ]:  # of the parent's launcher
         del os.environ[name]
     os.environ.update(
         RANK=str(rank),

@@ -267,8 +267,8 @@ def _stages(config: Config, world: int) -> list[tuple[int, int | None]]:
     pipeline = config.student.layout.pipeline
     if config.teacher is None or config.teacher.placement == "disjoint":
         return [(stage, None) for stage in range(pipeline)]
-    of_teacher = derived.teacher_layout(config).pipeline
-    return sorted({(rank * pipeline // world, rank * of_teacher // world) for rank in range(world)})
+    teacher_pipeline = derived.teacher_layout(config).pipeline
+    return sorted({(rank * pipeline // world, rank * teacher_pipeline // world) for rank in range(world)})
 
 
 def _hidden_states_stay(config: Config) -> bool:
