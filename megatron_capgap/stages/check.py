@@ -73,7 +73,7 @@ def padding_lines(plan: RunPlan) -> list[str]:
             f"the student keeps {plan.student_non_embedding_params:,} of {stored:,} parameters (non-embedding)"
         )
     if (budget := plan.budget) is not None:
-        parts = f"{budget.groups:,} key/value heads and {budget.neurons:,} neurons"
+        parts = f"{budget.kv_heads:,} key/value heads and {budget.neurons:,} neurons"
         lines.append(
             f"its layers keep {parts} in total; each layer stores as many as the largest, which the scores determine"
         )

@@ -24,7 +24,7 @@ from megatron_capgap.pruning import importance_scores, prune_plan
 from megatron_capgap.pruning.apply import apply
 from megatron_capgap.pruning.importance import Importance
 from megatron_capgap.pruning.importance_scores import Scores
-from megatron_capgap.pruning.prune_plan import Plan
+from megatron_capgap.pruning.prune_plan import PruningSelection
 from megatron_capgap.stages import context, datasets
 from megatron_capgap.stages.context import StageContext
 from megatron_capgap.stages.plan import PruningPlan
@@ -32,7 +32,7 @@ from megatron_capgap.training.loop import peak_memory_line
 
 
 def run(plan: PruningPlan, environment: Environment, device: Device) -> int:
-    """Computes scores, makes the prune plan and writes the student; returns the exit code."""
+    """Computes scores, selects what is kept and writes the student; returns the exit code."""
     with context.stage_context(plan, environment, device) as ctx:
         teacher = ctx.plan.teacher
         begun = collectives.run_on_rank0(lambda: importance_scores.read(ctx.run_dir, teacher, facts_of(ctx.plan)))
@@ -156,29 +156,31 @@ def _loss(ctx: StageContext[PruningPlan], hidden: Tensor, head: Tensor, batch: M
 def _prune(ctx: StageContext[PruningPlan], scores: Scores) -> None:
     """Writes the prune plan and the student's checkpoint. Collective."""
     plan, run_dir, source = ctx.plan, ctx.run_dir, ctx.plan.teacher_source
-    kept = prune_plan.make(source.meta.model, plan.student, scores, plan.prune_config.layers_by, plan.budget)
+    selection = prune_plan.make(source.meta.model, plan.student, scores, plan.prune_config.layers_by, plan.budget)
     staged = run_dir / "checkpoints" / ".step_0.incomplete"
 
     def begin() -> None:
-        write_atomically(run_dir / prune_plan.FILE, prune_plan.text(kept, scores, facts_of(plan)))
+        write_atomically(run_dir / prune_plan.FILE, prune_plan.text(selection, scores, facts_of(plan)))
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
 
     def finish() -> None:
         origin = ModelRef.of(source.folder, source.meta)
-        words = context.checkpoint_metadata(ctx, 0)
-        metadata.write(replace(words, steps=0, model=kept.student, pruned_from=origin, padding=kept.padding), staged)
+        meta = context.checkpoint_metadata(ctx, 0)
+        metadata.write(
+            replace(meta, steps=0, model=selection.student, pruned_from=origin, padding=selection.padding), staged
+        )
         run_directory.publish(staged, run_dir, step=0, keep=1)
 
     collectives.run_on_rank0(begin)
-    apply(source.folder, kept, staged)
+    apply(source.folder, selection, staged)
     collectives.run_on_rank0(finish)
-    _report(ctx, kept)
+    _report(ctx, selection)
 
 
-def _report(ctx: StageContext[PruningPlan], kept: Plan) -> None:
+def _report(ctx: StageContext[PruningPlan], selection: PruningSelection) -> None:
     """Logs teacher and student sizes as a table, and peak memory. Collective."""
-    before, after = kept.teacher, kept.student
+    before, after = selection.teacher, selection.student
     rows = [
         (name, str(getattr(before, name)), str(getattr(after, name))) for name in ("layers", "hidden", "heads", "ffn")
     ]
@@ -187,10 +189,10 @@ def _report(ctx: StageContext[PruningPlan], kept: Plan) -> None:
         rows.append((name, f"{count(before):,}", f"{count(after):,}"))
     ctx.log.table(f"pruned: {ctx.run_dir}/checkpoints/step_0", ("", "teacher", "student"), rows)
     if ctx.plan.budget is not None:
-        for name, counts in kept.kept_parts.items():
+        for name, counts in selection.kept_parts.items():
             ctx.log.info(f"{name} kept per layer: {' '.join(map(str, counts))}")
-        stored, share = size.parameters(after), kept.padding / size.parameters(after)
-        ctx.log.info(f"parameters: {stored - kept.padding:,} kept, {stored:,} stored ({share:.1%} are zeros)")
+        stored, share = size.parameters(after), selection.padding / size.parameters(after)
+        ctx.log.info(f"parameters: {stored - selection.padding:,} kept, {stored:,} stored ({share:.1%} are zeros)")
     on_cpu = ctx.device.name == "cpu"
     need = memory.estimate(ctx.config, "prune", after, before, ctx.plan.world, on_cpu=on_cpu)
     ctx.log.info(f"{peak_memory_line(ctx.device, ctx.memory_at_start, need.total)} for the scores")
