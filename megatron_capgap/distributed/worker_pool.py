@@ -38,11 +38,11 @@ class WorkerPool:
         # Only this process holds the third element open: it closes when this process dies, however it dies.
         self._ranks: list[tuple[multiprocessing.process.BaseProcess, Connection, Connection]] = []
 
-    def run(self, words: Sequence[str], output: Path) -> int:
+    def run(self, args: Sequence[str], output: Path) -> int:
         """Runs one command on every rank.
 
         Args:
-            words: arguments of the command.
+            args: arguments of the command.
             output: file to which the ranks' output is appended.
 
         Returns:
@@ -54,7 +54,7 @@ class WorkerPool:
         codes = []
         with process_group.reserved_port() as port:
             for _, pipe, _ in self._ranks:
-                pipe.send((list(words), str(output), port))
+                pipe.send((list(args), str(output), port))
             for process, pipe, _ in self._ranks:
                 try:
                     codes.append(pipe.recv())
@@ -109,13 +109,13 @@ def _serve(command: Command, rank: int, world: int, pipe: Connection, alive: Con
     )
     while True:
         try:
-            words, output, port = pipe.recv()
+            args, output, port = pipe.recv()
         except EOFError:
             return
         os.environ["MASTER_PORT"] = str(port)
         _redirect_output(output)
         try:
-            code = command(words)
+            code = command(args)
         except BaseException:
             traceback.print_exc()
             code = CRASHED

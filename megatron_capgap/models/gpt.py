@@ -114,21 +114,21 @@ def transformer_config(
     )
 
 
-def _fp8(wanted: FP8 | None) -> dict[str, object]:
+def _fp8(fp8: FP8 | None) -> dict[str, object]:
     """Megatron's FP8 arguments; Megatron enters Transformer Engine's FP8 context around each block or layer.
 
     FP8 parameters are created after the model is built: see `fp8_weights`.
     """
-    if wanted is None:
+    if fp8 is None:
         return {}
     return {
-        "fp8": wanted.format,
-        "fp8_recipe": wanted.recipe,
-        "fp8_amax_history_len": wanted.amax_history,
-        "fp8_amax_compute_algo": wanted.amax_algorithm,
-        "first_last_layers_bf16": wanted.first_last_layers_bf16 > 0,
-        "num_layers_at_start_in_bf16": wanted.first_last_layers_bf16,
-        "num_layers_at_end_in_bf16": wanted.first_last_layers_bf16,
+        "fp8": fp8.format,
+        "fp8_recipe": fp8.recipe,
+        "fp8_amax_history_len": fp8.amax_history,
+        "fp8_amax_compute_algo": fp8.amax_algorithm,
+        "first_last_layers_bf16": fp8.first_last_layers_bf16 > 0,
+        "num_layers_at_start_in_bf16": fp8.first_last_layers_bf16,
+        "num_layers_at_end_in_bf16": fp8.first_last_layers_bf16,
     }
 
 
@@ -141,7 +141,7 @@ def build(
     sequence_length: int,
     dropout: float = 0.0,
     virtual: bool = True,
-    head: bool = True,
+    lm_head: bool = True,
     use_attention_mask: bool = False,
 ) -> list[torch.nn.Module]:
     """Builds this rank's model chunks: one, or one per virtual stage. Weights are not initialised.
@@ -154,7 +154,7 @@ def build(
         sequence_length: longest sequence.
         dropout: rate in attention and residual branches.
         virtual: False builds the model without virtual stages whatever the layout says (a teacher needs none).
-        head: False builds the last stage without its LM head; it still ends with the final norm.
+        lm_head: False builds the last stage without its LM head; it still ends with the final norm.
         use_attention_mask: whether forward passes get an attention mask.
     """
     layout = parallel.layout if virtual else Layout(**{**vars(parallel.layout), "virtual_pipeline": 1})
@@ -182,7 +182,7 @@ def build(
         _scale_rotary(model, shape.rope_scaling)
         _type_positions(model)
         _mark_shards(model)
-        if not head:
+        if not lm_head:
             _drop_head(model)
         model.to(device.torch_device)
         # No Float16Module around it: params_dtype makes the weights bf16, and the loss takes bf16 hidden states.

@@ -92,7 +92,7 @@ def estimate(
             away = share.weights if derived.teacher_section(config).offload and not on_cpu else 0
             need = replace(
                 need,
-                teacher_weights=share.weights - away + share.head,
+                teacher_weights=share.weights - away + share.lm_head,
                 teacher_hidden=share.needed,
                 teaching=share.forward + away + (0 if _hidden_states_stay(config) else share.held),
                 until_cast=share.until_cast,
@@ -192,7 +192,7 @@ class TeacherMemory:
 
     weights: int
     """Its layers and input embedding on this rank."""
-    head: int
+    lm_head: int
     """Its LM head, sharded like the student's, on the student's last stage."""
     held: int
     """The hidden states of a global batch that it computes on this rank."""
@@ -221,10 +221,10 @@ def teacher_memory(
     layout, teacher_layout = config.student.layout, derived.teacher_layout(config)
     ranks = derived.student_world(config, world)
     batch = derived.global_batch(config, layout, ranks) * length
-    weights = head = held = needed = forward = until_cast = 0
+    weights = lm_head = held = needed = forward = until_cast = 0
     if of_teacher is not None:
         in_fp8 = _weights_in_fp8(precision, teacher, teacher_layout, of_teacher, backward=False)
-        weights = size.rank_parameters(teacher, teacher_layout, of_teacher, head=False) * width
+        weights = size.rank_parameters(teacher, teacher_layout, of_teacher, lm_head=False) * width
         weights, until_cast = weights + in_fp8.copies - in_fp8.not_in_bf16, in_fp8.until_cast
         last = of_teacher == teacher_layout.pipeline - 1
         outputs = len(_matched_layers(config, teacher, teacher_layout, of_teacher, "teacher")) + last
@@ -241,8 +241,8 @@ def teacher_memory(
         same_shards = teacher_layout.pipeline == 1 and teacher_layout.tensor == layout.tensor
         same_weight = teacher.tied_embeddings and same_shards and of_teacher == 0 and lm_head_shape == teacher
         shared = same_weight and not derived.teacher_section(config).offload
-        head = size.head_parameters(lm_head_shape, layout) * width if last and not shared else 0
-    return TeacherMemory(weights, head, held, needed, forward, until_cast)
+        lm_head = size.lm_head_parameters(lm_head_shape, layout) * width if last and not shared else 0
+    return TeacherMemory(weights, lm_head, held, needed, forward, until_cast)
 
 
 def estimate_teacher(config: Config, student: ModelShape, teacher: ModelShape, world: int) -> Memory:

@@ -194,13 +194,13 @@ def _teacher_memory_lines(plan: RunPlan) -> list[str]:
     stages = range(derived.teacher_layout(config).pipeline)
     shares = [memory.teacher_memory(config, plan.student, teacher, plan.world, None, stage) for stage in stages]
     last = config.student.layout.pipeline - 1
-    of_student = memory.teacher_memory(config, plan.student, teacher, plan.world, last, None)
+    on_last_stage = memory.teacher_memory(config, plan.student, teacher, plan.world, last, None)
     weights, held = (max(getattr(share, name) for share in shares) / _MIB for name in ("weights", "held"))
     ahead = f"; up to {config.teacher.ahead} stored on the teacher's ranks" * (plan.student_world < plan.world)
     return [
-        f"teacher per rank: {weights:,.1f} MiB of weights on its fullest, {of_student.head / _MIB:,.1f} MiB of LM head "
-        "on the student's last stage"
+        f"teacher per rank: {weights:,.1f} MiB of weights on its fullest, {on_last_stage.lm_head / _MIB:,.1f} MiB of "
+        "LM head on the student's last stage"
         + (", weights in host memory between its forward passes" * config.teacher.offload),
         f"teacher hidden states per global batch: at most {held:,.1f} MiB on each rank of the teacher, "
-        f"{of_student.needed / _MIB:,.1f} MiB on each rank of the student's last stage{ahead}",
+        f"{on_last_stage.needed / _MIB:,.1f} MiB on each rank of the student's last stage{ahead}",
     ]

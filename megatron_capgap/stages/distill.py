@@ -131,7 +131,7 @@ def load_teacher(ctx: DistillationContext) -> FrozenTeacher:
             ctx.device,
             sequence_length=config.data.sequence_length,
             virtual=False,
-            head=False,
+            lm_head=False,
             use_attention_mask=plan.template is not None,
         )
         loader.load_weights(source.folder, chunks, parallel)

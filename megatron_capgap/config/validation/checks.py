@@ -136,9 +136,9 @@ def sequences_fit_the_models(ctx: ValidationContext) -> Iterator[str]:
         learned = ARCHITECTURES[model.shape.family].learned_positions
         names = ("max_positions", "attention_window") if learned else ("attention_window",)
         for name in names:
-            most = getattr(model.shape, name)
-            if most is not None and length > most:
-                text = f"{length} is longer than {model.number(name)}; use at most {most}, or another model"
+            limit = getattr(model.shape, name)
+            if limit is not None and length > limit:
+                text = f"{length} is longer than {model.number(name)}; use at most {limit}, or another model"
                 yield ctx.error("data.sequence_length", text)
 
 
@@ -292,9 +292,9 @@ def conversations_are_read_once_an_epoch(ctx: ValidationContext) -> Iterator[str
 
 def patience_has_evaluations(ctx: ValidationContext) -> Iterator[str]:
     """Early stopping needs evaluations during training."""
-    wanted, train = ctx.config.finetune, ctx.config.train
-    if ctx.stage == "finetune" and wanted and wanted.patience and not train.eval_every:
-        text = f"{wanted.patience} requires train.eval_every > 0, which is 0; set eval_every, or remove patience"
+    finetune, train = ctx.config.finetune, ctx.config.train
+    if ctx.stage == "finetune" and finetune and finetune.patience and not train.eval_every:
+        text = f"{finetune.patience} requires train.eval_every > 0, which is 0; set eval_every, or remove patience"
         yield ctx.error("finetune.patience", text)
 
 

@@ -166,15 +166,14 @@ def tokens_are_aligned(ctx: ValidationContext) -> Iterator[str]:
 
 def gpus_have_the_kernels(ctx: ValidationContext) -> Iterator[str]:
     """A recipe requires certain GPU generations; unknown in --check without --check-capability."""
-    there = ctx.capability
+    capability = ctx.capability
     for _, key, fp8 in _models(ctx):
-        if there is None or runs_on(fp8.recipe, there):
+        if capability is None or runs_on(fp8.recipe, capability):
             continue
-        able = [name for name in CAPABILITY if runs_on(name, there)]
+        able = [name for name in CAPABILITY if runs_on(name, capability)]
         hint = f"valid values: {', '.join(able)}" if able else "these GPUs do not support FP8: remove fp8"
-        text = (
-            f"{fp8.recipe} needs compute capability {generations(fp8.recipe)}, the GPUs have {_version(there)}; {hint}"
-        )
+        needed = generations(fp8.recipe)
+        text = f"{fp8.recipe} needs compute capability {needed}, the GPUs have {_version(capability)}; {hint}"
         yield ctx.error(f"{key}.fp8.recipe", text)
 
 
@@ -185,8 +184,8 @@ def runs_on(recipe: str, capability: tuple[int, int]) -> bool:
 
 def generations(recipe: str) -> str:
     """Compute capabilities that have a recipe's kernels, in words."""
-    most = _TOO_NEW.get(recipe)
-    return f"{_version(CAPABILITY[recipe])} {'or newer' if most is None else f'and below {_version(most)}'}"
+    below = _TOO_NEW.get(recipe)
+    return f"{_version(CAPABILITY[recipe])} {'or newer' if below is None else f'and below {_version(below)}'}"
 
 
 def _version(numbers: tuple[int, int]) -> str:

@@ -50,15 +50,15 @@ def batch_divides_for_the_teacher(ctx: ValidationContext) -> Iterator[str]:
         return  # reported for the student already
     share, rest = divmod(batch, teacher_dp_size)
     if rest:
-        said = str(batch) if config.train.global_batch else f"null means {batch}, which"
-        text = f"{said} is not divisible by the teacher's data-parallel size {teacher_dp_size}"
+        batch_text = str(batch) if config.train.global_batch else f"null means {batch}, which"
+        text = f"{batch_text} is not divisible by the teacher's data-parallel size {teacher_dp_size}"
         yield ctx.error(
             "train.global_batch",
             f"{text}; nearest valid values: {multiples(batch, teacher_dp_size)}, or use another layout",
         )
     elif share % (size := derived.teacher_micro_batch(config)):
-        said = str(size) if config.teacher.micro_batch else f"null means train.micro_batch {size}, which"
-        text = f"{said} does not divide the {share} sequences that each of the teacher's data-parallel ranks has"
+        batch_text = str(size) if config.teacher.micro_batch else f"null means train.micro_batch {size}, which"
+        text = f"{batch_text} does not divide the {share} sequences that each of the teacher's data-parallel ranks has"
         yield ctx.error("teacher.micro_batch", f"{text} of {batch}; valid values: {divisors(share)}")
 
 
