@@ -180,10 +180,10 @@ def language_model_run(ctx: StageContext[RunPlan]) -> TrainingRun:
     """Training run of a student without a teacher. Collective."""
     vocab_size, parallel = ctx.plan.student.vocab, ctx.parallel
 
-    def loss(hidden: Tensor, head: Tensor, batch: MicroBatch) -> Loss:
+    def loss(hidden: Tensor, lm_head: Tensor, batch: MicroBatch) -> Loss:
         return language_model_loss(
             hidden.flatten(0, 1),
-            head,
+            lm_head,
             *batch.flat(),
             vocab_size=vocab_size,
             group=parallel.groups.tp,

@@ -87,7 +87,7 @@ def score(ctx: StageContext[PruningPlan], begun: Scores, done: int) -> Scores | 
     with StopRequest(ctx.device.torch_device, deadline=ctx.stop_at) as stop:
         while True:
             batches = _batches(ctx, samples, done)
-            importance.run(batches, lambda hidden, head, batch: _loss(ctx, hidden, head, batch))
+            importance.run(batches, lambda hidden, lm_head, batch: _loss(ctx, hidden, lm_head, batch))
             done += 1
             ctx.log.progress(done, prune_config.batches, "scored", ctx.config.train.log_every)
             reason = stop.poll_all_ranks()
@@ -140,11 +140,11 @@ def _batches(ctx: StageContext[PruningPlan], samples: Samples, done: int) -> lis
     return list(micro_batches(samples, numbers, rows, parallel.dp_rank, parallel.dp_size, ctx.device.torch_device))
 
 
-def _loss(ctx: StageContext[PruningPlan], hidden: Tensor, head: Tensor, batch: MicroBatch) -> Tensor:
+def _loss(ctx: StageContext[PruningPlan], hidden: Tensor, lm_head: Tensor, batch: MicroBatch) -> Tensor:
     """Mean cross-entropy of a micro-batch."""
     out = language_model_loss(
         hidden.flatten(0, 1),
-        head,
+        lm_head,
         *batch.flat(),
         vocab_size=ctx.plan.student.vocab,
         group=ctx.parallel.groups.tp,

@@ -1,4 +1,4 @@
-"""Training loop: read, teacher forward, student step, report, save, evaluate; until the last step, a signal or the time
+"""Training loop: read, teacher forward, student step, log, save, evaluate; until the last step, a signal or the time
 limit."""
 
 from __future__ import annotations
