@@ -32,18 +32,18 @@ def times_of(words: list[str]) -> list[float]:
     """Runs a command on one rank; returns the time at which each step was reported."""
     from megatron_capgap.training import loop
 
-    report, times = loop._report, []
+    report, times = loop._log_step, []
 
     def report_and_look(*arguments: Any) -> None:
         times.append(time.perf_counter())
         report(*arguments)
 
-    loop._report = report_and_look
+    loop._log_step = report_and_look
     try:
         assert capgap(words) == 0
         return times
     finally:
-        loop._report = report
+        loop._log_step = report
 
 
 def main() -> None:

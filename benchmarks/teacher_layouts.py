@@ -226,11 +226,11 @@ def sleep_through(case: Schedule, steps: int) -> dict[str, float]:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_capgap.config.schema import Layout
-    from megatron_capgap.distributed import launcher, parallel_context
+    from megatron_capgap.distributed import parallel_context, process_group
     from megatron_capgap.distributed.environment import read_environment
-    from megatron_capgap.models import schedule
+    from megatron_capgap.models import pipeline_schedule
 
-    launcher.init_process_group(read_environment(), device, 600)
+    process_group.init_process_group(read_environment(), device, 600)
     parallel = parallel_context.build(Layout(pipeline=case.stages, virtual_pipeline=case.virtual), 0)
     config = TransformerConfig(
         num_layers=case.stages * case.virtual,
@@ -283,7 +283,7 @@ def sleep_through(case: Schedule, steps: int) -> dict[str, float]:
     for _ in range(steps):
         dist.barrier()
         began = time.perf_counter()
-        schedule.run(chunks, parallel, batches, last_stage, forward_only=not case.backward, shape=(16, 1))
+        pipeline_schedule.run(chunks, parallel, batches, last_stage, forward_only=not case.backward, shape=(16, 1))
         dist.barrier()
         seconds.append(time.perf_counter() - began)
     return {"seconds": min(seconds)}

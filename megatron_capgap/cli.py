@@ -21,7 +21,7 @@ from megatron_capgap.config import derived, help
 from megatron_capgap.config.fields import table
 from megatron_capgap.config.loader import LoadedConfig, load, nearest
 from megatron_capgap.config.schema import STAGES
-from megatron_capgap.distributed import launcher, torchrun
+from megatron_capgap.distributed import process_group, torchrun
 from megatron_capgap.distributed.environment import Environment, read_environment
 from megatron_capgap.runtime import third_party
 
@@ -62,23 +62,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         rank prints it if the error may be its alone); 130 after a keyboard interrupt.
     """
     try:
-        return _obey(parse(sys.argv[1:] if argv is None else argv))
+        return _run_command(parse(sys.argv[1:] if argv is None else argv))
     except UserError as error:
-        if _speaks():
-            _tell(error)
+        if _should_print_errors():
+            _print_error(error)
         else:
             time.sleep(_GRACE_SECONDS)
             if not error.raised_on_all_ranks:
-                _tell(error, f"rank {read_environment().rank} on {socket.gethostname()}: ")
+                _print_error(error, f"rank {read_environment().rank} on {socket.gethostname()}: ")
         return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
 
 
-def _tell(error: UserError, who: str = "") -> None:
-    sys.stderr.write("".join(f"capgap: error: {who}{line}\n" for line in str(error).split("\n")))
+def _print_error(error: UserError, prefix: str = "") -> None:
+    sys.stderr.write("".join(f"capgap: error: {prefix}{line}\n" for line in str(error).split("\n")))
     sys.stderr.flush()
-    launcher.write_outcome("refused")
+    process_group.write_outcome("refused")
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -88,26 +88,26 @@ def parse(argv: Sequence[str]) -> Command:
         UserError: an unknown stage, option or key, or a missing value.
     """
     stage, flags, options, overrides = None, set(), {}, []
-    words = list(argv)
-    while words:
-        word = words.pop(0)
-        name, equals, value = word.partition("=")
+    args = list(argv)
+    while args:
+        arg = args.pop(0)
+        name, equals, value = arg.partition("=")
         if name in _FLAGS:
             if equals:
-                raise UserError(f"{word}: {name} takes no value; use {name} alone")
+                raise UserError(f"{arg}: {name} takes no value; use {name} alone")
             flags.add(_FLAGS[name])
         elif not name.startswith("-"):
             if stage is not None:
-                file = name.endswith((".yaml", ".yml")) or Path(word).is_file()
-                way = f"did you mean --config {word}?" if file else "use --KEY=VALUE to set a configuration key"
-                raise UserError(f"{word}: unexpected argument, the stage is {stage}; {way}")
-            stage = word
+                file = name.endswith((".yaml", ".yml")) or Path(arg).is_file()
+                way = f"did you mean --config {arg}?" if file else "use --KEY=VALUE to set a configuration key"
+                raise UserError(f"{arg}: unexpected argument, the stage is {stage}; {way}")
+            stage = arg
         else:
-            _known(name)
+            _check_option_name(name)
             if not equals:
-                if not words or words[0].startswith("--"):
+                if not args or args[0].startswith("--"):
                     raise UserError(f"{name}: no value given; use {name}=VALUE")
-                value = words.pop(0)
+                value = args.pop(0)
             if name in _OPTIONS:
                 options[name] = value
             else:
@@ -115,7 +115,7 @@ def parse(argv: Sequence[str]) -> Command:
     return Command(stage, frozenset(flags), options, tuple(overrides))
 
 
-def _known(name: str) -> None:
+def _check_option_name(name: str) -> None:
     """Refuses a name that is neither an option with a value nor a top-level configuration key.
 
     Dotted names are checked by the loader, which reports all mistakes at once.
@@ -126,7 +126,7 @@ def _known(name: str) -> None:
         raise UserError(f"{name}: unknown option or key; {f'did you mean {near}?' if near else 'see --help'}")
 
 
-def _obey(command: Command) -> int:
+def _run_command(command: Command) -> int:
     if "version" in command.flags:
         sys.stdout.write(f"capgap {__version__}\n")
         return 0
@@ -143,11 +143,11 @@ def _obey(command: Command) -> int:
         raise UserError(f"--config: missing; use {command.stage} --config FILE with the YAML file of the run")
     environment = read_environment()
     log.set_rank(environment.rank)
-    supposed, capability = _world(command.options), _capability(command.options)
+    assumed_world_size, capability = _assumed_world_size(command.options), _assumed_capability(command.options)
     loaded = load(command.options["--config"], command.overrides, command.stage)
-    if "check" in command.flags or supposed or capability:
+    if "check" in command.flags or assumed_world_size or capability:
         checker = importlib.import_module("megatron_capgap.stages.check")
-        report = checker.report(loaded, command.stage, supposed or environment.world, capability)
+        report = checker.report(loaded, command.stage, assumed_world_size or environment.world, capability)
         if environment.rank == 0:
             sys.stdout.write(f"{report.rstrip()}\n")
         return 0
@@ -182,7 +182,7 @@ def _choose_device(loaded: LoadedConfig, environment: Environment) -> "Device":
     return devices.choose(loaded.config.device, environment.local_rank, precisions, place)
 
 
-def _world(options: dict[str, str]) -> int | None:
+def _assumed_world_size(options: dict[str, str]) -> int | None:
     """World size given by --check-world; None if not given."""
     given = options.get("--check-world")
     if given is not None and not (given.isdecimal() and int(given) > 0):
@@ -190,7 +190,7 @@ def _world(options: dict[str, str]) -> int | None:
     return None if given is None else int(given)
 
 
-def _capability(options: dict[str, str]) -> tuple[int, int] | None:
+def _assumed_capability(options: dict[str, str]) -> tuple[int, int] | None:
     """Compute capability given by --check-capability; None if not given."""
     given = options.get("--check-capability")
     if given is None:
@@ -201,7 +201,7 @@ def _capability(options: dict[str, str]) -> tuple[int, int] | None:
     return int(major), int(minor)
 
 
-def _speaks() -> bool:
+def _should_print_errors() -> bool:
     """Whether this rank prints errors: rank 0; every rank if the launcher's variables are invalid."""
     try:
         return read_environment().rank == 0

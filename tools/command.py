@@ -8,7 +8,7 @@ from collections.abc import Callable
 from megatron_capgap.cli import INTERRUPTED, USER_ERROR
 from megatron_capgap.common import log
 from megatron_capgap.common.errors import UserError
-from megatron_capgap.distributed import launcher
+from megatron_capgap.distributed import process_group
 from megatron_capgap.distributed.environment import Environment, read_environment
 from megatron_capgap.law.files import LawError
 
@@ -50,7 +50,7 @@ def run_tool_on_ranks(name: str, work: Callable[[Environment], int], *, interrup
     try:
         code, message = _attempt(on_this_rank, "file system", interrupted)
     finally:
-        launcher.destroy_process_group()
+        process_group.destroy_process_group()
     if message and first:
         _print_error(name, code, message)
     return code

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a clone, without installation
 
-from megatron_capgap.distributed import launcher
+from megatron_capgap.distributed import process_group
 from megatron_capgap.distributed.environment import Environment
 from megatron_capgap.runtime import third_party
 from tools.command import run_tool_on_ranks
@@ -117,7 +117,7 @@ def run(args: argparse.Namespace, environment: Environment) -> int:
     from megatron_capgap.devices import choose
 
     device = choose("cpu", environment.local_rank)
-    launcher.init_process_group(environment, device, timeout_seconds=3600)
+    process_group.init_process_group(environment, device, timeout_seconds=3600)
     if args.command == "verify":
         return verify(args, device, environment.rank == 0)
     dtype = getattr(torch, DTYPES[args.dtype]) if args.dtype else None

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a clone
 
 from megatron_capgap.common.errors import UserError, not_installed
 from megatron_capgap.common.fileio import write_atomically
-from megatron_capgap.distributed import collectives, launcher
+from megatron_capgap.distributed import collectives, process_group
 from megatron_capgap.distributed.environment import Environment, read_environment
 from megatron_capgap.runtime import third_party
 from tools.command import run_tool_on_ranks
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace, environment: Environment) -> int:
     precision = Precision(compute=args.compute)
     device = choose(args.device, environment.local_rank, (precision,))
     # Long time-out: other ranks wait while rank 0 downloads data or computes metrics.
-    launcher.init_process_group(environment, device, timeout_seconds=24 * 3600)
+    process_group.init_process_group(environment, device, timeout_seconds=24 * 3600)
     try:
         ranks = gather_ranks(args, device, precision)
         if environment.rank > 0:

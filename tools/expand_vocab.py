@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run from a clone, without installation
 
 from megatron_capgap.common.errors import UserError
-from megatron_capgap.distributed import collectives, launcher
+from megatron_capgap.distributed import collectives, process_group
 from megatron_capgap.distributed.environment import Environment
 from megatron_capgap.runtime import third_party
 from tools.command import run_tool_on_ranks
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace, environment: Environment) -> int:
     from megatron_capgap.data import vocab_merge
     from megatron_capgap.devices import choose
 
-    launcher.init_process_group(environment, choose("cpu", environment.local_rank), timeout_seconds=3600)
+    process_group.init_process_group(environment, choose("cpu", environment.local_rank), timeout_seconds=3600)
     from megatron_capgap.conversion.output_folder import refuse_existing, refuse_to_lose, replacing
 
     out = Path(args.out)

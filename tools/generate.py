@@ -26,7 +26,7 @@ from megatron_capgap.config.validation.checks import check_flags
 from megatron_capgap.data.chat_template import open_template, stop_tokens
 from megatron_capgap.data.prompts import Prompt, encode_prompt, read_prompts
 from megatron_capgap.data.tokenizer import open_tokenizer
-from megatron_capgap.distributed import launcher
+from megatron_capgap.distributed import process_group
 from megatron_capgap.distributed.environment import Environment
 from megatron_capgap.runtime import third_party
 from tools.command import run_tool_on_ranks
@@ -125,7 +125,7 @@ def continuations(
 
     precision = Precision(compute=args.compute)
     device = choose(args.device, environment.local_rank, [precision])
-    launcher.init_process_group(environment, device, timeout_seconds=3600)
+    process_group.init_process_group(environment, device, timeout_seconds=3600)
 
     from megatron_capgap.checkpoint import loader
     from megatron_capgap.distributed import parallel_context as layouts

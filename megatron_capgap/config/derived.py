@@ -34,7 +34,7 @@ def global_batch(config: Config, layout: Layout, world: int) -> int:
     return config.train.global_batch or config.train.micro_batch * data_parallel(layout, world)
 
 
-def micro_batches(config: Config, layout: Layout, world: int) -> int:
+def num_microbatches(config: Config, layout: Layout, world: int) -> int:
     """Micro-batches of `train.micro_batch` sequences that each student replica runs per step."""
     portion = config.train.micro_batch * data_parallel(layout, world)
     batch = global_batch(config, layout, world)
@@ -86,7 +86,7 @@ def projection_names(config: Config, student: ModelShape, teacher: ModelShape | 
 
 def teacher_section(config: Config) -> TeacherConfig:
     """The section `teacher`. Needs a teacher."""
-    assert config.teacher is not None, "asked for where there is a teacher alone"
+    assert config.teacher is not None, "callers check that there is a teacher"
     return config.teacher
 
 
@@ -98,7 +98,7 @@ def teacher_layout(config: Config) -> Layout:
     )
 
 
-def teacher_ranks(config: Config, world: int) -> range:
+def teacher_rank_range(config: Config, world: int) -> range:
     """Ranks of the teacher: all ranks if colocated, the last `teacher.ranks` if disjoint. Requires a teacher."""
     return range(student_world(config, world) if _own_ranks(config) else 0, world)
 

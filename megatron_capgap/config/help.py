@@ -72,19 +72,19 @@ def reference() -> str:
         for key in keys:
             name, default = key.name.rpartition(".")[2], f"`{key.default}`" if key.default else ""
             link = f"[`{name}`](#{key.name.replace('.', '')})" if key.children else f"`{name}`"
-            words = [link, key.type, "required" if key.required else default, " ".join(key.doc.split())]
-            lines.append(f"| {' | '.join(word.replace('|', chr(92) + '|') for word in words)} |")
+            cells = [link, key.type, "required" if key.required else default, " ".join(key.doc.split())]
+            lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
         lines.append("")
     return "\n".join(lines)
 
 
 def _usage(stage: str) -> list[str]:
-    words = f"megatron_capgap {stage} --config FILE [--section.key=value ...]"
+    command = f"megatron_capgap {stage} --config FILE [--section.key=value ...]"
     return [
         "usage",
-        f"  python -m {words} [--check] [--check-world N]",
-        f"  torchrun --nproc-per-node RANKS -m {words}",
-        f"  srun --ntasks RANKS --kill-on-bad-exit=1 python -m {words}",
+        f"  python -m {command} [--check] [--check-world N]",
+        f"  torchrun --nproc-per-node RANKS -m {command}",
+        f"  srun --ntasks RANKS --kill-on-bad-exit=1 python -m {command}",
     ]
 
 

@@ -190,8 +190,8 @@ def _unmet_needs(tree: ConfigTree, stage: str) -> Iterator[tuple[str, str]]:
     needs = STAGE_REQUIREMENTS[stage]
     for key in needs.required:
         if tree.get(key) in (None, [], {}):
-            wanted = table()[key].type.removesuffix(" or null")
-            yield key, f"required by {stage}; expected {wanted}: {in_one_line(table()[key].doc)}"
+            expected_type = table()[key].type.removesuffix(" or null")
+            yield key, f"required by {stage}; expected {expected_type}: {in_one_line(table()[key].doc)}"
     for section, lack in _MISSING_KEYS.items():
         if section in needs.unread and tree.get(section) is not None:
             yield section, f"{stage} {lack}; remove the section"
@@ -202,5 +202,5 @@ def _unmet_needs(tree: ConfigTree, stage: str) -> Iterator[tuple[str, str]]:
     elif not given and "student.checkpoint" in needs.required:
         return  # reported above
     elif len(given) != 1 and isinstance(tree.get("student"), dict):
-        said = "both" if given else "neither"
-        yield "student", f"{said} of checkpoint and model set; set exactly one of them"
+        which = "both" if given else "neither"
+        yield "student", f"{which} of checkpoint and model set; set exactly one of them"

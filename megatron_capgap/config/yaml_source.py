@@ -99,16 +99,16 @@ def read_file(path: str) -> ConfigTree:
     return tree
 
 
-def override(tree: ConfigTree, words: str, number: int) -> None:
+def override(tree: ConfigTree, argument: str, number: int) -> None:
     """Applies one `--section.key=value`: the value is YAML, missing sections are created, later overrides take
     precedence.
 
     Args:
         tree: modified in place.
-        words: the override as written on the command line.
+        argument: the override as written on the command line.
         number: its index among the overrides.
     """
-    name, equals, text = words.partition("=")
+    name, equals, text = argument.partition("=")
     key, mark = name.removeprefix("--"), SourceLocation(_AFTER_THE_FILE + number, name)
     if not equals:
         tree.report(mark, "", f"no value given; use {name}=VALUE")
@@ -126,10 +126,10 @@ def override(tree: ConfigTree, words: str, number: int) -> None:
             tree.marks[prefix] = mark
         inside = inside[section]
         if not isinstance(inside, dict):
-            said = tree.mark(prefix).text
-            tree.report(mark, key, f"{prefix} is {inside!r} ({said}), not a section; remove one of them")
+            location = tree.mark(prefix).text
+            tree.report(mark, key, f"{prefix} is {inside!r} ({location}), not a section; remove one of them")
             return
-    tree.marks = {said: where for said, where in tree.marks.items() if not f"{said}.".startswith(f"{key}.")}
+    tree.marks = {marked: where for marked, where in tree.marks.items() if not f"{marked}.".startswith(f"{key}.")}
     tree.marks[key] = mark
     inside[last] = None if node is None else reader.value(node, key, ())
 

@@ -23,7 +23,7 @@ from megatron_capgap.devices import Device
 from megatron_capgap.distributed import parallel_context as layouts
 from megatron_capgap.distributed.collectives import run_on_all_ranks, run_on_rank0
 from megatron_capgap.distributed.parallel_context import ParallelContext
-from megatron_capgap.models import gpt, schedule
+from megatron_capgap.models import gpt, pipeline_schedule
 
 SEQUENCES = 2
 EMBEDDINGS = -1  # layer number of the input to the first layer
@@ -176,7 +176,7 @@ def _megatron(folder: Path, shape: ModelShape, parallel: ParallelContext, device
     layers = list(model.decoder.layers)
     numbers = [layer.layer_number - 1 for layer in layers]
     with torch.no_grad(), _watched(layers, numbers, trace.layers, lambda x: x.transpose(0, 1)):
-        schedule.run(chunks, parallel, [batch], last_stage, forward_only=True, shape=(ids.shape[1], SEQUENCES))
+        pipeline_schedule.run(chunks, parallel, [batch], last_stage, forward_only=True, shape=(ids.shape[1], SEQUENCES))
     return trace
 
 

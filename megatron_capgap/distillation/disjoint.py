@@ -15,7 +15,7 @@ from megatron_capgap.distributed.role_groups import PendingMax, RoleGroups
 
 
 def run_teacher_ahead(
-    steps: range, ahead: int, teach: Callable[[int], PendingTransfer], agree: Callable[[], PendingMax]
+    steps: range, ahead: int, run_teacher_step: Callable[[int], PendingTransfer], agree: Callable[[], PendingMax]
 ) -> int:
     """Runs the teacher over one global batch after the other. Collective over the teacher's ranks.
 
@@ -25,7 +25,7 @@ def run_teacher_ahead(
     Args:
         steps: the student's steps, counted from 0.
         ahead: maximum number of global batches the teacher is ahead.
-        teach: runs the teacher over the batch of a step, and starts to send its hidden states.
+        run_teacher_step: runs the teacher over the batch of a step, and starts to send its hidden states.
         agree: starts the all-reduce at the end of a step, without waiting for it.
 
     Returns:
@@ -40,7 +40,7 @@ def run_teacher_ahead(
             return _drain(end, sending, agreements)
         if len(sending) == ahead:
             sending.popleft().wait()
-        sending.append(teach(step))
+        sending.append(run_teacher_step(step))
         agreements.append(agree())
     while agreements:
         if end := agreements.popleft().wait():
@@ -57,7 +57,7 @@ def _drain(end: int, sending: deque[PendingTransfer], agreements: deque[PendingM
     return end
 
 
-class StudentSide:
+class StudentPeer:
     """The student's side: receives the teacher's hidden states, and agrees with its ranks on the end of each step.
 
     Args:
@@ -80,7 +80,7 @@ class StudentSide:
         self._received = self._agreed = done
         self._roles.start_all_reduce_max(done).wait()
 
-    def teacher_forward(self, first_sample: int) -> TeacherStates:
+    def receive_teacher_states(self, first_sample: int) -> TeacherStates:
         """Receives the teacher's states of the global batch that starts with sample `first_sample`."""
         self._received = first_sample // self._batch_size + 1
         return TeacherStates(self._transfer.start({}, first_sample).wait())
@@ -98,6 +98,6 @@ class StudentSide:
     def drain(self) -> None:
         """Receives all transfers that the teacher has started."""
         for step in range(self._received, min(self._agreed + self._ahead, self._steps)):
-            self.teacher_forward(step * self._batch_size)
+            self.receive_teacher_states(step * self._batch_size)
         for _ in range(self._agreed, min(self._agreed + self._ahead, self._steps)):
             self._roles.start_all_reduce_max(0).wait()

@@ -46,18 +46,18 @@ class HiddenStateMatching:
                         weight = projections.weight_of(model, pair)
                         layer.register_forward_hook(partial(self._match, pair, weight))
 
-    def start_batch(self, batches: Sequence[MicroBatch], taught: TeacherStates) -> None:
+    def start_batch(self, batches: Sequence[MicroBatch], teacher_states: TeacherStates) -> None:
         """Queues the teacher's states of a global batch.
 
         Args:
             batches: the student's micro-batches.
-            taught: holds the outputs of the teacher's layers that are matched on this stage.
+            teacher_states: hold the outputs of the teacher's layers that are matched on this stage.
         """
         if not self._waiting:
             return
         masks = [self._part(batch.loss_mask.t()).reshape(-1) for batch in batches]
         of_layers = {
-            layer: [taught.pop(layer, batch.sample_ids) for batch in batches]
+            layer: [teacher_states.pop(layer, batch.sample_ids) for batch in batches]
             for layer in {pair.teacher_layer for pair in self._waiting}
         }
         for pair, waiting in self._waiting.items():
@@ -88,8 +88,8 @@ class HiddenStateMatching:
         if not layer.training or not torch.is_grad_enabled():
             return None
         hidden, context = output
-        taught, mask = self._waiting[pair].popleft()
-        flat, loss = match(hidden.flatten(0, 1), taught.flatten(0, 1), mask, pair.kind, pair.weight, projection)
+        teacher_hidden, mask = self._waiting[pair].popleft()
+        flat, loss = match(hidden.flatten(0, 1), teacher_hidden.flatten(0, 1), mask, pair.kind, pair.weight, projection)
         self._sum += loss
         # Megatron frees the output that a stage has sent, and cannot free a view.
         matched = make_viewless_tensor(flat.view_as(hidden), requires_grad=True, keep_graph=True)

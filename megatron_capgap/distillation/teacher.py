@@ -16,12 +16,12 @@ from megatron_capgap.data.batch import MicroBatch, Samples, read
 from megatron_capgap.distillation.transfer import States, split_by_sample
 from megatron_capgap.distillation.transfer_plan import FINAL_HIDDEN
 from megatron_capgap.distributed.parallel_context import ParallelContext
-from megatron_capgap.models import schedule
+from megatron_capgap.models import pipeline_schedule
 from megatron_capgap.models.gpt import unwrap
 
 
 @dataclass(frozen=True)
-class Teacher:
+class FrozenTeacher:
     """A frozen model in its layout, without its LM head."""
 
     chunks: Sequence[torch.nn.Module]
@@ -32,14 +32,14 @@ class Teacher:
     """The model's sizes."""
     micro_batch: int
     """Sequences in one forward pass; may differ from the student's."""
-    samples: Sequence[int]
+    sample_ids: Sequence[int]
     """The samples of a global batch, counted from 0, that this data-parallel rank processes."""
     weights: AbstractContextManager[None]
     """Context of a forward pass: moves the weights to the device."""
 
-    def read(self, sequence: Samples, first_sample: int, device: torch.device) -> list[MicroBatch]:
+    def micro_batches(self, sequence: Samples, first_sample: int, device: torch.device) -> list[MicroBatch]:
         """This data-parallel rank's micro-batches of the global batch that starts with sample `first_sample`."""
-        ids = [first_sample + sample for sample in self.samples]
+        ids = [first_sample + sample for sample in self.sample_ids]
         starts = range(0, len(ids), self.micro_batch)
         return [read(sequence, ids[start : start + self.micro_batch], device) for start in starts]
 
@@ -52,8 +52,8 @@ class Teacher:
 
         Returns:
             The hidden states on this rank, per stream and sample `[s, h_teacher]`, or `[s/tp, h_teacher]` under
-            sequence parallelism: the stream `FINAL` (after the final norm) on the last stage, those of layers on the
-            layers' stages.
+            sequence parallelism: the stream `FINAL_HIDDEN` (after the final norm) on the last stage, those of layers on
+            the layers' stages.
         """
         found: States = {}
         hooks = [
@@ -71,7 +71,7 @@ class Teacher:
 
         with torch.no_grad(), self.parallel.activate(), self.weights:
             shape = (batches[0].tokens.shape[1], self.micro_batch)
-            schedule.run(self.chunks, self.parallel, batches, last_stage, forward_only=True, shape=shape)
+            pipeline_schedule.run(self.chunks, self.parallel, batches, last_stage, forward_only=True, shape=shape)
         for hook in hooks:
             hook.remove()
         return found

@@ -78,7 +78,7 @@ class HiddenStateTransfer:
         dtype: dtype of the hidden states.
         device: their device.
         transport: starts sends and receives.
-        say: called with the transfer that this rank waits for, and with "" when it no longer waits.
+        on_wait: called with the transfer that this rank waits for, and with "" when it no longer waits.
     """
 
     def __init__(
@@ -90,11 +90,11 @@ class HiddenStateTransfer:
         dtype: torch.dtype,
         device: torch.device,
         transport: Transport,
-        say: Callable[[str], None] = lambda what: None,
+        on_wait: Callable[[str], None] = lambda what: None,
     ) -> None:
         self.streams, self.rank = streams, rank
         self._width, self._dtype, self._device = width, dtype, device
-        self._transport, self._say = transport, say
+        self._transport, self._on_wait = transport, on_wait
 
     def start(self, held: Mapping[int, Mapping[int, Tensor]], first_sample: int) -> PendingTransfer:
         """Starts to send and receive the states of one global batch. Collective over all ranks of the plan.
@@ -114,32 +114,32 @@ class HiddenStateTransfer:
         for stream in self.streams:
             mine = held.get(stream.key, {})
             states[stream.key] = self._recv_buffer(stream, mine, first_sample)
-            for piece in stream.row_ranges:
-                sample = piece.sample + first_sample
-                if piece.source == self.rank:
+            for row_range in stream.row_ranges:
+                sample = row_range.sample + first_sample
+                if row_range.source == self.rank:
                     assert stream.held is not None, "a rank gives of what it holds"
-                    given = _rows(mine[sample], piece, stream.held.start)
-                if piece.target == self.rank:
+                    source_rows = _rows(mine[sample], row_range, stream.held.start)
+                if row_range.target == self.rank:
                     assert stream.needed is not None, "a rank takes of what it needs"
-                    taken = _rows(states[stream.key][sample], piece, stream.needed.start)
-                if piece.source != self.rank:
-                    receives.append((taken, piece.source))
-                    names[1].append(_name(stream, piece, sample))
-                elif piece.target != self.rank:
-                    sends.append((given, piece.target))
-                    names[0].append(_name(stream, piece, sample))
-                elif taken.data_ptr() != given.data_ptr():
-                    taken.copy_(given)
+                    target_rows = _rows(states[stream.key][sample], row_range, stream.needed.start)
+                if row_range.source != self.rank:
+                    receives.append((target_rows, row_range.source))
+                    names[1].append(_name(stream, row_range, sample))
+                elif row_range.target != self.rank:
+                    sends.append((source_rows, row_range.target))
+                    names[0].append(_name(stream, row_range, sample))
+                elif target_rows.data_ptr() != source_rows.data_ptr():
+                    target_rows.copy_(source_rows)
         descriptions = [*names[0], *names[1]]
         try:
             works = self._transport(sends, receives)
         except RuntimeError as error:
             first, *rest = descriptions
             what = f"{first} or one of {len(rest)} more" if rest else first
-            self._say(what)
+            self._on_wait(what)
             raise _transfer_error(what, error) from error
         tensors = [tensor for tensor, _ in (*sends, *receives)]
-        return PendingTransfer(states, list(zip(works, tensors, descriptions, strict=True)), self._say)
+        return PendingTransfer(states, list(zip(works, tensors, descriptions, strict=True)), self._on_wait)
 
     def _recv_buffer(self, stream: TensorStream, held: Mapping[int, Tensor], first_sample: int) -> dict[int, Tensor]:
         """Receive buffer for the rows of a stream that this rank needs: new, or the teacher's own tensor if it already
@@ -171,7 +171,7 @@ class TeacherStates:
         """Removes and returns one stream's states of a micro-batch, `[rows, b, h_teacher]`.
 
         Args:
-            key: `FINAL` or the number of the teacher's layer.
+            key: `FINAL_HIDDEN` or the number of the teacher's layer.
             samples: the micro-batch's sample ids.
         """
         return torch.stack([self._states[key].pop(sample) for sample in samples], dim=1)
@@ -182,19 +182,19 @@ def split_by_sample(hidden: Tensor, samples: Sequence[int]) -> Iterator[tuple[in
     return ((sample, hidden[:, index].contiguous()) for index, sample in enumerate(samples))
 
 
-def _rows(states: Tensor, piece: RowRange, start: int) -> Tensor:
-    """The rows `piece` of one sample's states, whose first row is number `start`."""
-    return states[piece.start - start : piece.stop - start]
+def _rows(states: Tensor, row_range: RowRange, start: int) -> Tensor:
+    """The rows `row_range` of one sample's states, whose first row is number `start`."""
+    return states[row_range.start - start : row_range.stop - start]
 
 
-def _name(stream: TensorStream, piece: RowRange, sample: int) -> str:
+def _name(stream: TensorStream, row_range: RowRange, sample: int) -> str:
     output = f"layer {stream.key}" if stream.key else "the last layer"
-    rows = f"rows {piece.start} to {piece.stop - 1} of sample {sample}"
-    return f"the transfer of the teacher's hidden states after {output} from rank {piece.source} to rank " + (
-        f"{piece.target} ({rows})"
+    rows = f"rows {row_range.start} to {row_range.stop - 1} of sample {sample}"
+    return f"the transfer of the teacher's hidden states after {output} from rank {row_range.source} to rank " + (
+        f"{row_range.target} ({rows})"
     )
 
 
 def _transfer_error(what: str, error: RuntimeError) -> TransferError:
-    said = str(error).strip()
-    return TransferError(f"{what} failed: {said.splitlines()[0] if said else type(error).__name__}")
+    text = str(error).strip()
+    return TransferError(f"{what} failed: {text.splitlines()[0] if text else type(error).__name__}")

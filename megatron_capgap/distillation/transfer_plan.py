@@ -70,28 +70,28 @@ class ModelPlacement:
         return found
 
 
-def student_samples(global_batch: int, micro_batch: int, copies: int) -> tuple[tuple[int, ...], ...]:
+def student_samples(global_batch: int, micro_batch: int, dp_size: int) -> tuple[tuple[int, ...], ...]:
     """The samples of each data-parallel rank of the student, as the data sampler distributes them.
 
     Args:
         global_batch: samples of a global batch.
         micro_batch: samples of a micro-batch.
-        copies: data-parallel size.
+        dp_size: data-parallel size.
     """
-    ranks = (dp_shard(range(global_batch), micro_batch, rank, copies) for rank in range(copies))
+    ranks = (dp_shard(range(global_batch), micro_batch, rank, dp_size) for rank in range(dp_size))
     return tuple(tuple(sample for ids in batches for sample in ids) for batches in ranks)
 
 
-def teacher_samples(of_student: Sequence[Sequence[int]], copies: int) -> tuple[tuple[int, ...], ...]:
+def teacher_samples(of_student: Sequence[Sequence[int]], dp_size: int) -> tuple[tuple[int, ...], ...]:
     """The samples of each data-parallel rank of the teacher, in the student's order, which keeps transfers small.
 
     Args:
         of_student: the samples of each of the student's data-parallel ranks.
-        copies: data-parallel size of the teacher; divides the global batch.
+        dp_size: data-parallel size of the teacher; divides the global batch.
     """
     everything = [sample for samples in of_student for sample in samples]
-    share, rest = divmod(len(everything), copies)
-    assert rest == 0, f"{len(everything)} samples over {copies} replicas of the teacher"
+    share, rest = divmod(len(everything), dp_size)
+    assert rest == 0, f"{len(everything)} samples over {dp_size} replicas of the teacher"
     return tuple(tuple(everything[start : start + share]) for start in range(0, len(everything), share))
 
 
@@ -107,21 +107,23 @@ def row_ranges(held: Iterable[RankSlice], needed: Iterable[RankSlice]) -> list[R
         Row ranges in the same order on every rank; those with `source == target` are not sent.
     """
     holders: dict[int, list[RankSlice]] = defaultdict(list)
-    for slab in held:
-        for sample in slab.samples:
-            holders[sample].append(slab)
-    given: dict[int, int] = defaultdict(int)
+    for rank_slice in held:
+        for sample in rank_slice.samples:
+            holders[sample].append(rank_slice)
+    rows_sent: dict[int, int] = defaultdict(int)
     found = []
-    for slab in needed:
-        for sample in slab.samples:
-            start = slab.start
-            while start < slab.stop:
+    for rank_slice in needed:
+        for sample in rank_slice.samples:
+            start = rank_slice.start
+            while start < rank_slice.stop:
                 able = [holder for holder in holders[sample] if holder.start <= start < holder.stop]
-                best = min(able, key=lambda holder: (holder.rank != slab.rank, given[holder.rank], holder.rank))
-                stop = min(best.stop, slab.stop)
-                found.append(RowRange(sample, start, stop, best.rank, slab.rank))
-                if best.rank != slab.rank:
-                    given[best.rank] += stop - start
+                best = min(
+                    able, key=lambda holder: (holder.rank != rank_slice.rank, rows_sent[holder.rank], holder.rank)
+                )
+                stop = min(best.stop, rank_slice.stop)
+                found.append(RowRange(sample, start, stop, best.rank, rank_slice.rank))
+                if best.rank != rank_slice.rank:
+                    rows_sent[best.rank] += stop - start
                 start = stop
     return found
 
@@ -135,7 +137,7 @@ class TensorStream:
     """One rank's part in the transfer of one output of the teacher."""
 
     key: int
-    """`FINAL` or the number of a teacher's layer."""
+    """`FINAL_HIDDEN` or the number of a teacher's layer."""
     held: RankSlice | None
     """The teacher's slice on this rank; None if it has none."""
     needed: RankSlice | None
@@ -149,7 +151,7 @@ class StageRoute:
     """From the teacher's stage that computes an output to the student's stages that need it."""
 
     key: int
-    """`FINAL` or the number of a teacher's layer."""
+    """`FINAL_HIDDEN` or the number of a teacher's layer."""
     teacher_stage: int
     student_stages: tuple[int, ...]
 
@@ -161,9 +163,9 @@ def streams(
     found = []
     for route in routes:
         held = teacher.rank_slices(route.teacher_stage)
-        needed = [slab for stage in route.student_stages for slab in student.rank_slices(stage)]
-        mine = tuple(piece for piece in row_ranges(held, needed) if rank in (piece.source, piece.target))
-        my_held, my_needed = (next((slab for slab in slabs if slab.rank == rank), None) for slabs in (held, needed))
+        needed = [rank_slice for stage in route.student_stages for rank_slice in student.rank_slices(stage)]
+        mine = tuple(each for each in row_ranges(held, needed) if rank in (each.source, each.target))
+        my_held, my_needed = (next((each for each in slices if each.rank == rank), None) for slices in (held, needed))
         found.append(TensorStream(route.key, my_held, my_needed, mine))
     return found
 
@@ -175,22 +177,22 @@ def model_placements(config: Config, world: int) -> tuple[ModelPlacement, ModelP
         config: checked.
         world: number of ranks, the teacher's own included.
     """
-    cut, ranks = derived.teacher_layout(config), derived.teacher_ranks(config, world)
+    teacher_layout, ranks = derived.teacher_layout(config), derived.teacher_rank_range(config, world)
     student, length = config.student.layout, config.data.sequence_length
     students = derived.student_world(config, world)
-    batch, copies = derived.global_batch(config, student, students), derived.data_parallel(student, students)
-    samples = student_samples(batch, config.train.micro_batch, copies)
-    shares = teacher_samples(samples, derived.data_parallel(cut, len(ranks)))
-    return ModelPlacement(cut, ranks.start, shares, length), ModelPlacement(student, 0, samples, length)
+    batch, dp_size = derived.global_batch(config, student, students), derived.data_parallel(student, students)
+    samples = student_samples(batch, config.train.micro_batch, dp_size)
+    shares = teacher_samples(samples, derived.data_parallel(teacher_layout, len(ranks)))
+    return ModelPlacement(teacher_layout, ranks.start, shares, length), ModelPlacement(student, 0, samples, length)
 
 
 def routes(config: Config, teacher: ModelShape, student: ModelShape) -> list[StageRoute]:
     """Every output of the teacher that a run needs: the last one, and those of matched layers in ascending order."""
-    cut = derived.teacher_layout(config)
-    of_teacher = derived.stages_of_layers(teacher.layers, cut)
+    teacher_layout = derived.teacher_layout(config)
+    of_teacher = derived.stages_of_layers(teacher.layers, teacher_layout)
     of_student = derived.stages_of_layers(student.layers, config.student.layout)
     stages: dict[int, set[int]] = defaultdict(set)
     for pair in config.objective.matching:
         stages[pair.teacher_layer].add(of_student[pair.student_layer - 1])
-    found = [StageRoute(FINAL_HIDDEN, cut.pipeline - 1, (config.student.layout.pipeline - 1,))]
+    found = [StageRoute(FINAL_HIDDEN, teacher_layout.pipeline - 1, (config.student.layout.pipeline - 1,))]
     return found + [StageRoute(layer, of_teacher[layer - 1], tuple(sorted(stages[layer]))) for layer in sorted(stages)]

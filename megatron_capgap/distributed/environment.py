@@ -34,7 +34,7 @@ _MPI = (
     _Mpi("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_SIZE"),
     _Mpi("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH, Intel MPI and SLURM with MPI
 )
-OF_LAUNCHERS = ("TORCHELASTIC_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "PMI_")
+LAUNCHER_PREFIXES = ("TORCHELASTIC_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "PMI_")
 """Prefixes of variables that torchrun and mpirun set for their own ranks only."""
 _MPI_JOB = ("PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid", "PMI_JOBID", "SLURM_JOB_ID")
 
@@ -50,7 +50,7 @@ class Environment:
     master_addr: str
     master_port: int
     launcher: str
-    """torchrun (or any launcher that sets RANK and WORLD_SIZE), slurm, mpirun or alone."""
+    """torchrun (or any launcher that sets RANK and WORLD_SIZE), slurm, mpirun or single."""
     joins_store: bool = False
     """Whether the launcher hosts the job's store at the master address, with every rank as a client."""
 
@@ -85,7 +85,7 @@ def read_environment(variables: Mapping[str, str] | None = None) -> Environment:
         return _from_torchrun(env)
     if in_step:
         return _from_slurm(env)
-    return Environment(0, 1, 0, 1, "127.0.0.1", 0, "alone")
+    return Environment(0, 1, 0, 1, "127.0.0.1", 0, "single")
 
 
 def _check_consistent(env: Mapping[str, str], rank: str, world: str, other_rank: str, other_world: str) -> bool:

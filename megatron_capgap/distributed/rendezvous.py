@@ -61,9 +61,9 @@ def report_rendezvous_problems(environment: Environment, limit_seconds: float) -
     _check_address(environment)
     done = threading.Event()
     # One rank per host, if LOCAL_RANK is known; with RANK alone each process may be on its own host.
-    speaks = environment.local_rank in (0, environment.rank)
+    warns_for_host = environment.local_rank in (0, environment.rank)
 
-    def tell() -> None:
+    def warn_while_waiting() -> None:
         waited, pause = 0.0, _FIRST_MESSAGE_SECONDS
         while not done.wait(pause):
             waited, pause = waited + pause, 2 * pause
@@ -74,8 +74,8 @@ def report_rendezvous_problems(environment: Environment, limit_seconds: float) -
                     f"time-out after {limit_seconds:.0f} s"
                 )
 
-    thread = threading.Thread(target=tell, name="capgap-reach", daemon=True)
-    if speaks:
+    thread = threading.Thread(target=warn_while_waiting, name="capgap-reach", daemon=True)
+    if warns_for_host:
         thread.start()
     try:
         yield

@@ -24,19 +24,19 @@ class StopRequest:
 
     Args:
         device: device of the default process group's tensors.
-        largest: maximum of a number over all ranks, if there are more than in the default group. Collective.
+        reduce_max: maximum of a number over all ranks, if there are more than in the default group. Collective.
         deadline: `time.monotonic` at which to stop without a signal; each rank has its own clock.
     """
 
     def __init__(
-        self, device: torch.device, largest: Callable[[int], int] | None = None, deadline: float | None = None
+        self, device: torch.device, reduce_max: Callable[[int], int] | None = None, deadline: float | None = None
     ) -> None:
         self._deadline, self._device = deadline, device
-        self._largest = largest or (lambda number: all_reduce_max(number, device))
+        self._all_reduce_max = reduce_max or (lambda number: all_reduce_max(number, device))
         self.seen = 0
         """Number of the last signal that this rank received; 0: none."""
         self.reason: str | None = None
-        """Last result of `agreed` or `heard`."""
+        """Last result of `poll_all_ranks` or `poll_default_group`."""
         self._previous: dict[int, _Handler] = {}
 
     def __enter__(self) -> StopRequest:
@@ -51,21 +51,21 @@ class StopRequest:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.seen = number
 
-    def agreed(self) -> str | None:
+    def poll_all_ranks(self) -> str | None:
         """Reason to stop: name of a signal that any rank received, or `train.exit_after_minutes`; otherwise None.
 
         Collective: one all-reduce of one number.
         """
-        return self._answer(self._largest(self._mine()))
+        return self._set_reason(self._all_reduce_max(self._own_request()))
 
-    def heard(self) -> str | None:
-        """As `agreed`, between two steps: over the default process group only. Collective."""
-        return self._answer(all_reduce_max(self._mine(), self._device))
+    def poll_default_group(self) -> str | None:
+        """As `poll_all_ranks`, between two steps: over the default process group only. Collective."""
+        return self._set_reason(all_reduce_max(self._own_request(), self._device))
 
-    def _mine(self) -> int:
+    def _own_request(self) -> int:
         return self.seen or (_TIME_IS_UP if self._time_is_up() else 0)
 
-    def _answer(self, number: int) -> str | None:
+    def _set_reason(self, number: int) -> str | None:
         name = signal.Signals(number).name if number > _TIME_IS_UP else None
         self.reason = "train.exit_after_minutes" if number == _TIME_IS_UP else name
         return self.reason

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from megatron_capgap.distributed.environment import Environment
 
 _TRIES, _PAUSE_SECONDS, _KNOCK_SECONDS = 3, 1.0, 5.0
-_JOINS, _RUN = "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID"
-_OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+_USE_AGENT_STORE, _RUN_ID = "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID"
+_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def drop_stale_agent_variables(environment: Environment) -> None:
@@ -28,7 +28,7 @@ def drop_stale_agent_variables(environment: Environment) -> None:
             process.
     """
     if not environment.joins_store:
-        os.environ.pop(_JOINS, None)  # otherwise torch would wait for an agent's store
+        os.environ.pop(_USE_AGENT_STORE, None)  # otherwise torch would wait for an agent's store
         return
     address, port = environment.master_addr, environment.master_port
     for left in reversed(range(_TRIES)):
@@ -40,41 +40,41 @@ def drop_stale_agent_variables(environment: Environment) -> None:
                 time.sleep(_PAUSE_SECONDS)
                 continue
             raise UserError(
-                f"environment variable {_JOINS} is True, but no torchrun agent listens at {address} port {port} "
-                f"({in_one_line(getattr(error, 'strerror', None) or error)}); {_remedy()}"
+                f"environment variable {_USE_AGENT_STORE} is True, but no torchrun agent listens at {address} "
+                f"port {port} ({in_one_line(getattr(error, 'strerror', None) or error)}); {_remedy()}"
             ) from None
     of_first_agent = os.environ.get("GROUP_RANK", str(environment.rank)) == "0"
-    if of_first_agent and (parent := _no_agent(port)):
+    if of_first_agent and (parent := _parent_that_is_no_agent(port)):
         raise UserError(
-            f"environment variable {_JOINS} is True, but the process that started this one, {parent}, is not the "
-            f"torchrun agent with the store at {address} port {port}, which may belong to another job; {_remedy()}"
+            f"environment variable {_USE_AGENT_STORE} is True, but the process that started this one, {parent}, is not "
+            f"the torchrun agent with the store at {address} port {port}, which may belong to another job; {_remedy()}"
         )
 
 
 def _remedy() -> str:
-    names = sorted(name for name in os.environ if name.startswith("TORCHELASTIC_") or name in _OF_RANKS)
+    names = sorted(name for name in os.environ if name.startswith("TORCHELASTIC_") or name in _RANK_VARIABLES)
     return f"start the ranks with torchrun, or unset the variables of an earlier one: {' '.join(names)}"
 
 
-def _no_agent(port: int) -> str | None:
+def _parent_that_is_no_agent(port: int) -> str | None:
     """The ancestor process that should be the agent but is not; None if this cannot be determined.
 
     The agent is the nearest ancestor whose environment lacks the run's variables. The agent of the first ranks hosts
     the store or is its client; programs between agent and rank were started with the variables.
     """
     try:
-        for process in _above(Path("/proc/self")):
-            if _speaks_at(process, port):
+        for process in _ancestors(Path("/proc/self")):
+            if _has_socket_on_port(process, port):
                 return None
             variables = (process / "environ").read_bytes().split(b"\0")
-            if f"{_RUN}={os.environ.get(_RUN)}".encode() not in variables:
+            if f"{_RUN_ID}={os.environ.get(_RUN_ID)}".encode() not in variables:
                 return f"{(process / 'comm').read_text().strip()} ({process.name})"
     except (OSError, ValueError, IndexError):  # another user's process, an ended process, or another operating system
         pass
     return None
 
 
-def _above(process: Path) -> Iterator[Path]:
+def _ancestors(process: Path) -> Iterator[Path]:
     """Ancestors of a process, nearest first."""
     while True:
         # The process name is in parentheses and may contain any character.
@@ -85,7 +85,7 @@ def _above(process: Path) -> Iterator[Path]:
         yield process
 
 
-def _speaks_at(process: Path, port: int) -> bool:
+def _has_socket_on_port(process: Path, port: int) -> bool:
     """Whether a process listens on a port, or has a connection to or from it."""
     places = set()
     for table in ("tcp", "tcp6"):

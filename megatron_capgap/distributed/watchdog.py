@@ -178,13 +178,13 @@ class Watchdog:
         """
         now, late = time.monotonic(), []
         for beat in self._read_heartbeats() or []:
-            count, since, told = silent.get(beat.rank, (-1, now, False))
+            count, since, warned = silent.get(beat.rank, (-1, now, False))
             if beat.count != count:
-                since, told = now, False
-            elif now - since > self._silent and not told:
+                since, warned = now, False
+            elif now - since > self._silent and not warned:
                 late.append(beat)
-                told = True
-            silent[beat.rank] = (beat.count, since, told)
+                warned = True
+            silent[beat.rank] = (beat.count, since, warned)
         if late:
             LOG.warning(f"{_listed(late)}: no heartbeat for {self._silent:.0f} s")
 
@@ -193,12 +193,12 @@ class Watchdog:
         try:
             keys = [str(rank) for rank in range(self._world)]
             if self._store.check(keys):
-                words = self._store.multi_get(keys)
+                values = self._store.multi_get(keys)
             else:  # some ranks have not started yet
-                words = [self._store.get(key) if self._store.check([key]) else b'["", 0, ""]' for key in keys]
+                values = [self._store.get(key) if self._store.check([key]) else b'["", 0, ""]' for key in keys]
         except RuntimeError:
             return None
-        return [Heartbeat(rank, *json.loads(word)) for rank, word in enumerate(words)]
+        return [Heartbeat(rank, *json.loads(value)) for rank, value in enumerate(values)]
 
 
 def failed_collective(error: BaseException) -> str | None:
@@ -220,9 +220,9 @@ def _call_site(frame: traceback.FrameSummary) -> str:
 
 
 def _listed(beats: Iterable[Heartbeat]) -> str:
-    words = [str(beat) for beat in beats]
-    return "; ".join(words[:_MAX_LISTED]) + (
-        f"; and {len(words) - _MAX_LISTED} more" if len(words) > _MAX_LISTED else ""
+    names = [str(beat) for beat in beats]
+    return "; ".join(names[:_MAX_LISTED]) + (
+        f"; and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
     )
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from megatron_capgap.distributed import environment, launcher
+from megatron_capgap.distributed import environment, process_group
 
 Command = Callable[[Sequence[str]], int]
 CRASHED = 70
@@ -38,11 +38,11 @@ class WorkerPool:
         # Only this process holds the third element open: it closes when this process dies, however it dies.
         self._ranks: list[tuple[multiprocessing.process.BaseProcess, Connection, Connection]] = []
 
-    def run(self, words: Sequence[str], output: Path) -> int:
+    def run(self, args: Sequence[str], output: Path) -> int:
         """Runs one command on every rank.
 
         Args:
-            words: arguments of the command.
+            args: arguments of the command.
             output: file to which the ranks' output is appended.
 
         Returns:
@@ -52,9 +52,9 @@ class WorkerPool:
         while len(self._ranks) < self._world:
             self._start(len(self._ranks))
         codes = []
-        with launcher.reserved_port() as port:
+        with process_group.reserved_port() as port:
             for _, pipe, _ in self._ranks:
-                pipe.send((list(words), str(output), port))
+                pipe.send((list(args), str(output), port))
             for process, pipe, _ in self._ranks:
                 try:
                     codes.append(pipe.recv())
@@ -96,7 +96,9 @@ def _serve(command: Command, rank: int, world: int, pipe: Connection, alive: Con
     """Main loop of a rank: runs commands until the pipe closes or the parent dies."""
     threading.Thread(target=_exit_with_parent, args=(alive,), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles interrupts
-    for name in [name for name in os.environ if name.startswith(environment.OF_LAUNCHERS)]:  # of the parent's launcher
+    for name in [
+        name for name in os.environ if name.startswith(environment.LAUNCHER_PREFIXES)
+    ]:  # of the parent's launcher
         del os.environ[name]
     os.environ.update(
         RANK=str(rank),
@@ -107,13 +109,13 @@ def _serve(command: Command, rank: int, world: int, pipe: Connection, alive: Con
     )
     while True:
         try:
-            words, output, port = pipe.recv()
+            args, output, port = pipe.recv()
         except EOFError:
             return
         os.environ["MASTER_PORT"] = str(port)
         _redirect_output(output)
         try:
-            code = command(words)
+            code = command(args)
         except BaseException:
             traceback.print_exc()
             code = CRASHED

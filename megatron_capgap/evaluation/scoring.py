@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_capgap.data.batch import MicroBatch, collate
 from megatron_capgap.distributed.parallel_context import ParallelContext
 from megatron_capgap.losses import token_scores
-from megatron_capgap.models import schedule
+from megatron_capgap.models import pipeline_schedule
 from megatron_capgap.models.gpt import unwrap
 
 BUCKET = 64
@@ -117,6 +117,6 @@ class Scorer:
             into.update(zip(batch.sample_ids, map(Score, sums, same), strict=False))  # padding rows have no number
             return hidden.new_zeros(()), torch.zeros((), dtype=torch.int, device=hidden.device), None
 
-        schedule.run(
+        pipeline_schedule.run(
             self.chunks, self.parallel, batches, last_stage, forward_only=True, shape=(length, self.micro_batch)
         )

@@ -1,8 +1,7 @@
 """Compares student and teacher on one chunk of tokens: the local computation before and after the collective.
 
 Shapes: c tokens in the chunk, r of them in a block that fits the CPU caches, w real columns of the shard, tp ranks,
-k listed tokens of a sparse teacher, m statistics per token. The variables `pull` hold the logit gradient term of
-`divergences.py`.
+k listed tokens of a sparse teacher, m statistics per token. `logit_grad_term` is that of `divergences.py`.
 """
 
 from typing import Protocol
@@ -95,25 +94,25 @@ class DenseComparison:
 
     def _logit_grad_term_(self, q: Tensor, p: Tensor, log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
         """Overwrites p [r, w] by the logit gradient term; returns the sums of values and of gradient terms [r]."""
-        value, pull = self.row.formula(p, q, log_p, log_q, self.objective)
-        p.copy_(pull)
-        return value.sum(1), pull.sum(1)
+        value, logit_grad_term = self.row.formula(p, q, log_p, log_q, self.objective)
+        p.copy_(logit_grad_term)
+        return value.sum(1), logit_grad_term.sum(1)
 
     def resolve(self, gathered: Tensor) -> tuple[Tensor, Tensor]:
         """As in `Comparison`; by the chain rule if the divergence has one."""
         mine = self.shard.rank
-        value, pull = gathered[:, 2], gathered[:, 3]
+        value, logit_grad_term = gathered[:, 2], gathered[:, 3]
         if self.row.shard_weight is None:
             self.weight = torch.ones_like(value[mine])
-            return value.sum(0), pull.sum(0)
+            return value.sum(0), logit_grad_term.sum(0)
         # Probability masses P and Q of the shards, [tp, c], and the divergence between them, by the same formula.
         log_q, log_p = (gathered[:, i] - gathered[:, i].logsumexp(0) for i in (0, 1))
         q, p = log_q.exp(), log_p.exp()
-        outer_value, outer_pull = self.row.formula(p, q, log_p, log_q, self.objective)
+        outer_value, outer_grad_term = self.row.formula(p, q, log_p, log_q, self.objective)
         weight = p if self.row.shard_weight == "teacher" else q
         inner = (weight * value).sum(0)
         # A logit changes the softmax within its shard and the shard's mass, hence also the weights if they are Q.
-        factor = weight[mine] * pull[mine] + q[mine] * outer_pull.sum(0) - outer_pull[mine]
+        factor = weight[mine] * logit_grad_term[mine] + q[mine] * outer_grad_term.sum(0) - outer_grad_term[mine]
         if self.row.shard_weight == "student":
             factor += q[mine] * (value[mine] - inner)
         self.weight = weight[mine]
@@ -121,8 +120,10 @@ class DenseComparison:
 
     def gradient_(self, probabilities: Tensor, factor: Tensor, scale: Tensor) -> None:
         """As in `Comparison`."""
-        for q, pull, of_q, of_pull in blocks_in_cache(probabilities, self.teacher, factor, -scale * self.weight):
-            q.mul_(of_q[:, None]).addcmul_(pull, of_pull[:, None])
+        for q, logit_grad_term, of_q, of_grad_term in blocks_in_cache(
+            probabilities, self.teacher, factor, -scale * self.weight
+        ):
+            q.mul_(of_q[:, None]).addcmul_(logit_grad_term, of_grad_term[:, None])
 
 
 class SparseComparison:
@@ -171,8 +172,8 @@ class SparseComparison:
             log_p = torch.cat([log_p, nothing if self.tail == "drop" else _log_remainder(log_p)], 1)
             log_q = torch.cat([log_q, _log_remainder(log_q)], 1)
         q = log_q.exp()
-        value, pull = self.row.formula(log_p.exp(), q, log_p, log_q, self.objective)
-        on_outcomes = q * pull.sum(1, keepdim=True) - pull
+        value, logit_grad_term = self.row.formula(log_p.exp(), q, log_p, log_q, self.objective)
+        on_outcomes = q * logit_grad_term.sum(1, keepdim=True) - logit_grad_term
         if self.tail == "renormalise":
             per_mass = torch.zeros_like(lse)
         else:  # an unlisted token's logit changes the last outcome in proportion to its share of that mass

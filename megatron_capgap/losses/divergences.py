@@ -3,9 +3,9 @@
 A formula takes p, q and their logarithms at some entries of the vocabulary (any shape, the same for all four) and
 returns, per entry and without modifying its arguments,
 
-    value   the entry's contribution to D(p, q) = sum_v value_v
-    pull    the logit gradient term t_v = -q_v * d value_v / d q_v. With q = softmax(s) it gives the gradient
-            d D / d s_v = q_v * sum_w t_w - t_v
+    value            the entry's contribution to D(p, q) = sum_v value_v
+    logit_grad_term  t_v = -q_v * d value_v / d q_v. With q = softmax(s) it gives the gradient
+                     d D / d s_v = q_v * sum_w t_w - t_v
 
 Adding any multiple of q to the term does not change that gradient. Each formula uses this so that its term is exactly
 0 where p equals q: a student that equals its teacher gets a gradient of 0, not rounding errors.
@@ -53,8 +53,8 @@ def forward_kl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: ObjectiveC
 
 def reverse_kl(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: ObjectiveConfig) -> tuple[Tensor, Tensor]:
     """KL(q || p) = sum q (log q - log p), MiniLLM (Gu et al., 2023); mode-seeking."""
-    pull = (log_p - log_q).mul_(q)
-    return -pull, pull
+    logit_grad_term = (log_p - log_q).mul_(q)
+    return -logit_grad_term, logit_grad_term
 
 
 def soft_cross_entropy(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, _: ObjectiveConfig) -> tuple[Tensor, Tensor]:
@@ -69,8 +69,8 @@ def jsd(p: Tensor, q: Tensor, log_p: Tensor, log_q: Tensor, objective: Objective
     """
     b = objective.jsd_beta
     mixture = torch.lerp(q, p, b)
-    pull = _log_ratio(mixture, q).mul_(q).mul_(1 - b)
-    return _log_ratio(mixture, p).mul_(p).mul_(-b).sub_(pull), pull
+    logit_grad_term = _log_ratio(mixture, q).mul_(q).mul_(1 - b)
+    return _log_ratio(mixture, p).mul_(p).mul_(-b).sub_(logit_grad_term), logit_grad_term
 
 
 def skew_forward_kl(
@@ -79,8 +79,8 @@ def skew_forward_kl(
     """KL(p || m) with m = a p + (1 - a) q, a = skew_alpha, DistiLLM (Ko et al., 2024); at most -log a."""
     a = objective.skew_alpha
     mixture = torch.lerp(q, p, a)
-    pull = _over(p - q, mixture).mul_(q).mul_((1 - a) ** 2)
-    return _log_ratio(mixture, p).mul_(p).neg_(), pull
+    logit_grad_term = _over(p - q, mixture).mul_(q).mul_((1 - a) ** 2)
+    return _log_ratio(mixture, p).mul_(p).neg_(), logit_grad_term
 
 
 def skew_reverse_kl(

@@ -180,11 +180,11 @@ class _Gradients:
     end, unless the head has a `main_grad`, to which the backward pass adds it.
     """
 
-    def __init__(self, hidden: Tensor, head: Tensor, task: _Task, wanted: tuple[bool, bool], exact: torch.dtype):
+    def __init__(self, hidden: Tensor, head: Tensor, task: _Task, needs_grad: tuple[bool, bool], exact: torch.dtype):
         self.task, self.real_head = task, head[: task.shard.width]
         self.head_type = exact if hasattr(head, "main_grad") else head.dtype
-        self.of_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if wanted[0] else None
-        self.of_head = torch.zeros_like(head, dtype=exact) if wanted[1] else None
+        self.of_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_grad[0] else None
+        self.of_head = torch.zeros_like(head, dtype=exact) if needs_grad[1] else None
 
     def add_(self, rows: slice, logits: Tensor, hidden: Tensor) -> None:
         """Adds one chunk, given the gradient of its logits [c, w] and its hidden states [c, h]."""
@@ -209,7 +209,7 @@ class _Gradients:
 
 
 def _chunked_forward_backward(
-    hidden: Tensor, head: Tensor, task: _Task, wanted: tuple[bool, bool]
+    hidden: Tensor, head: Tensor, task: _Task, needs_grad: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
     """Returns the loss, the sums of cross-entropy and divergence [2], and the requested gradients (hidden, head)."""
     objective, shard, parts = task.objective, task.shard, task.parts
@@ -220,7 +220,7 @@ def _chunked_forward_backward(
         hidden.new_empty(parts * step, shard.width, dtype=exact) if needed else None
         for needed in (True, compared, compared and objective.temperature != 1)
     ]
-    gradients = _Gradients(hidden, head, task, wanted, exact)
+    gradients = _Gradients(hidden, head, task, needs_grad, exact)
     sums = hidden.new_zeros(2, dtype=exact)
     for first in range(0, hidden.shape[0], step):
         rows = slice(first, min(first + step, hidden.shape[0]))
@@ -231,10 +231,10 @@ def _chunked_forward_backward(
         comparison = task.comparison(rows, of_teacher)
         labels, weight = task.of_chunk(task.labels, rows), task.of_chunk(task.loss_mask, rows).to(exact)
         losses = chunk_losses_(
-            logits, comparison, labels, weight, objective, shard, spare=spare, with_gradient=any(wanted)
+            logits, comparison, labels, weight, objective, shard, spare=spare, with_gradient=any(needs_grad)
         )
         sums += torch.stack(losses) @ weight
-        if any(wanted):
+        if any(needs_grad):
             gradients.add_(rows, logits, chunk)
     loss_sum = objective.cross_entropy_weight * sums[0] + objective.divergence_weight * sums[1]
     return loss_sum, sums, gradients.finished()

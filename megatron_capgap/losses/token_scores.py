@@ -51,13 +51,13 @@ def token_scores(
     for first in range(0, hidden.shape[0], step):
         part = hidden[first : first + step]
         rows = slice(first, first + part.shape[0])
-        wanted, to_log_probs, to_greedy = (x[:, rows] for x in by_part)
+        label_rows, to_log_probs, to_greedy = (x[:, rows] for x in by_part)
         chunk = part if parts == 1 else shard.gather_rows(part)
         logits = torch.mm(chunk, head[: shard.width].t()).to(exact)
-        lse, at_label, top, top_id = shard.gather(_statistics(logits, wanted.flatten(), shard)).unbind(1)
-        to_log_probs.copy_((at_label.sum(0) - lse.logsumexp(0)).view_as(wanted))
+        lse, at_label, top, top_id = shard.gather(_statistics(logits, label_rows.flatten(), shard)).unbind(1)
+        to_log_probs.copy_((at_label.sum(0) - lse.logsumexp(0)).view_as(label_rows))
         likeliest = top_id.masked_fill(top < top.amax(0), torch.inf).amin(0)
-        to_greedy.copy_((likeliest == wanted.flatten()).view_as(wanted))
+        to_greedy.copy_((likeliest == label_rows.flatten()).view_as(label_rows))
     return log_probs, greedy
 
 

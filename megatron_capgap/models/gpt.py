@@ -120,21 +120,21 @@ def transformer_config(
     )
 
 
-def _fp8(wanted: FP8 | None) -> dict[str, object]:
+def _fp8(fp8: FP8 | None) -> dict[str, object]:
     """Megatron's FP8 arguments; Megatron enters Transformer Engine's FP8 context around each block or layer.
 
     FP8 parameters are created after the model is built: see `fp8_weights`.
     """
-    if wanted is None:
+    if fp8 is None:
         return {}
     return {
-        "fp8": wanted.format,
-        "fp8_recipe": wanted.recipe,
-        "fp8_amax_history_len": wanted.amax_history,
-        "fp8_amax_compute_algo": wanted.amax_algorithm,
-        "first_last_layers_bf16": wanted.first_last_layers_bf16 > 0,
-        "num_layers_at_start_in_bf16": wanted.first_last_layers_bf16,
-        "num_layers_at_end_in_bf16": wanted.first_last_layers_bf16,
+        "fp8": fp8.format,
+        "fp8_recipe": fp8.recipe,
+        "fp8_amax_history_len": fp8.amax_history,
+        "fp8_amax_compute_algo": fp8.amax_algorithm,
+        "first_last_layers_bf16": fp8.first_last_layers_bf16 > 0,
+        "num_layers_at_start_in_bf16": fp8.first_last_layers_bf16,
+        "num_layers_at_end_in_bf16": fp8.first_last_layers_bf16,
     }
 
 
@@ -159,8 +159,8 @@ def build(
     dropout: float = 0.0,
     recompute: Recompute | None = None,
     virtual: bool = True,
-    head: bool = True,
-    masked: bool = False,
+    lm_head: bool = True,
+    use_attention_mask: bool = False,
 ) -> list[torch.nn.Module]:
     """Builds this rank's model chunks: one, or one per virtual stage. Weights are not initialised.
 
@@ -173,15 +173,15 @@ def build(
         dropout: rate in attention and residual branches.
         recompute: activation recomputation in training mode.
         virtual: False builds the model without virtual stages whatever the layout says (a teacher needs none).
-        head: False builds the last stage without its LM head; it still ends with the final norm.
-        masked: whether forward passes get an attention mask.
+        lm_head: False builds the last stage without its LM head; it still ends with the final norm.
+        use_attention_mask: whether forward passes get an attention mask.
     """
     layout = parallel.layout if virtual else Layout(**{**vars(parallel.layout), "virtual_pipeline": 1})
     config = transformer_config(shape, layout, precision, device, dropout, recompute)
     engine = derived.engine(precision, device.default_engine)
     traits = ARCHITECTURES[shape.family]
     chunks: list[torch.nn.Module] = []
-    block = partial(specs.block, config, engine, device, masked=masked)
+    block = partial(specs.block, config, engine, device, use_attention_mask=use_attention_mask)
     for chunk in range(layout.virtual_pipeline):
         stage = chunk if layout.virtual_pipeline > 1 else None
         model = HiddenStateModel(
@@ -201,7 +201,7 @@ def build(
         _scale_rotary(model, shape.rope_scaling)
         _type_positions(model)
         _mark_shards(model)
-        if not head:
+        if not lm_head:
             _drop_head(model)
         model.to(device.torch_device)
         # No Float16Module around it: params_dtype makes the weights bf16, and the loss takes bf16 hidden states.

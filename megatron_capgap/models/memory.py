@@ -92,7 +92,7 @@ def estimate(
             away = share.weights if derived.teacher_section(config).offload and not on_cpu else 0
             need = replace(
                 need,
-                teacher_weights=share.weights - away + share.head,
+                teacher_weights=share.weights - away + share.lm_head,
                 teacher_hidden=share.needed,
                 teaching=share.forward + away + (0 if _hidden_states_stay(config) else share.held),
                 until_cast=share.until_cast,
@@ -133,8 +133,8 @@ def _of_stage(
             fp8_copies=in_fp8.copies,
             until_cast=in_fp8.until_cast,
         )
-    micro_batches = derived.micro_batches(config, layout, world)
-    layers = _layers_in_flight(layout, micro_batches, pipeline_rank, student.layers)
+    num_microbatches = derived.num_microbatches(config, layout, world)
+    layers = _layers_in_flight(layout, num_microbatches, pipeline_rank, student.layers)
     cast = layers * _fp8_layers(precision, student, layout, pipeline_rank) * layout.pipeline // student.layers
     kept = _saved_activations(student, layout, width) * (layers - cast)
     kept += _saved_activations(student, layout, width, precision.fp8.recipe) * cast if precision.fp8 else []
@@ -169,9 +169,9 @@ def _of_scoring(config: Config, teacher: ModelShape, world: int, pipeline_rank: 
     if config.prune is not None and config.prune.importance == "gradient":
         # Frozen linears save no inputs, so the norms' outputs are freed. The outputs of attention and feed-forward are
         # kept for the scores instead.
-        micro_batches = derived.micro_batches(config, config.student.layout, world)
+        num_microbatches = derived.num_microbatches(config, config.student.layout, world)
         kept = _saved_activations(teacher, layout, width) * _layers_in_flight(
-            layout, micro_batches, pipeline_rank, teacher.layers
+            layout, num_microbatches, pipeline_rank, teacher.layers
         )
     in_fp8 = _weights_in_fp8(precision, teacher, layout, pipeline_rank, backward=bool(kept))
     return Memory(
@@ -192,7 +192,7 @@ class TeacherMemory:
 
     weights: int
     """Its layers and input embedding on this rank."""
-    head: int
+    lm_head: int
     """Its LM head, sharded like the student's, on the student's last stage."""
     held: int
     """The hidden states of a global batch that it computes on this rank."""
@@ -218,29 +218,31 @@ def teacher_memory(
     """
     precision = derived.teacher_precision(config)
     width, length = _BYTES[precision.compute], config.data.sequence_length
-    layout, cut = config.student.layout, derived.teacher_layout(config)
+    layout, teacher_layout = config.student.layout, derived.teacher_layout(config)
     ranks = derived.student_world(config, world)
     batch = derived.global_batch(config, layout, ranks) * length
-    weights = head = held = needed = forward = until_cast = 0
+    weights = lm_head = held = needed = forward = until_cast = 0
     if of_teacher is not None:
-        in_fp8 = _weights_in_fp8(precision, teacher, cut, of_teacher, backward=False)
-        weights = size.rank_parameters(teacher, cut, of_teacher, head=False) * width
+        in_fp8 = _weights_in_fp8(precision, teacher, teacher_layout, of_teacher, backward=False)
+        weights = size.rank_parameters(teacher, teacher_layout, of_teacher, lm_head=False) * width
         weights, until_cast = weights + in_fp8.copies - in_fp8.not_in_bf16, in_fp8.until_cast
-        outputs = len(_matched_layers(config, teacher, cut, of_teacher, "teacher")) + (of_teacher == cut.pipeline - 1)
-        copies = derived.data_parallel(cut, len(derived.teacher_ranks(config, world)))
-        held = outputs * batch // copies * _shard_numel(teacher.hidden, cut) * width
+        last = of_teacher == teacher_layout.pipeline - 1
+        outputs = len(_matched_layers(config, teacher, teacher_layout, of_teacher, "teacher")) + last
+        dp_size = derived.data_parallel(teacher_layout, len(derived.teacher_rank_range(config, world)))
+        held = outputs * batch // dp_size * _shard_numel(teacher.hidden, teacher_layout) * width
         tokens = derived.teacher_micro_batch(config) * length
-        wide = (3 if ARCHITECTURES[teacher.family].gated else 2) * teacher.ffn // cut.tensor
-        forward = (wide + 2 * _shard_numel(teacher.hidden, cut)) * tokens * width
+        wide = (3 if ARCHITECTURES[teacher.family].gated else 2) * teacher.ffn // teacher_layout.tensor
+        forward = (wide + 2 * _shard_numel(teacher.hidden, teacher_layout)) * tokens * width
     if mine is not None:
         last = mine == layout.pipeline - 1
         outputs = len(_matched_layers(config, student, layout, mine, "student")) + last
         needed = outputs * batch // derived.data_parallel(layout, ranks) * _shard_numel(teacher.hidden, layout) * width
-        wanted = replace(teacher, vocab=student.vocab)
-        alike = cut.pipeline == 1 and cut.tensor == layout.tensor and of_teacher == 0 and wanted == teacher
-        shared = teacher.tied_embeddings and alike and not derived.teacher_section(config).offload
-        head = size.head_parameters(wanted, layout) * width if last and not shared else 0
-    return TeacherMemory(weights, head, held, needed, forward, until_cast)
+        lm_head_shape = replace(teacher, vocab=student.vocab)
+        same_shards = teacher_layout.pipeline == 1 and teacher_layout.tensor == layout.tensor
+        same_weight = teacher.tied_embeddings and same_shards and of_teacher == 0 and lm_head_shape == teacher
+        shared = same_weight and not derived.teacher_section(config).offload
+        lm_head = size.lm_head_parameters(lm_head_shape, layout) * width if last and not shared else 0
+    return TeacherMemory(weights, lm_head, held, needed, forward, until_cast)
 
 
 def estimate_teacher(config: Config, student: ModelShape, teacher: ModelShape, world: int) -> Memory:
@@ -265,15 +267,15 @@ def _stages(config: Config, world: int) -> list[tuple[int, int | None]]:
     pipeline = config.student.layout.pipeline
     if config.teacher is None or config.teacher.placement == "disjoint":
         return [(stage, None) for stage in range(pipeline)]
-    of_teacher = derived.teacher_layout(config).pipeline
-    return sorted({(rank * pipeline // world, rank * of_teacher // world) for rank in range(world)})
+    teacher_pipeline = derived.teacher_layout(config).pipeline
+    return sorted({(rank * pipeline // world, rank * teacher_pipeline // world) for rank in range(world)})
 
 
 def _hidden_states_stay(config: Config) -> bool:
     """Whether every rank of the student's already holds the teacher's states it needs, so that nothing is copied."""
     student, teacher = config.student.layout, derived.teacher_layout(config)
-    alike = all(getattr(student, name) == getattr(teacher, name) for name in ("tensor", "pipeline", "sequence"))
-    return derived.teacher_section(config).placement == "colocated" and alike and not config.objective.matching
+    same_layout = all(getattr(student, name) == getattr(teacher, name) for name in ("tensor", "pipeline", "sequence"))
+    return derived.teacher_section(config).placement == "colocated" and same_layout and not config.objective.matching
 
 
 @dataclass(frozen=True)
@@ -355,7 +357,7 @@ def _saved_activations(shape: ModelShape, layout: Layout, width: int, recipe: st
     return kept + ([query // tensor] if recipe == "delayed" else [])
 
 
-def _layers_in_flight(layout: Layout, micro_batches: int, pipeline_rank: int, layers: int) -> int:
+def _layers_in_flight(layout: Layout, num_microbatches: int, pipeline_rank: int, layers: int) -> int:
     """Maximum of layers times micro-batches between forward and backward pass on one stage.
 
     1F1B holds one micro-batch for this stage and each later one. The interleaved schedule holds chunks of layers: two
@@ -364,9 +366,9 @@ def _layers_in_flight(layout: Layout, micro_batches: int, pipeline_rank: int, la
     behind = layout.pipeline - pipeline_rank
     on_stage = layers // layout.pipeline
     if layout.virtual_pipeline == 1:
-        return min(behind, micro_batches) * on_stage
+        return min(behind, num_microbatches) * on_stage
     chunks = 2 * (behind - 1) + (layout.virtual_pipeline - 1) * layout.pipeline + 1
-    return min(chunks, micro_batches * layout.virtual_pipeline) * on_stage // layout.virtual_pipeline
+    return min(chunks, num_microbatches * layout.virtual_pipeline) * on_stage // layout.virtual_pipeline
 
 
 def _heap(kept: list[int], tokens: int, layout: Layout) -> int:

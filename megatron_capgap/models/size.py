@@ -97,22 +97,22 @@ def training_flops(shape: ModelShape, teacher: ModelShape | None, sequence_lengt
     return 3.0 * forward_flops(shape, sequence_length) + teaching
 
 
-def head_parameters(shape: ModelShape, layout: Layout) -> int:
+def lm_head_parameters(shape: ModelShape, layout: Layout) -> int:
     """Parameters of one tensor-parallel rank's shard of the LM head, or of the input embedding."""
     return padded_vocab(shape.vocab, layout.tensor) // layout.tensor * shape.hidden
 
 
-def rank_parameters(shape: ModelShape, layout: Layout, stage: int, *, head: bool = True) -> int:
+def rank_parameters(shape: ModelShape, layout: Layout, stage: int, *, lm_head: bool = True) -> int:
     """Parameters on one rank of pipeline stage `stage`, with or without its LM head. Norms, learned positions and
     biases of row-parallel projections are replicated over tensor-parallel ranks."""
-    cut = (_layer_matrices(shape) + _layer_cut_vectors(shape)) // layout.tensor
-    layer = cut + _layer_whole_vectors(shape)
+    sharded = (_layer_matrices(shape) + _layer_cut_vectors(shape)) // layout.tensor
+    layer = sharded + _layer_whole_vectors(shape)
     count = shape.layers // layout.pipeline * layer
-    rows = head_parameters(shape, layout)
+    rows = lm_head_parameters(shape, layout)
     first, last = stage == 0, stage == layout.pipeline - 1
     if first:
         count += rows + position_parameters(shape)
     if last:
         count += _norm_parameters(shape)
-        count += 0 if not head or (shape.tied_embeddings and first) else rows
+        count += 0 if not lm_head or (shape.tied_embeddings and first) else rows
     return count

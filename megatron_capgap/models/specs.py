@@ -217,7 +217,7 @@ def block(
     pipeline_rank: int,
     traits: ArchitectureSpec,
     *,
-    masked: bool,
+    use_attention_mask: bool,
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """The layers of one model chunk.
 
@@ -228,9 +228,10 @@ def block(
         chunk: virtual stage, or None without virtual stages.
         pipeline_rank: this rank's stage.
         traits: the properties of the model's family.
-        masked: whether forward passes get an attention mask; Transformer Engine's causal attention would ignore it.
+        use_attention_mask: whether forward passes get an attention mask; Transformer Engine's causal attention would
+            ignore it.
     """
     if engine == "transformer_engine":
-        return _engine_layer(traits, own_attention=device.name == "cpu" or masked)
+        return _engine_layer(traits, own_attention=device.name == "cpu" or use_attention_mask)
     layers = get_num_layers_to_build(config, chunk, pipeline_rank)
     return TransformerBlockSubmodules(layer_specs=[_local_layer(traits)] * layers, layer_norm=_NORMS[traits.norm])

@@ -22,7 +22,7 @@ from megatron_capgap.config import derived
 from megatron_capgap.config.architectures import ARCHITECTURES
 from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.distributed.parallel_context import ParallelContext
-from megatron_capgap.models import schedule
+from megatron_capgap.models import pipeline_schedule
 from megatron_capgap.models.gpt import unwrap
 from megatron_capgap.pruning.importance_scores import Scores
 
@@ -73,13 +73,13 @@ class Importance:
         self._by_layer = torch.zeros(count, self._shape.layers, dtype=torch.float64, device=self._device)
 
         def last_stage(hidden: Tensor, batch: Any) -> tuple[Tensor, Tensor, None]:
-            head = unwrap(self._chunks[-1]).lm_head()
-            value = loss(hidden, head, batch) if self._gradient else hidden.new_zeros(())
+            lm_head = unwrap(self._chunks[-1]).lm_head()
+            value = loss(hidden, lm_head, batch) if self._gradient else hidden.new_zeros(())
             return value, torch.zeros((), dtype=torch.int, device=hidden.device), None
 
         micro_batch, length = batches[0].tokens.shape
         with torch.set_grad_enabled(self._gradient):
-            schedule.run(
+            pipeline_schedule.run(
                 self._chunks, self._parallel, batches, last_stage, forward_only=not self._gradient,
                 shape=(length, micro_batch),
             )  # fmt: skip
@@ -151,13 +151,13 @@ class Importance:
     def _heads(self, index: int, reading: Tensor, _: Any, inputs: tuple[Tensor, ...]) -> None:
         """Attention's output, `[s, b, heads/tp * d]`: this rank's heads of all tokens."""
         tensor, rank = self._parallel.layout.tensor, self._parallel.tp_rank
-        heads, groups = self._shape.heads // tensor, derived.kv_heads(self._shape) // tensor
+        heads, kv_heads = self._shape.heads // tensor, derived.kv_heads(self._shape) // tensor
 
         def add(columns: Tensor) -> None:
             by_head = columns.view(heads, -1).sum(-1)
-            by_group = by_head.view(groups, -1).sum(-1)
+            by_group = by_head.view(kv_heads, -1).sum(-1)
             self._sums.heads[index, rank * heads : (rank + 1) * heads] += by_head.abs()
-            self._sums.groups[index, rank * groups : (rank + 1) * groups] += by_group.abs()
+            self._sums.groups[index, rank * kv_heads : (rank + 1) * kv_heads] += by_group.abs()
 
         self._columns(inputs[0], reading, add)
 

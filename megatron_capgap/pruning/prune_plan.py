@@ -23,14 +23,14 @@ Rows = tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
-class Plan:
+class PruningSelection:
     """The kept parts, numbered from 0 as in the teacher and ascending; one row per kept layer."""
 
     teacher: ModelShape
     student: ModelShape
     layers: tuple[int, ...]
     channels: tuple[int, ...]
-    groups: Rows
+    kv_heads: Rows
     """Key/value heads."""
     heads: Rows
     """Query heads, those of a group next to each other."""
@@ -44,23 +44,23 @@ class Plan:
     @property
     def kept_parts(self) -> dict[str, list[int]]:
         """Number of parts that each layer keeps, by their name in a shape."""
-        rows = {"kv_heads": self.groups, "heads": self.heads, "ffn": self.neurons}
+        rows = {"kv_heads": self.kv_heads, "heads": self.heads, "ffn": self.neurons}
         return {name: [len(row) for row in parts] for name, parts in rows.items()}
 
     @property
     def padding(self) -> int:
         """Number of parameters that are zero because a layer keeps fewer parts than the student stores."""
-        kept = [sum(map(len, rows)) for rows in (self.groups, self.neurons)]
+        kept = [sum(map(len, rows)) for rows in (self.kv_heads, self.neurons)]
         return size.non_embedding_parameters(self.student) - size.kept_parameters(self.student, *kept)
 
 
 def make(
     teacher: ModelShape, student: ModelShape, scores: Scores, layers_by: str, budget: Budget | None = None
-) -> Plan:
+) -> PruningSelection:
     """Keeps the parts with the highest scores.
 
     Args:
-        teacher, student: the shapes before and after; with a budget the plan's student stores as many parts as its
+        teacher, student: the shapes before and after; with a budget the selection's student stores as many parts as its
             largest layer keeps.
         scores: of the teacher.
         layers_by: `position` keeps the middle layers, `importance` those with the highest scores.
@@ -75,21 +75,21 @@ def make(
     channels = _best(scores.channels, student.hidden)
     tensor = 1
     if budget is None:
-        groups = tuple(_best(scores.groups[layer], derived.kv_heads(student)) for layer in layers)
+        kv_heads = tuple(_best(scores.groups[layer], derived.kv_heads(student)) for layer in layers)
         neurons = tuple(_best(scores.neurons[layer], student.ffn) for layer in layers)
     else:
         scaled, tensor = scores.normalised(), budget.tensor
-        groups = _best_over_layers(scaled.groups[list(layers)], 1, budget.groups, budget.widths[-1])
-        neurons = _best_over_layers(scaled.neurons[list(layers)], budget.unit, budget.neurons, budget.most)
-        student = _storing(student, budget.stored_groups(max(map(len, groups))), max(map(len, neurons)))
+        kv_heads = _best_over_layers(scaled.groups[list(layers)], 1, budget.kv_heads, budget.storable_kv_heads[-1])
+        neurons = _best_over_layers(scaled.neurons[list(layers)], budget.unit, budget.neurons, budget.max_neurons)
+        student = _storing(student, budget.smallest_storable(max(map(len, kv_heads))), max(map(len, neurons)))
     norms = [norm for layer in layers for norm in (2 * layer, 2 * layer + 1)]
-    return Plan(
+    return PruningSelection(
         teacher=teacher,
         student=student,
         layers=layers,
         channels=channels,
-        groups=groups,
-        heads=tuple(_heads(teacher, student, scores.heads[i], kept) for i, kept in zip(layers, groups, strict=True)),
+        kv_heads=kv_heads,
+        heads=tuple(_heads(teacher, student, scores.heads[i], kept) for i, kept in zip(layers, kv_heads, strict=True)),
         neurons=neurons,
         gains=tuple(_gain(scores.squares[norm], channels) for norm in [*norms, 2 * teacher.layers]),
         tensor=tensor,
@@ -102,34 +102,34 @@ def _best(scores: Tensor, count: int) -> tuple[int, ...]:
     return tuple(sorted(order[:count].tolist()))
 
 
-def _best_over_layers(scores: Tensor, unit: int, total: int, most: int) -> Rows:
+def _best_over_layers(scores: Tensor, unit: int, total: int, max_parts: int) -> Rows:
     """The best parts of all layers together.
 
     Args:
         scores: `[layers, parts]`, comparable between layers.
         unit: each layer keeps a multiple of this number of parts, at least one unit.
         total: parts kept in all layers together, a multiple of unit.
-        most: maximum number of parts kept in one layer, a multiple of unit.
+        max_parts: maximum number of parts kept in one layer, a multiple of unit.
     """
     ranked = scores.sort(dim=1, descending=True, stable=True)
     # A layer's units group its parts in descending order of score, so the best units overall are each layer's first.
-    units = ranked.values[:, :most].unflatten(1, (-1, unit)).sum(-1)
+    units = ranked.values[:, :max_parts].unflatten(1, (-1, unit)).sum(-1)
     units[:, 0] = torch.inf
     chosen = Counter(i // units.shape[1] for i in _best(units.flatten(), total // unit))
     return tuple(tuple(sorted(row[: chosen[i] * unit].tolist())) for i, row in enumerate(ranked.indices))
 
 
-def _storing(student: ModelShape, groups: int, neurons: int) -> ModelShape:
+def _storing(student: ModelShape, kv_heads: int, neurons: int) -> ModelShape:
     """The student with `groups` key/value heads and `neurons` neurons per layer; head width and queries per group are
     unchanged."""
-    stored, width = derived.kv_heads(student), derived.head_dim(student)
-    if groups != stored:
-        heads = groups * student.heads // stored
-        student = replace(student, heads=heads, kv_heads=groups, head_dim=width)
+    stored, head_dim = derived.kv_heads(student), derived.head_dim(student)
+    if kv_heads != stored:
+        heads = kv_heads * student.heads // stored
+        student = replace(student, heads=heads, kv_heads=kv_heads, head_dim=head_dim)
     return replace(student, ffn=neurons)
 
 
-def spread(kept: Sequence[int], stored: int, shards: int) -> list[int]:
+def pad_per_shard(kept: Sequence[int], stored: int, shards: int) -> list[int]:
     """Positions of a layer's kept parts within the stored width; -1 is a position of zeros.
 
     The position of padding does not affect its cost, and every layout can load it. In the configured layout each shard
@@ -147,11 +147,11 @@ def spread(kept: Sequence[int], stored: int, shards: int) -> list[int]:
     return rows
 
 
-def _heads(teacher: ModelShape, student: ModelShape, scores: Tensor, groups: tuple[int, ...]) -> tuple[int, ...]:
+def _heads(teacher: ModelShape, student: ModelShape, scores: Tensor, kv_heads: tuple[int, ...]) -> tuple[int, ...]:
     """The best query heads of each kept group, equally many of each."""
     queries = teacher.heads // derived.kv_heads(teacher)
     count = student.heads // derived.kv_heads(student)
-    return tuple(g * queries + i for g in groups for i in _best(scores[g * queries : (g + 1) * queries], count))
+    return tuple(g * queries + i for g in kv_heads for i in _best(scores[g * queries : (g + 1) * queries], count))
 
 
 def _gain(squares: Tensor, channels: tuple[int, ...]) -> float:
@@ -164,28 +164,29 @@ def _gain(squares: Tensor, channels: tuple[int, ...]) -> float:
     return float((squares[list(channels)].mean() / squares.mean()).sqrt())
 
 
-def text(plan: Plan, scores: Scores, facts: Facts) -> str:
+def text(selection: PruningSelection, scores: Scores, facts: Facts) -> str:
     """Contents of plan.json, with one line per row of numbers.
 
     Args:
-        plan: the kept parts.
-        scores: the scores that the plan was made from.
+        selection: the kept parts.
+        scores: the scores that it was made from.
         facts: the settings that the scores depend on.
     """
-    kept = {name: getattr(plan, name) for name in ("layers", "channels", "groups", "heads", "neurons")}
+    names = {"layers": "layers", "channels": "channels", "groups": "kv_heads", "heads": "heads", "neurons": "neurons"}
+    kept = {key: getattr(selection, name) for key, name in names.items()}
     scaled = scores.normalised()
     content = {
         "made_from": dict(facts),
-        "before": asdict(plan.teacher),
-        "after": asdict(plan.student),
+        "before": asdict(selection.teacher),
+        "after": asdict(selection.student),
         "stays": kept,
-        "norm_gains": plan.gains,
-        "kept_by_layer": plan.kept_parts,
+        "norm_gains": selection.gains,
+        "kept_by_layer": selection.kept_parts,
         "parameters": {
-            "kept": size.parameters(plan.student) - plan.padding,
-            "stored": size.parameters(plan.student),
-            "kept_non_embedding": size.non_embedding_parameters(plan.student) - plan.padding,
-            "stored_non_embedding": size.non_embedding_parameters(plan.student),
+            "kept": size.parameters(selection.student) - selection.padding,
+            "stored": size.parameters(selection.student),
+            "kept_non_embedding": size.non_embedding_parameters(selection.student) - selection.padding,
+            "stored_non_embedding": size.non_embedding_parameters(selection.student),
         },
         "scores": {
             field.name: _short(getattr(scaled, field.name)) for field in fields(scaled) if field.name != "squares"

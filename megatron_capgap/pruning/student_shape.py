@@ -20,7 +20,7 @@ from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.config.validation.context import divisors, multiples, spans
 from megatron_capgap.models import size
 
-_WIDTHS = ("hidden", "heads", "kv_heads", "ffn")
+_SIZE_KEYS = ("hidden", "heads", "kv_heads", "ffn")
 # Largest accepted relative difference between a shape's parameters and the requested number.
 _FARTHEST = 0.25
 _SHARES = 2000  # steps of the share to which the widths are reduced
@@ -39,22 +39,22 @@ class Budget:
     heads under tensor 8.
     """
 
-    groups: int
+    kv_heads: int
     """Key/value heads, each with its queries, in all layers together; a layer keeps at least one."""
-    widths: tuple[int, ...]
+    storable_kv_heads: tuple[int, ...]
     """Numbers of key/value heads that layers can store: divided by the layout, supported by the family; ascending."""
     neurons: int
     """Neurons in all layers together, a multiple of `unit`."""
     unit: int
     """A layer keeps a multiple of this number of neurons, at least one unit; the layout divides it."""
-    most: int
+    max_neurons: int
     """Maximum number of neurons that a layer keeps."""
     tensor: int
     """Tensor-parallel size of the layout."""
 
-    def stored_groups(self, count: int) -> int:
+    def smallest_storable(self, count: int) -> int:
         """The smallest number of key/value heads that can be stored in a layer that keeps `count`."""
-        return next(width for width in self.widths if width >= count)
+        return next(number for number in self.storable_kv_heads if number >= count)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class StudentTarget:
         """Number of kept parameters without embeddings; further stored parameters are zero."""
         if self.budget is None:
             return size.non_embedding_parameters(self.shape)
-        return size.kept_parameters(self.shape, self.budget.groups, self.budget.neurons)
+        return size.kept_parameters(self.shape, self.budget.kv_heads, self.budget.neurons)
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ class PruneSpec:
     """The teacher's checkpoint, as named in messages."""
 
     @property
-    def wanted(self) -> PruneConfig:
+    def section(self) -> PruneConfig:
         """The section `prune`."""
-        assert self.loaded.config.prune is not None, "load refuses a prune configuration without the section"
+        assert self.loaded.config.prune is not None, "guaranteed by config.loader"
         return self.loaded.config.prune
 
     @property
@@ -114,153 +114,153 @@ def student_target(loaded: LoadedConfig, teacher: ModelShape) -> StudentTarget:
     Raises:
         ConfigError: with one line per problem.
     """
-    assert loaded.config.teacher is not None, "load refuses a prune configuration without a teacher"
-    order = PruneSpec(loaded, teacher, loaded.config.teacher.checkpoint)
+    assert loaded.config.teacher is not None, "guaranteed by config.loader"
+    spec = PruneSpec(loaded, teacher, loaded.config.teacher.checkpoint)
     # Each check assumes that the previous ones found no problem.
     for row in _CHECKS:
-        if problems := list(row(order)):
+        if problems := list(row(spec)):
             raise ConfigError(problems)
-    found = _chosen(order)
-    if problems := list(_check_nontrivial(order, found)):
+    found = _chosen(spec)
+    if problems := list(_check_nontrivial(spec, found)):
         raise ConfigError(problems)
     return found
 
 
-def _check_nontrivial(order: PruneSpec, found: StudentTarget) -> Iterator[str]:
+def _check_nontrivial(spec: PruneSpec, found: StudentTarget) -> Iterator[str]:
     """The student must be smaller than the teacher, and with per_layer it must be possible for layers to differ."""
     budget, layers = found.budget, found.shape.layers
     if budget is not None:
-        if (budget.groups, budget.neurons) == (layers * budget.widths[-1], layers * budget.most):
+        if (budget.kv_heads, budget.neurons) == (layers * budget.storable_kv_heads[-1], layers * budget.max_neurons):
             text = "true, but every layer keeps all heads and neurons that it can store, so layers cannot differ"
-            yield order.problem("per_layer", f"{text}; use fewer heads or ffn or a larger sparsity, or remove the key")
-    elif _numbers(found.shape) == _numbers(order.teacher):
-        text = f"leaves {order.path} unchanged; use smaller layers, hidden, heads or ffn, or a larger sparsity"
-        yield order.problem("", text)
+            yield spec.problem("per_layer", f"{text}; use fewer heads or ffn or a larger sparsity, or remove the key")
+    elif _numbers(found.shape) == _numbers(spec.teacher):
+        text = f"leaves {spec.path} unchanged; use smaller layers, hidden, heads or ffn, or a larger sparsity"
+        yield spec.problem("", text)
 
 
-def _chosen(order: PruneSpec) -> StudentTarget:
-    wanted, teacher = order.wanted, order.teacher
-    if wanted.sparsity is not None:
+def _chosen(spec: PruneSpec) -> StudentTarget:
+    section, teacher = spec.section, spec.teacher
+    if section.sparsity is not None:
         # A weight connects two of hidden, heads and ffn, and is kept if both of its ends are kept.
-        return _by_sparsity(order, math.sqrt(1.0 - wanted.sparsity))
-    if wanted.parameters is not None:
-        return _of_parameters(order, wanted.parameters)
-    hidden, (heads, groups), ffn = wanted.hidden or teacher.hidden, _attention(order), wanted.ffn or teacher.ffn
-    if not wanted.per_layer:
-        return StudentTarget(_shape(order, hidden, heads, groups, ffn))
-    return _over_layers(order, hidden, heads // groups, groups, ffn, order.tensor)
+        return _by_sparsity(spec, math.sqrt(1.0 - section.sparsity))
+    if section.parameters is not None:
+        return _of_parameters(spec, section.parameters)
+    hidden, (heads, kv_heads), ffn = section.hidden or teacher.hidden, _attention(spec), section.ffn or teacher.ffn
+    if not section.per_layer:
+        return StudentTarget(_shape(spec, hidden, heads, kv_heads, ffn))
+    return _over_layers(spec, hidden, heads // kv_heads, kv_heads, ffn, spec.tensor)
 
 
 def _numbers(shape: ModelShape) -> tuple[int, ...]:
     return shape.layers, shape.hidden, shape.heads, derived.kv_heads(shape), shape.ffn
 
 
-def _attention(order: PruneSpec) -> tuple[int, int]:
+def _attention(spec: PruneSpec) -> tuple[int, int]:
     """Number of heads and of key/value heads that the section asks for."""
-    wanted, teacher = order.wanted, order.teacher
-    if wanted.heads is None and wanted.kv_heads is None:
+    section, teacher = spec.section, spec.teacher
+    if section.heads is None and section.kv_heads is None:
         return teacher.heads, derived.kv_heads(teacher)
-    heads = wanted.heads or (wanted.kv_heads or 0) * order.queries
-    return heads, wanted.kv_heads or heads // order.queries
+    heads = section.heads or (section.kv_heads or 0) * spec.queries
+    return heads, section.kv_heads or heads // spec.queries
 
 
-def _shape(order: PruneSpec, hidden: int, heads: int, kv_heads: int, ffn: int) -> ModelShape:
-    teacher, width = order.teacher, derived.head_dim(order.teacher)
+def _shape(spec: PruneSpec, hidden: int, heads: int, kv_heads: int, ffn: int) -> ModelShape:
+    teacher, head_dim = spec.teacher, derived.head_dim(spec.teacher)
     return replace(
         teacher,
-        layers=order.wanted.layers or teacher.layers,
+        layers=spec.section.layers or teacher.layers,
         hidden=hidden,
         heads=heads,
         kv_heads=None if teacher.kv_heads is None and kv_heads == heads else kv_heads,
-        head_dim=teacher.head_dim if heads * width == hidden else width,
+        head_dim=teacher.head_dim if heads * head_dim == hidden else head_dim,
         ffn=ffn,
         # If only dead channels are removed, a norm's mean square grows by teacher.hidden / hidden; so must its epsilon.
         norm_epsilon=teacher.norm_epsilon * (teacher.hidden / hidden),
     )
 
 
-def _by_sparsity(order: PruneSpec, share: float) -> StudentTarget:
+def _by_sparsity(spec: PruneSpec, share: float) -> StudentTarget:
     """Hidden, heads and ffn reduced to a share of the teacher's, in units that the layout divides."""
-    wanted, teacher, tensor = order.wanted, order.teacher, order.tensor
-    traits, width = ARCHITECTURES[teacher.family], derived.head_dim(teacher)
-    if wanted.per_layer:
-        return _by_sparsity_over_layers(order, share)
-    groups = _nearest(share * derived.kv_heads(teacher), tensor, derived.kv_heads(teacher))
-    heads = groups * order.queries
-    unit = math.lcm(wanted.multiple, heads) if traits.heads_divide_hidden else wanted.multiple
-    hidden = _nearest(share * teacher.hidden, unit, teacher.hidden) if traits.free_head_dim else heads * width
-    ffn = _nearest(share * teacher.ffn, math.lcm(wanted.multiple, tensor), teacher.ffn)
-    return StudentTarget(_shape(order, hidden, heads, groups, ffn))
+    section, teacher, tensor = spec.section, spec.teacher, spec.tensor
+    traits, head_dim = ARCHITECTURES[teacher.family], derived.head_dim(teacher)
+    if section.per_layer:
+        return _by_sparsity_over_layers(spec, share)
+    kv_heads = _nearest(share * derived.kv_heads(teacher), tensor, derived.kv_heads(teacher))
+    heads = kv_heads * spec.queries
+    unit = math.lcm(section.multiple, heads) if traits.heads_divide_hidden else section.multiple
+    hidden = _nearest(share * teacher.hidden, unit, teacher.hidden) if traits.free_head_dim else heads * head_dim
+    ffn = _nearest(share * teacher.ffn, math.lcm(section.multiple, tensor), teacher.ffn)
+    return StudentTarget(_shape(spec, hidden, heads, kv_heads, ffn))
 
 
-def _by_sparsity_over_layers(order: PruneSpec, share: float) -> StudentTarget:
+def _by_sparsity_over_layers(spec: PruneSpec, share: float) -> StudentTarget:
     """Hidden reduced to a share of the teacher's; heads and neurons such that share * share of the weights are kept,
     whatever hidden is rounded to."""
-    wanted, teacher, tensor, queries = order.wanted, order.teacher, order.tensor, order.queries
-    traits, groups = ARCHITECTURES[teacher.family], derived.kv_heads(teacher)
+    section, teacher, tensor, queries = spec.section, spec.teacher, spec.tensor, spec.queries
+    traits, kv_heads = ARCHITECTURES[teacher.family], derived.kv_heads(teacher)
     if traits.free_head_dim:
         # A layer may keep all of its heads, and transformers requires that they divide hidden.
-        unit = math.lcm(wanted.multiple, teacher.heads) if traits.heads_divide_hidden else wanted.multiple
+        unit = math.lcm(section.multiple, teacher.heads) if traits.heads_divide_hidden else section.multiple
         hidden = _nearest(share * teacher.hidden, unit, teacher.hidden)
     else:
         # Hidden equals the stored heads' total width; rounding it up lets some layers keep more heads than others.
-        hidden = math.ceil(share * groups / tensor) * tensor * queries * derived.head_dim(teacher)
+        hidden = math.ceil(share * kv_heads / tensor) * tensor * queries * derived.head_dim(teacher)
     kept = min(1.0, share * share * teacher.hidden / hidden)
-    unit = math.lcm(wanted.multiple, tensor)
-    return _over_layers(order, hidden, queries, kept * groups, kept * teacher.ffn, min(unit, teacher.ffn))
+    unit = math.lcm(section.multiple, tensor)
+    return _over_layers(spec, hidden, queries, kept * kv_heads, kept * teacher.ffn, min(unit, teacher.ffn))
 
 
 def _over_layers(
-    order: PruneSpec, hidden: int, queries: int, groups: float, neurons: float, unit: int
+    spec: PruneSpec, hidden: int, queries: int, kv_heads: float, neurons: float, unit: int
 ) -> StudentTarget:
     """The target if each layer may keep a different number of parts.
 
     Args:
-        order: the configuration and the teacher's shape.
+        spec: the configuration and the teacher's shape.
         hidden: number of kept channels.
         queries: number of kept queries per key/value head.
-        groups, neurons: mean number kept per layer; the totals are the nearest whole numbers of units.
+        kv_heads, neurons: mean number kept per layer; the totals are the nearest whole numbers of units.
         unit: of neurons.
     """
-    teacher, layers = order.teacher, order.wanted.layers or order.teacher.layers
-    widths = tuple(_widths(order, hidden, queries))
-    if not widths or widths[-1] < groups:
-        raise ConfigError([_no_width(order, hidden, queries, math.ceil(groups))])
-    most = teacher.ffn // unit * unit
+    teacher, layers = spec.teacher, spec.section.layers or spec.teacher.layers
+    storable = tuple(_storable_kv_heads(spec, hidden, queries))
+    if not storable or storable[-1] < kv_heads:
+        raise ConfigError([_no_storable_message(spec, hidden, queries, math.ceil(kv_heads))])
+    max_neurons = teacher.ffn // unit * unit
     units = max(layers, round(layers * neurons / unit))
     budget = Budget(
-        groups=min(max(layers, round(layers * groups)), layers * widths[-1]),
-        widths=widths,
-        neurons=min(units * unit, layers * most),
+        kv_heads=min(max(layers, round(layers * kv_heads)), layers * storable[-1]),
+        storable_kv_heads=storable,
+        neurons=min(units * unit, layers * max_neurons),
         unit=unit,
-        most=most,
-        tensor=order.tensor,
+        max_neurons=max_neurons,
+        tensor=spec.tensor,
     )
-    least = budget.stored_groups(-(-budget.groups // layers))
+    least = budget.smallest_storable(-(-budget.kv_heads // layers))
     ffn = -(-budget.neurons // (layers * unit)) * unit
-    return StudentTarget(_shape(order, hidden, least * queries, least, ffn), budget)
+    return StudentTarget(_shape(spec, hidden, least * queries, least, ffn), budget)
 
 
-def _widths(order: PruneSpec, hidden: int, queries: int) -> Iterator[int]:
+def _storable_kv_heads(spec: PruneSpec, hidden: int, queries: int) -> Iterator[int]:
     """Numbers of key/value heads that the layout divides and the family supports with this hidden, ascending."""
-    traits, width = ARCHITECTURES[order.teacher.family], derived.head_dim(order.teacher)
-    for groups in range(order.tensor, derived.kv_heads(order.teacher) + 1, order.tensor):
-        heads = groups * queries
-        if (traits.free_head_dim or heads * width == hidden) and not (traits.heads_divide_hidden and hidden % heads):
-            yield groups
+    traits, head_dim = ARCHITECTURES[spec.teacher.family], derived.head_dim(spec.teacher)
+    for kv_heads in range(spec.tensor, derived.kv_heads(spec.teacher) + 1, spec.tensor):
+        heads = kv_heads * queries
+        if (traits.free_head_dim or heads * head_dim == hidden) and not (traits.heads_divide_hidden and hidden % heads):
+            yield kv_heads
 
 
-def _no_width(order: PruneSpec, hidden: int, queries: int, groups: int) -> str:
-    """The message that no layer can store `groups` key/value heads, the mean number that is kept."""
-    family, width = order.teacher.family, derived.head_dim(order.teacher)
-    stored = -(-groups // order.tensor) * order.tensor * queries
+def _no_storable_message(spec: PruneSpec, hidden: int, queries: int, kv_heads: int) -> str:
+    """The message that no layer can store `kv_heads` key/value heads, the mean number that is kept."""
+    family, head_dim = spec.teacher.family, derived.head_dim(spec.teacher)
+    least, stored = kv_heads * queries, -(-kv_heads // spec.tensor) * spec.tensor * queries
     if ARCHITECTURES[family].free_head_dim:
-        would = multiples(hidden, derived.kv_heads(order.teacher) * queries)
-        text = f"{hidden} is not divisible by any number of heads, {groups * queries} or more, that layers could store"
+        would = multiples(hidden, derived.kv_heads(spec.teacher) * queries)
+        text = f"{hidden} is not divisible by any number of heads, {least} or more, that layers could store"
     else:
-        would = str(stored * width)
-        text = f"{hidden} is no whole number of heads {width} wide, {groups * queries} or more, that layers could store"
-    return order.problem("hidden", f"{text}, as {family} requires; valid values: {would}")
+        would = str(stored * head_dim)
+        text = f"{hidden} is no whole number of heads {head_dim} wide, {least} or more, that layers could store"
+    return spec.problem("hidden", f"{text}, as {family} requires; valid values: {would}")
 
 
 def _nearest(number: float, unit: int, most: int) -> int:
@@ -268,9 +268,9 @@ def _nearest(number: float, unit: int, most: int) -> int:
     return min(max(1, round(number / unit)) * unit, most // unit * unit or most)
 
 
-def _of_parameters(order: PruneSpec, parameters: int) -> StudentTarget:
+def _of_parameters(spec: PruneSpec, parameters: int) -> StudentTarget:
     """The shape with the nearest number of parameters without embeddings, of all that reduce widths by one share."""
-    targets = {_by_sparsity(order, share / _SHARES): None for share in range(1, _SHARES + 1)}
+    targets = {_by_sparsity(spec, share / _SHARES): None for share in range(1, _SHARES + 1)}
 
     def distance(found: StudentTarget) -> int:
         return abs(found.kept - parameters)
@@ -278,82 +278,86 @@ def _of_parameters(order: PruneSpec, parameters: int) -> StudentTarget:
     best = min(targets, key=distance)
     if distance(best) > _FARTHEST * parameters:
         text = f"{parameters} is not near any shape; use {best.kept}, a smaller prune.multiple, or fewer layers"
-        raise ConfigError([order.problem("parameters", text)])
+        raise ConfigError([spec.problem("parameters", text)])
     return best
 
 
-def _check_single_size_option(order: PruneSpec) -> Iterator[str]:
+def _check_single_size_option(spec: PruneSpec) -> Iterator[str]:
     """Only one of widths, sparsity and parameters may be given; layers may be combined with each."""
-    wanted, config = order.wanted, order.loaded.config
-    widths = [name for name in _WIDTHS if getattr(wanted, name) is not None]
-    totals = [name for name in ("sparsity", "parameters") if getattr(wanted, name) is not None]
+    section, config = spec.section, spec.loaded.config
+    sizes = [name for name in _SIZE_KEYS if getattr(section, name) is not None]
+    totals = [name for name in ("sparsity", "parameters") if getattr(section, name) is not None]
     if len(totals) == 2:
-        text = f"{wanted.parameters} given in addition to prune.sparsity {wanted.sparsity}; give only one of them"
-        yield order.problem("parameters", text)
-    for name in widths if totals else ():
-        text = f"{getattr(wanted, name)} given, but prune.{totals[0]} determines the widths; give only one of them"
-        yield order.problem(name, text)
-    if not widths and not totals and wanted.layers is None:
+        text = f"{section.parameters} given in addition to prune.sparsity {section.sparsity}; give only one of them"
+        yield spec.problem("parameters", text)
+    for name in sizes if totals else ():
+        text = f"{getattr(section, name)} given, but prune.{totals[0]} determines the widths; give only one of them"
+        yield spec.problem(name, text)
+    if not sizes and not totals and section.layers is None:
         text = "does not give the student's size; give layers, hidden, heads and ffn, or sparsity, or parameters"
-        yield order.problem("", text)
+        yield spec.problem("", text)
     if config.teacher is not None and config.teacher.layout is not None:
-        place = order.loaded.location("teacher.layout")
+        place = spec.loaded.location("teacher.layout")
         yield f"{place}: prune runs the teacher in student.layout; remove the key"
 
 
-def _check_within_teacher(order: PruneSpec) -> Iterator[str]:
+def _check_within_teacher(spec: PruneSpec) -> Iterator[str]:
     """No size may exceed the teacher's."""
-    for name in ("layers", *_WIDTHS):
-        given = getattr(order.wanted, name)
-        most = derived.kv_heads(order.teacher) if name == "kv_heads" else getattr(order.teacher, name)
-        if given is not None and given > most:
-            text = f"{given} is larger than {name} {most} of {order.path}; valid values: {spans(range(1, most + 1))}"
-            yield order.problem(name, text)
-    parameters, most = order.wanted.parameters, size.non_embedding_parameters(order.teacher)
-    if parameters is not None and parameters >= most:
-        text = f"{parameters} is not below the {most} of {order.path} without embeddings; use e.g. {round(most / 2.5)}"
-        yield order.problem("parameters", text)
+    for name in ("layers", *_SIZE_KEYS):
+        given = getattr(spec.section, name)
+        limit = derived.kv_heads(spec.teacher) if name == "kv_heads" else getattr(spec.teacher, name)
+        if given is not None and given > limit:
+            text = f"{given} is larger than {name} {limit} of {spec.path}; valid values: {spans(range(1, limit + 1))}"
+            yield spec.problem(name, text)
+    parameters, limit = spec.section.parameters, size.non_embedding_parameters(spec.teacher)
+    if parameters is not None and parameters >= limit:
+        text = f"{parameters} is not below the {limit} of {spec.path} without embeddings; use e.g. {round(limit / 2.5)}"
+        yield spec.problem("parameters", text)
 
 
-def _check_queries_per_group(order: PruneSpec) -> Iterator[str]:
+def _check_queries_per_group(spec: PruneSpec) -> Iterator[str]:
     """Queries must keep the key and value that they were trained with."""
-    wanted, queries, (heads, kv_heads) = order.wanted, order.queries, _attention(order)
-    if wanted.kv_heads is None:
+    section, queries, (heads, kv_heads) = spec.section, spec.queries, _attention(spec)
+    if section.kv_heads is None:
         if heads % queries:
-            text = f"{heads} heads do not fill groups of {queries} queries, which {order.path} has"
-            more = ", or give kv_heads" if ARCHITECTURES[order.teacher.family].grouped_queries else ""
-            yield order.problem("heads", f"{text}; nearest valid values: {multiples(heads, queries)}{more}")
+            text = f"{heads} heads do not fill groups of {queries} queries, which {spec.path} has"
+            more = ", or give kv_heads" if ARCHITECTURES[spec.teacher.family].grouped_queries else ""
+            yield spec.problem("heads", f"{text}; nearest valid values: {multiples(heads, queries)}{more}")
     elif heads % kv_heads:
-        yield order.problem("kv_heads", f"{kv_heads} does not divide heads {heads}; valid values: {divisors(heads)}")
+        yield spec.problem("kv_heads", f"{kv_heads} does not divide heads {heads}; valid values: {divisors(heads)}")
     elif heads // kv_heads > queries:
-        text = f"{kv_heads} makes groups of {heads // kv_heads} queries, but those of {order.path} have {queries}"
+        text = f"{kv_heads} makes groups of {heads // kv_heads} queries, but those of {spec.path} have {queries}"
         least = -(-heads // queries)
-        would = spans(n for n in range(least, derived.kv_heads(order.teacher) + 1) if heads % n == 0)
-        yield order.problem("kv_heads", f"{text}; valid values: {would}")
+        would = spans(n for n in range(least, derived.kv_heads(spec.teacher) + 1) if heads % n == 0)
+        yield spec.problem("kv_heads", f"{text}; valid values: {would}")
 
 
-def _check_width_allowed(order: PruneSpec) -> Iterator[str]:
+def _check_width_allowed(spec: PruneSpec) -> Iterator[str]:
     """Some families require a head width of hidden / heads; others are loaded by transformers only if heads divide
     hidden."""
-    wanted, teacher, (heads, _) = order.wanted, order.teacher, _attention(order)
-    if wanted.sparsity is not None or wanted.parameters is not None or wanted.per_layer:
+    section, teacher, (heads, _) = spec.section, spec.teacher, _attention(spec)
+    if section.sparsity is not None or section.parameters is not None or section.per_layer:
         return  # with per_layer heads are a mean; `_over_layers` finds a number that layers can store
-    hidden, width, traits = wanted.hidden or teacher.hidden, derived.head_dim(teacher), ARCHITECTURES[teacher.family]
-    if not traits.free_head_dim and hidden != heads * width:
-        text = f"{hidden} is not heads {heads} times their width {width}, as {teacher.family} requires"
-        yield order.problem("hidden", f"{text}; valid values: {heads * width}")
+    hidden, head_dim, traits = (
+        section.hidden or teacher.hidden,
+        derived.head_dim(teacher),
+        ARCHITECTURES[teacher.family],
+    )
+    if not traits.free_head_dim and hidden != heads * head_dim:
+        text = f"{hidden} is not heads {heads} times their width {head_dim}, as {teacher.family} requires"
+        yield spec.problem("hidden", f"{text}; valid values: {heads * head_dim}")
     elif traits.heads_divide_hidden and hidden % heads:
         text = f"{hidden} is not divisible by heads {heads}, and transformers cannot load such a {teacher.family}"
-        yield order.problem("hidden", f"{text}; nearest valid values: {multiples(hidden, heads)}")
+        yield spec.problem("hidden", f"{text}; nearest valid values: {multiples(hidden, heads)}")
 
 
-def _check_heads_divide_over_tensor(order: PruneSpec) -> Iterator[str]:
+def _check_heads_divide_over_tensor(spec: PruneSpec) -> Iterator[str]:
     """With per_layer, the layout must divide the teacher's heads; otherwise the general layout check covers the
     student's."""
-    groups = derived.kv_heads(order.teacher)
-    if order.wanted.per_layer and groups % order.tensor:
-        text = f"{order.tensor} does not divide kv_heads {groups} of {order.path}; valid values: {divisors(groups)}"
-        yield f"{order.loaded.location('student.layout.tensor')}: {text}"
+    kv_heads = derived.kv_heads(spec.teacher)
+    if spec.section.per_layer and kv_heads % spec.tensor:
+        text = f"{spec.tensor} does not divide kv_heads {kv_heads} of {spec.path}; valid values: {divisors(kv_heads)}"
+        yield f"{spec.loaded.location('student.layout.tensor')}: {text}"
 
 
 _CHECKS: tuple[Callable[[PruneSpec], Iterator[str]], ...] = (

@@ -47,13 +47,13 @@ class RunLock:
             UserError: another job holds the lock.
             OSError: the file cannot be written.
         """
-        said = None
+        warning = None
         try:
             self._create()
         except FileExistsError:
-            said = self._take_over()
+            warning = self._take_over()
         threading.Thread(target=self._beat, daemon=True, name="run lock").start()
-        return said
+        return warning
 
     def check_ownership(self) -> None:
         """Checks that this job still holds the lock.

@@ -34,8 +34,8 @@ def report(loaded: LoadedConfig, stage: str, world: int, capability: tuple[int, 
     ranks = range(plan.student_world)
     lines += ["", *_grid("rank grid", config.student.layout, ranks)]
     if config.teacher is not None and (derived.teacher_layout(config) != config.student.layout or len(ranks) < world):
-        lines += _grid("teacher rank grid", derived.teacher_layout(config), derived.teacher_ranks(config, world))
-    lines += ["", *arithmetic(plan), *_work(plan)]
+        lines += _grid("teacher rank grid", derived.teacher_layout(config), derived.teacher_rank_range(config, world))
+    lines += ["", *precision_lines(plan), *_cost_lines(plan)]
     lines += ["", *_memory(plan)]
     return "\n".join(lines) + "\n"
 
@@ -44,7 +44,7 @@ def _missing_data(plan: RunPlan) -> list[str]:
     """Missing data are reported but not refused: they may be on another machine, or not yet prepared."""
     return [
         f"{plan.loaded.location(key)}: {name} does not exist here; the run needs it"
-        for key, names in plan.reads.items()
+        for key, names in plan.input_files.items()
         for name in names
         if data_file(name) is None
     ]
@@ -57,21 +57,23 @@ def _models(plan: RunPlan) -> list[str]:
             lines.append(
                 f"{name:<9}{size.parameters(shape):>16,}{size.non_embedding_parameters(shape):>16,}  {_shape(shape)}"
             )
-    lines += kept(plan)
+    lines += padding_lines(plan)
     if plan.teacher is not None:
         assert plan.teacher_source is not None
-        ratio = plan.teacher_source.meta.kept / plan.student_kept
+        ratio = plan.teacher_source.meta.kept / plan.student_non_embedding_params
         lines.append(f"capacity gap T/S: {ratio:.2f} (non-embedding parameters); the paper recommends about 2.5")
     return lines
 
 
-def kept(plan: RunPlan) -> list[str]:
+def padding_lines(plan: RunPlan) -> list[str]:
     """Kept and stored parameters of a student whose layers are zero-padded."""
     lines, stored = [], size.non_embedding_parameters(plan.student)
-    if plan.student_kept < stored:
-        lines.append(f"the student keeps {plan.student_kept:,} of {stored:,} parameters (non-embedding)")
+    if plan.student_non_embedding_params < stored:
+        lines.append(
+            f"the student keeps {plan.student_non_embedding_params:,} of {stored:,} parameters (non-embedding)"
+        )
     if (budget := plan.budget) is not None:
-        parts = f"{budget.groups:,} key/value heads and {budget.neurons:,} neurons"
+        parts = f"{budget.kv_heads:,} key/value heads and {budget.neurons:,} neurons"
         lines.append(
             f"its layers keep {parts} in total; each layer stores as many as the largest, which the scores determine"
         )
@@ -109,7 +111,7 @@ def _span(first: int, count: int) -> str:
     return str(first) if count == 1 else f"{first}-{first + count - 1}"
 
 
-def arithmetic(plan: RunPlan) -> list[str]:
+def precision_lines(plan: RunPlan) -> list[str]:
     """One line per model: compute type, and number of matrix products in FP8."""
     lines = []
     shapes = (("student", plan.student), ("teacher", plan.teacher))
@@ -121,25 +123,25 @@ def arithmetic(plan: RunPlan) -> list[str]:
         count = fp8.gemm_count(precision, shape, trains=trains)
         line = f"{name} arithmetic: {precision.compute}"
         if precision.fp8 is not None:
-            wanted = precision.fp8
+            fp8_config = precision.fp8
             line += (
-                f" and FP8 ({wanted.recipe}, {wanted.format}; GPUs with compute capability "
-                f"{fp8.generations(wanted.recipe)}): {count.fp8} matrix products per micro-batch in FP8, "
+                f" and FP8 ({fp8_config.recipe}, {fp8_config.format}; GPUs with compute capability "
+                f"{fp8.generations(fp8_config.recipe)}): {count.fp8} matrix products per micro-batch in FP8, "
                 f"{count.others} in {precision.compute}"
             )
         lines.append(line)
     return lines
 
 
-def _work(plan: RunPlan) -> list[str]:
+def _cost_lines(plan: RunPlan) -> list[str]:
     config, batch = plan.config, plan.global_batch
     length = config.data.sequence_length
-    micro = derived.micro_batches(config, config.student.layout, plan.student_world)
+    num_microbatches = derived.num_microbatches(config, config.student.layout, plan.student_world)
     teacher = plan.teacher if derived.teacher_runs(config, plan.stage) else None
     flops = size.training_flops(plan.student, teacher, length)
     lines = [
-        f"tokens per step: {batch * length:,} = {batch} sequences x {length}; {micro} micro-batch{'es' * (micro > 1)} "
-        f"of {config.train.micro_batch} per data-parallel rank"
+        f"tokens per step: {batch * length:,} = {batch} sequences x {length}; {num_microbatches} "
+        f"micro-batch{'es' * (num_microbatches > 1)} of {config.train.micro_batch} per data-parallel rank"
     ]
     if config.prune is not None and plan.teacher is not None:
         tokens = config.prune.batches * batch * length
@@ -152,8 +154,8 @@ def _work(plan: RunPlan) -> list[str]:
         lines.append(f"run: {config.train.steps:,} steps, {tokens:,} tokens, {tokens * flops:.3g} FLOPs")
     elif plan.stage == "finetune":
         lines.append(f"run: {plan.finetune.epochs} epochs of data.train, whose length determines the number of steps")
-    if plan.resumed is not None:
-        step, done = plan.resumed.step, plan.stage == "prune" or plan.resumed.step == config.train.steps
+    if plan.resume_metadata is not None:
+        step, done = plan.resume_metadata.step, plan.stage == "prune" or plan.resume_metadata.step == config.train.steps
         lines.append(f"complete: {config.run_dir}/checkpoints/step_{step}" if done else f"resumes from step {step}")
     return lines
 
@@ -173,7 +175,7 @@ def _memory(plan: RunPlan) -> list[str]:
         assert plan.teacher is not None, "ranks that are not the student's are a teacher's"
         need = memory.estimate_teacher(config, plan.student, plan.teacher, plan.world)
         lines = [*_table("memory of the teacher's fullest rank, MiB", need), "", *lines]
-    return [*_teaching(plan), "", *lines]
+    return [*_teacher_memory_lines(plan), "", *lines]
 
 
 def _table(title: str, need: memory.Memory) -> list[str]:
@@ -185,20 +187,20 @@ def _table(title: str, need: memory.Memory) -> list[str]:
     return lines
 
 
-def _teaching(plan: RunPlan) -> list[str]:
+def _teacher_memory_lines(plan: RunPlan) -> list[str]:
     """Memory of the teacher's weights and of its stored hidden states."""
     config, teacher = plan.config, plan.teacher
     assert teacher is not None and config.teacher is not None
     stages = range(derived.teacher_layout(config).pipeline)
     shares = [memory.teacher_memory(config, plan.student, teacher, plan.world, None, stage) for stage in stages]
     last = config.student.layout.pipeline - 1
-    of_student = memory.teacher_memory(config, plan.student, teacher, plan.world, last, None)
+    on_last_stage = memory.teacher_memory(config, plan.student, teacher, plan.world, last, None)
     weights, held = (max(getattr(share, name) for share in shares) / _MIB for name in ("weights", "held"))
     ahead = f"; up to {config.teacher.ahead} stored on the teacher's ranks" * (plan.student_world < plan.world)
     return [
-        f"teacher per rank: {weights:,.1f} MiB of weights on its fullest, {of_student.head / _MIB:,.1f} MiB of LM head "
-        "on the student's last stage"
+        f"teacher per rank: {weights:,.1f} MiB of weights on its fullest, {on_last_stage.lm_head / _MIB:,.1f} MiB of "
+        "LM head on the student's last stage"
         + (", weights in host memory between its forward passes" * config.teacher.offload),
         f"teacher hidden states per global batch: at most {held:,.1f} MiB on each rank of the teacher, "
-        f"{of_student.needed / _MIB:,.1f} MiB on each rank of the student's last stage{ahead}",
+        f"{on_last_stage.needed / _MIB:,.1f} MiB on each rank of the student's last stage{ahead}",
     ]

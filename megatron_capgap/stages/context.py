@@ -25,7 +25,7 @@ from megatron_capgap.config.schema import Config, Layout
 from megatron_capgap.data.batch import MicroBatch
 from megatron_capgap.devices import Device
 from megatron_capgap.distillation.transfer import TeacherStates
-from megatron_capgap.distributed import collectives, launcher, parallel_context
+from megatron_capgap.distributed import collectives, parallel_context, process_group
 from megatron_capgap.distributed.environment import Environment
 from megatron_capgap.distributed.parallel_context import ParallelContext
 from megatron_capgap.distributed.role_groups import RoleGroups
@@ -42,21 +42,21 @@ from megatron_capgap.stages.plan import RunPlan
 from megatron_capgap.training import optimizer
 from megatron_capgap.training.checkpointing import resume
 from megatron_capgap.training.neftune import Neftune
-from megatron_capgap.training.run import CheckpointPolicy, Run, RunCosts, TrainingData, TrainingObjective
+from megatron_capgap.training.run import Checkpointing, RunCosts, TrainingData, TrainingObjective, TrainingRun
 from megatron_capgap.training.step import LossFunction
 
 _RESOLVED = "resolved.yaml"
 
 
-Plan = TypeVar("Plan", bound=RunPlan)
-PlanInContext = TypeVar("PlanInContext", bound=RunPlan, covariant=True)
+PlanT = TypeVar("PlanT", bound=RunPlan)
+PlanInContextT = TypeVar("PlanInContextT", bound=RunPlan, covariant=True)
 
 
 @dataclass(frozen=True)
-class StageContext(Generic[PlanInContext]):
+class StageContext(Generic[PlanInContextT]):
     """Resources of a stage: plan, ranks, device and run directory."""
 
-    plan: PlanInContext
+    plan: PlanInContextT
     device: Device
     rank: int
     """Rank of this process among all ranks of the job."""
@@ -85,7 +85,7 @@ class StageContext(Generic[PlanInContext]):
 
 
 @contextmanager
-def stage_context(plan: Plan, environment: Environment, device: Device) -> Iterator[StageContext[Plan]]:
+def stage_context(plan: PlanT, environment: Environment, device: Device) -> Iterator[StageContext[PlanT]]:
     """Creates the process groups and opens the run directory; destroys the groups at the end. Collective.
 
     A run directory that was created here is removed if the stage fails before it has called `commit_run_dir`.
@@ -96,13 +96,13 @@ def stage_context(plan: Plan, environment: Environment, device: Device) -> Itera
     config = plan.config
     minutes = config.train.exit_after_minutes
     stop_at = None if minutes is None else time.monotonic() + 60.0 * minutes
-    timeout, cut, roles = config.runtime.timeout_seconds, config.student.layout, None
+    timeout, layout, roles = config.runtime.timeout_seconds, config.student.layout, None
     if plan.student_world < plan.world:
-        roles = RoleGroups(environment, device, derived.teacher_ranks(config, plan.world), timeout)
+        roles = RoleGroups(environment, device, derived.teacher_rank_range(config, plan.world), timeout)
         watchdog = roles.watchdog
     else:
         watchdog = Watchdog(
-            launcher.init_process_group(environment, device, timeout), environment.rank, environment.world, timeout
+            process_group.init_process_group(environment, device, timeout), environment.rank, environment.world, timeout
         )
     log, lock = None, RunLock(Path(config.run_dir))
     new = _missing_parents(Path(config.run_dir)) if environment.rank == 0 else []
@@ -115,12 +115,12 @@ def stage_context(plan: Plan, environment: Environment, device: Device) -> Itera
         if roles is None:
             warnings, steps = open_run_dir()
         elif roles.is_teacher:
-            cut = derived.teacher_layout(config)
+            layout = derived.teacher_layout(config)
             roles.barrier_with_errors(lambda: None)
         else:
             warnings, steps = roles.barrier_with_errors(open_run_dir)
         plan = datasets.with_steps(plan, steps)
-        parallel = parallel_context.build(cut, config.seed, timeout)
+        parallel = parallel_context.build(layout, config.seed, timeout)
         log = RunLogger(Path(config.run_dir), environment.rank == 0, config.runtime.tensorboard)
         for warning in warnings:
             log.warning(warning)
@@ -138,18 +138,18 @@ def stage_context(plan: Plan, environment: Environment, device: Device) -> Itera
             raise  # this rank only: destroying the groups could wait for other ranks and hide the error
         error.raised_on_all_ranks = True
         watchdog.stop()
-        _close(log)
+        _shut_down(log)
         raise
     lock.release()
     watchdog.stop()
-    _close(log)
+    _shut_down(log)
 
 
-def _close(log: RunLogger | None) -> None:
+def _shut_down(log: RunLogger | None) -> None:
     if log is not None:
         log.close()
     parallel_context.destroy()
-    launcher.destroy_process_group()
+    process_group.destroy_process_group()
 
 
 def build_student(ctx: StageContext[RunPlan], *, trains: bool = True) -> list[torch.nn.Module]:
@@ -165,7 +165,7 @@ def build_student(ctx: StageContext[RunPlan], *, trains: bool = True) -> list[to
         sequence_length=config.data.sequence_length,
         dropout=config.train.dropout,
         recompute=config.student.recompute,
-        masked=plan.template is not None,
+        use_attention_mask=plan.template is not None,
     )
     if plan.teacher is not None:
         pairs = derived.projected_pairs(config, plan.student, plan.teacher)
@@ -177,14 +177,14 @@ def build_student(ctx: StageContext[RunPlan], *, trains: bool = True) -> list[to
     return chunks
 
 
-def language_model_run(ctx: StageContext[RunPlan]) -> Run:
+def language_model_run(ctx: StageContext[RunPlan]) -> TrainingRun:
     """Training run of a student without a teacher. Collective."""
     vocab_size, parallel = ctx.plan.student.vocab, ctx.parallel
 
-    def loss(hidden: Tensor, head: Tensor, batch: MicroBatch) -> Loss:
+    def loss(hidden: Tensor, lm_head: Tensor, batch: MicroBatch) -> Loss:
         return language_model_loss(
             hidden.flatten(0, 1),
-            head,
+            lm_head,
             *batch.flat(),
             vocab_size=vocab_size,
             group=parallel.groups.tp,
@@ -194,7 +194,9 @@ def language_model_run(ctx: StageContext[RunPlan]) -> Run:
     return training_run(ctx, build_student(ctx), TrainingObjective(lambda batches, teacher_states: loss))
 
 
-def training_run(ctx: StageContext[RunPlan], student: list[torch.nn.Module], objective: TrainingObjective) -> Run:
+def training_run(
+    ctx: StageContext[RunPlan], student: list[torch.nn.Module], objective: TrainingObjective
+) -> TrainingRun:
     """Creates optimizer and data, restores the newest checkpoint of the run, and commits the run directory. Collective.
 
     Args:
@@ -211,7 +213,7 @@ def training_run(ctx: StageContext[RunPlan], student: list[torch.nn.Module], obj
         async_save=checkpointing.async_save,
         timeout_seconds=config.runtime.timeout_seconds,
     )
-    run = Run(
+    run = TrainingRun(
         config=config,
         run_dir=ctx.run_dir,
         device=ctx.device,
@@ -227,13 +229,13 @@ def training_run(ctx: StageContext[RunPlan], student: list[torch.nn.Module], obj
         ),
         objective=_with_neftune(ctx, student, objective),
         costs=_costs(ctx),
-        checkpoints=CheckpointPolicy(saver, lambda done: checkpoint_metadata(ctx, done), ctx.lock.check_ownership),
+        checkpoints=Checkpointing(saver, lambda done: checkpoint_metadata(ctx, done), ctx.lock.check_ownership),
         log=ctx.log,
         watchdog=ctx.watchdog,
         stop_at=ctx.stop_at,
     )
     run = resume(run)
-    commit_run_dir(ctx, run.done)
+    commit_run_dir(ctx, run.steps_done)
     return run
 
 
@@ -313,8 +315,8 @@ def _open_run_dir(plan: RunPlan, lock: RunLock) -> tuple[list[str], int | None]:
         place = plan.loaded.location("run_dir")
         raise UserError(f"{place}: {run_dir} is not writable ({error.strerror}); choose another run_dir") from error
     warning = lock.acquire()
-    said = datasets.build_indices(plan)
-    return [*([warning] if warning else []), *plan.remarks, *said], datasets.steps(plan)
+    data_warnings = datasets.build_indices(plan)
+    return [*([warning] if warning else []), *plan.warnings, *data_warnings], datasets.steps(plan)
 
 
 def _missing_parents(run_dir: Path) -> list[Path]:
@@ -340,7 +342,7 @@ def _log_summary(log: RunLogger, plan: RunPlan, device: Device) -> None:
         if shape is not None:
             total, inner = size.parameters(shape), size.non_embedding_parameters(shape)
             log.info(f"{name}: {count(total)} parameters, {count(inner)} non-embedding")
-    for line in [*check.kept(plan), *check.arithmetic(plan)]:
+    for line in [*check.padding_lines(plan), *check.precision_lines(plan)]:
         log.info(line)
     config = plan.config
     tokens = plan.global_batch * config.data.sequence_length
@@ -348,14 +350,14 @@ def _log_summary(log: RunLogger, plan: RunPlan, device: Device) -> None:
     if plan.stage == "finetune":
         log.info(f"{config.train.steps} steps (finetune.epochs {plan.finetune.epochs}, unless train.steps is set)")
     if derived.teacher_runs(config, plan.stage):
-        ranks = derived.teacher_ranks(config, plan.world)
+        ranks = derived.teacher_rank_range(config, plan.world)
         where = "disjoint" if ranks.start else "colocated with the student"
         log.info(f"{_layout_line('teacher ranks', derived.teacher_layout(config), len(ranks))}; {where}")
 
 
-def _layout_line(title: str, cut: Layout, ranks: int) -> str:
-    data = derived.data_parallel(cut, ranks)
-    return f"{title}: {ranks} = tensor {cut.tensor} x pipeline {cut.pipeline} x data {data}"
+def _layout_line(title: str, layout: Layout, ranks: int) -> str:
+    data = derived.data_parallel(layout, ranks)
+    return f"{title}: {ranks} = tensor {layout.tensor} x pipeline {layout.pipeline} x data {data}"
 
 
 def checkpoint_metadata(ctx: StageContext[RunPlan], done: int) -> CheckpointMetadata:

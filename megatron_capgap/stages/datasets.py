@@ -15,7 +15,7 @@ from megatron_capgap.data.conversation_dataset import Conversations
 from megatron_capgap.stages.plan import RunPlan
 from megatron_capgap.stages.resolve import missing_data
 
-Plan = TypeVar("Plan", bound=RunPlan)
+PlanT = TypeVar("PlanT", bound=RunPlan)
 
 
 def cache_dir(config: Config) -> Path:
@@ -68,7 +68,7 @@ def steps(plan: RunPlan) -> int | None:
     return math.ceil(plan.finetune.epochs * len(open_training(plan)) / plan.global_batch)
 
 
-def with_steps(plan: Plan, count: int | None) -> Plan:
+def with_steps(plan: PlanT, count: int | None) -> PlanT:
     """The plan with train.steps set to `count`."""
     config = replace(plan.config, train=replace(plan.config.train, steps=count))
     return replace(plan, loaded=replace(plan.loaded, config=config))

@@ -14,10 +14,10 @@ from megatron_capgap.config import derived
 from megatron_capgap.data.batch import MicroBatch
 from megatron_capgap.devices import Device
 from megatron_capgap.distillation import transfer_plan
-from megatron_capgap.distillation.disjoint import StudentSide, run_teacher_ahead
+from megatron_capgap.distillation.disjoint import StudentPeer, run_teacher_ahead
 from megatron_capgap.distillation.hidden_state_hooks import HiddenStateMatching
 from megatron_capgap.distillation.offload import HostOffload
-from megatron_capgap.distillation.teacher import Teacher, freeze
+from megatron_capgap.distillation.teacher import FrozenTeacher, freeze
 from megatron_capgap.distillation.transfer import (
     HiddenStateTransfer,
     PendingTransfer,
@@ -26,7 +26,7 @@ from megatron_capgap.distillation.transfer import (
     Transport,
     batched_p2p,
 )
-from megatron_capgap.distributed import collectives, launcher, parallel_context
+from megatron_capgap.distributed import collectives, parallel_context, process_group
 from megatron_capgap.distributed.environment import Environment
 from megatron_capgap.distributed.role_groups import FAILED, RoleGroups
 from megatron_capgap.distributed.signals import StopRequest
@@ -37,7 +37,7 @@ from megatron_capgap.models.gpt import DTYPES, unwrap
 from megatron_capgap.stages import context, datasets, record
 from megatron_capgap.stages.plan import DistillationPlan
 from megatron_capgap.training.loop import train
-from megatron_capgap.training.run import Run, TrainingObjective
+from megatron_capgap.training.run import TrainingObjective, TrainingRun
 from megatron_capgap.training.step import LossFunction
 
 DistillationContext = context.StageContext[DistillationPlan]
@@ -64,23 +64,23 @@ def _write_record(ctx: DistillationContext) -> None:
     ctx.log.info(collectives.run_on_rank0(lambda: record.write(ctx.plan)))
 
 
-def colocated_run(ctx: DistillationContext) -> Run:
+def colocated_run(ctx: DistillationContext) -> TrainingRun:
     """Run with a colocated teacher; without a teacher if the objective does not use it. Collective."""
     if not derived.teacher_runs(ctx.config, ctx.plan.stage):
         ctx.log.info("the objective does not use the teacher: it is not loaded, the loss is the cross-entropy alone")
         return context.language_model_run(ctx)
     teacher = load_teacher(ctx)
-    return distillation_run(ctx, load_teacher_head(ctx, teacher), _colocated_teacher(ctx, teacher))
+    return distillation_run(ctx, load_teacher_lm_head(ctx, teacher), _colocated_teacher(ctx, teacher))
 
 
 def distillation_run(
-    ctx: DistillationContext, head: Tensor | None, teacher_forward: Callable[[int], TeacherStates]
-) -> Run:
+    ctx: DistillationContext, teacher_lm_head: Tensor | None, teacher_forward: Callable[[int], TeacherStates]
+) -> TrainingRun:
     """The student's training run. Collective over its ranks.
 
     Args:
         ctx: context of the stage.
-        head: the teacher's LM head `[v/tp, h_teacher]`, sharded as the student's, on the student's last stage.
+        teacher_lm_head: `[v/tp, h_teacher]`, sharded as the student's LM head, on the student's last stage.
         teacher_forward: from the index of a global batch's first sample to the teacher's states that this rank needs.
     """
     student = context.build_student(ctx)
@@ -94,14 +94,14 @@ def distillation_run(
         assert teacher_states is not None, "the objective has a teacher_forward"
         matching.start_batch(batches, teacher_states)
 
-        def loss(hidden: Tensor, student_head: Tensor, batch: MicroBatch) -> Loss:
-            assert head is not None, "only the last stage computes the loss, and it has the head"
+        def loss(hidden: Tensor, lm_head: Tensor, batch: MicroBatch) -> Loss:
+            assert teacher_lm_head is not None, "only the last stage computes the loss, and it has the head"
             # Popped, so that the teacher's states of a micro-batch are freed as soon as its loss is computed.
             hidden_of_teacher = teacher_states.pop(transfer_plan.FINAL_HIDDEN, batch.sample_ids).flatten(0, 1)
             return distillation_loss(
                 hidden.flatten(0, 1),
-                student_head,
-                TeacherHidden(hidden=hidden_of_teacher, head=head),
+                lm_head,
+                TeacherHidden(hidden=hidden_of_teacher, head=teacher_lm_head),
                 *batch.flat(),
                 objective=objective,
                 vocab_size=vocab_size,
@@ -115,7 +115,7 @@ def distillation_run(
     return context.training_run(ctx, student, TrainingObjective(loss_function, teacher_forward, matching_loss))
 
 
-def load_teacher(ctx: DistillationContext) -> Teacher:
+def load_teacher(ctx: DistillationContext) -> FrozenTeacher:
     """Builds the teacher in its own layout, without LM head, and loads its weights. Collective over its ranks."""
     plan, config = ctx.plan, ctx.config
     source, shape = plan.teacher_source, plan.teacher
@@ -131,8 +131,8 @@ def load_teacher(ctx: DistillationContext) -> Teacher:
             ctx.device,
             sequence_length=config.data.sequence_length,
             virtual=False,
-            head=False,
-            masked=plan.template is not None,
+            lm_head=False,
+            use_attention_mask=plan.template is not None,
         )
         loader.load_weights(source.folder, chunks, parallel)
         cast_params_to_fp8(chunks, precision)
@@ -140,13 +140,13 @@ def load_teacher(ctx: DistillationContext) -> Teacher:
     weights: AbstractContextManager[None] = nullcontext()
     if ctx.plan.teacher_config.offload:
         weights = HostOffload((p for chunk in chunks for p in chunk.parameters()), ctx.device.torch_device)
-    side, _ = transfer_plan.model_placements(config, plan.world)
-    return Teacher(
-        chunks, parallel, shape, derived.teacher_micro_batch(config), side.samples[parallel.dp_rank], weights
+    placement, _ = transfer_plan.model_placements(config, plan.world)
+    return FrozenTeacher(
+        chunks, parallel, shape, derived.teacher_micro_batch(config), placement.samples[parallel.dp_rank], weights
     )
 
 
-def load_teacher_head(ctx: DistillationContext, teacher: Teacher | None) -> Tensor | None:
+def load_teacher_lm_head(ctx: DistillationContext, teacher: FrozenTeacher | None) -> Tensor | None:
     """Loads the teacher's LM head, sharded as the student's. Collective over the student's ranks.
 
     Args:
@@ -161,15 +161,15 @@ def load_teacher_head(ctx: DistillationContext, teacher: Teacher | None) -> Tens
     if source.meta.step < source.meta.steps:
         done = f"step {source.meta.step} of {source.meta.steps}"
         ctx.log.info(f"teacher: {source.folder} is at {done}: its run is incomplete")
-    cut, tensor = derived.teacher_layout(config), ctx.parallel.layout.tensor
-    wanted = replace(shape, vocab=ctx.plan.student.vocab)  # the student's vocabulary rows
-    same_rows = size.padded_vocab(shape.vocab, tensor) == size.padded_vocab(wanted.vocab, tensor)
-    alike = cut.pipeline == 1 and cut.tensor == tensor and same_rows and not ctx.plan.teacher_config.offload
-    if teacher and shape.tied_embeddings and alike:
+    teacher_layout, tensor = derived.teacher_layout(config), ctx.parallel.layout.tensor
+    lm_head_shape = replace(shape, vocab=ctx.plan.student.vocab)  # the student's vocabulary rows
+    same_rows = size.padded_vocab(shape.vocab, tensor) == size.padded_vocab(lm_head_shape.vocab, tensor)
+    same_shards = teacher_layout.pipeline == 1 and teacher_layout.tensor == tensor and same_rows
+    if teacher and shape.tied_embeddings and same_shards and not ctx.plan.teacher_config.offload:
         return unwrap(teacher.chunks[0]).embedding.word_embeddings.weight  # already on every rank
     dtype = DTYPES[derived.teacher_precision(config).compute]
     device = ctx.device.torch_device
-    return loader.load_head(source.folder, wanted, ctx.parallel, dtype, device, verified=teacher is not None)
+    return loader.load_head(source.folder, lm_head_shape, ctx.parallel, dtype, device, verified=teacher is not None)
 
 
 def _hidden_state_transfer(ctx: DistillationContext, transport: Transport) -> HiddenStateTransfer:
@@ -177,9 +177,9 @@ def _hidden_state_transfer(ctx: DistillationContext, transport: Transport) -> Hi
     plan, config = ctx.plan, ctx.config
     streams = transfer_plan.streams(*transfer_plan.model_placements(config, plan.world), _routes(ctx), ctx.rank)
     dtype, device = DTYPES[derived.teacher_precision(config).compute], ctx.device.torch_device
-    say = ctx.watchdog.set_waiting_for
+    on_wait = ctx.watchdog.set_waiting_for
     return HiddenStateTransfer(
-        streams, ctx.rank, width=plan.teacher.hidden, dtype=dtype, device=device, transport=transport, say=say
+        streams, ctx.rank, width=plan.teacher.hidden, dtype=dtype, device=device, transport=transport, on_wait=on_wait
     )
 
 
@@ -187,42 +187,42 @@ def _routes(ctx: DistillationContext) -> list[transfer_plan.StageRoute]:
     return transfer_plan.routes(ctx.config, ctx.plan.teacher, ctx.plan.student)
 
 
-def teacher_forward(ctx: DistillationContext, teacher: Teacher) -> Callable[[int], States]:
+def make_teacher_forward(ctx: DistillationContext, teacher: FrozenTeacher) -> Callable[[int], States]:
     """From the index of a global batch's first sample to the teacher's output states on this rank."""
     device = ctx.device.torch_device
     samples = datasets.open_training(ctx.plan)
     layers = [route.key for route in _routes(ctx) if route.key != transfer_plan.FINAL_HIDDEN]
-    return lambda first_sample: teacher.forward(teacher.read(samples, first_sample, device), layers)
+    return lambda first_sample: teacher.forward(teacher.micro_batches(samples, first_sample, device), layers)
 
 
-def _colocated_teacher(ctx: DistillationContext, teacher: Teacher) -> Callable[[int], TeacherStates]:
+def _colocated_teacher(ctx: DistillationContext, teacher: FrozenTeacher) -> Callable[[int], TeacherStates]:
     """Teacher forward and transfer on ranks that teacher and student share."""
-    transfer, forward = _hidden_state_transfer(ctx, batched_p2p), teacher_forward(ctx, teacher)
+    transfer, forward = _hidden_state_transfer(ctx, batched_p2p), make_teacher_forward(ctx, teacher)
     return lambda first_sample: TeacherStates(transfer.start(forward(first_sample), first_sample).wait())
 
 
 def student_loop(ctx: DistillationContext, roles: RoleGroups) -> None:
     """Runs the student's ranks, with a disjoint teacher."""
-    assert ctx.config.train.steps is not None, "load rejects a distillation without steps"
-    side = StudentSide(
+    assert ctx.config.train.steps is not None, "guaranteed by config.loader"
+    student_peer = StudentPeer(
         roles,
         _hidden_state_transfer(ctx, roles.start_send_recv),
         batch_size=ctx.plan.global_batch,
         steps=ctx.config.train.steps,
         ahead=ctx.plan.teacher_config.ahead,
     )
-    head = roles.barrier_with_errors(lambda: load_teacher_head(ctx, None))
+    teacher_lm_head = roles.barrier_with_errors(lambda: load_teacher_lm_head(ctx, None))
     # The run directory is committed after the teacher is loaded.
-    run = roles.barrier_with_errors(lambda: distillation_run(ctx, head, side.teacher_forward))
-    side.start(run.done)
+    run = roles.barrier_with_errors(lambda: distillation_run(ctx, teacher_lm_head, student_peer.receive_teacher_states))
+    student_peer.start(run.steps_done)
     failed: UserError | None = None
     try:
-        train(replace(run, all_reduce_max=side.all_reduce_max))
+        train(replace(run, all_reduce_max=student_peer.all_reduce_max))
         _write_record(ctx)
     except UserError as error:
         failed = error
-        side.abort(error)
-    side.drain()
+        student_peer.abort(error)
+    student_peer.drain()
     if failed is not None:
         raise failed
 
@@ -230,12 +230,12 @@ def student_loop(ctx: DistillationContext, roles: RoleGroups) -> None:
 def teacher_loop(ctx: DistillationContext, roles: RoleGroups) -> None:
     """Runs the ranks of a disjoint teacher."""
     batch_size, last = ctx.plan.global_batch, ctx.config.train.steps
-    assert last is not None, "load rejects a distillation without steps"
+    assert last is not None, "guaranteed by config.loader"
     transfer = _hidden_state_transfer(ctx, roles.start_send_recv)
     teacher = roles.barrier_with_errors(lambda: load_teacher(ctx))
-    forward = roles.barrier_with_errors(lambda: teacher_forward(ctx, teacher))
+    forward = roles.barrier_with_errors(lambda: make_teacher_forward(ctx, teacher))
 
-    def teach(step: int) -> PendingTransfer:
+    def run_teacher_step(step: int) -> PendingTransfer:
         first_sample = step * batch_size
         ctx.watchdog.activity = f"teacher forward of step {step + 1}"
         return transfer.start(forward(first_sample), first_sample)
@@ -244,7 +244,7 @@ def teacher_loop(ctx: DistillationContext, roles: RoleGroups) -> None:
     done = roles.start_all_reduce_max(0).wait()
     with StopRequest(ctx.device.torch_device) as stop:
         steps, ahead = range(done, last), ctx.plan.teacher_config.ahead
-        end = run_teacher_ahead(steps, ahead, teach, lambda: roles.start_all_reduce_max(stop.seen))
+        end = run_teacher_ahead(steps, ahead, run_teacher_step, lambda: roles.start_all_reduce_max(stop.seen))
     if end == FAILED:
         raise roles.peer_error()
 
@@ -261,4 +261,4 @@ def abort_on_rank_failure(ctx: DistillationContext) -> Iterator[None]:
         raise
     except Exception as error:
         ctx.watchdog.report(error)
-        launcher.abort(error)
+        process_group.abort(error)

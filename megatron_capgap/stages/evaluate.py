@@ -19,7 +19,7 @@ def run(plan: RunPlan, environment: Environment, device: Device) -> int:
         config, plan = ctx.config, ctx.plan
         chunks = context.build_student(ctx, trains=False)
         samples = datasets.open_validation(plan)
-        assert samples is not None, "load refuses an evaluation without held-out data"
+        assert samples is not None, "guaranteed by config.loader"
         context.commit_run_dir(ctx)
         result = evaluate(
             chunks,
@@ -32,7 +32,7 @@ def run(plan: RunPlan, environment: Environment, device: Device) -> int:
             batches=config.train.eval_batches,
             device=ctx.device.torch_device,
         )
-        assert result is not None, "only what may be halted gives up"
+        assert result is not None, "evaluation without a stop condition always completes"
         step = plan.student_source.meta.step if plan.student_source else 0
         entry = result.entry(step)
         ctx.log.record(entry)

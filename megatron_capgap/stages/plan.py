@@ -37,7 +37,7 @@ class RunPlan:
     student_source: CheckpointSource | None
     provenance: Provenance | None
     """Data, models and objective, if the stage trains."""
-    resumed: CheckpointMetadata | None
+    resume_metadata: CheckpointMetadata | None
     """Metadata of the newest checkpoint in run_dir; None for a new run. Its files are not verified yet."""
     tokenizer: Tokenizer
     template: Template | None
@@ -54,7 +54,7 @@ class RunPlan:
         return self.loaded.config
 
     @property
-    def remarks(self) -> list[str]:
+    def warnings(self) -> list[str]:
         """Warnings about the tokenizer."""
         found, path = list(self.tokenizer.remarks), self.config.data.tokenizer
         for key, source in (("student.checkpoint", self.student_source), ("teacher.checkpoint", self.teacher_source)):
@@ -74,7 +74,7 @@ class RunPlan:
         return found
 
     @property
-    def student_kept(self) -> int:
+    def student_non_embedding_params(self) -> int:
         """Non-embedding parameters of the student, without the zero padding of per-layer pruning."""
         return self.student_source.meta.kept if self.student_source else StudentTarget(self.student, self.budget).kept
 
@@ -84,7 +84,7 @@ class RunPlan:
         return self.config.finetune or FinetuneConfig()
 
     @property
-    def reads(self) -> dict[str, tuple[str, ...]]:
+    def input_files(self) -> dict[str, tuple[str, ...]]:
         """Datasets or conversation files that the stage opens, by key."""
         return files_read(self.config, self.stage)
 
@@ -109,7 +109,7 @@ class DistillationPlan(RunPlan):
     @property
     def teacher_config(self) -> TeacherConfig:
         """The section `teacher`."""
-        assert self.config.teacher is not None, "load refuses a distillation without a teacher"
+        assert self.config.teacher is not None, "guaranteed by config.loader"
         return self.config.teacher
 
 
@@ -123,7 +123,7 @@ class PruningPlan(RunPlan):
     @property
     def prune_config(self) -> PruneConfig:
         """The section `prune`."""
-        assert self.config.prune is not None, "load refuses prune without the section"
+        assert self.config.prune is not None, "guaranteed by config.loader"
         return self.config.prune
 
 

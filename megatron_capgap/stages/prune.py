@@ -14,18 +14,17 @@ from megatron_capgap.common.fileio import write_atomically
 from megatron_capgap.config import derived
 from megatron_capgap.data.batch import MicroBatch, Samples, global_batch_samples, micro_batches
 from megatron_capgap.devices import Device
-from megatron_capgap.distributed import collectives, launcher
+from megatron_capgap.distributed import collectives, process_group
 from megatron_capgap.distributed.environment import Environment
 from megatron_capgap.distributed.signals import StopRequest
 from megatron_capgap.losses import language_model_loss
 from megatron_capgap.models import gpt, memory, size
 from megatron_capgap.models.fp8_weights import cast_params_to_fp8
-from megatron_capgap.pruning import importance_scores as files
-from megatron_capgap.pruning import prune_plan as plans
+from megatron_capgap.pruning import importance_scores, prune_plan
 from megatron_capgap.pruning.apply import apply
 from megatron_capgap.pruning.importance import Importance
 from megatron_capgap.pruning.importance_scores import Scores
-from megatron_capgap.pruning.prune_plan import Plan
+from megatron_capgap.pruning.prune_plan import PruningSelection
 from megatron_capgap.stages import context, datasets
 from megatron_capgap.stages.context import StageContext
 from megatron_capgap.stages.plan import PruningPlan
@@ -33,11 +32,11 @@ from megatron_capgap.training.loop import peak_memory_line
 
 
 def run(plan: PruningPlan, environment: Environment, device: Device) -> int:
-    """Computes scores, makes the prune plan and writes the student; returns the exit code."""
+    """Computes scores, selects what is kept and writes the student; returns the exit code."""
     with context.stage_context(plan, environment, device) as ctx:
         teacher = ctx.plan.teacher
-        begun = collectives.run_on_rank0(lambda: files.read(ctx.run_dir, teacher, facts_of(ctx.plan)))
-        if ctx.plan.resumed is not None:
+        begun = collectives.run_on_rank0(lambda: importance_scores.read(ctx.run_dir, teacher, facts_of(ctx.plan)))
+        if ctx.plan.resume_metadata is not None:
             ctx.log.info(
                 f"nothing to do: {ctx.run_dir} holds the pruned student; choose another run_dir to prune again"
             )
@@ -50,11 +49,11 @@ def run(plan: PruningPlan, environment: Environment, device: Device) -> int:
 
 def facts_of(plan: PruningPlan) -> dict[str, Any]:
     """Everything that the scores depend on, by key."""
-    config, wanted, source = plan.config, plan.prune_config, plan.teacher_source
+    config, prune_config, source = plan.config, plan.prune_config, plan.teacher_source
     return {
         "teacher.checkpoint": str(source.folder),
-        "prune.importance": wanted.importance,
-        "prune.batches": wanted.batches,
+        "prune.importance": prune_config.importance,
+        "prune.batches": prune_config.batches,
         "train.global_batch": plan.global_batch,
         "train.micro_batch": config.train.micro_batch,
         "data.train": list(config.data.train),
@@ -75,38 +74,38 @@ def score(ctx: StageContext[PruningPlan], begun: Scores, done: int) -> Scores | 
     Returns:
         Sums over all batches; None if stopped by a signal.
     """
-    wanted = ctx.plan.prune_config
-    if done >= wanted.batches:
-        ctx.log.info(f"scores: all {done} global batches are done, in {ctx.run_dir / files.FILE}")
+    prune_config = ctx.plan.prune_config
+    if done >= prune_config.batches:
+        ctx.log.info(f"scores: all {done} global batches are done, in {ctx.run_dir / importance_scores.FILE}")
         context.commit_run_dir(ctx)
         return begun
     importance = _open(ctx)
     samples = datasets.open_training(ctx.plan)
     context.commit_run_dir(ctx)
     every = ctx.config.checkpoint.every
-    ctx.log.bar(done, wanted.batches)
+    ctx.log.bar(done, prune_config.batches)
     with StopRequest(ctx.device.torch_device, deadline=ctx.stop_at) as stop:
         while True:
             batches = _batches(ctx, samples, done)
-            importance.run(batches, lambda hidden, head, batch: _loss(ctx, hidden, head, batch))
+            importance.run(batches, lambda hidden, lm_head, batch: _loss(ctx, hidden, lm_head, batch))
             done += 1
-            ctx.log.progress(done, wanted.batches, "scored", ctx.config.train.log_every)
-            reason = stop.agreed()
-            if reason or done == wanted.batches or (every and done % every == 0):
+            ctx.log.progress(done, prune_config.batches, "scored", ctx.config.train.log_every)
+            reason = stop.poll_all_ranks()
+            if reason or done == prune_config.batches or (every and done % every == 0):
                 scores = _added(begun, importance.scores())
                 _keep(ctx, scores, done)
-            if done == wanted.batches:
+            if done == prune_config.batches:
                 return scores
             if reason:
                 ctx.log.info(f"stopped by {reason} after batch {done}; run the same command to continue")
                 if ctx.log.is_rank0:
-                    launcher.write_outcome("stopped")
+                    process_group.write_outcome("stopped")
                 return None
 
 
 def _keep(ctx: StageContext[PruningPlan], scores: Scores, done: int) -> None:
     """Writes RUN/scores.json. Collective."""
-    collectives.run_on_rank0(lambda: files.write(ctx.run_dir, scores, done, facts_of(ctx.plan)))
+    collectives.run_on_rank0(lambda: importance_scores.write(ctx.run_dir, scores, done, facts_of(ctx.plan)))
 
 
 def _added(one: Scores, other: Scores) -> Scores:
@@ -142,11 +141,11 @@ def _batches(ctx: StageContext[PruningPlan], samples: Samples, done: int) -> lis
     return list(micro_batches(samples, numbers, rows, parallel.dp_rank, parallel.dp_size, ctx.device.torch_device))
 
 
-def _loss(ctx: StageContext[PruningPlan], hidden: Tensor, head: Tensor, batch: MicroBatch) -> Tensor:
+def _loss(ctx: StageContext[PruningPlan], hidden: Tensor, lm_head: Tensor, batch: MicroBatch) -> Tensor:
     """Mean cross-entropy of a micro-batch."""
     out = language_model_loss(
         hidden.flatten(0, 1),
-        head,
+        lm_head,
         *batch.flat(),
         vocab_size=ctx.plan.student.vocab,
         group=ctx.parallel.groups.tp,
@@ -158,29 +157,31 @@ def _loss(ctx: StageContext[PruningPlan], hidden: Tensor, head: Tensor, batch: M
 def _prune(ctx: StageContext[PruningPlan], scores: Scores) -> None:
     """Writes the prune plan and the student's checkpoint. Collective."""
     plan, run_dir, source = ctx.plan, ctx.run_dir, ctx.plan.teacher_source
-    kept = plans.make(source.meta.model, plan.student, scores, plan.prune_config.layers_by, plan.budget)
+    selection = prune_plan.make(source.meta.model, plan.student, scores, plan.prune_config.layers_by, plan.budget)
     staged = run_dir / "checkpoints" / ".step_0.incomplete"
 
     def begin() -> None:
-        write_atomically(run_dir / plans.FILE, plans.text(kept, scores, facts_of(plan)))
+        write_atomically(run_dir / prune_plan.FILE, prune_plan.text(selection, scores, facts_of(plan)))
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
 
     def finish() -> None:
         origin = ModelRef.of(source.folder, source.meta)
-        words = context.checkpoint_metadata(ctx, 0)
-        metadata.write(replace(words, steps=0, model=kept.student, pruned_from=origin, padding=kept.padding), staged)
+        meta = context.checkpoint_metadata(ctx, 0)
+        metadata.write(
+            replace(meta, steps=0, model=selection.student, pruned_from=origin, padding=selection.padding), staged
+        )
         run_directory.publish(staged, run_dir, step=0, keep=1)
 
     collectives.run_on_rank0(begin)
-    apply(source.folder, kept, staged)
+    apply(source.folder, selection, staged)
     collectives.run_on_rank0(finish)
-    _report(ctx, kept)
+    _report(ctx, selection)
 
 
-def _report(ctx: StageContext[PruningPlan], kept: Plan) -> None:
+def _report(ctx: StageContext[PruningPlan], selection: PruningSelection) -> None:
     """Logs teacher and student sizes as a table, and peak memory. Collective."""
-    before, after = kept.teacher, kept.student
+    before, after = selection.teacher, selection.student
     rows = [
         (name, str(getattr(before, name)), str(getattr(after, name))) for name in ("layers", "hidden", "heads", "ffn")
     ]
@@ -189,10 +190,10 @@ def _report(ctx: StageContext[PruningPlan], kept: Plan) -> None:
         rows.append((name, f"{count(before):,}", f"{count(after):,}"))
     ctx.log.table(f"pruned: {ctx.run_dir}/checkpoints/step_0", ("", "teacher", "student"), rows)
     if ctx.plan.budget is not None:
-        for name, counts in kept.kept_parts.items():
+        for name, counts in selection.kept_parts.items():
             ctx.log.info(f"{name} kept per layer: {' '.join(map(str, counts))}")
-        stored, share = size.parameters(after), kept.padding / size.parameters(after)
-        ctx.log.info(f"parameters: {stored - kept.padding:,} kept, {stored:,} stored ({share:.1%} are zeros)")
+        stored, share = size.parameters(after), selection.padding / size.parameters(after)
+        ctx.log.info(f"parameters: {stored - selection.padding:,} kept, {stored:,} stored ({share:.1%} are zeros)")
     on_cpu = ctx.device.name == "cpu"
     need = memory.estimate(ctx.config, "prune", after, before, ctx.plan.world, on_cpu=on_cpu)
     ctx.log.info(f"{peak_memory_line(ctx.device, ctx.memory_at_start, need.total)} for the scores")

@@ -27,11 +27,15 @@ def write(plan: DistillationPlan) -> str:
         Message for the user.
     """
     run_dir, steps = Path(plan.config.run_dir), plan.config.train.steps
-    if plan.resumed is not None and plan.resumed.step == steps and _tokens(run_dir / RECORD) == _all(plan):
+    if (
+        plan.resume_metadata is not None
+        and plan.resume_metadata.step == steps
+        and _tokens(run_dir / RECORD) == _total_tokens(plan)
+    ):
         return f"record for the law: {run_dir / RECORD}, unchanged"
     if not plan.config.data.valid:
         return "no record for the law: data.valid is empty"
-    assert steps is not None, "stage_context sets it"
+    assert steps is not None, "set by stage_context"
     # Read from disk: the run may have been stopped between its last evaluation and the record.
     last = evaluation_after(run_dir, steps)
     if last is None or steps not in run_directory.steps_in(run_dir):
@@ -44,16 +48,16 @@ def write(plan: DistillationPlan) -> str:
 def describe(plan: DistillationPlan, valid_loss: float, valid_tokens: int | None) -> Record:
     """The record of a complete distillation."""
     config, student, teacher, source = plan.config, plan.student, plan.teacher, plan.teacher_source
-    tokens, taught = _all(plan), derived.teacher_runs(config, plan.stage)
+    tokens, taught = _total_tokens(plan), derived.teacher_runs(config, plan.stage)
     return Record(
-        student_params=plan.student_kept,
+        student_params=plan.student_non_embedding_params,
         teacher_params=source.meta.kept,
-        student_params_total=size.embedding_parameters(student) + plan.student_kept,
+        student_params_total=size.embedding_parameters(student) + plan.student_non_embedding_params,
         teacher_params_total=size.embedding_parameters(teacher) + source.meta.kept,
         family=student.family,
         tokens=tokens,
         seed=config.seed,
-        init=_beginning(plan),
+        init=_student_init(plan),
         valid_loss=valid_loss,
         objective=objective_text(config.objective),
         flops=tokens * size.training_flops(student, teacher if taught else None, config.data.sequence_length),
@@ -67,7 +71,7 @@ def describe(plan: DistillationPlan, valid_loss: float, valid_tokens: int | None
     )
 
 
-def _all(plan: DistillationPlan) -> int:
+def _total_tokens(plan: DistillationPlan) -> int:
     """Training tokens of the whole run."""
     assert plan.config.train.steps is not None
     return plan.config.train.steps * plan.global_batch * plan.config.data.sequence_length
@@ -81,7 +85,7 @@ def _tokens(record: Path) -> int | None:
         return None
 
 
-def _beginning(plan: DistillationPlan) -> str:
+def _student_init(plan: DistillationPlan) -> str:
     """Initialisation of the student: random, fixed, pruned or pruned_other."""
     if plan.student_source is None:
         return "random"

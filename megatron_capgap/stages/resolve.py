@@ -63,31 +63,31 @@ def resolve(loaded: LoadedConfig, stage: str, world: int, capability: tuple[int,
     tokenizer = attempt(lambda: _tokenizer(loaded))
     template = attempt(lambda: _template(loaded, stage, tokenizer)) if tokenizer else None
     teacher = teacher_source.meta.model if teacher_source else None
-    wanted = attempt(lambda: _student_target(loaded, stage, student_source, teacher)) if found_models else None
-    if wanted:
-        attempt(lambda: checks.check(loaded, stage, world, wanted.shape, teacher, capability))
-    if wanted and tokenizer:
-        problems += _vocabulary_problems(loaded, wanted.shape, student_source, tokenizer)
+    target = attempt(lambda: _student_target(loaded, stage, student_source, teacher)) if found_models else None
+    if target:
+        attempt(lambda: checks.check(loaded, stage, world, target.shape, teacher, capability))
+    if target and tokenizer:
+        problems += _vocabulary_problems(loaded, target.shape, student_source, tokenizer)
         problems += _fingerprint_problems(loaded, "student.checkpoint", student_source, tokenizer)
         problems += _fingerprint_problems(loaded, "teacher.checkpoint", teacher_source, tokenizer)
         problems += _length_problems(loaded, teacher_source)
     if problems:  # data files are otherwise checked later, on rank 0
         raise ConfigError([*problems, *missing_data(loaded, stage)])
-    assert wanted and tokenizer
+    assert target and tokenizer
     provenance = _provenance(config, stage, student_source, teacher_source)
-    resumed = check_resume(loaded, stage, world, wanted, teacher, tokenizer, template, provenance)
+    resume_metadata = check_resume(loaded, stage, world, target, teacher, tokenizer, template, provenance)
     plan = RunPlan(
         loaded=loaded,
         stage=stage,
         world=world,
-        student=wanted.shape,
+        student=target.shape,
         student_source=student_source,
         provenance=provenance,
-        resumed=resumed,
+        resume_metadata=resume_metadata,
         tokenizer=tokenizer,
         template=template,
     )
-    return _with_teacher(plan, teacher_source, wanted.budget)
+    return _with_teacher(plan, teacher_source, target.budget)
 
 
 def _with_teacher(plan: RunPlan, source: CheckpointSource | None, budget: Budget | None) -> RunPlan:
@@ -128,7 +128,7 @@ def _student_target(
     if stage == "prune" and teacher is not None:
         return student_target(loaded, teacher)
     student = loaded.config.student.model or (source.meta.model if source else None)
-    assert student is not None, "load refuses a student that has neither"
+    assert student is not None, "guaranteed by config.loader"
     return StudentTarget(student)
 
 
@@ -150,11 +150,11 @@ def _tokenizer(loaded: LoadedConfig) -> Tokenizer:
 
 
 def _template(loaded: LoadedConfig, stage: str, tokenizer: Tokenizer) -> Template | None:
-    wanted = loaded.config.finetune
+    finetune = loaded.config.finetune
     if not reads_conversations(loaded.config, stage):
         return None
     try:
-        return open_template((wanted or FinetuneConfig()).template, tokenizer, loaded.config.data.tokenizer)
+        return open_template((finetune or FinetuneConfig()).template, tokenizer, loaded.config.data.tokenizer)
     except UserError as error:
         raise ConfigError([f"{loaded.location('finetune.template')}: {error}"]) from error
 

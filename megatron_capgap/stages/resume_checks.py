@@ -19,7 +19,7 @@ def check_resume(
     loaded: LoadedConfig,
     stage: str,
     world: int,
-    wanted: StudentTarget,
+    target: StudentTarget,
     teacher: ModelShape | None,
     tokenizer: Tokenizer,
     template: Template | None,
@@ -29,7 +29,7 @@ def check_resume(
 
     Args:
         loaded, stage, world: the run and its number of ranks.
-        wanted: the student.
+        target: the student.
         teacher: shape of the teacher.
         tokenizer, template: used to read the data.
         lessons: provenance of this start: data, models and objective.
@@ -45,7 +45,7 @@ def check_resume(
     if found is None:
         return None
     problems = [
-        *_model_mismatches(loaded, stage, found, wanted, teacher),
+        *_model_mismatches(loaded, stage, found, target, teacher),
         *_data_mismatches(loaded, world, found, tokenizer, template),
         *_provenance_mismatches(loaded, stage, found, lessons),
     ]
@@ -60,25 +60,25 @@ def check_resume(
 
 
 def _model_mismatches(
-    loaded: LoadedConfig, stage: str, found: CheckpointMetadata, wanted: StudentTarget, teacher: ModelShape | None
+    loaded: LoadedConfig, stage: str, found: CheckpointMetadata, target: StudentTarget, teacher: ModelShape | None
 ) -> list[str]:
     """Mismatches of stage, model shape and projections."""
     config, problems = loaded.config, []
     where = f"{loaded.location('run_dir')}: {config.run_dir}"
     if found.stage != stage:
         problems.append(f"{where} holds a run of stage {found.stage}; choose another run_dir for {stage}")
-    for name, value in vars(wanted.shape).items():
-        if getattr(found.model, name) != value and not (wanted.budget and name in UNDECIDED):
+    for name, value in vars(target.shape).items():
+        if getattr(found.model, name) != value and not (target.budget and name in UNDECIDED):
             was = getattr(found.model, name)
             problems.append(
                 f"{where} holds a checkpoint with {name} {was}, this student has {name} {value}; choose another run_dir"
             )
-    if wanted.budget and found.kept != wanted.kept:
+    if target.budget and found.kept != target.kept:
         problems.append(
             f"{where} holds a student that keeps {found.kept} non-embedding parameters, this one is to keep "
-            f"{wanted.kept}; choose another run_dir"
+            f"{target.kept}; choose another run_dir"
         )
-    projections = derived.projection_names(config, wanted.shape, teacher)
+    projections = derived.projection_names(config, target.shape, teacher)
     if found.lessons is None and found.projections != projections:
         was, now = (" ".join(names) or "none" for names in (found.projections, projections))
         problems.append(

@@ -12,10 +12,10 @@ from megatron_capgap.checkpoint.metadata import CheckpointCorrupted
 from megatron_capgap.checkpoint.saver import SaveFailed
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.distributed import collectives
-from megatron_capgap.training.run import Run
+from megatron_capgap.training.run import TrainingRun
 
 
-def resume(run: Run) -> Run:
+def resume(run: TrainingRun) -> TrainingRun:
     """Loads the run's newest intact checkpoint, if there is one. Collective.
 
     Returns:
@@ -38,7 +38,7 @@ def resume(run: Run) -> Run:
             continue
         collectives.run_on_rank0(lambda: _make_latest(folder, damaged))  # noqa: B023 (called at once)
         run.log.info(f"resumed from {folder}: step {found.step} of {run.config.train.steps}")
-        return replace(run, done=found.step, skipped=found.skipped)
+        return replace(run, steps_done=found.step, steps_skipped=found.skipped)
     if refusal := run_directory.no_readable_checkpoint(run.run_dir, reasons):
         raise refusal
     return run
@@ -49,7 +49,7 @@ def _make_latest(folder: Path, damaged: list[Path]) -> None:
     run_directory.set_latest(folder)
 
 
-def save(run: Run, done: int, skipped: int, *, last: bool) -> bool:
+def save(run: TrainingRun, done: int, skipped: int, *, last: bool) -> bool:
     """Writes a checkpoint of the state after `done` steps. Collective.
 
     A failed save, e.g. on a full disk, does not stop the run: a warning is logged, and the next save retries.
@@ -85,7 +85,7 @@ def save(run: Run, done: int, skipped: int, *, last: bool) -> bool:
     return True
 
 
-def warn_if_save_failed(run: Run, work: Callable[[], None]) -> None:
+def warn_if_save_failed(run: TrainingRun, work: Callable[[], None]) -> None:
     """Runs `work`; a failed save is logged as a warning, and the next save retries."""
     try:
         work()
@@ -93,12 +93,12 @@ def warn_if_save_failed(run: Run, work: Callable[[], None]) -> None:
         _log_save_failed(run, error)
 
 
-def _log_save_failed(run: Run, error: SaveFailed) -> None:
+def _log_save_failed(run: TrainingRun, error: SaveFailed) -> None:
     run.log.warning(f"{error}; training continues, the next save tries again")
 
 
 @contextmanager
-def finish_saving_on_error(run: Run) -> Iterator[None]:
+def finish_saving_on_error(run: TrainingRun) -> Iterator[None]:
     """Completes a save that is under way, also if an error that all ranks raise ends the run."""
     try:
         yield

@@ -37,7 +37,7 @@ class EarlyStopping:
         return False
 
 
-def restore(run_dir: Path, most: int | None, done: int) -> EarlyStopping:
+def restore(run_dir: Path, patience: int | None, done: int) -> EarlyStopping:
     """State of early stopping after `done` steps, restored from metrics.jsonl when a run resumes. Collective.
 
     Also corrects the link `best`: the run may have been killed before it was written, or resumed from an older
@@ -45,15 +45,15 @@ def restore(run_dir: Path, most: int | None, done: int) -> EarlyStopping:
     """
 
     def read() -> EarlyStopping:
-        patience = _after(most, ((step, loss) for step, loss in evaluations(run_dir) if step <= done))
-        run_directory.set_best(run_dir, patience.best_step if most is not None else None)
-        return patience
+        stopping = _after(patience, ((step, loss) for step, loss in evaluations(run_dir) if step <= done))
+        run_directory.set_best(run_dir, stopping.best_step if patience is not None else None)
+        return stopping
 
     return collectives.run_on_rank0(read)
 
 
-def _after(most: int | None, seen: Iterable[tuple[int, float]]) -> EarlyStopping:
-    patience = EarlyStopping(most)
+def _after(patience: int | None, seen: Iterable[tuple[int, float]]) -> EarlyStopping:
+    stopping = EarlyStopping(patience)
     for step, loss in seen:
-        patience.update(step, loss)
-    return patience
+        stopping.update(step, loss)
+    return stopping

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_capgap.data.batch import MicroBatch, Samples, micro_batches
 from megatron_capgap.distributed.parallel_context import ParallelContext
 from megatron_capgap.losses import Loss, language_model_loss
-from megatron_capgap.models import schedule
+from megatron_capgap.models import pipeline_schedule
 from megatron_capgap.models.fp8_scales import DelayedScales
 from megatron_capgap.models.gpt import unwrap
 from megatron_capgap.training.step import reduce_losses
@@ -59,7 +59,7 @@ def evaluate(
     global_batch: int,
     batches: int | None,
     device: torch.device,
-    halted: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
     """Runs the model forward over held-out samples, each exactly once. Collective.
 
@@ -75,35 +75,37 @@ def evaluate(
         global_batch: sequences in one pass of all ranks.
         batches: global batches to read; None reads all.
         device: device of the tensors.
-        halted: called before every batch; True on all ranks ends the evaluation. Collective.
+        should_stop: called before every batch; True on all ranks ends the evaluation. Collective.
 
     Returns:
-        The result, the same on all ranks; None if `halted` ended it.
+        The result, the same on all ranks; None if `should_stop` ended it.
     """
     samples = len(sequence) if batches is None else min(len(sequence), batches * global_batch)
     losses: list[Loss] = []
-    last_stage = _summing(losses, chunks[-1], parallel, vocab_size, byte_lengths.to(device))
-    given_up = False
-    with _measuring(chunks):
+    last_stage = _make_loss_func(losses, chunks[-1], parallel, vocab_size, byte_lengths.to(device))
+    stopped = False
+    with _eval_mode(chunks):
         for start in range(0, samples, global_batch):
-            if given_up := halted():
+            if stopped := should_stop():
                 break
-            wanted = range(start, start + global_batch)
+            sample_ids = range(start, start + global_batch)
             mine = list(
-                micro_batches(sequence, wanted, micro_batch, parallel.dp_rank, parallel.dp_size, device, limit=samples)
+                micro_batches(
+                    sequence, sample_ids, micro_batch, parallel.dp_rank, parallel.dp_size, device, limit=samples
+                )
             )
             shape = (mine[0].tokens.shape[1], micro_batch)
-            schedule.run(chunks, parallel, mine, last_stage, forward_only=True, shape=shape)
-    if given_up:
+            pipeline_schedule.run(chunks, parallel, mine, last_stage, forward_only=True, shape=shape)
+    if stopped:
         return None
     loss, report, tokens = reduce_losses(losses, parallel)
     bits = loss / math.log(2.0) / report["bytes"] if report.get("bytes") else float("nan")
     return Evaluation(loss, bits, tokens, samples)
 
 
-def _summing(
+def _make_loss_func(
     losses: list[Loss], last_chunk: torch.nn.Module, parallel: ParallelContext, vocab_size: int, lengths: Tensor
-) -> schedule.LastStage:
+) -> pipeline_schedule.LastStage:
     """The last pipeline stage's function: appends cross-entropy and byte sums of a micro-batch to `losses`."""
 
     def last_stage(hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, None]:
@@ -125,7 +127,7 @@ def _summing(
 
 
 @contextmanager
-def _measuring(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
+def _eval_mode(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
     """Evaluation mode without gradients; on exit training mode and the previous FP8 scales."""
     scales = DelayedScales(chunks)
     for chunk in chunks:

@@ -1,4 +1,4 @@
-"""Training loop: read, teacher forward, student step, report, save, evaluate; until the last step, a signal or the time
+"""Training loop: read, teacher forward, student step, log, save, evaluate; until the last step, a signal or the time
 limit."""
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from megatron_capgap.common.errors import UserError
 from megatron_capgap.data.batch import MicroBatch, global_batch_samples, micro_batches
 from megatron_capgap.devices import Device
 from megatron_capgap.distillation.transfer import TeacherStates
-from megatron_capgap.distributed import collectives, launcher
+from megatron_capgap.distributed import collectives, process_group
 from megatron_capgap.distributed.signals import StopRequest
 from megatron_capgap.models.fp8_scales import DelayedScales
 from megatron_capgap.runtime.logging import ThroughputMeter, count
@@ -21,17 +21,17 @@ from megatron_capgap.training import early_stopping
 from megatron_capgap.training.checkpointing import finish_saving_on_error, save, warn_if_save_failed
 from megatron_capgap.training.early_stopping import EarlyStopping
 from megatron_capgap.training.evaluate import evaluate
-from megatron_capgap.training.run import Run
+from megatron_capgap.training.run import TrainingRun
 from megatron_capgap.training.step import BadBatch, StepResult, train_step
 from megatron_capgap.training.step_timer import StepTimer
 
 
-def train(run: Run) -> None:
+def train(run: TrainingRun) -> None:
     """Trains from the run's current step to its last one, or until a signal, the time limit or early stopping
     (finetune.patience) ends it at a step boundary. Collective."""
     config, log, steps = run.config, run.log, run.config.train.steps
     assert steps is not None
-    done, skipped = run.done, run.skipped
+    done, skipped = run.steps_done, run.steps_skipped
     stopping = early_stopping.restore(run.run_dir, config.finetune.patience if config.finetune else None, done)
     if done and _evaluation_is_missing(run, done):
         _evaluate(run, done, skipped, stopping, saved=True)  # the run was stopped between saving and evaluating
@@ -50,15 +50,15 @@ def train(run: Run) -> None:
             run.device.between_steps()
             warn_if_save_failed(run, run.checkpoints.saver.poll)
             if result is not None:
-                _report(run, done, result, meter, timer)
-            reason, saved = stop.agreed(), False
+                _log_step(run, done, result, meter, timer)
+            reason, saved = stop.poll_all_ranks(), False
             if reason or _is_due(done, config.checkpoint.every, steps):
                 saved = save(run, done, skipped, last=bool(reason) or done == steps)
             if _is_due(done, config.train.eval_every, steps) and not reason:
                 saved = _evaluate(run, done, skipped, stopping, saved=saved, stop=stop)
                 reason = stop.reason
                 if reason and done < steps:
-                    stop.agreed()  # informs a teacher on its own ranks
+                    stop.poll_all_ranks()  # informs a teacher on its own ranks
             meter.pause()
             if reason:
                 _stop(run, done, skipped, reason, saved=saved)
@@ -69,7 +69,7 @@ def train(run: Run) -> None:
     _log_finished(run, done, stopping)
 
 
-def read_global_batch(run: Run, done: int, timer: StepTimer) -> list[MicroBatch]:
+def read_global_batch(run: TrainingRun, done: int, timer: StepTimer) -> list[MicroBatch]:
     """This data-parallel rank's micro-batches of step `done + 1`; they depend on the seed and `done` only."""
     timer.start()
     run.watchdog.activity = f"step {done + 1}, reading"
@@ -86,7 +86,7 @@ def read_global_batch(run: Run, done: int, timer: StepTimer) -> list[MicroBatch]
     return batches
 
 
-def teacher_forward(run: Run, done: int) -> TeacherStates | None:
+def teacher_forward(run: TrainingRun, done: int) -> TeacherStates | None:
     """The teacher's hidden states that this rank needs for the global batch of step `done + 1`; None without a teacher.
     Collective."""
     run.watchdog.activity = f"step {done + 1}"
@@ -95,7 +95,7 @@ def teacher_forward(run: Run, done: int) -> TeacherStates | None:
 
 
 def student_step(
-    run: Run, done: int, skipped: int, batches: Sequence[MicroBatch], teacher_states: TeacherStates | None
+    run: TrainingRun, done: int, skipped: int, batches: Sequence[MicroBatch], teacher_states: TeacherStates | None
 ) -> StepResult | None:
     """Step `done + 1`: forward, backward, update. Collective.
 
@@ -124,7 +124,7 @@ def student_step(
         return None
 
 
-def _stop(run: Run, done: int, skipped: int, reason: str, *, saved: bool) -> None:
+def _stop(run: TrainingRun, done: int, skipped: int, reason: str, *, saved: bool) -> None:
     """Ends the process before the run is complete: saves the state if needed, and records the outcome for the batch
     script."""
     if not saved:
@@ -133,7 +133,7 @@ def _stop(run: Run, done: int, skipped: int, reason: str, *, saved: bool) -> Non
     steps = run.config.train.steps
     run.log.info(f"stopped by {reason} after step {done} of {steps}; rerun the same command to continue")
     if run.log.is_rank0:
-        launcher.write_outcome("stopped")
+        process_group.write_outcome("stopped")
 
 
 @contextmanager
@@ -154,13 +154,13 @@ def _gc_frozen() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _log_nothing_to_do(run: Run, done: int, stopping: EarlyStopping) -> None:
+def _log_nothing_to_do(run: TrainingRun, done: int, stopping: EarlyStopping) -> None:
     why = f"{_no_improvement(stopping)}; raise finetune.patience" if stopping.exhausted else "raise train.steps"
     steps = done if stopping.exhausted else run.config.train.steps
     run.log.info(f"nothing to do: all {steps} steps are done; {why} to continue")
 
 
-def _log_finished(run: Run, done: int, stopping: EarlyStopping) -> None:
+def _log_finished(run: TrainingRun, done: int, stopping: EarlyStopping) -> None:
     """The last line of a run."""
     used = peak_memory_line(run.device, run.costs.memory_at_start, run.costs.memory_estimate)
     folder, steps = f"{run.run_dir}/checkpoints", run.config.train.steps
@@ -190,27 +190,29 @@ def peak_memory_line(device: Device, at_start: int, estimate: int) -> str:
     )
 
 
-def _skip_bad_batch(run: Run, step: int, skipped: int, bad: BadBatch) -> None:
+def _skip_bad_batch(run: TrainingRun, step: int, skipped: int, bad: BadBatch) -> None:
     """Skips a bad batch: the step, its samples and its place in the schedule count, but nothing else changes.
 
     Raises:
         UserError: more bad batches than train.max_skipped allows.
     """
-    most = run.config.train.max_skipped
-    if skipped > most:
-        if most == 0:
+    max_skipped = run.config.train.max_skipped
+    if skipped > max_skipped:
+        if max_skipped == 0:
             raise bad
-        raise UserError(f"{bad}; {most} bad batches were skipped before: train.max_skipped allows no more") from bad
-    run.optimizer.schedule.step(1)
+        raise UserError(
+            f"{bad}; {max_skipped} bad batches were skipped before: train.max_skipped allows no more"
+        ) from bad
+    run.optimizer.lr_scheduler.step(1)
     run.log.record({"step": step, "bad_batch": bad.what, "samples": bad.samples, "skipped": skipped})
-    run.log.warning(f"step {step}: {bad.what}; skipped samples {bad.samples}; {skipped} of at most {most} skips")
+    run.log.warning(f"step {step}: {bad.what}; skipped samples {bad.samples}; {skipped} of at most {max_skipped} skips")
 
 
 def _is_due(done: int, every: int, steps: int) -> bool:
     return done == steps or (every > 0 and done % every == 0)
 
 
-def _evaluation_is_missing(run: Run, done: int) -> bool:
+def _evaluation_is_missing(run: TrainingRun, done: int) -> bool:
     """Whether an evaluation is due after step `done` but missing in metrics.jsonl. Collective if one is due."""
     assert run.config.train.steps is not None
     if run.data.valid is None or not _is_due(done, run.config.train.eval_every, run.config.train.steps):
@@ -218,12 +220,12 @@ def _evaluation_is_missing(run: Run, done: int) -> bool:
     return collectives.run_on_rank0(lambda: evaluation_after(run.run_dir, done) is None)
 
 
-def _report(run: Run, done: int, result: StepResult, meter: ThroughputMeter, timer: StepTimer) -> None:
+def _log_step(run: TrainingRun, done: int, result: StepResult, meter: ThroughputMeter, timer: StepTimer) -> None:
     """Writes one line to metrics.jsonl and one to the console. Collective for steps that are logged."""
     rate, flops = meter.update(result.tokens)
     steps, every = run.config.train.steps, run.config.train.log_every
-    assert steps is not None, "stage_context has put a number there"
-    entry = {"step": done, "loss": result.loss, **result.report, "grad_norm": result.grad_norm, "lr": result.lr}
+    assert steps is not None, "set by stage_context"
+    entry = {"step": done, "loss": result.loss, **result.loss_parts, "grad_norm": result.grad_norm, "lr": result.lr}
     run.log.record({**entry, "tokens": result.tokens, "tokens_per_second": round(rate, 1)})
     if done % every and done != steps:
         return
@@ -235,7 +237,7 @@ def _report(run: Run, done: int, result: StepResult, meter: ThroughputMeter, tim
 
 
 def _evaluate(
-    run: Run, done: int, skipped: int, stopping: EarlyStopping, *, saved: bool, stop: StopRequest | None = None
+    run: TrainingRun, done: int, skipped: int, stopping: EarlyStopping, *, saved: bool, stop: StopRequest | None = None
 ) -> bool:
     """Evaluates on the held-out set and writes the loss to metrics.jsonl; with patience, keeps the best checkpoint.
     Collective.
@@ -266,7 +268,7 @@ def _evaluate(
         global_batch=run.data.global_batch,
         batches=run.config.train.eval_batches,
         device=run.device.torch_device,
-        halted=(lambda: stop.heard() is not None) if stop else (lambda: False),
+        should_stop=(lambda: stop.poll_default_group() is not None) if stop else (lambda: False),
     )
     if result is None:
         return saved

@@ -50,7 +50,7 @@ def wrap(
 
 # The only optimizer format of Megatron-Core that a run with another data-parallel size can load; gathered on the rank
 # that writes it, not on every data-parallel rank.
-_METADATA = {
+_SHARDING_METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "distrib_optim_fully_reshardable_mem_efficient": True,
 }
@@ -64,7 +64,7 @@ class OptimizerState:
     """The optimizer and its learning-rate schedule."""
 
     optimizer: MegatronOptimizer
-    schedule: OptimizerParamScheduler
+    lr_scheduler: OptimizerParamScheduler
 
     def grad_norm(self) -> float:
         """Global norm of the reduced gradients. Collective.
@@ -87,7 +87,7 @@ class OptimizerState:
             model: the model's sharded state, which gives the parameters' names and sharding.
             loading: whether the state is the target of a load.
         """
-        return self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_METADATA)
+        return self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_SHARDING_METADATA)
 
     def copied(self) -> OptimizerState:
         """A copy in host memory of the state that `sharded_state` reads; usable for that only."""
@@ -104,12 +104,14 @@ class OptimizerState:
             updates: those among them that changed the weights.
         """
         # The current configuration applies, not the one the checkpoint was written with.
-        wanted = [{key: group[key] for key in _FROM_CONFIG if key in group} for group in self.optimizer.param_groups]
+        current = [{key: group[key] for key in _FROM_CONFIG if key in group} for group in self.optimizer.param_groups]
         for group in state["optimizer"]["param_groups"]:
             # Megatron-Core 0.19 identifies a saved group by its current rates, older releases by its kind only.
             group.update(
                 next(
-                    now for now, own in zip(wanted, self.optimizer.param_groups, strict=True) if _same_group(group, own)
+                    now
+                    for now, own in zip(current, self.optimizer.param_groups, strict=True)
+                    if _same_group(group, own)
                 )
             )
         inner = list(_torch_optimizers(self.optimizer))
@@ -117,10 +119,10 @@ class OptimizerState:
             self.optimizer.load_state_dict(state)
         for part in inner:
             _load_torch(self.optimizer, part, state, updates)
-        for group, values in zip(self.optimizer.param_groups, wanted, strict=True):
+        for group, values in zip(self.optimizer.param_groups, current, strict=True):
             group.update(values)
-        self.schedule.num_steps = 0
-        self.schedule.step(steps)
+        self.lr_scheduler.num_steps = 0
+        self.lr_scheduler.step(steps)
 
 
 def _same_group(group: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -132,7 +134,7 @@ def _same_group(group: dict[str, Any], other: dict[str, Any]) -> bool:
 
 # Number of values whose squares are summed in fp32. The CPU kernel sums a whole tensor in fp32 with few accumulators,
 # which loses 0.2 % of the norm of 30 million normal values.
-_PIECE = 4096
+_BLOCK_SIZE = 4096
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
@@ -140,8 +142,8 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     norms = []
     for tensor in tensors:
         values = tensor.detach().view(-1)
-        whole = values.numel() // _PIECE * _PIECE
-        norms += [torch.linalg.vector_norm(values[:whole].view(-1, _PIECE), dim=1)]
+        whole = values.numel() // _BLOCK_SIZE * _BLOCK_SIZE
+        norms += [torch.linalg.vector_norm(values[:whole].view(-1, _BLOCK_SIZE), dim=1)]
         norms += [torch.linalg.vector_norm(values[whole:]).view(1)]
     if not norms:
         return torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
@@ -208,19 +210,19 @@ def build(chunks: list[DistributedDataParallel], config: Config, device: Device)
         config: its optimizer, train.steps and precision are used.
         device: decides whether fused kernels are used.
     """
-    wanted = config.optimizer
+    section = config.optimizer
     precision = derived.student_precision(config)
     bf16 = precision.compute == "bf16"
     settings = OptimizerConfig(
         optimizer="adam",
-        lr=wanted.lr,
-        min_lr=wanted.min_lr,
-        weight_decay=wanted.weight_decay,
+        lr=section.lr,
+        min_lr=section.min_lr,
+        weight_decay=section.weight_decay,
         decoupled_weight_decay=True,
-        adam_beta1=wanted.betas[0],
-        adam_beta2=wanted.betas[1],
-        adam_eps=wanted.epsilon,
-        clip_grad=wanted.clip_norm,
+        adam_beta1=section.betas[0],
+        adam_beta2=section.betas[1],
+        adam_eps=section.epsilon,
+        clip_grad=section.clip_norm,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         fp8_recipe=precision.fp8.recipe if precision.fp8 else None,
@@ -231,28 +233,30 @@ def build(chunks: list[DistributedDataParallel], config: Config, device: Device)
         device.tune_optimizer(inner)
         _allocate(inner)
     assert config.train.steps is not None
-    return OptimizerState(optimizer, schedule_of(optimizer, wanted, config.train.steps))
+    return OptimizerState(optimizer, build_lr_scheduler(optimizer, section, config.train.steps))
 
 
-def schedule_of(optimizer: MegatronOptimizer, wanted: schema.OptimizerConfig, steps: int) -> OptimizerParamScheduler:
+def build_lr_scheduler(
+    optimizer: MegatronOptimizer, section: schema.OptimizerConfig, steps: int
+) -> OptimizerParamScheduler:
     """The learning-rate schedule, as in transformers.
 
     Args:
         optimizer: whose learning rate it sets.
-        wanted: the configuration's section `optimizer`.
+        section: the configuration's section `optimizer`.
         steps: updates of the whole run.
     """
-    warmup = warmup_steps(wanted.warmup_fraction, steps)
+    warmup = warmup_steps(section.warmup_fraction, steps)
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
-        max_lr=wanted.lr,
-        min_lr=wanted.min_lr,
+        max_lr=section.lr,
+        min_lr=section.min_lr,
         lr_warmup_steps=warmup,
         lr_decay_steps=max(steps, warmup + 1),  # Megatron requires a decay phase; the run ends before it
-        lr_decay_style=wanted.schedule,
-        start_wd=wanted.weight_decay,
-        end_wd=wanted.weight_decay,
+        lr_decay_style=section.schedule,
+        start_wd=section.weight_decay,
+        end_wd=section.weight_decay,
         wd_incr_steps=steps,
         wd_incr_style="constant",
     )

@@ -67,7 +67,7 @@ class RunCosts:
 
 
 @dataclass(frozen=True)
-class CheckpointPolicy:
+class Checkpointing:
     """How a run's state is saved."""
 
     saver: Saver
@@ -78,7 +78,7 @@ class CheckpointPolicy:
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainingRun:
     """All parts of a training run."""
 
     config: Config
@@ -90,14 +90,14 @@ class Run:
     data: TrainingData
     objective: TrainingObjective
     costs: RunCosts
-    checkpoints: CheckpointPolicy
+    checkpoints: Checkpointing
     log: RunLogger
     watchdog: Watchdog
     stop_at: float | None
     """Time limit on the clock of `time.monotonic`, at which the run saves and ends; None without a limit."""
     all_reduce_max: Callable[[int], int] | None = None
     """Maximum of a number over all ranks, if the teacher has ranks of its own. Collective, once per step."""
-    done: int = 0
+    steps_done: int = 0
     """Steps done by the state in `chunks` and `optimizer`."""
-    skipped: int = 0
+    steps_skipped: int = 0
     """Bad batches among them, which changed nothing."""

@@ -15,7 +15,7 @@ from megatron_capgap.common.errors import UserError
 from megatron_capgap.data.batch import MicroBatch
 from megatron_capgap.distributed.parallel_context import ParallelContext
 from megatron_capgap.losses import Loss
-from megatron_capgap.models import schedule
+from megatron_capgap.models import pipeline_schedule
 from megatron_capgap.models.gpt import unwrap
 from megatron_capgap.training.optimizer import OptimizerState
 
@@ -44,7 +44,7 @@ class StepResult:
 
     loss: float
     """Loss, mean over valid tokens."""
-    report: dict[str, float]
+    loss_parts: dict[str, float]
     """Parts of the loss, mean over valid tokens."""
     tokens: int
     """Valid tokens in the global batch."""
@@ -95,7 +95,9 @@ def train_step(
         return out.loss_sum, out.num_tokens.to(torch.int), None
 
     micro_batch, sequence_length = batches[0].tokens.shape
-    schedule.run(chunks, parallel, batches, last_stage, forward_only=False, shape=(sequence_length, micro_batch))
+    pipeline_schedule.run(
+        chunks, parallel, batches, last_stage, forward_only=False, shape=(sequence_length, micro_batch)
+    )
     of_layers = [] if matching_loss is None else [matching_loss()]
     loss_mean, report, tokens = reduce_losses([*(out for out, _ in losses), *of_layers], parallel)
     if not loss_mean - loss_mean == 0.0:  # true for NaN and infinities
@@ -105,7 +107,7 @@ def train_step(
     grad_norm = _clip(optimizer, clip_norm, max_norm, step, batches)
     lr = next(group["lr"] for group in optimizer.optimizer.param_groups if group.get("default_config", True))
     optimizer.optimizer.step_with_ready_grads()
-    optimizer.schedule.step(1)  # after the update: the first update uses the schedule's first rate
+    optimizer.lr_scheduler.step(1)  # after the update: the first update uses the schedule's first rate
     return StepResult(loss_mean, report, tokens, grad_norm, lr)
 
 

@@ -199,18 +199,18 @@ def kill_myself_after(step: int, rank: int, words: list[str]) -> int:
     """Runs a command on ranks of which one student rank dies by SIGKILL after a step."""
     from megatron_capgap.training import loop
 
-    report = loop._report
+    report = loop._log_step
 
-    def report_and_die(run: loop.Run, done: int, *rest: Any) -> None:
+    def report_and_die(run: loop.TrainingRun, done: int, *rest: Any) -> None:
         report(run, done, *rest)
         if done == step and os.environ["RANK"] == str(rank):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    loop._report = report_and_die
+    loop._log_step = report_and_die
     try:
         return main(words)
     finally:
-        loop._report = report
+        loop._log_step = report
 
 
 def test_a_killed_student_rank_ends_the_teacher_too(

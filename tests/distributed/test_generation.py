@@ -20,7 +20,7 @@ from megatron_capgap.distributed import parallel_context as layouts
 from megatron_capgap.distributed.parallel_context import ParallelContext
 from megatron_capgap.generation import Sampling, generate
 from megatron_capgap.generation.sampling import choose
-from megatron_capgap.models import gpt, schedule
+from megatron_capgap.models import gpt, pipeline_schedule
 from tests.distributed.test_families import imported
 from tests.support import corpus
 from tests.support.pool import WorkerPool
@@ -69,7 +69,7 @@ def logits_from_scratch(chunks: list[torch.nn.Module], parallel: ParallelContext
         return hidden.new_zeros(()), torch.zeros((), dtype=torch.int), None
 
     with torch.no_grad():
-        schedule.run(
+        pipeline_schedule.run(
             chunks, parallel, [mine] * parallel.layout.pipeline, last_stage, forward_only=True, shape=(length, 1)
         )
     if parallel.layout.pipeline > 1:

@@ -28,7 +28,7 @@ def losses(shape: ModelShape, cut: Layout) -> list[tuple[float, float, float]]:
     from megatron_capgap.devices import choose
     from megatron_capgap.distributed import parallel_context
     from megatron_capgap.losses import language_model_loss
-    from megatron_capgap.models import gpt, schedule
+    from megatron_capgap.models import gpt, pipeline_schedule
     from megatron_capgap.models.sharded_state import initialise
 
     device = choose("cpu", 0)
@@ -56,7 +56,7 @@ def losses(shape: ModelShape, cut: Layout) -> list[tuple[float, float, float]]:
 
         for chunk in chunks:
             chunk.zero_grad(set_to_none=True)
-        schedule.run(chunks, parallel, batches, last_stage, forward_only=False, shape=(24, 1))
+        pipeline_schedule.run(chunks, parallel, batches, last_stage, forward_only=False, shape=(24, 1))
         gradients = [p for chunk in chunks for p in chunk.parameters() if p.grad is not None]
         for parameter in gradients:
             if getattr(parameter, "sequence_parallel", False):  # each rank has seen a part of the tokens

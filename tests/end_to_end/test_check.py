@@ -56,7 +56,7 @@ def shard_count(shape: ModelShape, layout_of_ranks: Layout, head: bool) -> int:
 
     device = choose("cpu", 0)
     chunks = gpt.build(
-        shape, parallel_context.build(layout_of_ranks, 0), Precision(), device, sequence_length=8, head=head
+        shape, parallel_context.build(layout_of_ranks, 0), Precision(), device, sequence_length=8, lm_head=head
     )
     return sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
 
@@ -81,7 +81,7 @@ def test_the_share_of_every_rank_is_what_it_builds(pool: WorkerPool, tied: bool,
     for layout, ranks in ((Layout(tensor=2, pipeline=2), 4), (Layout(tensor=2), 2)):
         found = pool.run(shard_count, shape, layout, head, world=ranks)
         stages = [rank // 2 for rank in range(ranks)]
-        assert found == [size.rank_parameters(shape, layout, stage, head=head) for stage in stages]
+        assert found == [size.rank_parameters(shape, layout, stage, lm_head=head) for stage in stages]
 
 
 def test_grid_and_work_of_a_distillation(fixtures: Fixtures, teacher: Path, tmp_path: Path, check) -> None:

@@ -16,12 +16,12 @@ CUT = """
 import sys
 from dataclasses import replace
 from pathlib import Path
-from megatron_capgap.distributed import launcher
+from megatron_capgap.distributed import process_group
 from megatron_capgap.distributed.environment import read_environment
 from megatron_capgap.devices import choose
 from megatron_capgap.devices.cpu import peak_resident_bytes
 device = choose("cpu", 0)
-launcher.init_process_group(read_environment({}), device, 60)
+process_group.init_process_group(read_environment({}), device, 60)
 import torch
 from megatron_capgap.checkpoint import metadata
 from megatron_capgap.checkpoint import run_directory
@@ -39,7 +39,7 @@ Path(sys.argv[2]).mkdir()
 before = peak_resident_bytes()
 apply(teacher, wanted, Path(sys.argv[2]))
 print(peak_resident_bytes() - before)
-launcher.destroy_process_group()
+process_group.destroy_process_group()
 """
 
 

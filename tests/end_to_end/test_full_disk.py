@@ -51,18 +51,18 @@ def at_steps(work: dict[int, partial], words: list[str]) -> int:
     """Runs a command on a rank that does something after some steps, before they are saved."""
     from megatron_capgap.training import loop
 
-    report = loop._report
+    report = loop._log_step
 
-    def report_and_work(run: loop.Run, done: int, *rest: Any) -> None:
+    def report_and_work(run: loop.TrainingRun, done: int, *rest: Any) -> None:
         report(run, done, *rest)
         if done in work and dist.get_rank() == 0:
             work[done]()
 
-    loop._report = report_and_work
+    loop._log_step = report_and_work
     try:
         return main(words)
     finally:
-        loop._report = report
+        loop._log_step = report
 
 
 def fill_after(saved: Path, disk: Path) -> None:
@@ -189,7 +189,7 @@ def limit_size(rank: int, words: list[str]) -> int:
 
     step, before = loop.student_step, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def step_and_limit(run: loop.Run, done: int, *rest: Any) -> Any:
+    def step_and_limit(run: loop.TrainingRun, done: int, *rest: Any) -> Any:
         if done == 3 and dist.get_rank() == rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
         return step(run, done, *rest)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_capgap.distributed.launcher import reserved_port
+from megatron_capgap.distributed.process_group import reserved_port
 from tests.support import debian, runs
 from tests.support.processes import environment
 from tests.support.runs import Fixtures

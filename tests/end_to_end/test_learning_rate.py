@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from megatron_capgap.config.schema import OptimizerConfig
-from megatron_capgap.training.optimizer import schedule_of, warmup_steps
+from megatron_capgap.training.optimizer import build_lr_scheduler, warmup_steps
 from tests.support import runs
 from tests.support.pool import WorkerPool
 from tests.support.runs import Fixtures
@@ -64,7 +64,7 @@ def test_the_rates_of_transformers_at_many_lengths(schedule: str, steps: int) ->
             warmup_fraction=fraction,
         )
         inner = SimpleNamespace(param_groups=[{"lr": 0.0, "weight_decay": 0.0}])
-        ours = schedule_of(inner, wanted, steps)  # type: ignore[arg-type]
+        ours = build_lr_scheduler(inner, wanted, steps)  # type: ignore[arg-type]
         rates = []
         for _ in range(steps):
             rates.append(inner.param_groups[0]["lr"])

@@ -28,14 +28,14 @@ def kill_myself_after(step: int, words: list[str]) -> int:
     """Runs a command on a rank that dies by SIGKILL once `step` stands in metrics.jsonl."""
     from megatron_capgap.training import loop
 
-    report = loop._report
+    report = loop._log_step
 
-    def report_and_die(run: loop.Run, done: int, *rest: Any) -> None:
+    def report_and_die(run: loop.TrainingRun, done: int, *rest: Any) -> None:
         report(run, done, *rest)
         if done == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    loop._report = report_and_die
+    loop._log_step = report_and_die
     return main(words)
 
 

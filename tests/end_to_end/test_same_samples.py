@@ -19,25 +19,25 @@ def watched(words: list[str]) -> tuple[dict[int, list[int]], list[bytes]]:
     """Runs a command on a rank; returns the samples that it read in each step, and its state in the end."""
     from megatron_capgap.training import loop
 
-    read, report = loop.read_global_batch, loop._report
+    read, report = loop.read_global_batch, loop._log_step
     samples: dict[int, list[int]] = {}
     last: list[list[bytes]] = [[]]
 
-    def read_and_note(run: loop.Run, done: int, *rest: Any) -> Any:
+    def read_and_note(run: loop.TrainingRun, done: int, *rest: Any) -> Any:
         batches = read(run, done, *rest)
         samples[done + 1] = [number for batch in batches for number in batch.sample_ids]
         return batches
 
-    def report_and_note(run: loop.Run, *rest: Any) -> None:
+    def report_and_note(run: loop.TrainingRun, *rest: Any) -> None:
         last[0] = state_of(run)
         report(run, *rest)
 
-    loop.read_global_batch, loop._report = read_and_note, report_and_note
+    loop.read_global_batch, loop._log_step = read_and_note, report_and_note
     try:
         assert main(words) == 0
         return samples, last[0]
     finally:
-        loop.read_global_batch, loop._report = read, report
+        loop.read_global_batch, loop._log_step = read, report
 
 
 def watch(pool: WorkerPool, stage: str, config: dict[str, Any], world: int) -> Any:

@@ -16,7 +16,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_capgap.cli import main
-from megatron_capgap.distributed.launcher import reserved_port
+from megatron_capgap.distributed.process_group import reserved_port
 from tests.support import runs
 from tests.support.pool import WorkerPool
 from tests.support.processes import environment, has_torch, job, wait_for

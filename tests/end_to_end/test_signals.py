@@ -49,18 +49,18 @@ def signal_myself(step: int, number: int, words: list[str]) -> int:
     """Runs a command whose process is signalled in the middle of a step."""
     from megatron_capgap.training import loop
 
-    report = loop._report
+    report = loop._log_step
 
-    def report_and_signal(run: loop.Run, done: int, *rest: Any) -> None:
+    def report_and_signal(run: loop.TrainingRun, done: int, *rest: Any) -> None:
         report(run, done, *rest)
         if done == step:
             signal.raise_signal(number)
 
-    loop._report = report_and_signal
+    loop._log_step = report_and_signal
     try:
         return main(words)
     finally:
-        loop._report = report
+        loop._log_step = report
 
 
 def test_a_stopped_run_goes_on_to_the_last_digit(pool: WorkerPool, fixtures: Fixtures, tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_the_end_of_its_time_stops_a_run_as_a_signal_does(pool: WorkerPool, fixt
 def digest_of(run: Any) -> str:
     """A digest of this rank's weights, Adam's moments and step counters, and the place in the schedule."""
     digest = hashlib.sha256(b"".join(state_of(run)))
-    digest.update(str(run.optimizer.schedule.num_steps).encode())
+    digest.update(str(run.optimizer.lr_scheduler.num_steps).encode())
     return digest.hexdigest()
 
 
@@ -105,16 +105,16 @@ def run_poisoned(part: str, sample: int, words: list[str]) -> tuple[int, list[st
     from megatron_capgap.stages import adapt, context
     from megatron_capgap.training import loop
 
-    report, train, loss = loop._report, adapt.train, context.language_model_loss
-    seen: list[loop.Run] = []
+    report, train, loss = loop._log_step, adapt.train, context.language_model_loss
+    seen: list[loop.TrainingRun] = []
     digests: list[str] = []
     batches: list[Any] = []
 
-    def report_and_digest(run: loop.Run, *rest: Any) -> None:
+    def report_and_digest(run: loop.TrainingRun, *rest: Any) -> None:
         report(run, *rest)
         digests.append(digest_of(run))
 
-    def remember_and_train(run: loop.Run) -> None:
+    def remember_and_train(run: loop.TrainingRun) -> None:
         def remember(mine: Any, teacher_states: Any) -> Any:
             batches[:] = mine
             return run.objective.loss_function(mine, teacher_states)
@@ -134,11 +134,11 @@ def run_poisoned(part: str, sample: int, words: list[str]) -> tuple[int, list[st
             out.loss_sum.mul_(float("nan"))
         return out
 
-    loop._report, adapt.train, context.language_model_loss = report_and_digest, remember_and_train, poisoned_loss
+    loop._log_step, adapt.train, context.language_model_loss = report_and_digest, remember_and_train, poisoned_loss
     try:
         code = main(words)
     finally:
-        loop._report, adapt.train, context.language_model_loss = report, train, loss
+        loop._log_step, adapt.train, context.language_model_loss = report, train, loss
     return code, [*digests, digest_of(seen[0])]
 
 

@@ -24,7 +24,7 @@ def slow(part: str, rank: int, words: list[str]) -> int:
     """Runs a command in which one rank reads slowly, or is slow in its forward passes."""
     from megatron_capgap.training import loop, step
 
-    module, name = {"reading": (loop, "micro_batches"), "forward": (step.schedule, "run")}[part]
+    module, name = {"reading": (loop, "micro_batches"), "forward": (step.pipeline_schedule, "run")}[part]
     work = getattr(module, name)
 
     def slowly(*arguments: Any, **options: Any) -> Any:

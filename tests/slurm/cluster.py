@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_capgap.distributed.launcher import reserved_port
+from megatron_capgap.distributed.process_group import reserved_port
 from tests.slurm import namespaces
 from tests.slurm.namespaces import Network
 from tests.support import debian

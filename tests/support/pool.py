@@ -23,7 +23,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from megatron_capgap.distributed.launcher import reserved_port
+from megatron_capgap.distributed.process_group import reserved_port
 from tests.support import forks
 
 STREAMS = ("stdout", "stderr")

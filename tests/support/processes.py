@@ -17,7 +17,7 @@ import torch.distributed as dist
 import yaml
 
 import megatron_capgap
-from megatron_capgap.distributed.launcher import reserved_port
+from megatron_capgap.distributed.process_group import reserved_port
 from tests.support import forks
 from tests.support.failures import last_lines, on_failure
 

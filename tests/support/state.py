@@ -75,7 +75,7 @@ def run_poisoned(
     states: dict[int, Any] = {}
     poisoned = []
 
-    def step_and_look(run: loop.Run, done: int, *rest: Any) -> Any:
+    def step_and_look(run: loop.TrainingRun, done: int, *rest: Any) -> Any:
         states.setdefault(done, look(run))
         poisoned[:] = [done + 1 in steps]
         try:

@@ -65,7 +65,7 @@ LIGHT = (
     "pruning/student_shape.py",
     "checkpoint/metadata.py",
     "distributed/environment.py",
-    "distributed/launcher.py",
+    "distributed/process_group.py",
     "runtime/third_party.py",
     "distributed/worker_pool.py",
     "stages/check.py",

@@ -630,10 +630,10 @@ def test_derived_numbers():
     assert derived.ranks_per_model(layout) == 4
     assert derived.data_parallel(layout, 16) == 4
     assert derived.global_batch(config, layout, 16) == 24
-    assert derived.micro_batches(config, layout, 16) == 2
+    assert derived.num_microbatches(config, layout, 16) == 2
     config = Config("r", config.student, DataConfig("t"), train=TrainConfig(micro_batch=3), teacher=TeacherConfig("c"))
     assert derived.global_batch(config, layout, 16) == 12
-    assert derived.micro_batches(config, layout, 16) == 1
+    assert derived.num_microbatches(config, layout, 16) == 1
     assert derived.teacher_layout(config) == Layout(tensor=2, pipeline=2, sequence=True)
     assert derived.teacher_micro_batch(config) == 3
 

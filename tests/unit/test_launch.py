@@ -16,7 +16,7 @@ from megatron_capgap.common.errors import UserError
 from megatron_capgap.devices import choose
 from megatron_capgap.distributed import torchrun
 from megatron_capgap.distributed.environment import Environment, read_environment
-from megatron_capgap.distributed.launcher import init_process_group, reserved_port, write_outcome
+from megatron_capgap.distributed.process_group import init_process_group, reserved_port, write_outcome
 
 TORCHRUN = {
     "RANK": "5",
@@ -68,13 +68,13 @@ def test_a_port_that_is_none(port: int) -> None:
 
 
 def test_alone() -> None:
-    assert read_environment({"HOME": "/"}) == Environment(0, 1, 0, 1, "127.0.0.1", 0, "alone")
+    assert read_environment({"HOME": "/"}) == Environment(0, 1, 0, 1, "127.0.0.1", 0, "single")
 
 
 def test_the_process_environment_is_read_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*SLURM, *TORCHRUN, *OPENMPI, *MPICH, "TORCHELASTIC_RUN_ID"):
         monkeypatch.delenv(name, raising=False)
-    assert read_environment().launcher == "alone"
+    assert read_environment().launcher == "single"
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
     assert read_environment().rank == 5
@@ -172,7 +172,7 @@ def test_the_pmi_of_srun_is_srun() -> None:
 @pytest.mark.parametrize("step", [None, "4294967291", "4294967290"])
 def test_a_batch_script_or_a_bare_allocation_is_one_rank_alone(step: str | None) -> None:
     variables = without(SLURM, "SLURM_STEP_ID") | ({} if step is None else {"SLURM_STEP_ID": step})
-    assert read_environment(variables).launcher == "alone"
+    assert read_environment(variables).launcher == "single"
 
 
 def test_a_list_of_nodes_is_unfolded_by_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,7 +223,7 @@ def test_a_variable_that_is_no_number_is_named_and_an_empty_one_is_none(
 def test_a_step_without_a_number_is_named_where_there_is_no_step() -> None:
     with pytest.raises(UserError, match=r"^environment variable SLURM_STEP_ID is 'abc', not a number; unset it"):
         read_environment({"SLURM_STEP_ID": "abc"})
-    assert read_environment({"SLURM_STEP_ID": "", "RANK": "", "TORCHELASTIC_RUN_ID": "none"}).launcher == "alone"
+    assert read_environment({"SLURM_STEP_ID": "", "RANK": "", "TORCHELASTIC_RUN_ID": "none"}).launcher == "single"
 
 
 AGENT = {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True"}

@@ -37,9 +37,11 @@ def test_value_and_pull_against_autograd(name: str, seed: int) -> None:
     log_q = logits.log_softmax(-1)
     expected = DENSE[name](log_p, log_q, OBJECTIVE)
     (gradient,) = torch.autograd.grad(expected.sum(), logits)
-    value, pull = evaluate(name, log_p, log_q.detach())
+    value, logit_grad_term = evaluate(name, log_p, log_q.detach())
     torch.testing.assert_close(value.sum(-1), expected.detach(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(log_q.exp() * pull.sum(-1, keepdim=True) - pull, gradient, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        log_q.exp() * logit_grad_term.sum(-1, keepdim=True) - logit_grad_term, gradient, rtol=1e-10, atol=1e-12
+    )
 
 
 @every_row
@@ -55,8 +57,8 @@ def test_formulas_do_not_write_their_arguments(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_pull_is_exactly_zero_where_the_distributions_agree(name: str, dtype: torch.dtype) -> None:
     log_p = random_log_probs(1, vocab=1000)[0].to(dtype)
-    value, pull = evaluate(name, log_p, log_p.clone())
-    assert not pull.any()
+    value, logit_grad_term = evaluate(name, log_p, log_p.clone())
+    assert not logit_grad_term.any()
     assert name == "soft_cross_entropy" or not value.any()
 
 

@@ -12,7 +12,7 @@ from megatron_capgap.config import derived
 from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.models import packing, size
 from megatron_capgap.pruning import importance_scores as files
-from megatron_capgap.pruning import prune_plan as plans
+from megatron_capgap.pruning import prune_plan
 from megatron_capgap.pruning.importance_scores import Scores
 from megatron_capgap.pruning.student_shape import Budget
 
@@ -30,7 +30,7 @@ def test_the_best_stay_in_their_order() -> None:
     neurons = [[1, 4, 3, 2], [4, 3, 2, 1], [0, 0, 0, 0], [1, 1, 2, 2], [1, 2, 3, 4]]
     student = replace(TEACHER, ffn=2, hidden=3)
     scores = scores_of(neurons=neurons, channels=[0.1, 5, 0.2, 7, 6, 0.3])
-    found = plans.make(TEACHER, student, scores, "position")
+    found = prune_plan.make(TEACHER, student, scores, "position")
     assert found.neurons == ((1, 2), (0, 1), (0, 1), (2, 3), (2, 3))
     assert found.channels == (1, 3, 4)
 
@@ -47,7 +47,7 @@ def test_the_best_stay_in_their_order() -> None:
 )
 def test_layers_go_at_the_ends_or_by_their_scores(layers: int, by: str, expected: tuple[int, ...]) -> None:
     scores = scores_of(layers=[3, 2, 1, 0, 9], neurons=[[i, 0, 0, 5] if i < 3 else [9, 9, 0, 0] for i in range(5)])
-    found = plans.make(TEACHER, replace(TEACHER, layers=layers, ffn=1), scores, by)
+    found = prune_plan.make(TEACHER, replace(TEACHER, layers=layers, ffn=1), scores, by)
     assert found.layers == expected
     assert found.neurons == tuple((3,) if layer < 3 else (0,) for layer in expected)
 
@@ -55,10 +55,10 @@ def test_layers_go_at_the_ends_or_by_their_scores(layers: int, by: str, expected
 def test_groups_go_whole_and_queries_within_groups() -> None:
     heads = [[9, 9, 9, 1, 2, 3]] * 5
     scores = scores_of(heads=heads, groups=[[1, 2]] * 5)
-    one_group = plans.make(TEACHER, replace(TEACHER, heads=3, kv_heads=1), scores, "position")
-    assert one_group.groups[0] == (1,) and one_group.heads[0] == (3, 4, 5)
-    two_queries = plans.make(TEACHER, replace(TEACHER, heads=4, kv_heads=2), scores, "position")
-    assert two_queries.groups[0] == (0, 1) and two_queries.heads[0] == (0, 1, 4, 5)
+    one_group = prune_plan.make(TEACHER, replace(TEACHER, heads=3, kv_heads=1), scores, "position")
+    assert one_group.kv_heads[0] == (1,) and one_group.heads[0] == (3, 4, 5)
+    two_queries = prune_plan.make(TEACHER, replace(TEACHER, heads=4, kv_heads=2), scores, "position")
+    assert two_queries.kv_heads[0] == (0, 1) and two_queries.heads[0] == (0, 1, 4, 5)
 
 
 def test_gains_make_up_for_the_channels_that_go() -> None:
@@ -67,10 +67,10 @@ def test_gains_make_up_for_the_channels_that_go() -> None:
     squares[3] = torch.tensor([3.0, 1, 1, 1, 0, 0])
     student = replace(TEACHER, hidden=4, layers=3)
     scores = scores_of(squares=squares.tolist(), channels=[1, 1, 1, 1, 0, 0])
-    found = plans.make(TEACHER, student, scores, "position")
+    found = prune_plan.make(TEACHER, student, scores, "position")
     assert found.gains == pytest.approx([1.5**0.5] * 7)  # 4 of 6 channels hold all of the sum
-    assert plans.make(TEACHER, replace(TEACHER, layers=3), scores, "position").gains == (1.0,) * 7
-    fewer = plans.make(TEACHER, replace(student, hidden=3), scores, "position")
+    assert prune_plan.make(TEACHER, replace(TEACHER, layers=3), scores, "position").gains == (1.0,) * 7
+    fewer = prune_plan.make(TEACHER, replace(student, hidden=3), scores, "position")
     assert fewer.gains[1] == pytest.approx(((5 / 3) / 1) ** 0.5)  # layer 1, before feed-forward: norm 3
 
 
@@ -78,17 +78,19 @@ def test_parts_are_ranked_over_all_layers() -> None:
     """By scores that each layer's norm divides, in units of two, of which a layer keeps one at least."""
     neurons = [[1000, 1, 1, 1], [1, 1, 1, 1], [0, 0, 0, 0], [3, 4, 3, 4], [0, 9, 0, 0]]
     groups = [[5, 1], [1, 0], [0, 0], [1, 1], [0, 3]]
-    budget = Budget(groups=6, widths=(1, 2), neurons=14, unit=2, most=4, tensor=1)
+    budget = Budget(kv_heads=6, storable_kv_heads=(1, 2), neurons=14, unit=2, max_neurons=4, tensor=1)
     scores = scores_of(neurons=neurons, groups=groups)
-    found = plans.make(TEACHER, replace(TEACHER, heads=3, kv_heads=1, ffn=2), scores, "position", budget)
+    found = prune_plan.make(TEACHER, replace(TEACHER, heads=3, kv_heads=1, ffn=2), scores, "position", budget)
     assert found.neurons == ((0, 1), (0, 1, 2, 3), (0, 1), (0, 1, 2, 3), (0, 1))
-    assert found.groups == ((0,), (0,), (0,), (0, 1), (1,)) and found.heads[3] == (0, 1, 2, 3, 4, 5)
+    assert found.kv_heads == ((0,), (0,), (0,), (0, 1), (1,)) and found.heads[3] == (0, 1, 2, 3, 4, 5)
     assert (found.student.heads, found.student.kv_heads, found.student.ffn) == (6, 2, 4)
     assert derived.head_dim(found.student) == 2
     assert found.kept_parts == {"kv_heads": [1, 1, 1, 2, 1], "heads": [3, 3, 3, 6, 3], "ffn": [2, 4, 2, 4, 2]}
     # Four groups: 3 queries, a key, a value and 3 outputs, 2 wide each; six neurons: gate, up and down. 6 channels.
     assert found.padding == 4 * (3 + 1 + 1 + 3) * 2 * 6 + 6 * 3 * 6
-    fewer = plans.make(TEACHER, replace(TEACHER, ffn=2), scores, "position", replace(budget, most=2, neurons=10))
+    fewer = prune_plan.make(
+        TEACHER, replace(TEACHER, ffn=2), scores, "position", replace(budget, max_neurons=2, neurons=10)
+    )
     assert found.neurons[1] != fewer.neurons[1] and {len(row) for row in fewer.neurons} == {2}
 
 
@@ -103,14 +105,14 @@ def test_parts_are_ranked_over_all_layers() -> None:
     ],
 )
 def test_kept_parts_are_spread_over_shards(kept: tuple[int, ...], stored: int, shards: int, expected: list) -> None:
-    assert plans.spread(kept, stored, shards) == expected
+    assert prune_plan.pad_per_shard(kept, stored, shards) == expected
 
 
 def test_the_file_is_json_with_a_line_a_row() -> None:
     student = replace(TEACHER, layers=2, ffn=2)
     scores = scores_of(neurons=[[1 / 3, 2, 3, 4]] * 5)
-    found = plans.make(TEACHER, student, scores, "position")
-    text = plans.text(found, scores, {"prune.batches": 2, "data.train": ["a"]})
+    found = prune_plan.make(TEACHER, student, scores, "position")
+    text = prune_plan.text(found, scores, {"prune.batches": 2, "data.train": ["a"]})
     content = json.loads(text)
     assert content["stays"]["neurons"] == [[2, 3], [2, 3]] and content["stays"]["layers"] == [1, 2]
     assert content["made_from"] == {"prune.batches": 2, "data.train": ["a"]}

@@ -116,7 +116,7 @@ def test_layers_with_numbers_of_their_own_keep_what_the_sparsity_leaves(
     checks.check(said, "prune", tensor, found.shape, teacher)
     budget = found.budget
     assert budget is not None and budget.unit == 8 and budget.neurons % 8 == 0
-    assert all(width % tensor == 0 for width in budget.widths)
+    assert all(width % tensor == 0 for width in budget.storable_kv_heads)
     least = sparsity == 0.9 and teacher in (GROUPED, WIDE)  # a key/value head in each layer is more than a tenth
     if not least:
         layers = found.kept - size.non_embedding_parameters(found.shape) + layers_of(found.shape)
@@ -127,7 +127,13 @@ def test_numbers_are_means_where_layers_differ(loaded: Any) -> None:
     found = student_target(loaded({"kv_heads": 3, "ffn": 57, "layers": 6, "per_layer": True}, {"tensor": 2}), GROUPED)
     budget = found.budget
     assert budget is not None
-    assert (budget.groups, budget.widths, budget.neurons, budget.unit, budget.most) == (18, (2, 4), 342, 2, 256)
+    assert (budget.kv_heads, budget.storable_kv_heads, budget.neurons, budget.unit, budget.max_neurons) == (
+        18,
+        (2, 4),
+        342,
+        2,
+        256,
+    )
     assert numbers(found.shape) == (6, 96, 12, 4, 58)
     naive = replace(GROUPED, layers=6, heads=9, kv_heads=3, ffn=57, head_dim=8)
     assert found.kept == size.non_embedding_parameters(naive)

@@ -58,7 +58,7 @@ def check_flags(shape: ModelShape, layout: Layout, world: int) -> None:
             f"--tensor {layout.tensor} * --pipeline {layout.pipeline} does not divide the world size {world}; "
             f"start with torchrun --nproc-per-node {ranks}"
         )
-    for name, number in _cut_by_tensor(shape).items():
+    for name, number in _tp_sharded_dims(shape).items():
         if number % layout.tensor:
             raise UserError(f"--tensor: {layout.tensor} does not divide {name} {number}")
     if shape.layers % layout.pipeline:
@@ -87,16 +87,16 @@ def tensor_divides_shape(ctx: ValidationContext) -> Iterator[str]:
     """Attention is sharded by heads and query groups, the feed-forward layer by columns."""
     for model in ctx.models:
         shape, size = model.shape, model.layout.tensor
-        wrong = [model.number(name) for name in _cut_by_tensor(shape) if (getattr(shape, name) or size) % size]
+        wrong = [model.number(name) for name in _tp_sharded_dims(shape) if (getattr(shape, name) or size) % size]
         if wrong:
             # Suggest values that are valid for every model with this layout.
-            alike = [other.shape for other in ctx.models if other.layout_key == model.layout_key]
-            numbers = [number for other in alike for number in _cut_by_tensor(other).values()]
+            same_layout_shapes = [other.shape for other in ctx.models if other.layout_key == model.layout_key]
+            numbers = [number for other in same_layout_shapes for number in _tp_sharded_dims(other).values()]
             text = f"{size} does not divide {' and '.join(wrong)}; valid values: {divisors(*numbers)}"
             yield ctx.error(f"{model.layout_key}.tensor", text)
 
 
-def _cut_by_tensor(shape: ModelShape) -> dict[str, int]:
+def _tp_sharded_dims(shape: ModelShape) -> dict[str, int]:
     return {"heads": shape.heads, "kv_heads": derived.kv_heads(shape), "ffn": shape.ffn}
 
 
@@ -109,7 +109,7 @@ def key_value_heads_divide_heads(ctx: ValidationContext) -> Iterator[str]:
             yield f"{model.error_prefix('kv_heads')}{text}"
 
 
-def family_has_the_numbers(ctx: ValidationContext) -> Iterator[str]:
+def family_supports_shape(ctx: ValidationContext) -> Iterator[str]:
     """Some keys of the shape apply to some families only."""
     for model in ctx.models:
         shape, traits = model.shape, ARCHITECTURES[model.shape.family]
@@ -136,9 +136,9 @@ def sequences_fit_the_models(ctx: ValidationContext) -> Iterator[str]:
         learned = ARCHITECTURES[model.shape.family].learned_positions
         names = ("max_positions", "attention_window") if learned else ("attention_window",)
         for name in names:
-            most = getattr(model.shape, name)
-            if most is not None and length > most:
-                text = f"{length} is longer than {model.number(name)}; use at most {most}, or another model"
+            limit = getattr(model.shape, name)
+            if limit is not None and length > limit:
+                text = f"{length} is longer than {model.number(name)}; use at most {limit}, or another model"
                 yield ctx.error("data.sequence_length", text)
 
 
@@ -208,7 +208,7 @@ def sequence_parallel_has_tensor_ranks(ctx: ValidationContext) -> Iterator[str]:
             yield ctx.error("data.sequence_length", f"{text}; nearest valid values: {multiples(length, layout.tensor)}")
 
 
-def context_parallel_is_not_there_yet(ctx: ValidationContext) -> Iterator[str]:
+def context_parallel_unsupported(ctx: ValidationContext) -> Iterator[str]:
     """Megatron's own attention needs whole sequences."""
     reason = "requires Transformer Engine's attention, which this release does not support; set context: 1"
     for key, layout in ctx.layouts:
@@ -218,10 +218,10 @@ def context_parallel_is_not_there_yet(ctx: ValidationContext) -> Iterator[str]:
 
 def batch_divides_over_ranks(ctx: ValidationContext) -> Iterator[str]:
     """Every student replica runs the same number of micro-batches."""
-    train, copies = ctx.config.train, ctx.dp_size
-    if train.global_batch and copies and train.global_batch % (train.micro_batch * copies):
-        portion = train.micro_batch * copies
-        product = f"train.micro_batch {train.micro_batch} * data-parallel size {copies} = {portion}"
+    train, dp_size = ctx.config.train, ctx.dp_size
+    if train.global_batch and dp_size and train.global_batch % (train.micro_batch * dp_size):
+        portion = train.micro_batch * dp_size
+        product = f"train.micro_batch {train.micro_batch} * data-parallel size {dp_size} = {portion}"
         text = f"{train.global_batch} is not a multiple of {product}"
         yield ctx.error("train.global_batch", f"{text}; nearest valid values: {multiples(train.global_batch, portion)}")
 
@@ -279,8 +279,8 @@ def matched_layers_exist(ctx: ValidationContext) -> Iterator[str]:
                 text = f"{layer} is beyond {model.number('layers')}; valid values: {spans(range(1, layers + 1))}"
                 yield ctx.error(f"{key}.{model.role}_layer", text)
         if any(replace(other, weight=pair.weight) == pair for other in pairs[:index]):
-            said = f"student layer {pair.student_layer}, teacher layer {pair.teacher_layer}, {pair.kind}"
-            yield ctx.error(key, f"{said} is a duplicate; keep one of them, with the sum of their weights")
+            pair_text = f"student layer {pair.student_layer}, teacher layer {pair.teacher_layer}, {pair.kind}"
+            yield ctx.error(key, f"{pair_text} is a duplicate; keep one of them, with the sum of their weights")
 
 
 def conversations_are_read_once_an_epoch(ctx: ValidationContext) -> Iterator[str]:
@@ -292,9 +292,9 @@ def conversations_are_read_once_an_epoch(ctx: ValidationContext) -> Iterator[str
 
 def patience_has_evaluations(ctx: ValidationContext) -> Iterator[str]:
     """Early stopping needs evaluations during training."""
-    wanted, train = ctx.config.finetune, ctx.config.train
-    if ctx.stage == "finetune" and wanted and wanted.patience and not train.eval_every:
-        text = f"{wanted.patience} requires train.eval_every > 0, which is 0; set eval_every, or remove patience"
+    finetune, train = ctx.config.finetune, ctx.config.train
+    if ctx.stage == "finetune" and finetune and finetune.patience and not train.eval_every:
+        text = f"{finetune.patience} requires train.eval_every > 0, which is 0; set eval_every, or remove patience"
         yield ctx.error("finetune.patience", text)
 
 
@@ -310,13 +310,13 @@ CHECKS: tuple[Callable[[ValidationContext], Iterator[str]], ...] = (
     world_holds_whole_models,
     tensor_divides_shape,
     key_value_heads_divide_heads,
-    family_has_the_numbers,
+    family_supports_shape,
     sequences_fit_the_models,
     heads_have_an_even_width,
     layers_fill_the_pipeline,
     virtual_stages_have_a_pipeline,
     sequence_parallel_has_tensor_ranks,
-    context_parallel_is_not_there_yet,
+    context_parallel_unsupported,
     batch_divides_over_ranks,
     *teacher.CHECKS,
     learning_rate_falls,

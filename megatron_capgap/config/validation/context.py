@@ -11,7 +11,7 @@ _LARGEST_SUGGESTION = 64
 
 
 @dataclass(frozen=True)
-class ModelContext:
+class CheckedModel:
     """The student or the teacher: shape, layout, precision, and their names in messages."""
 
     loaded: LoadedConfig
@@ -47,7 +47,7 @@ class ValidationContext:
     loaded: LoadedConfig
     stage: str
     world: int
-    models: tuple[ModelContext, ...]
+    models: tuple[CheckedModel, ...]
     """The student, then the teacher if there is one."""
     capability: tuple[int, int] | None = None
     """Actual or assumed compute capability of the GPUs; None if there are none or it is unknown."""
@@ -70,7 +70,7 @@ class ValidationContext:
     @property
     def teacher_dp_size(self) -> int | None:
         """The teacher's data-parallel size; None if it is not a whole number. Requires a teacher."""
-        return _dp_size(derived.teacher_layout(self.config), len(derived.teacher_ranks(self.config, self.world)))
+        return _dp_size(derived.teacher_layout(self.config), len(derived.teacher_rank_range(self.config, self.world)))
 
     def error(self, key: str, text: str) -> str:
         """One complete message about `key`."""
@@ -94,20 +94,18 @@ def build(
     config = loaded.config
     path = None if config.student.model else config.student.checkpoint
     key = "student.precision" if config.student.precision else "precision"
-    arithmetic = derived.student_precision(config)
+    precision = derived.student_precision(config)
     section = "prune" if stage == "prune" else "student.model"
     models = [
-        ModelContext(
-            loaded, "student", student, config.student.layout, "student.layout", arithmetic, key, path, section
-        )
+        CheckedModel(loaded, "student", student, config.student.layout, "student.layout", precision, key, path, section)
     ]
     if teacher is not None:
         assert config.teacher is not None
         layout_key = "teacher.layout" if config.teacher.layout else "student.layout"
         key = "teacher.precision" if config.teacher.precision else "precision"
-        layout, arithmetic = derived.teacher_layout(config), derived.teacher_precision(config)
+        layout, precision = derived.teacher_layout(config), derived.teacher_precision(config)
         models.append(
-            ModelContext(loaded, "teacher", teacher, layout, layout_key, arithmetic, key, config.teacher.checkpoint)
+            CheckedModel(loaded, "teacher", teacher, layout, layout_key, precision, key, config.teacher.checkpoint)
         )
     return ValidationContext(loaded, stage, world, tuple(models), capability)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from megatron_capgap.config import derived
 from megatron_capgap.config.architectures import ARCHITECTURES
 from megatron_capgap.config.schema import FP8, Layout, ModelShape, Precision
-from megatron_capgap.config.validation.context import ModelContext, ValidationContext, multiples
+from megatron_capgap.config.validation.context import CheckedModel, ValidationContext, multiples
 
 # Lowest compute capability with each recipe's kernels.
 CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
@@ -63,12 +63,12 @@ def linears(shape: ModelShape, layout: Layout) -> dict[str, tuple[int, int]]:
     }
 
 
-def _models(ctx: ValidationContext) -> Iterator[tuple[ModelContext, str, FP8]]:
+def _models(ctx: ValidationContext) -> Iterator[tuple[CheckedModel, str, FP8]]:
     """Every model with FP8, with the key of its precision and its FP8 section."""
     return ((m, m.precision_key, m.precision.fp8) for m in ctx.models if m.precision.fp8 is not None)
 
 
-def _forward_only(ctx: ValidationContext, model: ModelContext) -> bool:
+def _forward_only(ctx: ValidationContext, model: CheckedModel) -> bool:
     return model.role == "teacher" or ctx.stage == "evaluate"
 
 
@@ -153,11 +153,11 @@ def tokens_are_aligned(ctx: ValidationContext) -> Iterator[str]:
     config = ctx.config
     for model, key, fp8 in _models(ctx):
         size = config.train.micro_batch if model.role == "student" else derived.teacher_micro_batch(config)
-        cut = model.layout.tensor if model.layout.sequence else 1
+        shards = model.layout.tensor if model.layout.sequence else 1
         unit = _BLOCK if fp8.recipe == "blockwise" and model.layout.sequence else _ALIGNMENT[fp8.recipe]
-        tokens = size * config.data.sequence_length // cut
+        tokens = size * config.data.sequence_length // shards
         if tokens % unit:
-            product = f"micro_batch {size} * sequence_length {config.data.sequence_length} / {cut}"
+            product = f"micro_batch {size} * sequence_length {config.data.sequence_length} / {shards}"
             text = (
                 f"{fp8.recipe} requires a multiple of {unit} tokens per rank; the {model.role} has {tokens} = {product}"
             )
@@ -166,15 +166,14 @@ def tokens_are_aligned(ctx: ValidationContext) -> Iterator[str]:
 
 def gpus_have_the_kernels(ctx: ValidationContext) -> Iterator[str]:
     """A recipe requires certain GPU generations; unknown in --check without --check-capability."""
-    there = ctx.capability
+    capability = ctx.capability
     for _, key, fp8 in _models(ctx):
-        if there is None or runs_on(fp8.recipe, there):
+        if capability is None or runs_on(fp8.recipe, capability):
             continue
-        able = [name for name in CAPABILITY if runs_on(name, there)]
+        able = [name for name in CAPABILITY if runs_on(name, capability)]
         hint = f"valid values: {', '.join(able)}" if able else "these GPUs do not support FP8: remove fp8"
-        text = (
-            f"{fp8.recipe} needs compute capability {generations(fp8.recipe)}, the GPUs have {_version(there)}; {hint}"
-        )
+        needed = generations(fp8.recipe)
+        text = f"{fp8.recipe} needs compute capability {needed}, the GPUs have {_version(capability)}; {hint}"
         yield ctx.error(f"{key}.fp8.recipe", text)
 
 
@@ -185,8 +184,8 @@ def runs_on(recipe: str, capability: tuple[int, int]) -> bool:
 
 def generations(recipe: str) -> str:
     """Compute capabilities that have a recipe's kernels, in words."""
-    most = _TOO_NEW.get(recipe)
-    return f"{_version(CAPABILITY[recipe])} {'or newer' if most is None else f'and below {_version(most)}'}"
+    below = _TOO_NEW.get(recipe)
+    return f"{_version(CAPABILITY[recipe])} {'or newer' if below is None else f'and below {_version(below)}'}"
 
 
 def _version(numbers: tuple[int, int]) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from megatron_capgap.config.architectures import ARCHITECTURES
 from megatron_capgap.config.schema import Recompute
-from megatron_capgap.config.validation.context import ModelContext, ValidationContext, divisors
+from megatron_capgap.config.validation.context import CheckedModel, ValidationContext, divisors
 
 _KEY = "student.recompute"
 
@@ -49,7 +49,7 @@ def recomputed_layers_exist(ctx: ValidationContext) -> Iterator[str]:
         yield ctx.error(f"{_KEY}.every", text)
 
 
-def _trained(ctx: ValidationContext) -> ModelContext:
+def _trained(ctx: ValidationContext) -> CheckedModel:
     """The model that is recomputed: the student, or the teacher where prune scores it."""
     return ctx.models[-1] if ctx.stage == "prune" else ctx.models[0]
 

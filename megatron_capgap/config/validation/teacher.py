@@ -34,8 +34,8 @@ def teacher_has_its_ranks(ctx: ValidationContext) -> Iterator[str]:
     elif teacher.ranks >= ctx.world:
         text = f"{teacher.ranks} leaves no rank for the student, the world size is {ctx.world}"
         yield ctx.error("teacher.ranks", f"{text}; use a smaller value, or more ranks")
-    elif teacher.ranks % (ranks := derived.ranks_per_model(cut := derived.teacher_layout(ctx.config))):
-        product = f"tensor {cut.tensor} * pipeline {cut.pipeline} * context {cut.context} = {ranks}"
+    elif teacher.ranks % (ranks := derived.ranks_per_model(layout := derived.teacher_layout(ctx.config))):
+        product = f"tensor {layout.tensor} * pipeline {layout.pipeline} * context {layout.context} = {ranks}"
         text = f"{teacher.ranks} is not divisible by the teacher's {product}"
         yield ctx.error("teacher.ranks", f"{text}; nearest valid values: {multiples(teacher.ranks, ranks)}")
 
@@ -43,21 +43,22 @@ def teacher_has_its_ranks(ctx: ValidationContext) -> Iterator[str]:
 def batch_divides_for_the_teacher(ctx: ValidationContext) -> Iterator[str]:
     """Every teacher replica processes the same number of sequences, in micro-batches of its own size."""
     config = ctx.config
-    if config.teacher is None or ctx.dp_size is None or (copies := ctx.teacher_dp_size) is None:
+    if config.teacher is None or ctx.dp_size is None or (teacher_dp_size := ctx.teacher_dp_size) is None:
         return
     batch = derived.global_batch(config, config.student.layout, derived.student_world(config, ctx.world))
     if batch % (config.train.micro_batch * ctx.dp_size):
         return  # reported for the student already
-    share, rest = divmod(batch, copies)
+    share, rest = divmod(batch, teacher_dp_size)
     if rest:
-        said = str(batch) if config.train.global_batch else f"null means {batch}, which"
-        text = f"{said} is not divisible by the teacher's data-parallel size {copies}"
+        batch_text = str(batch) if config.train.global_batch else f"null means {batch}, which"
+        text = f"{batch_text} is not divisible by the teacher's data-parallel size {teacher_dp_size}"
         yield ctx.error(
-            "train.global_batch", f"{text}; nearest valid values: {multiples(batch, copies)}, or use another layout"
+            "train.global_batch",
+            f"{text}; nearest valid values: {multiples(batch, teacher_dp_size)}, or use another layout",
         )
     elif share % (size := derived.teacher_micro_batch(config)):
-        said = str(size) if config.teacher.micro_batch else f"null means train.micro_batch {size}, which"
-        text = f"{said} does not divide the {share} sequences that each of the teacher's data-parallel ranks has"
+        batch_text = str(size) if config.teacher.micro_batch else f"null means train.micro_batch {size}, which"
+        text = f"{batch_text} does not divide the {share} sequences that each of the teacher's data-parallel ranks has"
         yield ctx.error("teacher.micro_batch", f"{text} of {batch}; valid values: {divisors(share)}")
 
 

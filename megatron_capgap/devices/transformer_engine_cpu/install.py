@@ -79,7 +79,7 @@ def _import(place: Path) -> None:
 
 def _answer() -> None:
     """Patches device queries, assertions and kernels for which Transformer Engine's Python code needs a GPU."""
-    from transformer_engine.pytorch import constants, optimizers, quantization, utils
+    from transformer_engine.pytorch import constants, distributed, optimizers, quantization, utils
     from transformer_engine.pytorch.cpp_extensions import gemm
     from transformer_engine.pytorch.module import base
     from transformer_engine.pytorch.tensor.storage import mxfp8_tensor_storage
@@ -97,6 +97,9 @@ def _answer() -> None:
     assert all(answers), answers
     gemm.get_cublas_workspace_size_bytes = lambda: 0
     torch.cuda.is_current_stream_capturing = lambda: False
+    # Read and set around recomputed layers; on a CPU the "CUDA" generator is torch's own.
+    distributed._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    distributed._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     _wrap_modules(base.TransformerEngineBaseModule)
     # The original moves the tensor to the GPU first. Those of other recipes are read by torch in host memory.
     mxfp8_tensor_storage._FromMXFP8Func.forward = staticmethod(
