@@ -184,8 +184,8 @@ def _class_of(folder: Path, settings: Mapping[str, Any]) -> str | None:
     config = read_json(folder / "config.json")
     name = class_of(settings, config, lambda: file.is_file() and "ByteLevel" in _types(read_json(file)))
     if name is not None and name not in SPECIAL:
-        said = settings.get("tokenizer_class") or config.get("tokenizer_class")
-        why = f"tokenizer_class {said}" if said else f"model_type {config.get('model_type')} of its config.json"
+        stated = settings.get("tokenizer_class") or config.get("tokenizer_class")
+        why = f"tokenizer_class {stated}" if stated else f"model_type {config.get('model_type')} of its config.json"
         raise UserError(
             f"tokenizer {folder}: transformers opens it as {name} ({why}), whose tokenization steps are not "
             f"supported; {SAVE}, and name PreTrainedTokenizerFast as tokenizer_class in OTHER/tokenizer_config.json"
