@@ -145,7 +145,7 @@ def locate(checkpoint: str) -> Path:
     path = Path(checkpoint)
     if not path.exists():
         raise UserError(f"{checkpoint}: no such checkpoint; name a run directory or RUN/checkpoints/step_N")
-    if (path / metadata.METADATA).is_file():
+    if (path / metadata.CAPGAP_METADATA_FILE).is_file():
         return path
     named = best(path) or latest(path)
     if named is None:

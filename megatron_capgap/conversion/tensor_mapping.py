@@ -9,7 +9,7 @@ import torch
 
 from megatron_capgap.checkpoint.streaming import BLOCK_BYTES, Block, TensorEntry
 from megatron_capgap.config.schema import Layout, ModelShape, Precision
-from megatron_capgap.conversion.family import PACKINGS, Family, Row
+from megatron_capgap.conversion.family import PACKINGS, Family, TensorMapping
 from megatron_capgap.devices import Device
 from megatron_capgap.distributed import parallel_context
 from megatron_capgap.models import gpt, packing
@@ -21,19 +21,19 @@ from megatron_capgap.models.sharded_state import shards
 class TensorTarget:
     """One tensor of one layer of the Megatron model, and the Hugging Face tensors that it consists of."""
 
-    row: Row
+    row: TensorMapping
     key: str
     layer: int
     layered: bool
     shape: tuple[int, ...]
     """`[rows, ...]`, without vocabulary padding."""
-    runs: Sequence[PackedRows]
+    row_blocks: Sequence[PackedRows]
     parts: tuple[str, ...]
     """Full names of the parts in the Hugging Face model."""
 
     def part_shapes(self) -> list[tuple[int, ...]]:
         """Shape of each part as Hugging Face stores it."""
-        shapes = [(rows, *self.shape[1:]) for rows in packing.part_rows(self.runs)]
+        shapes = [(rows, *self.shape[1:]) for rows in packing.part_rows(self.row_blocks)]
         return [tuple(reversed(shape)) for shape in shapes] if self.row.transposed else shapes
 
     def entry(self, layers: int, dtype: torch.dtype) -> TensorEntry:
@@ -49,15 +49,17 @@ class TensorTarget:
             yield Block(entry, self.layer, start, min(step, rows - start))
 
 
-def unfold(family: Family, shape: ModelShape, device: Device) -> list[TensorTarget]:
+def expand_mapping(family: Family, shape: ModelShape, device: Device) -> list[TensorTarget]:
     """Returns every tensor of a model, in the order of its layers. Collective.
 
     The list of tensors comes from Megatron's model itself; the table must match it.
     """
     wanted = _tensors_of(shape, device)
     rows = family.rows_of(shape)
-    told = {row.megatron for row in rows}
-    assert told == wanted.keys(), f"{family.name}: the table and the model differ in {sorted(told ^ wanted.keys())}"
+    mapped_names = {row.megatron for row in rows}
+    assert mapped_names == wanted.keys(), (
+        f"{family.name}: the table and the model differ in {sorted(mapped_names ^ wanted.keys())}"
+    )
     layered = [row for row in rows if "{layer}" in row.hf[0]]
     single = [row for row in rows if row not in layered]
     first = [row for row in single if row.megatron.startswith("embedding.")]
@@ -68,11 +70,11 @@ def unfold(family: Family, shape: ModelShape, device: Device) -> list[TensorTarg
     return found + [_target(row, 0, False, wanted[row.megatron], shape) for row in last]
 
 
-def _target(row: Row, layer: int, layered: bool, size: tuple[int, ...], shape: ModelShape) -> TensorTarget:
-    runs = PACKINGS[row.packing](shape) if row.packing else packing.whole(size[0])
-    assert sum(run.count for run in runs) == size[0], (row, size)
+def _target(row: TensorMapping, layer: int, layered: bool, size: tuple[int, ...], shape: ModelShape) -> TensorTarget:
+    row_blocks = PACKINGS[row.packing](shape) if row.packing else packing.whole(size[0])
+    assert sum(block.count for block in row_blocks) == size[0], (row, size)
     return TensorTarget(
-        row, row.megatron, layer, layered, size, runs, tuple(name.format(layer=layer) for name in row.hf)
+        row, row.megatron, layer, layered, size, row_blocks, tuple(name.format(layer=layer) for name in row.hf)
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_capgap.common.errors import UserError, in_one_line
-from megatron_capgap.data.jsonl import find, rows
+from megatron_capgap.data.jsonl import find, json_lines
 from megatron_capgap.data.messages import ROLES, THOUGHTS, Conversation, Message
 
 # Role names of ShareGPT, of later data sets in its format, and of model-specific message formats.
@@ -46,7 +46,7 @@ def read_conversations(path: str) -> list[Conversation]:
         UserError: the file is missing or empty, or a line is not a conversation; names the line.
     """
     conversations_file(path)
-    found = [_conversation(*row) for row in rows(path)]
+    found = [_conversation(*line) for line in json_lines(path)]
     if not found:
         raise UserError(
             f'{path}: contains no conversation; a line is {{"messages": [{{"role": ..., "content": ...}}]}}'

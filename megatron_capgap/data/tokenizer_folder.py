@@ -31,7 +31,7 @@ NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 
 
 @dataclass(frozen=True)
-class Reading:
+class LoadedTokenizer:
     """Content of a tokenizer folder."""
 
     tokenizer: tokenizers.Tokenizer
@@ -56,16 +56,16 @@ class Reading:
     """Warnings from reading."""
 
 
-def read_model(file: Path) -> Reading:
+def read_model(file: Path) -> LoadedTokenizer:
     """Reads a SentencePiece model like a folder that contains only this file.
 
     Raises:
         UserError: the file is not a SentencePiece model.
     """
-    return _reading(file.parent, file, {}, legacy=True, beside=False)
+    return _load(file.parent, file, {}, legacy=True, beside=False)
 
 
-def read(folder: Path) -> Reading:
+def read(folder: Path) -> LoadedTokenizer:
     """Reads a folder with one of `FORMS`.
 
     Raises:
@@ -74,7 +74,7 @@ def read(folder: Path) -> Reading:
     settings = settings_of(folder)
     legacy = "added_tokens_decoder" not in settings  # written before transformers 4.34
     form = next(name for name in FORMS if (folder / name).is_file())
-    return _reading(folder, folder / form, settings, legacy)
+    return _load(folder, folder / form, settings, legacy)
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def _taken(settings: dict[str, Any], is_token: Callable[[Any], bool]) -> dict[st
     return {name: settings.pop(name) for name in names}
 
 
-def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, beside: bool = True) -> Reading:
+def _load(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, beside: bool = True) -> LoadedTokenizer:
     """Reads a vocabulary file with its settings.
 
     Args:
@@ -175,7 +175,7 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
             built.add_special_tokens([text])
     stops = {*([] if eos is None else [eos]), *(_stops_of_model(folder) if beside else [])}
     ends = (bos, eos, frozenset(stops))
-    return Reading(built, *ends, before, after, special, named, user_defined, made_by, remarks)
+    return LoadedTokenizer(built, *ends, before, after, special, named, user_defined, made_by, remarks)
 
 
 def _class_of(folder: Path, settings: Mapping[str, Any]) -> str | None:

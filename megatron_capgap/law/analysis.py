@@ -16,7 +16,7 @@ from megatron_capgap.law.causes import Cause
 from megatron_capgap.law.cells import Training
 from megatron_capgap.law.compare import Score
 from megatron_capgap.law.gaussian_process import Process
-from megatron_capgap.law.paper_reading import Reading
+from megatron_capgap.law.paper_reading import PaperFit
 from megatron_capgap.law.plan import Plan
 from megatron_capgap.law.records import Record, conditions
 from megatron_capgap.law.verdict import Finding
@@ -38,7 +38,7 @@ class Analysis:
     process: Process
     findings: Sequence[Finding]
     """One per student, ascending."""
-    reading: Reading
+    reading: PaperFit
     """The paper's method on the same records, for comparison."""
     causes: Sequence[Cause]
     """Effects of initialisation and of teaching, where the same starts were also trained on labels alone."""

@@ -10,7 +10,7 @@ from megatron_capgap.law.analysis import Analysis
 from megatron_capgap.law.compare import Score
 from megatron_capgap.law.formatting import formula, short
 from megatron_capgap.law.labels import Against
-from megatron_capgap.law.paper_reading import Reading
+from megatron_capgap.law.paper_reading import PaperFit
 from megatron_capgap.law.plan import LEAST, Plan, Step
 from megatron_capgap.law.records import conditions
 from megatron_capgap.law.verdict import FLAT, INTERIOR, SATURATING, SMALLEST
@@ -55,7 +55,7 @@ def write(
     parts.append(_scales(study))
     if scores:
         parts.append(_scores(scores))
-    parts += ["![compute and loss](compute.png)", _teachers(study), _reading(study.reading)]
+    parts += ["![compute and loss](compute.png)", _teachers(study), _paper_fit(study.reading)]
     parts.append("## Limits of these runs\n\n" + ("\n".join(f"- {text}" for text in study.remarks) or "None found."))
     parts.append(_conditions(study))
     return "\n\n".join(parts) + "\n"
@@ -258,7 +258,7 @@ def _teachers(study: Analysis) -> str:
     return "\n".join(lines)
 
 
-def _reading(reading: Reading) -> str:
+def _paper_fit(reading: PaperFit) -> str:
     k, b = fit.PAPER
     lines = [
         "## The paper's reading",

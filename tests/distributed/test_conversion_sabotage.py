@@ -42,10 +42,10 @@ def theta_by_default(*args: Any) -> dict[str, Any]:
     return {**ROTARY(*args), "rope_theta": 10000.0}
 
 
-READ, ROTARY = importing._Reading.__call__, llama.rotary
+READ, ROTARY = importing._BlockReader.__call__, llama.rotary
 BREAKS = {
     "permutation": lambda: mock.patch.dict(family.PACKINGS, qkv=lambda shape: list(neighbours_turn(shape))),
-    "bias": lambda: mock.patch.object(importing._Reading, "__call__", without_biases),
+    "bias": lambda: mock.patch.object(importing._BlockReader, "__call__", without_biases),
     "theta": lambda: mock.patch.object(llama, "rotary", theta_by_default),
     "nothing": lambda: mock.patch.dict(family.PACKINGS),
 }
