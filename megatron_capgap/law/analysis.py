@@ -16,8 +16,8 @@ from megatron_capgap.law.causes import Cause
 from megatron_capgap.law.cells import Training
 from megatron_capgap.law.compare import Score
 from megatron_capgap.law.gaussian_process import Process
+from megatron_capgap.law.next_runs import NextRunsPlan
 from megatron_capgap.law.paper_reading import PaperFit
-from megatron_capgap.law.plan import Plan
 from megatron_capgap.law.records import Record, conditions
 from megatron_capgap.law.verdict import Finding
 
@@ -88,7 +88,7 @@ def compared(study: Analysis) -> list[Score]:
 
 
 def as_json(
-    study: Analysis, advice: Advice | None = None, scores: Sequence[Score] = (), plan: Plan | None = None
+    study: Analysis, advice: Advice | None = None, scores: Sequence[Score] = (), plan: NextRunsPlan | None = None
 ) -> str:
     """Contents of law.json; the same records give the same bytes."""
     content: dict[str, Any] = {
@@ -159,7 +159,7 @@ def _advice(advice: Advice) -> dict[str, Any]:
     return content
 
 
-def _plan(plan: Plan) -> dict[str, Any]:
+def _plan(plan: NextRunsPlan) -> dict[str, Any]:
     steps = [
         {
             "flops": step.flops,
@@ -179,7 +179,7 @@ def _plan(plan: Plan) -> dict[str, Any]:
         }
         for step in plan.steps
     ]
-    regrets = _rounded({"regret": plan.regret, "regret_then": plan.then}, DRAWN_DIGITS)
+    regrets = _rounded({"regret": plan.regret, "regret_then": plan.regret_after}, DRAWN_DIGITS)
     return {"budget": plan.budget, "flops": plan.flops, **regrets, "considered": plan.considered, "steps": steps}
 
 
@@ -202,8 +202,8 @@ def _remarks(
         )
     if records[0].init.startswith("pruned") and records[0].taught and not apart:
         found.append(
-            "students began pruned out of their teacher, so these curves hold both what cutting costs and what "
-            "teaching gives; only the same starts trained without a teacher tell them apart"
+            "students were initialised by pruning their teacher, so these curves include both the cost of pruning and "
+            "the effect of teaching; only the same starts trained without a teacher tell them apart"
         )
     if smaller := int((process.cells.teacher < process.cells.student).sum()):
         found.append(f"{smaller} runs have a teacher with fewer parameters than their student")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_capgap.law.causes import FEW_PAIRS, SHARED, begun, counterparts, gained
+from megatron_capgap.law.causes import FEW_PAIRS, SHARED, counterparts, gained, start_key
 from megatron_capgap.law.cells import Array
 from megatron_capgap.law.formatting import short
 from megatron_capgap.law.gaussian_process import root_of
@@ -102,7 +102,7 @@ def against(
 def _further(alone: Sequence[Record], count: str, random: np.random.Generator) -> Further | None:
     """The fit; None if too few runs with the same start have different tokens. Terms are dropped, the last ones first,
     until FREEDOM degrees of freedom are left."""
-    starts = [begun(each) for each in alone]
+    starts = [start_key(each) for each in alone]
     groups = {key: number for number, key in enumerate(dict.fromkeys(starts))}
     levels = np.eye(len(groups))[[groups[key] for key in starts]]
     y = np.array([each.valid_loss for each in alone])

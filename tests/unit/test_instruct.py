@@ -20,7 +20,7 @@ class Letters(Template):
     def encode(self, conversation):
         return [Segment(tuple(map(ord, m.text)), m.role == "assistant") for m in conversation]
 
-    def ends(self):
+    def end_of_turn_ids(self):
         return frozenset()
 
 
