@@ -153,10 +153,10 @@ def continuations(
 def line(prompt: Prompt, text: str) -> str:
     """One line of the output."""
     if isinstance(prompt, str):
-        said = {"prompt": prompt}
+        prompt_fields = {"prompt": prompt}
     else:
-        said = {"messages": [message.content() for message in prompt]}
-    return json.dumps({**said, "text": text}, ensure_ascii=False) + "\n"
+        prompt_fields = {"messages": [message.content() for message in prompt]}
+    return json.dumps({**prompt_fields, "text": text}, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":

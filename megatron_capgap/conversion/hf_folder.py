@@ -128,10 +128,10 @@ def _check_heads(settings: Settings, shape: ModelShape) -> None:
 
 def _check_size(settings: Settings, shape: ModelShape, tensors: dict[str, Stored]) -> None:
     """Plausibility check before these numbers are used; names and shapes are compared one by one later."""
-    told, held = size.parameters(shape), sum(stored.elements for stored in tensors.values())
-    if told > _IMPLAUSIBLE * max(1, held):
+    expected, stored = size.parameters(shape), sum(stored.elements for stored in tensors.values())
+    if expected > _IMPLAUSIBLE * max(1, stored):
         raise settings.error(
-            "num_hidden_layers", f"the model would have {told:,} parameters, but the files have {held:,}"
+            "num_hidden_layers", f"the model would have {expected:,} parameters, but the files have {stored:,}"
         )
 
 

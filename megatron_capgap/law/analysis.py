@@ -194,11 +194,11 @@ def _remarks(
             f"{len(once)} of {len({training.size for training in trainings})} teacher sizes were trained once: how "
             "much trainings differ is inferred from the curves, not seen; train each size at least twice"
         )
-    told = [training for training in trainings if training.loss is not None]
-    if len(told) < len(trainings):
+    with_loss = [training for training in trainings if training.loss is not None]
+    if len(with_loss) < len(trainings):
         found.append(
-            f"{len(trainings) - len(told)} of {len(trainings)} trainings of teachers come without teacher_valid_loss, "
-            "so a poor training cannot be told from a large gap"
+            f"{len(trainings) - len(with_loss)} of {len(trainings)} trainings of teachers come without "
+            "teacher_valid_loss, so a poor training cannot be told from a large gap"
         )
     if records[0].init.startswith("pruned") and records[0].taught and not apart:
         found.append(

@@ -53,14 +53,14 @@ def scores(cells: Cells, losses: Array | None) -> list[Score]:
     students = cells.students()
     if len(students) < LEAST_STUDENTS:
         return []
-    told = np.zeros(len(cells)) if losses is None else losses
+    inputs = np.zeros(len(cells)) if losses is None else losses
     found = []
     for name, (model, needs_losses) in MODELS.items():
         if needs_losses and losses is None:
             continue
 
         def predict(inside: Mask, model: Model = model) -> Array:
-            return model(cells.chosen(inside), told[inside], cells.chosen(~inside), told[~inside])
+            return model(cells.chosen(inside), inputs[inside], cells.chosen(~inside), inputs[~inside])
 
         errors, regrets = [], []
         for student in students:

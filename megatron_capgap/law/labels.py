@@ -90,10 +90,10 @@ def against(
             f"for the same FLOPs labels alone train on up to {short(most)} tokens, and the runs on labels alone had "
             f"{short(known[0])} to {short(known[-1])}"
         )
-    given = losses(process, student, np.log(np.array(list(teachers.values())) / student), DRAWS)
+    distilled = losses(process, student, np.log(np.array(list(teachers.values())) / student), DRAWS)
     found = {}
     for number, (name, factor) in enumerate(times.items()):
-        gains = given[:, number] - further(student, on, factor * on)
+        gains = distilled[:, number] - further(student, on, factor * on)
         low, middle, high = quantiles(gains).tolist()
         found[name] = Against(float(factor), (low, middle, high), float(np.mean(gains > 0)))
     return found

@@ -77,23 +77,25 @@ def reject_partial_rotary(settings: Settings) -> None:
 
 def rotary(settings: Settings, base_key: str = "rope_theta") -> dict[str, Any]:
     """Base and scaling of the rotary positions."""
-    given = rope_section(settings)
-    kind = given.get("rope_type", given.get("type", "default"))
-    found: dict[str, Any] = {"rope_theta": given.get("rope_theta", settings.get(base_key, 10000.0))}
+    section = rope_section(settings)
+    kind = section.get("rope_type", section.get("type", "default"))
+    found: dict[str, Any] = {"rope_theta": section.get("rope_theta", settings.get(base_key, 10000.0))}
     if kind not in tuple(_ROPE_KEYS):
         raise settings.error("rope_type", f'"{kind}" is not supported, default, linear and llama3 are')
     # Reject keys that are not read, among them sections per layer type.
-    if unread := sorted(given.keys() - _ROPE_KEYS[kind] - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}):
+    if unread := sorted(
+        section.keys() - _ROPE_KEYS[kind] - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    ):
         raise settings.error("rope_parameters", f"{unread[0]} is not supported with {kind}; convert another model")
     if kind == "linear":
-        found["rope_scaling"] = {"kind": kind, "factor": given.get("factor")}
+        found["rope_scaling"] = {"kind": kind, "factor": section.get("factor")}
     if kind == "llama3":
-        trained = given.get("original_max_position_embeddings", settings.get("max_position_embeddings", None))
+        trained = section.get("original_max_position_embeddings", settings.get("max_position_embeddings", None))
         found["rope_scaling"] = {
             "kind": kind,
-            "factor": given.get("factor"),
-            "low_frequency_factor": given.get("low_freq_factor"),
-            "high_frequency_factor": given.get("high_freq_factor"),
+            "factor": section.get("factor"),
+            "low_frequency_factor": section.get("low_freq_factor"),
+            "high_frequency_factor": section.get("high_freq_factor"),
             "original_max_positions": trained,
         }
     return found
