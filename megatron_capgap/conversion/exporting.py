@@ -203,7 +203,7 @@ def _fill(writer: Writer, tensors: Sequence[Tensor], reader: Reader, entries: di
         target, names = group[0].target, {tensor.part: tensor for tensor in group}
         for piece in target.pieces(entries[target.key]):
             rows = reader.read(piece)
-            if target.row.transposed:
+            if target.mapping.transposed:
                 yield _write_transposed(writer, names, target, rows)
                 continue
             for run in packing.parts_of_rows(target.row_blocks, piece.start, piece.count):

@@ -93,7 +93,7 @@ class Family:
     """Model class with the LM head."""
     prefix: str
     """Prefix of all tensor names except the LM head; files of the model without head omit it."""
-    rows: tuple[TensorMapping, ...]
+    mappings: tuple[TensorMapping, ...]
     """Mapping of every tensor."""
     buffers: tuple[str, ...]
     """Regular expressions of non-weight tensors in older files."""
@@ -106,6 +106,10 @@ class Family:
     config: Callable[[ModelShape, int], dict[str, Any]]
     """Keys of config.json from the shape and the maximum sequence length."""
 
-    def rows_of(self, shape: ModelShape) -> tuple[TensorMapping, ...]:
+    def mappings_of(self, shape: ModelShape) -> tuple[TensorMapping, ...]:
         """The mapping for a shape: without the LM head if it is tied to the embedding."""
-        return tuple(row for row in self.rows if not (shape.tied_embeddings and row.megatron == "output_layer.weight"))
+        return tuple(
+            mapping
+            for mapping in self.mappings
+            if not (shape.tied_embeddings and mapping.megatron == "output_layer.weight")
+        )

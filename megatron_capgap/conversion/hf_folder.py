@@ -137,7 +137,7 @@ def _check_size(settings: Settings, shape: ModelShape, tensors: dict[str, Stored
 
 def _tied(family: Family, shape: ModelShape) -> frozenset[str]:
     """Names that an index may list although no file has them: an LM head tied to the embedding."""
-    names = {name for row in family.rows for name in row.hf if not name.startswith(family.prefix)}
+    names = {name for mapping in family.mappings for name in mapping.hf if not name.startswith(family.prefix)}
     return frozenset(names) if shape.tied_embeddings else frozenset()
 
 
@@ -186,7 +186,7 @@ def _full_names(tensors: dict[str, Stored], family: Family) -> dict[str, Stored]
     """Adds the family's prefix to the names if the files are of the model without LM head."""
     if any(name.startswith(family.prefix) for name in tensors):
         return tensors
-    heads = {name for row in family.rows for name in row.hf if not name.startswith(family.prefix)}
+    heads = {name for mapping in family.mappings for name in mapping.hf if not name.startswith(family.prefix)}
     return {name if name in heads else family.prefix + name: stored for name, stored in tensors.items()}
 
 

@@ -143,7 +143,7 @@ def _matched(source: HfFolder, targets: Sequence[TensorTarget]) -> dict[str, Sto
 
 def _drop_copy_of_embedding(source: HfFolder, tensors: dict[str, Stored]) -> None:
     """Removes an LM head that a file stores although it is tied; it must equal the embedding."""
-    names = {row.megatron: row.hf[0] for row in source.family.rows}
+    names = {mapping.megatron: mapping.hf[0] for mapping in source.family.mappings}
     head = tensors.pop(names["output_layer.weight"], None)
     embedding = tensors.get(names["embedding.word_embeddings.weight"])
     if head is None or embedding is None:
@@ -191,7 +191,7 @@ class _BlockReader:
         target = self._of_piece[piece]
         parts = [self._tensors[name] for name in target.parts]
         rows = torch.empty((piece.count, *target.shape[1:]), dtype=piece.entry.dtype)
-        whole = [self._files.read(part).t() for part in parts] if target.row.transposed else None
+        whole = [self._files.read(part).t() for part in parts] if target.mapping.transposed else None
         for run in packing.parts_of_rows(target.row_blocks, piece.start, piece.count):
             place = rows.narrow(0, run.packed - piece.start, run.count)
             part = parts[run.part]

@@ -21,7 +21,7 @@ from megatron_capgap.models.sharded_state import shards
 class TensorTarget:
     """One tensor of one layer of the Megatron model, and the Hugging Face tensors that it consists of."""
 
-    row: TensorMapping
+    mapping: TensorMapping
     key: str
     layer: int
     layered: bool
@@ -34,7 +34,7 @@ class TensorTarget:
     def part_shapes(self) -> list[tuple[int, ...]]:
         """Shape of each part as Hugging Face stores it."""
         shapes = [(rows, *self.shape[1:]) for rows in packing.part_rows(self.row_blocks)]
-        return [tuple(reversed(shape)) for shape in shapes] if self.row.transposed else shapes
+        return [tuple(reversed(shape)) for shape in shapes] if self.mapping.transposed else shapes
 
     def entry(self, layers: int, dtype: torch.dtype) -> TensorEntry:
         """The checkpoint entry of this tensor, which spans all layers."""
@@ -44,7 +44,7 @@ class TensorTarget:
     def pieces(self, entry: TensorEntry) -> Iterator[Block]:
         """Yields the tensor in blocks of rows, or in one block if Hugging Face stores it transposed."""
         rows = self.shape[0]
-        step = rows if self.row.transposed else max(1, BLOCK_BYTES // max(1, entry.bytes_a_row()))
+        step = rows if self.mapping.transposed else max(1, BLOCK_BYTES // max(1, entry.bytes_a_row()))
         for start in range(0, rows, step):
             yield Block(entry, self.layer, start, min(step, rows - start))
 
@@ -55,26 +55,34 @@ def expand_mapping(family: Family, shape: ModelShape, device: Device) -> list[Te
     The list of tensors comes from Megatron's model itself; the table must match it.
     """
     wanted = _tensors_of(shape, device)
-    rows = family.rows_of(shape)
-    mapped_names = {row.megatron for row in rows}
+    mappings = family.mappings_of(shape)
+    mapped_names = {mapping.megatron for mapping in mappings}
     assert mapped_names == wanted.keys(), (
         f"{family.name}: the table and the model differ in {sorted(mapped_names ^ wanted.keys())}"
     )
-    layered = [row for row in rows if "{layer}" in row.hf[0]]
-    single = [row for row in rows if row not in layered]
-    first = [row for row in single if row.megatron.startswith("embedding.")]
-    last = [row for row in single if row not in first]
-    found = [_target(row, 0, False, wanted[row.megatron], shape) for row in first]
+    layered = [mapping for mapping in mappings if "{layer}" in mapping.hf[0]]
+    single = [mapping for mapping in mappings if mapping not in layered]
+    first = [mapping for mapping in single if mapping.megatron.startswith("embedding.")]
+    last = [mapping for mapping in single if mapping not in first]
+    found = [_target(mapping, 0, False, wanted[mapping.megatron], shape) for mapping in first]
     for layer in range(shape.layers):
-        found += [_target(row, layer, True, wanted[row.megatron], shape) for row in layered]
-    return found + [_target(row, 0, False, wanted[row.megatron], shape) for row in last]
+        found += [_target(mapping, layer, True, wanted[mapping.megatron], shape) for mapping in layered]
+    return found + [_target(mapping, 0, False, wanted[mapping.megatron], shape) for mapping in last]
 
 
-def _target(row: TensorMapping, layer: int, layered: bool, size: tuple[int, ...], shape: ModelShape) -> TensorTarget:
-    row_blocks = PACKINGS[row.packing](shape) if row.packing else packing.whole(size[0])
-    assert sum(block.count for block in row_blocks) == size[0], (row, size)
+def _target(
+    mapping: TensorMapping, layer: int, layered: bool, size: tuple[int, ...], shape: ModelShape
+) -> TensorTarget:
+    row_blocks = PACKINGS[mapping.packing](shape) if mapping.packing else packing.whole(size[0])
+    assert sum(block.count for block in row_blocks) == size[0], (mapping, size)
     return TensorTarget(
-        row, row.megatron, layer, layered, size, row_blocks, tuple(name.format(layer=layer) for name in row.hf)
+        mapping,
+        mapping.megatron,
+        layer,
+        layered,
+        size,
+        row_blocks,
+        tuple(name.format(layer=layer) for name in mapping.hf),
     )
 
 
