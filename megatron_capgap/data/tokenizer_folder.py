@@ -132,7 +132,7 @@ def _load(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, besi
             raise UserError(f"tokenizer {where}: {key} {content!r} is not a string: save the tokenizer again")
     made_by = _class_of(folder, settings) if beside else None
     has_json, user_defined = file.name == FORMS[0], frozenset[int]()
-    original_settings, settings = settings, {**SPECIAL.get(made_by or "", {}), **settings}
+    in_file, settings = settings, {**SPECIAL.get(made_by or "", {}), **settings}
     try:
         if has_json:
             built, listed, padding = _from_json(file, settings, made_by)
@@ -149,9 +149,7 @@ def _load(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, besi
             settings = {**settings, "extra_special_tokens": [*_extra(settings), *extra]}
             settings = settings if made_by else {**defaults, **settings}
         built.encode_special_tokens = bool(settings.get("split_special_tokens", False))
-        added = _added_tokens(
-            read_json(folder / "added_tokens.json") if beside else {}, original_settings, legacy, listed
-        )
+        added = _added_tokens(read_json(folder / "added_tokens.json") if beside else {}, in_file, legacy, listed)
         if not (has_json or made_by):
             added = {number: _unnormalized(token) for number, token in added.items()}
         _add(built, settings, added)
