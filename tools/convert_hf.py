@@ -153,22 +153,22 @@ def run(args: argparse.Namespace, environment: Environment) -> int:
     return 0
 
 
-def verify(args: argparse.Namespace, device: Device, speaks: bool) -> int:
+def verify(args: argparse.Namespace, device: Device, verbose: bool) -> int:
     from megatron_capgap.config.schema import Layout
     from megatron_capgap.conversion.verify import compare
 
     layout = Layout(tensor=args.tensor, pipeline=args.pipeline)
     found = compare(Path(args.hf), args.checkpoint, layout, device, tokens=args.tokens, seed=args.seed)
-    if speaks:
+    if verbose:
         print(found.text(args.tolerance))
     return 0 if found.agrees(args.tolerance) else 1
 
 
 @contextmanager
-def progress_bar(name: str, speaks: bool) -> Iterator[Progress]:
+def progress_bar(name: str, verbose: bool) -> Iterator[Progress]:
     """A function of (bytes done, bytes in total): updates a bar on a terminal, otherwise prints a line at intervals."""
-    if not speaks or not sys.stderr.isatty():
-        yield plain_progress(speaks)
+    if not verbose or not sys.stderr.isatty():
+        yield plain_progress(verbose)
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
@@ -179,13 +179,13 @@ def progress_bar(name: str, speaks: bool) -> Iterator[Progress]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def plain_progress(speaks: bool) -> Progress:
+def plain_progress(verbose: bool) -> Progress:
     began = last = time.monotonic()
 
     def show(done: int, total: int) -> None:
         nonlocal last
         now = time.monotonic()
-        if speaks and now - last >= PLAIN_SECONDS:
+        if verbose and now - last >= PLAIN_SECONDS:
             last = now
             speed = done / (now - began) / 1e6
             print(f"convert_hf: {done / total:.0%} of {total / 1e6:.1f} MB, {speed:.1f} MB/s", file=sys.stderr)

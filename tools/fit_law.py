@@ -40,7 +40,7 @@ from tools.catalogue import parameters, read_catalogue, read_models, read_yaml
 from tools.command import run_tool
 
 try:
-    from megatron_capgap.law import analysis, cost, html_page, plan, plot, records, report
+    from megatron_capgap.law import analysis, cost, html_page, next_runs, plot, records, report
     from megatron_capgap.law.advice import Advice, advise, beside_labels
     from megatron_capgap.law.formatting import short
     from megatron_capgap.law.next_grid import next_grid
@@ -258,7 +258,9 @@ def recommend(advice: Advice) -> None:
         print(f"the best teacher within {within}, of which these runs tell: {short(advice.best)} ({interval})")
 
 
-def propose(args: argparse.Namespace, found: analysis.Analysis, advice: Advice | None) -> tuple[plan.Plan, str | None]:
+def propose(
+    args: argparse.Namespace, found: analysis.Analysis, advice: Advice | None
+) -> tuple[next_runs.NextRunsPlan, str | None]:
     """The plan for --next, and with --grid the grid of its cells.
 
     Raises:
@@ -270,14 +272,14 @@ def propose(args: argparse.Namespace, found: analysis.Analysis, advice: Advice |
         raise UserError(f"--next: {advice.refusal}; leave out --student-params, or add runs near that student")
     counted, total = (read_catalogue(args.catalogue, count) for count in (args.count, "total"))
     models = read_models(args.catalogue)
-    further = [plan.Teacher(name, size, total[name]) for name, size in counted.items()]
+    further = [next_runs.TeacherCandidate(name, size, total[name]) for name, size in counted.items()]
     if args.grid:
         grid = read_yaml("--grid", args.grid)
         expand(grid)
         models |= {f"grid/{name}": each["model"] for name, each in _teachers_of(grid).items() if "model" in each}
         named = {name: model for name, model in models.items() if name.startswith("grid/")}
         sizes = {name: [parameters(model, count) for count in (args.count, "total")] for name, model in named.items()}
-        further = [*(plan.Teacher(name, *both) for name, both in sizes.items()), *further]
+        further = [*(next_runs.TeacherCandidate(name, *both) for name, both in sizes.items()), *further]
     targets = {}
     students = [advice.student] if advice is not None else found.process.cells.students()
     for student in students:
@@ -289,7 +291,9 @@ def propose(args: argparse.Namespace, found: analysis.Analysis, advice: Advice |
             targets[student] = had
     if not targets:
         raise UserError("--next: no student has two teachers to choose among; give a --catalogue that has them")
-    proposed = plan.plan(found.process, found.records, args.count, targets, further, args.next, args.teacher_tokens)
+    proposed = next_runs.propose_runs(
+        found.process, found.records, args.count, targets, further, args.next, args.teacher_tokens
+    )
     if not args.grid or not proposed.steps:
         return proposed, None
     cells = next_grid(proposed, grid, found.records[0].init, lambda model: parameters(model, args.count), models)

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace, environment: Environment) -> int:
     template = functools.cache(lambda: open_template(args.template, tokenizer, args.tokenizer))
     ids = [encode_prompt(prompt, tokenizer, template, args.bos) for prompt in prompts]
     length = longest(ids, args.max_new_tokens, meta.model)
-    turns = template().ends() if any(not isinstance(prompt, str) for prompt in prompts) else frozenset()
+    turns = template().end_of_turn_ids() if any(not isinstance(prompt, str) for prompt in prompts) else frozenset()
     ends, warning = stop_tokens(tokenizer, meta.chat_template, meta.model.vocab, turns)
     for remark in filter(None, (*tokenizer.remarks, warning) if environment.rank == 0 else ()):
         print(remark, file=sys.stderr)
@@ -153,10 +153,10 @@ def continuations(
 def line(prompt: Prompt, text: str) -> str:
     """One line of the output."""
     if isinstance(prompt, str):
-        said = {"prompt": prompt}
+        prompt_fields = {"prompt": prompt}
     else:
-        said = {"messages": [message.content() for message in prompt]}
-    return json.dumps({**said, "text": text}, ensure_ascii=False) + "\n"
+        prompt_fields = {"messages": [message.content() for message in prompt]}
+    return json.dumps({**prompt_fields, "text": text}, ensure_ascii=False) + "\n"
 
 
 if __name__ == "__main__":

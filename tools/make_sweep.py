@@ -121,8 +121,8 @@ def reads(sweep: Sweep) -> list[tuple[str, str]]:
         data = cell.config["data"]
         found += [("data.tokenizer", data["tokenizer"])]
         found += [(f"data.{name}", prefix) for name in ("train", "valid") for prefix in data.get(name) or ()]
-        given = [(cell.config.get(role) or {}).get("checkpoint") for role in ("teacher", "student")]
-        found += [("checkpoint", run) for run in given if run and not run.startswith(run_dir(sweep.out, ""))]
+        checkpoints = [(cell.config.get(role) or {}).get("checkpoint") for role in ("teacher", "student")]
+        found += [("checkpoint", run) for run in checkpoints if run and not run.startswith(run_dir(sweep.out, ""))]
     return list(dict.fromkeys(found))
 
 
@@ -134,8 +134,8 @@ def missing(sweep: Sweep, path: Path) -> str | None:
         try:
             look.get(end, indexed.paths)(value)
         except UserError as error:
-            said = (key for key in tree.marks if key.endswith(f".{end}") and value in as_list(tree.get(key)))
-            key = next(said, end)
+            keys = (key for key in tree.marks if key.endswith(f".{end}") and value in as_list(tree.get(key)))
+            key = next(keys, end)
             where = f"the grid's paths are relative to the current folder, {Path.cwd()}"
             return f"{location(tree.mark(key).text, key)}: {error}; {where}"
     return None

@@ -52,7 +52,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help=".jsonl or .jsonl.gz files, in order")
+    parser.add_argument(
+        "--input", nargs="+", required=True, metavar="FILE", help="jsonl files, plain, .gz, .bz2 or .xz, in order"
+    )
     parser.add_argument(
         "--tokenizer",
         required=True,

@@ -92,7 +92,7 @@ def pretend(run_dir: Path, shape: ModelShape, sequence_length: int) -> None:
         tokenizer_fingerprint=open_tokenizer(tokenizer).fingerprint,
         stage="made up",
         seed=0,
-        ranks=(1, 1, 1, 1),
+        parallel_sizes=(1, 1, 1, 1),
         sequence_length=sequence_length,
     )
     metadata.write(meta, folder)

@@ -43,7 +43,7 @@ def main() -> int:
     return int(abs(mine / theirs - 1) > TOLERANCE)
 
 
-def transformers_loss(folder: Path, samples: pretrain.SampleSequence) -> tuple[float, int]:
+def transformers_loss(folder: Path, samples: pretrain.PackedTextDataset) -> tuple[float, int]:
     """Nats a token over all samples, in fp32; and the tokens."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     total = 0.0

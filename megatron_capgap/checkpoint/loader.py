@@ -118,7 +118,7 @@ def load_training(
     """
     integrity.verify(folder)
     meta = metadata.read(folder)
-    same_ranks = meta.ranks == ranks(parallel) and meta.device == chunks_device(chunks)
+    same_layout = meta.parallel_sizes == parallel_sizes(parallel) and meta.device == chunks_device(chunks)
     # Without saved scales, delayed scaling starts as in a new run; other recipes have no state.
     config = unwrap(chunks[0]).config
     delayed = meta.holds_scales and config.fp8 is not None and config.fp8_recipe == meta.fp8_recipe
@@ -126,13 +126,13 @@ def load_training(
     state = {**in_compute_type(model), "optimizer": optimizer.sharded_state(model, loading=True)}
     if delayed:
         state |= run_on_all_ranks(lambda: fp8_scales.load_request(folder, chunks, parallel))
-    if same_ranks:
+    if same_layout:
         state["random"] = _random_state()
     loaded = _load(state, folder)
     run_on_all_ranks(lambda: fp8_scales.restore(folder, chunks, loaded.get(fp8_scales.KEY, {})))
     _copy_into_chunks(chunks, loaded)
     optimizer.load(loaded["optimizer"], meta.step, meta.step - meta.skipped)
-    if same_ranks:
+    if same_layout:
         _set_random_state(loaded["random"])
     return meta
 
@@ -142,7 +142,7 @@ def chunks_device(chunks: Sequence[torch.nn.Module]) -> str:
     return next(chunks[0].parameters()).device.type
 
 
-def ranks(parallel: ParallelContext) -> tuple[int, int, int, int]:
+def parallel_sizes(parallel: ParallelContext) -> tuple[int, int, int, int]:
     """(tensor, pipeline, virtual pipeline, data) sizes."""
     layout = parallel.layout
     return layout.tensor, layout.pipeline, layout.virtual_pipeline, parallel.dp_size

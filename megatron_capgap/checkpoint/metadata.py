@@ -15,8 +15,11 @@ from megatron_capgap.config.schema import ModelShape, ObjectiveConfig
 from megatron_capgap.models import size
 
 FORMAT = 2
-METADATA = "capgap.json"
+CAPGAP_METADATA_FILE = "capgap.json"
 CONTENTS = "contents.json"
+_KEYS_ON_DISK = {"parallel_sizes": "ranks", "provenance": "lessons"}
+"""Fields of `CheckpointMetadata` whose key in the file differs."""
+_FIELDS_BY_KEY = {key: field for field, key in _KEYS_ON_DISK.items()}
 
 
 class CheckpointCorrupted(UserError):
@@ -106,7 +109,7 @@ class CheckpointMetadata:
     """Stage that wrote the checkpoint."""
     seed: int
     """Seed of the run."""
-    ranks: tuple[int, int, int, int]
+    parallel_sizes: tuple[int, int, int, int]
     """(tensor, pipeline, virtual pipeline, data) sizes of the run that wrote it; random states fit only these."""
     sequence_length: int
     """Tokens in one training sample."""
@@ -127,7 +130,7 @@ class CheckpointMetadata:
     """The model before its vocabulary was expanded; kept through later training."""
     skipped: int = 0
     """Steps with a bad batch, which did not change the weights."""
-    lessons: Provenance | None = None
+    provenance: Provenance | None = None
     """Provenance of the run that wrote it; None if nothing was trained."""
     format: int = FORMAT
     """Version of this file."""
@@ -145,7 +148,8 @@ class CheckpointMetadata:
 
 def write(meta: CheckpointMetadata, folder: Path) -> None:
     """Writes the metadata into a checkpoint folder, as its last file."""
-    checksummed_json.write(folder / METADATA, asdict(meta))
+    content = {_KEYS_ON_DISK.get(name, name): value for name, value in asdict(meta).items()}
+    checksummed_json.write(folder / CAPGAP_METADATA_FILE, content)
 
 
 def read(folder: Path) -> CheckpointMetadata:
@@ -155,12 +159,13 @@ def read(folder: Path) -> CheckpointMetadata:
         CheckpointCorrupted: it is missing, or differs from what was written.
         UserError: another version of this project wrote it.
     """
-    path = folder / METADATA
+    path = folder / CAPGAP_METADATA_FILE
     try:
         content = checksummed_json.read(path)
     except FileNotFoundError:
         raise CheckpointCorrupted(
-            f"{folder}: no {METADATA}, so it is not a checkpoint; name a run directory or RUN/checkpoints/step_N"
+            f"{folder}: no {CAPGAP_METADATA_FILE}, so it is not a checkpoint; "
+            "name a run directory or RUN/checkpoints/step_N"
         ) from None
     except (ValueError, OSError) as error:
         raise CheckpointCorrupted(f"{path}: cannot be read ({error}); use another checkpoint") from None
@@ -169,10 +174,11 @@ def read(folder: Path) -> CheckpointMetadata:
         raise UserError(f"{path}: format {found!r}, this version reads format {FORMAT}; use the version that wrote it")
     try:
         # Validate as JSON, where pydantic's strict mode accepts lists for tuples.
-        return TypeAdapter(CheckpointMetadata).validate_json(json.dumps(content))
+        fields = {_FIELDS_BY_KEY.get(key, key): value for key, value in content.items()}
+        return TypeAdapter(CheckpointMetadata).validate_json(json.dumps(fields))
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
+        key = ".".join(_KEYS_ON_DISK.get(str(part), str(part)) for part in first["loc"])
         raise CheckpointCorrupted(
             f"{path}: {key}: {first['msg']}; the file is damaged, use another checkpoint"
         ) from None

@@ -73,18 +73,18 @@ def candidates(run_dir: Path) -> tuple[list[Path], list[str]]:
 
     The first is the one that `latest` names, followed by older ones; all of them if `latest` is damaged.
     """
-    steps, said = steps_in(run_dir), []
+    steps, lines = steps_in(run_dir), []
     try:
         named = latest(run_dir)
         newest = -1 if named is None else int(named.name.removeprefix("step_"))
         if newer := [f"step_{step}" for step in steps if step > newest]:
-            said = [
+            lines = [
                 f"{run_dir}/latest: names step_{newest} although {', '.join(newer)} exists; resuming from step_{newest}"
             ]
             steps = [step for step in steps if step <= newest]
     except CheckpointCorrupted as error:
-        said = [str(error)]
-    return [run_dir / "checkpoints" / f"step_{step}" for step in reversed(steps)], said
+        lines = [str(error)]
+    return [run_dir / "checkpoints" / f"step_{step}" for step in reversed(steps)], lines
 
 
 def no_readable_checkpoint(run_dir: Path, reasons: list[str]) -> UserError | None:
@@ -145,7 +145,7 @@ def locate(checkpoint: str) -> Path:
     path = Path(checkpoint)
     if not path.exists():
         raise UserError(f"{checkpoint}: no such checkpoint; name a run directory or RUN/checkpoints/step_N")
-    if (path / metadata.METADATA).is_file():
+    if (path / metadata.CAPGAP_METADATA_FILE).is_file():
         return path
     named = best(path) or latest(path)
     if named is None:

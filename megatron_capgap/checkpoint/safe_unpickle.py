@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from megatron_capgap.checkpoint.metadata import CheckpointCorrupted
 from megatron_capgap.common.errors import UserError, in_one_line
 
-METADATA = ".metadata"
+DCP_METADATA_FILE = ".metadata"
 COMMON = "common.pt"
-MARKS = (METADATA, COMMON, "metadata.json")
+MARKS = (DCP_METADATA_FILE, COMMON, "metadata.json")
 """Files of each checkpoint besides those with tensors; rank 0 writes them."""
 SCALES = "._extra_state"
 """Substring of the names of FP8 scales in older checkpoints: the only kind of entry that is not a tensor."""
@@ -109,7 +109,7 @@ def read_metadata(folder: Path) -> Index:
         CheckpointCorrupted: it cannot be read.
         UserError: it refers to globals other than metadata.
     """
-    path = folder / METADATA
+    path = folder / DCP_METADATA_FILE
     try:
         with open(path, "rb") as source:
             metadata = _Unpickler(source, _OF_METADATA).load()
@@ -141,13 +141,13 @@ def check_files(folder: Path, files: frozenset[str]) -> None:
         if isinstance(error, UserError):
             raise
         # Allowed globals in places where no checkpoint has them.
-        raise _untrusted_error(folder / METADATA, error) from None
+        raise _untrusted_error(folder / DCP_METADATA_FILE, error) from None
 
 
 def _walk(folder: Path, files: frozenset[str], index: Index) -> None:
     if outside := sorted(set(map(str, index.lengths())) - files):
         raise UserError(
-            f"{folder / METADATA}: refers to {outside[0]!r}, which is not a file of this checkpoint; "
+            f"{folder / DCP_METADATA_FILE}: refers to {outside[0]!r}, which is not a file of this checkpoint; "
             "use a checkpoint that this project wrote"
         )
     try:
@@ -158,7 +158,7 @@ def _walk(folder: Path, files: frozenset[str], index: Index) -> None:
         if isinstance(entry, BytesStorageMetadata) and SCALES in name:
             continue
         if type(entry) is not TensorStorageMetadata:
-            raise _untrusted_error(folder / METADATA, f"{name} is not a tensor")
+            raise _untrusted_error(folder / DCP_METADATA_FILE, f"{name} is not a tensor")
     for key, place in index.places().items():
         if isinstance(index.metadata.state_dict_metadata.get(key.fqn), BytesStorageMetadata):
             _check_scales(folder / place.relative_path, place)

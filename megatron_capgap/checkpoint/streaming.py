@@ -118,7 +118,7 @@ def write(folder: Path, pieces: Sequence[Block], produce: Callable[[Block], Tens
     Raises:
         UserError: a file could not be written; raised on all ranks.
     """
-    writer.write(folder, writer.RankShards({}, _Writing(pieces, produce), common={}))
+    writer.write(folder, writer.RankShards({}, _BlockSavePlanner(pieces, produce), common={}))
 
 
 class Reader:
@@ -155,7 +155,7 @@ class Reader:
         assert isinstance(stored, TensorStorageMetadata), "blocks are of entries that `tensors` lists"
         items = create_read_items_for_chunk_list(piece.entry.key, stored, [chunk])
         try:
-            self._reader.read_data(LoadPlan(items), _Reading(target)).wait()
+            self._reader.read_data(LoadPlan(items), _BlockLoadPlanner(target)).wait()
         except (OSError, RuntimeError, ValueError, EOFError) as error:
             reason = in_one_line(error, 200)
             raise UserError(
@@ -164,7 +164,7 @@ class Reader:
         return target[0] if piece.entry.layered else target
 
 
-class _Writing(SavePlanner):
+class _BlockSavePlanner(SavePlanner):
     """Save planner that produces each tensor when it is written."""
 
     def __init__(self, pieces: Sequence[Block], produce: Callable[[Block], Tensor]) -> None:
@@ -196,7 +196,7 @@ class _Writing(SavePlanner):
         return tensor.reshape(piece.chunk.sizes)
 
 
-class _Reading(LoadPlanner):
+class _BlockLoadPlanner(LoadPlanner):
     """Load planner that reads into one tensor."""
 
     def __init__(self, target: Tensor) -> None:

@@ -89,7 +89,7 @@ def _manifest(checkpoint: Path, old: CheckpointMetadata, new: NewTokens) -> Chec
         tokenizer_fingerprint=new.fingerprint,
         stage=STAGE,
         seed=old.seed,
-        ranks=(1, 1, 1, dist.get_world_size()),
+        parallel_sizes=(1, 1, 1, dist.get_world_size()),
         sequence_length=old.sequence_length,
         pruned_from=old.pruned_from,
         padding=old.padding,

@@ -96,7 +96,7 @@ def export_checkpoint(
         return meta, words, Reader(folder), files, card, caution
 
     meta, words, reader, written, card, caution = run_on_all_ranks(look)
-    targets = tensor_mapping.unfold(FAMILIES[meta.model.family], meta.model, device)
+    targets = tensor_mapping.expand_mapping(FAMILIES[meta.model.family], meta.model, device)
     entries = run_on_all_ranks(lambda: _entries(checkpoint, reader, targets, meta.model.layers))
     files = _files(_tensors(targets, entries, dtype), max_shard_bytes)
     written["config.json"]["torch_dtype"] = _NAMES[next(iter(files.values()))[0].dtype]
@@ -203,10 +203,10 @@ def _fill(writer: Writer, tensors: Sequence[Tensor], reader: Reader, entries: di
         target, names = group[0].target, {tensor.part: tensor for tensor in group}
         for piece in target.pieces(entries[target.key]):
             rows = reader.read(piece)
-            if target.row.transposed:
+            if target.mapping.transposed:
                 yield _write_transposed(writer, names, target, rows)
                 continue
-            for run in packing.parts_of_rows(target.runs, piece.start, piece.count):
+            for run in packing.parts_of_rows(target.row_blocks, piece.start, piece.count):
                 if (target_tensor := names.get(run.part)) is not None:
                     part = rows.narrow(0, run.packed - piece.start, run.count)
                     writer.write(target_tensor.name, run.start, cast(part, target_tensor.dtype, target_tensor.name))
@@ -217,7 +217,7 @@ def _write_transposed(writer: Writer, names: dict[int, Tensor], target: TensorTa
     """Writes a matrix that Hugging Face stores as `[in, out]`: unpacks its rows, then writes the complete transpose."""
     (tensor,) = names.values()
     whole = torch.empty_like(packed)
-    for run in target.runs:
+    for run in target.row_blocks:
         whole[run.start : run.start + run.count] = packed[run.packed : run.packed + run.count]
     writer.write(tensor.name, 0, cast(whole.t(), tensor.dtype, tensor.name))
     return tensor.nbytes

@@ -22,7 +22,7 @@ PACKINGS: dict[str, Callable[[ModelShape], list[PackedRows]]] = {
 
 
 @dataclass(frozen=True)
-class Row:
+class TensorMapping:
     """A Megatron tensor and the Hugging Face tensors that it consists of."""
 
     megatron: str
@@ -52,33 +52,33 @@ class Settings:
         value = self.content.get(key)
         return default if value is None else value
 
-    def need(self, key: str) -> Any:
+    def require(self, key: str) -> Any:
         """The value of a required key."""
         if self.content.get(key) is None:
-            raise self.wrong(key, "is missing; save the model again")
+            raise self.error(key, "is missing; save the model again")
         return self.content[key]
 
     def section(self, key: str) -> dict[str, Any]:
         """The object under a key, empty if it is missing or null."""
         value = self.get(key, {})
         if not isinstance(value, dict):
-            raise self.wrong(key, f"{json.dumps(value)} is not an object; save the model again")
+            raise self.error(key, f"{json.dumps(value)} is not an object; save the model again")
         return value
 
     def names(self, key: str) -> list[str]:
         """The list of names under a key, empty if it is missing or null."""
         value = self.get(key, [])
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            raise self.wrong(key, f"{json.dumps(value)} is not a list of names; save the model again")
+            raise self.error(key, f"{json.dumps(value)} is not a list of names; save the model again")
         return value
 
-    def demand(self, key: str, supported: tuple[Any, ...], default: Any) -> None:
+    def require_one_of(self, key: str, supported: tuple[Any, ...], default: Any) -> None:
         """Raises if the value is not supported."""
         if (value := self.get(key, default)) not in supported:
             allowed = " or ".join(json.dumps(one) for one in supported)
-            raise self.wrong(key, f"{json.dumps(value)} is not supported, {allowed} is; convert another model")
+            raise self.error(key, f"{json.dumps(value)} is not supported, {allowed} is; convert another model")
 
-    def wrong(self, key: str, text: str) -> UserError:
+    def error(self, key: str, text: str) -> UserError:
         """An error about one key."""
         return UserError(f"{self._file}: {key}: {text}")
 
@@ -93,7 +93,7 @@ class Family:
     """Model class with the LM head."""
     prefix: str
     """Prefix of all tensor names except the LM head; files of the model without head omit it."""
-    rows: tuple[Row, ...]
+    mappings: tuple[TensorMapping, ...]
     """Mapping of every tensor."""
     buffers: tuple[str, ...]
     """Regular expressions of non-weight tensors in older files."""
@@ -106,6 +106,10 @@ class Family:
     config: Callable[[ModelShape, int], dict[str, Any]]
     """Keys of config.json from the shape and the maximum sequence length."""
 
-    def rows_of(self, shape: ModelShape) -> tuple[Row, ...]:
+    def mappings_of(self, shape: ModelShape) -> tuple[TensorMapping, ...]:
         """The mapping for a shape: without the LM head if it is tied to the embedding."""
-        return tuple(row for row in self.rows if not (shape.tied_embeddings and row.megatron == "output_layer.weight"))
+        return tuple(
+            mapping
+            for mapping in self.mappings
+            if not (shape.tied_embeddings and mapping.megatron == "output_layer.weight")
+        )

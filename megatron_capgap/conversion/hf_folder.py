@@ -95,49 +95,49 @@ def read_config(file: Path, config: dict[str, Any]) -> tuple[Family, ModelShape]
     settings = Settings(file, config)
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
-        raise settings.wrong("model_type", f"{kind!r} is not supported; valid values: {', '.join(FAMILIES)}")
+        raise settings.error("model_type", f"{kind!r} is not supported; valid values: {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
     for name in settings.names("architectures"):
         if name not in (family.architecture, family.architecture.replace("ForCausalLM", "Model").replace("LMHead", "")):
-            raise settings.wrong("architectures", f"{name!r} is not supported, {family.architecture} is")
+            raise settings.error("architectures", f"{name!r} is not supported, {family.architecture} is")
     if config.get("quantization_config") is not None:
-        raise settings.wrong(
+        raise settings.error(
             "quantization_config", "quantised weights are not supported; convert the unquantised model"
         )
     try:
         shape = TypeAdapter(ModelShape).validate_python({"family": kind, **family.shape(settings)})
     except ValidationError as error:
         first = error.errors()[0]
-        raise settings.wrong(".".join(map(str, first["loc"])), f"{first['input']!r}: {first['msg']}") from None
+        raise settings.error(".".join(map(str, first["loc"])), f"{first['input']!r}: {first['msg']}") from None
     _check_heads(settings, shape)
     return family, shape
 
 
 def _check_heads(settings: Settings, shape: ModelShape) -> None:
     if shape.heads % derived.kv_heads(shape):
-        raise settings.wrong("num_key_value_heads", f"{shape.kv_heads} does not divide {shape.heads} heads")
+        raise settings.error("num_key_value_heads", f"{shape.kv_heads} does not divide {shape.heads} heads")
     if shape.head_dim is None and shape.hidden % shape.heads:
-        raise settings.wrong("hidden_size", f"{shape.hidden} is not a multiple of {shape.heads} heads")
+        raise settings.error("hidden_size", f"{shape.hidden} is not a multiple of {shape.heads} heads")
     width = derived.head_dim(shape)
     turned = int(width * shape.rotary_share)
     if not TRAITS[shape.family].learned_positions and (turned == 0 or turned % 2):
-        raise settings.wrong(
+        raise settings.error(
             "head_dim", f"rotary positions rotate {turned} channels of a head, which is not a positive even number"
         )
 
 
 def _check_size(settings: Settings, shape: ModelShape, tensors: dict[str, Stored]) -> None:
     """Plausibility check before these numbers are used; names and shapes are compared one by one later."""
-    told, held = size.parameters(shape), sum(stored.elements for stored in tensors.values())
-    if told > _IMPLAUSIBLE * max(1, held):
-        raise settings.wrong(
-            "num_hidden_layers", f"the model would have {told:,} parameters, but the files have {held:,}"
+    expected, stored = size.parameters(shape), sum(stored.elements for stored in tensors.values())
+    if expected > _IMPLAUSIBLE * max(1, stored):
+        raise settings.error(
+            "num_hidden_layers", f"the model would have {expected:,} parameters, but the files have {stored:,}"
         )
 
 
 def _tied(family: Family, shape: ModelShape) -> frozenset[str]:
     """Names that an index may list although no file has them: an LM head tied to the embedding."""
-    names = {name for row in family.rows for name in row.hf if not name.startswith(family.prefix)}
+    names = {name for mapping in family.mappings for name in mapping.hf if not name.startswith(family.prefix)}
     return frozenset(names) if shape.tied_embeddings else frozenset()
 
 
@@ -186,7 +186,7 @@ def _full_names(tensors: dict[str, Stored], family: Family) -> dict[str, Stored]
     """Adds the family's prefix to the names if the files are of the model without LM head."""
     if any(name.startswith(family.prefix) for name in tensors):
         return tensors
-    heads = {name for row in family.rows for name in row.hf if not name.startswith(family.prefix)}
+    heads = {name for mapping in family.mappings for name in mapping.hf if not name.startswith(family.prefix)}
     return {name if name in heads else family.prefix + name: stored for name, stored in tensors.items()}
 
 

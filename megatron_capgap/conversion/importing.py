@@ -74,7 +74,7 @@ def import_folder(
         return replace(source, remarks=tokenizer.remarks), tokenizer.fingerprint
 
     source, fingerprint = run_on_all_ranks(look)
-    targets = tensor_mapping.unfold(source.family, source.shape, device)
+    targets = tensor_mapping.expand_mapping(source.family, source.shape, device)
 
     def match() -> tuple[dict[str, Stored], dict[str, torch.dtype]]:
         tensors = _matched(source, targets)
@@ -87,7 +87,7 @@ def import_folder(
         for piece in target.pieces(target.entry(source.shape.layers, types[target.key]))
     }
     mine = storage.blocks_of_rank(list(of_piece), dist.get_rank(), dist.get_world_size())
-    produce = _Reading(of_piece, tensors, sum(piece.nbytes for piece in mine), progress)
+    produce = _BlockReader(of_piece, tensors, sum(piece.nbytes for piece in mine), progress)
     with replacing(out, _imported, force=force) as staged:
         checkpoint = staged / "checkpoints" / ".step_0.incomplete"
         run_on_rank0(lambda: checkpoint.mkdir(parents=True))
@@ -143,7 +143,7 @@ def _matched(source: HfFolder, targets: Sequence[TensorTarget]) -> dict[str, Sto
 
 def _drop_copy_of_embedding(source: HfFolder, tensors: dict[str, Stored]) -> None:
     """Removes an LM head that a file stores although it is tied; it must equal the embedding."""
-    names = {row.megatron: row.hf[0] for row in source.family.rows}
+    names = {mapping.megatron: mapping.hf[0] for mapping in source.family.mappings}
     head = tensors.pop(names["output_layer.weight"], None)
     embedding = tensors.get(names["embedding.word_embeddings.weight"])
     if head is None or embedding is None:
@@ -178,7 +178,7 @@ def _types(
     return found
 
 
-class _Reading:
+class _BlockReader:
     """Produces blocks of the checkpoint from rows of the source."""
 
     def __init__(
@@ -191,8 +191,8 @@ class _Reading:
         target = self._of_piece[piece]
         parts = [self._tensors[name] for name in target.parts]
         rows = torch.empty((piece.count, *target.shape[1:]), dtype=piece.entry.dtype)
-        whole = [self._files.read(part).t() for part in parts] if target.row.transposed else None
-        for run in packing.parts_of_rows(target.runs, piece.start, piece.count):
+        whole = [self._files.read(part).t() for part in parts] if target.mapping.transposed else None
+        for run in packing.parts_of_rows(target.row_blocks, piece.start, piece.count):
             place = rows.narrow(0, run.packed - piece.start, run.count)
             part = parts[run.part]
             if whole:
@@ -221,7 +221,7 @@ def _manifest(source: HfFolder, out: Path, fingerprint: str) -> CheckpointMetada
         tokenizer_fingerprint=fingerprint,
         stage=STAGE,
         seed=0,
-        ranks=(1, 1, 1, dist.get_world_size()),
+        parallel_sizes=(1, 1, 1, dist.get_world_size()),
         sequence_length=source.shape.max_positions or 1,
     )
 

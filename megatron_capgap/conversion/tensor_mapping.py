@@ -9,7 +9,7 @@ import torch
 
 from megatron_capgap.checkpoint.streaming import BLOCK_BYTES, Block, TensorEntry
 from megatron_capgap.config.schema import Layout, ModelShape, Precision
-from megatron_capgap.conversion.family import PACKINGS, Family, Row
+from megatron_capgap.conversion.family import PACKINGS, Family, TensorMapping
 from megatron_capgap.devices import Device
 from megatron_capgap.distributed import parallel_context
 from megatron_capgap.models import gpt, packing
@@ -21,20 +21,20 @@ from megatron_capgap.models.sharded_state import shards
 class TensorTarget:
     """One tensor of one layer of the Megatron model, and the Hugging Face tensors that it consists of."""
 
-    row: Row
+    mapping: TensorMapping
     key: str
     layer: int
     layered: bool
     shape: tuple[int, ...]
     """`[rows, ...]`, without vocabulary padding."""
-    runs: Sequence[PackedRows]
+    row_blocks: Sequence[PackedRows]
     parts: tuple[str, ...]
     """Full names of the parts in the Hugging Face model."""
 
     def part_shapes(self) -> list[tuple[int, ...]]:
         """Shape of each part as Hugging Face stores it."""
-        shapes = [(rows, *self.shape[1:]) for rows in packing.part_rows(self.runs)]
-        return [tuple(reversed(shape)) for shape in shapes] if self.row.transposed else shapes
+        shapes = [(rows, *self.shape[1:]) for rows in packing.part_rows(self.row_blocks)]
+        return [tuple(reversed(shape)) for shape in shapes] if self.mapping.transposed else shapes
 
     def entry(self, layers: int, dtype: torch.dtype) -> TensorEntry:
         """The checkpoint entry of this tensor, which spans all layers."""
@@ -44,35 +44,45 @@ class TensorTarget:
     def pieces(self, entry: TensorEntry) -> Iterator[Block]:
         """Yields the tensor in blocks of rows, or in one block if Hugging Face stores it transposed."""
         rows = self.shape[0]
-        step = rows if self.row.transposed else max(1, BLOCK_BYTES // max(1, entry.bytes_a_row()))
+        step = rows if self.mapping.transposed else max(1, BLOCK_BYTES // max(1, entry.bytes_a_row()))
         for start in range(0, rows, step):
             yield Block(entry, self.layer, start, min(step, rows - start))
 
 
-def unfold(family: Family, shape: ModelShape, device: Device) -> list[TensorTarget]:
+def expand_mapping(family: Family, shape: ModelShape, device: Device) -> list[TensorTarget]:
     """Returns every tensor of a model, in the order of its layers. Collective.
 
     The list of tensors comes from Megatron's model itself; the table must match it.
     """
     wanted = _tensors_of(shape, device)
-    rows = family.rows_of(shape)
-    told = {row.megatron for row in rows}
-    assert told == wanted.keys(), f"{family.name}: the table and the model differ in {sorted(told ^ wanted.keys())}"
-    layered = [row for row in rows if "{layer}" in row.hf[0]]
-    single = [row for row in rows if row not in layered]
-    first = [row for row in single if row.megatron.startswith("embedding.")]
-    last = [row for row in single if row not in first]
-    found = [_target(row, 0, False, wanted[row.megatron], shape) for row in first]
+    mappings = family.mappings_of(shape)
+    mapped_names = {mapping.megatron for mapping in mappings}
+    assert mapped_names == wanted.keys(), (
+        f"{family.name}: the table and the model differ in {sorted(mapped_names ^ wanted.keys())}"
+    )
+    layered = [mapping for mapping in mappings if "{layer}" in mapping.hf[0]]
+    single = [mapping for mapping in mappings if mapping not in layered]
+    first = [mapping for mapping in single if mapping.megatron.startswith("embedding.")]
+    last = [mapping for mapping in single if mapping not in first]
+    found = [_target(mapping, 0, False, wanted[mapping.megatron], shape) for mapping in first]
     for layer in range(shape.layers):
-        found += [_target(row, layer, True, wanted[row.megatron], shape) for row in layered]
-    return found + [_target(row, 0, False, wanted[row.megatron], shape) for row in last]
+        found += [_target(mapping, layer, True, wanted[mapping.megatron], shape) for mapping in layered]
+    return found + [_target(mapping, 0, False, wanted[mapping.megatron], shape) for mapping in last]
 
 
-def _target(row: Row, layer: int, layered: bool, size: tuple[int, ...], shape: ModelShape) -> TensorTarget:
-    runs = PACKINGS[row.packing](shape) if row.packing else packing.whole(size[0])
-    assert sum(run.count for run in runs) == size[0], (row, size)
+def _target(
+    mapping: TensorMapping, layer: int, layered: bool, size: tuple[int, ...], shape: ModelShape
+) -> TensorTarget:
+    row_blocks = PACKINGS[mapping.packing](shape) if mapping.packing else packing.whole(size[0])
+    assert sum(block.count for block in row_blocks) == size[0], (mapping, size)
     return TensorTarget(
-        row, row.megatron, layer, layered, size, runs, tuple(name.format(layer=layer) for name in row.hf)
+        mapping,
+        mapping.megatron,
+        layer,
+        layered,
+        size,
+        row_blocks,
+        tuple(name.format(layer=layer) for name in mapping.hf),
     )
 
 

@@ -21,7 +21,7 @@ from megatron_capgap.conversion.tokenizer_files import FROM_JSON, Words, write
 from megatron_capgap.data import tokenizer_folder
 from megatron_capgap.data.template_files import Jinja
 from megatron_capgap.data.tokenizer_classes import AS_TRAINED
-from megatron_capgap.data.tokenizer_folder import Reading
+from megatron_capgap.data.tokenizer_folder import LoadedTokenizer
 
 # Texts on which tokenizers differ: leading and trailing spaces, elisions, digits, composed and decomposed letters,
 # ligatures, capitals, marks, line ends, scripts, characters outside the basic plane, and a text above any truncation.
@@ -136,7 +136,7 @@ def _apart(files: Mapping[str, Any], words: Words, template: Jinja | None) -> st
         )
 
 
-def _theirs(folder: Path, meant: Reading) -> str | None:
+def _theirs(folder: Path, meant: LoadedTokenizer) -> str | None:
     """How AutoTokenizer tokenizes differently from training, or None; None without transformers."""
     try:
         from transformers import AutoTokenizer
@@ -153,7 +153,7 @@ def _theirs(folder: Path, meant: Reading) -> str | None:
 
 
 def _unequal(
-    meant: Reading,
+    meant: LoadedTokenizer,
     vocabulary: Mapping[str, int],
     ends: tuple[int | None, int | None],
     encode: Callable[[str, bool], list[int]],
@@ -172,7 +172,7 @@ def _unequal(
     return None
 
 
-def _encoder(reading: Reading) -> Callable[[str, bool], list[int]]:
+def _encoder(reading: LoadedTokenizer) -> Callable[[str, bool], list[int]]:
     def encode(text: str, around: bool) -> list[int]:
         ids = reading.tokenizer.encode(text, add_special_tokens=False).ids
         return [*reading.before, *ids, *reading.after] if around else ids
@@ -180,7 +180,7 @@ def _encoder(reading: Reading) -> Callable[[str, bool], list[int]]:
     return encode
 
 
-def _with_added(reading: Reading) -> Iterator[str]:
+def _with_added(reading: LoadedTokenizer) -> Iterator[str]:
     """Yields texts that contain added tokens."""
     added = [token.content for _, token in sorted(reading.tokenizer.get_added_tokens_decoder().items())]
     some = dict.fromkeys([*reading.special.values(), *added[:_AROUND], *added[-_AROUND:]])
@@ -188,7 +188,7 @@ def _with_added(reading: Reading) -> Iterator[str]:
         yield f"a{token}b {token} c\n{token}"
 
 
-def _recipe(reading: Reading) -> dict[str, Any]:
+def _recipe(reading: LoadedTokenizer) -> dict[str, Any]:
     """Content of tokenizer.json, with the ids that are added before and after a text."""
     recipe = json.loads(reading.tokenizer.to_str())
     if reading.tokenizer.encode("a", add_special_tokens=True).ids != _encoder(reading)("a", True):

@@ -15,7 +15,7 @@ from megatron_capgap.data import sentencepiece_proto, tokenizer_folder
 from megatron_capgap.data.chat_template import stop_tokens
 from megatron_capgap.data.template_files import TEMPLATES, Jinja
 from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
-from megatron_capgap.data.tokenizer_folder import Reading
+from megatron_capgap.data.tokenizer_folder import LoadedTokenizer
 
 FROM_JSON = "PreTrainedTokenizerFast"
 """The transformers class that uses tokenizer.json unchanged."""
@@ -33,7 +33,7 @@ _PROBES = (
 class Words(ABC):
     """A tokenizer that can be written into a Hugging Face folder."""
 
-    reading: Reading
+    reading: LoadedTokenizer
     """The tokenizer as it was read in training."""
     ends: frozenset[int] = frozenset()
     """Stop ids: of the tokenizer, of the original model's config files, and of the chat template."""

@@ -142,7 +142,7 @@ def _transformers(hf: Path, family: Family, ids: Tensor) -> _Trace:
     if wrong := sorted([*info["missing_keys"], *info["unexpected_keys"]]):
         raise UserError(f"{hf}: transformers finds {', '.join(wrong)} missing or unexpected; give a complete model")
     model.eval()
-    name = next(row.hf[0] for row in family.rows if "{layer}" in row.hf[0]).split(".{layer}")[0]
+    name = next(mapping.hf[0] for mapping in family.mappings if "{layer}" in mapping.hf[0]).split(".{layer}")[0]
     trace = _Trace({})
     layers = model.get_submodule(name)
     assert isinstance(layers, torch.nn.ModuleList), f"{name} of {hf}"

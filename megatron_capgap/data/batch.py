@@ -20,7 +20,7 @@ class MicroBatch:
         loss_mask: float32 [b, s], 1 where the loss counts the label.
         position_ids: int64 [b, s].
         sample_ids: sample number of each row.
-        conversations: int64 [b, s], index within the row of the conversation that a token belongs to, -1 after the
+        segment_ids: int64 [b, s], index within the row of the conversation that a token belongs to, -1 after the
             last one; None where a token attends to all earlier tokens of the row.
     """
 
@@ -29,7 +29,7 @@ class MicroBatch:
     loss_mask: torch.Tensor
     position_ids: torch.Tensor
     sample_ids: list[int]
-    conversations: torch.Tensor | None = None
+    segment_ids: torch.Tensor | None = None
 
     @property
     def attention_mask(self) -> torch.Tensor | None:
@@ -37,7 +37,7 @@ class MicroBatch:
 
         Built on access: the masks of a complete global batch would take s bytes per token.
         """
-        if self.conversations is None:
+        if self.segment_ids is None:
             return None
         length = self.tokens.shape[1]
         ahead = torch.ones(length, length, dtype=torch.bool, device=self.tokens.device).triu(1)
@@ -49,15 +49,15 @@ class MicroBatch:
 
     def _together(self) -> torch.Tensor:
         """Bool [b, s, s], whether two tokens belong to the same conversation."""
-        assert self.conversations is not None, "called only for rows packed with conversations"
-        return self.conversations[:, :, None] == self.conversations[:, None, :]
+        assert self.segment_ids is not None, "called only for rows packed with conversations"
+        return self.segment_ids[:, :, None] == self.segment_ids[:, None, :]
 
     def flat(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Labels and loss mask as vectors [s * b], in the order of hidden states [s, b, h] reshaped to [s * b, h]."""
         return self.labels.t().reshape(-1), self.loss_mask.t().reshape(-1)
 
 
-class Samples(Protocol):
+class TokenDataset(Protocol):
     """Numbered samples of text or conversations.
 
     Attributes:
@@ -69,11 +69,11 @@ class Samples(Protocol):
     def __len__(self) -> int:
         """Samples in one pass."""
 
-    def micro_batch(self, there: Sequence[int | None], ids: list[int], device: torch.device) -> MicroBatch:
+    def micro_batch(self, indices: Sequence[int | None], ids: list[int], device: torch.device) -> MicroBatch:
         """Returns samples as the rows of a micro-batch.
 
         Args:
-            there: sample numbers; None gives a row with loss mask 0.
+            indices: sample numbers; None gives a row with loss mask 0.
             ids: sample numbers stored in the micro-batch.
             device: device of the tensors.
         """
@@ -85,7 +85,7 @@ def global_batch_samples(step: int, global_batch: int) -> range:
 
 
 def micro_batches(
-    sequence: Samples,
+    dataset: TokenDataset,
     samples: range,
     micro_batch: int,
     data_rank: int,
@@ -96,7 +96,7 @@ def micro_batches(
     """Yields the micro-batches of one data-parallel rank, assigned by `sampler.dp_shard`.
 
     Args:
-        sequence: the dataset.
+        dataset: the dataset.
         samples: sample numbers of the global batch.
         micro_batch: rows of a micro-batch.
         data_rank, data_size: this data-parallel rank and the number of ranks.
@@ -105,12 +105,14 @@ def micro_batches(
             a held-out set, every layout counts each of its samples once.
     """
     for ids in dp_shard(samples, micro_batch, data_rank, data_size):
-        yield read(sequence, ids, device, limit)
+        yield read_micro_batch(dataset, ids, device, limit)
 
 
-def read(sequence: Samples, ids: list[int], device: torch.device, limit: int | None = None) -> MicroBatch:
+def read_micro_batch(
+    dataset: TokenDataset, ids: list[int], device: torch.device, limit: int | None = None
+) -> MicroBatch:
     """Reads one micro-batch of the samples `ids`; `limit` as in `micro_batches`."""
-    return sequence.micro_batch([k if limit is None or k < limit else None for k in ids], ids, device)
+    return dataset.micro_batch([k if limit is None or k < limit else None for k in ids], ids, device)
 
 
 def collate(

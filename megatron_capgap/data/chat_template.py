@@ -19,7 +19,7 @@ from megatron_capgap.data.template_files import DEFAULT, TOOL_USE, Jinja
 from megatron_capgap.data.tokenizer import Tokenizer
 
 _CALL = {"id": "aaaaaaaaa", "type": "function", "function": {"name": "f", "arguments": {"a": "B"}}}
-_SOMETHING = "\ue0f2"  # private-use character that no text contains: placeholder for a message
+_PLACEHOLDER = "\ue0f2"  # private-use character that no text contains: placeholder for a message
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Segment:
     """Consecutive tokens of a conversation."""
 
     tokens: tuple[int, ...]
-    learned: bool
+    in_loss: bool
     """Whether the loss counts them: the assistant writes them."""
     joined: bool = False
     """Whether a token merges the assistant's first characters with the text before them; a prompt that ends there has
@@ -48,7 +48,7 @@ class Template(ABC):
         """Tokens of the conversation; if the last message is not the assistant's, includes the generation prompt."""
 
     @abstractmethod
-    def ends(self) -> frozenset[int]:
+    def end_of_turn_ids(self) -> frozenset[int]:
         """Ids that the template writes at the end of an assistant turn; generation stops at them."""
 
 
@@ -58,8 +58,8 @@ class JinjaTemplate(Template):
     The complete conversation is rendered to text and then encoded, as in transformers' `apply_chat_template`, because
     tokenization of a part depends on the text before it. The assistant's text is what `{% generation %}` marks, or,
     without such marks, from the end of the generation prompt to the end of the turn. A token that spans the start of
-    the assistant's text is learned and reported (`Segment.joined`): at generation the prompt ends there, and its ids
-    differ.
+    the assistant's text is in the loss and reported (`Segment.joined`): at generation the prompt ends there, and its
+    ids differ.
 
     Args:
         source: the template, or several by name; names other than `default` and `tool_use` are exported only.
@@ -81,17 +81,17 @@ class JinjaTemplate(Template):
 
     def encode(self, conversation: Conversation) -> list[Segment]:
         conversation = self._readable(self._tools_by_name(conversation))
-        text, spans = self._written(conversation)
+        text, spans = self._text_with_loss_spans(conversation)
         ids, places = self._tokenizer.encode_with_places(text)
         if self._source(conversation).marked:
-            learned = [any(start < to and end > at for at, to in spans) for start, end in places]
+            in_loss = [any(start < to and end > at for at, to in spans) for start, end in places]
         else:
-            learned = [any(_within(text, start, end, *span) for span in spans) for start, end in places]
+            in_loss = [any(_within(text, start, end, *span) for span in spans) for start, end in places]
         joined = {self._joined(text, at, ids, places) for at, _ in spans}
         found = []
-        for said, run in groupby(range(len(ids)), key=lambda number: learned[number]):
+        for counted, run in groupby(range(len(ids)), key=lambda number: in_loss[number]):
             numbers = list(run)
-            found.append(Segment(tuple(ids[n] for n in numbers), said, said and not joined.isdisjoint(numbers)))
+            found.append(Segment(tuple(ids[n] for n in numbers), counted, counted and not joined.isdisjoint(numbers)))
         return found
 
     def _joined(self, text: str, at: int, ids: list[int], places: list[Span]) -> int | None:
@@ -99,16 +99,16 @@ class JinjaTemplate(Template):
         if any(start == at for start, _ in places) and (not at or any(end == at for _, end in places)):
             return None
         # No token boundary here, or a token whose space maps to no characters: compare the ids.
-        asked, _ = self._tokenizer.encode_with_places(text[:at])
-        if ids[: len(asked)] == asked:
+        prompt, _ = self._tokenizer.encode_with_places(text[:at])
+        if ids[: len(prompt)] == prompt:
             return None
         return next((number for number, (_, end) in enumerate(places) if end > at), None)
 
-    def ends(self) -> frozenset[int]:
+    def end_of_turn_ids(self) -> frozenset[int]:
         found = set()
         for name in self._sources:
-            for asked, said in (("A", "B"), (_parts("A"), _parts("B"))):
-                found.update(self._tokens_at_the_end(name, asked, Message("assistant", said))[:1])
+            for question, answer in (("A", "B"), (_parts("A"), _parts("B"))):
+                found.update(self._tokens_at_the_end(name, question, Message("assistant", answer))[:1])
         for name in self._sources:
             # Some templates end a tool-call turn differently; the tokens before its last one belong to the call.
             closing = self._tokens_at_the_end(name, "A", Message("assistant", None, {"tool_calls": [_CALL]}))
@@ -116,10 +116,10 @@ class JinjaTemplate(Template):
                 found.update(closing[-1:])
         return frozenset(found)
 
-    def _tokens_at_the_end(self, name: str, asked: Any, said: Message) -> list[int]:
+    def _tokens_at_the_end(self, name: str, question: Any, answer: Message) -> list[int]:
         """Ids of the never-split tokens that a template writes after the assistant's text."""
         try:
-            talk = Conversation((Message("user", asked), said), [] if name == TOOL_USE else None)
+            talk = Conversation((Message("user", question), answer), [] if name == TOOL_USE else None)
             turn = self._end_of_turn(talk, 1)
         except UserError:  # the template needs more than a question and an answer
             return []
@@ -161,43 +161,43 @@ class JinjaTemplate(Template):
                     )
         return conversation
 
-    def _written(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        """The rendered text, and the spans of it that are learned."""
+    def _text_with_loss_spans(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        """The rendered text, and its spans in the loss."""
         messages, marked = conversation.messages, self._source(conversation).marked
         answer = messages[-1].role != "assistant"
-        text, said = self._render(conversation, answer)
-        spoken = [number for number, message in enumerate(messages) if message.role == "assistant"]
-        wanted = [number for number in spoken if messages[number].learned != marked]
+        text, marked_spans = self._render(conversation, answer)
+        from_assistant = [number for number, message in enumerate(messages) if message.role == "assistant"]
+        wanted = [number for number in from_assistant if messages[number].in_loss != marked]
         spans: list[Span] = []
-        for number in spoken if marked else ():
-            if messages[number].learned:
-                self._check_said(conversation, number, text, answer)
+        for number in from_assistant if marked else ():
+            if messages[number].in_loss:
+                self._check_rendered(conversation, number, text, answer)
         for number in wanted:
             start, end = self._turn(conversation, number, text, answer)
             spans.append((max(start, spans[-1][1] if spans else 0), end))
         if not marked:
             return text, spans
-        return text, [(at, to) for at, to in said if not any(at < end and to > start for start, end in spans)]
+        return text, [(at, to) for at, to in marked_spans if not any(at < end and to > start for start, end in spans)]
 
     def _turn(self, conversation: Conversation, number: int, text: str, answer: bool) -> Span:
         """Span of one assistant turn in the rendered text: from the end of the generation prompt to the end-of-turn
         text that the template writes."""
         before, after = conversation.upto(number), conversation.upto(number + 1)
-        asked = self._part(before, answer=True)
-        said = self._part(after, answer=False) if len(after) < len(conversation) else text
-        self._check_said(conversation, number, text, answer)
-        if asked is not None and said is not None and len(asked) < len(said):
-            if text.startswith(asked) and text.startswith(said):
-                return len(asked), len(said)
+        prompt = self._part(before, answer=True)
+        through_turn = self._part(after, answer=False) if len(after) < len(conversation) else text
+        self._check_rendered(conversation, number, text, answer)
+        if prompt is not None and through_turn is not None and len(prompt) < len(through_turn):
+            if text.startswith(prompt) and text.startswith(through_turn):
+                return len(prompt), len(through_turn)
         # Locate the content by changing it; a template may render a turn differently once more messages follow, for
         # example without the reasoning before an answer.
         start, end = self._words(conversation, number, text, answer) or (len(text), len(text))
         turns = self._turns(conversation, answer, text)
-        if asked is None:  # for example the assistant speaks first; the header is the same after any question
+        if prompt is None:  # for example the assistant speaks first; the header is the same after any question
             before = Conversation((Message("user", "A"),), conversation.tools)
-            asked = self._part(before, answer=True) or ""
-        start = self._begins(before, asked, text, start, turns)
-        if said is None:  # for example no user message so far
+            prompt = self._part(before, answer=True) or ""
+        start = self._turn_start(before, prompt, text, start, turns)
+        if through_turn is None:  # for example no user message so far
             after = Conversation((Message("user", "A"), conversation.messages[number]), conversation.tools)
         closing = self._end_of_turn(after, len(after) - 1)
         shared = _common(text[end:], closing)
@@ -209,12 +209,12 @@ class JinjaTemplate(Template):
         ends = [place for place in turns if end <= place <= limit]
         return start, ends[0] if ends else end + self._whole(text[end : end + shared])
 
-    def _check_said(self, conversation: Conversation, number: int, text: str, answer: bool) -> None:
+    def _check_rendered(self, conversation: Conversation, number: int, text: str, answer: bool) -> None:
         """Rejects a template that renders neither an assistant message's text nor its tool calls. Some templates drop
         text beside tool calls, and the reasoning before an earlier answer; those are accepted."""
         message = conversation.messages[number]
         words, calls = bool(message.text.strip()), bool(message.fields.get("tool_calls"))
-        tried = [kind for kind, there in ((False, words), (True, calls)) if there]
+        tried = [kind for kind, present in ((False, words), (True, calls)) if present]
         if tried and all(self._changed(conversation, number, answer, kind) == text for kind in tried):
             raise UserError(
                 f"{self._place}: leaves out what the assistant {'says' if words else 'calls'} in message {number + 1}, "
@@ -228,14 +228,14 @@ class JinjaTemplate(Template):
         except UserError:
             return None
 
-    def _begins(self, before: Conversation, asked: str, text: str, start: int, turns: list[int]) -> int:
+    def _turn_start(self, before: Conversation, prompt: str, text: str, start: int, turns: list[int]) -> int:
         """Start of the turn whose content starts at `start`."""
-        if asked and text.startswith(asked) and len(asked) <= start:
-            return len(asked)
-        here = max((place for place in turns if place <= start), default=start)
-        header = asked[max(self._turns(before, True, asked), default=len(asked)) :]
-        there = here + len(header)
-        return there if there <= start and text.startswith(header, here) else start
+        if prompt and text.startswith(prompt) and len(prompt) <= start:
+            return len(prompt)
+        header_start = max((place for place in turns if place <= start), default=start)
+        header = prompt[max(self._turns(before, True, prompt), default=len(prompt)) :]
+        header_end = header_start + len(header)
+        return header_end if header_end <= start and text.startswith(header, header_start) else start
 
     def _whole(self, text: str) -> int:
         """Length of the prefix that ends at the last never-split token or the last whitespace; an equal prefix beyond
@@ -254,7 +254,7 @@ class JinjaTemplate(Template):
 
     def _changed(self, conversation: Conversation, number: int, answer: bool, calls: bool) -> str:
         """The rendered text with other content, or other tool calls, in one message."""
-        other = conversation.messages[number].otherwise(_SOMETHING, calls)
+        other = conversation.messages[number].otherwise(_PLACEHOLDER, calls)
         return self._render(conversation.exchanged(number, other), answer).text
 
     def _turns(self, conversation: Conversation, answer: bool, text: str) -> list[int]:
@@ -265,10 +265,10 @@ class JinjaTemplate(Template):
         at a conversation that ends there."""
         if self._part(conversation, answer=False) is None:
             return ""
-        text, said = self._render(conversation, answer=False)
+        text, marked_spans = self._render(conversation, answer=False)
         words = self._words(conversation, number, text, answer=False)
         if self._source(conversation).marked:  # the mark may include the header of the turn
-            return text[words[1] : said[-1][1]] if words and said else ""
+            return text[words[1] : marked_spans[-1][1]] if words and marked_spans else ""
         return text[words[1] :] if words else ""
 
     def _source(self, conversation: Conversation) -> TemplateSource:
@@ -294,12 +294,18 @@ class JinjaTemplate(Template):
     def _values(self, conversation: Conversation, answer: bool) -> dict[str, Any]:
         """Variables of a template."""
         messages = [message.content() for message in conversation]
-        told = {"messages": messages, "tools": conversation.tools, "documents": None, "add_generation_prompt": answer}
-        return {**self._tokenizer.special, **told}
+        variables = {
+            "messages": messages,
+            "tools": conversation.tools,
+            "documents": None,
+            "add_generation_prompt": answer,
+        }
+        return {**self._tokenizer.special, **variables}
 
 
 class DefaultTemplate(JinjaTemplate):
-    """`[|User|]text</s>[|Assistant|]text</s>`, the original's format, for any tokenizer with an end-of-text token.
+    """`[|User|]text</s>[|Assistant|]text</s>`, for any tokenizer with an end-of-text token: the format of the
+    paper's code (GeneZC/MiniMA).
 
     Raises:
         UserError: the tokenizer has no end-of-text token.
@@ -363,7 +369,7 @@ def open_template(name: str, tokenizer: Tokenizer, path: str) -> Template:
     """
     if name == "default":
         return DefaultTemplate(tokenizer)
-    found = template_files.brought(Path(path))
+    found = template_files.read_chat_templates(Path(path))
     if found is None:
         raise UserError(f"{name}: {path} has no chat template; use template default, or another tokenizer")
     return JinjaTemplate(found[0], tokenizer, str(found[1]))
@@ -382,7 +388,7 @@ def stop_tokens(
     """
     found = tokenizer.stops | others
     if jinja is not None:
-        found |= JinjaTemplate(jinja, tokenizer, "the checkpoint's chat template").ends()
+        found |= JinjaTemplate(jinja, tokenizer, "the checkpoint's chat template").end_of_turn_ids()
     none = sorted(token for token in found if not 0 <= token < vocab)
     words = (
         f"eos_token_id {', '.join(map(str, none))}: no such token in the model's vocab of {vocab}, so it ends no text"

@@ -19,7 +19,7 @@ from megatron_capgap.config.schema import DataConfig
 from megatron_capgap.data import conversation_packing
 from megatron_capgap.data.chat_template import Template
 from megatron_capgap.data.conversation_files import read_conversations
-from megatron_capgap.data.conversation_packing import Example, InstructSequence
+from megatron_capgap.data.conversation_packing import Example, PackedConversationDataset
 from megatron_capgap.data.tokenizer import Tokenizer
 
 _CUT = "cut.json"  # in the cache folder of a list of files: the `PackingCounts`
@@ -31,7 +31,7 @@ class _Examples(Sequence[Example]):
     """Conversations stored back to back in memory-mapped arrays."""
 
     def __init__(self, folder: Path) -> None:
-        self._tokens, self._learned, self._ends = (_array(folder / f"{name}.npy") for name in _ARRAYS)
+        self._tokens, self._in_loss, self._ends = (_array(folder / f"{name}.npy") for name in _ARRAYS)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -45,10 +45,10 @@ class _Examples(Sequence[Example]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         start, end = int(self._ends[index - 1]) if index else 0, int(self._ends[index])
-        return Example(np.array(self._tokens[start:end], dtype=np.int64), np.array(self._learned[start + 1 : end]))
+        return Example(np.array(self._tokens[start:end], dtype=np.int64), np.array(self._in_loss[start + 1 : end]))
 
 
-class Conversations:
+class ConversationDataset:
     """The conversations of a configuration, encoded with one template.
 
     Args:
@@ -86,24 +86,24 @@ class Conversations:
             self._check_ids(files, max(int(example.tokens.max()) for example in examples), vocab)
         for files, (examples, cut) in missing.items():
             self._write(self._folder(files), examples, cut)
-        return [line for files in self._lists() for line in self._said(files)]
+        return [line for files in self._lists() for line in self._truncation_messages(files)]
 
-    def open_training(self, seed: int, *, packed: bool) -> InstructSequence:
-        """Endless rows of data.train, reshuffled in each epoch; see `InstructSequence`.
+    def open_training(self, seed: int, *, packed: bool) -> PackedConversationDataset:
+        """Endless rows of data.train, reshuffled in each epoch; see `PackedConversationDataset`.
 
         Raises:
             UserError: the output of `build` is not visible on this host.
         """
-        return InstructSequence(self._open(self._data.train), self._data.sequence_length, seed, packed=packed)
+        return PackedConversationDataset(self._open(self._data.train), self._data.sequence_length, seed, packed=packed)
 
-    def open_validation(self, *, packed: bool) -> InstructSequence:
+    def open_validation(self, *, packed: bool) -> PackedConversationDataset:
         """Every row of data.valid once, in a fixed shuffled order, so that the first rows are a representative sample.
 
         Raises:
             UserError: as `open_training`.
         """
         examples, length = self._open(self._data.valid), self._data.sequence_length
-        return InstructSequence(examples, length, _HELD_OUT_ORDER, packed=packed)
+        return PackedConversationDataset(examples, length, _HELD_OUT_ORDER, packed=packed)
 
     def _lists(self) -> Iterator[tuple[str, ...]]:
         return (files for files in dict.fromkeys((self._data.train, self._data.valid)) if files)
@@ -125,7 +125,7 @@ class Conversations:
         nothing = np.zeros(1, dtype=np.bool_)
         arrays = {
             "tokens": np.concatenate([example.tokens for example in examples]),
-            "learned": np.concatenate([part for example in examples for part in (nothing, example.learned)]),
+            "learned": np.concatenate([part for example in examples for part in (nothing, example.in_loss)]),
             "ends": np.cumsum([len(example.tokens) for example in examples]),
         }
         partial = folder.with_name(f"{folder.name}.partial.{os.getpid()}")
@@ -151,7 +151,7 @@ class Conversations:
                 f"no row in the model's vocab of {vocab}; use the model's own tokenizer and template, or other texts"
             )
 
-    def _said(self, files: tuple[str, ...]) -> Iterator[str]:
+    def _truncation_messages(self, files: tuple[str, ...]) -> Iterator[str]:
         cut = json.loads((self._folder(files) / _CUT).read_text())
         if cut["shortened"] or cut["dropped"]:
             yield (

@@ -1,4 +1,4 @@
-"""Reads conversations from jsonl files in OpenAI's, ShareGPT's and the original's format."""
+"""Reads conversations from jsonl files in the formats of OpenAI, ShareGPT and the paper's code (GeneZC/MiniMA)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_capgap.common.errors import UserError, in_one_line
-from megatron_capgap.data.jsonl import find, rows
+from megatron_capgap.data.jsonl import find, json_lines
 from megatron_capgap.data.messages import ROLES, THOUGHTS, Conversation, Message
 
 # Role names of ShareGPT, of later data sets in its format, and of model-specific message formats.
@@ -38,15 +38,15 @@ _FORMS = {
 
 def read_conversations(path: str) -> list[Conversation]:
     """Reads every conversation of a jsonl file. A line is `{"messages": [{"role": ..., "content": ...}, ...]}`,
-    ShareGPT's `{"conversations": [{"from": ..., "value": ...}, ...]}`, or the original's
-    `[{"User": ..., "Assistant": ...}, ...]`. An assistant message with `weight` 0, or `train` or `loss` false,
+    ShareGPT's `{"conversations": [{"from": ..., "value": ...}, ...]}`, or that of the paper's
+    code, `[{"User": ..., "Assistant": ...}, ...]`. An assistant message with `weight` 0, or `train` or `loss` false,
     is context only.
 
     Raises:
         UserError: the file is missing or empty, or a line is not a conversation; names the line.
     """
     conversations_file(path)
-    found = [_conversation(*row) for row in rows(path)]
+    found = [_conversation(*line) for line in json_lines(path)]
     if not found:
         raise UserError(
             f'{path}: contains no conversation; a line is {{"messages": [{{"role": ..., "content": ...}}]}}'
@@ -67,7 +67,7 @@ def _conversation(place: str, content: Any) -> Conversation:
     found = read_turns(place, content)
     if not found or found.messages[-1].role != "assistant":
         raise UserError(f"{place}: does not end with an assistant message; add it or remove the line")
-    if not any(message.learned for message in found if message.role == "assistant"):
+    if not any(message.in_loss for message in found if message.role == "assistant"):
         raise UserError(
             f"{place}: no assistant message counts in the loss (weight 0, train or loss false); remove the line"
         )
@@ -112,13 +112,13 @@ def _messages(place: str, content: Any) -> Iterator[Message]:
     if isinstance(content, list):
         yield from _pairs(place, content)
         return
-    for key, speaker in _TURNS.items():
+    for key, role_key in _TURNS.items():
         found = content.get(key) if isinstance(content, dict) else None
         if isinstance(found, list):
-            said = content.get("system")
-            if isinstance(said, str) and said.strip() and not _begins_with(found, said):
-                yield Message("system", said)
-            yield from _each(place, found, speaker)
+            system = content.get("system")
+            if isinstance(system, str) and system.strip() and not _begins_with_system(found, system):
+                yield Message("system", system)
+            yield from _each(place, found, role_key)
             return
     raise UserError(
         f'{place}: neither {{"messages": [...]}}, {{"conversations": [...]}} nor a list of User and Assistant turns; '
@@ -126,10 +126,10 @@ def _messages(place: str, content: Any) -> Iterator[Message]:
     )
 
 
-def _begins_with(turns: list[Any], said: str) -> bool:
+def _begins_with_system(turns: list[Any], system: str) -> bool:
     """Whether the first turn is the system message."""
     first = turns[0] if turns and isinstance(turns[0], dict) else {}
-    return "system" in (first.get("role"), first.get("from")) and said in (first.get("content"), first.get("value"))
+    return "system" in (first.get("role"), first.get("from")) and system in (first.get("content"), first.get("value"))
 
 
 def other_form(content: Any) -> str | None:
@@ -143,9 +143,9 @@ def other_form(content: Any) -> str | None:
     return next((what for keys, what in _FORMS.items() if all(key in content for key in keys)), None)
 
 
-def _each(place: str, turns: list[Any], speaker: str) -> Iterator[Message]:
+def _each(place: str, turns: list[Any], role_key: str) -> Iterator[Message]:
     for number, turn in enumerate(turns, start=1):
-        yield _message(place, f"message {number}", turn, speaker)
+        yield _message(place, f"message {number}", turn, role_key)
 
 
 def _pairs(place: str, content: list[Any]) -> Iterator[Message]:
@@ -156,13 +156,13 @@ def _pairs(place: str, content: list[Any]) -> Iterator[Message]:
             yield Message(role, _words(place, f"turn {turn}", role, pair[name], {}))
 
 
-def _message(place: str, what: str, message: Any, speaker: str) -> Message:
+def _message(place: str, what: str, message: Any, role_key: str) -> Message:
     if not isinstance(message, dict):
         message = {}
-    speaker = next((key for key in _TURNS.values() if key in message), speaker)
-    said = next((key for key in ("content", "value") if key in message), "content")
-    role = _role(place, what, message.get(speaker), speaker)
-    fields = {key: value for key, value in message.items() if key not in (speaker, said) and value is not None}
+    role_key = next((key for key in _TURNS.values() if key in message), role_key)
+    content_key = next((key for key in ("content", "value") if key in message), "content")
+    role = _role(place, what, message.get(role_key), role_key)
+    fields = {key: value for key, value in message.items() if key not in (role_key, content_key) and value is not None}
     if "function_call" in fields:
         raise UserError(
             f"{place}: {what}: function_call is OpenAI's deprecated format, which templates do not read; use tool_calls"
@@ -170,13 +170,13 @@ def _message(place: str, what: str, message: Any, speaker: str) -> Message:
     calls = fields.get("tool_calls", [])
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise UserError(f"{place}: {what}: tool_calls is not a list of objects; fix the line")
-    if said not in message and not calls and not any(key in fields for key in THOUGHTS):
+    if content_key not in message and not calls and not any(key in fields for key in THOUGHTS):
         raise UserError(
             f"{place}: {what}: has no content, but {', '.join(map(str, message)) or 'nothing'}; put its text under "
             "content"
         )
-    words = _words(place, what, role, message.get(said), fields)
-    return Message(role, words, fields, learned=role != "assistant" or _learned(place, what, fields))
+    words = _words(place, what, role, message.get(content_key), fields)
+    return Message(role, words, fields, in_loss=role != "assistant" or _in_loss(place, what, fields))
 
 
 def _role(place: str, what: str, role: Any, key: str) -> str:
@@ -188,7 +188,7 @@ def _role(place: str, what: str, role: Any, key: str) -> str:
     return name if key == "role" and name in _TOOLS else _SPEAKERS[name]
 
 
-def _learned(place: str, what: str, fields: Mapping[str, Any]) -> bool:
+def _in_loss(place: str, what: str, fields: Mapping[str, Any]) -> bool:
     """Whether the loss counts an assistant message."""
     for key, known in (("weight", (0, 1)), ("train", (False, True)), ("loss", (False, True))):
         if fields.get(key, 1) not in known:

@@ -22,12 +22,12 @@ class Example:
 
     tokens: np.ndarray
     """int64 `[n + 1]`."""
-    learned: np.ndarray
+    in_loss: np.ndarray
     """bool `[n]`: whether the loss counts each of `tokens[1:]`."""
 
     def __len__(self) -> int:
         """Number of predicted tokens."""
-        return len(self.learned)
+        return len(self.in_loss)
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ def encode(
         except UserError as error:
             raise UserError(f"{conversation.place}: {error}" if conversation.place else str(error)) from None
         tokens = np.concatenate([np.array(s.tokens, dtype=np.int64) for s in segments])
-        learned = np.concatenate([np.full(len(s.tokens), s.learned) for s in segments])
-        example = Example(tokens[: sequence_length + 1], learned[1 : sequence_length + 1])
-        if not example.learned.any():
+        in_loss = np.concatenate([np.full(len(s.tokens), s.in_loss) for s in segments])
+        example = Example(tokens[: sequence_length + 1], in_loss[1 : sequence_length + 1])
+        if not example.in_loss.any():
             dropped += 1
             continue
         shortened += len(tokens) > sequence_length + 1
@@ -102,7 +102,7 @@ def pack(lengths: Sequence[int], sequence_length: int) -> list[list[int]]:
     return rows
 
 
-class InstructSequence:
+class PackedConversationDataset:
     """Numbered rows of packed conversations: every row once per epoch, in a different order in each epoch.
 
     Args:
@@ -124,9 +124,9 @@ class InstructSequence:
         """Rows in one epoch."""
         return len(self._rows)
 
-    def micro_batch(self, there: Sequence[int | None], ids: list[int], device: torch.device) -> MicroBatch:
-        """See `batch.Samples.micro_batch`."""
-        rows = [None if k is None else self.conversations(k) for k in there]
+    def micro_batch(self, indices: Sequence[int | None], ids: list[int], device: torch.device) -> MicroBatch:
+        """See `batch.TokenDataset.micro_batch`."""
+        rows = [None if k is None else self.conversations(k) for k in indices]
         return collate(rows, ids, self.sequence_length, device)
 
     def conversations(self, k: int) -> list[Example]:
@@ -149,14 +149,14 @@ def collate(rows: Sequence[Sequence[Example] | None], ids: list[int], length: in
     count = len(rows)
     tokens, labels, positions = (np.zeros((count, length), dtype=np.int64) for _ in range(3))
     # The rest of a row is padding: it forms one more conversation (-1) with loss mask 0.
-    belongs = np.full((count, length), -1, dtype=np.int64)
+    segment_ids = np.full((count, length), -1, dtype=np.int64)
     mask = np.zeros((count, length), dtype=np.float32)
     for row, examples in enumerate(rows):
         start = 0
         for number, example in enumerate(examples or ()):
             place = np.s_[row, start : start + len(example)]
-            tokens[place], labels[place], mask[place] = example.tokens[:-1], example.tokens[1:], example.learned
-            positions[place], belongs[place] = np.arange(len(example)), number
+            tokens[place], labels[place], mask[place] = example.tokens[:-1], example.tokens[1:], example.in_loss
+            positions[place], segment_ids[place] = np.arange(len(example)), number
             start += len(example)
         positions[row, start:] = np.arange(length - start)
     return MicroBatch(
@@ -165,5 +165,5 @@ def collate(rows: Sequence[Sequence[Example] | None], ids: list[int], length: in
         loss_mask=torch.from_numpy(mask).to(device),
         position_ids=torch.from_numpy(positions).to(device),
         sample_ids=ids,
-        conversations=torch.from_numpy(belongs).to(device),
+        segment_ids=torch.from_numpy(segment_ids).to(device),
     )

@@ -69,11 +69,11 @@ class Malformed:
     def nothing_read(self, files: list[str], text_key: str) -> UserError:
         """The error if no line is valid."""
         names = ", ".join(files[:_NAMES]) + (f" and {len(files) - _NAMES} more" if len(files) > _NAMES else "")
-        said = "there is no line"
+        problem = "there is no line"
         if self.counts:
             kinds = ", ".join(f"{count} {kind}" for kind, count in self.counts.items())
-            said = f"no line could be read ({kinds}; the first is {next(iter(self.places.values()))[0]})"
-        return UserError(f'no document in {names}: {said}; write lines like {{"{text_key}": "..."}}')
+            problem = f"no line could be read ({kinds}; the first is {next(iter(self.places.values()))[0]})"
+        return UserError(f'no document in {names}: {problem}; write lines like {{"{text_key}": "..."}}')
 
 
 def parse(line: bytes, text_key: str) -> str:

@@ -24,7 +24,7 @@ class Rendering(NamedTuple):
     """Output of a template."""
 
     text: str
-    said: list[Span]
+    assistant_spans: list[Span]
     """Spans that `{% generation %}` marks."""
 
 
@@ -51,11 +51,11 @@ class TemplateSource:
         """Renders the template; it is third-party code and may raise anything."""
         tracker = self._sandbox.extensions[_Generation.identifier]
         assert isinstance(tracker, _Generation)
-        tracker.written, tracker.said, blocks = 0, [], []
+        tracker.rendered_length, tracker.assistant_spans, blocks = 0, [], []
         for block in self._template.generate(values):
             blocks.append(block)
-            tracker.written += len(block)
-        return Rendering("".join(blocks), tracker.said)
+            tracker.rendered_length += len(block)
+        return Rendering("".join(blocks), tracker.assistant_spans)
 
     def turns(self, values: dict[str, Any], text: str) -> list[int]:
         """Positions in the rendered text where an iteration of an outer loop begins or the last one ends, which are the
@@ -81,17 +81,17 @@ class _Generation(Extension):
     """transformers' `{% generation %}` tag, which marks the assistant's text.
 
     Attributes:
-        written: characters rendered so far.
-        said: spans of the marked parts, counted as in transformers.
+        rendered_length: characters rendered so far.
+        assistant_spans: spans of the marked parts, counted as in transformers.
     """
 
     tags: ClassVar = {"generation"}  # type: ignore[misc]  # jinja2 annotates it as an instance's
-    written: int
-    said: list[Span]
+    rendered_length: int
+    assistant_spans: list[Span]
 
     def __init__(self, environment: Environment) -> None:
         super().__init__(environment)
-        self.written, self.said = 0, []
+        self.rendered_length, self.assistant_spans = 0, []
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -100,7 +100,7 @@ class _Generation(Extension):
 
     def _mark(self, caller: Callable[[], str]) -> str:
         text = caller()
-        self.said.append((self.written, self.written + len(text)))
+        self.assistant_spans.append((self.rendered_length, self.rendered_length + len(text)))
         return text
 
 

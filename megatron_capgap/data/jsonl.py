@@ -128,7 +128,7 @@ def find(path: str, wanted: str) -> Path:
     return file
 
 
-class Row(NamedTuple):
+class JsonLine(NamedTuple):
     """One decoded line."""
 
     place: str
@@ -136,7 +136,7 @@ class Row(NamedTuple):
     content: Any
 
 
-def rows(path: str) -> Iterator[Row]:
+def json_lines(path: str) -> Iterator[JsonLine]:
     """Yields the decoded lines of a file; empty lines are skipped.
 
     Raises:
@@ -145,7 +145,7 @@ def rows(path: str) -> Iterator[Row]:
     for block in read_blocks([path]):
         for number, line in enumerate(block.lines, start=block.line):
             if line.strip():
-                yield Row(f"{path}:{number}", _content(f"{path}:{number}", line))
+                yield JsonLine(f"{path}:{number}", _content(f"{path}:{number}", line))
 
 
 def _content(place: str, line: bytes) -> Any:

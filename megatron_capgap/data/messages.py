@@ -21,7 +21,7 @@ class Message:
     """Content: a text, text parts, or None if there is none, as beside tool_calls."""
     fields: Mapping[str, Any] = field(default_factory=dict)
     """Other fields that a template may read, such as tool_calls."""
-    learned: bool = True
+    in_loss: bool = True
     """Whether the loss counts it, if it is an assistant message."""
 
     @property

@@ -24,13 +24,13 @@ from megatron_capgap.common.errors import UserError, in_one_line
 from megatron_capgap.config.schema import DataConfig
 from megatron_capgap.data import indexed
 from megatron_capgap.data.batch import MicroBatch, collate
-from megatron_capgap.data.sampler import Order, training_order, validation_order
+from megatron_capgap.data.sampler import SampleOrder, training_order, validation_order
 
 _FACTS = "facts.json"  # in a dataset's index folder: result of its check
 _VALIDATION_SEED = 0  # held-out samples are the same in every run
 
 
-class SampleSequence:
+class PackedTextDataset:
     """Numbered samples of one or several datasets.
 
     Attributes:
@@ -38,7 +38,7 @@ class SampleSequence:
     """
 
     def __init__(
-        self, prefixes: tuple[str, ...], datasets: list[GPTDataset], order: Order, sequence_length: int
+        self, prefixes: tuple[str, ...], datasets: list[GPTDataset], order: SampleOrder, sequence_length: int
     ) -> None:
         self.sequence_length = sequence_length
         self._prefixes = prefixes
@@ -63,9 +63,9 @@ class SampleSequence:
         assert len(tokens) == self.sequence_length + 1
         return tokens
 
-    def micro_batch(self, there: Sequence[int | None], ids: list[int], device: torch.device) -> MicroBatch:
-        """See `batch.Samples.micro_batch`."""
-        rows = [None if k is None else self.tokens(k) for k in there]
+    def micro_batch(self, indices: Sequence[int | None], ids: list[int], device: torch.device) -> MicroBatch:
+        """See `batch.TokenDataset.micro_batch`."""
+        rows = [None if k is None else self.tokens(k) for k in indices]
         return collate(rows, ids, self.sequence_length, device)
 
     def source(self, k: int) -> str:
@@ -108,7 +108,7 @@ def build_indices(data: DataConfig, vocab_size: int, seed: int, cache_dir: Path)
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def open_training(data: DataConfig, seed: int, cache_dir: Path) -> SampleSequence:
+def open_training(data: DataConfig, seed: int, cache_dir: Path) -> PackedTextDataset:
     """Opens the endless shuffled blend of data.train; sample k depends only on the seed, k, the datasets and their
     weights.
 
@@ -117,10 +117,10 @@ def open_training(data: DataConfig, seed: int, cache_dir: Path) -> SampleSequenc
     """
     datasets = [_open_built(prefix, data.sequence_length, seed, cache_dir) for prefix in data.train]
     order = training_order([len(dataset) for dataset in datasets], data.train_weights, seed)
-    return SampleSequence(data.train, datasets, order, data.sequence_length)
+    return PackedTextDataset(data.train, datasets, order, data.sequence_length)
 
 
-def open_validation(data: DataConfig, cache_dir: Path) -> SampleSequence:
+def open_validation(data: DataConfig, cache_dir: Path) -> PackedTextDataset:
     """Opens every sample of data.valid once: dataset after dataset, each shuffled by Megatron with a fixed seed.
 
     The first samples are therefore representative of their dataset.
@@ -130,7 +130,7 @@ def open_validation(data: DataConfig, cache_dir: Path) -> SampleSequence:
     """
     datasets = [_open_built(prefix, data.sequence_length, _VALIDATION_SEED, cache_dir) for prefix in data.valid]
     order = validation_order([len(dataset) for dataset in datasets])
-    return SampleSequence(data.valid, datasets, order, data.sequence_length)
+    return PackedTextDataset(data.valid, datasets, order, data.sequence_length)
 
 
 class _NoTokenizer:

@@ -8,7 +8,7 @@ from typing import Any
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.data.chat_template import Template
 from megatron_capgap.data.conversation_files import other_form, read_turns
-from megatron_capgap.data.jsonl import find, rows
+from megatron_capgap.data.jsonl import find, json_lines
 from megatron_capgap.data.messages import Conversation
 from megatron_capgap.data.tokenizer import Tokenizer
 
@@ -23,7 +23,7 @@ def read_prompts(path: str) -> list[Prompt]:
         UserError: the file is missing or empty, or a line is not a prompt; names the line.
     """
     find(path, "a jsonl file of prompts")
-    found = [_prompt(*row) for row in rows(path)]
+    found = [_prompt(*line) for line in json_lines(path)]
     if not found:
         raise UserError(f'{path}: contains no prompt; a line is {{"prompt": "..."}} or {{"messages": [...]}}')
     return found

@@ -25,10 +25,10 @@ class SampleIndex(NamedTuple):
     epoch: int
 
 
-Order = Callable[[int], SampleIndex]
+SampleOrder = Callable[[int], SampleIndex]
 
 
-def training_order(sizes: Sequence[int], weights: Sequence[float] | None, seed: int) -> Order:
+def training_order(sizes: Sequence[int], weights: Sequence[float] | None, seed: int) -> SampleOrder:
     """Endless order over a blend of datasets; each dataset is reshuffled in each of its epochs.
 
     Args:
@@ -53,13 +53,13 @@ def dp_shard(samples: range, micro_batch: int, data_rank: int, data_size: int) -
     Blocks of `micro_batch` consecutive samples go to ranks 0, 1, ..., data_size - 1 in turn. The samples of a global
     batch do not depend on the layout; only their assignment to ranks does.
     """
-    deal = micro_batch * data_size
-    assert len(samples) % deal == 0, f"{len(samples)} samples over {data_size} ranks of {micro_batch}"
-    starts = range(data_rank * micro_batch, len(samples), deal)
+    stride = micro_batch * data_size
+    assert len(samples) % stride == 0, f"{len(samples)} samples over {data_size} ranks of {micro_batch}"
+    starts = range(data_rank * micro_batch, len(samples), stride)
     return [list(samples[start : start + micro_batch]) for start in starts]
 
 
-def validation_order(sizes: Sequence[int]) -> Order:
+def validation_order(sizes: Sequence[int]) -> SampleOrder:
     """Every sample once, dataset after dataset."""
     ends = list(accumulate(sizes))
 

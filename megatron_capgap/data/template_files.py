@@ -17,7 +17,7 @@ Jinja = str | dict[str, str]
 `default` for others."""
 
 
-def brought(folder: Path) -> tuple[Jinja, Path] | None:
+def read_chat_templates(folder: Path) -> tuple[Jinja, Path] | None:
     """The templates of a tokenizer folder and their path; template files take precedence over tokenizer_config.json."""
     file, words = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     found = {DEFAULT: file} if file.is_file() else {}

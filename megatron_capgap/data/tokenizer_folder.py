@@ -31,7 +31,7 @@ NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 
 
 @dataclass(frozen=True)
-class Reading:
+class LoadedTokenizer:
     """Content of a tokenizer folder."""
 
     tokenizer: tokenizers.Tokenizer
@@ -56,16 +56,16 @@ class Reading:
     """Warnings from reading."""
 
 
-def read_model(file: Path) -> Reading:
+def read_model(file: Path) -> LoadedTokenizer:
     """Reads a SentencePiece model like a folder that contains only this file.
 
     Raises:
         UserError: the file is not a SentencePiece model.
     """
-    return _reading(file.parent, file, {}, legacy=True, beside=False)
+    return _load(file.parent, file, {}, legacy=True, beside=False)
 
 
-def read(folder: Path) -> Reading:
+def read(folder: Path) -> LoadedTokenizer:
     """Reads a folder with one of `FORMS`.
 
     Raises:
@@ -74,7 +74,7 @@ def read(folder: Path) -> Reading:
     settings = settings_of(folder)
     legacy = "added_tokens_decoder" not in settings  # written before transformers 4.34
     form = next(name for name in FORMS if (folder / name).is_file())
-    return _reading(folder, folder / form, settings, legacy)
+    return _load(folder, folder / form, settings, legacy)
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def _taken(settings: dict[str, Any], is_token: Callable[[Any], bool]) -> dict[st
     return {name: settings.pop(name) for name in names}
 
 
-def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, beside: bool = True) -> Reading:
+def _load(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, beside: bool = True) -> LoadedTokenizer:
     """Reads a vocabulary file with its settings.
 
     Args:
@@ -132,7 +132,7 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
             raise UserError(f"tokenizer {where}: {key} {content!r} is not a string: save the tokenizer again")
     made_by = _class_of(folder, settings) if beside else None
     has_json, user_defined = file.name == FORMS[0], frozenset[int]()
-    given, settings = settings, {**SPECIAL.get(made_by or "", {}), **settings}
+    in_file, settings = settings, {**SPECIAL.get(made_by or "", {}), **settings}
     try:
         if has_json:
             built, listed, padding = _from_json(file, settings, made_by)
@@ -149,7 +149,7 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
             settings = {**settings, "extra_special_tokens": [*_extra(settings), *extra]}
             settings = settings if made_by else {**defaults, **settings}
         built.encode_special_tokens = bool(settings.get("split_special_tokens", False))
-        added = _added_tokens(read_json(folder / "added_tokens.json") if beside else {}, given, legacy, listed)
+        added = _added_tokens(read_json(folder / "added_tokens.json") if beside else {}, in_file, legacy, listed)
         if not (has_json or made_by):
             added = {number: _unnormalized(token) for number, token in added.items()}
         _add(built, settings, added)
@@ -175,7 +175,7 @@ def _reading(folder: Path, file: Path, settings: dict[str, Any], legacy: bool, b
             built.add_special_tokens([text])
     stops = {*([] if eos is None else [eos]), *(_stops_of_model(folder) if beside else [])}
     ends = (bos, eos, frozenset(stops))
-    return Reading(built, *ends, before, after, special, named, user_defined, made_by, remarks)
+    return LoadedTokenizer(built, *ends, before, after, special, named, user_defined, made_by, remarks)
 
 
 def _class_of(folder: Path, settings: Mapping[str, Any]) -> str | None:
@@ -184,8 +184,8 @@ def _class_of(folder: Path, settings: Mapping[str, Any]) -> str | None:
     config = read_json(folder / "config.json")
     name = class_of(settings, config, lambda: file.is_file() and "ByteLevel" in _types(read_json(file)))
     if name is not None and name not in SPECIAL:
-        said = settings.get("tokenizer_class") or config.get("tokenizer_class")
-        why = f"tokenizer_class {said}" if said else f"model_type {config.get('model_type')} of its config.json"
+        stated = settings.get("tokenizer_class") or config.get("tokenizer_class")
+        why = f"tokenizer_class {stated}" if stated else f"model_type {config.get('model_type')} of its config.json"
         raise UserError(
             f"tokenizer {folder}: transformers opens it as {name} ({why}), whose tokenization steps are not "
             f"supported; {SAVE}, and name PreTrainedTokenizerFast as tokenizer_class in OTHER/tokenizer_config.json"

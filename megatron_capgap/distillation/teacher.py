@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_capgap.config.schema import ModelShape
-from megatron_capgap.data.batch import MicroBatch, Samples, read
+from megatron_capgap.data.batch import MicroBatch, TokenDataset, read_micro_batch
 from megatron_capgap.distillation.transfer import States, split_by_sample
 from megatron_capgap.distillation.transfer_plan import FINAL_HIDDEN
 from megatron_capgap.distributed.parallel_context import ParallelContext
@@ -37,11 +37,11 @@ class FrozenTeacher:
     weights: AbstractContextManager[None]
     """Context of a forward pass: moves the weights to the device."""
 
-    def micro_batches(self, sequence: Samples, first_sample: int, device: torch.device) -> list[MicroBatch]:
+    def micro_batches(self, dataset: TokenDataset, first_sample: int, device: torch.device) -> list[MicroBatch]:
         """This data-parallel rank's micro-batches of the global batch that starts with sample `first_sample`."""
         ids = [first_sample + sample for sample in self.sample_ids]
         starts = range(0, len(ids), self.micro_batch)
-        return [read(sequence, ids[start : start + self.micro_batch], device) for start in starts]
+        return [read_micro_batch(dataset, ids[start : start + self.micro_batch], device) for start in starts]
 
     def forward(self, batches: Sequence[MicroBatch], layers: Collection[int] = ()) -> States:
         """Runs the teacher over this data-parallel rank's part of a global batch. Collective over the teacher's ranks.

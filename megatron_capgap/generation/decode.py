@@ -61,7 +61,7 @@ def generate(
     found: dict[int, list[int] | None] = {}
     with _inference(chunks):
         for start in range(0, len(mine), batch):
-            rows = [_Row(number, prompts[number]) for number in mine[start : start + batch]]
+            rows = [_Sequence(number, prompts[number]) for number in mine[start : start + batch]]
             _decode(chunks, parallel, rows, vocab_size, max_new_tokens, ends, sampling, stop)
             found |= {row.number: row.new for row in rows}
     parts: list[dict[int, list[int] | None]] = [{} for _ in range(parallel.dp_size)]
@@ -72,7 +72,7 @@ def generate(
     return [everything[number] or [] for number in range(len(prompts))]
 
 
-class _Row:
+class _Sequence:
     """State of one prompt."""
 
     def __init__(self, number: int, prompt: Sequence[int]) -> None:
@@ -96,7 +96,7 @@ class _Row:
 def _decode(
     chunks: Sequence[torch.nn.Module],
     parallel: ParallelContext,
-    rows: list[_Row],
+    rows: list[_Sequence],
     vocab_size: int,
     most: int,
     ends: Set[int],
@@ -125,7 +125,7 @@ def _decode(
 def _agree(
     logits: Tensor | None,
     parallel: ParallelContext,
-    rows: list[_Row],
+    rows: list[_Sequence],
     vocab_size: int,
     sampling: Sampling,
     device: torch.device,

@@ -1,1 +1,4 @@
-"""The law of capacity gap: records of runs in, the best teacher for a student out. Knows nothing of the other rooms."""
+"""The law of capacity gap: recommends the best teacher for a student from records of runs.
+
+Imports no other package of megatron_capgap.
+"""

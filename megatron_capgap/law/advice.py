@@ -143,8 +143,8 @@ def beside_labels(
     found = against(taught, everything, count, advice.student, teachers, tokens)
     if isinstance(found, str):
         return replace(advice, labels=found)
-    told = tuple(replace(each, against=found[each.name]) for each in advice.candidates)
-    return replace(advice, candidates=told, labels=None)
+    compared = tuple(replace(each, against=found[each.name]) for each in advice.candidates)
+    return replace(advice, candidates=compared, labels=None)
 
 
 def _refused(student: float, beyond: float, reason: str, outside: tuple[str, ...] = ()) -> Advice:

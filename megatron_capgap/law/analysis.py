@@ -16,8 +16,8 @@ from megatron_capgap.law.causes import Cause
 from megatron_capgap.law.cells import Training
 from megatron_capgap.law.compare import Score
 from megatron_capgap.law.gaussian_process import Process
-from megatron_capgap.law.paper_reading import Reading
-from megatron_capgap.law.plan import Plan
+from megatron_capgap.law.next_runs import NextRunsPlan
+from megatron_capgap.law.paper_reading import PaperFit
 from megatron_capgap.law.records import Record, conditions
 from megatron_capgap.law.verdict import Finding
 
@@ -38,7 +38,7 @@ class Analysis:
     process: Process
     findings: Sequence[Finding]
     """One per student, ascending."""
-    reading: Reading
+    reading: PaperFit
     """The paper's method on the same records, for comparison."""
     causes: Sequence[Cause]
     """Effects of initialisation and of teaching, where the same starts were also trained on labels alone."""
@@ -88,7 +88,7 @@ def compared(study: Analysis) -> list[Score]:
 
 
 def as_json(
-    study: Analysis, advice: Advice | None = None, scores: Sequence[Score] = (), plan: Plan | None = None
+    study: Analysis, advice: Advice | None = None, scores: Sequence[Score] = (), plan: NextRunsPlan | None = None
 ) -> str:
     """Contents of law.json; the same records give the same bytes."""
     content: dict[str, Any] = {
@@ -159,7 +159,7 @@ def _advice(advice: Advice) -> dict[str, Any]:
     return content
 
 
-def _plan(plan: Plan) -> dict[str, Any]:
+def _plan(plan: NextRunsPlan) -> dict[str, Any]:
     steps = [
         {
             "flops": step.flops,
@@ -179,7 +179,7 @@ def _plan(plan: Plan) -> dict[str, Any]:
         }
         for step in plan.steps
     ]
-    regrets = _rounded({"regret": plan.regret, "regret_then": plan.then}, DRAWN_DIGITS)
+    regrets = _rounded({"regret": plan.regret, "regret_then": plan.regret_after}, DRAWN_DIGITS)
     return {"budget": plan.budget, "flops": plan.flops, **regrets, "considered": plan.considered, "steps": steps}
 
 
@@ -194,16 +194,16 @@ def _remarks(
             f"{len(once)} of {len({training.size for training in trainings})} teacher sizes were trained once: how "
             "much trainings differ is inferred from the curves, not seen; train each size at least twice"
         )
-    told = [training for training in trainings if training.loss is not None]
-    if len(told) < len(trainings):
+    with_loss = [training for training in trainings if training.loss is not None]
+    if len(with_loss) < len(trainings):
         found.append(
-            f"{len(trainings) - len(told)} of {len(trainings)} trainings of teachers come without teacher_valid_loss, "
-            "so a poor training cannot be told from a large gap"
+            f"{len(trainings) - len(with_loss)} of {len(trainings)} trainings of teachers come without "
+            "teacher_valid_loss, so a poor training cannot be told from a large gap"
         )
     if records[0].init.startswith("pruned") and records[0].taught and not apart:
         found.append(
-            "students began pruned out of their teacher, so these curves hold both what cutting costs and what "
-            "teaching gives; only the same starts trained without a teacher tell them apart"
+            "students were initialised by pruning their teacher, so these curves include both the cost of pruning and "
+            "the effect of teaching; only the same starts trained without a teacher tell them apart"
         )
     if smaller := int((process.cells.teacher < process.cells.student).sum()):
         found.append(f"{smaller} runs have a teacher with fewer parameters than their student")

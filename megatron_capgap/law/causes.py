@@ -80,8 +80,8 @@ def counterparts(taught: Sequence[Record], everything: Sequence[Record]) -> list
     """Pairs (distilled run, run on labels alone) with the same start, seed and tokens."""
     if not taught[0].taught:
         return []
-    alone = {begun(each): each for each in everything if not each.taught and _shared(each) == _shared(taught[0])}
-    return [(each, alone[begun(each)]) for each in taught if begun(each) in alone]
+    alone = {start_key(each): each for each in everything if not each.taught and _shared(each) == _shared(taught[0])}
+    return [(each, alone[start_key(each)]) for each in taught if start_key(each) in alone]
 
 
 def gained(pairs: Sequence[tuple[Record, Record]], count: str, random: np.random.Generator) -> Process:
@@ -99,7 +99,7 @@ def _shared(record: Record) -> tuple[object, ...]:
     return tuple(getattr(record, name) for name in SHARED)
 
 
-def begun(record: Record) -> tuple[object, ...]:
+def start_key(record: Record) -> tuple[object, ...]:
     """A key that is equal for runs with the same initial weights and the same text."""
     student = (record.student_params, record.student_params_total, record.seed)
     if not record.init.startswith("pruned"):

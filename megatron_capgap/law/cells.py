@@ -115,10 +115,10 @@ def trainings(records: Sequence[Record], count: str) -> list[Training]:
         losses = [each.teacher_valid_loss for each in group if each.teacher_valid_loss is not None]
         for name, values in (("teacher_tokens", tokens), ("teacher_valid_loss", losses)):
             if len(set(values)) > 1 and (name == "teacher_tokens" or max(losses) - min(losses) > SAME_LOSS):
-                told = sorted(set(values), key=lambda value: (value is not None, value))
+                distinct = sorted(set(values), key=lambda value: (value is not None, value))
                 raise LawError(
                     f"teacher of {size:,} parameters, teacher_seed {'not told' if seed is None else seed}: {name} is "
-                    f"{told[0]} in some records and {told[-1]} in others; give each training of a teacher a "
+                    f"{distinct[0]} in some records and {distinct[-1]} in others; give each training of a teacher a "
                     "teacher_seed of its own"
                 )
         found.append(Training(size, seed, tokens.pop(), float(np.mean(losses)) if losses else None))
@@ -144,15 +144,15 @@ def _numbers(keys: Sequence[Hashable]) -> Numbers:
 
 def _quality(known: Sequence[Training]) -> Array:
     """Each training's loss minus the trend over sizes; 0 if it has no loss."""
-    told = [index for index, training in enumerate(known) if training.loss is not None]
+    with_loss = [index for index, training in enumerate(known) if training.loss is not None]
     found = np.zeros(len(known))
-    if told:
-        x = np.log([float(known[index].size) for index in told])
-        y = np.array([known[index].loss for index in told], dtype=np.float64)
+    if with_loss:
+        x = np.log([float(known[index].size) for index in with_loss])
+        y = np.array([known[index].loss for index in with_loss], dtype=np.float64)
         sizes = len(set(x.tolist()))
         if sizes >= LINEAR_FROM:
             trend = np.polyval(np.polyfit(x - x.mean(), y, 2 if sizes >= QUADRATIC_FROM else 1), x - x.mean())
         else:
             trend = np.array([y[x == size].mean() for size in x])
-        found[told] = y - trend
+        found[with_loss] = y - trend
     return found

@@ -53,25 +53,25 @@ def scores(cells: Cells, losses: Array | None) -> list[Score]:
     students = cells.students()
     if len(students) < LEAST_STUDENTS:
         return []
-    told = np.zeros(len(cells)) if losses is None else losses
+    inputs = np.zeros(len(cells)) if losses is None else losses
     found = []
     for name, (model, needs_losses) in MODELS.items():
         if needs_losses and losses is None:
             continue
 
-        def foretold(inside: Mask, model: Model = model) -> Array:
-            return model(cells.chosen(inside), told[inside], cells.chosen(~inside), told[~inside])
+        def predict(inside: Mask, model: Model = model) -> Array:
+            return model(cells.chosen(inside), inputs[inside], cells.chosen(~inside), inputs[~inside])
 
         errors, regrets = [], []
         for student in students:
             mine = cells.student == student
-            predicted = foretold(~mine)
+            predicted = predict(~mine)
             errors.append(predicted - cells.loss[mine])
             regrets.append(_regret(cells.chosen(mine), predicted))
         smaller = cells.student <= students[(len(students) - 1) // 2]
-        ahead = foretold(smaller) - cells.loss[~smaller]
+        ahead = predict(smaller) - cells.loss[~smaller]
         one_out = _rms(np.concatenate(errors))
-        without = _teachers_out(cells, foretold)
+        without = _teachers_out(cells, predict)
         found.append(Score(name, one_out, float(np.mean(regrets)), float(np.max(regrets)), _rms(ahead), without))
     for k in RULES:
         chosen = [cells.chosen(cells.student == student) for student in students]
@@ -80,7 +80,7 @@ def scores(cells: Cells, losses: Array | None) -> list[Score]:
     return found
 
 
-def _teachers_out(cells: Cells, foretold: Callable[[Mask], Array]) -> float | None:
+def _teachers_out(cells: Cells, predict: Callable[[Mask], Array]) -> float | None:
     """The error over all sizes of teachers, each predicted from the others."""
     sizes = np.unique(cells.teacher)
     if len(sizes) < LEAST_TEACHERS:
@@ -89,7 +89,7 @@ def _teachers_out(cells: Cells, foretold: Callable[[Mask], Array]) -> float | No
     for size in sizes:
         mine = cells.teacher == size
         elsewhere = np.isin(cells.student, cells.student[~mine])[mine]
-        errors.append((foretold(~mine) - cells.loss[mine])[elsewhere])
+        errors.append((predict(~mine) - cells.loss[mine])[elsewhere])
     return _rms(np.concatenate(errors))
 
 

@@ -255,8 +255,8 @@ def _error(form: Form, students: Array, teachers: Array, noise: Array, folds: Se
             return None
         design, z = form.design(students[inside]), form.to_z(students[inside], teachers[inside])
         coefficients, _, _ = _regress(design, z, noise[inside])
-        foretold = form.to_teacher(students[outside], form.design(students[outside]) @ coefficients)
-        errors += np.abs(foretold / teachers[outside] - 1).tolist()
+        predicted = form.to_teacher(students[outside], form.design(students[outside]) @ coefficients)
+        errors += np.abs(predicted / teachers[outside] - 1).tolist()
     return float(np.mean(errors))
 
 

@@ -97,8 +97,8 @@ class Process:
             cross, own = _shape(h, across), _shape(h, within)
             solved = linalg.solve_triangular(factor, cross.T, lower=True)
             mean = solved.T @ linalg.solve_triangular(factor, self._y, lower=True)
-            spread = own - solved.T @ solved
-            root = root_of(spread)
+            covariance = own - solved.T @ solved
+            root = root_of(covariance)
             found.append(mean + self.random.standard_normal((number, len(ratios))) @ root.T)
         return np.concatenate(found)
 
@@ -223,8 +223,8 @@ class Process:
             weights = np.exp(logs - proposed - (logs - proposed).max())
             weights /= weights.sum()
             mean = weights @ drawn
-            spread = ((drawn - mean) * weights[:, None]).T @ (drawn - mean) + 1e-3 * np.eye(len(mode))
-            proposals.append((mean, NEXT_WIDTH * linalg.cholesky(spread, lower=True)))
+            covariance = ((drawn - mean) * weights[:, None]).T @ (drawn - mean) + 1e-3 * np.eye(len(mode))
+            proposals.append((mean, NEXT_WIDTH * linalg.cholesky(covariance, lower=True)))
         points = (np.arange(HYPER_DRAWS) + self.random.uniform()) / HYPER_DRAWS
         return drawn[np.minimum(np.searchsorted(np.cumsum(weights), points), len(drawn) - 1)]
 
@@ -274,7 +274,9 @@ def _terms(h: Array, parts: Parts) -> tuple[Array, Array, Array]:
     return shared**2 * smooth, drifting, own**2 * parts.same * (OWN_BEND * smooth + parts.product)
 
 
-def root_of(spread: Array) -> Array:
+def root_of(covariance: Array) -> Array:
     """The Cholesky factor of a covariance that is singular up to rounding. Unlike eigenvectors it is unique, so equal
     random numbers give equal curves on every machine."""
-    return linalg.cholesky(spread + ROOT_JITTER * np.trace(spread) / len(spread) * np.eye(len(spread)), lower=True)
+    return linalg.cholesky(
+        covariance + ROOT_JITTER * np.trace(covariance) / len(covariance) * np.eye(len(covariance)), lower=True
+    )

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_capgap.law.causes import FEW_PAIRS, SHARED, begun, counterparts, gained
+from megatron_capgap.law.causes import FEW_PAIRS, SHARED, counterparts, gained, start_key
 from megatron_capgap.law.cells import Array
 from megatron_capgap.law.formatting import short
 from megatron_capgap.law.gaussian_process import root_of
@@ -90,10 +90,10 @@ def against(
             f"for the same FLOPs labels alone train on up to {short(most)} tokens, and the runs on labels alone had "
             f"{short(known[0])} to {short(known[-1])}"
         )
-    given = losses(process, student, np.log(np.array(list(teachers.values())) / student), DRAWS)
+    distilled = losses(process, student, np.log(np.array(list(teachers.values())) / student), DRAWS)
     found = {}
     for number, (name, factor) in enumerate(times.items()):
-        gains = given[:, number] - further(student, on, factor * on)
+        gains = distilled[:, number] - further(student, on, factor * on)
         low, middle, high = quantiles(gains).tolist()
         found[name] = Against(float(factor), (low, middle, high), float(np.mean(gains > 0)))
     return found
@@ -102,7 +102,7 @@ def against(
 def _further(alone: Sequence[Record], count: str, random: np.random.Generator) -> Further | None:
     """The fit; None if too few runs with the same start have different tokens. Terms are dropped, the last ones first,
     until FREEDOM degrees of freedom are left."""
-    starts = [begun(each) for each in alone]
+    starts = [start_key(each) for each in alone]
     groups = {key: number for number, key in enumerate(dict.fromkeys(starts))}
     levels = np.eye(len(groups))[[groups[key] for key in starts]]
     y = np.array([each.valid_loss for each in alone])

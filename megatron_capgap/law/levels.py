@@ -34,8 +34,8 @@ def losses(process: Process, student: float, ratios: Array, draws: int) -> Array
     found = []
     counts = np.diff(np.linspace(0, draws, len(chosen) + 1).round().astype(int))
     for number, count in zip(chosen.tolist(), counts.tolist(), strict=True):
-        mean, spread = process.moments(number, curves, no_runs)
-        drawn = mean + process.random.standard_normal((count, len(mean))) @ root_of(spread).T
+        mean, covariance = process.moments(number, curves, no_runs)
+        drawn = mean + process.random.standard_normal((count, len(mean))) @ root_of(covariance).T
         levels = []
         for mine, end in zip(own, ends[1:], strict=True):
             seen = float(np.mean(cells.loss[mine] - luck[cells.training[mine]]))

@@ -12,14 +12,14 @@ import numpy as np
 from megatron_capgap.law.cells import SAME_SIZE
 from megatron_capgap.law.files import LawError
 from megatron_capgap.law.formatting import short
-from megatron_capgap.law.plan import Plan, Run
+from megatron_capgap.law.next_runs import CandidateRun, NextRunsPlan
 from megatron_capgap.law.sweep import STARTS, run_dir, trained_apart
 
 KEPT = ("common", "teach", "start", "prune", "distill", "ranks", "slurm")
 
 
 def next_grid(
-    plan: Plan, grid: Mapping[str, Any], init: str, sizes: Callable[[Any], float], further: Mapping[str, Any]
+    plan: NextRunsPlan, grid: Mapping[str, Any], init: str, sizes: Callable[[Any], float], further: Mapping[str, Any]
 ) -> dict[str, Any]:
     """A grid of only the proposed runs.
 
@@ -59,15 +59,15 @@ class _Names:
     """Names of students and teachers in the grid, and the entries that the new grid needs."""
 
     def __init__(
-        self, plan: Plan, grid: Mapping[str, Any], sizes: Callable[[Any], float], further: Mapping[str, Any]
+        self, plan: NextRunsPlan, grid: Mapping[str, Any], sizes: Callable[[Any], float], further: Mapping[str, Any]
     ) -> None:
         self._plan, self._grid, self._sizes, self._further = plan, grid, sizes, further
         self._new: dict[int, str] = {}
         # All existing teachers are kept, so that the next plan can be made from this grid.
-        self.teachers = {name: self._there(name) for name in grid["teachers"]}
+        self.teachers = {name: self._kept_teacher(name) for name in grid["teachers"]}
         self.students: dict[str, Any] = {}
 
-    def student(self, run: Run, init: str) -> str:
+    def student(self, run: CandidateRun, init: str) -> str:
         """The name of a run's student; keeps its entry in the new grid."""
         name = self._close(self._grid["students"], run.student)
         if name is None:
@@ -78,7 +78,7 @@ class _Names:
         self.students[name] = entry
         return name
 
-    def teacher(self, run: Run) -> str:
+    def teacher(self, run: CandidateRun) -> str:
         """The name of a run's teacher; adds an entry for a new training."""
         if run.training >= self._plan.known:
             if run.training not in self._new:
@@ -88,10 +88,10 @@ class _Names:
         for name, entry in self._grid["teachers"].items():
             if self._is(entry, size) and (seed is None or self._seed(entry) in (None, seed)):
                 return name
-        told = "" if seed is None else f" trained with seed {seed}"
-        raise LawError(f"--grid: no teacher of {short(size)}{told} is in it; give the grid of these records")
+        trained_with = "" if seed is None else f" trained with seed {seed}"
+        raise LawError(f"--grid: no teacher of {short(size)}{trained_with} is in it; give the grid of these records")
 
-    def _add(self, run: Run) -> str:
+    def _add(self, run: CandidateRun) -> str:
         """Adds a new training: of a teacher of the grid with an unused seed, or of a teacher from `further`."""
         size = run.teacher.size
         same = {name: entry for name, entry in self.teachers.items() if self._is(entry, size)}
@@ -107,7 +107,7 @@ class _Names:
         self.teachers[f"{name}-again{seed + 1}"] = {**rest, "seed": seed + 1}
         return f"{name}-again{seed + 1}"
 
-    def _there(self, name: str) -> dict[str, Any]:
+    def _kept_teacher(self, name: str) -> dict[str, Any]:
         entry = dict(self._grid["teachers"][name])
         if (seed := self._seed(entry)) is not None:
             entry["seed"] = seed

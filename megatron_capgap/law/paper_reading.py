@@ -22,7 +22,7 @@ FEW_STUDENTS = 3
 
 
 @dataclass(frozen=True)
-class Reading:
+class PaperFit:
     """Result of the paper's method on a set of records."""
 
     optima: Sequence[tuple[Curve, Optimum]]
@@ -33,7 +33,7 @@ class Reading:
     """Caveats; if the records have gaps, the reason why there is no result."""
 
 
-def read(records: Sequence[Record], count: str) -> Reading:
+def read(records: Sequence[Record], count: str) -> PaperFit:
     """Finds each student's optimum and fits a law through them.
 
     Args:
@@ -44,14 +44,14 @@ def read(records: Sequence[Record], count: str) -> Reading:
     try:
         found, remarks = curves.curves(records, count)
     except LawError as reason:  # this method needs exactly one run in every cell
-        return Reading([], {}, None, [str(reason)])
+        return PaperFit([], {}, None, [str(reason)])
     optima = [(curve, curves.optimum(curve, random)) for curve in found]
     fitted = fit.laws(optima, random)
     chosen = fit.choose(fitted)
-    return Reading(optima, fitted, chosen, [*remarks, *_caveats(optima, chosen)])
+    return PaperFit(optima, fitted, chosen, [*remarks, *_caveats(optima, chosen)])
 
 
-def as_dict(reading: Reading) -> dict[str, Any]:
+def as_dict(reading: PaperFit) -> dict[str, Any]:
     """The result as stored in law.json."""
     return {
         "students": [_student(curve, found) for curve, found in reading.optima],

@@ -186,9 +186,9 @@ def price(advice: Advice, path: Path) -> None:
     """Loss with interval against the FLOPs of distilling, for each teacher of the catalogue; also the loss on labels
     alone for the same FLOPs, if known."""
     figure, axes = _figure()
-    told = sorted(((each.flops, each) for each in advice.candidates if each.flops), key=lambda pair: pair[0])
+    priced = sorted(((each.flops, each) for each in advice.candidates if each.flops), key=lambda pair: pair[0])
     best = advice.candidates[0].name
-    for flops, each in told:
+    for flops, each in priced:
         low, middle, high = each.losses
         colour, marker, size = (COLOURS[1], "*", 13) if each.name == best else (COLOURS[0], "o", 6)
         axes.errorbar(
@@ -201,14 +201,14 @@ def price(advice: Advice, path: Path) -> None:
             capsize=4,
             linewidth=1.4,
         )
-    if any(each.against for _, each in told):
-        known = [(flops, each.losses[1] + each.against.gain[1]) for flops, each in told if each.against]
+    if any(each.against for _, each in priced):
+        known = [(flops, each.losses[1] + each.against.gain[1]) for flops, each in priced if each.against]
         axes.plot(*zip(*known, strict=True), "--", marker="x", color="black", linewidth=1.2, label="labels alone")
-    cheapest = pareto([(flops, each.losses[1]) for flops, each in told])
-    frontier = [each for flops, each in told if (flops, each.losses[1]) in cheapest or each.name == best]
+    cheapest = pareto([(flops, each.losses[1]) for flops, each in priced])
+    frontier = [each for flops, each in priced if (flops, each.losses[1]) in cheapest or each.name == best]
     above = 0
-    for number, (flops, each) in enumerate(told):
-        if each in frontier or len(told) <= NAMED:
+    for number, (flops, each) in enumerate(priced):
+        if each in frontier or len(priced) <= NAMED:
             above = number % 2
             offset = (0, 8 if above else -8)
             side = "bottom" if above else "top"

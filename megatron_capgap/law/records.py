@@ -142,8 +142,10 @@ def located(paths: Sequence[str | Path], names: Mapping[str, str] | None = None)
             f"--rename {wrong}={names[wrong]}: no record has {wrong!r}; there are {', '.join(sorted(present))}"
         )
     for field in set(names.values()):
-        if len(told := sorted(name for name in present if names.get(name, name) == field)) > 1:
-            raise LawError(f"--rename: {' and '.join(told)} would both be {field}; leave one of them out of the files")
+        if len(sources := sorted(name for name in present if names.get(name, name) == field)) > 1:
+            raise LawError(
+                f"--rename: {' and '.join(sources)} would both be {field}; leave one of them out of the files"
+            )
     found = [
         (place, _parse(place, {names.get(name, name): value for name, value in content.items()}, text))
         for place, content, text in contents
@@ -162,13 +164,13 @@ def _spelled_out(names: Mapping[str, str], present: set[str]) -> dict[str, str]:
         if field == EVERY and name.endswith(EVERY):
             prefix = name.removesuffix(EVERY)
             inside = {each: each.removeprefix(prefix) for each in present if each.startswith(prefix)}
-            told = {each: end for each, end in inside.items() if end in _ALL and each not in names}
-            if not told:
+            renamed = {each: end for each, end in inside.items() if end in _ALL and each not in names}
+            if not renamed:
                 raise LawError(
                     f"--rename {name}={field}: no field of a record begins with {prefix!r} in the files; there are "
                     f"{', '.join(sorted(present))}"
                 )
-            found |= told
+            found |= renamed
         elif field == EVERY:
             raise LawError(f"--rename {name}={field}: {EVERY} on one side only; write PREFIX.*=*")
         else:
@@ -236,12 +238,12 @@ def _parse(place: str, content: Mapping[str, Any], text: bool) -> Record:
     missing = [name for name in _REQUIRED if content.get(name) is None]
     if missing:
         raise LawError(f"{place}: {', '.join(missing)} missing; rewrite the run's record or remove the line")
-    told = {name: content[name] for name in _ALL if content.get(name) is not None}
+    present = {name: content[name] for name in _ALL if content.get(name) is not None}
     values = {
         name: _value(
-            place, name, _plain(_ALL[name], told[name]) if text and isinstance(told[name], str) else told[name]
+            place, name, _plain(_ALL[name], present[name]) if text and isinstance(present[name], str) else present[name]
         )
-        for name in told
+        for name in present
     }
     for whose in ("student", "teacher"):
         inner, total = values[f"{whose}_params"], values[f"{whose}_params_total"]
@@ -253,29 +255,29 @@ def _parse(place: str, content: Mapping[str, Any], text: bool) -> Record:
     return Record(**values)
 
 
-def _value(place: str, name: str, given: Any) -> Any:
+def _value(place: str, name: str, value: Any) -> Any:
     """Checks the type and range of one field."""
     kind = _ALL[name]
     if kind == "bool":
-        if not isinstance(given, bool):
-            raise LawError(f"{place}: {name} is {given!r}; valid values: true, false")
-        return given
+        if not isinstance(value, bool):
+            raise LawError(f"{place}: {name} is {value!r}; valid values: true, false")
+        return value
     if kind == "str":
-        if not isinstance(given, str) or not given:
-            raise LawError(f"{place}: {name} is {given!r}; expected a non-empty text")
-        return given
-    if isinstance(given, str):
-        raise LawError(f"{place}: {name} is the text {given!r}; expected a number without quotes")
-    number = isinstance(given, int | float) and not isinstance(given, bool)
-    if not number or not math.isfinite(given):
-        raise LawError(f"{place}: {name} is {given!r}; expected a finite number; correct it or remove the run")
-    if name.endswith("valid_loss") and given > MOST_LOSS:
-        raise LawError(f"{place}: {name} is {given!r}; a loss in nats per token is below {MOST_LOSS:g}; remove the run")
+        if not isinstance(value, str) or not value:
+            raise LawError(f"{place}: {name} is {value!r}; expected a non-empty text")
+        return value
+    if isinstance(value, str):
+        raise LawError(f"{place}: {name} is the text {value!r}; expected a number without quotes")
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value):
+        raise LawError(f"{place}: {name} is {value!r}; expected a finite number; correct it or remove the run")
+    if name.endswith("valid_loss") and value > MOST_LOSS:
+        raise LawError(f"{place}: {name} is {value!r}; a loss in nats per token is below {MOST_LOSS:g}; remove the run")
     lowest = 0 if name.endswith("seed") else 1 if kind == "int" else 0.0
-    if given < lowest or (kind == "float" and given == 0) or (kind == "int" and given != int(given)):
+    if value < lowest or (kind == "float" and value == 0) or (kind == "int" and value != int(value)):
         wanted = f"a whole number from {lowest} on" if kind == "int" else "more than 0"
-        raise LawError(f"{place}: {name} is {given!r}; expected {wanted}")
-    return int(given) if kind == "int" else float(given)
+        raise LawError(f"{place}: {name} is {value!r}; expected {wanted}")
+    return int(value) if kind == "int" else float(value)
 
 
 def _refuse_duplicates(found: Sequence[tuple[str, Record]]) -> None:

@@ -10,8 +10,8 @@ from megatron_capgap.law.analysis import Analysis
 from megatron_capgap.law.compare import Score
 from megatron_capgap.law.formatting import formula, short
 from megatron_capgap.law.labels import Against
-from megatron_capgap.law.paper_reading import Reading
-from megatron_capgap.law.plan import LEAST, Plan, Step
+from megatron_capgap.law.next_runs import MIN_GAIN, NextRunsPlan, Step
+from megatron_capgap.law.paper_reading import PaperFit
 from megatron_capgap.law.records import conditions
 from megatron_capgap.law.verdict import FLAT, INTERIOR, SATURATING, SMALLEST
 
@@ -31,7 +31,7 @@ def write(
     scores: Sequence[Score] = (),
     mfu: float = cost.MFU,
     peak: float = cost.GPU_PEAK,
-    plan: Plan | None = None,
+    plan: NextRunsPlan | None = None,
 ) -> str:
     """The report as Markdown.
 
@@ -55,7 +55,7 @@ def write(
     parts.append(_scales(study))
     if scores:
         parts.append(_scores(scores))
-    parts += ["![compute and loss](compute.png)", _teachers(study), _reading(study.reading)]
+    parts += ["![compute and loss](compute.png)", _teachers(study), _paper_fit(study.reading)]
     parts.append("## Limits of these runs\n\n" + ("\n".join(f"- {text}" for text in study.remarks) or "None found."))
     parts.append(_conditions(study))
     return "\n\n".join(parts) + "\n"
@@ -87,27 +87,27 @@ def _beats(against: Against) -> str:
     )
 
 
-def plan_table(plan: Plan) -> str:
+def plan_table(plan: NextRunsPlan) -> str:
     """The proposed next runs, one line per step."""
     if not plan.steps:
         return (
             f"what to run next: none of {plan.considered} steps within {plan.budget:.3g} FLOPs is expected to gain "
-            f"{LEAST:g} nats a token; the expected regret of the recommendation is {plan.regret:.5f}"
+            f"{MIN_GAIN:g} nats a token; the expected regret of the recommendation is {plan.regret:.5f}"
         )
     lines = [
         f"what to run next, within {plan.budget:.3g} FLOPs: the expected regret of the recommendation, "
-        f"{plan.regret:.5f} nats a token, falls to {plan.then:.5f} with {plan.flops:.3g} FLOPs",
+        f"{plan.regret:.5f} nats a token, falls to {plan.regret_after:.5f} with {plan.flops:.3g} FLOPs",
         "   FLOPs     gain  cells",
     ]
     return "\n".join([*lines, *(f"{step.flops:8.2e}  {step.gain:.5f}  {_cells(plan, step)}" for step in plan.steps)])
 
 
-def _plan(plan: Plan) -> str:
+def _plan(plan: NextRunsPlan) -> str:
     first, *rows = plan_table(plan).splitlines()
     lines = ["## What to run next", "", f"{first[0].upper()}{first[1:]}."]
     if rows:
-        told = [f"| {step.flops:.3g} | {step.gain:.5f} | {_cells(plan, step)} |" for step in plan.steps]
-        lines += ["", "| FLOPs | gain, nats a token | cells |", "|---|---|---|", *told]
+        body = [f"| {step.flops:.3g} | {step.gain:.5f} | {_cells(plan, step)} |" for step in plan.steps]
+        lines += ["", "| FLOPs | gain, nats a token | cells |", "|---|---|---|", *body]
         lines += [
             "",
             "Gain: by how much these runs are expected to lower the expected regret of the recommendation, on top of "
@@ -117,7 +117,7 @@ def _plan(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _cells(plan: Plan, step: Step) -> str:
+def _cells(plan: NextRunsPlan, step: Step) -> str:
     """The runs of a step as text, grouped by teacher and seed."""
     groups: dict[tuple[object, ...], list[str]] = {}
     for run in step.runs:
@@ -137,14 +137,14 @@ def headline(study: Analysis) -> str:
         SMALLEST: "do best with the smallest teacher",
         SATURATING: "gain from larger teachers without getting worse again",
     }
-    told = [f"{number} of {len(study.findings)} students {seen[name]}" for name, number in counts.items() if number]
-    text = "; ".join(told) or f"for none of {len(study.findings)} students do the runs tell where its best teacher is"
+    parts = [f"{number} of {len(study.findings)} students {seen[name]}" for name, number in counts.items() if number]
+    text = "; ".join(parts) or f"for none of {len(study.findings)} students do the runs tell where its best teacher is"
     return f"{'law' if study.law else 'no law identified'}: {text}"
 
 
 def _summary(study: Analysis) -> str:
-    said = headline(study)
-    word, _, rest = said.partition(": ")
+    line = headline(study)
+    word, _, rest = line.partition(": ")
     return (
         f"## Verdict\n\n**{word[0].upper()}{word[1:]}.** {rest[0].upper()}{rest[1:]}. A best teacher "
         f"inside the grid needs a probability of {verdict.SURE:g}, a curve that only rises or falls one of "
@@ -171,10 +171,11 @@ def _students(study: Analysis) -> str:
         f"Interior: the loss falls towards larger teachers and rises again, by {verdict.MATTERS:g} nats or more each. "
         "Smallest: it only rises. Saturating: it falls and does not rise again. Flat: neither. Best T/S: the median "
         f"and the {100 * verdict.LEVEL:.0f}% interval of the best teacher between the smallest and the largest that "
-        "the student was trained with, for teachers of ordinary luck; at an end of these the best may lie beyond. "
-        "Measured: the teacher with the lowest mean loss as it was measured, its luck included. Where the two differ, "
-        "the model takes the difference for luck of that teacher's training, which only further trainings of its size "
-        "can show. "
+        "the student was trained with, for a typical outcome of the teacher's training; at an end of these the best "
+        "may lie beyond. "
+        "Measured: the teacher with the lowest mean loss as measured, including training variance. Where the two "
+        "differ, the model attributes the difference to variance of that teacher's training, which only further "
+        "trainings of its size can show. "
         "All of this supposes the model below.",
     ]
     return "\n".join(lines)
@@ -203,7 +204,7 @@ def _scales(study: Analysis) -> str:
 
 def _causes(study: Analysis) -> str:
     lines = [
-        "## What the start costs and what the teaching gives",
+        "## Effects of initialisation and teaching",
         "",
         "| student | pairs | start, small to large teacher | teaching, smallest teacher | teaching, largest teacher |",
         "|---" * 5 + "|",
@@ -216,7 +217,7 @@ def _causes(study: Analysis) -> str:
     lines += [
         "",
         "Nats a token, over the ratios looked at. Start: how much worse the student ends on labels alone when its "
-        "start was made of the largest teacher and not of the smallest: what cutting more away costs. Teaching: how "
+        "start was pruned from the largest teacher and not from the smallest: the cost of more pruning. Teaching: how "
         "much better the same start ends with the teacher than on labels alone. A curse of teaching would show as a "
         "gain that falls towards larger teachers.",
         "",
@@ -227,7 +228,7 @@ def _causes(study: Analysis) -> str:
 
 def _scores(scores: Sequence[Score]) -> str:
     lines = [
-        "## Which model foretells students it has not seen",
+        "## Prediction of unseen students",
         "",
         "| model | error | regret | worst regret | small to large | teacher left out |",
         "|---" * 6 + "|",
@@ -258,7 +259,7 @@ def _teachers(study: Analysis) -> str:
     return "\n".join(lines)
 
 
-def _reading(reading: Reading) -> str:
+def _paper_fit(reading: PaperFit) -> str:
     k, b = fit.PAPER
     lines = [
         "## The paper's reading",
@@ -274,9 +275,9 @@ def _reading(reading: Reading) -> str:
     else:
         lines.append("no line.")
     lines.append(
-        "It takes the luck of each teacher's training for an effect of its size, and its optima follow the grid; where "
-        "teachers differ by luck it names a law in most grids that have none. Compare with the verdict; do not act on "
-        "it."
+        "It takes the variance of each teacher's training for an effect of its size, and its optima follow the grid; "
+        "where teachers differ by such variance it names a law in most grids that have none. Compare with the verdict; "
+        "do not act on it."
     )
     lines += ["", *(f"- {text}" for text in reading.remarks)] if reading.remarks else []
     return "\n".join(lines)
@@ -289,9 +290,9 @@ def _advice(advice: Advice, mfu: float, peak: float) -> str:
     assert advice.best is not None and advice.interval is not None and advice.within is not None
     first = advice.candidates[0]
     low, high = advice.interval
-    said = at_equal_flops(advice)
+    choice = at_equal_flops(advice)
     lines = [
-        f"**{said[0].upper()}{said[1:]}.**\n",
+        f"**{choice[0].upper()}{choice[1:]}.**\n",
         *(f"**Warning:** {text}.\n" for text in advice.warnings),
         f"**{first.name}** ({short(first.teacher)}): expected regret {first.regret:.4f} nats a token "
         f"({first.interval[0]:.4f} to {first.interval[1]:.4f}). Between {short(advice.within[0])} and "
@@ -336,13 +337,17 @@ def _candidate(advice: Advice, each: Candidate, mfu: float, peak: float) -> str:
 
 
 def _conditions(study: Analysis) -> str:
-    told = [f"{name} {value}" for name, value in conditions(study.records).items() if value is not None]
+    described = [_condition(name, value) for name, value in conditions(study.records).items() if value is not None]
     seeds = sorted({record.seed for record in study.records})
     return (
         f"## What it holds for\n\n{len(study.records)} runs, seeds {', '.join(map(str, seeds))}; parameters counted "
-        f"{study.count}; {'; '.join(told)}. Other tokens, another start of the student or another objective may have "
-        "other curves."
+        f"{study.count}; {'; '.join(described)}. Other tokens, another start of the student or another objective may "
+        "have other curves."
     )
+
+
+def _condition(name: str, value: object) -> str:
+    return f"{name} {value}" if name != "taught" else "with teacher" if value else "without teacher"
 
 
 def _number(value: float) -> str:

@@ -292,8 +292,8 @@ def _check(grid: Any) -> None:
             raise LawError(f"{key}: missing or empty; a grid has {', '.join(_NEEDED)}")
     for kind in ("teachers", "students"):
         for name, entry in grid[kind].items():
-            given = isinstance(entry, dict) and {"model", "checkpoint"} & entry.keys()
-            if not given or (kind == "students" and "model" not in entry):
+            has_model = isinstance(entry, dict) and {"model", "checkpoint"} & entry.keys()
+            if not has_model or (kind == "students" and "model" not in entry):
                 needs = "a model or a checkpoint" if kind == "teachers" else "a model"
                 raise LawError(
                     f"{kind}.{name}: {needs} is missing; write {name}: {{model: {{layers: ..., hidden: ...}}}}"

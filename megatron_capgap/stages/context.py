@@ -375,7 +375,7 @@ def checkpoint_metadata(ctx: StageContext[RunPlan], done: int) -> CheckpointMeta
         tokenizer_fingerprint=plan.tokenizer.fingerprint,
         stage=plan.stage,
         seed=config.seed,
-        ranks=loader.ranks(ctx.parallel),
+        parallel_sizes=loader.parallel_sizes(ctx.parallel),
         device=ctx.device.name,
         projections=derived.projection_names(config, plan.student, plan.teacher),
         sequence_length=config.data.sequence_length,
@@ -384,5 +384,5 @@ def checkpoint_metadata(ctx: StageContext[RunPlan], done: int) -> CheckpointMeta
         padding=begun_from.padding if begun_from else 0,
         chat_template=plan.template.jinja if plan.template else begun_from.chat_template if begun_from else None,
         expanded_from=begun_from.expanded_from if begun_from else None,
-        lessons=plan.provenance,
+        provenance=plan.provenance,
     )

@@ -10,8 +10,8 @@ from typing import TypeVar
 from megatron_capgap.common.errors import ConfigError
 from megatron_capgap.config.schema import Config
 from megatron_capgap.data import pretrain
-from megatron_capgap.data.batch import Samples
-from megatron_capgap.data.conversation_dataset import Conversations
+from megatron_capgap.data.batch import TokenDataset
+from megatron_capgap.data.conversation_dataset import ConversationDataset
 from megatron_capgap.stages.plan import RunPlan
 from megatron_capgap.stages.resolve import missing_data
 
@@ -41,7 +41,7 @@ def build_indices(plan: RunPlan) -> list[str]:
     return []
 
 
-def open_training(plan: RunPlan) -> Samples:
+def open_training(plan: RunPlan) -> TokenDataset:
     """Samples of data.train, without end; sample k is the same in every layout."""
     config = plan.config
     if (conversations := _conversations(plan)) is not None:
@@ -49,7 +49,7 @@ def open_training(plan: RunPlan) -> Samples:
     return pretrain.open_training(config.data, config.seed, cache_dir(config))
 
 
-def open_validation(plan: RunPlan) -> Samples | None:
+def open_validation(plan: RunPlan) -> TokenDataset | None:
     """Every sample of data.valid once; None if data.valid is empty."""
     config = plan.config
     if not config.data.valid:
@@ -74,10 +74,10 @@ def with_steps(plan: PlanT, count: int | None) -> PlanT:
     return replace(plan, loaded=replace(plan.loaded, config=config))
 
 
-def _conversations(plan: RunPlan) -> Conversations | None:
+def _conversations(plan: RunPlan) -> ConversationDataset | None:
     if plan.template is None:
         return None
     data = plan.config.data
     if plan.stage == "evaluate":
         data = replace(data, train=())
-    return Conversations(data, plan.tokenizer, plan.template, cache_dir(plan.config))
+    return ConversationDataset(data, plan.tokenizer, plan.template, cache_dir(plan.config))

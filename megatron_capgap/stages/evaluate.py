@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from megatron_capgap.common.fileio import write_atomically
-from megatron_capgap.data.pretrain import SampleSequence
+from megatron_capgap.data.pretrain import PackedTextDataset
 from megatron_capgap.devices import Device
 from megatron_capgap.distributed.environment import Environment
 from megatron_capgap.stages import context, datasets
@@ -37,7 +37,7 @@ def run(plan: RunPlan, environment: Environment, device: Device) -> int:
         entry = result.entry(step)
         ctx.log.record(entry)
         whole = config.train.eval_batches is None
-        left_out = samples.left_out if isinstance(samples, SampleSequence) and whole else 0
+        left_out = samples.left_out if isinstance(samples, PackedTextDataset) and whole else 0
         if left_out:
             ctx.log.info(f"{left_out} tokens at the ends of the datasets do not fill a row and are skipped")
         if ctx.log.is_rank0:

@@ -12,7 +12,7 @@ from megatron_capgap.checkpoint import loader, metadata, run_directory
 from megatron_capgap.checkpoint.metadata import ModelRef
 from megatron_capgap.common.fileio import write_atomically
 from megatron_capgap.config import derived
-from megatron_capgap.data.batch import MicroBatch, Samples, global_batch_samples, micro_batches
+from megatron_capgap.data.batch import MicroBatch, TokenDataset, global_batch_samples, micro_batches
 from megatron_capgap.devices import Device
 from megatron_capgap.distributed import collectives, process_group
 from megatron_capgap.distributed.environment import Environment
@@ -133,7 +133,7 @@ def _open(ctx: StageContext[PruningPlan]) -> Importance:
     return Importance(chunks, ctx.parallel, shape, gradient=gradient)
 
 
-def _batches(ctx: StageContext[PruningPlan], samples: Samples, done: int) -> list[MicroBatch]:
+def _batches(ctx: StageContext[PruningPlan], samples: TokenDataset, done: int) -> list[MicroBatch]:
     """This data-parallel rank's micro-batches of the next global batch after `done`; micro-batches contain the same
     samples in every layout."""
     numbers = global_batch_samples(done, ctx.plan.global_batch)

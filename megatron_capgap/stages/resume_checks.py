@@ -23,7 +23,7 @@ def check_resume(
     teacher: ModelShape | None,
     tokenizer: Tokenizer,
     template: Template | None,
-    lessons: Provenance | None,
+    provenance: Provenance | None,
 ) -> CheckpointMetadata | None:
     """Metadata of the run's own newest checkpoint; None if it has none.
 
@@ -32,7 +32,7 @@ def check_resume(
         target: the student.
         teacher: shape of the teacher.
         tokenizer, template: used to read the data.
-        lessons: provenance of this start: data, models and objective.
+        provenance: of this start: data, models and objective.
 
     Raises:
         ConfigError: one line per mismatch between the run and its checkpoint.
@@ -47,7 +47,7 @@ def check_resume(
     problems = [
         *_model_mismatches(loaded, stage, found, target, teacher),
         *_data_mismatches(loaded, world, found, tokenizer, template),
-        *_provenance_mismatches(loaded, stage, found, lessons),
+        *_provenance_mismatches(loaded, stage, found, provenance),
     ]
     if config.train.steps is not None and found.step > config.train.steps:
         problems.append(
@@ -79,7 +79,7 @@ def _model_mismatches(
             f"{target.kept}; choose another run_dir"
         )
     projections = derived.projection_names(config, target.shape, teacher)
-    if found.lessons is None and found.projections != projections:
+    if found.provenance is None and found.projections != projections:
         was, now = (" ".join(names) or "none" for names in (found.projections, projections))
         problems.append(
             f"{loaded.location('objective.matching')}: {config.run_dir} was started with projections of layers {was}, "
@@ -126,7 +126,7 @@ def _provenance_mismatches(
     loaded: LoadedConfig, stage: str, found: CheckpointMetadata, now: Provenance | None
 ) -> list[str]:
     """Mismatches of data, models and objective. Paths may differ if the content is the same."""
-    was = found.lessons
+    was = found.provenance
     if was is None or now is None or found.stage != stage:
         return []
     rows = [(f"{role}.checkpoint", getattr(was, role), getattr(now, role)) for role in ("student", "teacher")]

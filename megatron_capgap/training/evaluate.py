@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_capgap.data.batch import MicroBatch, Samples, micro_batches
+from megatron_capgap.data.batch import MicroBatch, TokenDataset, micro_batches
 from megatron_capgap.distributed.parallel_context import ParallelContext
 from megatron_capgap.losses import Loss, language_model_loss
 from megatron_capgap.models import pipeline_schedule
@@ -51,7 +51,7 @@ class Evaluation:
 def evaluate(
     chunks: Sequence[torch.nn.Module],
     parallel: ParallelContext,
-    sequence: Samples,
+    sequence: TokenDataset,
     *,
     vocab_size: int,
     byte_lengths: Tensor,

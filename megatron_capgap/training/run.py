@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_capgap.checkpoint.metadata import CheckpointMetadata
 from megatron_capgap.checkpoint.saver import Saver
 from megatron_capgap.config.schema import Config
-from megatron_capgap.data.batch import MicroBatch, Samples
+from megatron_capgap.data.batch import MicroBatch, TokenDataset
 from megatron_capgap.devices import Device
 from megatron_capgap.distillation.transfer import TeacherStates
 from megatron_capgap.distributed.parallel_context import ParallelContext
@@ -27,9 +27,9 @@ from megatron_capgap.training.step import LossFunction
 class TrainingData:
     """The data of a run."""
 
-    train: Samples
+    train: TokenDataset
     """Endless."""
-    valid: Samples | None
+    valid: TokenDataset | None
     """The held-out set, each sample once."""
     vocab_size: int
     """Size of the vocabulary without padding."""

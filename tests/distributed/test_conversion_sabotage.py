@@ -42,10 +42,10 @@ def theta_by_default(*args: Any) -> dict[str, Any]:
     return {**ROTARY(*args), "rope_theta": 10000.0}
 
 
-READ, ROTARY = importing._Reading.__call__, llama.rotary
+READ, ROTARY = importing._BlockReader.__call__, llama.rotary
 BREAKS = {
     "permutation": lambda: mock.patch.dict(family.PACKINGS, qkv=lambda shape: list(neighbours_turn(shape))),
-    "bias": lambda: mock.patch.object(importing._Reading, "__call__", without_biases),
+    "bias": lambda: mock.patch.object(importing._BlockReader, "__call__", without_biases),
     "theta": lambda: mock.patch.object(llama, "rotary", theta_by_default),
     "nothing": lambda: mock.patch.dict(family.PACKINGS),
 }
@@ -93,6 +93,6 @@ def test_a_table_that_forgets_a_tensor_is_seen(pool: WorkerPool, tmp_path: Path)
 
 def forgetting_biases(words: list[str]) -> int:
     """Runs in a worker: Qwen 2 without the row for its biases."""
-    rows = tuple(row for row in FAMILIES["qwen2"].rows if not row.megatron.endswith("linear_qkv.bias"))
-    with mock.patch.dict(FAMILIES, qwen2=replace(FAMILIES["qwen2"], rows=rows)):
+    mappings = tuple(each for each in FAMILIES["qwen2"].mappings if not each.megatron.endswith("linear_qkv.bias"))
+    with mock.patch.dict(FAMILIES, qwen2=replace(FAMILIES["qwen2"], mappings=mappings)):
         return convert_hf.main(words)

@@ -24,7 +24,7 @@ LAYOUTS = {
 def losses(shape: ModelShape, cut: Layout) -> list[tuple[float, float, float]]:
     """Runs in a worker: (loss sum, tokens, gradient norm of this rank) of the conversations packed, and in own rows."""
     from megatron_capgap.config.schema import Precision
-    from megatron_capgap.data.conversation_packing import Example, InstructSequence, collate
+    from megatron_capgap.data.conversation_packing import Example, PackedConversationDataset, collate
     from megatron_capgap.devices import choose
     from megatron_capgap.distributed import parallel_context
     from megatron_capgap.losses import language_model_loss
@@ -41,7 +41,7 @@ def losses(shape: ModelShape, cut: Layout) -> list[tuple[float, float, float]]:
     ]
     found: list[Any] = []
     for packed in (True, False):
-        sequence = InstructSequence(examples, 24, None, packed=packed)
+        sequence = PackedConversationDataset(examples, 24, None, packed=packed)
         batches = [collate([sequence.conversations(k)], [k], 24, device.torch_device) for k in range(len(sequence))]
         assert len(batches) == (3 if packed else 8)
         total = torch.zeros(2, dtype=torch.float64)

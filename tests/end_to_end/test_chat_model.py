@@ -101,7 +101,7 @@ def test_a_chat_model_is_served_what_it_was_trained_on_and_stops(
     assert theirs.apply_chat_template(TALK, tokenize=True, return_dict=True)["input_ids"] == trained
     asked = theirs.apply_chat_template(TALK[:1], add_generation_prompt=True, return_dict=True, return_tensors="pt")
     said = model.generate(**asked, max_new_tokens=40, do_sample=False)[0].tolist()
-    stops = written.ends() | opened.stops
+    stops = written.end_of_turn_ids() | opened.stops
     assert said[-1] in stops and said == trained[: len(said)], theirs.decode(said)
     for file in ("config.json", "generation_config.json"):
         found = json.loads((hf / file).read_text())["eos_token_id"]

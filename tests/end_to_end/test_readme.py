@@ -14,7 +14,7 @@ import yaml
 
 from megatron_capgap.config.loader import load
 from tests.support import languages, tasks
-from tests.support.corpus import conversations, texts, write_jsonl, write_lines
+from tests.support.corpus import texts, write_jsonl
 from tests.support.processes import ROOT, environment
 from tools import make_sweep
 
@@ -66,8 +66,6 @@ def test_the_commands_run(tmp_path: Path) -> None:
     (tmp_path / "tools").symlink_to(ROOT / "tools")
     (tmp_path / "data").mkdir()
     write_jsonl(tmp_path / "corpus.jsonl", texts(4000, seed=11))
-    write_lines(tmp_path / "data" / "chat_train.jsonl", conversations(60, seed=12))
-    write_lines(tmp_path / "data" / "chat_valid.jsonl", conversations(20, seed=13))
     write_jsonl(tmp_path / "corpus_zh.jsonl", languages.chinese())
     Path(tasks.write(tmp_path)["choice"]).rename(tmp_path / "mytask.yaml")
     wanted = [line for line in commands() if line not in LEFT_OUT and not line.startswith(BENCHMARKS)]

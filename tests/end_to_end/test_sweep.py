@@ -222,7 +222,7 @@ def test_sigterm_saves_the_current_run_and_stops(fixtures: Fixtures, tmp_path: P
         process.send_signal(signal.SIGTERM)
         said, _ = process.communicate(timeout=120)
         assert process.returncode == 130 and "stopped; rerun the same command to continue" in said
-    assert 2 < json.loads((run_directory.latest(first) / metadata.METADATA).read_text())["step"] < 2000
+    assert 2 < json.loads((run_directory.latest(first) / metadata.CAPGAP_METADATA_FILE).read_text())["step"] < 2000
     assert [path.name for path in (tmp_path / "work" / "runs").iterdir()] == ["teacher-t1"]
     refused = array_task(tmp_path / "work", task=0, folder=tmp_path)
     assert refused.returncode == 2, refused.stderr

@@ -14,18 +14,18 @@ from transformers import LlamaForCausalLM
 from megatron_capgap.config.loader import load
 from megatron_capgap.config.schema import Config, ModelShape, ObjectiveConfig
 from megatron_capgap.data.chat_template import open_template
-from megatron_capgap.data.conversation_dataset import Conversations
-from megatron_capgap.data.conversation_packing import Example, InstructSequence
+from megatron_capgap.data.conversation_dataset import ConversationDataset
+from megatron_capgap.data.conversation_packing import Example, PackedConversationDataset
 from megatron_capgap.data.tokenizer import open_tokenizer
 from tests.support import dense, plain_steps, runs
 from tests.support.pool import WorkerPool
 
 
-def rows_of(config: Config) -> InstructSequence:
+def rows_of(config: Config) -> PackedConversationDataset:
     """The training rows that a run of this configuration has read."""
     tokenizer = open_tokenizer(config.data.tokenizer)
     template = open_template(config.finetune.template, tokenizer, config.data.tokenizer)
-    found = Conversations(config.data, tokenizer, template, Path(config.run_dir) / "data_cache")
+    found = ConversationDataset(config.data, tokenizer, template, Path(config.run_dir) / "data_cache")
     return found.open_training(config.seed, packed=config.finetune.packed)
 
 
@@ -37,7 +37,9 @@ def noise(config: Config, sample: int, width: int) -> Tensor:
     return config.finetune.neftune_alpha * (2 * drawn - 1).double()
 
 
-def alone(config: Config, sequence: InstructSequence, sample: int, width: int) -> Iterator[tuple[Example, Tensor]]:
+def alone(
+    config: Config, sequence: PackedConversationDataset, sample: int, width: int
+) -> Iterator[tuple[Example, Tensor]]:
     """Each conversation of a row with the noise on it, `[n, h]`."""
     start, drawn = 0, noise(config, sample, width)
     for example in sequence.conversations(sample):
@@ -49,7 +51,7 @@ def sums(
     student: LlamaForCausalLM, teacher: LlamaForCausalLM | None, example: Example, added: Tensor, heat: float
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy and divergence of the assistant's words in one conversation, added up."""
-    tokens, learned = torch.from_numpy(example.tokens)[None], torch.from_numpy(example.learned)
+    tokens, learned = torch.from_numpy(example.tokens)[None], torch.from_numpy(example.in_loss)
     embedded = student.model.embed_tokens(tokens[:, :-1]) + added
     logits = student(inputs_embeds=embedded).logits[0, learned]
     cross_entropy = F.cross_entropy(logits, tokens[0, 1:][learned], reduction="sum")
@@ -83,7 +85,7 @@ def steps(pool: WorkerPool, raw: dict[str, Any], student: Path) -> list[dict[str
         for sample in range(step * batch, (step + 1) * batch):
             for example, added in alone(config, sequence, sample, width):
                 found.append(sums(model, teacher, example, added, objective.temperature))
-                tokens += int(example.learned.sum())
+                tokens += int(example.in_loss.sum())
         cross_entropy, divergence = (sum(parts) / tokens for parts in zip(*found, strict=True))
         return _parts(cross_entropy, divergence, objective if teacher is not None else None), tokens
 

@@ -24,8 +24,8 @@ class Counting:
         assert 0 <= k < self.length, f"sample {k} does not exist"
         return np.arange(k * 100, k * 100 + SEQUENCE + 1)
 
-    def micro_batch(self, there: list[int | None], ids: list[int], device: torch.device) -> MicroBatch:
-        return collate([None if k is None else self.tokens(k) for k in there], ids, SEQUENCE, device)
+    def micro_batch(self, indices: list[int | None], ids: list[int], device: torch.device) -> MicroBatch:
+        return collate([None if k is None else self.tokens(k) for k in indices], ids, SEQUENCE, device)
 
 
 def deal(samples: range, micro_batch: int, data_size: int, limit: int | None = None) -> list[list[MicroBatch]]:

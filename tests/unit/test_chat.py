@@ -97,14 +97,14 @@ def spaced(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def test_the_default_template(spaced: Tokenizer) -> None:
     template = DefaultTemplate(spaced)
     asked, answered, more, done = template.encode(LONGER)
-    assert [s.learned for s in (asked, answered, more, done)] == [False, True, False, True]
+    assert [s.in_loss for s in (asked, answered, more, done)] == [False, True, False, True]
     assert asked.tokens[0] == spaced.bos and asked.tokens.count(spaced.eos) == 2
     assert spaced.decode(answered.tokens) == "Not yet." and answered.tokens[-1] == spaced.eos
     assert spaced.decode(more.tokens) == "[|User|]And now? [|Assistant|]" and more.tokens.count(spaced.eos) == 1
     assert spaced.decode(done.tokens) == "A little." and done.tokens[-1] == spaced.eos
     question = [token for segment in template.encode(LONGER.upto(4)) for token in segment.tokens]
     assert question == [*asked.tokens, *answered.tokens, *more.tokens], "it ends where the assistant begins"
-    assert template.ends() == {spaced.eos}
+    assert template.end_of_turn_ids() == {spaced.eos}
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_a_tokenizer_s_own_template_as_transformers_applies_it(folder: Path) -> 
         found = [token for segment in segments for token in segment.tokens]
         text = theirs.apply_chat_template(said(conversation), add_generation_prompt=prompt, tokenize=False)
         assert found == theirs(text, add_special_tokens=False).input_ids
-    learned = [theirs.decode(segment.tokens) for segment in ours.encode(LONGER) if segment.learned]
+    learned = [theirs.decode(segment.tokens) for segment in ours.encode(LONGER) if segment.in_loss]
     assert learned == ["Not yet.<|im_end|>\n", "A little.<|im_end|>\n"]
 
 

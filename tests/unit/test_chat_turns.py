@@ -61,7 +61,7 @@ def learned(pair: tuple[Tokenizer, Any], source: str, messages: list[dict[str, A
     segments = JinjaTemplate(source, ours, "t").encode(read(messages, **others))
     found = [token for segment in segments for token in segment.tokens]
     assert found == theirs.apply_chat_template(messages, chat_template=source, return_dict=False, **others)
-    return [theirs.decode(segment.tokens) for segment in segments if segment.learned]
+    return [theirs.decode(segment.tokens) for segment in segments if segment.in_loss]
 
 
 @pytest.mark.parametrize("tools", [None, [], TOOLS], ids=["no tools", "none of them", "tools"])
@@ -152,7 +152,7 @@ def test_parts_are_handed_on(pair: Any, name: str) -> None:
     first = "Not yet." if name == "PARTS_ONLY" else "Notyet."
     assert found == [f"{first}<|im_end|>\n", "A little.<|im_end|>\n"]
     ours, theirs = pair("<|im_start|>", "<|im_end|>")
-    ends = JinjaTemplate(getattr(chat_templates, name), ours, "t").ends()
+    ends = JinjaTemplate(getattr(chat_templates, name), ours, "t").end_of_turn_ids()
     assert ends == {theirs.convert_tokens_to_ids("<|im_end|>")}
 
 
@@ -193,7 +193,7 @@ def test_what_generation_writes_may_be_worked_on(pair: Any) -> None:
     how = {"chat_template": source, "return_assistant_tokens_mask": True, "return_dict": True}
     expected = theirs.apply_chat_template(TALK, **how)
     assert [token for s in segments for token in s.tokens] == expected["input_ids"]
-    assert [int(s.learned) for s in segments for _ in s.tokens] == expected["assistant_masks"]
+    assert [int(s.in_loss) for s in segments for _ in s.tokens] == expected["assistant_masks"]
 
 
 def test_a_user_defined_piece_ends_a_turn(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_a_user_defined_piece_ends_a_turn(tmp_path: Path) -> None:
     for kind in ("sentencepiece_symbols", "sentencepiece_llama_symbols"):
         ours, theirs = tokenizer_zoo.opener(zoo)(kind)
         for opened in (ours, open_tokenizer(str(zoo[kind] / "tokenizer.model"))):
-            ends = JinjaTemplate(chat_templates.THOUGHTS, opened, "t").ends()
+            ends = JinjaTemplate(chat_templates.THOUGHTS, opened, "t").end_of_turn_ids()
             assert ends == {theirs.convert_tokens_to_ids("<|im_end|>")}
 
 
@@ -279,7 +279,7 @@ def test_a_tool_by_the_name_that_the_template_knows(pair: Any, name: str, role: 
 )
 def test_what_ends_a_text(pair: Any, source: str, ends: list[str]) -> None:
     ours, theirs = pair("<|im_start|>", "<|im_end|>", "<|call|>", "<tool_call>", "</tool_call>", "<|eot_id|>")
-    assert sorted(theirs.convert_ids_to_tokens(sorted(JinjaTemplate(source, ours, "t").ends()))) == ends
+    assert sorted(theirs.convert_ids_to_tokens(sorted(JinjaTemplate(source, ours, "t").end_of_turn_ids()))) == ends
 
 
 def test_a_marked_template_that_leaves_calls_out(pair: Any) -> None:

@@ -100,7 +100,7 @@ def tokens(template: Template, messages: Any) -> list[int]:
 
 
 def mask(template: Template, messages: Any) -> list[int]:
-    return [int(segment.learned) for segment in template.encode(talk(messages)) for _ in segment.tokens]
+    return [int(segment.in_loss) for segment in template.encode(talk(messages)) for _ in segment.tokens]
 
 
 def theirs_of(theirs: Any, name: str, messages: Any, **how: Any) -> Any:
@@ -135,7 +135,7 @@ def test_marks_give_the_mask_of_transformers(pair: Any, kind: str) -> None:
 def test_the_assistant_s_words_and_the_end_of_its_turn_are_learned(pair: Any, kind: str, name: str, end: str) -> None:
     ours, theirs = pair(kind)
     end = (ours.special["eos_token"] if name != "chatml" else end) or end
-    learned = [theirs.decode(s.tokens) for s in template_of(name, ours).encode(talk(TALK)) if s.learned]
+    learned = [theirs.decode(s.tokens) for s in template_of(name, ours).encode(talk(TALK)) if s.in_loss]
     assert [text.strip(" ") for text in learned] == [TALK[1].text + end, TALK[3].text + end]
 
 
@@ -148,7 +148,7 @@ def test_a_template_that_drops_earlier_thoughts(pair: Any) -> None:
         Message("assistant", "<think>\ndrops\n</think>\n\nA little."),
     )
     template = template_of("thinking", ours)
-    learned = [theirs.decode(s.tokens).replace("> ", ">") for s in template.encode(talk(thinking)) if s.learned]
+    learned = [theirs.decode(s.tokens).replace("> ", ">") for s in template.encode(talk(thinking)) if s.in_loss]
     assert learned == ["Not yet.<|im_end|>\n", "<think>\ndrops\n</think>\n\nA little.<|im_end|>\n"]
 
 
@@ -170,7 +170,7 @@ def test_tools_are_context_and_their_calls_are_learned(pair: Any, tmp_path: Path
     template = template_of("thinking", ours)
     expected = theirs_of(theirs, "thinking", conversation, tools=line["tools"])["input_ids"]
     assert tokens(template, conversation) == expected
-    first, last = [theirs.decode(s.tokens).replace("> ", ">") for s in template.encode(conversation) if s.learned]
+    first, last = [theirs.decode(s.tokens).replace("> ", ">") for s in template.encode(conversation) if s.in_loss]
     assert first == f"<tool_call>{json.dumps(call)}</tool_call><|im_end|>\n"
     assert last.endswith("A little.<|im_end|>\n") and "drops" not in last
 
@@ -223,10 +223,10 @@ def test_of_several_templates_the_one_of_transformers_is_used(
                 template.encode(messages)
             continue
         assert tokens(template, messages) == theirs.apply_chat_template(said, **how)["input_ids"]
-        learned = [theirs.decode(s.tokens).replace("> ", ">") for s in template.encode(messages) if s.learned]
+        learned = [theirs.decode(s.tokens).replace("> ", ">") for s in template.encode(messages) if s.in_loss]
         assert len(learned) == turns // 2
         assert all(text.rstrip("\n").endswith(f"{TALK[2 * i + 1].text}<|im_end|>") for i, text in enumerate(learned))
-    assert template.ends() == {theirs.convert_tokens_to_ids("<|im_end|>")}
+    assert template.end_of_turn_ids() == {theirs.convert_tokens_to_ids("<|im_end|>")}
 
 
 @pytest.mark.parametrize("name", ["a list in the settings", "files", "one in the settings"])
@@ -314,4 +314,4 @@ def test_what_a_file_is_when_it_is_no_jsonl(tmp_path: Path, content: bytes, expe
 def test_where_a_turn_ends(pair: Any, name: str, end: str) -> None:
     """A model whose own end of text is another one stops at the end of a turn."""
     ours, theirs = pair("added_tokens_json")
-    assert template_of(name, ours).ends() == {theirs.convert_tokens_to_ids(end)}
+    assert template_of(name, ours).end_of_turn_ids() == {theirs.convert_tokens_to_ids(end)}

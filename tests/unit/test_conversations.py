@@ -12,7 +12,7 @@ from megatron_capgap.common.errors import UserError
 from megatron_capgap.config.schema import DataConfig
 from megatron_capgap.data import conversation_dataset as module
 from megatron_capgap.data.chat_template import DefaultTemplate, JinjaTemplate
-from megatron_capgap.data.conversation_dataset import Conversations
+from megatron_capgap.data.conversation_dataset import ConversationDataset
 from megatron_capgap.data.conversation_files import read_conversations
 from megatron_capgap.data.conversation_packing import encode
 from megatron_capgap.data.tokenizer import open_tokenizer
@@ -26,9 +26,9 @@ def data(tmp_path: Path) -> DataConfig:
     return DataConfig(tokenizer, train=(files[0], files[1]), valid=(files[2],), sequence_length=80)
 
 
-def opened(data: DataConfig, cache: Path) -> Conversations:
+def opened(data: DataConfig, cache: Path) -> ConversationDataset:
     tokenizer = open_tokenizer(data.tokenizer)
-    return Conversations(data, tokenizer, DefaultTemplate(tokenizer), cache)
+    return ConversationDataset(data, tokenizer, DefaultTemplate(tokenizer), cache)
 
 
 def test_what_comes_back_is_what_was_encoded(data: DataConfig, tmp_path: Path) -> None:
@@ -40,10 +40,10 @@ def test_what_comes_back_is_what_was_encoded(data: DataConfig, tmp_path: Path) -
     assert len(training) == len(expected) == 14
     rows = [training.conversations(k) for k in range(14)]
     assert all(len(row) == 1 for row in rows)
-    by_tokens = {tuple(row[0].tokens): row[0].learned for row in rows}
+    by_tokens = {tuple(row[0].tokens): row[0].in_loss for row in rows}
     assert len(by_tokens) == 14
     for example in expected:
-        assert np.array_equal(by_tokens[tuple(example.tokens)], example.learned)
+        assert np.array_equal(by_tokens[tuple(example.tokens)], example.in_loss)
     held_out = found.open_validation(packed=True)
     assert sum(len(held_out.conversations(k)) for k in range(len(held_out))) == 7
 
@@ -118,7 +118,7 @@ def test_answers_that_begin_within_a_token_are_counted(tmp_path: Path) -> None:
                 assert any(segment.joined for segment in written.encode(talk)) == differs, (end, trims)
             data = DataConfig(str(folder), (file,), sequence_length=99)
             for _ in range(2):  # of the cache, too
-                said = Conversations(data, tokenizer, written, tmp_path / "cache").build(10**6)
+                said = ConversationDataset(data, tokenizer, written, tmp_path / "cache").build(10**6)
                 assert len(said) == bool(joined), (end, trims, said)
                 assert not joined or said[0].startswith(f"{file}: in {joined} of 3 conversations a token spans the")
 

@@ -17,7 +17,7 @@ from megatron_capgap.conversion.exporting import config_of
 from megatron_capgap.conversion.hf_folder import read_config
 from megatron_capgap.conversion.registry import FAMILIES
 from megatron_capgap.conversion.tokenizer_files import Copied
-from megatron_capgap.data.tokenizer_folder import Reading
+from megatron_capgap.data.tokenizer_folder import LoadedTokenizer
 
 SIZES = {"hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 2, "num_attention_heads": 6}
 SIZES |= {"vocab_size": 301, "max_position_embeddings": 64}
@@ -121,7 +121,7 @@ def meta(shape: ModelShape) -> CheckpointMetadata:
         tokenizer_fingerprint="",
         stage="distill",
         seed=0,
-        ranks=(1, 1, 1, 1),
+        parallel_sizes=(1, 1, 1, 1),
         sequence_length=64,
     )
 
@@ -146,7 +146,7 @@ def test_a_student_takes_no_numbers_from_the_model_whose_tokenizer_it_speaks(tmp
 def words_with(bos: int | None, eos: int | None) -> Copied:
     """A tokenizer of which nothing counts but where texts begin and end."""
     ends = frozenset() if eos is None else frozenset({eos})
-    return Copied(Reading(Tokenizer(models.BPE()), bos, eos, ends, (), (), {}), ends)
+    return Copied(LoadedTokenizer(Tokenizer(models.BPE()), bos, eos, ends, (), (), {}), ends)
 
 
 def test_a_llama_that_transformers_would_not_load_is_not_exported() -> None:

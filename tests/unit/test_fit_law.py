@@ -116,7 +116,10 @@ def test_an_odd_run_is_named_with_its_line(tmp_path: Path) -> None:
 
 def test_what_pruned_starts_leave_open_is_told(tmp_path: Path) -> None:
     pruned = made.save(taught(lambda each: 3.0, init="pruned"), tmp_path / "pruned.jsonl")
-    assert any("both what cutting costs and what teaching" in each for each in fit(pruned, tmp_path / "law")["remarks"])
+    assert any(
+        "both the cost of pruning and the effect of teaching" in each
+        for each in fit(pruned, tmp_path / "law")["remarks"]
+    )
 
 
 def test_gaps_and_missing_losses_are_told(tmp_path: Path) -> None:
@@ -267,4 +270,4 @@ def test_models_are_compared_where_asked_for(records: str, tmp_path: Path) -> No
     found = fit(records, tmp_path / "two", "--compare")["models"]
     assert [each["model"] for each in found] == ["model of all cells", "rule T = 2.5 S", "rule T = 1.5 S"]
     assert found[0]["error"] > 0 and found[1]["error"] is None
-    assert "## Which model foretells students it has not seen" in (tmp_path / "two" / "report.md").read_text()
+    assert "## Prediction of unseen students" in (tmp_path / "two" / "report.md").read_text()

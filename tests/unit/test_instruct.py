@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.data.chat_template import Segment, Template
-from megatron_capgap.data.conversation_packing import Example, InstructSequence, collate, encode, pack
+from megatron_capgap.data.conversation_packing import Example, PackedConversationDataset, collate, encode, pack
 from megatron_capgap.data.messages import Conversation, Message
 
 CPU = torch.device("cpu")
@@ -20,7 +20,7 @@ class Letters(Template):
     def encode(self, conversation):
         return [Segment(tuple(map(ord, m.text)), m.role == "assistant") for m in conversation]
 
-    def ends(self):
+    def end_of_turn_ids(self):
         return frozenset()
 
 
@@ -32,14 +32,14 @@ def test_the_assistant_s_words_are_learned() -> None:
     (example,), cut = encode([talk("ab", "cd", "e", "fg")], Letters(), 10)
     assert example.tokens.tolist() == [*map(ord, "abcdefg")]
     # b predicts c, c predicts d; e predicts f, f predicts g.
-    assert example.learned.tolist() == [False, True, True, False, True, True]
+    assert example.in_loss.tolist() == [False, True, True, False, True, True]
     assert (cut.shortened, cut.dropped) == (0, 0)
 
 
 def test_what_is_too_long_loses_its_end() -> None:
     found, cut = encode([talk("ab", "cdef"), talk("abcd", "e"), talk("a", "b")], Letters(), 3)
     assert [len(example) for example in found] == [3, 1]
-    assert found[0].tokens.tolist() == [*map(ord, "abcd")] and found[0].learned.tolist() == [False, True, True]
+    assert found[0].tokens.tolist() == [*map(ord, "abcd")] and found[0].in_loss.tolist() == [False, True, True]
     assert (cut.shortened, cut.dropped) == (1, 1)
     with pytest.raises(UserError, match=r"data.sequence_length: 2 is too short"):
         encode([talk("abcd", "e")], Letters(), 2)
@@ -59,17 +59,17 @@ def examples(*lengths: int) -> list[Example]:
 
 
 def test_every_epoch_reads_every_row_in_an_order_of_its_own() -> None:
-    sequence = InstructSequence(examples(*[5] * 40), 8, seed=3)
+    sequence = PackedConversationDataset(examples(*[5] * 40), 8, seed=3)
     epochs = [[int(sequence.conversations(k)[0].tokens[0]) for k in range(e * 40, e * 40 + 40)] for e in range(3)]
     assert all(sorted(epoch) == [10 * i for i in range(40)] for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    held_out = InstructSequence(examples(5, 6, 7), 8, seed=None)
+    held_out = PackedConversationDataset(examples(5, 6, 7), 8, seed=None)
     assert [int(held_out.conversations(k)[0].tokens[0]) for k in range(3)] == [20, 10, 0], "longest first"
 
 
 def test_a_packed_row() -> None:
     first, second, third = examples(2, 3, 4)
-    first.learned[0] = False
+    first.in_loss[0] = False
     batch = collate([[first, second], None, [third]], [7, 8, 9], 6, CPU)
     assert batch.tokens[0].tolist() == [0, 1, 10, 11, 12, 0]
     assert batch.labels[0].tolist() == [1, 2, 11, 12, 13, 0]

@@ -83,7 +83,7 @@ def test_the_report_has_them(tmp_path: Path) -> None:
     words = ["--records", path, "--out", str(tmp_path / "law"), "--where", "taught=true"]
     assert fit_law.main(words) == 0
     report = (tmp_path / "law" / "report.md").read_text()
-    assert "## What the start costs and what the teaching gives" in report and "![the start and" in report
+    assert "## Effects of initialisation and teaching" in report and "![the start and" in report
     assert "only the same starts trained without a teacher" not in report
     assert (tmp_path / "law" / "causes.png").stat().st_size > 10_000
     alone = analysis.analyse([each for each in both_arms() if each.taught], "non-embedding")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_capgap.law import curves, fit, paper_reading
-from megatron_capgap.law.paper_reading import Reading
+from megatron_capgap.law.paper_reading import PaperFit
 from megatron_capgap.law.records import Record
 from tests.support import law as made
 
@@ -19,11 +19,11 @@ def generator(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-def studies(draw: Callable[[np.random.Generator], list[Record]]) -> list[Reading]:
+def studies(draw: Callable[[np.random.Generator], list[Record]]) -> list[PaperFit]:
     return [paper_reading.read(draw(generator(1000 + number)), "non-embedding") for number in range(DRAWS)]
 
 
-def share_within(found: Sequence[Reading], name: str, symbol: str, truth: float) -> float:
+def share_within(found: Sequence[PaperFit], name: str, symbol: str, truth: float) -> float:
     """How often the interval of a parameter holds its true value."""
     bounds = [each.laws[name].intervals()[symbol] for each in found if name in each.laws]
     assert len(bounds) == len(found), "a draw without a law"

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import yaml
 
-from megatron_capgap.law import plan
+from megatron_capgap.law import next_runs
 from megatron_capgap.law.cells import Cells, cells
 from megatron_capgap.law.gaussian_process import JITTER, Process
-from megatron_capgap.law.plan import Plan, Teacher
+from megatron_capgap.law.next_runs import NextRunsPlan, TeacherCandidate
 from megatron_capgap.law.records import LawError, Record
 from tests.support import law as made
 from tests.unit.test_law_process import naive_covariance
@@ -78,9 +78,9 @@ def test_the_gain_is_that_of_a_dense_reference() -> None:
     process.draws = np.log([[0.05, 1.5, 0.01, 0.02, 0.03, 0.004], [0.1, 2.0, 0.004, 0.01, 0.01, 0.002]])
     process._factors = [process._factor(h) for h in process.draws]
     sizes = [1.5e6, 4e6, 1.1e7]
-    options = plan._Options(process, records, "non-embedding", [], None)
-    belief = plan._Belief.begin(process, {1e6: sizes}, options.runs, 60_000)
-    singles = [each[0] for each in options.offers(set()) if len(each) == 1]
+    options = next_runs._Options(process, records, "non-embedding", [], None)
+    belief = next_runs._Belief.begin(process, {1e6: sizes}, options.runs, 60_000)
+    singles = [each[0] for each in options.candidate_steps(set()) if len(each) == 1]
     assert len(singles) == 3  # another training of each size; the cells of the first seed are all there
     runs = [options.runs[number] for number in singles]
     wanted = [by_hand(process, sizes, (run.teacher.size, run.curve, run.training)) for run in runs]
@@ -91,19 +91,19 @@ def test_the_gain_is_that_of_a_dense_reference() -> None:
 def test_a_new_seed_tells_nothing_alone() -> None:
     records = lucky(**SMALL)
     process = fitted(records)
-    options = plan._Options(process, records, "non-embedding", [], None)
-    belief = plan._Belief.begin(process, {1e6: [1.5e6, 4e6, 1.1e7]}, options.runs, 2000)
-    pairs = [each for each in options.offers(set()) if options.runs[each[0]].seed == 2]
+    options = next_runs._Options(process, records, "non-embedding", [], None)
+    belief = next_runs._Belief.begin(process, {1e6: [1.5e6, 4e6, 1.1e7]}, options.runs, 2000)
+    pairs = [each for each in options.candidate_steps(set()) if options.runs[each[0]].seed == 2]
     assert len(pairs) == 2 and all(len(pair) == 2 for pair in pairs)
     for pair in pairs:
         assert belief.gain(pair[:1]) < 1e-6 < 1e-5 < belief.gain(pair)
 
 
-def proposed(records: list[Record], budget: float, **more: Any) -> Plan:
+def proposed(records: list[Record], budget: float, **more: Any) -> NextRunsPlan:
     process = fitted(records)
     sizes = sorted({each.teacher_params for each in records})
     targets = {student: [size for size in sizes if size > student] for student in process.cells.students()}
-    return plan.plan(process, records, "non-embedding", targets, more.pop("teachers", []), budget, **more)
+    return next_runs.propose_runs(process, records, "non-embedding", targets, more.pop("teachers", []), budget, **more)
 
 
 def test_where_all_is_known_nothing_is_proposed() -> None:
@@ -111,15 +111,15 @@ def test_where_all_is_known_nothing_is_proposed() -> None:
     process, targets = fitted(records), {1e6: [1.5e6, 4e6, 1.1e7]}
     process.draws = np.log([[0.05, 1.5, 0.01, 0.02, 1e-5, 1e-5]] * 2)
     process._factors = [process._factor(h) for h in process.draws]
-    found = plan.plan(process, records, "non-embedding", targets, [], 1e18)
-    assert found.regret < 1e-7 and found.steps == () and found.then == found.regret
+    found = next_runs.propose_runs(process, records, "non-embedding", targets, [], 1e18)
+    assert found.regret < 1e-7 and found.steps == () and found.regret_after == found.regret
     assert found.considered > 5
 
 
 def test_the_budget_holds_and_a_teacher_is_paid_once() -> None:
     records = lucky(students=[1e6, 2e6], teachers=(2.5e6, 5e6, 1e7, 2e7), seeds=[1])
     everything = proposed(records, 1e18)
-    assert everything.then < everything.regret and sum(len(step.trained) for step in everything.steps) > 0
+    assert everything.regret_after < everything.regret and sum(len(step.trained) for step in everything.steps) > 0
     paid: list[int] = []
     for step in everything.steps:
         distilling = sum((6 * run.student + 2 * run.teacher.size) * 1.3 * 5e6 for run in step.runs)
@@ -143,11 +143,11 @@ def test_teachers_without_tokens_have_no_price() -> None:
 
 def test_a_teacher_of_the_catalogue_can_be_trained() -> None:
     """Of a size between those of the data; sizes that are there already are not offered twice."""
-    further = [Teacher("new", 2.6e6, 3e6), Teacher("old", 4e6, 5e6)]
+    further = [TeacherCandidate("new", 2.6e6, 3e6), TeacherCandidate("old", 4e6, 5e6)]
     records = lucky(**SMALL)
-    options = plan._Options(fitted(records), records, "non-embedding", further, None)
+    options = next_runs._Options(fitted(records), records, "non-embedding", further, None)
     names = [run.teacher.name for run in options.runs]
-    assert names.count("new") == plan.AGAIN and "old" not in names
+    assert names.count("new") == next_runs.MAX_NEW_SEEDS and "old" not in names
     fresh = [run for run in options.runs if run.teacher.name == "new"]
     assert options.price([options.runs.index(fresh[0])], set()) == (6 * 1.3e6 + 2 * 3e6) * 5e6 + 6 * 3e6 * 1e7
 
@@ -191,7 +191,7 @@ def sweep_of(tmp_path: Path, init: str) -> tuple[str, str, dict[str, Any]]:
 def test_the_grid_of_the_plan_is_one_that_make_sweep_takes(
     init: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "SCALES", 4)  # for speed
+    monkeypatch.setattr(next_runs, "SCALES", 4)  # for speed
     records, path, _ = sweep_of(tmp_path, init)
     words = ["--records", records, "--next", "1e18", "--grid", path, "--out", str(tmp_path / "law")]
     assert fit_law.main(words) == 0

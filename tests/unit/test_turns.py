@@ -104,7 +104,7 @@ def test_weights_and_train() -> None:
     for out in ({"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": 1, "train": False}, {"loss": False}):
         answers = [{**SAID[1], **out}, SAID[1]]
         found = read([SAID[0], answers[0], SAID[0], answers[1]])
-        assert [message.learned for message in found] == [True, False, True, True]
+        assert [message.in_loss for message in found] == [True, False, True, True]
 
 
 @pytest.mark.parametrize(

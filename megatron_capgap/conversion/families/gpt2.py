@@ -6,18 +6,18 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_capgap.config.schema import ModelShape
-from megatron_capgap.conversion.family import Family, Row, Settings
+from megatron_capgap.conversion.family import Family, Settings, TensorMapping
 
 _EMBEDDINGS = (
-    Row("embedding.word_embeddings.weight", ("transformer.wte.weight",)),
-    Row("embedding.position_embeddings.weight", ("transformer.wpe.weight",)),
-    Row("decoder.final_layernorm.weight", ("transformer.ln_f.weight",)),
-    Row("decoder.final_layernorm.bias", ("transformer.ln_f.bias",)),
-    Row("output_layer.weight", ("lm_head.weight",)),
+    TensorMapping("embedding.word_embeddings.weight", ("transformer.wte.weight",)),
+    TensorMapping("embedding.position_embeddings.weight", ("transformer.wpe.weight",)),
+    TensorMapping("decoder.final_layernorm.weight", ("transformer.ln_f.weight",)),
+    TensorMapping("decoder.final_layernorm.bias", ("transformer.ln_f.bias",)),
+    TensorMapping("output_layer.weight", ("lm_head.weight",)),
 )
 
 
-def _layer() -> Iterator[Row]:
+def _layer() -> Iterator[TensorMapping]:
     theirs, ours = "transformer.h.{layer}", "decoder.layers"
     norms = {"self_attention.linear_qkv": "ln_1", "mlp.linear_fc1": "ln_2"}
     linears = {
@@ -28,25 +28,27 @@ def _layer() -> Iterator[Row]:
     }
     for kind in ("weight", "bias"):
         for key, name in norms.items():
-            yield Row(f"{ours}.{key}.layer_norm_{kind}", (f"{theirs}.{name}.{kind}",))
+            yield TensorMapping(f"{ours}.{key}.layer_norm_{kind}", (f"{theirs}.{name}.{kind}",))
         for key, (name, packing) in linears.items():
-            yield Row(f"{ours}.{key}.{kind}", (f"{theirs}.{name}.{kind}",), packing, transposed=kind == "weight")
+            yield TensorMapping(
+                f"{ours}.{key}.{kind}", (f"{theirs}.{name}.{kind}",), packing, transposed=kind == "weight"
+            )
 
 
 def _shape(settings: Settings) -> dict[str, Any]:
-    settings.demand("activation_function", ("gelu_new", "gelu_pytorch_tanh"), "gelu_new")
-    settings.demand("scale_attn_weights", (True,), True)
-    settings.demand("scale_attn_by_inverse_layer_idx", (False,), False)
-    settings.demand("add_cross_attention", (False,), False)
-    hidden = settings.need("n_embd")
+    settings.require_one_of("activation_function", ("gelu_new", "gelu_pytorch_tanh"), "gelu_new")
+    settings.require_one_of("scale_attn_weights", (True,), True)
+    settings.require_one_of("scale_attn_by_inverse_layer_idx", (False,), False)
+    settings.require_one_of("add_cross_attention", (False,), False)
+    hidden = settings.require("n_embd")
     if not isinstance(hidden, int):
-        raise settings.wrong("n_embd", f"{hidden!r} is not an integer; save the model again")
+        raise settings.error("n_embd", f"{hidden!r} is not an integer; save the model again")
     return {
-        "layers": settings.need("n_layer"),
+        "layers": settings.require("n_layer"),
         "hidden": hidden,
-        "heads": settings.need("n_head"),
+        "heads": settings.require("n_head"),
         "ffn": settings.get("n_inner", 4 * hidden),
-        "vocab": settings.need("vocab_size"),
+        "vocab": settings.require("vocab_size"),
         "max_positions": settings.get("n_positions", 1024),
         "norm_epsilon": settings.get("layer_norm_epsilon", 1e-5),
         "init_std": settings.get("initializer_range", 0.02),

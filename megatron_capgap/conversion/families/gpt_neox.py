@@ -10,13 +10,13 @@ from typing import Any
 
 from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.conversion.families import llama
-from megatron_capgap.conversion.family import Family, Row, Settings
+from megatron_capgap.conversion.family import Family, Settings, TensorMapping
 
 _EMBEDDINGS = (
-    Row("embedding.word_embeddings.weight", ("gpt_neox.embed_in.weight",)),
-    Row("decoder.final_layernorm.weight", ("gpt_neox.final_layer_norm.weight",)),
-    Row("decoder.final_layernorm.bias", ("gpt_neox.final_layer_norm.bias",)),
-    Row("output_layer.weight", ("embed_out.weight",)),
+    TensorMapping("embedding.word_embeddings.weight", ("gpt_neox.embed_in.weight",)),
+    TensorMapping("decoder.final_layernorm.weight", ("gpt_neox.final_layer_norm.weight",)),
+    TensorMapping("decoder.final_layernorm.bias", ("gpt_neox.final_layer_norm.bias",)),
+    TensorMapping("output_layer.weight", ("embed_out.weight",)),
 )
 _NAMES = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
@@ -28,23 +28,23 @@ _NAMES = {
 }
 
 
-def _layer() -> Iterator[Row]:
+def _layer() -> Iterator[TensorMapping]:
     for ours, theirs in _NAMES.items():
         for kind in ("weight", "bias"):
-            yield Row(f"decoder.layers.{ours}{kind}", (f"gpt_neox.layers.{{layer}}.{theirs}{kind}",))
+            yield TensorMapping(f"decoder.layers.{ours}{kind}", (f"gpt_neox.layers.{{layer}}.{theirs}{kind}",))
 
 
 def _shape(settings: Settings) -> dict[str, Any]:
-    settings.demand("hidden_act", ("gelu",), "gelu")
-    settings.demand("use_parallel_residual", (True,), True)
-    settings.demand("attention_bias", (True,), True)
+    settings.require_one_of("hidden_act", ("gelu",), "gelu")
+    settings.require_one_of("use_parallel_residual", (True,), True)
+    settings.require_one_of("attention_bias", (True,), True)
     share = llama.rope_section(settings).get("partial_rotary_factor", settings.get("rotary_pct", 0.25))
     return {
-        "layers": settings.need("num_hidden_layers"),
-        "hidden": settings.need("hidden_size"),
-        "heads": settings.need("num_attention_heads"),
-        "ffn": settings.need("intermediate_size"),
-        "vocab": settings.need("vocab_size"),
+        "layers": settings.require("num_hidden_layers"),
+        "hidden": settings.require("hidden_size"),
+        "heads": settings.require("num_attention_heads"),
+        "ffn": settings.require("intermediate_size"),
+        "vocab": settings.require("vocab_size"),
         "max_positions": settings.get("max_position_embeddings", 2048),
         "norm_epsilon": settings.get("layer_norm_eps", 1e-5),
         "init_std": settings.get("initializer_range", 0.02),

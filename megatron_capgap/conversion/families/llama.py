@@ -6,26 +6,26 @@ from typing import Any
 
 from megatron_capgap.config import derived
 from megatron_capgap.config.schema import ModelShape, RopeScaling
-from megatron_capgap.conversion.family import Family, Row, Settings
+from megatron_capgap.conversion.family import Family, Settings, TensorMapping
 
 EMBEDDINGS = (
-    Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
-    Row("decoder.final_layernorm.weight", ("model.norm.weight",)),
-    Row("output_layer.weight", ("lm_head.weight",)),
+    TensorMapping("embedding.word_embeddings.weight", ("model.embed_tokens.weight",)),
+    TensorMapping("decoder.final_layernorm.weight", ("model.norm.weight",)),
+    TensorMapping("output_layer.weight", ("lm_head.weight",)),
 )
 _LAYER = "model.layers.{layer}"
 QKV = tuple(f"{_LAYER}.self_attn.{name}_proj" for name in "qkv")
 MATRICES = (
-    Row("decoder.layers.self_attention.linear_qkv.layer_norm_weight", (f"{_LAYER}.input_layernorm.weight",)),
-    Row("decoder.layers.self_attention.linear_qkv.weight", tuple(f"{name}.weight" for name in QKV), "qkv"),
-    Row("decoder.layers.self_attention.linear_proj.weight", (f"{_LAYER}.self_attn.o_proj.weight",)),
-    Row("decoder.layers.mlp.linear_fc1.layer_norm_weight", (f"{_LAYER}.post_attention_layernorm.weight",)),
-    Row(
+    TensorMapping("decoder.layers.self_attention.linear_qkv.layer_norm_weight", (f"{_LAYER}.input_layernorm.weight",)),
+    TensorMapping("decoder.layers.self_attention.linear_qkv.weight", tuple(f"{name}.weight" for name in QKV), "qkv"),
+    TensorMapping("decoder.layers.self_attention.linear_proj.weight", (f"{_LAYER}.self_attn.o_proj.weight",)),
+    TensorMapping("decoder.layers.mlp.linear_fc1.layer_norm_weight", (f"{_LAYER}.post_attention_layernorm.weight",)),
+    TensorMapping(
         "decoder.layers.mlp.linear_fc1.weight",
         (f"{_LAYER}.mlp.gate_proj.weight", f"{_LAYER}.mlp.up_proj.weight"),
         "gate_up",
     ),
-    Row("decoder.layers.mlp.linear_fc2.weight", (f"{_LAYER}.mlp.down_proj.weight",)),
+    TensorMapping("decoder.layers.mlp.linear_fc2.weight", (f"{_LAYER}.mlp.down_proj.weight",)),
 )
 _ROPE_KEYS = {
     "default": set(),
@@ -44,17 +44,17 @@ def sizes(
         settings: the config.json.
         max_positions, head_dim, kv_heads: defaults of the family.
     """
-    settings.demand("hidden_act", ("silu",), "silu")
-    whole_heads_turn(settings)
+    settings.require_one_of("hidden_act", ("silu",), "silu")
+    reject_partial_rotary(settings)
     return {
-        "layers": settings.need("num_hidden_layers"),
-        "hidden": settings.need("hidden_size"),
-        "heads": settings.need("num_attention_heads"),
+        "layers": settings.require("num_hidden_layers"),
+        "hidden": settings.require("hidden_size"),
+        "heads": settings.require("num_attention_heads"),
         # null means as many as query heads; the family's default applies only if the key is missing.
         "kv_heads": settings.content.get("num_key_value_heads", kv_heads),
         "head_dim": settings.get("head_dim", head_dim),
-        "ffn": settings.need("intermediate_size"),
-        "vocab": settings.need("vocab_size"),
+        "ffn": settings.require("intermediate_size"),
+        "vocab": settings.require("vocab_size"),
         "max_positions": settings.get("max_position_embeddings", max_positions),
         "norm_epsilon": settings.get("rms_norm_eps", 1e-6),
         "init_std": settings.get("initializer_range", 0.02),
@@ -68,32 +68,34 @@ def rope_section(settings: Settings) -> dict[str, Any]:
     return settings.section("rope_scaling") or settings.section("rope_parameters")
 
 
-def whole_heads_turn(settings: Settings) -> None:
+def reject_partial_rotary(settings: Settings) -> None:
     """Rejects partially rotated heads."""
     for place in (rope_section(settings), settings.content):
         if (share := place.get("partial_rotary_factor")) not in (None, 1.0):
-            raise settings.wrong("partial_rotary_factor", f"{share!r} is not supported, 1.0 is; convert another model")
+            raise settings.error("partial_rotary_factor", f"{share!r} is not supported, 1.0 is; convert another model")
 
 
 def rotary(settings: Settings, base_key: str = "rope_theta") -> dict[str, Any]:
     """Base and scaling of the rotary positions."""
-    given = rope_section(settings)
-    kind = given.get("rope_type", given.get("type", "default"))
-    found: dict[str, Any] = {"rope_theta": given.get("rope_theta", settings.get(base_key, 10000.0))}
+    section = rope_section(settings)
+    kind = section.get("rope_type", section.get("type", "default"))
+    found: dict[str, Any] = {"rope_theta": section.get("rope_theta", settings.get(base_key, 10000.0))}
     if kind not in tuple(_ROPE_KEYS):
-        raise settings.wrong("rope_type", f'"{kind}" is not supported, default, linear and llama3 are')
+        raise settings.error("rope_type", f'"{kind}" is not supported, default, linear and llama3 are')
     # Reject keys that are not read, among them sections per layer type.
-    if unread := sorted(given.keys() - _ROPE_KEYS[kind] - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}):
-        raise settings.wrong("rope_parameters", f"{unread[0]} is not supported with {kind}; convert another model")
+    if unread := sorted(
+        section.keys() - _ROPE_KEYS[kind] - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    ):
+        raise settings.error("rope_parameters", f"{unread[0]} is not supported with {kind}; convert another model")
     if kind == "linear":
-        found["rope_scaling"] = {"kind": kind, "factor": given.get("factor")}
+        found["rope_scaling"] = {"kind": kind, "factor": section.get("factor")}
     if kind == "llama3":
-        trained = given.get("original_max_position_embeddings", settings.get("max_position_embeddings", None))
+        trained = section.get("original_max_position_embeddings", settings.get("max_position_embeddings", None))
         found["rope_scaling"] = {
             "kind": kind,
-            "factor": given.get("factor"),
-            "low_frequency_factor": given.get("low_freq_factor"),
-            "high_frequency_factor": given.get("high_freq_factor"),
+            "factor": section.get("factor"),
+            "low_frequency_factor": section.get("low_freq_factor"),
+            "high_frequency_factor": section.get("high_freq_factor"),
             "original_max_positions": trained,
         }
     return found
@@ -134,8 +136,8 @@ def sizes_config(shape: ModelShape, max_positions: int) -> dict[str, Any]:
 
 
 def _shape(settings: Settings) -> dict[str, Any]:
-    settings.demand("attention_bias", (False,), False)
-    settings.demand("mlp_bias", (False,), False)
+    settings.require_one_of("attention_bias", (False,), False)
+    settings.require_one_of("mlp_bias", (False,), False)
     return sizes(settings, max_positions=2048)
 
 

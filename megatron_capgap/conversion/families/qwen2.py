@@ -6,16 +6,18 @@ from typing import Any
 
 from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.conversion.families import llama
-from megatron_capgap.conversion.family import Family, Row, Settings
+from megatron_capgap.conversion.family import Family, Settings, TensorMapping
 
-_BIASES = (Row("decoder.layers.self_attention.linear_qkv.bias", tuple(f"{name}.bias" for name in llama.QKV), "qkv"),)
+_BIASES = (
+    TensorMapping("decoder.layers.self_attention.linear_qkv.bias", tuple(f"{name}.bias" for name in llama.QKV), "qkv"),
+)
 
 
 def full_attention(settings: Settings) -> None:
     """Rejects sliding-window layers, which Qwen can mix with full-attention layers."""
-    settings.demand("use_sliding_window", (False,), False)
+    settings.require_one_of("use_sliding_window", (False,), False)
     if any(kind != "full_attention" for kind in settings.names("layer_types")):
-        raise settings.wrong("layer_types", "only full_attention is supported; convert another model")
+        raise settings.error("layer_types", "only full_attention is supported; convert another model")
 
 
 def full_attention_config(shape: ModelShape) -> dict[str, Any]:

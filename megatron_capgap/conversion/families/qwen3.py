@@ -8,10 +8,10 @@ from megatron_capgap.config import derived
 from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.conversion.families import llama
 from megatron_capgap.conversion.families.qwen2 import full_attention, full_attention_config
-from megatron_capgap.conversion.family import Family, Row, Settings
+from megatron_capgap.conversion.family import Family, Settings, TensorMapping
 
 _NORMS = tuple(
-    Row(
+    TensorMapping(
         f"decoder.layers.self_attention.{name}_layernorm.weight",
         (f"model.layers.{{layer}}.self_attn.{name}_norm.weight",),
     )
@@ -21,7 +21,7 @@ _NORMS = tuple(
 
 def _shape(settings: Settings) -> dict[str, Any]:
     full_attention(settings)
-    settings.demand("attention_bias", (False,), False)
+    settings.require_one_of("attention_bias", (False,), False)
     return llama.sizes(settings, max_positions=32768, head_dim=128, kv_heads=32)
 
 

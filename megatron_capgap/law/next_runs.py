@@ -35,14 +35,14 @@ from megatron_capgap.law.verdict import DRAWS
 
 SCALES, SIMULATIONS = 20, 400
 """Number of draws of the scales, and of simulated outcomes of all runs."""
-AGAIN = 2
+MAX_NEW_SEEDS = 2
 """Maximum number of further seeds of a student, and of further trainings of a teacher, that are proposed."""
-LEAST = 1e-5
+MIN_GAIN = 1e-5
 """Minimum expected gain of a proposed run, nats per token."""
 
 
 @dataclass(frozen=True)
-class Teacher:
+class TeacherCandidate:
     """A teacher that can be trained."""
 
     name: str
@@ -53,12 +53,12 @@ class Teacher:
 
 
 @dataclass(frozen=True)
-class Run:
+class CandidateRun:
     """A distillation that could be made."""
 
     student: float
     """Parameters."""
-    teacher: Teacher
+    teacher: TeacherCandidate
     training: int
     """Index of the teacher's training: one of the data, or a higher number for a new one."""
     teacher_seed: int | None
@@ -73,7 +73,7 @@ class Run:
 class Step:
     """Runs that are proposed together, with their cost and gain."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[CandidateRun, ...]
     trained: tuple[int, ...]
     """Indices of the teachers' trainings that must be made first."""
     flops: float
@@ -83,7 +83,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Plan:
+class NextRunsPlan:
     """The proposed next runs."""
 
     budget: float
@@ -101,21 +101,21 @@ class Plan:
         return sum(step.flops for step in self.steps)
 
     @property
-    def then(self) -> float:
+    def regret_after(self) -> float:
         """The expected regret after all steps."""
         return max(self.regret - sum(step.gain for step in self.steps), 0.0)
 
 
-def plan(
+def propose_runs(
     process: Process,
     records: Sequence[Record],
     count: str,
     targets: Mapping[float, Sequence[float]],
-    teachers: Sequence[Teacher],
+    teachers: Sequence[TeacherCandidate],
     budget: float,
     teacher_tokens: float | None = None,
     simulations: int = SIMULATIONS,
-) -> Plan:
+) -> NextRunsPlan:
     """The steps, in descending order of gain per FLOP.
 
     Args:
@@ -136,19 +136,20 @@ def plan(
     regret, taken, steps = belief.regret, set[int](), list[Step]()
     considered = None
     while True:
-        offered = [(each, options.price(each, taken)) for each in options.offers(taken)]
+        offered = [(each, options.price(each, taken)) for each in options.candidate_steps(taken)]
         considered = len(offered) if considered is None else considered
         spent = sum(step.flops for step in steps)
         worth = [
             (belief.gain(each) / price, each, price) for each, price in offered if spent + price <= budget * (1 + 1e-9)
         ]
-        worth = [each for each in worth if each[0] * each[2] >= LEAST]
+        worth = [each for each in worth if each[0] * each[2] >= MIN_GAIN]
         if not worth:
-            return Plan(budget, regret, tuple(steps), considered, options.known)
+            return NextRunsPlan(budget, regret, tuple(steps), considered, options.known)
         rate, best, price = max(worth, key=lambda each: each[0])
-        steps.append(Step(tuple(options.runs[n] for n in best), options.unpaid(best, taken), price, rate * price))
+        runs = tuple(options.runs[n] for n in best)
+        steps.append(Step(runs, options.new_trainings(best, taken), price, rate * price))
         for number in best:
-            belief = belief.told(number)
+            belief = belief.condition_on(number)
         taken |= set(best)
 
 
@@ -160,22 +161,22 @@ class _Options:
         process: Process,
         records: Sequence[Record],
         count: str,
-        teachers: Sequence[Teacher],
+        teachers: Sequence[TeacherCandidate],
         teacher_tokens: float | None,
     ) -> None:
         self._process, self._records = process, records
         self._tokens = records[0].tokens
-        there = trainings(records, count)
-        self.known = len(there)
+        known_trainings = trainings(records, count)
+        self.known = len(known_trainings)
         self._curves = int(process.cells.curve.max()) + 1
         self._anchors: dict[int, int] = {}
         self._teacher_flops: dict[int, float] = {}
-        self.runs: list[Run] = []
-        new = self._new_trainings(there, teachers, teacher_tokens, count)
+        self.runs: list[CandidateRun] = []
+        new = self._possible_trainings(known_trainings, teachers, teacher_tokens, count)
         for student in process.cells.students():
-            self._of_student(student, there, new, count)
+            self._of_student(student, known_trainings, new, count)
 
-    def offers(self, taken: set[int]) -> Iterator[tuple[int, ...]]:
+    def candidate_steps(self, taken: set[int]) -> Iterator[tuple[int, ...]]:
         """Steps, as indices of runs: single runs, two of a new seed, and runs of new trainings: one training for all
         students, one of each size for a student, and one of each size for all students, because a few runs may give no
         information where many do."""
@@ -194,7 +195,7 @@ class _Options:
                 yield self._anchors[run.curve], number
         yield from dict.fromkeys(tuple(numbers) for numbers in whole.values() if len(numbers) > 1)
 
-    def unpaid(self, numbers: Sequence[int], taken: set[int]) -> tuple[int, ...]:
+    def new_trainings(self, numbers: Sequence[int], taken: set[int]) -> tuple[int, ...]:
         """The trainings of teachers that these runs need and that no earlier step has paid for."""
         paid = {self.runs[n].training for n in taken}
         wanted = sorted({self.runs[n].training for n in numbers})
@@ -202,41 +203,50 @@ class _Options:
 
     def price(self, numbers: Sequence[int], taken: set[int]) -> float:
         """FLOPs of these runs, including the new trainings of teachers."""
-        trained = sum(self._teacher_flops[training] for training in self.unpaid(numbers, taken))
+        trained = sum(self._teacher_flops[training] for training in self.new_trainings(numbers, taken))
         return trained + sum(self.runs[n].flops for n in numbers)
 
     def _follows(self, training: int) -> bool:
         """Whether it is a second new training of its teacher, which is equivalent to the first."""
-        return training >= self.known and (training - self.known) % AGAIN > 0
+        return training >= self.known and (training - self.known) % MAX_NEW_SEEDS > 0
 
     def _later(self, curve: int) -> bool:
-        return (curve - self._curves) % AGAIN > 0
+        return (curve - self._curves) % MAX_NEW_SEEDS > 0
 
-    def _new_trainings(
-        self, there: Sequence[Training], teachers: Sequence[Teacher], tokens: float | None, count: str
-    ) -> list[tuple[int, Teacher]]:
+    def _possible_trainings(
+        self,
+        known_trainings: Sequence[Training],
+        teachers: Sequence[TeacherCandidate],
+        tokens: float | None,
+        count: str,
+    ) -> list[tuple[int, TeacherCandidate]]:
         """Index and teacher of each training that could be added."""
         totals = {record.sizes(count)[1]: record.sizes("total")[1] for record in self._records}
-        known = [Teacher(short(size), size, totals[size]) for size in sorted({each.size for each in there})]
-        far = [each for each in teachers if all(abs(np.log(each.size / one.size)) >= SAME_SIZE for one in known)]
-        told = [each.tokens for each in there if each.tokens]
-        found: list[tuple[int, Teacher]] = []
-        for teacher in [*known, *far]:
-            own = [each.tokens for each in there if each.tokens and each.size == teacher.size]
-            on = tokens or (float(np.median(own or told)) if told else None)
+        sizes = sorted({each.size for each in known_trainings})
+        known = [TeacherCandidate(short(size), size, totals[size]) for size in sizes]
+        others = [each for each in teachers if all(abs(np.log(each.size / one.size)) >= SAME_SIZE for one in known)]
+        recorded = [each.tokens for each in known_trainings if each.tokens]
+        found: list[tuple[int, TeacherCandidate]] = []
+        for teacher in [*known, *others]:
+            own = [each.tokens for each in known_trainings if each.tokens and each.size == teacher.size]
+            on = tokens or (float(np.median(own or recorded)) if recorded else None)
             if on is None:
                 raise LawError(
                     "--next: the records have no teacher_tokens, so the cost of another training of a teacher is "
                     "unknown; give --teacher-tokens N"
                 )
-            for _ in range(AGAIN):
+            for _ in range(MAX_NEW_SEEDS):
                 number = self.known + len(found)
                 self._teacher_flops[number] = cost.training_flops(teacher.total, on)
                 found.append((number, teacher))
         return found
 
     def _of_student(
-        self, student: float, there: Sequence[Training], new: Sequence[tuple[int, Teacher]], count: str
+        self,
+        student: float,
+        known_trainings: Sequence[Training],
+        new: Sequence[tuple[int, TeacherCandidate]],
+        count: str,
     ) -> None:
         """Adds the runs of one student: missing cells, those of a new seed, those of a new training."""
         cells = self._process.cells
@@ -248,20 +258,20 @@ class _Options:
         totals = {record.sizes(count)[1]: record.sizes("total")[1] for record in self._records}
         low, high = self._process.d.min() - SAME_SIZE, self._process.d.max() + SAME_SIZE
 
-        def add(teacher: Teacher, training: int, teacher_seed: int | None, curve: int, seed: int) -> int:
+        def add(teacher: TeacherCandidate, training: int, teacher_seed: int | None, curve: int, seed: int) -> int:
             flops = cost.distill_flops(total, teacher.total, self._tokens)
-            self.runs.append(Run(student, teacher, training, teacher_seed, curve, seed, flops))
+            self.runs.append(CandidateRun(student, teacher, training, teacher_seed, curve, seed, flops))
             return len(self.runs) - 1
 
-        reached = [(n, each) for n, each in enumerate(there) if low <= np.log(each.size / student) <= high]
-        fresh = self._curves + AGAIN * self._process.cells.students().index(student)
+        reached = [(n, each) for n, each in enumerate(known_trainings) if low <= np.log(each.size / student) <= high]
+        fresh = self._curves + MAX_NEW_SEEDS * self._process.cells.students().index(student)
         middle = float(np.median(cells.teacher[mine]))
         for number, each in reached:
-            teacher = Teacher(short(each.size), each.size, totals[each.size])
+            teacher = TeacherCandidate(short(each.size), each.size, totals[each.size])
             for seed, curve in seeds.items():
                 if (curve, number) not in done:
                     add(teacher, number, each.seed, curve, seed)
-            for further in range(AGAIN):
+            for further in range(MAX_NEW_SEEDS):
                 column = add(teacher, number, each.seed, fresh + further, max(seeds) + 1 + further)
                 anchor = self._anchors.setdefault(fresh + further, column)
                 if abs(np.log(each.size / middle)) < abs(np.log(self.runs[anchor].teacher.size / middle)):
@@ -278,7 +288,7 @@ class _Belief:
 
     mean: Array
     """Means of the candidate points, then of the runs, for each draw of the scales `[scales, simulations, n]`."""
-    spread: Array
+    covariance: Array
     """Their covariance `[scales, n, n]`."""
     log: Array
     """Log-likelihood of the observed losses `[scales, simulations]`."""
@@ -296,7 +306,7 @@ class _Belief:
 
     @staticmethod
     def begin(
-        process: Process, targets: Mapping[float, Sequence[float]], runs: Sequence[Run], simulations: int
+        process: Process, targets: Mapping[float, Sequence[float]], runs: Sequence[CandidateRun], simulations: int
     ) -> _Belief:
         """The state before any run is observed.
 
@@ -317,44 +327,45 @@ class _Belief:
         random = np.random.default_rng(0)
         each = -(-simulations // len(chosen))
         normal = [random.standard_normal((each, ends[-1] + len(runs))) for _ in moments]
-        drawn = [mean + x @ _root(spread).T for x, (mean, spread) in zip(normal, moments, strict=True)]
+        drawn = [mean + x @ _root(covariance).T for x, (mean, covariance) in zip(normal, moments, strict=True)]
         outcome = np.concatenate(drawn)
-        mean, spread = (np.array(part) for part in zip(*moments, strict=True))
+        mean, covariance = (np.array(part) for part in zip(*moments, strict=True))
         lost = []
         for student, ratios in curves:
             drawn_curves = process.curves(student, ratios, DRAWS)
             lost.append(drawn_curves[:, drawn_curves.mean(axis=0).argmin()] - drawn_curves.min(axis=1))
         log = np.zeros((len(chosen), len(outcome)))
         everywhere = np.repeat(mean[:, None], len(outcome), axis=1)
-        return _Belief(everywhere, spread, log, outcome[:, ends[-1] :], slices, float(np.mean(lost)))
+        return _Belief(everywhere, covariance, log, outcome[:, ends[-1] :], slices, float(np.mean(lost)))
 
-    def told(self, run: int) -> _Belief:
+    def condition_on(self, run: int) -> _Belief:
         """The state after observing one more run, with each simulation's own loss."""
         column = self.points + run
-        variance = self.spread[:, column, column]
+        variance = self.covariance[:, column, column]
         missed = self.losses[:, run] - self.mean[:, :, column]
-        by = self.spread[:, :, column] / variance[:, None]
+        by = self.covariance[:, :, column] / variance[:, None]
         mean = self.mean + missed[:, :, None] * by[:, None]
-        spread = self.spread - by[:, :, None] * self.spread[:, None, column]
+        covariance = self.covariance - by[:, :, None] * self.covariance[:, None, column]
         log = self.log - 0.5 * np.log(variance)[:, None] - 0.5 * missed**2 / variance[:, None]
-        return _Belief(mean, spread, log, self.losses, self.slices, self.regret)
+        return _Belief(mean, covariance, log, self.losses, self.slices, self.regret)
 
     def gain(self, runs: Sequence[int]) -> float:
         """Decrease of the expected regret by these runs, nats per token."""
         kept = [*range(self.points), *(self.points + run for run in runs)]
         after = _Belief(
             self.mean[:, :, kept],
-            self.spread[:, kept][:, :, kept],
+            self.covariance[:, kept][:, :, kept],
             self.log,
             self.losses[:, list(runs)],
             self.slices,
             self.regret,
         )
         for number in range(len(runs)):
-            after = after.told(number)
-        before, then, rows = self._expected(), after._expected(), np.arange(len(self.losses))
+            after = after.condition_on(number)
+        before, expected_after, rows = self._expected(), after._expected(), np.arange(len(self.losses))
         gains = [
-            then[rows, part.start + before[:, part].argmin(axis=1)] - then[:, part].min(axis=1) for part in self.slices
+            expected_after[rows, part.start + before[:, part].argmin(axis=1)] - expected_after[:, part].min(axis=1)
+            for part in self.slices
         ]
         return float(np.mean(gains))
 
@@ -366,8 +377,8 @@ class _Belief:
         return np.einsum("ks,ksp->sp", weights, self.mean[:, :, : self.points])
 
 
-def _root(spread: Array) -> Array:
+def _root(covariance: Array) -> Array:
     """`root_of` applied to the correlations: a new seed's level varies a thousand times as much as a point of a curve,
     so one value added to both variances would be too large for the latter."""
-    sd = np.sqrt(np.maximum(np.diag(spread), 1e-30))
-    return sd[:, None] * root_of(spread / np.outer(sd, sd))
+    sd = np.sqrt(np.maximum(np.diag(covariance), 1e-30))
+    return sd[:, None] * root_of(covariance / np.outer(sd, sd))
