@@ -12,6 +12,7 @@ from pydantic import Field
 from megatron_capgap.config.architectures import FamilyName
 from megatron_capgap.config.finetune import FinetuneConfig
 from megatron_capgap.config.prune import PruneConfig
+from megatron_capgap.config.recompute import Recompute
 from megatron_capgap.config.types import (
     STRICT,
     Decay,
@@ -168,27 +169,8 @@ class Precision:
 
 
 @dataclass(frozen=True)
-class Recompute:
-    """Activation recomputation: what the backward pass computes again instead of reading it from memory. Results are
-    the same bit for bit; a step takes longer, by up to a third for whole layers."""
-
-    __pydantic_config__ = STRICT
-
-    what: Literal["full", "mlp"]
-    """full: transformer layers, of which only the inputs are saved; mlp: their feed-forward layers only (families
-    without linear biases)."""
-    layers: Positive | None = None
-    """Number of layers of each model chunk that are recomputed, the first ones, each from its own input; null: all.
-    Only with what: full."""
-    every: Positive = 1
-    """Number of consecutive layers that are recomputed from one saved input; divides the layers of a model chunk. Only
-    with what: full and layers: null."""
-
-
-@dataclass(frozen=True)
 class StudentConfig:
-    """The model that adapt, distill and finetune train, evaluate measures and prune creates (prune: only layout and
-    recompute may be set, for scoring the teacher)."""
+    """The model that is trained, evaluated or created by prune (which reads only layout and recompute, for scoring)."""
 
     __pydantic_config__ = STRICT
 

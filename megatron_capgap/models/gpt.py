@@ -19,7 +19,8 @@ from torch import Tensor
 
 from megatron_capgap.config import derived
 from megatron_capgap.config.architectures import ARCHITECTURES
-from megatron_capgap.config.schema import FP8, Layout, ModelShape, Precision, Recompute, RopeScaling
+from megatron_capgap.config.recompute import Recompute
+from megatron_capgap.config.schema import FP8, Layout, ModelShape, Precision, RopeScaling
 from megatron_capgap.devices import Device
 from megatron_capgap.distributed.parallel_context import ParallelContext
 from megatron_capgap.models import size, specs

@@ -14,7 +14,7 @@ from megatron_capgap.config import derived
 from megatron_capgap.config.architectures import ARCHITECTURES
 from megatron_capgap.config.schema import Config, Layout, ModelShape, Precision
 from megatron_capgap.config.validation import fp8
-from megatron_capgap.models import size
+from megatron_capgap.models import activations, size
 
 _BYTES = {"fp32": 4, "bf16": 2}
 # Bytes per parameter and in total while a checkpoint is written, measured: complete weights and both moments on the
@@ -134,13 +134,20 @@ def _of_stage(
             until_cast=in_fp8.until_cast,
         )
     num_microbatches = derived.num_microbatches(config, layout, world)
-    layers = _layers_in_flight(layout, num_microbatches, pipeline_rank, student.layers)
+    layers = activations.layers_in_flight(layout, num_microbatches, pipeline_rank, student.layers)
     cast = layers * _fp8_layers(precision, student, layout, pipeline_rank) * layout.pipeline // student.layers
-    kept = _saved_activations(student, layout, width) * (layers - cast)
-    kept += _saved_activations(student, layout, width, precision.fp8.recipe) * cast if precision.fp8 else []
-    kept += [_shard_numel(student.hidden, layout) * width] * 2 if last else []
+    chunk_layers, recompute = student.layers // (layout.pipeline * layout.virtual_pipeline), config.student.recompute
+    layer_input = activations.shard_numel(student.hidden, layout) * width
+    kept = [layer_input] * 2 if last else []
+    for count, recipe in ((layers - cast, None), (cast, precision.fp8.recipe if precision.fp8 else None)):
+        layer = activations.of_layer(student, layout, width, recipe)
+        kept += activations.at_peak(layer, layer_input, count, chunk_layers, recompute)
     # With packed conversations each layer saves the mask that is added to its attention scores.
-    masks = layers * tokens * config.data.sequence_length * width if stage == "finetune" else 0
+    masks = 0
+    if stage == "finetune":
+        again = activations.layers_recomputed(layers, chunk_layers, recompute)
+        masks = (layers - again + (recompute.every if again and recompute else 0)) * tokens
+        masks *= config.data.sequence_length * width
     return Memory(
         weights=held * width - in_fp8.not_in_bf16,
         gradients=held * 4,
@@ -170,8 +177,13 @@ def _of_scoring(config: Config, teacher: ModelShape, world: int, pipeline_rank: 
         # Frozen linears save no inputs, so the norms' outputs are freed. The outputs of attention and feed-forward are
         # kept for the scores instead.
         num_microbatches = derived.num_microbatches(config, config.student.layout, world)
-        kept = _saved_activations(teacher, layout, width) * _layers_in_flight(
-            layout, num_microbatches, pipeline_rank, teacher.layers
+        layers = activations.layers_in_flight(layout, num_microbatches, pipeline_rank, teacher.layers)
+        layer, layer_input = (
+            activations.of_layer(teacher, layout, width),
+            activations.shard_numel(teacher.hidden, layout),
+        )
+        kept = activations.at_peak(
+            layer, layer_input * width, layers, teacher.layers // layout.pipeline, config.student.recompute
         )
     in_fp8 = _weights_in_fp8(precision, teacher, layout, pipeline_rank, backward=bool(kept))
     return Memory(
@@ -229,14 +241,20 @@ def teacher_memory(
         last = of_teacher == teacher_layout.pipeline - 1
         outputs = len(_matched_layers(config, teacher, teacher_layout, of_teacher, "teacher")) + last
         dp_size = derived.data_parallel(teacher_layout, len(derived.teacher_rank_range(config, world)))
-        held = outputs * batch // dp_size * _shard_numel(teacher.hidden, teacher_layout) * width
+        held = outputs * batch // dp_size * activations.shard_numel(teacher.hidden, teacher_layout) * width
         tokens = derived.teacher_micro_batch(config) * length
         wide = (3 if ARCHITECTURES[teacher.family].gated else 2) * teacher.ffn // teacher_layout.tensor
-        forward = (wide + 2 * _shard_numel(teacher.hidden, teacher_layout)) * tokens * width
+        forward = (wide + 2 * activations.shard_numel(teacher.hidden, teacher_layout)) * tokens * width
     if mine is not None:
         last = mine == layout.pipeline - 1
         outputs = len(_matched_layers(config, student, layout, mine, "student")) + last
-        needed = outputs * batch // derived.data_parallel(layout, ranks) * _shard_numel(teacher.hidden, layout) * width
+        needed = (
+            outputs
+            * batch
+            // derived.data_parallel(layout, ranks)
+            * activations.shard_numel(teacher.hidden, layout)
+            * width
+        )
         lm_head_shape = replace(teacher, vocab=student.vocab)
         same_shards = teacher_layout.pipeline == 1 and teacher_layout.tensor == layout.tensor
         same_weight = teacher.tied_embeddings and same_shards and of_teacher == 0 and lm_head_shape == teacher
@@ -325,50 +343,6 @@ def _projections(config: Config, student: ModelShape, teacher: ModelShape | None
         return 0
     assert teacher is not None, "no layers are matched without a teacher"
     return count * teacher.hidden * student.hidden
-
-
-def _shard_numel(hidden: int, layout: Layout) -> int:
-    """Elements per token of the residual stream on one rank: hidden / tp under sequence parallelism, as the sequence is
-    sharded."""
-    return hidden // layout.tensor if layout.sequence else hidden
-
-
-def _saved_activations(shape: ModelShape, layout: Layout, width: int, recipe: str | None = None) -> list[int]:
-    """Bytes per token of each tensor that one layer saves for the backward pass.
-
-    Input and output of both norms; the packed queries, keys and values; queries and keys after rotation; the
-    attention's output; gate and up, or up alone; the activation's output. With QK norms also their inputs. In FP8 a
-    linear saves its cast input, and nothing else is saved of norms and activation. The attention saves its own output;
-    recipes other than delayed save a cast copy of it as well.
-
-    Args:
-        shape, layout: give the tensors' sizes.
-        width: bytes of the compute dtype.
-        recipe: FP8 recipe of the layer; None without FP8.
-    """
-    traits = ARCHITECTURES[shape.family]
-    query, key_value = shape.heads * derived.head_dim(shape), derived.kv_heads(shape) * derived.head_dim(shape)
-    inner = [query + 2 * key_value, query, key_value, query, (2 if traits.gated else 1) * shape.ffn]
-    inner += [query, key_value] if traits.qk_norm else []
-    hidden, tensor = _shard_numel(shape.hidden, layout), layout.tensor
-    cast = [hidden, hidden, shape.ffn // tensor]
-    kept = [number * width for number in (hidden, hidden, *(number // tensor for number in inner))]
-    kept += [number * (width if recipe is None else 1) for number in cast]
-    return kept + ([query // tensor] if recipe == "delayed" else [])
-
-
-def _layers_in_flight(layout: Layout, num_microbatches: int, pipeline_rank: int, layers: int) -> int:
-    """Maximum of layers times micro-batches between forward and backward pass on one stage.
-
-    1F1B holds one micro-batch for this stage and each later one. The interleaved schedule holds chunks of layers: two
-    for each later stage, one round for each further virtual stage, and the current one.
-    """
-    behind = layout.pipeline - pipeline_rank
-    on_stage = layers // layout.pipeline
-    if layout.virtual_pipeline == 1:
-        return min(behind, num_microbatches) * on_stage
-    chunks = 2 * (behind - 1) + (layout.virtual_pipeline - 1) * layout.pipeline + 1
-    return min(chunks, num_microbatches * layout.virtual_pipeline) * on_stage // layout.virtual_pipeline
 
 
 def _heap(kept: list[int], tokens: int, layout: Layout) -> int:

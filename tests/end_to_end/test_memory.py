@@ -16,6 +16,8 @@ SHAPE = {"layers": 6, "hidden": 256, "heads": 8, "ffn": 704, "vocab": 2000}
 CASES = {
     "adapt, one rank": (1, {}),
     "adapt, small micro-batches": (1, {"train__micro_batch": 4}),
+    "adapt, recomputed layers": (1, {"student__recompute": {"what": "full"}}),
+    "adapt, recomputed feed-forward layers": (1, {"student__recompute": {"what": "mlp"}}),
     "distill, tensor 2 with sequence": (2, {"student__layout": {"tensor": 2, "sequence": True}}),
     "adapt, pipeline 2": (2, {"student__layout": {"pipeline": 2}, "train__global_batch": 32}),
     "finetune, one rank": (1, {"data__sequence_length": 256}),

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from megatron_capgap.config.architectures import ARCHITECTURES
-from megatron_capgap.config.schema import Recompute
+from megatron_capgap.config.recompute import Recompute
 from megatron_capgap.config.validation.context import CheckedModel, ValidationContext, divisors
 
 _KEY = "student.recompute"
