@@ -1,5 +1,6 @@
 """Values derived from a configuration and the world size: nulls resolved to numbers."""
 
+from megatron_capgap.config.recompute import Recompute
 from megatron_capgap.config.schema import (
     STAGES_WITH_TEACHER,
     WITHOUT_CHAIN_RULE,
@@ -72,6 +73,16 @@ def stages_of_layers(layers: int, layout: Layout) -> list[int]:
     """
     a_chunk = layers // (layout.pipeline * layout.virtual_pipeline)
     return [layer // a_chunk % layout.pipeline for layer in range(layers)]
+
+
+def recomputed_linears(recompute: Recompute | None, layers: int, layout: Layout) -> list[int]:
+    """Number of linears of each layer, of four, whose forward pass runs again in the backward pass."""
+    if recompute is None:
+        return [0] * layers
+    if recompute.what == "mlp":
+        return [2] * layers
+    a_chunk = layers // (layout.pipeline * layout.virtual_pipeline)
+    return [4 if layer % a_chunk < (recompute.layers or a_chunk) else 0 for layer in range(layers)]
 
 
 def projected_pairs(config: Config, student: ModelShape, teacher: ModelShape | None) -> tuple[LayerPair, ...]:

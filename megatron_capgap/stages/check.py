@@ -120,7 +120,9 @@ def precision_lines(plan: RunPlan) -> list[str]:
         if plan.stage == "prune" and name == "student":
             continue  # the student does not run
         trains = name == "student" and plan.stage != "evaluate"
-        count = fp8.gemm_count(precision, shape, trains=trains)
+        recompute, layout = plan.config.student.recompute, plan.config.student.layout
+        again = derived.recomputed_linears(recompute, shape.layers, layout) if trains else []
+        count = fp8.gemm_count(precision, shape, trains=trains, again=again)
         line = f"{name} arithmetic: {precision.compute}"
         if precision.fp8 is not None:
             fp8_config = precision.fp8

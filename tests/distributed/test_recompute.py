@@ -89,3 +89,13 @@ def test_scores_are_the_same(pool: WorkerPool, fixtures: Fixtures, tmp_path: Pat
         raw["student"]["recompute"] = mode
         written.append((runs.train(pool, "prune", raw, world) / "scores.json").read_bytes())
     assert written[0] == written[1]
+
+
+def test_a_run_is_resumed_with_recomputation(pool: WorkerPool, fixtures: Fixtures, tmp_path: Path) -> None:
+    changes = {"train__dropout": 0.1, "train__steps": 4, "checkpoint__every": 2, "checkpoint__keep": 2}
+    raw = runs.adapt_config(fixtures, tmp_path / "run", **changes)
+    unbroken = runs.train(pool, "adapt", raw)
+    copy = runs.rewind(unbroken, tmp_path / "copy", step=2)
+    runs.train(pool, "adapt", runs.changed(raw, run_dir=str(copy), student__recompute=FULL))
+    assert runs.metrics(copy) == runs.metrics(unbroken)
+    assert state(copy) == state(unbroken)

@@ -3,13 +3,15 @@
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_capgap.checkpoint import safe_unpickle
-from megatron_capgap.config.schema import FP8, ModelShape, Precision
+from megatron_capgap.config.derived import recomputed_linears
+from megatron_capgap.config.recompute import Recompute
+from megatron_capgap.config.schema import FP8, Layout, ModelShape, Precision
 from megatron_capgap.config.validation.fp8 import gemm_count
 from tests.support import runs
 from tests.support.engine import RECIPES, needs_files, run_counted
@@ -129,16 +131,26 @@ def test_recomputed_layers_give_the_same_steps(
     assert adapt(fresh_pool, fixtures, tmp_path / "run", **changes) == whole(recipe)
 
 
-def test_as_many_products_as_were_announced(fresh_pool: WorkerPool, fixtures: Fixtures, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what, forwards", [(None, 4), ("full", 8), ("mlp", 6)])
+def test_as_many_products_as_were_announced(
+    fresh_pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, what: Literal["full", "mlp"] | None, forwards: int
+) -> None:
+    """Three layers of four linears, the one in the middle in FP8; `forwards` products of each run forward."""
     shape, precision = {**SHAPE, "layers": 3}, fp8("mxfp8", first_last_layers_bf16=1)
     changes = {"student__model": shape, "precision": precision, "train__steps": 1}
-    said = gemm_count(Precision(fp8=FP8("mxfp8", first_last_layers_bf16=1)), ModelShape(**shape), trains=True)
+    again = []
+    if what is not None:
+        changes["student__recompute"] = {"what": what}
+        again = recomputed_linears(Recompute(what), 3, Layout())
+    model = Precision(fp8=FP8("mxfp8", first_last_layers_bf16=1))
+    said = gemm_count(model, ModelShape(**shape), trains=True, again=again)
     (rank,) = run(fresh_pool, "adapt", config_of(fixtures, tmp_path / "run", **changes))
     line = f"{said.fp8} matrix products per micro-batch in FP8, {said.others} in fp32"
     assert line in " ".join(rank.stdout.split())
-    exact = {(part, "fp32", "fp32"): 2 * 4 * MICRO_BATCHES for part in ("fprop", "dgrad", "wgrad")}
+    exact = {(part, "fp32", "fp32"): 2 * 4 * MICRO_BATCHES for part in ("dgrad", "wgrad")}
+    exact["fprop", "fp32", "fp32"] = 2 * forwards * MICRO_BATCHES
     backward = {(part, "e5m2", "e4m3"): 4 * MICRO_BATCHES for part in ("dgrad", "wgrad")}
-    assert rank.value == {**exact, ("fprop", "e4m3", "e4m3"): 4 * MICRO_BATCHES, **backward}
+    assert rank.value == {**exact, ("fprop", "e4m3", "e4m3"): forwards * MICRO_BATCHES, **backward}
     of_layers = sum(exact.values()), sum(rank.value.values()) - sum(exact.values())
     assert (MICRO_BATCHES * (said.others - 3), MICRO_BATCHES * said.fp8) == of_layers, "3 are the LM head's"
 

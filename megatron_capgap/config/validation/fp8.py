@@ -4,7 +4,7 @@ Transformer Engine and Megatron accept some of the combinations refused here and
 Alignments are those of Transformer Engine 2.11 on Hopper and Blackwell GPUs, whose GEMMs read rows of 16 bytes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from megatron_capgap.config import derived
@@ -31,18 +31,23 @@ class GemmCount:
     others: int
 
 
-def gemm_count(precision: Precision, shape: ModelShape, *, trains: bool) -> GemmCount:
+def gemm_count(precision: Precision, shape: ModelShape, *, trains: bool, again: Sequence[int] = ()) -> GemmCount:
     """Number of matrix products in FP8 and in the compute type: one per linear in a forward pass, two more in a
-    backward pass.
+    backward pass, and one for each linear that is recomputed.
 
     Args:
         precision: precision of the model.
         shape: shape of the model.
         trains: whether there is a backward pass.
+        again: from `derived.recomputed_linears`; empty without recomputation.
     """
     passes = 3 if trains else 1
-    layers = layers_in_fp8(precision, shape)
-    return GemmCount(fp8=passes * _LINEARS * layers, others=passes * (_LINEARS * (shape.layers - layers) + 1))
+    inner, outer = layers_in_fp8(precision, shape), passes  # the LM head
+    first = (shape.layers - inner) // 2
+    in_fp8 = range(first, first + inner)
+    products = [passes * _LINEARS + more for more in again or [0] * shape.layers]
+    count = sum(products[layer] for layer in in_fp8)
+    return GemmCount(fp8=count, others=sum(products) - count + outer)
 
 
 def layers_in_fp8(precision: Precision, shape: ModelShape) -> int:
