@@ -142,7 +142,7 @@ def _run_command(command: Command) -> int:
     if "--config" not in command.options:
         raise UserError(f"--config: missing; use {command.stage} --config FILE with the YAML file of the run")
     environment = read_environment()
-    log.set_rank(environment.rank)
+    log.set_rank(environment.rank if environment.world > 1 else None)
     assumed_world_size, capability = _assumed_world_size(command.options), _assumed_capability(command.options)
     loaded = load(command.options["--config"], command.overrides, command.stage)
     if "check" in command.flags or assumed_world_size or capability:

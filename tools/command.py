@@ -44,7 +44,7 @@ def run_tool_on_ranks(name: str, work: Callable[[Environment], int], *, interrup
         nonlocal first
         environment = read_environment()
         first = environment.rank == 0
-        log.set_rank(environment.rank)
+        log.set_rank(environment.rank if environment.world > 1 else None)
         return work(environment)
 
     try:
@@ -62,8 +62,6 @@ def _attempt(work: Callable[[], int], place: str, interrupted: str) -> tuple[int
         return work(), ""
     except (UserError, LawError) as error:
         return USER_ERROR, str(error)
-    except BrokenPipeError:
-        raise
     except OSError as error:
         return USER_ERROR, f"{error.filename or place}: {error.strerror or error}"
     except KeyboardInterrupt:

@@ -71,14 +71,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
 
     def work() -> int:
-        fit_law(args)
+        try:
+            fit_law(args)
+        except BrokenPipeError:  # the reader closed the pipe; all files are written
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
-    try:
-        return run_tool("fit_law", work, place=str(args.out))
-    except BrokenPipeError:  # the reader closed the pipe; all files are written
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return run_tool("fit_law", work, place=str(args.out))
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

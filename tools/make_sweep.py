@@ -310,7 +310,7 @@ def lock(out: Path) -> Iterator[None]:
         UserError: another process holds the lock.
     """
     try:
-        with FileLock(out / ".lock", blocking=False):
+        with FileLock(out / ".lock", timeout=0):
             yield
     except Timeout:
         raise UserError(f"{out}: another make_sweep is running; wait for it or give the grid another out") from None

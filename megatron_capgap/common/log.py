@@ -21,10 +21,11 @@ class _Handler(logging.Handler):
     rank: int | None = None
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line per message."""
+        """The message, and its traceback if there is one, with the prefix before each line."""
         time = _TIMES.formatTime(record, "%H:%M:%S")
         who = "" if self.rank is None else f"rank {self.rank} "
-        return f"{time} {who}capgap: {record.levelname.lower()}: {record.getMessage()}\n"
+        text = record.getMessage() + (f"\n{_TIMES.formatException(record.exc_info)}" if record.exc_info else "")
+        return "".join(f"{time} {who}capgap: {record.levelname.lower()}: {line}\n" for line in text.split("\n"))
 
     def emit(self, record: logging.LogRecord) -> None:
         """Writes at once: the process may end with this message."""

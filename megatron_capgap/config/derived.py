@@ -66,12 +66,17 @@ def kv_heads(shape: ModelShape) -> int:
     return shape.kv_heads or shape.heads
 
 
+def layers_per_chunk(layers: int, layout: Layout) -> int:
+    """Layers of one model chunk: of a pipeline stage, or of a virtual stage."""
+    return layers // (layout.pipeline * layout.virtual_pipeline)
+
+
 def stages_of_layers(layers: int, layout: Layout) -> list[int]:
     """Pipeline rank of each layer. `validation.checks` has verified that pipeline * virtual_pipeline divides `layers`.
 
     With virtual stages the model chunks are assigned round-robin to the pipeline ranks.
     """
-    a_chunk = layers // (layout.pipeline * layout.virtual_pipeline)
+    a_chunk = layers_per_chunk(layers, layout)
     return [layer // a_chunk % layout.pipeline for layer in range(layers)]
 
 
@@ -81,7 +86,7 @@ def recomputed_linears(recompute: Recompute | None, layers: int, layout: Layout)
         return [0] * layers
     if recompute.what == "mlp":
         return [2] * layers
-    a_chunk = layers // (layout.pipeline * layout.virtual_pipeline)
+    a_chunk = layers_per_chunk(layers, layout)
     return [4 if layer % a_chunk < (recompute.layers or a_chunk) else 0 for layer in range(layers)]
 
 

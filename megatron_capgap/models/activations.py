@@ -54,8 +54,8 @@ def of_layer(shape: ModelShape, layout: Layout, width: int, recipe: str | None =
 def at_peak(
     layer: LayerActivations, layer_input: int, layers: int, chunk_layers: int, recompute: Recompute | None
 ) -> list[int]:
-    """Bytes per token of each tensor that is saved when the backward pass begins, recomputed ones of one layer, or of
-    one group of layers, included.
+    """Bytes per token of each tensor that is saved when the backward pass begins; what is recomputed is counted apart,
+    by `recomputed`.
 
     Args:
         layer: what one layer saves.
@@ -64,12 +64,19 @@ def at_peak(
         chunk_layers: layers of a model chunk.
         recompute: what is recomputed.
     """
-    if recompute is None or not layers:
-        return layer.all * layers
-    if recompute.what == "mlp":
-        return layer.outside_mlp * layers + layer.mlp
+    if recompute is not None and recompute.what == "mlp":
+        return layer.outside_mlp * layers
     again = layers_recomputed(layers, chunk_layers, recompute)
-    return layer.all * (layers - again + recompute.every) + [layer_input] * math.ceil(again / recompute.every)
+    every = 1 if recompute is None else recompute.every
+    return layer.all * (layers - again) + [layer_input] * math.ceil(again / every)
+
+
+def recomputed(layer: LayerActivations, recompute: Recompute | None) -> list[int]:
+    """Bytes per token of each tensor of the layers that are recomputed together: their activations are there while
+    their backward pass runs."""
+    if recompute is None:
+        return []
+    return layer.mlp if recompute.what == "mlp" else layer.all * recompute.every
 
 
 def layers_recomputed(layers: int, chunk_layers: int, recompute: Recompute | None) -> int:

@@ -56,7 +56,7 @@ class Importance:
         # Derivatives by the masks, for each micro-batch of the current global batch: `[m, h]` and `[m, layers]`.
         self._by_channel = self._by_layer = torch.empty(0)
         for chunk in chunks:
-            chunk.train(gradient)  # without dropout it makes no difference, but Megatron recomputes in training alone
+            chunk.train(gradient)  # whole layers are recomputed in training mode only; without dropout it is the same
             chunk.requires_grad_(False)
             self._watch(unwrap(chunk))
 

@@ -164,7 +164,7 @@ def build_student(ctx: StageContext[RunPlan], *, trains: bool = True) -> list[to
         ctx.device,
         sequence_length=config.data.sequence_length,
         dropout=config.train.dropout,
-        recompute=config.student.recompute,
+        recompute=config.student.recompute if trains else None,
         use_attention_mask=plan.template is not None,
     )
     if plan.teacher is not None:

@@ -123,7 +123,7 @@ def _open(ctx: StageContext[PruningPlan]) -> Importance:
         precision,
         ctx.device,
         sequence_length=config.data.sequence_length,
-        recompute=config.student.recompute,
+        recompute=config.student.recompute if gradient else None,
         virtual=False,
     )
     loader.load_weights(source.folder, chunks, ctx.parallel)

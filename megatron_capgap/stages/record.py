@@ -104,8 +104,9 @@ def _loss_of(source: CheckpointSource) -> float | None:
 
 
 def fingerprint(config: Config) -> str:
-    """Hash of the resolved configuration without run_dir: equal for equivalent runs."""
+    """Hash of the resolved configuration without run_dir and student.recompute: equal for equivalent runs."""
     content = {name: value for name, value in asdict(config).items() if name != "run_dir"}
+    del content["student"]["recompute"]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

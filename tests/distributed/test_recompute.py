@@ -54,11 +54,12 @@ def run(pool: WorkerPool, fixtures: Fixtures, teacher: Path, tmp_path_factory: p
     def run(family: str, layout: str, mode: tuple[tuple[str, Any], ...], matched: bool) -> Any:
         world, cut = LAYOUTS[layout]
         changes: dict[str, Any] = {"student__model": {"family": family, **MODEL}, "student__layout": cut}
-        changes |= {"train__dropout": 0.1, "train__steps": 3} | ({"student__recompute": dict(mode)} if mode else {})
-        changes |= {"objective__matching": MATCHED if matched else [], "data__valid": None}
+        changes |= {"train__dropout": 0.1, "train__steps": 3, "train__eval_every": 2, "train__eval_batches": 1}
+        changes |= {"student__recompute": dict(mode)} if mode else {}
+        changes |= {"objective__matching": MATCHED if matched else []}
         raw = runs.distill_config(fixtures, tmp_path_factory.mktemp(layout) / "run", teacher, **changes)
         run_dir = runs.train(pool, "distill", raw, world)
-        return runs.steps_of(run_dir), state(run_dir)
+        return runs.metrics(run_dir), state(run_dir)
 
     return lambda family, layout, mode, matched=False: run(family, layout, tuple(mode.items()), matched)
 
@@ -77,18 +78,43 @@ def test_matched_layers_are_recomputed(run: Run, layout: str) -> None:
     assert run("llama", layout, FULL, True) == run("llama", layout, {}, True)
 
 
-@pytest.mark.parametrize("name, layout", [("llama", "tp2_pp2_sp"), ("llama", "one"), ("gpt_neox", "tp2_pp2_sp")])
-def test_scores_are_the_same(pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, name: str, layout: str) -> None:
-    """The teacher's weights are frozen while prune scores it by gradients, so that only hidden states need one."""
+SCORED = [
+    ("llama", "tp2_pp2_sp", "gradient", FULL),
+    ("llama", "tp2_pp2_sp", "gradient", MLP),
+    ("llama", "one", "gradient", FIRST),
+    ("llama", "one", "activation", FULL),
+    ("gpt_neox", "tp2_pp2_sp", "gradient", FULL),
+]
+
+
+@pytest.mark.parametrize("name, layout, kind, mode", SCORED)
+def test_scores_are_the_same(
+    pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, name: str, layout: str, kind: str, mode: dict[str, Any]
+) -> None:
+    """The teacher's weights are frozen while prune scores it, so that only hidden states need a gradient."""
     source = pruning.imported(pool, fixtures, hf_models.build(name), tmp_path / "teacher")
     world, cut = pruning.LAYOUTS[layout]
     written = []
-    for mode in (None, FULL):
-        prune = TARGETS[name] | {"importance": "gradient"}
-        raw = pruning.prune_config(fixtures, source, tmp_path / f"run_{mode is None}", prune, cut)
-        raw["student"]["recompute"] = mode
+    for recompute in (None, mode):
+        prune = TARGETS[name] | {"importance": kind}
+        raw = pruning.prune_config(fixtures, source, tmp_path / f"run_{recompute is None}", prune, cut)
+        raw["student"]["recompute"] = recompute
         written.append((runs.train(pool, "prune", raw, world) / "scores.json").read_bytes())
     assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("mode", [FULL, MLP], ids=["full", "mlp"])
+def test_packed_conversations_with_noise(
+    pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, mode: dict[str, Any]
+) -> None:
+    """Masks are inputs of a recomputed layer; NEFTune's noise is added before the first one."""
+    student, found = runs.make_student(pool, fixtures), []
+    for name, recompute in (("kept", {}), ("again", {"student__recompute": mode})):
+        changes = {"finetune__neftune_alpha": 5.0, "train__dropout": 0.1, **recompute}
+        raw = runs.finetune_config(fixtures, tmp_path / name, student, **changes)
+        run_dir = runs.train(pool, "finetune", raw)
+        found.append((runs.metrics(run_dir), state(run_dir)))
+    assert found[0] == found[1]
 
 
 def test_a_run_is_resumed_with_recomputation(pool: WorkerPool, fixtures: Fixtures, tmp_path: Path) -> None:

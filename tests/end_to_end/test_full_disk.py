@@ -97,7 +97,7 @@ def test_a_full_disk_is_said_and_the_next_save_is_a_good_one(
     ranks = pool.run(partial(at_steps, work), words, world=world, initialise=False, capture=True)
     assert [rank.value for rank in ranks] == [0] * world, ranks
     warning = next(line for line in ranks[0].stderr.splitlines() if "step 4" in line)
-    assert " rank 0 capgap: warning: step 4 was not saved: " in warning
+    assert " capgap: warning: step 4 was not saved: " in warning
     assert "No space left on device" in warning
     assert warning.endswith("older checkpoints are unchanged; training continues, the next save tries again")
     assert runs.checkpoints(run_dir) == ["step_2", "step_6"]

@@ -555,6 +555,10 @@ RIGHT = [
     (["--student.recompute={what: full, every: 2}"], {}),
     (["--student.recompute={what: full, layers: 1}", "--student.layout.virtual_pipeline=2"], {}),
     (["--student.recompute={what: mlp}"], {}),
+    (
+        [*FROM_CHECKPOINT, *NO_TEACHER, "--student.recompute={what: mlp}"],
+        {"stage": "evaluate", "student": ModelShape(4, 64, 8, 160, 1000, family="gpt_neox"), "teacher": None},
+    ),
     (["--teacher.layout={tensor: 2, pipeline: 2, sequence: true}", "--teacher.micro_batch=8"], {}),
     (["--train.global_batch=null", "--teacher.micro_batch=1"], {}),
     (["--teacher.layout={pipeline: 8}"], {}),

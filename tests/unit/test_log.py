@@ -22,6 +22,16 @@ def test_a_message_shows_time_rank_and_level(capsys: pytest.CaptureFixture[str])
     )
 
 
+def test_every_line_has_the_prefix(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        raise ValueError("why")
+    except ValueError:
+        log.LOG.exception("first\nsecond")
+    lines = capsys.readouterr().err.splitlines()
+    assert all(re.match(r"\d\d:\d\d:\d\d capgap: error: ", line) for line in lines), lines
+    assert lines[1].endswith(": second") and lines[-1].endswith(": ValueError: why")
+
+
 def test_without_a_launcher_no_rank_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     RunLogger(None, is_rank0=True).warning("text")
     assert re.fullmatch(r"\d\d:\d\d:\d\d capgap: warning: text\n", capsys.readouterr().err)

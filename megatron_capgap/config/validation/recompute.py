@@ -27,7 +27,7 @@ def only_whole_layers_are_counted(ctx: ValidationContext) -> Iterator[str]:
 def feed_forward_layers_have_no_biases(ctx: ValidationContext) -> Iterator[str]:
     """Megatron's feed-forward layer returns its bias, a weight, as an output of the recomputed part: the backward pass
     would never end."""
-    wanted, model = ctx.config.student.recompute, _trained(ctx)
+    wanted, model = _used(ctx), _trained(ctx)
     if wanted is not None and wanted.what == "mlp" and ARCHITECTURES[model.shape.family].linear_bias:
         families = ", ".join(name for name, traits in ARCHITECTURES.items() if not traits.linear_bias)
         text = f"mlp: {model.shape.family} has linear biases; set it to full, or use a family without ({families})"
@@ -36,7 +36,7 @@ def feed_forward_layers_have_no_biases(ctx: ValidationContext) -> Iterator[str]:
 
 def recomputed_layers_exist(ctx: ValidationContext) -> Iterator[str]:
     """Layers are counted within a model chunk: the layers of one virtual stage on one rank."""
-    wanted, model, layout = ctx.config.student.recompute, _trained(ctx), ctx.config.student.layout
+    wanted, model, layout = _used(ctx), _trained(ctx), ctx.config.student.layout
     virtual = 1 if ctx.stage == "prune" else layout.virtual_pipeline  # scoring has no virtual stages
     chunk, rest = divmod(model.shape.layers, layout.pipeline * virtual)
     if wanted is None or wanted.what != "full" or rest:
@@ -47,6 +47,14 @@ def recomputed_layers_exist(ctx: ValidationContext) -> Iterator[str]:
     if wanted.layers is None and chunk % wanted.every:
         text = f"{wanted.every} does not divide the {chunk} layers of a model chunk; valid values: {divisors(chunk)}"
         yield ctx.error(f"{_KEY}.every", text)
+
+
+def _used(ctx: ValidationContext) -> Recompute | None:
+    """student.recompute, if the stage has a backward pass."""
+    forward_only = ctx.config.prune is not None and ctx.config.prune.importance != "gradient"
+    if ctx.stage == "evaluate" or (ctx.stage == "prune" and forward_only):
+        return None
+    return ctx.config.student.recompute
 
 
 def _trained(ctx: ValidationContext) -> CheckedModel:
