@@ -122,8 +122,7 @@ class Layout:
     context: Positive = 1
     """Context-parallel size: number of shards of the sequence in attention. Valid value in this release: 1."""
     sequence: bool = False
-    """Sequence parallelism: shard norms and residuals along the sequence over the tensor-parallel ranks; requires
-    tensor > 1."""
+    """Sequence parallelism: shard norms and residuals by tokens over the tensor-parallel ranks; requires tensor > 1."""
 
 
 @dataclass(frozen=True)
@@ -259,8 +258,9 @@ class TrainConfig:
     """A batch is bad if its gradient norm before clipping exceeds this value, or if its loss or gradient norm is not
     finite; null: the latter condition only."""
     max_skipped: NonNegative = 0
-    """Number of bad batches that a run may skip without an update, counted over all restarts; the next bad batch stops
-    the run."""
+    """Number of bad batches that a run may skip without an update, over all restarts; the next one stops the run."""
+    overlap: bool | None = None
+    """Reduce gradients during the backward pass and gather weights during the forward pass; null: on GPUs only."""
     log_every: Positive = 1
     """Steps between console lines; metrics.jsonl records every step."""
     exit_after_minutes: PositiveFloat | None = None

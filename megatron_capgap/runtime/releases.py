@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -101,3 +103,33 @@ def no_cuda_graphs() -> dict[str, list[str]]:
 
 if __name__ == "__main__":
     sys.exit(not PYTHON[0] <= sys.version_info[:2] < PYTHON[1])
+
+
+@contextmanager
+def bucket_padding_kept(optimizers: Sequence[Any]) -> Iterator[None]:
+    """Within the context distributed optimizers gather their state in the layout that their sharded state is read in.
+
+    In 0.16 to 0.19 the gathered state leaves out the padding at the end of each bucket, but parameters are looked up at
+    places that count it: with several buckets, every parameter behind the first bucket would be saved with the values
+    of others, without an error. Later releases subtract the padding (NVIDIA/Megatron-LM#5077).
+    """
+    for optimizer in optimizers:
+        optimizer.get_parameter_state_dp_zero = functools.partial(_gather_with_padding, optimizer)
+    try:
+        yield
+    finally:
+        for optimizer in optimizers:
+            del optimizer.get_parameter_state_dp_zero
+
+
+def _gather_with_padding(optimizer: Any, *args: Any, **options: Any) -> Any:
+    state = type(optimizer).get_parameter_state_dp_zero(optimizer, *args, **options)
+    for index, buffer in enumerate(optimizer.buffers):
+        for tensors in state[index].values() if state is not None and len(buffer.buckets) > 1 else ():
+            for name in ("param", "exp_avg", "exp_avg_sq"):
+                parts = tensors[name].split([bucket.numel_unpadded for bucket in buffer.buckets])
+                padded = tensors[name].new_zeros(buffer.numel)
+                for bucket, part in zip(buffer.buckets, parts, strict=True):
+                    padded[bucket.offset : bucket.offset + bucket.numel_unpadded] = part
+                tensors[name] = padded
+    return state

@@ -205,7 +205,8 @@ def training_run(
         objective: what is minimised.
     """
     config, plan = ctx.config, ctx.plan
-    chunks = optimizer.wrap(student, ctx.parallel, derived.student_precision(config))
+    overlap = ctx.device.name != "cpu" if config.train.overlap is None else config.train.overlap
+    chunks = optimizer.wrap(student, ctx.parallel, derived.student_precision(config), overlap=overlap)
     checkpointing = config.checkpoint
     saver = Saver(
         ctx.run_dir,

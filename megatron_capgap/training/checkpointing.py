@@ -12,6 +12,7 @@ from megatron_capgap.checkpoint.metadata import CheckpointCorrupted
 from megatron_capgap.checkpoint.saver import SaveFailed
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.distributed import collectives
+from megatron_capgap.training import param_sync
 from megatron_capgap.training.run import TrainingRun
 
 
@@ -69,6 +70,7 @@ def save(run: TrainingRun, done: int, skipped: int, *, last: bool) -> bool:
     """
     run.watchdog.activity = f"the save after step {done}"
     collectives.run_on_rank0(run.checkpoints.check_ownership)
+    param_sync.gather_all(run.chunks)
     # A save copies the optimizer's state, into the memory that activations used.
     run.device.release_memory()
     meta = replace(run.checkpoints.metadata(done), skipped=skipped)

@@ -15,7 +15,7 @@ from megatron_capgap.distributed.parallel_context import ParallelContext
 from megatron_capgap.losses import Loss, language_model_loss
 from megatron_capgap.models import pipeline_schedule
 from megatron_capgap.models.fp8_scales import DelayedScales
-from megatron_capgap.models.gpt import unwrap
+from megatron_capgap.training import param_sync
 from megatron_capgap.training.step import reduce_losses
 
 
@@ -112,7 +112,7 @@ def _make_loss_func(
         labels, mask = batch.flat()
         out = language_model_loss(
             hidden.flatten(0, 1),
-            unwrap(last_chunk).lm_head(),
+            param_sync.lm_head(last_chunk),
             labels,
             mask,
             vocab_size=vocab_size,

@@ -25,14 +25,19 @@ from megatron_capgap.runtime import releases
 
 
 def wrap(
-    chunks: list[torch.nn.Module], parallel: ParallelContext, precision: Precision
+    chunks: list[torch.nn.Module], parallel: ParallelContext, precision: Precision, *, overlap: bool
 ) -> list[DistributedDataParallel]:
-    """Wraps model chunks in Megatron's DistributedDataParallel; optimizer state is sharded over data-parallel ranks."""
+    """Wraps model chunks in Megatron's DistributedDataParallel; optimizer state is sharded over data-parallel ranks.
+
+    With `overlap`, gradients are reduced bucket by bucket while the last backward pass of a step runs, and weights are
+    gathered while the next forward pass runs: see `training.param_sync` for who must wait for them.
+    """
+    overlap = overlap and parallel.dp_size > 1
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,
-        overlap_grad_reduce=False,
-        overlap_param_gather=False,
+        overlap_grad_reduce=overlap,
+        overlap_param_gather=overlap,
         average_in_collective=False,
         fp8_param_gather=precision.fp8 is not None and precision.fp8.param_gather,
     )
@@ -45,6 +50,9 @@ def wrap(
             )
         )
         config.finalize_model_grads_func = finalize_model_grads
+    if overlap:  # gradients of all micro-batches but the last are only added up
+        no_sync = [chunk.no_sync for chunk in wrapped]
+        get_model_config(wrapped[0]).no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
     return wrapped
 
 
@@ -87,7 +95,8 @@ class OptimizerState:
             model: the model's sharded state, which gives the parameters' names and sharding.
             loading: whether the state is the target of a load.
         """
-        return self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_SHARDING_METADATA)
+        with releases.bucket_padding_kept(self.optimizer.chained_optimizers):
+            return self.optimizer.sharded_state_dict(model, is_loading=loading, metadata=_SHARDING_METADATA)
 
     def copied(self) -> OptimizerState:
         """A copy in host memory of the state that `sharded_state` reads; usable for that only."""
@@ -227,6 +236,7 @@ def build(chunks: list[DistributedDataParallel], config: Config, device: Device)
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
         fp8_recipe=precision.fp8.recipe if precision.fp8 else None,
         use_distributed_optimizer=True,
+        overlap_param_gather=chunks[0].ddp_config.overlap_param_gather,
     )
     optimizer = get_megatron_optimizer(settings, chunks)
     for inner in _torch_optimizers(optimizer):

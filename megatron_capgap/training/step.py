@@ -17,6 +17,7 @@ from megatron_capgap.distributed.parallel_context import ParallelContext
 from megatron_capgap.losses import Loss
 from megatron_capgap.models import pipeline_schedule
 from megatron_capgap.models.gpt import unwrap
+from megatron_capgap.training import param_sync
 from megatron_capgap.training.optimizer import OptimizerState
 
 LossFunction = Callable[[Tensor, Tensor, MicroBatch], Loss]
@@ -88,9 +89,11 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.optimizer.zero_grad()
     losses: list[tuple[Loss, MicroBatch]] = []
+    for chunk in chunks:  # read by hooks of other modules
+        param_sync.wait_for(chunk, unwrap(chunk).projections.parameters())
 
     def last_stage(hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, None]:
-        out = loss(hidden, unwrap(chunks[-1]).lm_head(), batch)
+        out = loss(hidden, param_sync.lm_head(chunks[-1]), batch)
         losses.append((Loss(out.loss_sum.detach(), out.num_tokens, out.report), batch))
         return out.loss_sum, out.num_tokens.to(torch.int), None
 

@@ -29,7 +29,7 @@ def accumulated(tied: bool) -> tuple[Tensor, Tensor]:
     initialise(chunks, shape, parallel, 0)
     with torch.no_grad():  # what all hidden states share makes the chunks' gradients alike, and their rounding small
         gpt.unwrap(chunks[0]).decoder.final_layernorm.bias.normal_()
-    (model,) = optimizer.wrap(chunks, parallel, Precision())
+    (model,) = optimizer.wrap(chunks, parallel, Precision(), overlap=False)
     embedded: list[Tensor] = []  # the gradients of what the embedding gives
     gpt.unwrap(model).embedding.word_embeddings.register_forward_hook(
         lambda module, inputs, output: output.register_hook(embedded.append) and None  # the output stays as it is
