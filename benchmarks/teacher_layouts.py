@@ -337,8 +337,8 @@ def taught(
         Precision,
         StudentConfig,
         TeacherConfig,
-        TrainConfig,
     )
+    from megatron_capgap.config.training import TrainConfig
     from megatron_capgap.models import memory, size
 
     shapes, layout = (ModelShape(**student), ModelShape(**teacher)), Layout(**cut)

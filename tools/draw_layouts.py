@@ -13,7 +13,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_capgap.config.schema import Config, DataConfig, Layout, StudentConfig, TeacherConfig, TrainConfig
+from megatron_capgap.config.schema import Config, DataConfig, Layout, StudentConfig, TeacherConfig
+from megatron_capgap.config.training import TrainConfig
 from megatron_capgap.distillation import transfer_plan
 from megatron_capgap.distillation.transfer_plan import ModelPlacement, RankSlice
 

@@ -17,7 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
 from torch import Tensor
 
-from megatron_capgap.config import derived, schema
+from megatron_capgap.config import derived, training
 from megatron_capgap.config.schema import Config, Precision
 from megatron_capgap.devices import Device
 from megatron_capgap.distributed.parallel_context import ParallelContext
@@ -247,7 +247,7 @@ def build(chunks: list[DistributedDataParallel], config: Config, device: Device)
 
 
 def build_lr_scheduler(
-    optimizer: MegatronOptimizer, section: schema.OptimizerConfig, steps: int
+    optimizer: MegatronOptimizer, section: training.OptimizerConfig, steps: int
 ) -> OptimizerParamScheduler:
     """The learning-rate schedule, as in transformers.
 

@@ -9,7 +9,8 @@ import psutil
 import pytest
 import torch
 
-from megatron_capgap.config.schema import Config, DataConfig, Layout, StudentConfig, TeacherConfig, TrainConfig
+from megatron_capgap.config.schema import Config, DataConfig, Layout, StudentConfig, TeacherConfig
+from megatron_capgap.config.training import TrainConfig
 from tests.support.pool import WorkerError, WorkerPool
 from tests.support.processes import LEAVE, wait_for
 

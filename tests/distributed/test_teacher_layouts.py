@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_capgap.config.schema import Config, DataConfig, Layout, StudentConfig, TeacherConfig, TrainConfig
+from megatron_capgap.config.schema import Config, DataConfig, Layout, StudentConfig, TeacherConfig
+from megatron_capgap.config.training import TrainConfig
 from tests.support import dense, runs
 from tests.support.pool import WorkerPool
 from tests.support.runs import Fixtures

@@ -13,7 +13,7 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from megatron_capgap.config.schema import OptimizerConfig
+from megatron_capgap.config.training import OptimizerConfig
 from megatron_capgap.training.optimizer import build_lr_scheduler, warmup_steps
 from tests.support import runs
 from tests.support.pool import WorkerPool

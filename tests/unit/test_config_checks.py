@@ -8,15 +8,8 @@ import yaml
 from megatron_capgap.common.errors import ConfigError
 from megatron_capgap.config import derived
 from megatron_capgap.config.loader import LoadedConfig, load
-from megatron_capgap.config.schema import (
-    Config,
-    DataConfig,
-    Layout,
-    ModelShape,
-    StudentConfig,
-    TeacherConfig,
-    TrainConfig,
-)
+from megatron_capgap.config.schema import Config, DataConfig, Layout, ModelShape, StudentConfig, TeacherConfig
+from megatron_capgap.config.training import TrainConfig
 from megatron_capgap.config.validation import checks
 
 STUDENT = ModelShape(layers=4, hidden=64, heads=8, kv_heads=4, ffn=160, vocab=1000)

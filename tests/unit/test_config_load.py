@@ -16,16 +16,8 @@ from megatron_capgap.common.errors import ConfigError
 from megatron_capgap.config import help, schema
 from megatron_capgap.config.fields import table
 from megatron_capgap.config.loader import STAGE_REQUIREMENTS, LoadedConfig, dump, load
-from megatron_capgap.config.schema import (
-    STAGES,
-    Config,
-    DataConfig,
-    Layout,
-    ModelShape,
-    StudentConfig,
-    TeacherConfig,
-    TrainConfig,
-)
+from megatron_capgap.config.schema import STAGES, Config, DataConfig, Layout, ModelShape, StudentConfig, TeacherConfig
+from megatron_capgap.config.training import OptimizerConfig, TrainConfig
 
 GOOD = """\
 run_dir: runs/distill
@@ -380,7 +372,7 @@ configs = st.builds(
     seed=counts,
     teacher=st.builds(TeacherConfig, checkpoint=texts, layout=st.none() | layouts, micro_batch=st.none() | counts),
     train=st.builds(TrainConfig, steps=counts, global_batch=st.none() | counts, dropout=st.floats(0, 0.99)),
-    optimizer=st.builds(schema.OptimizerConfig, lr=rates, betas=st.tuples(shares, shares)),
+    optimizer=st.builds(OptimizerConfig, lr=rates, betas=st.tuples(shares, shares)),
     objective=st.builds(
         schema.ObjectiveConfig,
         divergence=st.sampled_from(schema.DIVERGENCES),

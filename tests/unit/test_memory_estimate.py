@@ -7,7 +7,6 @@ import pytest
 
 from megatron_capgap.config.schema import (
     FP8,
-    CheckpointConfig,
     Config,
     DataConfig,
     LayerPair,
@@ -17,8 +16,8 @@ from megatron_capgap.config.schema import (
     Precision,
     StudentConfig,
     TeacherConfig,
-    TrainConfig,
 )
+from megatron_capgap.config.training import CheckpointConfig, TrainConfig
 from megatron_capgap.models.memory import Memory, estimate, estimate_teacher
 from megatron_capgap.models.size import padded_vocab, parameters
 

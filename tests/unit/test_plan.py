@@ -15,8 +15,8 @@ from megatron_capgap.config.schema import (
     ObjectiveConfig,
     StudentConfig,
     TeacherConfig,
-    TrainConfig,
 )
+from megatron_capgap.config.training import TrainConfig
 from megatron_capgap.distillation import transfer_plan
 from megatron_capgap.distillation.transfer_plan import FINAL_HIDDEN, ModelPlacement, RankSlice, RowRange, StageRoute
 from tests.support.processes import ROOT
