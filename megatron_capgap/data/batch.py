@@ -143,6 +143,6 @@ def collate(
         tokens=tokens[:, :-1].contiguous(),
         labels=tokens[:, 1:].contiguous(),
         loss_mask=torch.from_numpy(loss_mask).to(device),
-        position_ids=torch.arange(sequence_length, device=device).expand(len(rows), -1),
+        position_ids=torch.arange(sequence_length, device=device).repeat(len(rows), 1),
         sample_ids=sample_ids,
     )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from threading import Thread
 
 import torch
 
 from megatron_capgap.data.batch import MicroBatch
+
+_Batch = Sequence[MicroBatch]
 
 
 class Prefetcher:
@@ -20,27 +23,33 @@ class Prefetcher:
     """
 
     def __init__(
-        self,
-        read: Callable[[int], Sequence[MicroBatch]],
-        upload: Callable[[torch.Tensor], torch.Tensor],
-        steps: int,
+        self, read: Callable[[int], _Batch], upload: Callable[[torch.Tensor], torch.Tensor], steps: int
     ) -> None:
         self._read, self._upload, self._steps = read, upload, steps
-        self._thread = ThreadPoolExecutor(1, "prefetch")
-        self._next: tuple[int, Future[Sequence[MicroBatch]]] | None = None
+        self._next: tuple[int, Future[_Batch]] | None = None
 
     def take(self, step: int) -> list[MicroBatch]:
         """The micro-batches of a step on the device; starts to read those of the next one.
 
-        Raises what `read` raised for this step, so that an error in the data of a later step does not stop this one.
+        Raises what `read` raised for this step.
         """
-        number, future = self._next or (step, None)
-        if future is None or number != step:
-            future = self._thread.submit(self._read, step)
-        batches = future.result()
-        self._next = (step + 1, self._thread.submit(self._read, step + 1)) if step + 1 < self._steps else None
+        if self._next is None or self._next[0] != step:
+            self._start(step)
+        assert self._next is not None
+        batches = self._next[1].result()
+        self._next = None
+        if step + 1 < self._steps:
+            self._start(step + 1)
         return [batch.on_device(self._upload) for batch in batches]
 
-    def close(self) -> None:
-        """Waits for a read in progress and ends the thread."""
-        self._thread.shutdown(cancel_futures=True)
+    def _start(self, step: int) -> None:
+        future: Future[_Batch] = Future()
+        self._next = (step, future)
+        # Not a pool: its threads are joined at exit, where a read that hangs would keep the process alive.
+        Thread(target=self._fill, args=(step, future), name="prefetch", daemon=True).start()
+
+    def _fill(self, step: int, future: Future[_Batch]) -> None:
+        try:
+            future.set_result(self._read(step))
+        except BaseException as error:
+            future.set_exception(error)

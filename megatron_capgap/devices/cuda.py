@@ -51,7 +51,8 @@ def prepare(local_rank: int, precisions: Sequence[Precision]) -> Device:
         ),
         peak_memory=torch.cuda.max_memory_allocated,
         release_memory=torch.cuda.empty_cache,
-        upload=lambda tensor: tensor.pin_memory().to(torch.device("cuda", local_rank), non_blocking=True),
+        # pin_memory keeps strides, and cannot fill a tensor that overlaps itself, such as an expanded one.
+        upload=lambda tensor: tensor.contiguous().pin_memory().to(torch.device("cuda", local_rank), non_blocking=True),
         mark=_mark,
         seconds_between=lambda begin, end: begin.elapsed_time(end) / 1e3,
         between_steps=lambda: None,

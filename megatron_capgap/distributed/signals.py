@@ -1,4 +1,5 @@
-"""Stop requests: SIGTERM, SIGUSR1 or the time limit save and stop the run at the next step boundary, on all ranks."""
+"""Stop requests: SIGTERM, SIGUSR1 or the time limit save and stop the run on all ranks, after this step or the next
+one."""
 
 from __future__ import annotations
 

@@ -112,6 +112,8 @@ def transformer_config(
         # order only, so an interleaved schedule would silently receive gradients as activations.
         batch_p2p_comm=layout.virtual_pipeline == 1,
         overlap_p2p_comm=layout.virtual_pipeline > 1,
+        # By default Megatron waits for the whole GPU after each batched exchange, for the sake of PyTorch before 2.0.
+        batch_p2p_sync=False,
         # Fused SwiGLU saves only its input and recomputes the rest, on any device. Megatron's fused GELU is the tanh
         # approximation for both GELU variants.
         bias_activation_fusion=traits.gated,

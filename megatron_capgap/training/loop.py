@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 
 import torch
 
@@ -49,7 +49,7 @@ def train(run: TrainingRun) -> None:
     exchange = RankExchange(stop_request, timer, run.device)
     data = Prefetcher(lambda done: read_global_batch(run, done), run.device.upload, steps)
     log.bar(done, steps)
-    with stop_request as stop, finish_saving_on_error(run), _manual_gc(), closing(data):
+    with stop_request as stop, finish_saving_on_error(run), _manual_gc():
         teacher = TeacherForward(run)
         while done < steps and not stopping.exhausted:
             run.watchdog.activity = f"step {done + 1}, reading"
@@ -143,8 +143,8 @@ def student_step(
     objective, scales = run.objective, DelayedScales(run.chunks)
 
     def before_reduction() -> None:
-        teacher.run_early(done + 1)
         timer.arrived()
+        teacher.run_early(done + 1)
 
     try:
         return train_step(
@@ -288,7 +288,9 @@ def _log_step(run: TrainingRun, done: int, result: StepResult, meter: Throughput
     speed = f"{count(rate)} tokens/s  {count(flops, 'FLOP/s')}"
     if run.costs.peak_flops is not None:
         speed += f" ({flops / run.costs.peak_flops:.1%} of the peak)"
-    line = f"loss {result.loss:.4f}  norm {result.grad_norm:.3f}  lr {result.lr:.2e}  {speed}  {timer.summary()}"
+    line = (
+        f"loss {result.loss:.4f}  norm {result.grad_norm:.3f}  lr {result.lr:.2e}  {speed}  {timer.summary()}".rstrip()
+    )
     run.log.progress(done, steps, f"{line}  left {meter.eta(steps - done)}", every)
 
 

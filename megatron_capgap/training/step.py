@@ -116,6 +116,7 @@ def train_step(
     pipeline_schedule.run(
         chunks, parallel, batches, sums.last_stage, forward_only=False, shape=(sequence_length, micro_batch)
     )
+    get_model_config(chunks[0]).finalize_model_grads_func = None  # it holds the batch
     optimizer.optimizer.prepare_grads()
     count = len(sums.total)
     packed = torch.cat([sums.total, optimizer.grad_norm().double()[None], exchange.sums()])

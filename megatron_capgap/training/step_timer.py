@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from megatron_capgap.devices import Device
 
@@ -25,14 +26,16 @@ class StepTimer:
 
     def __init__(self, device: Device) -> None:
         self._device = device
-        self._began = self._arrived = device.mark()
+        self._marks: tuple[Any, Any] | None = None  # of the last step: its start, its arrival at the reduction
+        self._began = device.mark()
         self._started, self._waited = time.perf_counter(), 0.0
         self._last: Times = (0.0, 0.0)
         self._of_ranks: list[Times] = []
 
     def start(self) -> None:
         """Marks the start of a step, which begins with its batch."""
-        self._last = (self._device.seconds_between(self._began, self._arrived), self._waited)
+        if self._marks is not None:
+            self._last = (self._device.seconds_between(*self._marks), self._waited)
         self._began, self._started = self._device.mark(), time.perf_counter()
 
     def data_loaded(self) -> None:
@@ -40,8 +43,8 @@ class StepTimer:
         self._waited = time.perf_counter() - self._started
 
     def arrived(self) -> None:
-        """Marks the end of the work before the reduction of gradients."""
-        self._arrived = self._device.mark()
+        """Marks the end of the last backward pass."""
+        self._marks = (self._began, self._device.mark())
 
     def last_times(self) -> Times:
         """This rank's times of the step before; zeros in the first step of a process."""

@@ -95,7 +95,8 @@ def reads_of_steps(words: list[str]) -> list[dict[str, int]]:
 
     from megatron_capgap.stages import distill
 
-    with mock.patch.object(loop, "_log_step", log), mock.patch.object(distill, "train", counted):
+    waits = mock.patch.object(torch.cuda, "synchronize", lambda *_: _count(reads.found, "synchronize"))
+    with waits, mock.patch.object(loop, "_log_step", log), mock.patch.object(distill, "train", counted):
         assert main(words) == 0
     return steps
 
