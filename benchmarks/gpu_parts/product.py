@@ -33,9 +33,8 @@ def one_rank(bench: Bench) -> tuple[Device, ParallelContext]:
 @functools.cache
 def _one_rank(name: str) -> tuple[Device, ParallelContext]:
     third_party.prepare()
-    os.environ.setdefault(
-        "GLOO_SOCKET_IFNAME", "lo"
-    )  # the host's name may have no address on a machine without network
+    # On a machine without a network the host's name may have no address.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     from megatron_capgap import devices
 
     device = devices.choose(name, 0, (PRECISION,))
