@@ -137,7 +137,7 @@ class Product:
                 group=self._parallel.groups.tp,
             )
 
-        self._train(loss)
+        self._train(loss, objective.report)
 
     def cross_entropy_step(self) -> None:
         """The same student's step without a teacher."""
@@ -150,16 +150,17 @@ class Product:
                 hidden.flatten(0, 1), lm_head, *batch.flat(), vocab_size=self._vocab, group=group
             )
 
-        self._train(loss)
+        self._train(loss, ("cross_entropy",))
 
     def teacher_forward(self) -> None:
         """The teacher's forward passes alone, without its head."""
         self._teacher.forward(self._batches)
 
-    def _train(self, loss: Any) -> None:
+    def _train(self, loss: Any, report: tuple[str, ...]) -> None:
         from megatron_capgap.training.step import train_step
 
-        train_step(self._chunks, self._parallel, self._optimizer, self._batches, loss, step=1, clip_norm=1.0)
+        parts = (self._chunks, self._parallel, self._optimizer, self._batches, loss)
+        train_step(*parts, report=report, step=1, clip_norm=1.0)
 
     def free(self) -> None:
         """Returns the memory of both models."""

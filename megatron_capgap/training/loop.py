@@ -288,10 +288,9 @@ def _log_step(run: TrainingRun, done: int, result: StepResult, meter: Throughput
     speed = f"{count(rate)} tokens/s  {count(flops, 'FLOP/s')}"
     if run.costs.peak_flops is not None:
         speed += f" ({flops / run.costs.peak_flops:.1%} of the peak)"
-    line = (
-        f"loss {result.loss:.4f}  norm {result.grad_norm:.3f}  lr {result.lr:.2e}  {speed}  {timer.summary()}".rstrip()
-    )
-    run.log.progress(done, steps, f"{line}  left {meter.eta(steps - done)}", every)
+    line = f"loss {result.loss:.4f}  norm {result.grad_norm:.3f}  lr {result.lr:.2e}"
+    parts = (line, speed, timer.summary(), f"left {meter.eta(steps - done)}")
+    run.log.progress(done, steps, "  ".join(filter(None, parts)), every)
 
 
 def _evaluate(

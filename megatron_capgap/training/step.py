@@ -76,8 +76,8 @@ def train_step(
     matching_loss: Callable[[], Loss] | None = None,
     *,
     report: Sequence[str],
-    exchange: Exchange,
-    before_reduction: Callable[[], None],
+    exchange: Exchange | None = None,
+    before_reduction: Callable[[], None] = lambda: None,
     step: int,
     clip_norm: float,
     max_norm: float | None = None,
@@ -95,7 +95,7 @@ def train_step(
         matching_loss: returns, after all micro-batches, the matching loss that this stage's layers have added to the
             backward pass, summed over this rank's tokens; collective over the tensor-parallel ranks.
         report: names of the parts of the loss, on any stage.
-        exchange: called between the reduction of gradients and the update.
+        exchange: called between the reduction of gradients and the update; None exchanges nothing.
         before_reduction: called after the last backward pass; on a device, its work hides the reduction of gradients.
         step: its number, for messages.
         clip_norm: gradients with a larger norm are scaled down to it; 0 disables clipping.
@@ -105,11 +105,10 @@ def train_step(
         BadBatch: loss or gradient norm is not finite, or the norm is too large; weights, optimizer and schedule are
             unchanged.
     """
+    optimizer.optimizer.zero_grad()
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    optimizer.optimizer.zero_grad()
-    for chunk in chunks:  # read by hooks of other modules
-        param_sync.wait_for(chunk, unwrap(chunk).projections.parameters())
+        param_sync.wait_for(chunk, unwrap(chunk).projections.parameters())  # read by hooks of other modules
     sums = _StepSums(chunks, parallel, loss, matching_loss, report, before_reduction)
     get_model_config(chunks[0]).finalize_model_grads_func = sums.reduce_gradients
     micro_batch, sequence_length = batches[0].tokens.shape
@@ -119,10 +118,11 @@ def train_step(
     get_model_config(chunks[0]).finalize_model_grads_func = None  # it holds the batch
     optimizer.optimizer.prepare_grads()
     count = len(sums.total)
-    packed = torch.cat([sums.total, optimizer.grad_norm().double()[None], exchange.sums()])
-    numbers = packed.tolist()  # waits for the device
+    packed = [sums.total, optimizer.grad_norm().double()[None], *([exchange.sums()] if exchange else [])]
+    numbers = torch.cat(packed).tolist()  # waits for the device
     (loss_mean, parts, tokens), grad_norm = _means(numbers[:count], report), numbers[count]
-    exchange.receive(numbers[count + 1 :])
+    if exchange:
+        exchange.receive(numbers[count + 1 :])
     if not loss_mean - loss_mean == 0.0:  # true for NaN and infinities
         raise _bad_batch(f"loss {loss_mean} is not finite", step, sums.suspect(batches))
     _check_norm(grad_norm, max_norm, step, batches)
