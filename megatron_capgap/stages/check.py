@@ -70,8 +70,10 @@ def _case(plan: Outline, options: PlanningOptions, world: int) -> Case:
 def _plan_case(loaded: LoadedConfig, stage: str, options: PlanningOptions) -> Case:
     """The run on one rank, for its models and everything that does not depend on the layouts searched for."""
     config = loaded.config
+    # prune runs the teacher in student.layout, so that the section has none.
+    layout = None if stage == "prune" else Layout()
     teacher = config.teacher and replace(
-        config.teacher, layout=Layout(), placement="colocated", ranks=None, ahead=1, micro_batch=None
+        config.teacher, layout=layout, placement="colocated", ranks=None, ahead=1, micro_batch=None
     )
     student = replace(config.student, layout=Layout(), recompute=None)
     train = replace(config.train, global_batch=None, micro_batch=1)
@@ -88,7 +90,7 @@ def _missing_data(plan: Outline) -> list[str]:
         f"{plan.loaded.location(key)}: {name} does not exist here; the run needs it"
         for key, names in plan.input_files.items()
         for name in names
-        if data_file(name) is None
+        if key in plan.loaded.sources and data_file(name) is None
     ]
 
 
