@@ -36,7 +36,7 @@ def insert_numbers(tree: ConfigTree, read_folder: FolderReader | None) -> None:
                 numbers = _numbers(given, read_folder)
             except UserError as error:
                 tree.report(tree.mark(key), key, str(error))
-                numbers = None
+                numbers = dict(MODELS["gpt2"])  # any valid one, so that this is the only problem
             section.pop(name)
             if section.get("model") is None and numbers is not None:
                 tree.marks[f"{role}.model"] = tree.mark(key)
