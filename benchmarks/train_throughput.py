@@ -40,8 +40,8 @@ def main() -> int:
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.baseline:
-        result = CONTENDERS[options.baseline](options.folder, options.steps)
+    if options.contender:
+        result = CONTENDERS[options.contender](options.folder, options.steps)
         print("RESULT " + json.dumps(result))
         return 0
     with tempfile.TemporaryDirectory() as folder:

@@ -66,18 +66,25 @@ def kv_heads(shape: ModelShape) -> int:
     return shape.kv_heads or shape.heads
 
 
-def layers_per_chunk(layers: int, layout: Layout) -> int:
-    """Layers of one model chunk: of a pipeline stage, or of a virtual stage."""
-    return layers // (layout.pipeline * layout.virtual_pipeline)
+def chunk_layers(layers: int, layout: Layout) -> list[int]:
+    """Number of layers of each model chunk, in the model's order: of each pipeline stage, or of each virtual stage.
+
+    `validation.checks` has verified that they are all layers.
+    """
+    chunks = layout.pipeline * layout.virtual_pipeline
+    return [layers // chunks] * chunks if layout.stage_layers is None else list(layout.stage_layers)
 
 
 def stages_of_layers(layers: int, layout: Layout) -> list[int]:
-    """Pipeline rank of each layer. `validation.checks` has verified that pipeline * virtual_pipeline divides `layers`.
+    """Pipeline rank of each layer. With virtual stages the model chunks are assigned round-robin to the pipeline
+    ranks."""
+    chunks = enumerate(chunk_layers(layers, layout))
+    return [chunk % layout.pipeline for chunk, count in chunks for _ in range(count)]
 
-    With virtual stages the model chunks are assigned round-robin to the pipeline ranks.
-    """
-    a_chunk = layers_per_chunk(layers, layout)
-    return [layer // a_chunk % layout.pipeline for layer in range(layers)]
+
+def layers_on_stage(layers: int, layout: Layout, stage: int) -> int:
+    """Number of layers on a pipeline stage."""
+    return stages_of_layers(layers, layout).count(stage)
 
 
 def recomputed_linears(recompute: Recompute | None, layers: int, layout: Layout) -> list[int]:
@@ -86,8 +93,8 @@ def recomputed_linears(recompute: Recompute | None, layers: int, layout: Layout)
         return [0] * layers
     if recompute.what == "mlp":
         return [2] * layers
-    a_chunk = layers_per_chunk(layers, layout)
-    return [4 if layer % a_chunk < (recompute.layers or a_chunk) else 0 for layer in range(layers)]
+    chunks = chunk_layers(layers, layout)
+    return [4 if layer < (recompute.layers or count) else 0 for count in chunks for layer in range(count)]
 
 
 def projected_pairs(config: Config, student: ModelShape, teacher: ModelShape | None) -> tuple[LayerPair, ...]:

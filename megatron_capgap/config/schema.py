@@ -116,6 +116,10 @@ class Layout:
     """Tensor-parallel size: number of shards of each weight matrix."""
     pipeline: Positive = 1
     """Pipeline-parallel size: number of pipeline stages that the layers are partitioned into."""
+    stage_layers: tuple[Positive, ...] | None = None
+    """Transformer layers of each pipeline stage, first to last, for example [9, 9, 9, 5]; null: as many on each. The
+    last stage also computes the LM head and the loss: `--check` prints how much work each stage has. Not with virtual
+    stages."""
     virtual_pipeline: Positive = 1
     """Number of model chunks per pipeline rank; values above 1 use the interleaved schedule."""
     context: Positive = 1

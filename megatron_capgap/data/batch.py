@@ -1,6 +1,8 @@
 """Micro-batches of one data-parallel rank, built from numbered samples."""
 
-from collections.abc import Iterator, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,6 +32,17 @@ class MicroBatch:
     position_ids: torch.Tensor
     sample_ids: list[int]
     segment_ids: torch.Tensor | None = None
+
+    def on_device(self, upload: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
+        """A copy on the device; `upload` copies one tensor there."""
+        return MicroBatch(
+            tokens=upload(self.tokens),
+            labels=upload(self.labels),
+            loss_mask=upload(self.loss_mask),
+            position_ids=upload(self.position_ids),
+            sample_ids=self.sample_ids,
+            segment_ids=None if self.segment_ids is None else upload(self.segment_ids),
+        )
 
     @property
     def attention_mask(self) -> torch.Tensor | None:
@@ -130,6 +143,6 @@ def collate(
         tokens=tokens[:, :-1].contiguous(),
         labels=tokens[:, 1:].contiguous(),
         loss_mask=torch.from_numpy(loss_mask).to(device),
-        position_ids=torch.arange(sequence_length, device=device).expand(len(rows), -1),
+        position_ids=torch.arange(sequence_length, device=device).repeat(len(rows), 1),
         sample_ids=sample_ids,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -41,8 +42,12 @@ class Device:
     """Peak bytes of this process on the device since it started."""
     release_memory: Callable[[], None]
     """Returns memory cached by the allocator to the system."""
-    finish: Callable[[], None]
-    """Blocks until all work submitted to the device is done."""
+    upload: Callable[[torch.Tensor], torch.Tensor]
+    """Copies a tensor in host memory to the device. The process does not wait for the copy, the device's work does."""
+    mark: Callable[[], Any]
+    """Marks the point that the submitted work has reached; see `seconds_between`."""
+    seconds_between: Callable[[Any, Any], float]
+    """Seconds that the device took from one mark to a later one, which it must have reached."""
     between_steps: Callable[[], None]
     """Called after each step: prevents memory growth over a long run."""
     between_micro_batches: Callable[[], None]

@@ -14,6 +14,7 @@ import functools
 import itertools
 import resource
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,9 @@ def prepare(with_engine: bool = False) -> Device:
         ),
         peak_memory=peak_resident_bytes,
         release_memory=_return_free_memory,
-        finish=lambda: None,
+        upload=lambda tensor: tensor,
+        mark=time.perf_counter,
+        seconds_between=lambda begin, end: end - begin,
         between_steps=_tidy(),
         between_micro_batches=_return_free_memory,
         tune_optimizer=_fuse_adam,

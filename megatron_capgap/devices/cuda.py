@@ -51,8 +51,17 @@ def prepare(local_rank: int, precisions: Sequence[Precision]) -> Device:
         ),
         peak_memory=torch.cuda.max_memory_allocated,
         release_memory=torch.cuda.empty_cache,
-        finish=torch.cuda.synchronize,
+        # pin_memory keeps strides, and cannot fill a tensor that overlaps itself, such as an expanded one.
+        upload=lambda tensor: tensor.contiguous().pin_memory().to(torch.device("cuda", local_rank), non_blocking=True),
+        mark=_mark,
+        seconds_between=lambda begin, end: begin.elapsed_time(end) / 1e3,
         between_steps=lambda: None,
         between_micro_batches=lambda: None,
         tune_optimizer=lambda optimizer: None,
     )
+
+
+def _mark() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event

@@ -1,10 +1,11 @@
-"""Stop requests: SIGTERM, SIGUSR1 or the time limit save and stop the run at the next step boundary, on all ranks."""
+"""Stop requests: SIGTERM, SIGUSR1 or the time limit save and stop the run on all ranks, after this step or the next
+one."""
 
 from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -17,6 +18,7 @@ _Handler = Callable[[int, FrameType | None], Any] | int | None
 WATCHED = (signal.SIGTERM, signal.SIGUSR1)
 _TIME_IS_UP = 1
 """Represents the time limit in the all-reduce; smaller than the watched signals' numbers."""
+_REQUESTS = sorted((_TIME_IS_UP, *WATCHED))
 
 
 class StopRequest:
@@ -36,7 +38,7 @@ class StopRequest:
         self.seen = 0
         """Number of the last signal that this rank received; 0: none."""
         self.reason: str | None = None
-        """Last result of `poll_all_ranks` or `poll_default_group`."""
+        """Last result of `poll_all_ranks`, `poll_default_group` or `receive`."""
         self._previous: dict[int, _Handler] = {}
 
     def __enter__(self) -> StopRequest:
@@ -61,6 +63,16 @@ class StopRequest:
     def poll_default_group(self) -> str | None:
         """As `poll_all_ranks`, between two steps: over the default process group only. Collective."""
         return self._set_reason(all_reduce_max(self._own_request(), self._device))
+
+    def request_counts(self) -> list[float]:
+        """This rank's request, as a count of each kind: their sums over all ranks are what `receive` takes."""
+        return [float(number == self._own_request()) for number in _REQUESTS]
+
+    def receive(self, counts: Sequence[float]) -> str | None:
+        """Sets the reason to stop from the sums of all ranks' `request_counts`; returns it."""
+        return self._set_reason(
+            max((number for number, count in zip(_REQUESTS, counts, strict=True) if count), default=0)
+        )
 
     def _own_request(self) -> int:
         return self.seen or (_TIME_IS_UP if self._time_is_up() else 0)

@@ -41,6 +41,12 @@ class DistillationObjective(ObjectiveConfig):
                 raise UserError(f"objective.{key}: {getattr(self, key)} must be between 0 and 1, both excluded")
 
     @property
+    def report(self) -> tuple[str, ...]:
+        """Names of the parts of the loss."""
+        parts = {"cross_entropy": True, "divergence": self.divergence_weight > 0, "matching": bool(self.matching)}
+        return tuple(name for name, used in parts.items() if used)
+
+    @property
     def row(self) -> Divergence:
         """The divergence's row of the table `DIVERGENCES`."""
         return DIVERGENCES[self.divergence]

@@ -83,7 +83,7 @@ def layers_recomputed(layers: int, chunk_layers: int, recompute: Recompute | Non
     """Number of `layers` layers in flight that are recomputed whole."""
     if recompute is None or recompute.what != "full":
         return 0
-    return layers if recompute.layers is None else layers * recompute.layers // chunk_layers
+    return layers if recompute.layers is None else layers * min(recompute.layers, chunk_layers) // chunk_layers
 
 
 def layers_in_flight(layout: Layout, num_microbatches: int, pipeline_rank: int, layers: int) -> int:
@@ -93,7 +93,7 @@ def layers_in_flight(layout: Layout, num_microbatches: int, pipeline_rank: int, 
     for each later stage, one round for each further virtual stage, and the current one.
     """
     behind = layout.pipeline - pipeline_rank
-    on_stage = layers // layout.pipeline
+    on_stage = derived.layers_on_stage(layers, layout, pipeline_rank)
     if layout.virtual_pipeline == 1:
         return min(behind, num_microbatches) * on_stage
     chunks = 2 * (behind - 1) + (layout.virtual_pipeline - 1) * layout.pipeline + 1

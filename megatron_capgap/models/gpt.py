@@ -96,6 +96,7 @@ def transformer_config(
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.virtual_pipeline if layout.virtual_pipeline > 1 else None,
+        pipeline_model_parallel_layout=_pipeline_layout(layout),
         context_parallel_size=layout.context,
         sequence_parallel=layout.sequence,
         pipeline_dtype=dtype,
@@ -111,6 +112,8 @@ def transformer_config(
         # order only, so an interleaved schedule would silently receive gradients as activations.
         batch_p2p_comm=layout.virtual_pipeline == 1,
         overlap_p2p_comm=layout.virtual_pipeline > 1,
+        # By default Megatron waits for the whole GPU after each batched exchange, for the sake of PyTorch before 2.0.
+        batch_p2p_sync=False,
         # Fused SwiGLU saves only its input and recomputes the rest, on any device. Megatron's fused GELU is the tanh
         # approximation for both GELU variants.
         bias_activation_fusion=traits.gated,
@@ -137,6 +140,14 @@ def _fp8(fp8: FP8 | None) -> dict[str, object]:
         "num_layers_at_start_in_bf16": fp8.first_last_layers_bf16,
         "num_layers_at_end_in_bf16": fp8.first_last_layers_bf16,
     }
+
+
+def _pipeline_layout(layout: Layout) -> list[list[str]] | None:
+    """Megatron's description of a pipeline with unequal stages; None for equal ones."""
+    if layout.stage_layers is None or layout.pipeline == 1:
+        return None
+    stages = [["decoder"] * count for count in layout.stage_layers]
+    return [["embedding", *stages[0]], *stages[1:-1], [*stages[-1], "loss"]]
 
 
 def _recompute(wanted: Recompute | None) -> dict[str, object]:

@@ -143,19 +143,19 @@ def _of_stage(
         )
     num_microbatches = derived.num_microbatches(config, layout, world)
     layers = activations.layers_in_flight(layout, num_microbatches, pipeline_rank, student.layers)
-    cast = layers * _fp8_layers(precision, student, layout, pipeline_rank) * layout.pipeline // student.layers
-    chunk_layers, recompute = derived.layers_per_chunk(student.layers, layout), config.student.recompute
+    recompute, on_stage = config.student.recompute, derived.layers_on_stage(student.layers, layout, pipeline_rank)
+    cast = layers * _fp8_layers(precision, student, layout, pipeline_rank) // on_stage
     layer_input = activations.shard_numel(student.hidden, layout) * width
     kept, again = [layer_input] * 2 if last else [], list[int]()
     for count, recipe in ((layers - cast, None), (cast, precision.fp8.recipe if precision.fp8 else None)):
         layer = activations.of_layer(student, layout, width, recipe)
-        kept += activations.at_peak(layer, layer_input, count, chunk_layers, recompute)
+        kept += activations.at_peak(layer, layer_input, count, on_stage // layout.virtual_pipeline, recompute)
         again = max(again, activations.recomputed(layer, recompute) if count else [], key=sum)
     kept += again
     # With packed conversations each layer saves the mask that is added to its attention scores.
     masks = 0
     if stage == "finetune":
-        whole = activations.layers_recomputed(layers, chunk_layers, recompute)
+        whole = activations.layers_recomputed(layers, on_stage // layout.virtual_pipeline, recompute)
         masks = (layers - whole + (recompute.every if whole and recompute else 0)) * tokens
         masks *= config.data.sequence_length * width
     return Memory(
@@ -192,7 +192,8 @@ def _of_scoring(config: Config, teacher: ModelShape, world: int, pipeline_rank: 
             activations.of_layer(teacher, layout, width),
             activations.shard_numel(teacher.hidden, layout),
         )
-        recompute, chunk_layers = config.student.recompute, derived.layers_per_chunk(teacher.layers, layout)
+        recompute = config.student.recompute
+        chunk_layers = derived.layers_on_stage(teacher.layers, layout, pipeline_rank)
         kept = activations.at_peak(layer, layer_input * width, layers, chunk_layers, recompute)
         kept += activations.recomputed(layer, recompute)
     in_fp8 = _weights_in_fp8(precision, teacher, layout, pipeline_rank, backward=bool(kept))

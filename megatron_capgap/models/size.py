@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from megatron_capgap.config import derived
@@ -91,6 +92,40 @@ def forward_flops(shape: ModelShape, sequence_length: int) -> float:
     return 2.0 * matrices + scores
 
 
+def stage_work(
+    shape: ModelShape, layers: Sequence[int], sequence_length: int, teacher_head: tuple[int, int] | None = None
+) -> list[float]:
+    """Floating-point operations per token of each pipeline stage of a student: forward and backward pass of its layers;
+    on the last one also of the LM head, and the teacher's LM head forward.
+
+    Args:
+        shape: the student.
+        layers: number of layers of each stage.
+        sequence_length: tokens in a row.
+        teacher_head: (vocabulary, hidden size) of the teacher's LM head, if the loss computes its logits.
+    """
+    head = 2.0 * shape.vocab * shape.hidden
+    layer = (forward_flops(shape, sequence_length) - head) / shape.layers
+    work = [3.0 * layer * count for count in layers]
+    work[-1] += 3.0 * head + (2.0 * teacher_head[0] * teacher_head[1] if teacher_head else 0.0)
+    return work
+
+
+def balanced_layers(
+    shape: ModelShape, stages: int, sequence_length: int, teacher_head: tuple[int, int] | None = None
+) -> list[int]:
+    """Number of layers of each stage for which the fullest stage has the least work; arguments as of `stage_work`.
+
+    Each layer after the first of every stage goes to the stage that has the least work so far; all layers are equal, so
+    no other assignment has a lower maximum.
+    """
+    layers = [1] * stages
+    for _ in range(shape.layers - stages):
+        work = stage_work(shape, layers, sequence_length, teacher_head)
+        layers[work.index(min(work))] += 1
+    return layers
+
+
 def training_flops(shape: ModelShape, teacher: ModelShape | None, sequence_length: int) -> float:
     """Floating-point operations of training on one token: 3 forward passes of the student and 1 of the teacher."""
     teaching = forward_flops(teacher, sequence_length) if teacher else 0.0
@@ -107,7 +142,7 @@ def rank_parameters(shape: ModelShape, layout: Layout, stage: int, *, lm_head: b
     biases of row-parallel projections are replicated over tensor-parallel ranks."""
     sharded = (_layer_matrices(shape) + _layer_cut_vectors(shape)) // layout.tensor
     layer = sharded + _layer_whole_vectors(shape)
-    count = shape.layers // layout.pipeline * layer
+    count = derived.layers_on_stage(shape.layers, layout, stage) * layer
     rows = lm_head_parameters(shape, layout)
     first, last = stage == 0, stage == layout.pipeline - 1
     if first:

@@ -79,7 +79,7 @@ def backward_passes(config: Config, stage: str, shape: ModelShape) -> float:
     if recompute.what == "mlp":
         matrices = (3 if ARCHITECTURES[shape.family].gated else 2) * shape.hidden * shape.ffn
         return base + matrices / size.layer_parameters(shape)
-    chunk = derived.layers_per_chunk(shape.layers, layout)
+    chunk = max(1, shape.layers // (layout.pipeline * layout.virtual_pipeline))
     return base + (min(recompute.layers, chunk) / chunk if recompute.layers else 1.0)
 
 

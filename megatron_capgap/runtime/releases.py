@@ -101,10 +101,6 @@ def no_cuda_graphs() -> dict[str, list[str]]:
     return {"cuda_graph_modules" if _at_least(0, 18) else "cuda_graph_scope": []}
 
 
-if __name__ == "__main__":
-    sys.exit(not PYTHON[0] <= sys.version_info[:2] < PYTHON[1])
-
-
 @contextmanager
 def bucket_padding_kept(optimizers: Sequence[Any]) -> Iterator[None]:
     """Within the context distributed optimizers gather their state in the layout that their sharded state is read in.
@@ -133,3 +129,7 @@ def _gather_with_padding(optimizer: Any, *args: Any, **options: Any) -> Any:
                     padded[bucket.offset : bucket.offset + bucket.numel_unpadded] = part
                 tensors[name] = padded
     return state
+
+
+if __name__ == "__main__":
+    sys.exit(not PYTHON[0] <= sys.version_info[:2] < PYTHON[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -53,6 +54,7 @@ def report(
     lines += ["", *_grid("rank grid", config.student.layout, ranks)]
     if config.teacher is not None and (derived.teacher_layout(config) != config.student.layout or len(ranks) < world):
         lines += _grid("teacher rank grid", derived.teacher_layout(config), derived.teacher_rank_range(config, world))
+    lines += stage_work_lines(plan)
     lines += ["", *precision_lines(plan), *_cost_lines(plan)]
     lines += ["", *_memory(plan, on_gpu=planning is not None)]
     if planning is not None:
@@ -148,6 +150,31 @@ def _grid(title: str, layout: Layout, ranks: range) -> list[str]:
         more = f" ... {data} tensor-parallel groups" if data > 4 else ""
         lines.append(f"  stage {stage}: {' '.join(groups)}{more}")
     return lines
+
+
+def stage_work_lines(plan: Outline) -> list[str]:
+    """How much work each pipeline stage of the student has, and the numbers of layers that balance it."""
+    config, shape, layout = plan.config, plan.student, plan.config.student.layout
+    if layout.pipeline == 1 or plan.stage in ("prune", "evaluate"):
+        return []
+    taught = derived.teacher_runs(config, plan.stage) and config.objective.divergence_weight > 0
+    head = (plan.teacher.vocab, plan.teacher.hidden) if plan.teacher is not None and taught else None
+
+    def of_mean(layers: Sequence[int]) -> list[float]:
+        work = size.stage_work(shape, layers, config.data.sequence_length, head)
+        return [len(work) * each / sum(work) for each in work]
+
+    layers = [derived.layers_on_stage(shape.layers, layout, stage) for stage in range(layout.pipeline)]
+    now = of_mean(layers)
+    shown = [f"{each:.2f}" for each in now]
+    if len(shown) > 8:
+        shown[4:-2] = ["..."]
+    line = f"work of each stage, of their mean: {'  '.join(shown)}"
+    best = size.balanced_layers(shape, layout.pipeline, config.data.sequence_length, head)
+    if max(of_mean(best)) < 0.99 * max(now):
+        line += f"; with student.layout.stage_layers: {best} at most {max(of_mean(best)):.2f}"
+        line += " (without virtual stages)" if layout.virtual_pipeline > 1 else ""
+    return [line]
 
 
 def _span(first: int, count: int) -> str:

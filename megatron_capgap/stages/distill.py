@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from megatron_capgap.checkpoint import loader
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.config import derived
 from megatron_capgap.data.batch import MicroBatch
+from megatron_capgap.data.prefetch import Prefetcher
 from megatron_capgap.devices import Device
 from megatron_capgap.distillation import transfer_plan
 from megatron_capgap.distillation.disjoint import StudentPeer, run_teacher_ahead
@@ -111,8 +113,17 @@ def distillation_run(
 
         return loss
 
-    matching_loss = matching.loss if objective.matching else None
-    return context.training_run(ctx, student, TrainingObjective(loss_function, teacher_forward, matching_loss))
+    return context.training_run(
+        ctx,
+        student,
+        TrainingObjective(
+            loss_function,
+            teacher_forward,
+            matching.loss if objective.matching else None,
+            objective.report,
+            teacher_one_step_early=ctx.roles is None,
+        ),
+    )
 
 
 def load_teacher(ctx: DistillationContext) -> FrozenTeacher:
@@ -189,10 +200,12 @@ def _routes(ctx: DistillationContext) -> list[transfer_plan.StageRoute]:
 
 def make_teacher_forward(ctx: DistillationContext, teacher: FrozenTeacher) -> Callable[[int], States]:
     """From the index of a global batch's first sample to the teacher's output states on this rank."""
-    device = ctx.device.torch_device
     samples = datasets.open_training(ctx.plan)
     layers = [route.key for route in _routes(ctx) if route.key != transfer_plan.FINAL_HIDDEN]
-    return lambda first_sample: teacher.forward(teacher.micro_batches(samples, first_sample, device), layers)
+    size, steps, host = ctx.plan.global_batch, ctx.config.train.steps, torch.device("cpu")
+    assert steps is not None, "guaranteed by config.loader"
+    batches = Prefetcher(lambda step: teacher.micro_batches(samples, step * size, host), ctx.device.upload, steps)
+    return lambda first_sample: teacher.forward(batches.take(first_sample // size), layers)
 
 
 def _colocated_teacher(ctx: DistillationContext, teacher: FrozenTeacher) -> Callable[[int], TeacherStates]:

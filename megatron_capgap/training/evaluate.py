@@ -98,7 +98,7 @@ def evaluate(
             pipeline_schedule.run(chunks, parallel, mine, last_stage, forward_only=True, shape=shape)
     if stopped:
         return None
-    loss, report, tokens = reduce_losses(losses, parallel)
+    loss, report, tokens = reduce_losses(losses, ("bytes",), parallel)
     bits = loss / math.log(2.0) / report["bytes"] if report.get("bytes") else float("nan")
     return Evaluation(loss, bits, tokens, samples)
 

@@ -7,9 +7,12 @@ import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
+
 from megatron_capgap.checkpoint import run_directory
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.data.batch import MicroBatch, global_batch_samples, micro_batches
+from megatron_capgap.data.prefetch import Prefetcher
 from megatron_capgap.devices import Device
 from megatron_capgap.distillation.transfer import TeacherStates
 from megatron_capgap.distributed import collectives, process_group
@@ -21,9 +24,12 @@ from megatron_capgap.training import early_stopping
 from megatron_capgap.training.checkpointing import finish_saving_on_error, save, warn_if_save_failed
 from megatron_capgap.training.early_stopping import EarlyStopping
 from megatron_capgap.training.evaluate import evaluate
+from megatron_capgap.training.rank_exchange import RankExchange
 from megatron_capgap.training.run import TrainingRun
 from megatron_capgap.training.step import BadBatch, StepResult, train_step
 from megatron_capgap.training.step_timer import StepTimer
+
+_GC_STEPS = 50
 
 
 def train(run: TrainingRun) -> None:
@@ -38,20 +44,28 @@ def train(run: TrainingRun) -> None:
     if done >= steps or stopping.exhausted:
         _log_nothing_to_do(run, done, stopping)
         return
-    meter, timer = ThroughputMeter(run.costs.flops_per_token), StepTimer(run.chunks, run.device)
+    meter, timer = ThroughputMeter(run.costs.flops_per_token), StepTimer(run.device)
     stop_request = StopRequest(run.device.torch_device, run.all_reduce_max, run.stop_at)
+    exchange = RankExchange(stop_request, timer, run.device)
+    data = Prefetcher(lambda done: read_global_batch(run, done), run.device.upload, steps)
     log.bar(done, steps)
-    with stop_request as stop, finish_saving_on_error(run), _gc_frozen():
+    with stop_request as stop, finish_saving_on_error(run), _manual_gc():
+        teacher = TeacherForward(run)
         while done < steps and not stopping.exhausted:
-            batches = read_global_batch(run, done, timer)
-            teacher_states = teacher_forward(run, done)
-            result = student_step(run, done, skipped, batches, teacher_states)
+            run.watchdog.activity = f"step {done + 1}, reading"
+            timer.start()
+            batches = data.take(done)
+            timer.data_loaded()
+            exchange.start(with_times=_is_logged(run, done + 1))
+            result = student_step(run, done, skipped, batches, teacher, timer, exchange)
             done, skipped = done + 1, skipped + (result is None)
             run.device.between_steps()
+            _collect_garbage(done)
             warn_if_save_failed(run, run.checkpoints.saver.poll)
             if result is not None:
                 _log_step(run, done, result, meter, timer)
-            reason, saved = stop.poll_all_ranks(), False
+            # A teacher on its own ranks has no part in the student's exchange.
+            reason, saved = stop.poll_all_ranks() if run.all_reduce_max else stop.reason, False
             if reason or _is_due(done, config.checkpoint.every, steps):
                 saved = save(run, done, skipped, last=bool(reason) or done == steps)
             if _is_due(done, config.train.eval_every, steps) and not reason:
@@ -69,35 +83,55 @@ def train(run: TrainingRun) -> None:
     _log_finished(run, done, stopping)
 
 
-def read_global_batch(run: TrainingRun, done: int, timer: StepTimer) -> list[MicroBatch]:
-    """This data-parallel rank's micro-batches of step `done + 1`; they depend on the seed and `done` only."""
-    timer.start()
-    run.watchdog.activity = f"step {done + 1}, reading"
+def read_global_batch(run: TrainingRun, done: int) -> list[MicroBatch]:
+    """This data-parallel rank's micro-batches of step `done + 1`, in host memory; they depend on the seed and `done`
+    only."""
     rows = micro_batches(
         run.data.train,
         global_batch_samples(done, run.data.global_batch),
         run.config.train.micro_batch,
         run.parallel.dp_rank,
         run.parallel.dp_size,
-        run.device.torch_device,
+        torch.device("cpu"),
     )
-    batches = list(rows)
-    timer.data_loaded()
-    return batches
+    return list(rows)
 
 
-def teacher_forward(run: TrainingRun, done: int) -> TeacherStates | None:
-    """The teacher's hidden states that this rank needs for the global batch of step `done + 1`; None without a teacher.
-    Collective."""
-    run.watchdog.activity = f"step {done + 1}"
-    forward = run.objective.teacher_forward
-    return None if forward is None else forward(done * run.data.global_batch)
+class TeacherForward:
+    """The teacher's hidden states of each global batch, computed one step early if the objective allows it."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        self._run = run
+        self._early: tuple[int, TeacherStates] | None = None
+
+    def states(self, done: int) -> TeacherStates | None:
+        """What this rank needs of the teacher's states for step `done + 1`; None without a teacher. Collective."""
+        forward, early = self._run.objective.teacher_forward, self._early
+        if forward is None:
+            return None
+        self._early = None
+        if early is not None and early[0] == done:
+            return early[1]
+        return forward(done * self._run.data.global_batch)
+
+    def run_early(self, done: int) -> None:
+        """Computes the states for step `done + 1`, if there is one, within the step before. Collective."""
+        objective, steps = self._run.objective, self._run.config.train.steps
+        assert steps is not None
+        if objective.teacher_forward is not None and objective.teacher_one_step_early and done < steps:
+            self._early = (done, objective.teacher_forward(done * self._run.data.global_batch))
 
 
 def student_step(
-    run: TrainingRun, done: int, skipped: int, batches: Sequence[MicroBatch], teacher_states: TeacherStates | None
+    run: TrainingRun,
+    done: int,
+    skipped: int,
+    batches: Sequence[MicroBatch],
+    teacher: TeacherForward,
+    timer: StepTimer,
+    exchange: RankExchange,
 ) -> StepResult | None:
-    """Step `done + 1`: forward, backward, update. Collective.
+    """Step `done + 1`: forward, backward, update; and the teacher's forward pass for the next step. Collective.
 
     Returns:
         The result; None if the batch is bad and was skipped. Weights, optimizer and FP8 scales are then unchanged.
@@ -105,15 +139,24 @@ def student_step(
     Raises:
         UserError: more bad batches than train.max_skipped allows.
     """
-    scales = DelayedScales(run.chunks)
+    run.watchdog.activity = f"step {done + 1}"
+    objective, scales = run.objective, DelayedScales(run.chunks)
+
+    def before_reduction() -> None:
+        timer.arrived()
+        teacher.run_early(done + 1)
+
     try:
         return train_step(
             run.chunks,
             run.parallel,
             run.optimizer,
             batches,
-            run.objective.loss_function(batches, teacher_states),
-            run.objective.matching_loss,
+            objective.loss_function(batches, teacher.states(done)),
+            objective.matching_loss,
+            report=objective.report,
+            exchange=exchange,
+            before_reduction=before_reduction,
             step=done + 1,
             clip_norm=run.config.optimizer.clip_norm,
             max_norm=run.config.train.max_grad_norm,
@@ -137,21 +180,30 @@ def _stop(run: TrainingRun, done: int, skipped: int, reason: str, *, saved: bool
 
 
 @contextmanager
-def _gc_frozen() -> Iterator[None]:
-    """Excludes the objects created at start-up from garbage collection, for the duration of the run.
+def _manual_gc() -> Iterator[None]:
+    """Replaces automatic garbage collection, for the duration of the run, by `_collect_garbage`.
 
-    They live as long as the run, and scanning them takes a third of a second, also in every save, where Megatron-Core
-    collects. A process that executes several runs may have frozen more objects.
+    Objects created at start-up are excluded: they live as long as the run, and scanning them takes a third of a second,
+    also in every save, where Megatron-Core collects. A process that executes several runs may have frozen more objects.
     """
-    if gc.get_freeze_count():
-        yield
-        return
-    gc.collect()
-    gc.freeze()
+    automatic, frozen = gc.isenabled(), gc.get_freeze_count()
+    if not frozen:
+        gc.collect()
+        gc.freeze()
+    gc.disable()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if automatic:
+            gc.enable()
+        if not frozen:
+            gc.unfreeze()
+
+
+def _collect_garbage(done: int) -> None:
+    """Collects garbage after the same steps on all ranks: collections at different steps delay the ranks in turn."""
+    if done % _GC_STEPS == 0:
+        gc.collect()
 
 
 def _log_nothing_to_do(run: TrainingRun, done: int, stopping: EarlyStopping) -> None:
@@ -220,20 +272,25 @@ def _evaluation_is_missing(run: TrainingRun, done: int) -> bool:
     return collectives.run_on_rank0(lambda: evaluation_after(run.run_dir, done) is None)
 
 
+def _is_logged(run: TrainingRun, done: int) -> bool:
+    return done % run.config.train.log_every == 0 or done == run.config.train.steps
+
+
 def _log_step(run: TrainingRun, done: int, result: StepResult, meter: ThroughputMeter, timer: StepTimer) -> None:
-    """Writes one line to metrics.jsonl and one to the console. Collective for steps that are logged."""
+    """Writes one line to metrics.jsonl and one to the console."""
     rate, flops = meter.update(result.tokens)
     steps, every = run.config.train.steps, run.config.train.log_every
     assert steps is not None, "set by stage_context"
     entry = {"step": done, "loss": result.loss, **result.loss_parts, "grad_norm": result.grad_norm, "lr": result.lr}
     run.log.record({**entry, "tokens": result.tokens, "tokens_per_second": round(rate, 1)})
-    if done % every and done != steps:
+    if not _is_logged(run, done):
         return
     speed = f"{count(rate)} tokens/s  {count(flops, 'FLOP/s')}"
     if run.costs.peak_flops is not None:
         speed += f" ({flops / run.costs.peak_flops:.1%} of the peak)"
-    line = f"loss {result.loss:.4f}  norm {result.grad_norm:.3f}  lr {result.lr:.2e}  {speed}  {timer.summary()}"
-    run.log.progress(done, steps, f"{line}  left {meter.eta(steps - done)}", every)
+    line = f"loss {result.loss:.4f}  norm {result.grad_norm:.3f}  lr {result.lr:.2e}"
+    parts = (line, speed, timer.summary(), f"left {meter.eta(steps - done)}")
+    run.log.progress(done, steps, "  ".join(filter(None, parts)), every)
 
 
 def _evaluate(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_model_config
@@ -49,7 +49,6 @@ def wrap(
                 config=config, ddp_config=ddp, module=chunk, disable_bucketing=index > 0, pg_collection=parallel.groups
             )
         )
-        config.finalize_model_grads_func = finalize_model_grads
     if overlap:  # gradients of all micro-batches but the last are only added up
         no_sync = [chunk.no_sync for chunk in wrapped]
         get_model_config(wrapped[0]).no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
@@ -74,8 +73,8 @@ class OptimizerState:
     optimizer: MegatronOptimizer
     lr_scheduler: OptimizerParamScheduler
 
-    def grad_norm(self) -> float:
-        """Global norm of the reduced gradients. Collective.
+    def grad_norm(self) -> Tensor:
+        """Global norm of the reduced gradients, fp32, on the device. Collective.
 
         Summed in fp64 and rounded to fp32 once, so that equal gradients have the same norm to the last digit in every
         pipeline layout. Megatron's own norm is rounded on every stage. Clipping multiplies all gradients by the norm,
@@ -84,7 +83,7 @@ class OptimizerState:
         parts = self.optimizer.chained_optimizers
         squares = sum_of_squares([grad for part in parts for grad in releases.grads_for_norm(part)])
         dist.all_reduce(squares, group=self.optimizer.get_grad_stats_parallel_group())
-        return squares.sqrt().float().item()
+        return squares.sqrt().float()
 
     def sharded_state(self, model: ShardedStateDict, *, loading: bool) -> ShardedStateDict:
         """The optimizer's sharded state, with layout-independent keys. Collective.

@@ -33,11 +33,14 @@ def wait_for(chunk: torch.nn.Module, weights: Iterable[Tensor]) -> None:
     if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
         for weight in weights:
             if weight in chunk.param_to_bucket_group:
-                chunk.param_to_bucket_group[weight].finish_param_sync()
+                # The forward pass itself dispatches one bucket after the other.
+                chunk.param_to_bucket_group[weight].finish_param_sync(skip_next_bucket_dispatch=True)
 
 
 def gather_all(chunks: Sequence[torch.nn.Module]) -> None:
     """Gathers all weights of all chunks and waits for them. Collective over the data-parallel ranks."""
     for chunk in chunks:
         if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
-            chunk.start_param_sync(force_sync=True)
+            # Not start_param_sync(force_sync=True): until 0.19 it does not renew the transposed copies of FP8 weights.
+            for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+                group.finish_param_sync(skip_next_bucket_dispatch=True)

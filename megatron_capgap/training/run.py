@@ -50,6 +50,11 @@ class TrainingObjective:
     without a teacher."""
     matching_loss: Callable[[], Loss] | None = None
     """Returns the matching loss of the last global batch; see `train_step`."""
+    report: tuple[str, ...] = ("cross_entropy",)
+    """Names of the parts of the loss."""
+    teacher_one_step_early: bool = False
+    """Whether `teacher_forward` of a step runs within the step before, between the last backward pass and the reduction
+    of gradients, which it hides. It depends on no student weight."""
 
 
 @dataclass(frozen=True)

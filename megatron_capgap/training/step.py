@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from megatron_capgap.common.errors import UserError
@@ -55,6 +57,16 @@ class StepResult:
     """Learning rate of the update."""
 
 
+class Exchange(Protocol):
+    """What the ranks exchange once per step besides the losses; see `rank_exchange`."""
+
+    def sums(self) -> Tensor:
+        """Numbers summed over all ranks, fp64 `[k]`. Collective."""
+
+    def receive(self, numbers: Sequence[float]) -> None:
+        """Takes them in host memory."""
+
+
 def train_step(
     chunks: Sequence[DistributedDataParallel],
     parallel: ParallelContext,
@@ -63,11 +75,16 @@ def train_step(
     loss: LossFunction,
     matching_loss: Callable[[], Loss] | None = None,
     *,
+    report: Sequence[str],
+    exchange: Exchange | None = None,
+    before_reduction: Callable[[], None] = lambda: None,
     step: int,
     clip_norm: float,
     max_norm: float | None = None,
 ) -> StepResult:
     """Trains on one global batch. Collective.
+
+    The process waits for the device once: for the losses, the norm and the numbers of `exchange`, packed in one tensor.
 
     Args:
         chunks: the student's chunks on this rank.
@@ -77,6 +94,9 @@ def train_step(
         loss: the loss as a function of the final hidden states.
         matching_loss: returns, after all micro-batches, the matching loss that this stage's layers have added to the
             backward pass, summed over this rank's tokens; collective over the tensor-parallel ranks.
+        report: names of the parts of the loss, on any stage.
+        exchange: called between the reduction of gradients and the update; None exchanges nothing.
+        before_reduction: called after the last backward pass; on a device, its work hides the reduction of gradients.
         step: its number, for messages.
         clip_norm: gradients with a larger norm are scaled down to it; 0 disables clipping.
         max_norm: a batch with a larger gradient norm is bad; None accepts every finite norm.
@@ -85,75 +105,132 @@ def train_step(
         BadBatch: loss or gradient norm is not finite, or the norm is too large; weights, optimizer and schedule are
             unchanged.
     """
+    optimizer.optimizer.zero_grad()
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    optimizer.optimizer.zero_grad()
-    losses: list[tuple[Loss, MicroBatch]] = []
-    for chunk in chunks:  # read by hooks of other modules
-        param_sync.wait_for(chunk, unwrap(chunk).projections.parameters())
-
-    def last_stage(hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, None]:
-        out = loss(hidden, param_sync.lm_head(chunks[-1]), batch)
-        losses.append((Loss(out.loss_sum.detach(), out.num_tokens, out.report), batch))
-        return out.loss_sum, out.num_tokens.to(torch.int), None
-
+        param_sync.wait_for(chunk, unwrap(chunk).projections.parameters())  # read by hooks of other modules
+    sums = _StepSums(chunks, parallel, loss, matching_loss, report, before_reduction)
+    get_model_config(chunks[0]).finalize_model_grads_func = sums.reduce_gradients
     micro_batch, sequence_length = batches[0].tokens.shape
     pipeline_schedule.run(
-        chunks, parallel, batches, last_stage, forward_only=False, shape=(sequence_length, micro_batch)
+        chunks, parallel, batches, sums.last_stage, forward_only=False, shape=(sequence_length, micro_batch)
     )
-    of_layers = [] if matching_loss is None else [matching_loss()]
-    loss_mean, report, tokens = reduce_losses([*(out for out, _ in losses), *of_layers], parallel)
+    get_model_config(chunks[0]).finalize_model_grads_func = None  # it holds the batch
+    optimizer.optimizer.prepare_grads()
+    count = len(sums.total)
+    packed = [sums.total, optimizer.grad_norm().double()[None], *([exchange.sums()] if exchange else [])]
+    numbers = torch.cat(packed).tolist()  # waits for the device
+    (loss_mean, parts, tokens), grad_norm = _means(numbers[:count], report), numbers[count]
+    if exchange:
+        exchange.receive(numbers[count + 1 :])
     if not loss_mean - loss_mean == 0.0:  # true for NaN and infinities
-        suspect = [batch for out, batch in losses if not _finite(out)]
-        what = f"loss {loss_mean} is not finite"
-        raise _bad_batch(what, step, suspect if all(map(_finite, of_layers)) else batches)
-    grad_norm = _clip(optimizer, clip_norm, max_norm, step, batches)
-    lr = next(group["lr"] for group in optimizer.optimizer.param_groups if group.get("default_config", True))
+        raise _bad_batch(f"loss {loss_mean} is not finite", step, sums.suspect(batches))
+    _check_norm(grad_norm, max_norm, step, batches)
+    return StepResult(loss_mean, parts, tokens, grad_norm, _update(optimizer, grad_norm, clip_norm))
+
+
+class _StepSums:
+    """The sums of one global batch, and the functions that Megatron's schedule calls to compute them.
+
+    Args:
+        chunks, parallel, loss, matching_loss, report, before_reduction: as `train_step` takes them.
+    """
+
+    total: Tensor
+    """(loss, tokens, each part of the loss), summed over all ranks, fp64; set by `reduce_gradients`."""
+
+    def __init__(
+        self,
+        chunks: Sequence[DistributedDataParallel],
+        parallel: ParallelContext,
+        loss: LossFunction,
+        matching_loss: Callable[[], Loss] | None,
+        report: Sequence[str],
+        before_reduction: Callable[[], None],
+    ) -> None:
+        self._chunks, self._parallel, self._report = chunks, parallel, report
+        self._loss, self._matching_loss, self._before_reduction = loss, matching_loss, before_reduction
+        self._losses: list[tuple[Loss, MicroBatch]] = []
+        self._of_layers: list[Loss] = []
+
+    def last_stage(self, hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, None]:
+        """The loss of a micro-batch."""
+        out = self._loss(hidden, param_sync.lm_head(self._chunks[-1]), batch)
+        self._losses.append((Loss(out.loss_sum.detach(), out.num_tokens, out.report), batch))
+        return out.loss_sum, out.num_tokens.to(torch.int), None
+
+    def reduce_gradients(self, model: list[DistributedDataParallel], num_tokens: Tensor, **options: Any) -> None:
+        """Called after the last backward pass: reduces gradients and losses, divides gradients by the number of tokens.
+
+        Megatron divides in the same way, but asks the device for the number of tokens, once per chunk.
+        """
+        if self._matching_loss is not None:
+            self._of_layers.append(self._matching_loss())
+        self._before_reduction()
+        finalize_model_grads(model, None, **options)
+        losses = [*(out for out, _ in self._losses), *self._of_layers]
+        self.total = _sum_losses(losses, self._report, self._parallel)
+        scale = 1.0 / self.total[1].to(torch.int).clamp(min=1)
+        for chunk in model:
+            chunk.scale_gradients(scale)
+
+    def suspect(self, batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
+        """The micro-batches whose loss is not finite; all `batches` if the layers' loss is not."""
+        found = [batch for out, batch in self._losses if not _finite(out)]
+        return found if all(map(_finite, self._of_layers)) else batches
+
+
+def _update(optimizer: OptimizerState, grad_norm: float, clip_norm: float) -> float:
+    """Clips the gradients and updates the weights; returns the learning rate of the update."""
+    if clip_norm > 0.0:
+        for part in optimizer.optimizer.chained_optimizers:
+            clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=clip_norm, total_norm=grad_norm)
+    lr: float = next(group["lr"] for group in optimizer.optimizer.param_groups if group.get("default_config", True))
     optimizer.optimizer.step_with_ready_grads()
     optimizer.lr_scheduler.step(1)  # after the update: the first update uses the schedule's first rate
-    return StepResult(loss_mean, report, tokens, grad_norm, lr)
+    return lr
 
 
-def reduce_losses(losses: Sequence[Loss], parallel: ParallelContext) -> tuple[float, dict[str, float], int]:
-    """Means over all valid tokens of all ranks. Collective.
+def reduce_losses(
+    losses: Sequence[Loss], report: Sequence[str], parallel: ParallelContext
+) -> tuple[float, dict[str, float], int]:
+    """Means over all valid tokens of all ranks. Collective; waits for the device.
 
     Args:
         losses: sums on this rank, replicated over tensor-parallel ranks; each token is counted on one stage.
+        report: names of their report entries, the same on all ranks.
+        parallel: the layout.
 
     Returns:
         (mean loss, mean of each report entry, number of tokens), the same on every rank.
     """
-    names = sorted({name for out in losses for name in out.report})
-    if parallel.layout.pipeline > 1:
-        of_stages: list[list[str]] = [[]] * parallel.layout.pipeline
-        dist.all_gather_object(of_stages, names, group=parallel.groups.pp)
-        names = sorted({name for of_stage in of_stages for name in of_stage})
+    return _means(_sum_losses(losses, report, parallel).tolist(), report)
+
+
+def _sum_losses(losses: Sequence[Loss], report: Sequence[str], parallel: ParallelContext) -> Tensor:
+    """(loss, tokens, each report entry), fp64, summed over all ranks; see `reduce_losses`. Collective."""
     device = losses[0].loss_sum.device if losses else torch.cuda.current_device()
-    sums = torch.zeros(2 + len(names), dtype=torch.float64, device=device)
+    sums = torch.zeros(2 + len(report), dtype=torch.float64, device=device)
     nothing = torch.zeros((), device=device)
     for out in losses:
-        numbers = (out.loss_sum, out.num_tokens, *(out.report.get(name, nothing) for name in names))
+        assert set(out.report) <= set(report), f"{sorted(out.report)} are not all among {report}"
+        numbers = (out.loss_sum, out.num_tokens, *(out.report.get(name, nothing) for name in report))
         sums += torch.stack([number.double() for number in numbers])
-    total, tokens, *parts = parallel.all_reduce_over_dp_and_pp(sums).tolist()
+    return parallel.all_reduce_over_dp_and_pp(sums)
+
+
+def _means(sums: Sequence[float], report: Sequence[str]) -> tuple[float, dict[str, float], int]:
+    total, tokens, *parts = sums
     count = max(tokens, 1.0)
-    return total / count, {name: part / count for name, part in zip(names, parts, strict=True)}, int(tokens)
+    return total / count, {name: part / count for name, part in zip(report, parts, strict=True)}, int(tokens)
 
 
-def _clip(
-    optimizer: OptimizerState, clip_norm: float, max_norm: float | None, step: int, batches: Sequence[MicroBatch]
-) -> float:
-    """Computes the global gradient norm, raises BadBatch for a bad one, clips gradients to `clip_norm`. Collective."""
-    inner = optimizer.optimizer
-    inner.prepare_grads()
-    norm = optimizer.grad_norm()
+def _check_norm(norm: float, max_norm: float | None, step: int, batches: Sequence[MicroBatch]) -> None:
+    """Raises BadBatch if the global gradient norm is not finite or too large; then collective."""
     if not norm - norm == 0.0:
         raise _bad_batch(f"gradient norm {norm} is not finite", step, batches)
     if max_norm is not None and norm > max_norm:
         raise _bad_batch(f"gradient norm {norm:.6g} is above train.max_grad_norm {max_norm:g}", step, batches)
-    if clip_norm > 0.0:
-        for part in inner.chained_optimizers:
-            clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=clip_norm, total_norm=norm)
-    return norm
 
 
 def _finite(out: Loss) -> bool:

@@ -19,6 +19,7 @@ LAYOUTS = {
     "tp2": (2, {"tensor": 2}),
     "pp2": (2, {"pipeline": 2}),
     "pp2_vp2": (2, {"pipeline": 2, "virtual_pipeline": 2}),
+    "pp3_uneven": (3, {"pipeline": 3, "stage_layers": [1, 2, 1]}),
     "tp2_pp2_sp": (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
     "tp2_pp2": (4, {"tensor": 2, "pipeline": 2}),
     "dp2": (2, {}),
@@ -39,6 +40,8 @@ def run(pool: WorkerPool, fixtures: Fixtures, teacher: Path, tmp_path_factory: p
         key = f"{stage} {tied} {world} {layout}"
         if key not in done:
             changes = {"student__layout": layout, "student__model__tied_embeddings": tied}
+            if stage == "distill" and "stage_layers" in layout:  # the teacher has as many layers
+                changes["teacher__layout"] = layout
             folder = tmp_path_factory.mktemp(stage) / "run"
             if stage == "adapt":
                 config = runs.adapt_config(fixtures, folder, **changes)

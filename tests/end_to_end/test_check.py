@@ -100,6 +100,25 @@ def test_grid_and_work_of_a_distillation(fixtures: Fixtures, teacher: Path, tmp_
     assert lines[-1].startswith("  total") and memory < len(lines) - 1
 
 
+def test_stages_are_told_their_work_and_a_better_split(fixtures: Fixtures, tmp_path: Path, check) -> None:
+    """A large vocabulary: the last of eight stages computes as much for the loss as three or four layers."""
+    model = {"layers": 32, "hidden": 2048, "heads": 32, "kv_heads": 8, "ffn": 8192, "vocab": 128256}
+    changes = {"student__model": {"family": "llama", **model}, "train__global_batch": 8}
+    found = []
+    for split in (None, [5, 5, 4, 4, 4, 4, 4, 2]):
+        layout = {"pipeline": 8, "stage_layers": split}
+        report = check("adapt", runs.adapt_config(fixtures, tmp_path / "run", student__layout=layout, **changes), 8)
+        (line,) = (line for line in report.splitlines() if line.startswith("work of each stage"))
+        found.append(line)
+    work, best = found[0].split("; with student.layout.stage_layers: ")
+    numbers = [float(number) for number in work.split(": ")[1].split()]
+    assert len(numbers) == 8 and sum(numbers) == pytest.approx(8, abs=0.05) and len(set(numbers[:-1])) == 1
+    assert numbers[-1] > 1.5 * numbers[0]
+    split, most = best.split(" at most ")
+    assert sum(map(int, split.strip("[]").split(", "))) == 32 and float(most) < 1.2
+    assert float(found[1].split(": ")[1].split(";")[0].split()[0]) > 1.05, "five layers are more than the mean"
+
+
 def test_a_teacher_in_a_layout_of_its_own(fixtures: Fixtures, teacher: Path, tmp_path: Path, check) -> None:
     """Weights and waiting hidden states a rank, with sequences long enough to show in MiB."""
     layout = {"tensor": 2, "pipeline": 2, "sequence": True}

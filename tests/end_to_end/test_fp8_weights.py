@@ -54,6 +54,19 @@ def test_they_learn_as_weights_in_bf16_do(trained: Callable[..., Path], recipe: 
         assert_close(found, wanted, 1e-6)
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_gathered_while_the_forward_pass_runs(
+    fresh_pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, trained: Any, recipe: str
+) -> None:
+    """Two replicas with overlap and a save after every step, which gathers by itself: transposed copies are renewed."""
+    often = {"checkpoint__every": 1, "train__overlap": True, **UNCLIPPED}
+    adapt(fresh_pool, fixtures, tmp_path / "run", 2, precision=precision(recipe, True), **often)
+    found, wanted = runs.steps_of(tmp_path / "run"), runs.steps_of(trained(recipe, True, 2))
+    assert [step["loss"] for step in found] == [step["loss"] for step in wanted]
+    for mine, theirs in zip(found, wanted, strict=True):
+        assert_close(mine, theirs, 1e-6)
+
+
 def test_they_are_there_and_masters_begin_exact(fresh_pool: WorkerPool, fixtures: Fixtures, tmp_path: Path) -> None:
     changes = {"precision": precision("tensorwise", True), "student__model": {**SHAPE, "layers": 3}, "train__steps": 1}
     changes["precision"]["fp8"]["first_last_layers_bf16"] = 1

@@ -61,7 +61,8 @@ def unbroken_pair(pool: WorkerPool, fixtures: Fixtures, tmp_path_factory: pytest
 @pytest.mark.parametrize(
     "where, saved",
     [
-        ("training.step reduce_losses", 1),
+        ("training.step _sum_losses", 1),
+        ("training.step _update", 2),
         ("training.loop save", 2),
         ("training.loop evaluate", 2),
         ("training.evaluate micro_batches", 2),
@@ -76,7 +77,8 @@ def test_a_run_that_is_signalled_has_saved_one_step_later(
     saved: int,
     number: signal.Signals,
 ) -> None:
-    """In a step, the first save and the first evaluation, both after the second step; its second batch is left out."""
+    """In a step, before and after the ranks agree on a stop; in the first save and the first evaluation, both after the
+    second step; its second batch is left out."""
     config = runs.adapt_config(fixtures, tmp_path / "run", **CHANGES)
     work = partial(signal_in, where, number, ["adapt", "--config", runs.write_config(config)])
     ranks = pool.run(work, world=2, initialise=False, capture=True)

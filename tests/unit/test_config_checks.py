@@ -132,7 +132,25 @@ ONE_PROBLEM = [
         ["--student.model.layers=5"],
         {},
         "distill.yaml:12: student.layout.pipeline: 2 does not divide student.model.layers 5;",
-        ["valid values: 1 or 5"],
+        ["valid values: 1 or 5", "or set student.layout.stage_layers, for example to [3, 2]"],
+    ),
+    (
+        ["--student.layout.stage_layers=[3, 2]"],
+        {},
+        "--student.layout.stage_layers: [3, 2] are 5 layers on 2 stage(s), not student.model.layers 4 on pipeline 2;",
+        ["example [2, 2], or null"],
+    ),
+    (
+        ["--student.layout.stage_layers=[2, 1, 1]"],
+        {},
+        "--student.layout.stage_layers: [2, 1, 1] are 4 layers on 3 stage(s), not student.model.layers 4 on pipeline",
+        ["example [2, 2], or null"],
+    ),
+    (
+        ["--student.layout.stage_layers=[3, 1]", "--student.layout.virtual_pipeline=2"],
+        {},
+        "--student.layout.stage_layers: [3, 1]: not with virtual_pipeline 2;",
+        ["set it to null, or virtual_pipeline to 1"],
     ),
     (
         [],

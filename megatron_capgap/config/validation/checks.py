@@ -12,7 +12,14 @@ from megatron_capgap.config.architectures import ARCHITECTURES
 from megatron_capgap.config.loader import STAGE_REQUIREMENTS, LoadedConfig
 from megatron_capgap.config.schema import Layout, ModelShape, ObjectiveConfig
 from megatron_capgap.config.validation import fp8, recompute, teacher
-from megatron_capgap.config.validation.context import ValidationContext, build, divisors, multiples, spans
+from megatron_capgap.config.validation.context import (
+    CheckedModel,
+    ValidationContext,
+    build,
+    divisors,
+    multiples,
+    spans,
+)
 
 
 def check(
@@ -166,16 +173,41 @@ def heads_have_an_even_width(ctx: ValidationContext) -> Iterator[str]:
 
 
 def layers_fill_the_pipeline(ctx: ValidationContext) -> Iterator[str]:
-    """Every pipeline stage and every virtual stage has the same number of layers."""
+    """Every pipeline stage and every virtual stage has the same number of layers, or the number that `layers` gives."""
     for model in ctx.models:
-        layers, pipeline, virtual = model.shape.layers, model.layout.pipeline, model.layout.virtual_pipeline
-        if layers % pipeline:
+        layers, layout = model.shape.layers, model.layout
+        pipeline, virtual = layout.pipeline, layout.virtual_pipeline
+        if layout.stage_layers is not None:
+            yield from _layers_of_stages(ctx, model)
+        elif layers % pipeline:
             text = f"{pipeline} does not divide {model.number('layers')}; valid values: {divisors(layers)}"
+            if ctx.stage != "prune" and 1 < pipeline < layers and virtual == 1:
+                text += f", or set {model.role}.layout.stage_layers, for example to {_split(layers, pipeline)}"
             yield ctx.error(f"{model.layout_key}.pipeline", text)
         elif layers % (pipeline * virtual):
             text = f"{virtual} * pipeline {pipeline} does not divide {model.number('layers')}"
             key = f"{model.layout_key}.virtual_pipeline"
             yield ctx.error(key, f"{text}; valid values: {divisors(layers // pipeline)}")
+
+
+def _layers_of_stages(ctx: ValidationContext, model: CheckedModel) -> Iterator[str]:
+    layout, layers = model.layout, model.shape.layers
+    assert layout.stage_layers is not None
+    key, value = f"{model.layout_key}.stage_layers", list(layout.stage_layers)
+    if ctx.stage == "prune":
+        yield ctx.error(key, f"{value}: teacher and student differ in their layers; set it to null for prune")
+    elif layout.virtual_pipeline > 1:
+        text = f"{value}: not with virtual_pipeline {layout.virtual_pipeline}; set it to null, or virtual_pipeline to 1"
+        yield ctx.error(key, text)
+    elif len(value) != layout.pipeline or sum(value) != layers:
+        text = f"{value} are {sum(value)} layers on {len(value)} stage(s), not {model.number('layers')} on "
+        example = f"; for example {_split(layers, layout.pipeline)}" if layout.pipeline <= layers else ""
+        yield ctx.error(key, f"{text}pipeline {layout.pipeline}{example}, or null")
+
+
+def _split(layers: int, stages: int) -> list[int]:
+    """As equal numbers as possible, the smaller ones last, where the loss is."""
+    return [layers // stages + (stage < layers % stages) for stage in range(stages)]
 
 
 def virtual_stages_have_a_pipeline(ctx: ValidationContext) -> Iterator[str]:

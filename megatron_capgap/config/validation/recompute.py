@@ -1,7 +1,10 @@
 """Constraints of student.recompute. Each is one function of `CHECKS`."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from math import gcd
 
+from megatron_capgap.config import derived
 from megatron_capgap.config.architectures import ARCHITECTURES
 from megatron_capgap.config.recompute import Recompute
 from megatron_capgap.config.validation.context import CheckedModel, ValidationContext, divisors
@@ -37,16 +40,19 @@ def feed_forward_layers_have_no_biases(ctx: ValidationContext) -> Iterator[str]:
 def recomputed_layers_exist(ctx: ValidationContext) -> Iterator[str]:
     """Layers are counted within a model chunk: the layers of one virtual stage on one rank."""
     wanted, model, layout = _used(ctx), _trained(ctx), ctx.config.student.layout
-    virtual = 1 if ctx.stage == "prune" else layout.virtual_pipeline  # scoring has no virtual stages
-    chunk, rest = divmod(model.shape.layers, layout.pipeline * virtual)
-    if wanted is None or wanted.what != "full" or rest:
+    if ctx.stage == "prune":
+        layout = replace(layout, virtual_pipeline=1)  # scoring has no virtual stages
+    chunks = derived.chunk_layers(model.shape.layers, layout)
+    if wanted is None or wanted.what != "full" or sum(chunks) != model.shape.layers:
         return  # checks.layers_fill_the_pipeline reports the rest
-    if wanted.layers is not None and wanted.layers > chunk:
-        text = f"{wanted.layers} is more than the {chunk} layers of a model chunk; valid values: 1 to {chunk}, or null"
+    most = max(chunks)
+    if wanted.layers is not None and wanted.layers > most:
+        text = f"{wanted.layers} is more than the {most} layers of a model chunk; valid values: 1 to {most}, or null"
         yield ctx.error(f"{_KEY}.layers", text)
-    if wanted.layers is None and chunk % wanted.every:
-        text = f"{wanted.every} does not divide the {chunk} layers of a model chunk; valid values: {divisors(chunk)}"
-        yield ctx.error(f"{_KEY}.every", text)
+    if wanted.layers is None and any(chunk % wanted.every for chunk in chunks):
+        numbers = " and ".join(map(str, sorted(set(chunks))))
+        text = f"{wanted.every} does not divide the {numbers} layers of a model chunk; valid values: "
+        yield ctx.error(f"{_KEY}.every", text + divisors(gcd(*chunks)))
 
 
 def _used(ctx: ValidationContext) -> Recompute | None:

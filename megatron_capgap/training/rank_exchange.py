@@ -1,0 +1,57 @@
+"""What the ranks tell each other once per step: requests to stop, and the times of the step before.
+
+All of it is one vector, summed over the ranks; `training.step` reads it from the device together with the losses, so
+that a step waits for the device once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_capgap.devices import Device
+from megatron_capgap.distributed.signals import StopRequest
+from megatron_capgap.training.step_timer import StepTimer
+
+
+class RankExchange:
+    """The exchange of one run.
+
+    Args:
+        stop: this rank's request to stop; receives that of all ranks.
+        timer: this rank's times; receives those of all ranks.
+        device: of the run.
+    """
+
+    def __init__(self, stop: StopRequest, timer: StepTimer, device: Device) -> None:
+        self._stop, self._timer, self._device = stop, timer, device
+        self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
+        self._with_times = False
+
+    def start(self, *, with_times: bool) -> None:
+        """Begins a step.
+
+        Args:
+            with_times: whether its exchange includes the times of all ranks; the same on all ranks.
+        """
+        self._with_times = with_times
+
+    def sums(self) -> Tensor:
+        """This step's vector, fp64, summed over all ranks of the default group. Collective."""
+        requests = self._stop.request_counts()
+        times = [0.0] * (2 * self._ranks if self._with_times else 0)
+        if times:
+            times[2 * self._rank : 2 * self._rank + 2] = self._timer.last_times()
+        vector = self._device.upload(torch.tensor([*requests, *times], dtype=torch.float64))
+        dist.all_reduce(vector)
+        return vector
+
+    def receive(self, numbers: Sequence[float]) -> None:
+        """Takes what was read of `sums`."""
+        requests = len(self._stop.request_counts())
+        self._stop.receive(numbers[:requests])
+        times = numbers[requests:]
+        self._timer.receive(list(zip(times[::2], times[1::2], strict=True)))
