@@ -20,13 +20,15 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import train_throughput
+
+from megatron_capgap.planning.schedule import Schedule
 
 PARTS = ("runs", "schedules", "memory", "scale")
 WARM_UP = 2
@@ -140,68 +142,6 @@ def run(name: str, folder: Path, steps: int) -> dict[str, float]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     seconds = [line["tokens"] / line["tokens_per_second"] for line in lines[WARM_UP:] if "loss" in line]
     return {"seconds": statistics.median(seconds), "peak": peak_resident_bytes() - base}
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """One pass of a pipeline over the micro-batches of a step; times are of one micro-batch on one rank."""
-
-    stages: int
-    micro_batches: int
-    forward: float
-    backward: float = 0.0
-    """Backward time; 0 for a teacher, which runs forward only."""
-    virtual: int = 1
-    """Chunks of layers per rank; each takes its share of the times."""
-    width: int = 64
-    """Hidden size of the activations that are sent, if stages sleep."""
-
-    def order(self, rank: int) -> list[tuple[str, int, int]]:
-        """Operations of a rank in Megatron-Core's order: ("F" or "B", chunk, micro-batch)."""
-        count, stages, virtual = self.micro_batches, self.stages, self.virtual
-        forwards = [
-            ("F", k % (stages * virtual) // stages, _micro_batch(k, stages, virtual)) for k in range(count * virtual)
-        ]
-        if not self.backward:
-            return forwards
-        if virtual == 1:
-            warm = min(stages - 1 - rank, count)
-        else:
-            warm = min((stages - rank - 1) * 2 + (virtual - 1) * stages, count * virtual)
-        backwards = [("B", virtual - 1 - chunk, micro_batch) for _, chunk, micro_batch in forwards]
-        steady = [step for pair in zip(forwards[warm:], backwards, strict=False) for step in pair]
-        return forwards[:warm] + steady + backwards[len(forwards) - warm :]
-
-    def simulated(self) -> float:
-        """Time at which the last rank is done: an operation starts when its rank is free and its input has arrived."""
-        ends: dict[tuple[str, int, int, int], float] = {}
-        queues = [iter(self.order(rank)) for rank in range(self.stages)]
-        heads = [next(queue, None) for queue in queues]
-        free = [0.0] * self.stages
-        while any(heads):
-            for rank, head in enumerate(heads):
-                while head and all(needed in ends for needed in self._needs(rank, *head)):
-                    kind, _, _ = head
-                    began = max([free[rank], *(ends[needed] for needed in self._needs(rank, *head))])
-                    free[rank] = began + (self.forward if kind == "F" else self.backward) / self.virtual
-                    ends[(*head, rank)] = free[rank]
-                    head = heads[rank] = next(queues[rank], None)
-        return max(free)
-
-    def _needs(self, rank: int, kind: str, chunk: int, micro_batch: int) -> Iterator[tuple[str, int, int, int]]:
-        """The operations on other ranks or chunks that an operation waits for."""
-        last = self.stages - 1
-        if kind == "F" and (rank or chunk):
-            yield ("F", chunk, micro_batch, rank - 1) if rank else ("F", chunk - 1, micro_batch, last)
-        elif kind == "B" and (rank < last or chunk < self.virtual - 1):
-            yield ("B", chunk, micro_batch, rank + 1) if rank < last else ("B", chunk + 1, micro_batch, 0)
-        elif kind == "B":
-            yield ("F", chunk, micro_batch, rank)
-
-
-def _micro_batch(k: int, stages: int, virtual: int) -> int:
-    """The micro-batch of a rank's k-th forward pass: each chunk processes `stages` of them in turn."""
-    return k // (stages * virtual) * stages + k % stages if virtual > 1 else k
 
 
 MS = 0.02

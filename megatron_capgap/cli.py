@@ -10,9 +10,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_capgap import __version__
 from megatron_capgap.common import log
@@ -32,7 +32,15 @@ USER_ERROR = 2
 INTERRUPTED = 130
 
 _FLAGS = {"-h": "help", "--help": "help", "--version": "version", "--check": "check"}
-_OPTIONS = ("--config", "--check-world", "--check-capability")
+_OPTIONS = (
+    "--config",
+    "--check-world",
+    "--check-capability",
+    "--gpu",
+    "--utilisation",
+    "--gpu-hour-price",
+    "--plan",
+)
 # Launchers end all ranks as soon as one exits, so other ranks wait this long for rank 0 to print the error. A rank that
 # is still alive then may be the only one with the error (for example on a node without the data) and prints it itself.
 _GRACE_SECONDS = 2.0
@@ -46,7 +54,7 @@ class Command:
     flags: frozenset[str]
     """Subset of help, version, check."""
     options: dict[str, str]
-    """Values of --config, --check-world and --check-capability, if given."""
+    """Values of the options in `_OPTIONS` that are given."""
     overrides: tuple[str, ...]
     """`--section.key=value` each."""
 
@@ -144,13 +152,16 @@ def _run_command(command: Command) -> int:
     environment = read_environment()
     log.set_rank(environment.rank if environment.world > 1 else None)
     assumed_world_size, capability = _assumed_world_size(command.options), _assumed_capability(command.options)
-    loaded = load(command.options["--config"], command.overrides, command.stage)
-    if "check" in command.flags or assumed_world_size or capability:
+    planning = importlib.import_module("megatron_capgap.planning.options").parse(command.options)
+    if "check" in command.flags or assumed_world_size or capability or planning:
         checker = importlib.import_module("megatron_capgap.stages.check")
-        report = checker.report(loaded, command.stage, assumed_world_size or environment.world, capability)
+        loaded = load(command.options["--config"], command.overrides, command.stage, _read_folder, bool(planning))
+        facts = (loaded, command.stage, assumed_world_size or environment.world, capability)
+        report = checker.report(*facts, planning) if planning else checker.report(*facts)
         if environment.rank == 0:
             sys.stdout.write(f"{report.rstrip()}\n")
         return 0
+    loaded = load(command.options["--config"], command.overrides, command.stage)
     torchrun.drop_stale_agent_variables(environment)
     third_party.prepare()
     resolve = importlib.import_module("megatron_capgap.stages.resolve")
@@ -160,6 +171,11 @@ def _run_command(command: Command) -> int:
         stage = importlib.import_module(f"megatron_capgap.stages.{command.stage}")
     resolve.check_device(plan, device.capability)
     return stage.run(plan, environment, device)
+
+
+def _read_folder(folder: Path) -> dict[str, Any]:
+    """Section `model` of the model in a Hugging Face folder; imports the conversion only if there is one."""
+    return asdict(importlib.import_module("megatron_capgap.conversion.hf_config").read_shape(folder))
 
 
 @contextmanager

@@ -20,6 +20,10 @@ OPTIONS = {
     "--check": "validate all but the contents of the data, print parameters, ranks and memory, and exit",
     "--check-world N": "as --check, for a world size of N, in one process",
     "--check-capability X.Y": "as --check, for GPUs of this compute capability (9.0: H100), which FP8 recipes require",
+    "--gpu NAME|GIB": "as --check; say whether the run fits h100-80, h200, a100-80 or that many GiB, and its time",
+    "--utilisation X": "share of the GPU's peak that matrix products reach, for the predicted times (default 0.4)",
+    "--gpu-hour-price X": "price of a GPU for an hour, for the predicted cost",
+    "--plan N": "search layouts, micro-batches and recomputation for N GPUs; print the best five and exit",
     "--help, -h": "print this text; after STAGE: describe every configuration key",
     "--version": "print the version",
 }

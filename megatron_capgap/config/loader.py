@@ -16,6 +16,7 @@ from pydantic import ValidationError
 from megatron_capgap.common.errors import ConfigError, in_one_line
 from megatron_capgap.common.fileio import write_atomically
 from megatron_capgap.config.fields import DEFAULT, adapter, join, location, section_name, table
+from megatron_capgap.config.model_sources import FolderReader, assume_missing, insert_numbers
 from megatron_capgap.config.schema import Config
 from megatron_capgap.config.yaml_source import ConfigTree, Dumper, override, read_file
 
@@ -59,6 +60,8 @@ class LoadedConfig:
     config: Config
     sources: dict[str, str]
     """Source of each dotted key that the user set: `distill.yaml:7`, or `--train.steps` for an override."""
+    assumptions: tuple[str, ...] = ()
+    """What a plan assumes in place of keys that are not set."""
 
     def source(self, key: str) -> str:
         """Source of `key`, or of the nearest enclosing section; `default` if neither was set."""
@@ -72,7 +75,13 @@ class LoadedConfig:
         return location(self.source(key), key)
 
 
-def load(path: str, overrides: Sequence[str], stage: str) -> LoadedConfig:
+def load(
+    path: str,
+    overrides: Sequence[str],
+    stage: str,
+    read_folder: FolderReader | None = None,
+    assume: bool = False,
+) -> LoadedConfig:
     """Reads and validates the configuration of one stage.
 
     Args:
@@ -80,6 +89,9 @@ def load(path: str, overrides: Sequence[str], stage: str) -> LoadedConfig:
         overrides: `--section.key=value` each, the value in YAML; they take precedence over the file, later ones over
             earlier ones.
         stage: a name from `schema.STAGES`.
+        read_folder: reads the numbers of a model in a Hugging Face folder; given if the stage does not run, so that
+            numbers may stand in for every checkpoint.
+        assume: whether keys that a plan does not depend on may be missing.
 
     Raises:
         ConfigError: one line per mistake, in file order.
@@ -91,13 +103,16 @@ def load(path: str, overrides: Sequence[str], stage: str) -> LoadedConfig:
     config = None
     if not STAGE_REQUIREMENTS[stage].student:
         tree.values.setdefault("student", {})
+    assumptions = list[str]()
     if not unreadable:
+        insert_numbers(tree, read_folder)
+        assumptions += assume_missing(tree, STAGE_REQUIREMENTS[stage].required) if assume else []
         config = _validate(tree)
-        for key, problem in _unmet_needs(tree, stage):
+        for key, problem in _unmet_needs(tree, stage, plans=read_folder is not None, assume=assume):
             tree.report(tree.mark(key), key, problem)
     if config is None or tree.problems:
         raise ConfigError([text for _, text in sorted(tree.problems, key=lambda problem: problem[0].line)])
-    return LoadedConfig(config, {key: mark.text for key, mark in tree.marks.items()})
+    return LoadedConfig(config, {key: mark.text for key, mark in tree.marks.items()}, tuple(assumptions))
 
 
 def dump(config: Config, path: str) -> None:
@@ -185,16 +200,18 @@ def _type_errors(key: str, given: Any) -> str:
     return f"{shown} given; {hint}expected {row.type}"
 
 
-def _unmet_needs(tree: ConfigTree, stage: str) -> Iterator[tuple[str, str]]:
+def _unmet_needs(tree: ConfigTree, stage: str, *, plans: bool, assume: bool) -> Iterator[tuple[str, str]]:
     """Keys that the stage requires and that are not set, and keys that are set and that it does not read."""
     needs = STAGE_REQUIREMENTS[stage]
     for key in needs.required:
-        if tree.get(key) in (None, [], {}):
+        stands_in = plans and key == "student.checkpoint" and tree.get("student.model") is not None
+        if tree.get(key) in (None, [], {}) and not stands_in and not (assume and key == "train.steps"):
             expected_type = table()[key].type.removesuffix(" or null")
             yield key, f"required by {stage}; expected {expected_type}: {in_one_line(table()[key].doc)}"
     for section, lack in _MISSING_KEYS.items():
         if section in needs.unread and tree.get(section) is not None:
             yield section, f"{stage} {lack}; remove the section"
+    yield from _teacher_source(tree, plans)
     given = [name for name in ("checkpoint", "model") if tree.get(f"student.{name}") is not None]
     if not needs.student:
         for name in given:
@@ -204,3 +221,20 @@ def _unmet_needs(tree: ConfigTree, stage: str) -> Iterator[tuple[str, str]]:
     elif len(given) != 1 and isinstance(tree.get("student"), dict):
         which = "both" if given else "neither"
         yield "student", f"{which} of checkpoint and model set; set exactly one of them"
+
+
+def _teacher_source(tree: ConfigTree, plans: bool) -> Iterator[tuple[str, str]]:
+    """A teacher has a checkpoint; numbers stand in for it where no weights are needed."""
+    if not isinstance(tree.get("teacher"), dict) or not tree.get("teacher"):
+        return
+    checkpoint, model = (tree.get(f"teacher.{name}") is not None for name in ("checkpoint", "model"))
+    if checkpoint and model:
+        yield "teacher", "both of checkpoint and model set; set exactly one of them"
+    elif model and not plans:
+        yield (
+            "teacher.model",
+            "numbers stand in for a teacher in --check and --plan only, this run needs its weights; "
+            "set teacher.checkpoint instead",
+        )
+    elif not checkpoint and not model:
+        yield "teacher.checkpoint", f"missing; expected a string: {in_one_line(table()['teacher.checkpoint'].doc)}"

@@ -180,7 +180,8 @@ class StudentConfig:
     """Source of the weights: RUN/checkpoints/step_N, or a run directory (its best step after early stopping, otherwise
     its latest). Set exactly one of checkpoint and model."""
     model: ModelShape | None = None
-    """Dimensions of a model with random initial weights. Set exactly one of checkpoint and model."""
+    """Dimensions of a model with random initial weights, or the name of a published model, for example llama-3.2-1b.
+    Set exactly one of checkpoint and model."""
     layout: Layout = field(default_factory=Layout)
     """Parallel sizes of the student."""
     precision: Precision | None = None
@@ -195,9 +196,9 @@ class TeacherConfig:
 
     __pydantic_config__ = STRICT
 
-    checkpoint: str
+    checkpoint: str | None = None
     """Source of the weights: RUN/checkpoints/step_N, or a run directory (its best step after early stopping, otherwise
-    its latest)."""
+    its latest). Required by a run."""
     layout: Layout | None = None
     """Parallel sizes of the teacher; null: those of student.layout, with virtual_pipeline 1."""
     placement: Literal["colocated", "disjoint"] = "colocated"
@@ -216,6 +217,9 @@ class TeacherConfig:
     """Allow data.sequence_length to exceed the length that the teacher was trained on."""
     precision: Precision | None = None
     """Precision of the teacher; null: the section precision."""
+    model: ModelShape | None = None
+    """Dimensions in place of checkpoint, for --check and --plan only; or the name of a published model, or a Hugging
+    Face folder."""
 
 
 @dataclass(frozen=True)

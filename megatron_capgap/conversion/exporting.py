@@ -20,7 +20,8 @@ from megatron_capgap.config import architectures as traits
 from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.conversion import model_card, tensor_mapping, tokenizer_check, tokenizer_files
 from megatron_capgap.conversion.family import Family
-from megatron_capgap.conversion.hf_folder import listed, read_config, read_json
+from megatron_capgap.conversion.hf_config import read_config, read_json
+from megatron_capgap.conversion.hf_folder import listed
 from megatron_capgap.conversion.importing import CARRIED, GENERATION, Progress
 from megatron_capgap.conversion.output_folder import refuse_existing, refuse_to_lose, replacing
 from megatron_capgap.conversion.registry import FAMILIES

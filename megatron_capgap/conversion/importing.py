@@ -17,7 +17,8 @@ from megatron_capgap.checkpoint.metadata import CheckpointMetadata
 from megatron_capgap.checkpoint.streaming import Block
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.conversion import tensor_mapping
-from megatron_capgap.conversion.hf_folder import HfFolder, listed, open_hf_folder, read_json
+from megatron_capgap.conversion.hf_config import read_json
+from megatron_capgap.conversion.hf_folder import HfFolder, listed, open_hf_folder
 from megatron_capgap.conversion.output_folder import refuse_existing, refuse_to_lose, replacing
 from megatron_capgap.conversion.safetensors import Files, Stored, cast
 from megatron_capgap.conversion.tensor_mapping import TensorTarget

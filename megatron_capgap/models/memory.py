@@ -8,6 +8,7 @@ buffers.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from megatron_capgap.config import derived
@@ -61,13 +62,20 @@ class Memory:
     """Additional bytes of FP8 parameters while they are loaded in bf16; 0 if the transposed copies take as much.
     Gradients and optimizer state are created later."""
 
+    def at_peak(self) -> dict[str, int]:
+        """Bytes of each part that is there at the peak of the step, by name."""
+        moments = (("activations", "backward_pass", "loss", "heap"), ("saving",), ("teaching",))
+        loaded = ("weights", "fp8_copies", "teacher_weights", "until_cast")
+        largest = max(moments, key=lambda names: sum(getattr(self, name) for name in names))
+        absent = {"until_cast", *(name for names in moments if names != largest for name in names)}
+        step = {name: value for name, value in vars(self).items() if name not in absent}
+        before = {name: getattr(self, name) for name in loaded}
+        return max(step, before, key=lambda rows: sum(rows.values()))
+
     @property
     def total(self) -> int:
         """Peak of the step, in bytes."""
-        passing = self.activations + self.backward_pass + self.loss + self.heap
-        moments = (passing, self.saving, self.teaching)
-        loaded = self.weights + self.fp8_copies + self.teacher_weights + self.until_cast
-        return max(loaded, sum(vars(self).values()) - self.until_cast - sum(moments) + max(moments))
+        return sum(self.at_peak().values())
 
 
 def estimate(
@@ -289,7 +297,9 @@ def _stages(config: Config, world: int) -> list[tuple[int, int | None]]:
     if config.teacher is None or config.teacher.placement == "disjoint":
         return [(stage, None) for stage in range(pipeline)]
     teacher_pipeline = derived.teacher_layout(config).pipeline
-    return sorted({(rank * pipeline // world, rank * teacher_pipeline // world) for rank in range(world)})
+    # Both stages change at multiples of world / lcm only.
+    blocks = math.lcm(pipeline, teacher_pipeline)
+    return sorted({(block * pipeline // blocks, block * teacher_pipeline // blocks) for block in range(blocks)})
 
 
 def _hidden_states_stay(config: Config) -> bool:

@@ -115,7 +115,7 @@ def student_target(loaded: LoadedConfig, teacher: ModelShape) -> StudentTarget:
         ConfigError: with one line per problem.
     """
     assert loaded.config.teacher is not None, "guaranteed by config.loader"
-    spec = PruneSpec(loaded, teacher, loaded.config.teacher.checkpoint)
+    spec = PruneSpec(loaded, teacher, loaded.config.teacher.checkpoint or "teacher.model")
     # Each check assumes that the previous ones found no problem.
     for row in _CHECKS:
         if problems := list(row(spec)):

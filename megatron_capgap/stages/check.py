@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from megatron_capgap.config import derived
@@ -10,13 +12,23 @@ from megatron_capgap.config.loader import LoadedConfig
 from megatron_capgap.config.schema import Layout, ModelShape
 from megatron_capgap.config.validation import fp8
 from megatron_capgap.models import memory, size
-from megatron_capgap.stages.plan import RunPlan
-from megatron_capgap.stages.resolve import data_file, resolve
+from megatron_capgap.planning import report as planning_report
+from megatron_capgap.planning.case import Case
+from megatron_capgap.planning.gpus import gpu_named
+from megatron_capgap.planning.options import UTILISATION, PlanningOptions
+from megatron_capgap.stages.plan import Outline
+from megatron_capgap.stages.resolve import data_file, described_by_numbers, outline, resolve, shape_of_student
 
 _MIB = 1 << 20
 
 
-def report(loaded: LoadedConfig, stage: str, world: int, capability: tuple[int, int] | None = None) -> str:
+def report(
+    loaded: LoadedConfig,
+    stage: str,
+    world: int,
+    capability: tuple[int, int] | None = None,
+    planning: PlanningOptions | None = None,
+) -> str:
     """Resolves and validates a configuration; reports parameters, rank grid, tokens per step and memory per rank.
 
     Args:
@@ -24,11 +36,17 @@ def report(loaded: LoadedConfig, stage: str, world: int, capability: tuple[int, 
         stage: the stage to run.
         world: actual or assumed number of ranks.
         capability: compute capability of the target GPUs; None skips the check of FP8 recipes against it.
+        planning: GPU, utilisation and price; or a number of GPUs to search layouts for.
 
     Raises:
         UserError: any error that would stop the run before its first step, except errors in the contents of the data.
     """
-    plan = resolve(loaded, stage, world, capability)
+    if planning is not None:
+        planning_report.require_peak(planning, loaded.config.runtime.peak_tflops)
+        if planning.ranks is not None:
+            return "\n".join(planning_report.plan_lines(_plan_case(loaded, stage, planning), planning)) + "\n"
+    numbers = planning is not None or described_by_numbers(loaded)
+    plan = outline(loaded, stage, world, capability) if numbers else resolve(loaded, stage, world, capability)
     config = plan.config
     lines = [f"{stage}: the configuration is valid", *_missing_data(plan), ""]
     lines += _models(plan)
@@ -38,21 +56,47 @@ def report(loaded: LoadedConfig, stage: str, world: int, capability: tuple[int, 
         lines += _grid("teacher rank grid", derived.teacher_layout(config), derived.teacher_rank_range(config, world))
     lines += stage_work_lines(plan)
     lines += ["", *precision_lines(plan), *_cost_lines(plan)]
-    lines += ["", *_memory(plan)]
+    lines += ["", *_memory(plan, on_gpu=planning is not None)]
+    if planning is not None:
+        lines += ["", *planning_report.check_lines(_case(plan, planning, world), planning)]
     return "\n".join(lines) + "\n"
 
 
-def _missing_data(plan: RunPlan) -> list[str]:
+def _case(plan: Outline, options: PlanningOptions, world: int) -> Case:
+    name, peak = options.gpu or planning_report.DEFAULT_GPU, plan.config.runtime.peak_tflops
+    student_of = partial(shape_of_student, plan)
+    gpu, utilisation = gpu_named(name, peak), options.utilisation or UTILISATION
+    return Case(plan.loaded, plan.stage, world, plan.student, plan.teacher, student_of, gpu, utilisation)
+
+
+def _plan_case(loaded: LoadedConfig, stage: str, options: PlanningOptions) -> Case:
+    """The run on one rank, for its models and everything that does not depend on the layouts searched for."""
+    config = loaded.config
+    # prune runs the teacher in student.layout, so that the section has none.
+    layout = None if stage == "prune" else Layout()
+    teacher = config.teacher and replace(
+        config.teacher, layout=layout, placement="colocated", ranks=None, ahead=1, micro_batch=None
+    )
+    student = replace(config.student, layout=Layout(), recompute=None)
+    train = replace(config.train, global_batch=None, micro_batch=1)
+    one = outline(replace(loaded, config=replace(config, student=student, teacher=teacher, train=train)), stage, 1)
+    assert options.ranks is not None
+    case = _case(one, options, options.ranks)
+    train = replace(train, global_batch=config.train.global_batch)
+    return case.changed(replace(one.config, train=train))
+
+
+def _missing_data(plan: Outline) -> list[str]:
     """Missing data are reported but not refused: they may be on another machine, or not yet prepared."""
     return [
         f"{plan.loaded.location(key)}: {name} does not exist here; the run needs it"
         for key, names in plan.input_files.items()
         for name in names
-        if data_file(name) is None
+        if key in plan.loaded.sources and data_file(name) is None
     ]
 
 
-def _models(plan: RunPlan) -> list[str]:
+def _models(plan: Outline) -> list[str]:
     lines = [f"{'model':<9}{'parameters':>16}{'non-embedding':>16}  shape"]
     for name, shape in (("student", plan.student), ("teacher", plan.teacher)):
         if shape is not None:
@@ -61,13 +105,12 @@ def _models(plan: RunPlan) -> list[str]:
             )
     lines += padding_lines(plan)
     if plan.teacher is not None:
-        assert plan.teacher_source is not None
-        ratio = plan.teacher_source.meta.kept / plan.student_non_embedding_params
+        ratio = plan.teacher_non_embedding_params / plan.student_non_embedding_params
         lines.append(f"capacity gap T/S: {ratio:.2f} (non-embedding parameters); the paper recommends about 2.5")
     return lines
 
 
-def padding_lines(plan: RunPlan) -> list[str]:
+def padding_lines(plan: Outline) -> list[str]:
     """Kept and stored parameters of a student whose layers are zero-padded."""
     lines, stored = [], size.non_embedding_parameters(plan.student)
     if plan.student_non_embedding_params < stored:
@@ -109,7 +152,7 @@ def _grid(title: str, layout: Layout, ranks: range) -> list[str]:
     return lines
 
 
-def stage_work_lines(plan: RunPlan) -> list[str]:
+def stage_work_lines(plan: Outline) -> list[str]:
     """How much work each pipeline stage of the student has, and the numbers of layers that balance it."""
     config, shape, layout = plan.config, plan.student, plan.config.student.layout
     if layout.pipeline == 1 or plan.stage in ("prune", "evaluate"):
@@ -138,7 +181,7 @@ def _span(first: int, count: int) -> str:
     return str(first) if count == 1 else f"{first}-{first + count - 1}"
 
 
-def precision_lines(plan: RunPlan) -> list[str]:
+def precision_lines(plan: Outline) -> list[str]:
     """One line per model: compute type, and number of matrix products in FP8."""
     lines = []
     shapes = (("student", plan.student), ("teacher", plan.teacher))
@@ -162,7 +205,7 @@ def precision_lines(plan: RunPlan) -> list[str]:
     return lines
 
 
-def _cost_lines(plan: RunPlan) -> list[str]:
+def _cost_lines(plan: Outline) -> list[str]:
     config, batch = plan.config, plan.global_batch
     length = config.data.sequence_length
     num_microbatches = derived.num_microbatches(config, config.student.layout, plan.student_world)
@@ -189,10 +232,11 @@ def _cost_lines(plan: RunPlan) -> list[str]:
     return lines
 
 
-def _memory(plan: RunPlan) -> list[str]:
+def _memory(plan: Outline, *, on_gpu: bool) -> list[str]:
     config = plan.config
     # Without torch: the driver's device node shows whether `auto` would find a GPU on this machine.
     on_cpu = config.device == "cpu" or (config.device == "auto" and not Path("/dev/nvidiactl").exists())
+    on_cpu = on_cpu and not on_gpu
     facts = (config, plan.stage, plan.student, plan.teacher, plan.world)
     ctx = "CPU" if on_cpu else "GPU"
     if on_cpu and config.device == "auto":
@@ -209,14 +253,15 @@ def _memory(plan: RunPlan) -> list[str]:
 
 def _table(title: str, need: memory.Memory) -> list[str]:
     lines = [title]
-    lines += [f"  {name.replace('_', ' '):<18}{value / _MIB:>12,.1f}" for name, value in vars(need).items() if value]
+    rows = {name: round(value / _MIB, 1) for name, value in need.at_peak().items() if value}
+    lines += [f"  {name.replace('_', ' '):<18}{value:>12,.1f}" for name, value in rows.items()]
     lines.append(
-        f"  {'total':<18}{need.total / _MIB:>12,.1f}  without the interpreter, its libraries and communication buffers"
+        f"  {'total':<18}{sum(rows.values()):>12,.1f}  without the interpreter, its libraries and communication buffers"
     )
     return lines
 
 
-def _teacher_memory_lines(plan: RunPlan) -> list[str]:
+def _teacher_memory_lines(plan: Outline) -> list[str]:
     """Memory of the teacher's weights and of its stored hidden states."""
     config, teacher = plan.config, plan.teacher
     assert teacher is not None and config.teacher is not None

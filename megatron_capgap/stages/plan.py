@@ -26,8 +26,8 @@ class CheckpointSource:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunPlan:
-    """Plan of adapt, evaluate, and finetune without a teacher."""
+class Outline:
+    """What `--check` needs of a run: models, ranks and batch. Numbers may stand in for checkpoints."""
 
     loaded: LoadedConfig
     stage: str
@@ -35,13 +35,8 @@ class RunPlan:
     """Number of ranks, including those of a disjoint teacher."""
     student: ModelShape
     student_source: CheckpointSource | None
-    provenance: Provenance | None
-    """Data, models and objective, if the stage trains."""
-    resume_metadata: CheckpointMetadata | None
+    resume_metadata: CheckpointMetadata | None = None
     """Metadata of the newest checkpoint in run_dir; None for a new run. Its files are not verified yet."""
-    tokenizer: Tokenizer
-    template: Template | None
-    """Chat template, if the data are conversations."""
     teacher: ModelShape | None = None
     teacher_source: CheckpointSource | None = None
     budget: Budget | None = None
@@ -54,29 +49,15 @@ class RunPlan:
         return self.loaded.config
 
     @property
-    def warnings(self) -> list[str]:
-        """Warnings about the tokenizer."""
-        found, path = list(self.tokenizer.remarks), self.config.data.tokenizer
-        for key, source in (("student.checkpoint", self.student_source), ("teacher.checkpoint", self.teacher_source)):
-            theirs = source and self.tokenizer.special_ids_of(source.meta.tokenizer_fingerprint)
-            if theirs and theirs != (self.tokenizer.bos, self.tokenizer.eos):
-                found.append(
-                    f"{key}: its tokenizer had bos {theirs[0]} and eos {theirs[1]}, data.tokenizer {path} has bos "
-                    f"{self.tokenizer.bos} and eos {self.tokenizer.eos}; their pieces are the same"
-                )
-        if self.tokenizer.vocab_size > self.student.vocab:
-            pieces = self.tokenizer.pieces()[self.student.vocab :]
-            shown = ", ".join(repr(piece) for piece in pieces[:5]) + (", ..." if len(pieces) > 5 else "")
-            found.append(
-                f"data.tokenizer: {len(pieces)} of the tokens of {path} have no row in the model's vocab of "
-                f"{self.student.vocab} ({shown}); data that hold one are refused"
-            )
-        return found
-
-    @property
     def student_non_embedding_params(self) -> int:
         """Non-embedding parameters of the student, without the zero padding of per-layer pruning."""
         return self.student_source.meta.kept if self.student_source else StudentTarget(self.student, self.budget).kept
+
+    @property
+    def teacher_non_embedding_params(self) -> int:
+        """Non-embedding parameters of the teacher, without zero padding. Requires a teacher."""
+        assert self.teacher is not None
+        return self.teacher_source.meta.kept if self.teacher_source else StudentTarget(self.teacher).kept
 
     @property
     def finetune(self) -> FinetuneConfig:
@@ -97,6 +78,37 @@ class RunPlan:
     def student_world(self) -> int:
         """Number of the student's ranks."""
         return derived.student_world(self.config, self.world)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunPlan(Outline):
+    """Plan of adapt, evaluate, and finetune without a teacher."""
+
+    provenance: Provenance | None
+    """Data, models and objective, if the stage trains."""
+    tokenizer: Tokenizer
+    template: Template | None
+    """Chat template, if the data are conversations."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """Warnings about the tokenizer."""
+        found, path = list(self.tokenizer.remarks), self.config.data.tokenizer
+        for key, source in (("student.checkpoint", self.student_source), ("teacher.checkpoint", self.teacher_source)):
+            theirs = source and self.tokenizer.special_ids_of(source.meta.tokenizer_fingerprint)
+            if theirs and theirs != (self.tokenizer.bos, self.tokenizer.eos):
+                found.append(
+                    f"{key}: its tokenizer had bos {theirs[0]} and eos {theirs[1]}, data.tokenizer {path} has bos "
+                    f"{self.tokenizer.bos} and eos {self.tokenizer.eos}; their pieces are the same"
+                )
+        if self.tokenizer.vocab_size > self.student.vocab:
+            pieces = self.tokenizer.pieces()[self.student.vocab :]
+            shown = ", ".join(repr(piece) for piece in pieces[:5]) + (", ..." if len(pieces) > 5 else "")
+            found.append(
+                f"data.tokenizer: {len(pieces)} of the tokens of {path} have no row in the model's vocab of "
+                f"{self.student.vocab} ({shown}); data that hold one are refused"
+            )
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from megatron_capgap.pruning.student_shape import Budget, StudentTarget, student
 from megatron_capgap.stages.plan import (
     CheckpointSource,
     DistillationPlan,
+    Outline,
     PruningPlan,
     RunPlan,
     files_read,
@@ -70,7 +71,7 @@ def resolve(loaded: LoadedConfig, stage: str, world: int, capability: tuple[int,
         problems += _vocabulary_problems(loaded, target.shape, student_source, tokenizer)
         problems += _fingerprint_problems(loaded, "student.checkpoint", student_source, tokenizer)
         problems += _fingerprint_problems(loaded, "teacher.checkpoint", teacher_source, tokenizer)
-        problems += _length_problems(loaded, teacher_source)
+        problems += _length_problems(loaded, teacher, teacher_source)
     if problems:  # data files are otherwise checked later, on rank 0
         raise ConfigError([*problems, *missing_data(loaded, stage)])
     assert target and tokenizer
@@ -88,6 +89,45 @@ def resolve(loaded: LoadedConfig, stage: str, world: int, capability: tuple[int,
         template=template,
     )
     return _with_teacher(plan, teacher_source, target.budget)
+
+
+def outline(loaded: LoadedConfig, stage: str, world: int, capability: tuple[int, int] | None = None) -> Outline:
+    """As `resolve`, for a run described by numbers: neither the tokenizer nor the data need to exist."""
+    config = loaded.config
+    student_source = _source(loaded, "student.checkpoint", config.student.checkpoint)
+    teacher_source = _source(loaded, "teacher.checkpoint", config.teacher.checkpoint if config.teacher else None)
+    teacher = teacher_source.meta.model if teacher_source else config.teacher.model if config.teacher else None
+    target = _student_target(loaded, stage, student_source, teacher)
+    checks.check(loaded, stage, world, target.shape, teacher, capability)
+    if problems := _length_problems(loaded, teacher, teacher_source):
+        raise ConfigError(problems)
+    return Outline(
+        loaded=loaded,
+        stage=stage,
+        world=world,
+        student=target.shape,
+        student_source=student_source,
+        teacher=teacher,
+        teacher_source=teacher_source,
+        budget=target.budget,
+    )
+
+
+def described_by_numbers(loaded: LoadedConfig) -> bool:
+    """Whether numbers stand in for a checkpoint, or for a student whose tokenizer is not here."""
+    config = loaded.config
+    if config.teacher is not None:
+        return config.teacher.model is not None
+    return config.student.model is not None and not Path(config.data.tokenizer).exists()
+
+
+def shape_of_student(found: Outline, loaded: LoadedConfig) -> ModelShape:
+    """Shape of the student under a changed configuration, on which that of a pruned student depends.
+
+    Raises:
+        ConfigError: the student cannot be pruned as configured.
+    """
+    return _student_target(loaded, found.stage, found.student_source, found.teacher).shape
 
 
 def _with_teacher(plan: RunPlan, source: CheckpointSource | None, budget: Budget | None) -> RunPlan:
@@ -213,15 +253,16 @@ def _fingerprint_problems(
     ]
 
 
-def _length_problems(loaded: LoadedConfig, teacher: CheckpointSource | None) -> list[str]:
+def _length_problems(loaded: LoadedConfig, teacher: ModelShape | None, source: CheckpointSource | None) -> list[str]:
     """A teacher's predictions are unreliable at positions beyond its training length."""
     if teacher is None or derived.teacher_section(loaded.config).longer_sequences:
         return []
-    trained = max(teacher.meta.sequence_length, teacher.meta.model.max_positions or 0)
+    trained = max(source.meta.sequence_length if source else 1, teacher.max_positions or 0)
     length = loaded.config.data.sequence_length
     if length <= trained or trained == 1:  # converted models may lack their training length
         return []
+    whose = str(source.folder) if source else "of teacher.model"
     return [
         f"{loaded.location('data.sequence_length')}: {length} is longer than the {trained} tokens that the teacher "
-        f"{teacher.folder} was trained on; use at most {trained}, or set teacher.longer_sequences: true"
+        f"{whose} was trained on; use at most {trained}, or set teacher.longer_sequences: true"
     ]

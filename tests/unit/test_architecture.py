@@ -27,6 +27,7 @@ ROOMS = {
     "distributed": {"common", "config", "devices", "runtime"},
     "losses": {"common", "config"},
     "models": _BASE,
+    "planning": {"common", "config", "models"},
     "evaluation": _BASE | {"models", "data", "losses", "generation"},
     "data": _BASE,
     "checkpoint": _BASE | {"models"},
@@ -37,7 +38,7 @@ ROOMS = {
     "distillation": _BASE | {"models", "checkpoint", "losses", "data"},
     "generation": _BASE | {"models", "data"},
     "training": _BELOW_TRAINING | {"conversion", "pruning"},
-    "stages": _BELOW_TRAINING | {"conversion", "pruning", "training", "law", "generation"},
+    "stages": _BELOW_TRAINING | {"conversion", "pruning", "training", "law", "generation", "planning"},
 }
 # The command line knows the stages by name alone, and imports one when it is asked for.
 CLI = {"common", "config", "devices", "distributed", "runtime"}
@@ -62,6 +63,8 @@ LIGHT = (
     "models/size.py",
     "models/memory.py",
     "models/packing.py",
+    "planning/*.py",
+    "conversion/hf_config.py",
     "pruning/student_shape.py",
     "checkpoint/metadata.py",
     "distributed/environment.py",

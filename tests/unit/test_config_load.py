@@ -222,7 +222,7 @@ def test_every_stage_has_its_needs():
         (
             "seed: 1\nlayers: 3",
             "layers: unknown key in the top level; "
-            "did you mean student.model.layers or student.recompute.layers or prune.layers?",
+            "did you mean student.model.layers or student.recompute.layers or teacher.model.layers or prune.layers?",
         ),
         (
             "colour: red",
@@ -250,7 +250,7 @@ def test_a_key_in_the_wrong_section_is_sent_to_the_right_one(read):
     (problem,) = read(GOOD, "--student.layers=3")
     assert problem.endswith(
         "student.layers: unknown key in student; "
-        "did you mean student.model.layers or student.recompute.layers or prune.layers?"
+        "did you mean student.model.layers or student.recompute.layers or teacher.model.layers or prune.layers?"
     )
     (problem,) = read(GOOD, "--optimizer.tensor=3")
     assert problem.endswith("did you mean student.layout.tensor or teacher.layout.tensor?")

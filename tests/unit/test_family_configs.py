@@ -14,7 +14,7 @@ from megatron_capgap.config import derived
 from megatron_capgap.config.architectures import ARCHITECTURES, FamilyName
 from megatron_capgap.config.schema import ModelShape
 from megatron_capgap.conversion.exporting import config_of
-from megatron_capgap.conversion.hf_folder import read_config
+from megatron_capgap.conversion.hf_config import read_config
 from megatron_capgap.conversion.registry import FAMILIES
 from megatron_capgap.conversion.tokenizer_files import Copied
 from megatron_capgap.data.tokenizer_folder import LoadedTokenizer

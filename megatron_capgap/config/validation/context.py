@@ -104,8 +104,9 @@ def build(
         layout_key = "teacher.layout" if config.teacher.layout else "student.layout"
         key = "teacher.precision" if config.teacher.precision else "precision"
         layout, precision = derived.teacher_layout(config), derived.teacher_precision(config)
+        path = None if config.teacher.model else config.teacher.checkpoint
         models.append(
-            CheckedModel(loaded, "teacher", teacher, layout, layout_key, precision, key, config.teacher.checkpoint)
+            CheckedModel(loaded, "teacher", teacher, layout, layout_key, precision, key, path, "teacher.model")
         )
     return ValidationContext(loaded, stage, world, tuple(models), capability)
 
