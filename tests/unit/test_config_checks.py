@@ -183,8 +183,14 @@ ONE_PROBLEM = [
         ["valid values: 32 or 40"],
     ),
     (
-        ["--student.layout.context=2", "--student.layout.pipeline=1"],
-        {"stage": "prune"},
+        [
+            "--student.layout.context=2",
+            "--student.model=null",
+            "--objective=null",
+            "--objective={}",
+            "--prune={ffn: 160}",
+        ],
+        {"stage": "prune", "student": STUDENT},
         "--student.layout.context: 2: prune does not shard the sequence; set context: 1",
         [],
     ),
