@@ -83,9 +83,10 @@ def cells(slab: RankSlice, length: int, x: int, y: int) -> Iterator[str]:
     """The samples of a rank's slice; the part of the sequence that the slice covers is filled."""
     for column, sample in enumerate(sorted(slab.samples)):
         left = x + column * (CELL + 3)
-        top, height = y + CELL_HEIGHT * slab.start / length, CELL_HEIGHT * (slab.stop - slab.start) / length
         yield f'<rect x="{left}" y="{y}" width="{CELL}" height="{CELL_HEIGHT}" fill="none" stroke="#bbb"/>'
-        yield f'<rect x="{left}" y="{top:g}" width="{CELL}" height="{height:g}" fill="{COLOURS[sample]}"/>'
+        for start, stop in slab.spans:
+            top, height = y + CELL_HEIGHT * start / length, CELL_HEIGHT * (stop - start) / length
+            yield f'<rect x="{left}" y="{top:g}" width="{CELL}" height="{height:g}" fill="{COLOURS[sample]}"/>'
         yield text(left + 8, y + 21, str(sample))
 
 

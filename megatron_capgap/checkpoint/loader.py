@@ -143,9 +143,9 @@ def chunks_device(chunks: Sequence[torch.nn.Module]) -> str:
 
 
 def parallel_sizes(parallel: ParallelContext) -> tuple[int, int, int, int]:
-    """(tensor, pipeline, virtual pipeline, data) sizes."""
+    """(tensor, pipeline, virtual pipeline, data times context) sizes."""
     layout = parallel.layout
-    return layout.tensor, layout.pipeline, layout.virtual_pipeline, parallel.dp_size
+    return layout.tensor, layout.pipeline, layout.virtual_pipeline, parallel.dp_size * layout.context
 
 
 def training_state(

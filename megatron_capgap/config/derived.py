@@ -43,6 +43,23 @@ def num_microbatches(config: Config, layout: Layout, world: int) -> int:
     return batch // portion
 
 
+def context_chunks(rank: int, size: int) -> tuple[int, int]:
+    """The two of 2 * `size` equal chunks of a sequence that a context-parallel rank holds, in Megatron's order: an
+    early and a late one, so that causal attention costs every rank the same."""
+    return rank, 2 * size - 1 - rank
+
+
+def length_unit(layout: Layout) -> int:
+    """Tokens of which a sequence's length must be a multiple: 2 chunks per context-parallel rank, each sharded over the
+    tensor-parallel ranks under sequence parallelism."""
+    return (2 * layout.context if layout.context > 1 else 1) * (layout.tensor if layout.sequence else 1)
+
+
+def context_factor(layout: Layout) -> str:
+    """The context-parallel size within a product of parallel sizes, for messages; empty if it is 1."""
+    return f" x context {layout.context}" if layout.context > 1 else ""
+
+
 def loss_chunk_tokens(on_cpu: bool) -> int:
     """Default number of tokens per chunk of logits. CPU: the smallest chunk with near-peak matrix-product speed; GPU: a
     larger chunk, which hides more of the work between matrix products (benchmarks/loss.py)."""

@@ -123,7 +123,8 @@ class Layout:
     virtual_pipeline: Positive = 1
     """Number of model chunks per pipeline rank; values above 1 use the interleaved schedule."""
     context: Positive = 1
-    """Context-parallel size: number of shards of the sequence in attention. Valid value in this release: 1."""
+    """Context-parallel size: number of shards of the sequence. data.sequence_length must be divisible by 2 * context,
+    and by 2 * context * tensor under sequence parallelism."""
     sequence: bool = False
     """Sequence parallelism: shard norms and residuals by tokens over the tensor-parallel ranks; requires tensor > 1."""
 

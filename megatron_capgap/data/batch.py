@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from megatron_capgap.config import derived
 from megatron_capgap.data.sampler import dp_shard
 
 
 @dataclass
 class MicroBatch:
     """Input of one forward pass; replicated over the tensor- and pipeline-parallel ranks.
+
+    Under context parallelism a rank reads whole rows, and the forward pass gets the rank's `context_shard` of them.
 
     Attributes:
         tokens: int64 [b, s].
@@ -23,7 +26,8 @@ class MicroBatch:
         position_ids: int64 [b, s].
         sample_ids: sample number of each row.
         segment_ids: int64 [b, s], index within the row of the conversation that a token belongs to, -1 after the
-            last one; None where a token attends to all earlier tokens of the row.
+            last one; None where a token attends to all earlier tokens of the row. Whole rows in a context shard, too.
+        columns: int64 [s/cp], places in the row of the tokens in a context shard; None in a whole row.
     """
 
     tokens: torch.Tensor
@@ -32,9 +36,26 @@ class MicroBatch:
     position_ids: torch.Tensor
     sample_ids: list[int]
     segment_ids: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
+
+    def context_shard(self, rank: int, size: int) -> MicroBatch:
+        """The tokens [b, s/size] of one context-parallel rank, in the order of `derived.context_chunks`; whole rows if
+        `size` is 1."""
+        if size == 1:
+            return self
+        columns = context_columns(self.tokens.shape[1], rank, size, self.tokens.device)
+        return replace(
+            self,
+            tokens=self.tokens[:, columns],
+            labels=self.labels[:, columns],
+            loss_mask=self.loss_mask[:, columns],
+            position_ids=self.position_ids[:, columns],
+            columns=columns,
+        )
 
     def on_device(self, upload: Callable[[torch.Tensor], torch.Tensor]) -> MicroBatch:
-        """A copy on the device; `upload` copies one tensor there."""
+        """A copy of whole rows on the device; `upload` copies one tensor there."""
+        assert self.columns is None, "rows are cut on the device"
         return MicroBatch(
             tokens=upload(self.tokens),
             labels=upload(self.labels),
@@ -46,28 +67,35 @@ class MicroBatch:
 
     @property
     def attention_mask(self) -> torch.Tensor | None:
-        """Bool [b, 1, s, s], True where attention is masked; None means plain causal attention.
+        """Bool [b, 1, s/cp, s], True where attention is masked; None means plain causal attention.
 
         Built on access: the masks of a complete global batch would take s bytes per token.
         """
         if self.segment_ids is None:
             return None
-        length = self.tokens.shape[1]
-        ahead = torch.ones(length, length, dtype=torch.bool, device=self.tokens.device).triu(1)
+        places = torch.arange(self.segment_ids.shape[1], device=self.tokens.device)
+        ahead = places > (places if self.columns is None else self.columns)[:, None]
         return (ahead | ~self._together())[:, None]
 
     def lengths(self) -> torch.Tensor:
-        """Int64 [b, s]: length of the conversation that each token belongs to."""
+        """Int64 [b, s/cp]: length of the conversation that each token belongs to."""
         return self._together().sum(-1)
 
     def _together(self) -> torch.Tensor:
-        """Bool [b, s, s], whether two tokens belong to the same conversation."""
+        """Bool [b, s/cp, s], whether two tokens belong to the same conversation."""
         assert self.segment_ids is not None, "called only for rows packed with conversations"
-        return self.segment_ids[:, :, None] == self.segment_ids[:, None, :]
+        mine = self.segment_ids if self.columns is None else self.segment_ids[:, self.columns]
+        return mine[:, :, None] == self.segment_ids[:, None, :]
 
     def flat(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Labels and loss mask as vectors [s * b], in the order of hidden states [s, b, h] reshaped to [s * b, h]."""
         return self.labels.t().reshape(-1), self.loss_mask.t().reshape(-1)
+
+
+def context_columns(length: int, rank: int, size: int, device: torch.device) -> torch.Tensor:
+    """Int64 [length / size]: the places of a context-parallel rank's tokens in a row of `length` tokens."""
+    chunks = torch.arange(length, device=device).chunk(2 * size)
+    return torch.cat([chunks[chunk] for chunk in derived.context_chunks(rank, size)])
 
 
 class TokenDataset(Protocol):

@@ -200,6 +200,7 @@ def _rewrite_factories() -> None:
             device = kwargs.get("device")
             if device is not None and torch.device(device).type == "cuda":
                 kwargs["device"] = _CPU
+            kwargs.pop("pin_memory", None)  # page-locked memory exists for a GPU only
             return factory(*args, **kwargs)
 
         return wrapped

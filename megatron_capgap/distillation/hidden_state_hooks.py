@@ -55,7 +55,8 @@ class HiddenStateMatching:
         """
         if not self._waiting:
             return
-        masks = [self._part(batch.loss_mask.t()).reshape(-1) for batch in batches]
+        mine = [batch.context_shard(self._parallel.cp_rank, self._parallel.layout.context) for batch in batches]
+        masks = [self._part(batch.loss_mask.t()).reshape(-1) for batch in mine]
         of_layers = {
             layer: [teacher_states.pop(layer, batch.sample_ids) for batch in batches]
             for layer in {pair.teacher_layer for pair in self._waiting}
@@ -65,7 +66,7 @@ class HiddenStateMatching:
             waiting.extend(zip(of_layers[pair.teacher_layer], masks, strict=True))
 
     def loss(self) -> Loss:
-        """The matching loss added since the last call, summed over this data-parallel rank's valid tokens.
+        """The matching loss added since the last call, summed over this rank's part of the valid tokens.
 
         Collective over the tensor-parallel ranks under sequence parallelism. `num_tokens` is 0, because the last stage
         counts the tokens.

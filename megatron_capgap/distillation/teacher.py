@@ -52,8 +52,8 @@ class FrozenTeacher:
 
         Returns:
             The hidden states on this rank, per stream and sample `[s, h_teacher]`, or `[s/tp, h_teacher]` under
-            sequence parallelism: the stream `FINAL_HIDDEN` (after the final norm) on the last stage, those of layers on
-            the layers' stages.
+            sequence parallelism (s/cp in place of s under context parallelism): the stream `FINAL_HIDDEN` (after the
+            final norm) on the last stage, those of layers on the layers' stages.
         """
         found: States = {}
         hooks = [

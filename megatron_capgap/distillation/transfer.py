@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_capgap.distillation.transfer_plan import RowRange, TensorStream
+from megatron_capgap.distillation.transfer_plan import RankSlice, RowRange, TensorStream
 
 States = dict[int, dict[int, Tensor]]
 """Hidden states `[rows, h_teacher]` by stream and sample, each sample in its own contiguous memory."""
@@ -118,10 +118,10 @@ class HiddenStateTransfer:
                 sample = row_range.sample + first_sample
                 if row_range.source == self.rank:
                     assert stream.held is not None, "a rank gives of what it holds"
-                    source_rows = _rows(mine[sample], row_range, stream.held.start)
+                    source_rows = _rows(mine[sample], row_range, stream.held)
                 if row_range.target == self.rank:
                     assert stream.needed is not None, "a rank takes of what it needs"
-                    target_rows = _rows(states[stream.key][sample], row_range, stream.needed.start)
+                    target_rows = _rows(states[stream.key][sample], row_range, stream.needed)
                 if row_range.source != self.rank:
                     receives.append((target_rows, row_range.source))
                     names[1].append(_name(stream, row_range, sample))
@@ -147,8 +147,8 @@ class HiddenStateTransfer:
         need, have = stream.needed, stream.held
         if need is None:
             return {}
-        same_rows = have is not None and (have.start, have.stop) == (need.start, need.stop)
-        shape = (need.stop - need.start, self._width)
+        same_rows = have is not None and have.spans == need.spans
+        shape = (need.rows, self._width)
         return {
             sample: held[sample]
             if same_rows and sample in held
@@ -182,9 +182,9 @@ def split_by_sample(hidden: Tensor, samples: Sequence[int]) -> Iterator[tuple[in
     return ((sample, hidden[:, index].contiguous()) for index, sample in enumerate(samples))
 
 
-def _rows(states: Tensor, row_range: RowRange, start: int) -> Tensor:
-    """The rows `row_range` of one sample's states, whose first row is number `start`."""
-    return states[row_range.start - start : row_range.stop - start]
+def _rows(states: Tensor, row_range: RowRange, held: RankSlice) -> Tensor:
+    """The rows `row_range` of one sample's states, which are the rows of `held`."""
+    return states[(first := held.place(row_range.start)) : first + row_range.rows]
 
 
 def _name(stream: TensorStream, row_range: RowRange, sample: int) -> str:

@@ -1,8 +1,9 @@
 """Plan of the hidden-state transfer: which rank sends which rows to which rank, from both models' layouts. No torch.
 
 A global batch is samples 0 to n - 1, each with `length` rows of hidden states. Of a pipeline stage's output each rank
-holds a slice: the samples of its data-parallel rank, and of each sample all rows or, under sequence parallelism, its
-shard of the rows. Rows that a student's rank needs but does not hold are sent by a teacher's rank that holds them.
+holds a slice: the samples of its data-parallel rank, and of each sample all rows or its shard of them: two chunks under
+context parallelism, of these a part under sequence parallelism. Rows that a student's rank needs but does not hold are
+sent by a teacher's rank that holds them.
 """
 
 from __future__ import annotations
@@ -23,14 +24,31 @@ class RankSlice:
     rank: int
     samples: tuple[int, ...]
     """In the order in which the rank processes them."""
-    start: int
-    stop: int
-    """The same rows of every sample."""
+    spans: tuple[tuple[int, int], ...]
+    """Rows `start` to `stop`, the same of every sample, in the order in which the rank holds them; not adjacent."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of one sample."""
+        return sum(stop - start for start, stop in self.spans)
+
+    def stop_after(self, row: int) -> int | None:
+        """End of the span that holds `row`; None if none does."""
+        return next((stop for start, stop in self.spans if start <= row < stop), None)
+
+    def place(self, row: int) -> int:
+        """Index of a row among the rows that the rank holds of a sample."""
+        before = 0
+        for start, stop in self.spans:
+            if start <= row < stop:
+                return before + row - start
+            before += stop - start
+        raise AssertionError(f"row {row} is not in {self.spans}")
 
 
 @dataclass(frozen=True)
 class RowRange:
-    """Rows `start` to `stop` of one sample, from one rank to another."""
+    """Rows `start` to `stop` of one sample, from one rank to another; contiguous on both."""
 
     sample: int
     start: int
@@ -57,17 +75,35 @@ class ModelPlacement:
     """Rows of a sample: the tokens of a sequence."""
 
     def rank_slices(self, stage: int) -> list[RankSlice]:
-        """The slices of one pipeline stage's output, per rank in Megatron's rank order (tensor fastest, then data, then
-        pipeline)."""
-        tensor, part = self.layout.tensor, self.length // self.layout.tensor
-        first = self.first_rank + stage * tensor * len(self.samples)
+        """The slices of one pipeline stage's output, per rank in Megatron's rank order (tensor fastest, then context,
+        then data, then pipeline)."""
+        tensor, context = self.layout.tensor, self.layout.context
+        rank = self.first_rank + stage * tensor * context * len(self.samples)
         found = []
-        for data_rank, samples in enumerate(self.samples):
-            for tensor_rank in range(tensor):
-                rank = first + data_rank * tensor + tensor_rank
-                rows = (tensor_rank * part, (tensor_rank + 1) * part) if self.layout.sequence else (0, self.length)
-                found.append(RankSlice(rank, samples, *rows))
+        for samples in self.samples:
+            for context_rank in range(context):
+                for tensor_rank in range(tensor):
+                    found.append(RankSlice(rank, samples, self._spans(context_rank, tensor_rank)))
+                    rank += 1
         return found
+
+    def _spans(self, context_rank: int, tensor_rank: int) -> tuple[tuple[int, int], ...]:
+        """Rows of a sample that a rank holds."""
+        layout, local = self.layout, self.length // self.layout.context
+        part = local // layout.tensor
+        first, last = (tensor_rank * part, (tensor_rank + 1) * part) if layout.sequence else (0, local)
+        if layout.context == 1:
+            return ((first, last),)
+        size, found = local // 2, list[tuple[int, int]]()
+        for place, chunk in enumerate(derived.context_chunks(context_rank, layout.context)):
+            start, stop = max(first, place * size), min(last, (place + 1) * size)
+            shift = (chunk - place) * size
+            if start >= stop:
+                continue
+            if found and found[-1][1] == start + shift:
+                start = found.pop()[0] - shift
+            found.append((start + shift, stop + shift))
+        return tuple(found)
 
 
 def student_samples(global_batch: int, micro_batch: int, dp_size: int) -> tuple[tuple[int, ...], ...]:
@@ -114,17 +150,18 @@ def row_ranges(held: Iterable[RankSlice], needed: Iterable[RankSlice]) -> list[R
     found = []
     for rank_slice in needed:
         for sample in rank_slice.samples:
-            start = rank_slice.start
-            while start < rank_slice.stop:
-                able = [holder for holder in holders[sample] if holder.start <= start < holder.stop]
-                best = min(
-                    able, key=lambda holder: (holder.rank != rank_slice.rank, rows_sent[holder.rank], holder.rank)
-                )
-                stop = min(best.stop, rank_slice.stop)
-                found.append(RowRange(sample, start, stop, best.rank, rank_slice.rank))
-                if best.rank != rank_slice.rank:
-                    rows_sent[best.rank] += stop - start
-                start = stop
+            for start, last in rank_slice.spans:
+                while start < last:
+                    able = [(holder, stop) for holder in holders[sample] if (stop := holder.stop_after(start))]
+                    # A rank that holds the row itself receives nothing.
+                    best, stop = min(
+                        able, key=lambda one: (one[0].rank != rank_slice.rank, rows_sent[one[0].rank], one[0].rank)
+                    )
+                    stop = min(stop, last)
+                    found.append(RowRange(sample, start, stop, best.rank, rank_slice.rank))
+                    if best.rank != rank_slice.rank:
+                        rows_sent[best.rank] += stop - start
+                    start = stop
     return found
 
 

@@ -46,6 +46,11 @@ class ParallelContext:
             vars(parallel_state).update(before)
 
     @property
+    def cp_rank(self) -> int:
+        """Which part of the sequence this rank has."""
+        return self.groups.cp.rank() if self.layout.context > 1 else 0
+
+    @property
     def is_first_stage(self) -> bool:
         """Whether this rank holds the input embedding."""
         return self.pp_rank == 0
@@ -56,7 +61,8 @@ class ParallelContext:
         return self.pp_rank == self.layout.pipeline - 1
 
     def all_reduce_over_dp_and_pp(self, values: torch.Tensor) -> torch.Tensor:
-        """Sums token statistics over data-parallel ranks and pipeline stages. Collective: 1 or 2 all-reduces.
+        """Sums token statistics over data- and context-parallel ranks and pipeline stages. Collective: 1 or 2
+        all-reduces.
 
         Args:
             values: sums over this rank's tokens, 0 for values of another stage; replicated over tensor-parallel ranks.
@@ -78,13 +84,14 @@ def build(layout: Layout, seed: int, timeout_seconds: int = 600) -> ParallelCont
 
     Args:
         layout: parallel sizes; their product with the data-parallel size is the world size.
-        seed: seed of dropout; each pipeline stage and data-parallel rank derives its own.
+        seed: seed of dropout; each pipeline stage and each data- or context-parallel rank derives its own.
         timeout_seconds: time-out of a collective, in seconds.
     """
     destroy()
     parallel = _initialise(layout, timeout_seconds)
-    torch.manual_seed(seed + parallel.dp_rank)
-    model_parallel_cuda_manual_seed(seed + 100 * parallel.pp_rank + 10_000 * parallel.dp_rank, force_reset_rng=True)
+    part = parallel.dp_rank * layout.context + parallel.cp_rank  # of the tokens of a global batch
+    torch.manual_seed(seed + part)
+    model_parallel_cuda_manual_seed(seed + 100 * parallel.pp_rank + 10_000 * part, force_reset_rng=True)
     return parallel
 
 

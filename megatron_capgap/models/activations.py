@@ -29,10 +29,10 @@ class LayerActivations:
 def of_layer(shape: ModelShape, layout: Layout, width: int, recipe: str | None = None) -> LayerActivations:
     """What one layer saves for the backward pass.
 
-    Input and output of both norms; the packed queries, keys and values; queries and keys after rotation; the
-    attention's output; gate and up, or up alone; the activation's output. With QK norms also their inputs. In FP8 a
-    linear saves its cast input, and nothing else is saved of norms and activation. The attention saves its own output;
-    recipes other than delayed save a cast copy of it as well.
+    Input and output of both norms; the packed queries, keys and values; queries and keys after rotation; under context
+    parallelism the gathered keys and values; the attention's output; gate and up, or up alone; the activation's output.
+    With QK norms also their inputs. In FP8 a linear saves its cast input, and nothing else is saved of norms and
+    activation. The attention saves its own output; recipes other than delayed save a cast copy of it as well.
 
     Args:
         shape, layout: give the tensors' sizes.
@@ -42,6 +42,7 @@ def of_layer(shape: ModelShape, layout: Layout, width: int, recipe: str | None =
     traits = ARCHITECTURES[shape.family]
     query, key_value = shape.heads * derived.head_dim(shape), derived.kv_heads(shape) * derived.head_dim(shape)
     inner = [query + 2 * key_value, query, key_value, query]
+    inner += [2 * layout.context * key_value] if layout.context > 1 else []  # keys and values of the whole sequence
     inner += [query, key_value] if traits.qk_norm else []
     hidden, tensor = shard_numel(shape.hidden, layout), layout.tensor
     cast = width if recipe is None else 1

@@ -128,7 +128,7 @@ def _of_stage(
     width = _BYTES[precision.compute]
     held = size.rank_parameters(student, layout, pipeline_rank)
     held += _projections(config, student, teacher, pipeline_rank)
-    tokens = config.train.micro_batch * config.data.sequence_length
+    tokens = config.train.micro_batch * config.data.sequence_length // layout.context
     last = pipeline_rank == layout.pipeline - 1
     gated = ARCHITECTURES[student.family].gated
     backward = (6 if gated else 4) * student.ffn // layout.tensor  # the largest part: one feed-forward layer
@@ -161,8 +161,8 @@ def _of_stage(
     return Memory(
         weights=held * width - in_fp8.not_in_bf16,
         gradients=held * 4,
-        # Adam's two moments in fp32, and fp32 master weights if weights are bf16; sharded over data-parallel ranks.
-        optimizer=held * (8 if width == 4 else 12) // derived.data_parallel(layout, world),
+        # Adam's two moments in fp32, and fp32 master weights if weights are bf16; sharded over data and context ranks.
+        optimizer=held * (8 if width == 4 else 12) // (derived.data_parallel(layout, world) * layout.context),
         activations=sum(kept) * tokens + masks,
         backward_pass=backward * tokens * width,
         loss=_loss(config, student, teacher, tokens, chunk) if last else 0,
@@ -251,9 +251,10 @@ def teacher_memory(
         weights, until_cast = weights + in_fp8.copies - in_fp8.not_in_bf16, in_fp8.until_cast
         last = of_teacher == teacher_layout.pipeline - 1
         outputs = len(_matched_layers(config, teacher, teacher_layout, of_teacher, "teacher")) + last
-        dp_size = derived.data_parallel(teacher_layout, len(derived.teacher_rank_range(config, world)))
-        held = outputs * batch // dp_size * activations.shard_numel(teacher.hidden, teacher_layout) * width
-        tokens = derived.teacher_micro_batch(config) * length
+        shards = derived.data_parallel(teacher_layout, len(derived.teacher_rank_range(config, world)))
+        shards *= teacher_layout.context
+        held = outputs * batch // shards * activations.shard_numel(teacher.hidden, teacher_layout) * width
+        tokens = derived.teacher_micro_batch(config) * length // teacher_layout.context
         wide = (3 if ARCHITECTURES[teacher.family].gated else 2) * teacher.ffn // teacher_layout.tensor
         forward = (wide + 2 * activations.shard_numel(teacher.hidden, teacher_layout)) * tokens * width
     if mine is not None:
@@ -262,7 +263,7 @@ def teacher_memory(
         needed = (
             outputs
             * batch
-            // derived.data_parallel(layout, ranks)
+            // (derived.data_parallel(layout, ranks) * layout.context)
             * activations.shard_numel(teacher.hidden, layout)
             * width
         )
@@ -305,7 +306,8 @@ def _stages(config: Config, world: int) -> list[tuple[int, int | None]]:
 def _hidden_states_stay(config: Config) -> bool:
     """Whether every rank of the student's already holds the teacher's states it needs, so that nothing is copied."""
     student, teacher = config.student.layout, derived.teacher_layout(config)
-    same_layout = all(getattr(student, name) == getattr(teacher, name) for name in ("tensor", "pipeline", "sequence"))
+    names = ("tensor", "pipeline", "context", "sequence")
+    same_layout = all(getattr(student, name) == getattr(teacher, name) for name in names)
     return derived.teacher_section(config).placement == "colocated" and same_layout and not config.objective.matching
 
 

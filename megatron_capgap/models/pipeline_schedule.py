@@ -35,17 +35,22 @@ def run(
     Args:
         chunks: this rank's model chunks, wrapped or bare.
         parallel: their layout.
-        micro_batches: each has `tokens` and `position_ids` `[b, s]`, and an `attention_mask` `[b, 1, s, s]` or None.
+        micro_batches: each has `tokens` and `position_ids` `[b, s]`, and an `attention_mask` `[b, 1, s, s]` or None;
+            whole rows. With context parallelism also `context_shard(rank, size)`: what the forward pass and
+            `last_stage` get.
         last_stage: called on the last stage with the final hidden states `[s, b, h]` (`[s/tp, b, h]` under sequence
-            parallelism) and their micro-batch. Returns (loss_sum, num_tokens, result); with forward_only any scalar
-            tensor in place of loss_sum. Megatron divides gradients by the global sum of num_tokens.
+            parallelism; s/cp in place of s under context parallelism) and their micro-batch. Returns (loss_sum,
+            num_tokens, result); with forward_only any scalar tensor in place of loss_sum. Megatron divides gradients by
+            the global sum of num_tokens.
         forward_only: skips the backward pass.
-        shape: (sequence length, micro-batch size).
+        shape: (length of the whole sequence, micro-batch size).
 
     Returns:
         `last_stage`'s third value (result) for each micro-batch; empty on other stages.
     """
     config = get_model_config(chunks[0])
+    if parallel.layout.context > 1:
+        micro_batches = [batch.context_shard(parallel.cp_rank, parallel.layout.context) for batch in micro_batches]
 
     def forward(iterator: Any, model: torch.nn.Module) -> tuple[Tensor, Any]:
         batch = next(iterator)

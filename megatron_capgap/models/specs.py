@@ -7,14 +7,18 @@ sequence parallelism (Megatron's wrapper around torch's refuses it), and an atte
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -26,6 +30,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
+from megatron_capgap.config import derived
 from megatron_capgap.config.architectures import ArchitectureSpec
 from megatron_capgap.devices import Device
 from megatron_capgap.models.layers import LayerNorm, ParallelResidualLayer, mark_sequence_parallel
@@ -83,7 +88,11 @@ _NORMS = {"RMSNorm": RMSNorm, "LayerNorm": LayerNorm}
 
 
 class ScaledDotProductAttention(torch.nn.Module):
-    """Causal attention over `[s, b, heads/tp, d]` by torch's scaled_dot_product_attention."""
+    """Causal attention over `[s/cp, b, heads/tp, d]` by torch's scaled_dot_product_attention.
+
+    Under context parallelism each rank has two chunks of the sequence (`derived.context_chunks`). The keys and values
+    of all ranks are gathered, as in Llama 3 (arXiv 2407.21783, section 3.3.2), and their gradients reduce-scattered.
+    """
 
     def __init__(
         self,
@@ -93,10 +102,14 @@ class ScaledDotProductAttention(torch.nn.Module):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
         **unused: object,
     ) -> None:
         super().__init__()
-        assert config.context_parallel_size == 1, "config.validation refuses context parallelism for this attention"
+        self.context_group = None
+        if config.context_parallel_size > 1:
+            assert pg_collection is not None, "Megatron's attention passes its process groups on"
+            self.context_group = pg_collection.cp
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         # Each tensor-parallel rank holds different heads, so dropout uses this rank's own random stream. Under sequence
@@ -116,17 +129,20 @@ class ScaledDotProductAttention(torch.nn.Module):
         """Computes the attention output.
 
         Args:
-            query: `[s, b, heads/tp, d]`, a local shard.
-            key, value: `[s, b, kv_heads/tp, d]`, local shards.
-            attention_mask: bool `[b, 1, s, s]`, True where a query must not attend; None selects attn_mask_type.
+            query: `[s/cp, b, heads/tp, d]`, a local shard.
+            key, value: `[s/cp, b, kv_heads/tp, d]`, local shards.
+            attention_mask: bool `[b, 1, s/cp, s]`, keys in the order of the sequence; True where a query must not
+                attend; None selects attn_mask_type.
             attn_mask_type: no_mask for a query after all keys, as with a cache; otherwise causal.
             attention_bias, packed_seq_params: must be None.
 
         Returns:
-            `[s, b, heads/tp * d]`, a local shard.
+            `[s/cp, b, heads/tp * d]`, a local shard.
         """
         assert attention_bias is None and packed_seq_params is None
         seen = None if attention_mask is None else ~attention_mask
+        if self.context_group is not None:
+            key, value = _gather_keys_and_values(key, value, self.context_group)
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         grouped = key.shape[1] != query.shape[1]
         causal = seen is None and attn_mask_type is not AttnMaskType.no_mask
@@ -148,6 +164,28 @@ class ScaledDotProductAttention(torch.nn.Module):
         dropout: float,
         grouped: bool,
     ) -> Tensor:
+        """Attention of `[b, heads/tp, s/cp, d]` to keys and values `[b, kv_heads/tp, s, d]`."""
+        if self.context_group is None or not causal:
+            return self._attend_to_all(query, key, value, seen, causal, dropout, grouped)
+        rank, ranks = self.context_group.rank(), self.context_group.size()
+        size, parts = query.shape[2] // 2, []
+        for part, chunk in zip(query.chunk(2, dim=2), derived.context_chunks(rank, ranks), strict=True):
+            stop = (chunk + 1) * size  # no key behind the chunk's own is read
+            mask = _lower_right_mask(size, stop, query.dtype, query.device)
+            keys, values = key[:, :, :stop], value[:, :, :stop]
+            parts.append(self._attend_to_all(part, keys, values, mask, False, dropout, grouped))
+        return torch.cat(parts, dim=2)
+
+    def _attend_to_all(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        seen: Tensor | None,
+        causal: bool,
+        dropout: float,
+        grouped: bool,
+    ) -> Tensor:
         return F.scaled_dot_product_attention(
             query,
             key,
@@ -158,6 +196,24 @@ class ScaledDotProductAttention(torch.nn.Module):
             scale=self.scale,
             enable_gqa=grouped,
         )
+
+
+def _gather_keys_and_values(key: Tensor, value: Tensor, group: torch.distributed.ProcessGroup) -> Sequence[Tensor]:
+    """Keys and values `[s/cp, b, kv_heads/tp, d]` of all context-parallel ranks, `[s, b, kv_heads/tp, d]` in the order
+    of the sequence. One all-gather; one reduce-scatter of their gradients in the backward pass."""
+    both = gather_from_sequence_parallel_region(
+        torch.cat([key, value], dim=2), tensor_parallel_output_grad=True, group=group
+    )
+    chunks = both.chunk(2 * group.size())  # of rank 0, then of rank 1, ...: each an early and a late one
+    return torch.cat([*chunks[0::2], *chunks[1::2][::-1]]).chunk(2, dim=2)
+
+
+@lru_cache(maxsize=8)
+def _lower_right_mask(queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Scores are added to it: 0 where the last `queries` of `keys` tokens attend, otherwise -inf. `[queries, keys]`,
+    one for all layers and micro-batches. torch's `is_causal` aligns the first query with the first key instead."""
+    mask = torch.full((queries, keys), float("-inf"), dtype=dtype, device=device)
+    return mask.triu_(keys - queries + 1)
 
 
 def _local_layer(traits: ArchitectureSpec) -> ModuleSpec:

@@ -133,10 +133,12 @@ def _shape(shape: ModelShape) -> str:
 
 
 def _grid(title: str, layout: Layout, ranks: range) -> list[str]:
-    """Ranks of each pipeline stage, in Megatron's order: tensor fastest, then data, then pipeline."""
+    """Ranks of each pipeline stage, in Megatron's order: tensor fastest, then context, then data, then
+    pipeline."""
     data = derived.data_parallel(layout, len(ranks))
     lines = [
-        f"{title}: {len(ranks)} ranks = tensor {layout.tensor} x data {data} x pipeline {layout.pipeline}"
+        f"{title}: {len(ranks)} ranks = tensor {layout.tensor}{derived.context_factor(layout)} x data {data} "
+        f"x pipeline {layout.pipeline}"
         + (f" ({layout.virtual_pipeline} virtual stages each)" if layout.virtual_pipeline > 1 else "")
         + (", sequence parallel" if layout.sequence else "")
     ]
@@ -145,9 +147,10 @@ def _grid(title: str, layout: Layout, ranks: range) -> list[str]:
             if stage == 2:
                 lines.append("  ...")
             continue
-        first = ranks.start + stage * layout.tensor * data
-        groups = [f"[{_span(first + d * layout.tensor, layout.tensor)}]" for d in range(min(data, 4))]
-        more = f" ... {data} tensor-parallel groups" if data > 4 else ""
+        count = layout.context * data
+        first = ranks.start + stage * layout.tensor * count
+        groups = [f"[{_span(first + d * layout.tensor, layout.tensor)}]" for d in range(min(count, 4))]
+        more = f" ... {count} tensor-parallel groups" if count > 4 else ""
         lines.append(f"  stage {stage}: {' '.join(groups)}{more}")
     return lines
 

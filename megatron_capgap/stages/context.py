@@ -358,7 +358,8 @@ def _log_summary(log: RunLogger, plan: RunPlan, device: Device) -> None:
 
 def _layout_line(title: str, layout: Layout, ranks: int) -> str:
     data = derived.data_parallel(layout, ranks)
-    return f"{title}: {ranks} = tensor {layout.tensor} x pipeline {layout.pipeline} x data {data}"
+    sizes = f"tensor {layout.tensor}{derived.context_factor(layout)} x pipeline {layout.pipeline} x data {data}"
+    return f"{title}: {ranks} = {sizes}"
 
 
 def checkpoint_metadata(ctx: StageContext[RunPlan], done: int) -> CheckpointMetadata:

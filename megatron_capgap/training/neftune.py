@@ -9,7 +9,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
-from megatron_capgap.data.batch import MicroBatch
+from megatron_capgap.data.batch import MicroBatch, context_columns
 from megatron_capgap.distributed.parallel_context import ParallelContext
 from megatron_capgap.models.gpt import unwrap
 
@@ -62,11 +62,14 @@ class Neftune:
             self._waiting.extend(batches)
 
     def _add(self, embedding: torch.nn.Module, _: object, output: Tensor) -> Tensor:
-        """The forward hook over `[s, b, h]`, or `[s/tp, b, h]` under sequence parallelism."""
+        """The forward hook over `[s, b, h]`, or `[s/tp, b, h]` under sequence parallelism; s/cp in place of s under
+        context parallelism."""
         if not embedding.training:
             return output
         added = noise(self._waiting.popleft(), output.shape[-1], self._alpha, self._seed)
         layout = self._parallel.layout
+        if layout.context > 1:
+            added = added[context_columns(len(added), self._parallel.cp_rank, layout.context, added.device)]
         if layout.sequence:
             added = added.chunk(layout.tensor)[self._parallel.tp_rank]
         return output + added.to(output.dtype)

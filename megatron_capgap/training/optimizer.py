@@ -32,7 +32,7 @@ def wrap(
     With `overlap`, gradients are reduced bucket by bucket while the last backward pass of a step runs, and weights are
     gathered while the next forward pass runs: see `training.param_sync` for who must wait for them.
     """
-    overlap = overlap and parallel.dp_size > 1
+    overlap = overlap and parallel.dp_size * parallel.layout.context > 1
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=True,

@@ -23,6 +23,11 @@ LAYOUTS = {
     "tp2_pp2_sp": (4, {"tensor": 2, "pipeline": 2, "sequence": True}),
     "tp2_pp2": (4, {"tensor": 2, "pipeline": 2}),
     "dp2": (2, {}),
+    "cp2": (2, {"context": 2}),
+    "cp2_tp2_sp": (4, {"context": 2, "tensor": 2, "sequence": True}),
+    "cp4": (4, {"context": 4}),
+    "cp2_pp2_vp2": (4, {"context": 2, "pipeline": 2, "virtual_pipeline": 2}),
+    "cp2_tp2_pp2_sp": (8, {"context": 2, "tensor": 2, "pipeline": 2, "sequence": True}),
 }
 WITH_TIED_EMBEDDINGS = ("pp2", "tp2_pp2_sp")
 CASES = [(stage, name, False) for stage in ("adapt", "distill") for name in LAYOUTS]

@@ -3,7 +3,7 @@
 A covering part runs by default; `pytest -m "" tests/distributed/test_teacher_layouts.py` runs every combination.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,18 @@ TEACHERS: dict[str, dict[str, Any]] = {
     "tp2_dp2": {"tensor": 2},
     "tp2_sp_dp2": {"tensor": 2, "sequence": True},
     "dp4": {},
+    "cp4": {"context": 4},
+    "cp2_tp2_sp": {"context": 2, "tensor": 2, "sequence": True},
+    "cp2_dp2": {"context": 2},
 }
 STUDENTS: dict[str, dict[str, Any]] = {
     "tp2_pp2": {"tensor": 2, "pipeline": 2},
     "pp2_vp2_dp2": {"pipeline": 2, "virtual_pipeline": 2},
     "tp4_sp": {"tensor": 4, "sequence": True},
     "dp4": {},
+    "cp4": {"context": 4},
+    "cp2_tp2_sp": {"context": 2, "tensor": 2, "sequence": True},
+    "cp2_pp2_vp2": {"context": 2, "pipeline": 2, "virtual_pipeline": 2},
 }
 COVERING = [
     ("tp4", "dp4"),
@@ -46,6 +52,10 @@ COVERING = [
     ("tp2_dp2", "pp2_vp2_dp2"),
     ("tp2_sp_dp2", "dp4"),
     ("dp4", "pp2_vp2_dp2"),
+    ("cp4", "cp2_tp2_sp"),
+    ("cp2_dp2", "cp4"),
+    ("cp2_tp2_sp", "cp2_pp2_vp2"),
+    ("tp2_pp2", "cp2_pp2_vp2"),
 ]
 PAIRS = [
     pytest.param(a, b, marks=() if (a, b) in COVERING else pytest.mark.matrix, id=f"{a}-to-{b}")
@@ -173,7 +183,7 @@ def configuration(teacher: Layout, student: Layout) -> Config:
     return Config(
         "run",
         StudentConfig(layout=student),
-        DataConfig("tokenizer", sequence_length=12),
+        DataConfig("tokenizer", sequence_length=16),
         teacher=TeacherConfig("teacher", layout=teacher, micro_batch=1),
         train=TrainConfig(global_batch=8, micro_batch=2),
     )
@@ -197,9 +207,10 @@ def hand_over(teacher: Layout, student: Layout) -> tuple[int, int, int, int]:
         *sides, [StageRoute(FINAL_HIDDEN, teacher.pipeline - 1, (student.pipeline - 1,))], rank
     )
 
-    def rows(sample: int, start: int, stop: int) -> torch.Tensor:
+    def rows(sample: int, spans: Sequence[tuple[int, int]]) -> torch.Tensor:
         """Every number names its sample, row and column."""
-        return sample * 1000.0 + torch.arange(start, stop)[:, None] * 10.0 + torch.arange(width)
+        numbers = torch.cat([torch.arange(*span) for span in spans])
+        return sample * 1000.0 + numbers[:, None] * 10.0 + torch.arange(width)
 
     counted = {"isend": 0, "irecv": 0}
 
@@ -212,14 +223,14 @@ def hand_over(teacher: Layout, student: Layout) -> tuple[int, int, int, int]:
         [stream], rank, width=width, dtype=torch.float32, device=torch.device("cpu"), transport=counting
     )
     have, need = stream.held, stream.needed
-    held = {k + first_sample: rows(k + first_sample, have.start, have.stop) for k in have.samples} if have else {}
+    held = {k + first_sample: rows(k + first_sample, have.spans) for k in have.samples} if have else {}
     found = hand_off.start({FINAL_HIDDEN: held}, first_sample).wait()[FINAL_HIDDEN]
-    wanted = {k + first_sample: rows(k + first_sample, need.start, need.stop) for k in need.samples} if need else {}
+    wanted = {k + first_sample: rows(k + first_sample, need.spans) for k in need.samples} if need else {}
     assert found.keys() == wanted.keys()
     for sample, states in found.items():
         assert torch.equal(states, wanted[sample]), (sample, states, wanted[sample])
     cells = [
-        {(k, row) for k in slab.samples for row in range(slab.start, slab.stop)} if slab else set()
+        {(k, row) for k in slab.samples for span in slab.spans for row in range(*span)} if slab else set()
         for slab in (need, have)
     ]
     storages = {states.untyped_storage().data_ptr(): states.untyped_storage().nbytes() for states in found.values()}
@@ -240,8 +251,8 @@ def test_no_more_bytes_move_than_must(pool: WorkerPool, teacher: str) -> None:
         sent, received, held, bound = (sum(column) for column in zip(*ranks, strict=True))
         assert sent == received == bound, name
         assert [rank[1] for rank in ranks] == [rank[3] for rank in ranks], name
-        a_sample = 12 * 5 * 4
-        copies = 4 // (student.tensor * student.pipeline)
-        share = 8 // copies * a_sample // (student.tensor if student.sequence else 1)
-        assert held == share * student.tensor * copies, name
+        a_sample = 16 * 5 * 4
+        copies = 4 // (student.tensor * student.pipeline * student.context)
+        share = 8 // copies * a_sample // ((student.tensor if student.sequence else 1) * student.context)
+        assert held == share * student.tensor * student.context * copies, name
         assert {rank[2] for rank in ranks} <= {0, share}, name

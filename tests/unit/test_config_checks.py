@@ -195,10 +195,22 @@ ONE_PROBLEM = [
         ["valid values: 32 or 34"],
     ),
     (
-        ["--student.layout.context=2"],
+        ["--student.layout.context=2", "--data.sequence_length=36"],
         {},
-        "--student.layout.context: 2: context parallelism requires Transformer Engine's",
-        ["attention, which this release does not support; set context: 1"],
+        "--data.sequence_length: 36 is not divisible by 2 * student.layout.context 2 * tensor 2 (sequence is true);",
+        ["valid values: 32 or 40"],
+    ),
+    (
+        [
+            "--student.layout.context=2",
+            "--student.model=null",
+            "--objective=null",
+            "--objective={}",
+            "--prune={ffn: 160}",
+        ],
+        {"stage": "prune", "student": STUDENT},
+        "--student.layout.context: 2: prune does not shard the sequence; set context: 1",
+        [],
     ),
     (
         ["--train.global_batch=18"],
@@ -616,7 +628,6 @@ def test_all_problems_at_once(problems_of):
         "--student.layout.tensor: 3 does not divide heads 8 of runs/large and ffn 256 of runs/large; ",
         "distill.yaml:12: student.layout.pipeline: 2 ",
         "--data.sequence_length: 31 ",
-        "--student.layout.context: 2: ",
         "--optimizer.min_lr: 1.0 ",
     ]
     assert len(problems) == len(starts)

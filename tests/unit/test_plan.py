@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_capgap.config import derived
 from megatron_capgap.config.schema import (
     Config,
     DataConfig,
@@ -31,9 +32,14 @@ Cells = dict[int, set[tuple[int, int]]]
 
 def layouts() -> st.SearchStrategy[Layout]:
     """Layouts of 8 ranks."""
-    sizes = [(t, p) for t in (1, 2, 4, 8) for p in (1, 2, 4, 8) if WORLD % (t * p) == 0]
-    cuts = [Layout(tensor=t, pipeline=p, sequence=s) for t, p in sizes for s in (False, True) if t > 1 or not s]
-    return st.sampled_from(cuts)
+    sizes = [(t, p, c) for t in (1, 2, 4, 8) for p in (1, 2, 4, 8) for c in (1, 2, 4) if WORLD % (t * p * c) == 0]
+    cuts = [
+        Layout(tensor=t, pipeline=p, context=c, sequence=s)
+        for t, p, c in sizes
+        for s in (False, True)
+        if t > 1 or not s
+    ]
+    return st.sampled_from([cut for cut in cuts if LENGTH % derived.length_unit(cut) == 0])
 
 
 def configuration(student: Layout, teacher: Layout, *, micro_batch: int = 2, ranks: int = 0) -> Config:
@@ -50,7 +56,9 @@ def configuration(student: Layout, teacher: Layout, *, micro_batch: int = 2, ran
 
 def cells(slabs: list[RankSlice]) -> Cells:
     """What slabs hold, written out."""
-    return {slab.rank: {(k, row) for k in slab.samples for row in range(slab.start, slab.stop)} for slab in slabs}
+    return {
+        slab.rank: {(k, row) for k in slab.samples for span in slab.spans for row in range(*span)} for slab in slabs
+    }
 
 
 def last_stages(teacher: ModelPlacement, student: ModelPlacement) -> tuple[list[RankSlice], list[RankSlice]]:
@@ -103,19 +111,19 @@ def test_the_slabs_of_a_stage() -> None:
     cut = Layout(tensor=2, pipeline=2, sequence=True)
     side = ModelPlacement(cut, 4, ((0, 2), (1, 3)), LENGTH)
     assert side.rank_slices(1) == [
-        RankSlice(8, (0, 2), 0, 12),
-        RankSlice(9, (0, 2), 12, 24),
-        RankSlice(10, (1, 3), 0, 12),
-        RankSlice(11, (1, 3), 12, 24),
+        RankSlice(8, (0, 2), ((0, 12),)),
+        RankSlice(9, (0, 2), ((12, 24),)),
+        RankSlice(10, (1, 3), ((0, 12),)),
+        RankSlice(11, (1, 3), ((12, 24),)),
     ]
     whole = ModelPlacement(Layout(tensor=2), 0, ((1, 0),), LENGTH)
-    assert whole.rank_slices(0) == [RankSlice(0, (1, 0), 0, 24), RankSlice(1, (1, 0), 0, 24)]
+    assert whole.rank_slices(0) == [RankSlice(0, (1, 0), ((0, 24),)), RankSlice(1, (1, 0), ((0, 24),))]
 
 
 def test_pieces_by_hand() -> None:
     """A teacher cut along the sequence on ranks 0 and 1; rank 1 needs everything, rank 2 the middle."""
-    held = [RankSlice(0, (7,), 0, 4), RankSlice(1, (7,), 4, 8)]
-    needed = [RankSlice(1, (7,), 0, 8), RankSlice(2, (7,), 2, 6)]
+    held = [RankSlice(0, (7,), ((0, 4),)), RankSlice(1, (7,), ((4, 8),))]
+    needed = [RankSlice(1, (7,), ((0, 8),)), RankSlice(2, (7,), ((2, 6),))]
     assert transfer_plan.row_ranges(held, needed) == [
         RowRange(7, 0, 4, 0, 1),
         RowRange(7, 4, 8, 1, 1),

@@ -3,6 +3,7 @@
 Each problem states the location, the key, its value, the conflict and the valid values.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 
@@ -229,23 +230,28 @@ def virtual_stages_have_a_pipeline(ctx: ValidationContext) -> Iterator[str]:
             )
 
 
-def sequence_parallel_has_tensor_ranks(ctx: ValidationContext) -> Iterator[str]:
-    """Sequence parallelism shards the sequence over the tensor-parallel ranks."""
+def sequence_divides_over_ranks(ctx: ValidationContext) -> Iterator[str]:
+    """The sequence is sharded in two chunks per context-parallel rank, and under sequence parallelism over the
+    tensor-parallel ranks. The suggested lengths suit every model."""
     length = ctx.config.data.sequence_length
+    nearest = multiples(length, math.lcm(*(derived.length_unit(model.layout) for model in ctx.models)))
     for key, layout in ctx.layouts:
         if layout.sequence and layout.tensor == 1:
             yield ctx.error(f"{key}.sequence", "true requires tensor > 1; set it to false, or increase tensor")
-        elif layout.sequence and length % layout.tensor:
+        elif length % derived.length_unit(layout):
             text = f"{length} is not divisible by {key}.tensor {layout.tensor}, and {key}.sequence is true"
-            yield ctx.error("data.sequence_length", f"{text}; nearest valid values: {multiples(length, layout.tensor)}")
+            if layout.context > 1:
+                by = f" * tensor {layout.tensor} (sequence is true)" if layout.sequence else ""
+                text = f"{length} is not divisible by 2 * {key}.context {layout.context}{by}"
+            yield ctx.error("data.sequence_length", f"{text}; nearest valid values: {nearest}")
 
 
-def context_parallel_unsupported(ctx: ValidationContext) -> Iterator[str]:
-    """Megatron's own attention needs whole sequences."""
-    reason = "requires Transformer Engine's attention, which this release does not support; set context: 1"
-    for key, layout in ctx.layouts:
-        if layout.context > 1:
-            yield ctx.error(f"{key}.context", f"{layout.context}: context parallelism {reason}")
+def scores_read_whole_sequences(ctx: ValidationContext) -> Iterator[str]:
+    """Importance scores take absolute values of sums over the tokens of a micro-batch, which no rank has under context
+    parallelism."""
+    if ctx.stage == "prune" and (context := ctx.config.student.layout.context) > 1:
+        text = f"{context}: prune does not shard the sequence; set context: 1"
+        yield ctx.error("student.layout.context", text)
 
 
 def batch_divides_over_ranks(ctx: ValidationContext) -> Iterator[str]:
@@ -347,8 +353,8 @@ CHECKS: tuple[Callable[[ValidationContext], Iterator[str]], ...] = (
     heads_have_an_even_width,
     layers_fill_the_pipeline,
     virtual_stages_have_a_pipeline,
-    sequence_parallel_has_tensor_ranks,
-    context_parallel_unsupported,
+    sequence_divides_over_ranks,
+    scores_read_whole_sequences,
     batch_divides_over_ranks,
     *teacher.CHECKS,
     learning_rate_falls,
