@@ -23,7 +23,7 @@ import torch
 from torch.utils._device import _device_constructors
 
 from megatron_capgap.devices import cpu_kernels, transformer_engine_cpu
-from megatron_capgap.devices.base import Component, Device
+from megatron_capgap.devices.base import Component, Device, fuse_adam
 
 _CPU = torch.device("cpu")
 _FACTORIES = (
@@ -98,7 +98,7 @@ def prepare(with_engine: bool = False) -> Device:
         seconds_between=lambda begin, end: end - begin,
         between_steps=_tidy(),
         between_micro_batches=_return_free_memory,
-        tune_optimizer=_fuse_adam,
+        tune_optimizer=fuse_adam,
     )
 
 
@@ -271,10 +271,3 @@ def _share_event_loop() -> None:
 
 
 _THREADS_OF_A_GROUP = 2  # torch's default; they run asynchronous collectives
-
-
-def _fuse_adam(optimizer: torch.optim.Optimizer) -> None:
-    """Enables the fused kernel of torch's AdamW, which reads and writes each parameter once; Megatron does not."""
-    for group in optimizer.param_groups:
-        group["fused"] = True
-        group["foreach"] = False

@@ -10,7 +10,7 @@ import torch
 from megatron_capgap.common.errors import UserError, not_installed
 from megatron_capgap.config import derived
 from megatron_capgap.config.schema import Precision
-from megatron_capgap.devices.base import Component, Device, library
+from megatron_capgap.devices.base import Component, Device, fuse_adam, library
 
 
 def prepare(local_rank: int, precisions: Sequence[Precision]) -> Device:
@@ -47,7 +47,11 @@ def prepare(local_rank: int, precisions: Sequence[Precision]) -> Device:
                 "fused_weight_gradient_mlp_cuda",
                 "gradients accumulate in fp32 inside the GEMM",
             ),
-            library("Apex fused Adam", "apex", "used where Transformer Engine's is absent"),
+            library(
+                "Apex fused Adam",
+                "apex",
+                "used where Transformer Engine's is absent",
+            ),
         ),
         peak_memory=torch.cuda.max_memory_allocated,
         release_memory=torch.cuda.empty_cache,
@@ -57,7 +61,7 @@ def prepare(local_rank: int, precisions: Sequence[Precision]) -> Device:
         seconds_between=lambda begin, end: begin.elapsed_time(end) / 1e3,
         between_steps=lambda: None,
         between_micro_batches=lambda: None,
-        tune_optimizer=lambda optimizer: None,
+        tune_optimizer=fuse_adam,
     )
 
 

@@ -195,8 +195,8 @@ def _load_torch(optimizer: MegatronOptimizer, inner: torch.optim.AdamW, state: d
     for entry in inner.state.values():
         del entry["step"]
     part.load_parameter_state_from_fully_reshardable(state["param_state"])
-    for entry in inner.state.values():
-        entry["step"] = torch.tensor(float(updates))
+    for parameter, entry in inner.state.items():
+        entry["step"] = torch.tensor(float(updates), device=parameter.device)  # where the fused kernel needs it
 
 
 def _allocate(optimizer: torch.optim.AdamW) -> None:
@@ -204,7 +204,7 @@ def _allocate(optimizer: torch.optim.AdamW) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32),
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
