@@ -46,7 +46,7 @@ def test_a_signal_to_one_rank_stops_all_at_a_step(
 
 
 def signal_myself(step: int, number: int, words: list[str]) -> int:
-    """Runs a command whose process is signalled in the middle of a step."""
+    """Runs a command whose process is signalled at the end of a step."""
     from megatron_capgap.training import loop
 
     report = loop._log_step
@@ -71,7 +71,8 @@ def test_a_stopped_run_goes_on_to_the_last_digit(pool: WorkerPool, fixtures: Fix
     work = partial(signal_myself, 2, signal.SIGTERM, ["adapt", "--config", runs.write_config(stopped)])
     assert pool.run(work, world=1, initialise=False) == [0]
     assert pool.run(signal.getsignal, signal.SIGTERM, world=1, initialise=False) == handler
-    assert [entry["step"] for entry in runs.metrics(tmp_path / "stopped")] == [1, 2]
+    # The signal comes after the ranks have agreed in step 2, so that they stop after step 3.
+    assert [entry["step"] for entry in runs.metrics(tmp_path / "stopped")] == [1, 2, 3]
     assert runs.metrics(runs.train(pool, "adapt", stopped)) == runs.metrics(unbroken)
 
 
