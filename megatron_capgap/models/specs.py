@@ -288,6 +288,8 @@ def block(
             ignore it.
     """
     if engine == "transformer_engine":
-        return _engine_layer(traits, own_attention=device.name == "cpu" or use_attention_mask)
+        # Transformer Engine has no attention in fp32 under context parallelism.
+        fp32_context = config.context_parallel_size > 1 and config.params_dtype is torch.float32
+        return _engine_layer(traits, own_attention=device.name == "cpu" or use_attention_mask or fp32_context)
     layers = get_num_layers_to_build(config, chunk, pipeline_rank)
     return TransformerBlockSubmodules(layer_specs=[_local_layer(traits)] * layers, layer_norm=_NORMS[traits.norm])

@@ -54,4 +54,4 @@ def _larger(layout: Layout) -> Iterator[tuple[str, Layout]]:
             yield f"{{tensor: {tensor}, sequence: true}}", replace(layout, tensor=tensor, sequence=True)
     for pipeline in (2, 4, 8):
         if pipeline > layout.pipeline:
-            yield f"{{pipeline: {pipeline}}}", replace(layout, pipeline=pipeline, virtual_pipeline=1)
+            yield f"{{pipeline: {pipeline}}}", replace(layout, pipeline=pipeline, virtual_pipeline=1, stage_layers=None)

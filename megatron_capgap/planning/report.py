@@ -45,7 +45,8 @@ def plan_lines(case: Case, options: PlanningOptions) -> list[str]:
     config, more = case.config, list[str]()
     if config.train.global_batch is None:
         batch = search.default_batch(case.world, config.data.sequence_length)
-        more.append(f"train.global_batch is not set: {batch} sequences, about 4 million tokens a step")
+        tokens = batch * config.data.sequence_length
+        more.append(f"train.global_batch is not set: {batch} sequences, {tokens / 1e6:.1f} million tokens a step")
         case = case.changed(replace(config, train=replace(config.train, global_batch=batch)))
     found = search.search(case)
     lines = [f"{case.stage}: layouts for {case.world} GPUs, {case.gpu.name}", *_assumptions(case, options, more), ""]
@@ -97,6 +98,7 @@ def _layout(layout: Layout) -> str:
 
 def _assumptions(case: Case, options: PlanningOptions, more: Sequence[str] = ()) -> list[str]:
     said = [*case.loaded.assumptions, *more]
+    said += [f"{name}: {text}" for name, text in _arithmetic(case)]
     if options.utilisation is None:
         said.append(f"products reach {UTILISATION:g} of the peak while a rank computes (--utilisation)")
     if options.gpu is None:
@@ -106,6 +108,18 @@ def _assumptions(case: Case, options: PlanningOptions, more: Sequence[str] = ())
     said.append(f"{100 * (1 - USABLE):.0f}% of a GPU's memory is for the CUDA context, NCCL and fragmentation")
     said.append(f"{case.gpu.per_node} GPUs a node; tensor parallelism stays within")
     return ["assumptions", *(f"  {sentence}" for sentence in said)]
+
+
+def _arithmetic(case: Case) -> list[tuple[str, str]]:
+    """The arithmetic of each model, which decides its rate."""
+    config = case.config
+    models = [("student", derived.student_precision(config))]
+    if config.teacher is not None:
+        models.append(("teacher", derived.teacher_precision(config)))
+    return [
+        (name, f"{'FP8' if each.fp8 else each.compute}, {case.gpu.peak(each):,.0f} TFLOP/s at the peak")
+        for name, each in models
+    ]
 
 
 def _time_lines(case: Case, options: PlanningOptions) -> list[str]:

@@ -19,6 +19,7 @@ from megatron_capgap.planning.case import Case
 BEST = 5
 _TOKENS = 4 << 20  # of a step, where train.global_batch is null
 _MICRO_BATCHES = (1, 2, 4, 8)
+_TENSORS = (1, 2, 4, 8)  # a tensor-parallel group stays within a node
 _VIRTUAL = (1, 2, 4)
 _TRIES = 600  # pairs whose memory is computed exactly
 
@@ -156,8 +157,8 @@ def _resident(teacher: ModelShape, layout: Layout) -> float:
 
 def _layouts(shape: ModelShape, config: Config, ranks: int, *, virtual: bool) -> Iterator[Layout]:
     length = config.data.sequence_length
-    for tensor in _divisors(ranks, 8):
-        if any(number % tensor for number in (shape.heads, derived.kv_heads(shape), shape.ffn)):
+    for tensor in _TENSORS:
+        if ranks % tensor or any(number % tensor for number in (shape.heads, derived.kv_heads(shape), shape.ffn)):
             continue
         for pipeline in _divisors(shape.layers, ranks // tensor):
             if ranks % (tensor * pipeline) or (config.train.global_batch or 0) % (ranks // (tensor * pipeline)):
@@ -181,11 +182,10 @@ def _divisors(number: int, most: int) -> list[int]:
 
 
 def yaml_lines(config: Config) -> list[str]:
-    """The keys that a search sets, as lines of YAML."""
+    """The keys that a search sets, as lines of YAML; also those with their defaults, which replace other values."""
     student, teacher, train = config.student, config.teacher, config.train
     lines = ["student:", f"  layout: {_flow(student.layout)}"]
-    if student.recompute is not None:
-        lines.append(f"  recompute: {{what: {student.recompute.what}}}")
+    lines.append(f"  recompute: {f'{{what: {student.recompute.what}}}' if student.recompute else 'null'}")
     if teacher is not None and teacher.layout is not None:
         lines += ["teacher:", *_teacher_lines(teacher)]
     return [*lines, "train:", f"  micro_batch: {train.micro_batch}", f"  global_batch: {train.global_batch}"]
@@ -194,9 +194,8 @@ def yaml_lines(config: Config) -> list[str]:
 def _teacher_lines(teacher: TeacherConfig) -> list[str]:
     assert teacher.layout is not None
     lines = [f"  layout: {_flow(teacher.layout)}", f"  placement: {teacher.placement}"]
-    if teacher.ranks is not None:
-        lines.append(f"  ranks: {teacher.ranks}")
-    return [*lines, f"  micro_batch: {teacher.micro_batch}"]
+    lines += [f"  ranks: {teacher.ranks or 'null'}", f"  ahead: {teacher.ahead}"]
+    return [*lines, f"  micro_batch: {teacher.micro_batch}", f"  offload: {str(teacher.offload).lower()}"]
 
 
 def _flow(layout: Layout) -> str:

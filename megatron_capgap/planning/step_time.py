@@ -78,8 +78,10 @@ def backward_passes(config: Config, stage: str, shape: ModelShape) -> float:
         return base
     if recompute.what == "mlp":
         matrices = (3 if ARCHITECTURES[shape.family].gated else 2) * shape.hidden * shape.ffn
-        return base + matrices / size.layer_parameters(shape)
-    chunk = max(1, shape.layers // (layout.pipeline * layout.virtual_pipeline))
+        length = config.data.sequence_length
+        layer = (size.forward_flops(shape, length) - 2.0 * shape.vocab * shape.hidden) / shape.layers
+        return base + 2.0 * matrices / layer
+    chunk = max(derived.chunk_layers(shape.layers, layout))
     return base + (min(recompute.layers, chunk) / chunk if recompute.layers else 1.0)
 
 
@@ -98,7 +100,7 @@ def model_pass(
     """The pipeline schedule of one model.
 
     Args:
-        shape, layout, precision: of the model.
+        shape, layout, precision: of the model. All stages are taken for as long as the fullest one.
         tokens: of one micro-batch.
         length: of one sequence.
         micro_batches: of one replica in a step.
@@ -107,13 +109,14 @@ def model_pass(
         gpu, utilisation: rates.
     """
     layers_flops = size.forward_flops(shape, length) - 2.0 * shape.vocab * shape.hidden
-    work = tokens * layers_flops / (layout.tensor * layout.pipeline * layout.context)
+    fullest = max(derived.layers_on_stage(shape.layers, layout, stage) for stage in range(layout.pipeline))
+    work = tokens * layers_flops * fullest / shape.layers / (layout.tensor * layout.context)
     forward = work / (gpu.peak(precision) * 1e12 * utilisation)
     # Two collectives per layer and direction, each an all-gather and a reduce-scatter or an all-reduce of [s, b, h];
     # under sequence parallelism the backward pass gathers the inputs once more.
     states = tokens // layout.context * shape.hidden * _WIDTH[precision.compute]
     link = gpu.nvlink if layout.tensor <= gpu.per_node else gpu.network
-    part = (layout.tensor - 1) / layout.tensor * states / (link * 1e9) * (shape.layers / layout.pipeline)
+    part = (layout.tensor - 1) / layout.tensor * states / (link * 1e9) * fullest
     sent = 0.0
     if layout.pipeline > 1:
         near = layout.tensor * layout.pipeline <= gpu.per_node
@@ -165,14 +168,16 @@ def student_time(
     precision = derived.teacher_precision(config) if stage == "prune" else derived.student_precision(config)
     tokens = config.train.micro_batch * length
     backward = backward_passes(config, stage, shape)
-    last = _loss_seconds(config, stage, shape, teacher, tokens, gpu, utilisation)
+    last = _loss_seconds(config, stage, shape, teacher, tokens // layout.context, gpu, utilisation)
     count = derived.num_microbatches(config, layout, ranks)
     own = model_pass(shape, layout, precision, tokens, length, count, backward, last, gpu, utilisation)
     exchange = optimizer = 0.0
     if stage not in ("prune", "evaluate"):
         data = ranks // derived.ranks_per_model(layout) * layout.context
-        held = max(size.rank_parameters(shape, layout, pipeline_rank) for pipeline_rank in {0, layout.pipeline - 1})
-        link = gpu.nvlink if layout.tensor * data <= gpu.per_node else gpu.network
+        held = max(size.rank_parameters(shape, layout, pipeline_rank) for pipeline_rank in range(layout.pipeline))
+        # The ranks of one tensor-parallel position on a node exchange through as many adapters.
+        across = min(gpu.nvlink, gpu.network * max(1, gpu.per_node // layout.tensor))
+        link = gpu.nvlink if layout.tensor * data <= gpu.per_node else across
         whole = held * (data - 1) / data / (link * 1e9)
         reduced, gathered = 4 * whole, _WIDTH[precision.compute] * whole
         if config.train.overlap is not False:  # on a GPU by default

@@ -45,6 +45,8 @@ def report(
         planning_report.require_peak(planning, loaded.config.runtime.peak_tflops)
         if planning.ranks is not None:
             return "\n".join(planning_report.plan_lines(_plan_case(loaded, stage, planning), planning)) + "\n"
+        name = planning.gpu or planning_report.DEFAULT_GPU
+        capability = capability or gpu_named(name, loaded.config.runtime.peak_tflops).capability
     numbers = planning is not None or described_by_numbers(loaded)
     plan = outline(loaded, stage, world, capability) if numbers else resolve(loaded, stage, world, capability)
     config = plan.config

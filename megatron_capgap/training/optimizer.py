@@ -27,7 +27,8 @@ from megatron_capgap.runtime import releases
 def wrap(
     chunks: list[torch.nn.Module], parallel: ParallelContext, precision: Precision, *, overlap: bool
 ) -> list[DistributedDataParallel]:
-    """Wraps model chunks in Megatron's DistributedDataParallel; optimizer state is sharded over data-parallel ranks.
+    """Wraps model chunks in Megatron's DistributedDataParallel; optimizer state is sharded over data- and
+    context-parallel ranks.
 
     With `overlap`, gradients are reduced bucket by bucket while the last backward pass of a step runs, and weights are
     gathered while the next forward pass runs: see `training.param_sync` for who must wait for them.

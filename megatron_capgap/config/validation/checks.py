@@ -174,7 +174,7 @@ def heads_have_an_even_width(ctx: ValidationContext) -> Iterator[str]:
 
 
 def layers_fill_the_pipeline(ctx: ValidationContext) -> Iterator[str]:
-    """Every pipeline stage and every virtual stage has the same number of layers, or the number that `layers` gives."""
+    """Every pipeline stage and every virtual stage has the same number of layers, or that of `stage_layers`."""
     for model in ctx.models:
         layers, layout = model.shape.layers, model.layout
         pipeline, virtual = layout.pipeline, layout.virtual_pipeline
@@ -183,7 +183,11 @@ def layers_fill_the_pipeline(ctx: ValidationContext) -> Iterator[str]:
         elif layers % pipeline:
             text = f"{pipeline} does not divide {model.number('layers')}; valid values: {divisors(layers)}"
             if ctx.stage != "prune" and 1 < pipeline < layers and virtual == 1:
-                text += f", or set {model.role}.layout.stage_layers, for example to {_split(layers, pipeline)}"
+                own = model.layout_key == f"{model.role}.layout"
+                key = (
+                    f"{model.role}.layout.stage_layers" if own else f"pipeline and stage_layers in {model.role}.layout"
+                )
+                text += f", or set {key}, for example to {'' if own else f'{pipeline} and '}{_split(layers, pipeline)}"
             yield ctx.error(f"{model.layout_key}.pipeline", text)
         elif layers % (pipeline * virtual):
             text = f"{virtual} * pipeline {pipeline} does not divide {model.number('layers')}"

@@ -158,7 +158,7 @@ def tokens_are_aligned(ctx: ValidationContext) -> Iterator[str]:
     config = ctx.config
     for model, key, fp8 in _models(ctx):
         size = config.train.micro_batch if model.role == "student" else derived.teacher_micro_batch(config)
-        shards = model.layout.tensor if model.layout.sequence else 1
+        shards = model.layout.context * (model.layout.tensor if model.layout.sequence else 1)
         unit = _BLOCK if fp8.recipe == "blockwise" and model.layout.sequence else _ALIGNMENT[fp8.recipe]
         tokens = size * config.data.sequence_length // shards
         if tokens % unit:
