@@ -462,6 +462,12 @@ ONE_PROBLEM = [
         ["rank at tensor 2 (hidden 64, heads 8, ffn 176); nearest valid values: 80 or 96"],
     ),
     (
+        ["--student.precision.fp8.recipe=delayed", "--data.sequence_length=24", "--student.layout={context: 2}"],
+        {},
+        "--student.precision.fp8.recipe: delayed requires a multiple of 16 tokens per rank; the student has 24 = micro",
+        ["* sequence_length 24 / 2; nearest valid values: 16 or 32"],
+    ),
+    (
         ["--student.precision.fp8.recipe=blockwise", "--data.sequence_length=128"],
         {},
         "--student.precision.fp8.recipe: blockwise with sequence parallelism requires that 128 divides student.",
