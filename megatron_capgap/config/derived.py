@@ -12,6 +12,9 @@ from megatron_capgap.config.schema import (
     TeacherConfig,
 )
 
+BYTES = {"fp32": 4, "bf16": 2}
+"""Bytes of a number of each compute type."""
+
 
 def ranks_per_model(layout: Layout) -> int:
     """Ranks per model replica: tensor * pipeline * context."""
@@ -101,7 +104,7 @@ def stages_of_layers(layers: int, layout: Layout) -> list[int]:
 
 def layers_on_stage(layers: int, layout: Layout, stage: int) -> int:
     """Number of layers on a pipeline stage."""
-    return stages_of_layers(layers, layout).count(stage)
+    return sum(chunk_layers(layers, layout)[stage :: layout.pipeline])
 
 
 def recomputed_linears(recompute: Recompute | None, layers: int, layout: Layout) -> list[int]:

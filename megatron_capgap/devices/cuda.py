@@ -47,11 +47,7 @@ def prepare(local_rank: int, precisions: Sequence[Precision]) -> Device:
                 "fused_weight_gradient_mlp_cuda",
                 "gradients accumulate in fp32 inside the GEMM",
             ),
-            library(
-                "Apex fused Adam",
-                "apex",
-                "used where Transformer Engine's is absent",
-            ),
+            library("Apex fused Adam", "apex", "used where Transformer Engine's is absent"),
         ),
         peak_memory=torch.cuda.max_memory_allocated,
         release_memory=torch.cuda.empty_cache,

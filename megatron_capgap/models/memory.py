@@ -17,7 +17,6 @@ from megatron_capgap.config.schema import Config, Layout, ModelShape, Precision
 from megatron_capgap.config.validation import fp8
 from megatron_capgap.models import activations, size
 
-_BYTES = {"fp32": 4, "bf16": 2}
 # Bytes per parameter and in total while a checkpoint is written, measured: complete weights and both moments on the
 # first data-parallel rank, then the copies that are written to the file.
 _SAVED_BYTES, _SAVING_BUFFERS = 36, 16 << 20
@@ -125,7 +124,7 @@ def _of_stage(
         assert teacher is not None
         return _of_scoring(config, teacher, world, pipeline_rank, chunk)
     layout, precision = config.student.layout, derived.student_precision(config)
-    width = _BYTES[precision.compute]
+    width = derived.BYTES[precision.compute]
     held = size.rank_parameters(student, layout, pipeline_rank)
     held += _projections(config, student, teacher, pipeline_rank)
     tokens = config.train.micro_batch * config.data.sequence_length // layout.context
@@ -178,7 +177,7 @@ def _of_scoring(config: Config, teacher: ModelShape, world: int, pipeline_rank: 
     """A teacher during importance scoring: gradients of activations, but not of weights."""
     layout = replace(config.student.layout, virtual_pipeline=1)
     precision = derived.teacher_precision(config)
-    width = _BYTES[precision.compute]
+    width = derived.BYTES[precision.compute]
     tokens = config.train.micro_batch * config.data.sequence_length
     last = pipeline_rank == layout.pipeline - 1
     backward = (6 if ARCHITECTURES[teacher.family].gated else 4) * teacher.ffn // layout.tensor
@@ -240,7 +239,7 @@ def teacher_memory(
         of_teacher: the teacher's pipeline stage on this rank; None on a rank without the teacher.
     """
     precision = derived.teacher_precision(config)
-    width, length = _BYTES[precision.compute], config.data.sequence_length
+    width, length = derived.BYTES[precision.compute], config.data.sequence_length
     layout, teacher_layout = config.student.layout, derived.teacher_layout(config)
     ranks = derived.student_world(config, world)
     batch = derived.global_batch(config, layout, ranks) * length
@@ -330,7 +329,7 @@ def _weights_in_fp8(precision: Precision, shape: ModelShape, layout: Layout, sta
     of_layer = sum(outputs * inputs for outputs, inputs in fp8.linears(shape, layout).values())
     weights = of_layer * _fp8_layers(precision, shape, layout, stage)
     held = precision.fp8 is not None and precision.fp8.param_gather
-    return _InFP8((2 if backward else 1) * weights, _BYTES[precision.compute] * weights if held else 0)
+    return _InFP8((2 if backward else 1) * weights, derived.BYTES[precision.compute] * weights if held else 0)
 
 
 def _fp8_layers(precision: Precision, shape: ModelShape, layout: Layout, stage: int) -> int:
@@ -378,7 +377,7 @@ def _loss(config: Config, student: ModelShape, teacher: ModelShape | None, token
         chunk *= derived.loss_chunks_together(objective.divergence, layout.tensor)
         buffers = 2 if objective.temperature == 1 else 3
     head = size.padded_vocab(student.vocab, layout.tensor) // layout.tensor * student.hidden
-    of_hidden = tokens * student.hidden * _BYTES[derived.student_precision(config).compute]
+    of_hidden = tokens * student.hidden * derived.BYTES[derived.student_precision(config).compute]
     return buffers * _logits(student, layout, min(chunk, tokens)) + 4 * head + of_hidden
 
 

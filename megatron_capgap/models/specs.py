@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -165,37 +165,16 @@ class ScaledDotProductAttention(torch.nn.Module):
         grouped: bool,
     ) -> Tensor:
         """Attention of `[b, heads/tp, s/cp, d]` to keys and values `[b, kv_heads/tp, s, d]`."""
+        attend = partial(F.scaled_dot_product_attention, dropout_p=dropout, scale=self.scale, enable_gqa=grouped)
         if self.context_group is None or not causal:
-            return self._attend_to_all(query, key, value, seen, causal, dropout, grouped)
+            return attend(query, key, value, attn_mask=seen, is_causal=causal)
         rank, ranks = self.context_group.rank(), self.context_group.size()
         size, parts = query.shape[2] // 2, []
         for part, chunk in zip(query.chunk(2, dim=2), derived.context_chunks(rank, ranks), strict=True):
             stop = (chunk + 1) * size  # no key behind the chunk's own is read
             mask = _lower_right_mask(size, stop, query.dtype, query.device)
-            keys, values = key[:, :, :stop], value[:, :, :stop]
-            parts.append(self._attend_to_all(part, keys, values, mask, False, dropout, grouped))
+            parts.append(attend(part, key[:, :, :stop], value[:, :, :stop], attn_mask=mask))
         return torch.cat(parts, dim=2)
-
-    def _attend_to_all(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        seen: Tensor | None,
-        causal: bool,
-        dropout: float,
-        grouped: bool,
-    ) -> Tensor:
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=seen,
-            dropout_p=dropout,
-            is_causal=causal,
-            scale=self.scale,
-            enable_gqa=grouped,
-        )
 
 
 def _gather_keys_and_values(key: Tensor, value: Tensor, group: torch.distributed.ProcessGroup) -> Sequence[Tensor]:

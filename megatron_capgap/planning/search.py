@@ -139,7 +139,7 @@ def _students(case: Case, config: Config, ranks: int) -> Iterator[_Half]:
 def _teachers(case: Case, config: Config) -> Iterator[_Half]:
     assert case.taught is not None and config.teacher is not None
     ranks = len(derived.teacher_rank_range(config, case.world))
-    width = 4 if derived.teacher_precision(config).compute == "fp32" else 2
+    width = derived.BYTES[derived.teacher_precision(config).compute]
     # The student's layout plays no part in the teacher's time: the global batch is set.
     for layout in _layouts(case.taught, config, ranks, virtual=False):
         for micro_batch in _micro_batches(config, layout, ranks):

@@ -17,7 +17,6 @@ _LOSS_BYTES = 170
 # Bytes per parameter of the rank's part of the optimizer that one step moves: master weights and moments in fp32, read
 # and written, and the gradient.
 _OPTIMIZER_BYTES = 28
-_WIDTH = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ def model_pass(
     forward = work / (gpu.peak(precision) * 1e12 * utilisation)
     # Two collectives per layer and direction, each an all-gather and a reduce-scatter or an all-reduce of [s, b, h];
     # under sequence parallelism the backward pass gathers the inputs once more.
-    states = tokens // layout.context * shape.hidden * _WIDTH[precision.compute]
+    states = tokens // layout.context * shape.hidden * derived.BYTES[precision.compute]
     link = gpu.nvlink if layout.tensor <= gpu.per_node else gpu.network
     part = (layout.tensor - 1) / layout.tensor * states / (link * 1e9) * fullest
     sent = 0.0
@@ -179,7 +178,7 @@ def student_time(
         across = min(gpu.nvlink, gpu.network * max(1, gpu.per_node // layout.tensor))
         link = gpu.nvlink if layout.tensor * data <= gpu.per_node else across
         whole = held * (data - 1) / data / (link * 1e9)
-        reduced, gathered = 4 * whole, _WIDTH[precision.compute] * whole
+        reduced, gathered = 4 * whole, derived.BYTES[precision.compute] * whole
         if config.train.overlap is not False:  # on a GPU by default
             reduced = max(0.0, reduced - own.schedule.backward)
             gathered = max(0.0, gathered - own.schedule.forward)
@@ -206,7 +205,7 @@ def teacher_time(config: Config, teacher: ModelShape, world: int, gpu: Gpu, util
     own = model_pass(teacher, layout, precision, micro_batch * length, length, count, 0.0, 0.0, gpu, utilisation)
     offload = 0.0
     if derived.teacher_section(config).offload:
-        weights = size.parameters(teacher) / (layout.tensor * layout.pipeline) * _WIDTH[precision.compute]
+        weights = size.parameters(teacher) / (layout.tensor * layout.pipeline) * derived.BYTES[precision.compute]
         offload = weights / (gpu.host * 1e9)
     return StepTime(
         teacher=own.compute, activation_exchange=count * own.exchange, pipeline_bubble=own.bubble, offload=offload

@@ -14,7 +14,7 @@ from megatron_capgap.config.validation import fp8
 from megatron_capgap.models import memory, size
 from megatron_capgap.planning import report as planning_report
 from megatron_capgap.planning.case import Case
-from megatron_capgap.planning.gpus import gpu_named
+from megatron_capgap.planning.gpus import Gpu, gpu_named
 from megatron_capgap.planning.options import UTILISATION, PlanningOptions
 from megatron_capgap.stages.plan import Outline
 from megatron_capgap.stages.resolve import data_file, described_by_numbers, outline, resolve, shape_of_student
@@ -45,8 +45,7 @@ def report(
         planning_report.require_peak(planning, loaded.config.runtime.peak_tflops)
         if planning.ranks is not None:
             return "\n".join(planning_report.plan_lines(_plan_case(loaded, stage, planning), planning)) + "\n"
-        name = planning.gpu or planning_report.DEFAULT_GPU
-        capability = capability or gpu_named(name, loaded.config.runtime.peak_tflops).capability
+        capability = capability or _gpu(loaded, planning).capability
     numbers = planning is not None or described_by_numbers(loaded)
     plan = outline(loaded, stage, world, capability) if numbers else resolve(loaded, stage, world, capability)
     config = plan.config
@@ -64,10 +63,13 @@ def report(
     return "\n".join(lines) + "\n"
 
 
+def _gpu(loaded: LoadedConfig, options: PlanningOptions) -> Gpu:
+    return gpu_named(options.gpu or planning_report.DEFAULT_GPU, loaded.config.runtime.peak_tflops)
+
+
 def _case(plan: Outline, options: PlanningOptions, world: int) -> Case:
-    name, peak = options.gpu or planning_report.DEFAULT_GPU, plan.config.runtime.peak_tflops
     student_of = partial(shape_of_student, plan)
-    gpu, utilisation = gpu_named(name, peak), options.utilisation or UTILISATION
+    gpu, utilisation = _gpu(plan.loaded, options), options.utilisation or UTILISATION
     return Case(plan.loaded, plan.stage, world, plan.student, plan.teacher, student_of, gpu, utilisation)
 
 

@@ -102,16 +102,14 @@ class TeacherForward:
 
     def __init__(self, run: TrainingRun) -> None:
         self._run = run
-        self._early: tuple[int, TeacherStates] | None = None
+        self._early: TeacherStates | None = None  # of the next step
 
     def states(self, done: int) -> TeacherStates | None:
         """What this rank needs of the teacher's states for step `done + 1`; None without a teacher. Collective."""
-        forward, early = self._run.objective.teacher_forward, self._early
-        if forward is None:
-            return None
-        self._early = None
-        if early is not None and early[0] == done:
-            return early[1]
+        early, self._early = self._early, None
+        forward = self._run.objective.teacher_forward
+        if early is not None or forward is None:
+            return early
         return forward(done * self._run.data.global_batch)
 
     def run_early(self, done: int) -> None:
@@ -119,7 +117,7 @@ class TeacherForward:
         objective, steps = self._run.objective, self._run.config.train.steps
         assert steps is not None
         if objective.teacher_forward is not None and objective.teacher_one_step_early and done < steps:
-            self._early = (done, objective.teacher_forward(done * self._run.data.global_batch))
+            self._early = objective.teacher_forward(done * self._run.data.global_batch)
 
 
 def student_step(
