@@ -30,6 +30,7 @@ HF = ["transformers>=4.56"]
 PLOT = ["scipy", "matplotlib", "markdown"]
 # 0.4.12 is the first whose tasks are loaded where a broken one is told of; accelerate: for the harness's own backend.
 EVAL = [*HF, "lm-eval>=0.4.12", "accelerate"]
+DATA = ["pyarrow", "zstandard", "datasets"]  # other files than JSON lines
 FP8 = ["transformer-engine[pytorch]"]  # needs an NVIDIA GPU
 QUICKSTART = [*HF]
 SMOLLM2 = [*HF, "gguf"]
@@ -37,7 +38,7 @@ DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
 LINT = ["ruff", "codespell", "mypy", "types-PyYAML"]
 PACKAGING = ["build", "setuptools>=70.1"]  # the wheel is built without isolation; 70.1 needs no wheel package
 TESTS = ["gguf", "glassllm", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis"]
-DEV = [*EVAL, *PLOT, *DOCS, *LINT, *PACKAGING, *TESTS]
+DEV = [*DATA, *EVAL, *PLOT, *DOCS, *LINT, *PACKAGING, *TESTS]
 
 setup(
     name="megatron_capgap",
@@ -67,6 +68,7 @@ setup(
     extras_require={
         "hf": HF,
         "plot": PLOT,
+        "data": DATA,
         "eval": EVAL,
         "fp8": FP8,
         "quickstart": QUICKSTART,

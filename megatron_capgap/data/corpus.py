@@ -1,4 +1,4 @@
-"""Text corpora: jsonl files to documents and token ids on several processes, and training of a vocabulary."""
+"""Text corpora: files to documents and token ids on several processes, and training of a vocabulary."""
 
 import io
 import json
@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import chain
 from multiprocessing import get_context
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from megatron_capgap.common.errors import UserError
+from megatron_capgap.data.inputs import size_of
 from megatron_capgap.data.jsonl import Block, content_of, read_blocks
 from megatron_capgap.data.tokenizer import Tokenizer, open_tokenizer
 
@@ -25,6 +25,24 @@ _PIECE_OF_LINE = 100_000  # characters; sentencepiece silently drops longer sent
 _KEYS = 5
 _SHOWN = 10  # malformed lines reported per kind
 _NAMES = 3  # file names in a message
+
+
+class Source(NamedTuple):
+    """Where documents come from.
+
+    Attributes:
+        files: file names, or names of datasets of the Hub.
+        key: the key of the text in each line, row or record.
+        documents: what one document of a plain text is, as in `read_blocks`.
+    """
+
+    files: list[str]
+    key: str = "text"
+    documents: str | None = None
+
+    def blocks(self) -> Iterator[Block]:
+        """The lines of all files."""
+        return read_blocks(self.files, key=self.key, documents=self.documents)
 
 
 @dataclass
@@ -37,6 +55,7 @@ class Encoded:
         lengths: tokens of each document.
         numbers: line number of each document, over all files.
         text_bytes: UTF-8 bytes of each document.
+        hashes: a hash of 64 bits of each document's text.
         problems: (kind, "FILE:LINE: detail") of each malformed line, in order.
     """
 
@@ -45,6 +64,7 @@ class Encoded:
     lengths: list[int] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
     text_bytes: list[int] = field(default_factory=list)
+    hashes: list[int] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -66,14 +86,18 @@ class Malformed:
         if self.counts[kind] <= _SHOWN:
             self.places[kind].append(where)
 
-    def nothing_read(self, files: list[str], text_key: str) -> UserError:
+    def nothing_read(self, source: Source) -> UserError:
         """The error if no line is valid."""
+        files = source.files
         names = ", ".join(files[:_NAMES]) + (f" and {len(files) - _NAMES} more" if len(files) > _NAMES else "")
         problem = "there is no line"
         if self.counts:
             kinds = ", ".join(f"{count} {kind}" for kind, count in self.counts.items())
             problem = f"no line could be read ({kinds}; the first is {next(iter(self.places.values()))[0]})"
-        return UserError(f'no document in {names}: {problem}; write lines like {{"{text_key}": "..."}}')
+        fix = f'write lines like {{"{source.key}": "..."}}'
+        if set(self.counts) == {f"no {source.key!r}"}:
+            fix = f"name the key of the text with --text-key, or {fix}"
+        return UserError(f"no document in {names}: {problem}; {fix}")
 
 
 def parse(line: bytes, text_key: str) -> str:
@@ -122,7 +146,7 @@ def encode_block(block: Block, tokenizer: Tokenizer, text_key: str, begin: int |
             text = parse(line, text_key)
         except ValueError as problem:
             kind, detail = problem.args
-            encoded.problems.append((kind, f"{block.file}:{block.line + offset}: {detail}"))
+            encoded.problems.append((kind, f"{block.place(offset)}: {detail}"))
             continue
         before = len(tokens)
         if begin is not None:
@@ -132,21 +156,23 @@ def encode_block(block: Block, tokenizer: Tokenizer, text_key: str, begin: int |
             tokens.append(end)
         encoded.lengths.append(len(tokens) - before)
         encoded.numbers.append(block.number + offset)
-        encoded.text_bytes.append(len(text.encode()))
+        content = text.encode()
+        encoded.text_bytes.append(len(content))
+        encoded.hashes.append(int.from_bytes(blake2b(content, digest_size=8).digest(), "big"))
     encoded.ids = np.array(tokens, dtype=np.int32)
     return encoded
 
 
 def encode_files(
-    files: list[str], tokenizer_path: str, text_key: str, prepend_bos: bool, append_eos: bool, workers: int
+    source: Source, tokenizer_path: str, prepend_bos: bool, append_eos: bool, workers: int
 ) -> Iterator[Encoded]:
     """Encodes all files; the order does not depend on the number of processes.
 
     Raises:
         UserError: a file is damaged, or a process was killed.
     """
-    blocks = read_blocks(files)
-    setup = (tokenizer_path, text_key, prepend_bos, append_eos)
+    blocks = source.blocks()
+    setup = (tokenizer_path, source.key, prepend_bos, append_eos)
     if workers == 1:
         _start_worker(*setup)
         yield from map(_encode_in_worker, blocks)
@@ -194,7 +220,7 @@ def uniform(number: int) -> float:
     return int.from_bytes(blake2b(b"%d" % number, digest_size=6).digest(), "big") / 2**48
 
 
-def train_vocabulary(files: list[str], text_key: str, vocab_size: int) -> bytes:
+def train_vocabulary(source: Source, vocab_size: int) -> bytes:
     """Trains a SentencePiece BPE model with byte fallback; the same files give the same bytes.
 
     Above 256 MB of text, a fixed sample of the lines is used. Spaces are kept, digits are split, and unk, bos and eos
@@ -206,12 +232,12 @@ def train_vocabulary(files: list[str], text_key: str, vocab_size: int) -> bytes:
     import sentencepiece
 
     malformed = Malformed()
-    share = _VOCABULARY_BYTES / max(1, sum(Path(file).stat().st_size for file in files))
+    share = _VOCABULARY_BYTES / max(1, sum(map(size_of, source.files)))
     model = io.BytesIO()
-    sentences = _sentences(files, text_key, share, malformed)
+    sentences = _sentences(source, share, malformed)
     first = next(sentences, None)
     if first is None:
-        raise malformed.nothing_read(files, text_key)
+        raise malformed.nothing_read(source)
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=chain([first], sentences),
@@ -240,17 +266,17 @@ def train_vocabulary(files: list[str], text_key: str, vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def _sentences(files: list[str], text_key: str, share: float, malformed: Malformed) -> Iterator[str]:
+def _sentences(source: Source, share: float, malformed: Malformed) -> Iterator[str]:
     """Yields the text lines of the documents. Malformed lines are skipped; encoding the files reports them."""
-    for block in read_blocks(files):
+    for block in source.blocks():
         for offset, line in enumerate(block.lines):
             if uniform(block.number + offset) >= share:
                 continue
             try:
-                text = parse(line, text_key)
+                text = parse(line, source.key)
             except ValueError as problem:
                 kind, detail = problem.args
-                malformed.add(kind, f"{block.file}:{block.line + offset}: {detail}")
+                malformed.add(kind, f"{block.place(offset)}: {detail}")
                 continue
             for sentence in text.split("\n"):
                 for start in range(0, len(sentence), _PIECE_OF_LINE):

@@ -1,4 +1,4 @@
-"""Detects the type of a file that is not JSON lines, from its first bytes and its first lines."""
+"""Detects the type of a file, from its first bytes and its first lines."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 START_BYTES = 1024
 """Bytes of a file that `kind_of_bytes` needs."""
 _LINES = 20
+_MOST_PARSED = 1 << 23  # bytes: a longer line is the whole file
 _KEYS = {"text", "messages", "conversations", "prompt"}
 """Keys of a row, not of a turn."""
 _OF_TURNS = {"User", "Assistant", "role", "from", "content", "value"}
@@ -17,7 +18,6 @@ _AS_JSONL = "write it as jsonl, as datasets.Dataset.to_json does"
 _MAGICS = {
     b"PAR1": "a parquet file: write it as jsonl, as with pandas.read_parquet(FILE).to_json(OUT, orient='records', "
     "lines=True)",
-    b"\x28\xb5\x2f\xfd": "compressed with zstd: decompress it with zstd -d",
     b"\x04\x22\x4d\x18": "compressed with lz4: decompress it with lz4 -d",
     b"\x02\x21\x4c\x18": "compressed with lz4: decompress it with lz4 -d",
     b"\xff\x06\x00\x00sNaPpY": "compressed with snappy: decompress it",
@@ -77,41 +77,60 @@ def kind_of_bytes(start: bytes) -> str | None:
 
 
 def kind_of_lines(file: str, lines: Sequence[bytes]) -> str | None:
-    """Type and fix of a text file that is not JSON lines; None if one of its first lines is JSON, or if unknown.
+    """Type and fix of a text file that is not JSON; None if one of its first lines is JSON, or if unknown.
 
     Args:
         file: its name.
         lines: the first ones.
     """
-    some = [line.strip() for line in lines[: 10 * _LINES] if line.strip()][:_LINES]
+    some = _first_lines(lines)
     if not some:
         return None
     first, name = some[0], shlex.quote(file)
     if re.match(rb"[\[{]\s*[\[{]?\s*'", first) and not any(map(_is_row, some)):
         return "not JSON, its strings are in single quotes as Python prints them: write each line with json.dumps"
-    if _is_array(first, some):
-        return f"one JSON array; write one object per line, as with jq -c '.[]' {name} > lines.jsonl"
-    if _is_json(first):
-        return None
-    if _is_spread(lines, some):
-        return f"JSON with objects over several lines: write one object per line, as with jq -c . {name} > lines.jsonl"
-    if any(map(_is_row, some)):
+    if _is_json(first) or any(map(_is_row, some)):
         return None
     if b"\r" in first:
         return (
             f"text with bare carriage returns as line ends: convert it, as with tr '\\r' '\\n' < {name} > lines.jsonl"
         )
-    return _kind_of_line(name, first, some)
+    return _kind_of_line(first, some)
 
 
-def _kind_of_line(name: str, first: bytes, some: Sequence[bytes]) -> str | None:
-    """Type and fix of a file by its first line, if none of its first lines is JSON."""
+def begins_with_json(lines: Sequence[bytes]) -> bool:
+    """Whether the first line that is not empty is an object or array in JSON, or begins one.
+
+    Args:
+        lines: the first ones of a file.
+    """
+    some = _first_lines(lines)
+    return bool(some) and (_is_row(some[0]) or has_json_values(lines))
+
+
+def has_json_values(lines: Sequence[bytes]) -> bool:
+    """Whether a text file is JSON that is not one value per line: one array, objects over several lines, several on a
+    line, or objects with a comma after each.
+
+    Args:
+        lines: the first ones.
+    """
+    some = _first_lines(lines)
+    if not some:
+        return False
+    first = some[0]
+    if _is_array(first, some) or _is_spread(lines, some):
+        return True
     begun = _begun(first)
-    if begun is not None:
-        if first[begun:].lstrip().startswith((b"{", b"[")):
-            return f"JSON with several objects per line: write one per line, as with jq -c . {name} > lines.jsonl"
-        if first[begun:].strip() == b",":
-            return f"JSON with a comma after each object: remove it, as with sed 's/,\\s*$//' {name} > lines.jsonl"
+    return bool(begun) and begun != len(first) and first[begun:].lstrip().startswith((b"{", b"[", b","))
+
+
+def _first_lines(lines: Sequence[bytes]) -> list[bytes]:
+    return [line.strip() for line in lines[: 10 * _LINES] if line.strip()][:_LINES]
+
+
+def _kind_of_line(first: bytes, some: Sequence[bytes]) -> str | None:
+    """Type and fix of a file by its first line, if none of its first lines is JSON."""
     if first.startswith((b"{", b"[")):
         return None
     head = b"\n".join(some)[:START_BYTES]
@@ -155,7 +174,7 @@ def _is_array(first: bytes, some: Sequence[bytes]) -> bool:
     conversation."""
     if not first.startswith(b"["):
         return False
-    if not _is_json(first):
+    if len(first) > _MOST_PARSED or not _is_json(first):
         return first == b"[" or first.startswith((b"[{", b"[["))
     content, alone = json.loads(first), len(some) == 1
     return bool(content) and (_is_a_row(content[0]) or (alone and not _is_a_turn(content[0])))

@@ -61,7 +61,7 @@ def test_the_same_as_a_plain_loop(here: Path, capsys: pytest.CaptureFixture[str]
 
 def test_a_byte_level_folder_and_no_eos(here: Path) -> None:
     path = corpus.save_byte_level(here / "folder")
-    assert run("--tokenizer", path, "--no-eos") == 0
+    assert run("--tokenizer", path, "--no-bos", "--no-eos") == 0
     assert "".join(open_tokenizer(path).decode(ids) for ids in read("out/d")) == "".join(corpus.texts(50))
 
 
@@ -202,12 +202,12 @@ def test_trained_digits_stand_alone(here: Path) -> None:
 def test_training_reads_a_fixed_sample_of_a_large_corpus(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     size = (here / "a.jsonl").stat().st_size
     monkeypatch.setattr(rooms_corpus, "_VOCABULARY_BYTES", size // 2)
-    half = rooms_corpus.train_vocabulary(["a.jsonl"], "text", 350)
+    half = rooms_corpus.train_vocabulary(rooms_corpus.Source(["a.jsonl"]), 350)
     kept = [text for number, text in enumerate(corpus.texts(50)) if rooms_corpus.uniform(number) < 0.5]
     assert 15 < len(kept) < 35
     corpus.write_jsonl(here / "kept.jsonl", kept)
     monkeypatch.setattr(rooms_corpus, "_VOCABULARY_BYTES", 1 << 30)
-    assert half == rooms_corpus.train_vocabulary(["kept.jsonl"], "text", 350)
+    assert half == rooms_corpus.train_vocabulary(rooms_corpus.Source(["kept.jsonl"]), 350)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_training_reads_a_fixed_sample_of_a_large_corpus(here: Path, monkeypatch
         (["--input", "a.jsonl", "b.jsonl"], "--input b.jsonl does not exist"),
         (["--input", "damaged.jsonl.gz"], "damaged.jsonl.gz is damaged after line"),
         (["--input", "corrupt.jsonl.gz"], "corrupt.jsonl.gz is damaged after line"),
-        (["--input", "table.jsonl"], "table.jsonl: is a parquet file: write it as jsonl"),
+        (["--input", "table.jsonl"], "table.jsonl: is a damaged file in parquet format ("),
         (["--input", "empty.jsonl"], "no document in empty.jsonl: there is no line"),
         (
             ["--input", "latin.jsonl"],
@@ -237,7 +237,10 @@ def test_training_reads_a_fixed_sample_of_a_large_corpus(here: Path, monkeypatch
             ["--input", "latin.jsonl", "--train-tokenizer", "350", "--force"],
             "no document in latin.jsonl: no line could",
         ),
-        (["--text-key", "body"], "(50 no 'body'; the first is a.jsonl:1: it has 'text'); write lines like {\"body\": "),
+        (
+            ["--text-key", "body"],
+            "(50 no 'body'; the first is a.jsonl:1: it has 'text'); name the key of the text with",
+        ),
         (["--input", "a.jsonl", "table.csv"], "table.csv: is a table with commas (CSV)"),
         (["--split", "0.999999,0.000001"], "out/d_valid would have no document"),
         (["--out", "old"], "old.bin exists already"),
