@@ -18,7 +18,8 @@
 
 out, common, distill, teachers, students and rows are required. A row without students or teachers uses all of them, and
 every training of a teacher. Each start (for pruned ones, each pair of student and teacher) is also trained on labels
-alone, once per seed, to separate the effect of teaching from that of the start; `labels: false` in a row disables this.
+alone, once per seed, to separate the effect of teaching from that of the start; in a row, `labels: false` disables this
+and `labels: only` leaves out the runs with a teacher, to complete an earlier sweep.
 
 Paths are relative to the folder that make_sweep is called in, as in every configuration.
 
@@ -49,6 +50,7 @@ SECTIONS = {
 """The keys of a grid and their types; the module docstring describes them (shown by tools/make_sweep.py --help)."""
 _NEEDED = ("out", "common", "distill", "teachers", "students", "rows")
 _ROW = {"init", "students", "teachers", "seeds", "labels"}
+_LABELS = (True, False, "only")
 LABELS = "labels-"
 """Prefix of the names of runs without a teacher."""
 _LABELS_ALONE = {"objective": {"divergence_weight": 0.0, "cross_entropy_weight": 1.0, "matching": []}}
@@ -118,8 +120,8 @@ def _row(
 ) -> Iterator[SweepRun]:
     """The runs of one row, including those that make its starts."""
     labels = row.get("labels", True)
-    if not isinstance(labels, bool):
-        raise LawError(f"rows[{number}].labels: {labels!r} given; valid values: true, false")
+    if labels not in _LABELS:
+        raise LawError(f"rows[{number}].labels: {labels!r} given; valid values: true, false, only")
     for student in _names(number, row, "students", {name: [name] for name in grid["students"]}):
         for teacher in _names(number, row, "teachers", trainings):
             begun = start(grid, student, teacher, trainings)
@@ -129,7 +131,9 @@ def _row(
                 )
             yield from begun.made
             for seed in _seeds(number, row):
-                yield _student(grid, f"{row['init']}-{student}-{teacher}-seed{seed}", student, teacher, seed, begun)
+                if labels != "only":
+                    name = f"{row['init']}-{student}-{teacher}-seed{seed}"
+                    yield _student(grid, name, student, teacher, seed, begun)
                 if labels:
                     # Named after the teacher that the start was made from, because the run itself has no teacher.
                     init = f"pruned-{student}-{begun.source}" if begun.source else f"{row['init']}-{student}"
