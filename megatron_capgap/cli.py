@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_capgap import __version__
 from megatron_capgap.common import log
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.config import derived, help
@@ -136,7 +135,7 @@ def _check_option_name(name: str) -> None:
 
 def _run_command(command: Command) -> int:
     if "version" in command.flags:
-        sys.stdout.write(f"capgap {__version__}\n")
+        sys.stdout.write(f"capgap {importlib.import_module('megatron_capgap').__version__}\n")
         return 0
     if command.stage is not None and command.stage not in STAGES:
         near = nearest(command.stage, STAGES)
@@ -161,16 +160,29 @@ def _run_command(command: Command) -> int:
         if environment.rank == 0:
             sys.stdout.write(f"{report.rstrip()}\n")
         return 0
-    loaded = load(command.options["--config"], command.overrides, command.stage)
+    return run_stage(load(command.options["--config"], command.overrides, command.stage), command.stage, environment)
+
+
+def run_stage(loaded: LoadedConfig, stage: str, environment: Environment) -> int:
+    """Runs a stage on this rank; returns its exit code. Collective over all ranks.
+
+    Args:
+        loaded: the stage's configuration.
+        stage: a name from `schema.STAGES`.
+        environment: from `read_environment`.
+
+    Raises:
+        UserError: on every rank, unless only this one has the problem.
+    """
     torchrun.drop_stale_agent_variables(environment)
     third_party.prepare()
     resolve = importlib.import_module("megatron_capgap.stages.resolve")
-    plan = resolve.resolve(loaded, command.stage, environment.world)
+    plan = resolve.resolve(loaded, stage, environment.world)
     with _importing():
         device = _choose_device(loaded, environment)
-        stage = importlib.import_module(f"megatron_capgap.stages.{command.stage}")
+        module = importlib.import_module(f"megatron_capgap.stages.{stage}")
     resolve.check_device(plan, device.capability)
-    return stage.run(plan, environment, device)
+    return module.run(plan, environment, device)
 
 
 def _read_folder(folder: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ All mistakes are collected before an error is raised; each is one line with loca
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,7 +18,7 @@ from megatron_capgap.common.fileio import write_atomically
 from megatron_capgap.config.fields import DEFAULT, adapter, join, location, section_name, table
 from megatron_capgap.config.model_sources import FolderReader, assume_missing, insert_numbers
 from megatron_capgap.config.schema import Config
-from megatron_capgap.config.yaml_source import ConfigTree, Dumper, override, read_file
+from megatron_capgap.config.yaml_source import ConfigTree, Dumper, override, read_file, read_mapping
 
 # A word that is a key of another section counts as a typo of this section only at the higher similarity.
 _SURELY_A_TYPO = 0.8
@@ -76,7 +76,7 @@ class LoadedConfig:
 
 
 def load(
-    path: str,
+    source: str | Mapping[str, Any] | Config,
     overrides: Sequence[str],
     stage: str,
     read_folder: FolderReader | None = None,
@@ -85,7 +85,7 @@ def load(
     """Reads and validates the configuration of one stage.
 
     Args:
-        path: the YAML file.
+        source: the YAML file, or a configuration in memory.
         overrides: `--section.key=value` each, the value in YAML; they take precedence over the file, later ones over
             earlier ones.
         stage: a name from `schema.STAGES`.
@@ -96,7 +96,10 @@ def load(
     Raises:
         ConfigError: one line per mistake, in file order.
     """
-    tree = read_file(path)
+    if isinstance(source, str):
+        tree = read_file(source)
+    else:
+        tree = read_mapping(_plain(source) if isinstance(source, Config) else source)
     unreadable = bool(tree.problems) and not tree.values
     for number, words in enumerate(overrides):
         override(tree, words, number)

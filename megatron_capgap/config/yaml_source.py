@@ -4,8 +4,10 @@ Scalars follow YAML 1.2: `3e-4` is a number, `no` is a string, `010` is ten. Who
 valid for an integer key.
 """
 
+import json
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +20,7 @@ _NULL, _BOOL, _INT, _FLOAT, _STRING, _LIST, _MAPPING = (
 )
 _AFTER_THE_FILE = 1 << 30
 _LARGEST_EXACT = 2**53
+_IN_MEMORY = "the configuration"
 
 
 class Loader(yaml.SafeLoader):
@@ -90,13 +93,30 @@ def read_file(path: str) -> ConfigTree:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         tree.report(start, "", f"cannot read the configuration: {reason}; pass a YAML file to --config")
         return tree
-    reader = _Reader(tree, lambda line: SourceLocation(line, f"{path}:{line}"))
+    _read(tree, text, start, lambda line: SourceLocation(line, f"{path}:{line}"))
+    return tree
+
+
+def read_mapping(values: Mapping[str, Any]) -> ConfigTree:
+    """Reads a configuration that is in memory; errors are added to the tree's `problems`."""
+    tree, start = ConfigTree(_IN_MEMORY), SourceLocation(0, _IN_MEMORY)
+    try:
+        text = yaml.dump(json.loads(json.dumps(values, default=os.fspath)), Dumper=Dumper, sort_keys=False)
+    except TypeError as error:
+        tree.report(start, "", f"cannot be written as YAML ({error}); use numbers, strings, lists and dicts")
+        return tree
+    _read(tree, text, start, lambda line: SourceLocation(line, _IN_MEMORY))
+    return tree
+
+
+def _read(tree: ConfigTree, text: str, start: SourceLocation, mark: Callable[[int], SourceLocation]) -> None:
+    """Fills the tree with the content of a YAML text."""
+    reader = _Reader(tree, mark)
     node = reader.compose(text)
     if isinstance(node, yaml.MappingNode):
         tree.values = reader.mapping(node, "", ())
     elif not tree.problems:
         tree.report(start, "", "the file is empty or not a mapping; write keys such as `run_dir: runs/one`")
-    return tree
 
 
 def override(tree: ConfigTree, argument: str, number: int) -> None:
