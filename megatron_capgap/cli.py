@@ -68,8 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         Exit code: 0 or the stage's exit code; 2 after a user error, which rank 0 prints, one line per problem (another
         rank prints it if the error may be its alone); 130 after a keyboard interrupt.
     """
+    words = sys.argv[1:] if argv is None else argv
     try:
-        return _run_command(parse(sys.argv[1:] if argv is None else argv))
+        if words[:1] == ["launch"]:
+            return importlib.import_module("megatron_capgap.distributed.launch").main(words[1:])
+        return _run_command(parse(words))
     except UserError as error:
         if _should_print_errors():
             _print_error(error)

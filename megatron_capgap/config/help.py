@@ -43,6 +43,7 @@ def overview() -> str:
             "options",
             *_columns(OPTIONS),
             "",
+            "`capgap launch -n N STAGE ...` starts N ranks on this node, as torchrun does.",
             "`python -m megatron_capgap STAGE --help` describes every configuration key.",
             "",
         ]
