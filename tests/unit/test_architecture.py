@@ -142,6 +142,7 @@ def test_heavy_libraries_are_named_in_their_rooms(file: Path) -> None:
         "megatron": room in MEGATRON_ROOMS,
         "transformer_engine": path.startswith("devices/") or path == "models/specs.py",
         "transformers": room in TRANSFORMERS_ROOMS or room == "tools",
+        "triton": path.startswith("losses/kernels/"),
         "torch": room not in ("common", "config", "law", ""),
     }
     named = [(line, module) for line, module in imports(file) if module.split(".")[0] in at_home]
