@@ -62,6 +62,7 @@ LIGHT = (
     "law/*.py",
     "models/size.py",
     "models/memory.py",
+    "models/logits.py",
     "models/packing.py",
     "planning/*.py",
     "conversion/hf_config.py",
