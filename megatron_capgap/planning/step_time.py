@@ -12,8 +12,8 @@ from megatron_capgap.planning.gpus import Gpu
 from megatron_capgap.planning.schedule import Schedule
 
 # Numbers per entry of the logits [tokens, vocab / tp] that the loss's Triton kernels move on a GPU, as counted by
-# benchmarks/loss_traffic.py: the statistics read them, the gradient reads them and overwrites the student's; a divergence
-# without a chain rule reads them once more.
+# benchmarks/loss_traffic.py: the statistics read them, the gradient reads them and overwrites the student's; a
+# divergence without a chain rule reads them once more.
 _OF_STUDENT, _OF_TEACHER, _EVALUATED, _WITHOUT_CHAIN_RULE = 3, 2, 1, 2
 # Bytes per parameter of the rank's part of the optimizer that one step moves: master weights and moments in fp32, read
 # and written, and the gradient.

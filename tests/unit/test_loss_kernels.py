@@ -15,9 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from benchmarks import loss_traffic
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.config.schema import ObjectiveConfig
-from megatron_capgap.losses import TeacherHidden, backend, distillation_loss, language_model_loss
+from megatron_capgap.losses import (
+    DistillationObjective,
+    TeacherHidden,
+    backend,
+    distillation_loss,
+    language_model_loss,
+)
 from megatron_capgap.losses.divergences import DIVERGENCES, Divergence
 from tests.support.loss_cases import Case, Tensors
 from tests.support.processes import ROOT, environment
@@ -223,6 +230,7 @@ def compiled(folder: Path, *arguments: str) -> list[dict[str, Any]]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow("starts a process that imports PyTorch and compiles eleven kernels")
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.matrix)], ids=["part", "all"])
 def test_kernels_compile_without_spills_and_with_wide_loads(every: bool, tmp_path: Path) -> None:
     """For A100, H100 and B200, without any of them: what a thread loads of logits comes 16 bytes at a time."""
@@ -238,3 +246,18 @@ def test_kernels_compile_without_spills_and_with_wide_loads(every: bool, tmp_pat
         if row["kernel"].startswith("gradient"):
             assert row["accesses"]["st.v4.b32"] == 2 and "st.v1.b16" not in row["accesses"], row
     assert passes.WEIGHTS.keys() == {row.shard_weight for row in DIVERGENCES.values()}
+
+
+@pytest.mark.parametrize(("divergence", "temperature"), [("forward_kl", 1.0), ("reverse_kl", 2.0), ("jsd", 2.0)])
+def test_traffic_at_full_size(divergence: str, temperature: float) -> None:
+    """On meta tensors: two or three passes over the logits; the head's gradient by its products alone."""
+    objective = DistillationObjective(divergence, temperature)
+    sizes = (loss_traffic.Size(), loss_traffic.Size(tensor=8))
+    for size, kernels, chunk_tokens, found in loss_traffic.rows(objective, sizes):
+        chunks = -(-size.tokens // chunk_tokens)
+        products = 2.0 * size.tokens * size.width * (3 * size.student + size.teacher)
+        assert found.flops == products and loss_traffic.bytes_an_entry(found) >= 10
+        if kernels == "triton":
+            assert loss_traffic.meets_targets(found, divergence), found
+            assert found.launched.count("gradient_kernel") == found.launched.count("statistics_kernel") <= chunks
+            assert found.collectives <= (0 if size.tensor == 1 else chunks + 2)
