@@ -37,7 +37,9 @@ SMOLLM2 = [*HF, "gguf"]
 DOCS = ["mkdocs-material>=9.5", "mkdocstrings[python]>=0.26"]
 LINT = ["ruff", "codespell", "mypy", "types-PyYAML"]
 PACKAGING = ["build", "setuptools>=70.1"]  # the wheel is built without isolation; 70.1 needs no wheel package
-TESTS = ["gguf", "glassllm", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis"]
+# The loss's kernels run in its interpreter. No bound: PyTorch for CUDA requires one release.
+TRITON = "triton; sys_platform == 'linux'"
+TESTS = [TRITON, "gguf", "glassllm", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis"]
 DEV = [*DATA, *EVAL, *PLOT, *DOCS, *LINT, *PACKAGING, *TESTS]
 
 setup(

@@ -139,9 +139,9 @@ class Reference:
         """The larger relative error of a contender's two gradients."""
         problem.main_grad.zero_()
         contender.step(problem)
-        assert problem.hidden.grad is not None and problem.head.grad is not None
         scale = problem.size.tokens if contender.is_mean else 1
         of_head = problem.main_grad if contender.ours else problem.head.grad
+        assert problem.hidden.grad is not None and of_head is not None
         weights = OBJECTIVES[contender.objective]
         errors = []
         for found, parts in ((problem.hidden.grad, self._of_hidden), (of_head, self._of_head)):

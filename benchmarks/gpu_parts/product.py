@@ -135,6 +135,7 @@ class Product:
                 objective=objective,
                 vocab_size=self._vocab,
                 group=self._parallel.groups.tp,
+                into_main_grad=self._device.name != "cpu",
             )
 
         self._train(loss, objective.report)
@@ -145,9 +146,13 @@ class Product:
         from megatron_capgap.losses import Loss, language_model_loss
 
         def loss(hidden: Tensor, lm_head: Tensor, batch: MicroBatch) -> Loss:
-            group = self._parallel.groups.tp
             return language_model_loss(
-                hidden.flatten(0, 1), lm_head, *batch.flat(), vocab_size=self._vocab, group=group
+                hidden.flatten(0, 1),
+                lm_head,
+                *batch.flat(),
+                vocab_size=self._vocab,
+                group=self._parallel.groups.tp,
+                into_main_grad=self._device.name != "cpu",
             )
 
         self._train(loss, ("cross_entropy",))

@@ -63,10 +63,25 @@ def context_factor(layout: Layout) -> str:
     return f" x context {layout.context}" if layout.context > 1 else ""
 
 
-def loss_chunk_tokens(on_cpu: bool) -> int:
-    """Default number of tokens per chunk of logits. CPU: the smallest chunk with near-peak matrix-product speed; GPU: a
-    larger chunk, which hides more of the work between matrix products (benchmarks/loss.py)."""
-    return 192 if on_cpu else 512
+LOGITS_BUDGET = 1 << 30
+"""Bytes of both models' logits of one chunk on a GPU."""
+
+
+def loss_chunk_tokens(on_cpu: bool, row_bytes: int | None = None) -> int:
+    """Default number of tokens per chunk of logits.
+
+    CPU: the smallest chunk with near-peak matrix-product speed (benchmarks/loss.py). GPU with Triton kernels: what
+    fits `LOGITS_BUDGET`, a multiple of 1024 and 2048 to 8192, because small matrix products use a part of a GPU, and
+    each chunk needs an all-gather. GPU without them: fewer, since the passes need temporaries of the same size.
+
+    Args:
+        on_cpu: whether the loss runs on a CPU.
+        row_bytes: bytes of one token's logits of one model on one rank, in the type of the matrix products; None
+            without Triton kernels.
+    """
+    if on_cpu or row_bytes is None:
+        return 192 if on_cpu else 512
+    return min(max(LOGITS_BUDGET // (2 * row_bytes) // 1024 * 1024, 2048), 8192)
 
 
 def loss_chunks_together(divergence: str, tensor: int) -> int:

@@ -88,6 +88,7 @@ def prepare(with_engine: bool = False) -> Device:
             Component("Transformer Engine layers", with_engine, why),
             Component("scaled-dot-product attention", True, "torch; no score matrix is stored"),
             Component("rotary positions, SwiGLU", True, "own kernels with few passes over memory"),
+            Component("fused loss: eager", True, "torch, block by block of the caches; Triton kernels need a GPU"),
             Component("Apex kernels", False, "need an NVIDIA GPU"),
             Component("fused AdamW", True, "torch"),
         ),

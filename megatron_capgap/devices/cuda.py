@@ -42,6 +42,7 @@ def prepare(local_rank: int, precisions: Sequence[Precision]) -> Device:
                 "local" in engines,
                 "torch" if "local" in engines else "Transformer Engine's own is used",
             ),
+            library("fused loss: Triton kernels", "triton", "the passes over logits of both models"),
             library(
                 "Apex fused weight gradient",
                 "fused_weight_gradient_mlp_cuda",

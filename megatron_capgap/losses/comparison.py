@@ -179,7 +179,7 @@ class SparseComparison:
         else:  # an unlisted token's logit changes the last outcome in proportion to its share of that mass
             per_mass = on_outcomes[:, -1] / q[:, -1]
             on_outcomes, q = on_outcomes[:, :-1], q[:, :-1]
-        self.at_listed = on_outcomes - per_mass[:, None] * q
+        self.at_listed, self.per_mass = on_outcomes - per_mass[:, None] * q, per_mass
         return value.sum(1), per_mass * (gathered[self.shard.rank, 0] - lse).exp()
 
     def gradient_(self, probabilities: Tensor, factor: Tensor, scale: Tensor) -> None:

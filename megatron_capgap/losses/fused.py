@@ -21,10 +21,18 @@ from torch.autograd.function import once_differentiable
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.config import derived
 from megatron_capgap.config.schema import ObjectiveConfig
+from megatron_capgap.losses.backend import Kernels, uses_triton
 from megatron_capgap.losses.comparison import Comparison, DenseComparison, NoComparison, SparseComparison
+from megatron_capgap.losses.eager import EagerPasses, Passes
+from megatron_capgap.losses.gradients import Gradients, dummy_gradient
 from megatron_capgap.losses.objective import DistillationObjective
-from megatron_capgap.losses.teacher_outputs import TeacherLogits, TeacherOutputs, TeacherTopK, check_ids
-from megatron_capgap.losses.vocab_parallel import chunk_losses_
+from megatron_capgap.losses.teacher_outputs import (
+    TeacherHidden,
+    TeacherLogits,
+    TeacherOutputs,
+    TeacherTopK,
+    check_ids,
+)
 from megatron_capgap.losses.vocab_shard import VocabShard
 
 
@@ -55,6 +63,8 @@ def distillation_loss(
     group: dist.ProcessGroup | None,
     sequence_parallel: bool = False,
     chunk_tokens: int | None = None,
+    kernels: Kernels = "auto",
+    into_main_grad: bool = False,
 ) -> Loss:
     """Divergence from the teacher plus cross-entropy, summed over the valid tokens of a micro-batch.
 
@@ -82,17 +92,22 @@ def distillation_loss(
         chunk_tokens: tokens per chunk, whose logits exist at the same time. Larger chunks make larger matrix products,
             smaller ones save memory. None selects `config.derived.loss_chunk_tokens`. Doubled over several ranks for
             a divergence without a chain rule, unless the teacher is sparse (top-k).
+        kernels: auto: Triton kernels on a GPU if Triton is installed, otherwise eager; eager: plain torch; triton: on
+            a GPU, or on a CPU in Triton's interpreter (TRITON_INTERPRET=1), which is for tests.
+        into_main_grad: whether the head has a `main_grad` to which the forward pass may add the head's gradient, chunk
+            by chunk and without a buffer of its own. `loss_sum` must then be backpropagated with a gradient of 1, as
+            Megatron's schedules do, or a RuntimeError is raised (on a GPU a device assertion).
 
     Raises:
-        UserError: shapes that do not match, or a counted label or teacher's id outside the vocabulary (on a GPU a
-            device assertion, since the message would require a synchronisation).
+        UserError: shapes that do not match, kernels that cannot run here, or a counted label or teacher's id outside
+            the vocabulary (on a GPU a device assertion, since the message would require a synchronisation).
     """
     looked_at = None if objective.divergence_weight == 0 else teacher
     shard = VocabShard.of(student_head.shape[0], vocab_size, group)
-    task = _Task(
-        looked_at, labels, loss_mask, objective, vocab_size, shard, sequence_parallel, _chunk(chunk_tokens, labels)
-    )
-    return _loss(student_hidden, student_head, task)
+    triton = uses_triton(kernels, labels)
+    chunk = _chunk(chunk_tokens, labels, student_head, triton)
+    task = _Task(looked_at, labels, loss_mask, objective, vocab_size, shard, sequence_parallel, chunk, triton)
+    return _loss(student_hidden, student_head, task, into_main_grad)
 
 
 def language_model_loss(
@@ -105,6 +120,8 @@ def language_model_loss(
     group: dist.ProcessGroup | None,
     sequence_parallel: bool = False,
     chunk_tokens: int | None = None,
+    kernels: Kernels = "auto",
+    into_main_grad: bool = False,
 ) -> Loss:
     """Cross-entropy alone, for pretraining, finetuning and evaluation.
 
@@ -112,12 +129,16 @@ def language_model_loss(
     """
     objective = ObjectiveConfig(divergence_weight=0.0, cross_entropy_weight=1.0)
     shard = VocabShard.of(head.shape[0], vocab_size, group)
-    task = _Task(None, labels, loss_mask, objective, vocab_size, shard, sequence_parallel, _chunk(chunk_tokens, labels))
-    return _loss(hidden, head, task)
+    triton = uses_triton(kernels, labels)
+    chunk = _chunk(chunk_tokens, labels, head, triton)
+    task = _Task(None, labels, loss_mask, objective, vocab_size, shard, sequence_parallel, chunk, triton)
+    return _loss(hidden, head, task, into_main_grad)
 
 
-def _chunk(given: int | None, tensor: Tensor) -> int:
-    return derived.loss_chunk_tokens(tensor.is_cpu) if given is None else given
+def _chunk(given: int | None, labels: Tensor, head: Tensor, triton: bool) -> int:
+    if given is not None:
+        return given
+    return derived.loss_chunk_tokens(labels.is_cpu, head.shape[0] * head.element_size() if triton else None)
 
 
 @dataclass(frozen=True)
@@ -132,6 +153,7 @@ class _Task:
     shard: VocabShard
     sequence_parallel: bool
     chunk_tokens: int
+    triton: bool
 
     @property
     def parts(self) -> int:
@@ -153,74 +175,81 @@ class _Task:
         """[n / parts, h] on each rank -> the chunk's tokens [c, h]. Collective (all-gather) if parts > 1."""
         return part[rows] if self.parts == 1 else self.shard.gather_rows(part[rows])
 
-    def comparison(self, rows: slice, buffer: Tensor | None) -> Comparison:
-        """The comparison with the teacher for one chunk; dense teacher logits are computed into `buffer` [c, w]."""
-        teacher, objective, shard = self.teacher, self.objective, self.shard
-        if teacher is None:
-            return NoComparison()
-        assert buffer is not None, "with a teacher there is a buffer"
-        if isinstance(teacher, TeacherTopK):
-            ids, log_probs = (self.of_chunk(x, rows) for x in (teacher.ids, teacher.log_probs))
-            return SparseComparison(ids.long(), log_probs.to(buffer.dtype), teacher.tail, objective, shard)
+    def passes(self, rows: slice, logits: Tensor, of_teacher: Tensor | None, spare: Tensor | None) -> Passes:
+        """The passes over one chunk, given its student logits [c, w]; dense teacher logits are computed into
+        `of_teacher` [c, w]."""
+        labels, teacher, objective, shard = self.of_chunk(self.labels, rows), self.teacher, self.objective, self.shard
+        sparse = self._sparse(rows, _exact(logits)) if isinstance(teacher, TeacherTopK) else None
+        dense = teacher is not None and sparse is None
+        if dense:
+            assert of_teacher is not None, "there is a buffer for dense logits"
+            self._project_teacher(rows, of_teacher)
+        if self.triton:
+            from megatron_capgap.losses.kernels import TritonPasses
+
+            return TritonPasses(logits, of_teacher if dense else sparse, labels, objective, shard)
+        comparison: Comparison = sparse or NoComparison()
+        if dense and of_teacher is not None:
+            if objective.temperature != 1:
+                of_teacher.div_(objective.temperature)
+            comparison = DenseComparison(of_teacher, objective, shard)
+        return EagerPasses(logits, comparison, labels, objective, shard, spare)
+
+    def buffers(self, hidden: Tensor, rows: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """For chunks of at most `rows` tokens: student logits, dense teacher logits, and with eager passes and a
+        temperature a second copy of the student's, [rows, w] each.
+
+        The Triton kernels work on the logits as the matrix products write them, the eager passes in fp32 or float64.
+        """
+        dense = isinstance(self.teacher, TeacherHidden | TeacherLogits)
+        width, exact = self.shard.width, _exact(hidden)
+        if not self.triton:
+            second = self.teacher is not None and self.objective.temperature != 1
+            first, of_teacher, spare = (
+                hidden.new_empty(rows, width, dtype=exact) if needed else None for needed in (True, dense, second)
+            )
+            assert first is not None
+            return first, of_teacher, spare
+        from megatron_capgap.losses.kernels import rows_of_logits
+
+        teacher_type = None
+        if isinstance(self.teacher, TeacherHidden | TeacherLogits):
+            teacher_type = (
+                self.teacher.hidden if isinstance(self.teacher, TeacherHidden) else self.teacher.logits
+            ).dtype
+        of_teacher = None if teacher_type is None else rows_of_logits(rows, width, teacher_type, hidden)
+        return rows_of_logits(rows, width, hidden.dtype, hidden), of_teacher, None
+
+    def _project_teacher(self, rows: slice, out: Tensor) -> None:
+        """The teacher's logits of the chunk into `out` [c, w]."""
+        teacher = self.teacher
         if isinstance(teacher, TeacherLogits):
-            buffer.copy_(self.of_chunk(teacher.logits, rows)[:, : shard.width])
-        else:
+            out.copy_(self.of_chunk(teacher.logits, rows)[:, : self.shard.width])
+        elif isinstance(teacher, TeacherHidden):
             whole = teacher.hidden.shape[0] == self.labels.shape[0]
             hidden = self.of_chunk(teacher.hidden, rows) if whole else self.gathered(teacher.hidden, rows)
-            _project(hidden, teacher.head[: shard.width], buffer)
-        if objective.temperature != 1:
-            buffer.div_(objective.temperature)
-        return DenseComparison(buffer, objective, shard)
+            _project(hidden, teacher.head[: self.shard.width], out)
+
+    def _sparse(self, rows: slice, exact: torch.dtype) -> SparseComparison:
+        teacher = self.teacher
+        assert isinstance(teacher, TeacherTopK)
+        ids, log_probs = (self.of_chunk(x, rows) for x in (teacher.ids, teacher.log_probs))
+        return SparseComparison(ids.long(), log_probs.to(exact), teacher.tail, self.objective, self.shard)
 
 
-class _Gradients:
-    """Accumulated gradients of hidden states [n / parts, h] and LM head [v/tp, h], each only if requested.
-
-    The head's gradient is accumulated over chunks in the dtype `exact`. It is rounded to the head's dtype once, at the
-    end, unless the head has a `main_grad`, to which the backward pass adds it.
-    """
-
-    def __init__(self, hidden: Tensor, head: Tensor, task: _Task, needs_grad: tuple[bool, bool], exact: torch.dtype):
-        self.task, self.real_head = task, head[: task.shard.width]
-        self.head_type = exact if hasattr(head, "main_grad") else head.dtype
-        self.of_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needs_grad[0] else None
-        self.of_head = torch.zeros_like(head, dtype=exact) if needs_grad[1] else None
-
-    def add_(self, rows: slice, logits: Tensor, hidden: Tensor) -> None:
-        """Adds one chunk, given the gradient of its logits [c, w] and its hidden states [c, h]."""
-        logits = logits.to(hidden.dtype)
-        if self.of_hidden is not None:
-            if self.task.parts == 1:  # partial over the ranks until `finished`
-                torch.mm(logits, self.real_head, out=self.of_hidden[rows])
-            else:
-                self.task.shard.reduce_rows(torch.mm(logits, self.real_head), self.of_hidden[rows])
-        if self.of_head is not None:
-            of_real_head = self.of_head[: self.real_head.shape[0]]
-            if hidden.dtype == of_real_head.dtype:
-                of_real_head.addmm_(logits.t(), hidden)
-            else:
-                of_real_head.add_(torch.mm(logits.t(), hidden))
-
-    def finished(self) -> tuple[Tensor | None, Tensor | None]:
-        """Both gradients, complete. Collective: an all-reduce of the hidden states' gradient, if it is partial."""
-        if self.of_hidden is not None and self.task.parts < self.task.shard.size:
-            dist.all_reduce(self.of_hidden, group=self.task.shard.group)
-        return self.of_hidden, None if self.of_head is None else self.of_head.to(self.head_type)
+def _exact(tensor: Tensor) -> torch.dtype:
+    """The dtype of losses, sums and accumulated gradients."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _chunked_forward_backward(
-    hidden: Tensor, head: Tensor, task: _Task, needs_grad: tuple[bool, bool]
+    hidden: Tensor, head: Tensor, task: _Task, needs_grad: tuple[bool, bool], into_main_grad: bool
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, Tensor | None]]:
     """Returns the loss, the sums of cross-entropy and divergence [2], and the requested gradients (hidden, head)."""
-    objective, shard, parts = task.objective, task.shard, task.parts
-    exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    objective, shard, parts, exact = task.objective, task.shard, task.parts, _exact(hidden)
     step = max(1, min(task.step, hidden.shape[0]))
-    compared = task.teacher is not None
-    buffers = [
-        hidden.new_empty(parts * step, shard.width, dtype=exact) if needed else None
-        for needed in (True, compared, compared and objective.temperature != 1)
-    ]
-    gradients = _Gradients(hidden, head, task, needs_grad, exact)
+    buffers = task.buffers(hidden, parts * step)
+    gradients = Gradients(hidden, head, shard, parts, needs_grad, exact, into_main_grad=into_main_grad)
     sums = hidden.new_zeros(2, dtype=exact)
     for first in range(0, hidden.shape[0], step):
         rows = slice(first, min(first + step, hidden.shape[0]))
@@ -228,13 +257,12 @@ def _chunked_forward_backward(
         logits, of_teacher, spare = (x if x is None else x[: chunk.shape[0]] for x in buffers)
         assert logits is not None, "the first buffer is always needed"
         _project(chunk, head[: shard.width], logits)
-        comparison = task.comparison(rows, of_teacher)
-        labels, weight = task.of_chunk(task.labels, rows), task.of_chunk(task.loss_mask, rows).to(exact)
-        losses = chunk_losses_(
-            logits, comparison, labels, weight, objective, shard, spare=spare, with_gradient=any(needs_grad)
-        )
-        sums += torch.stack(losses) @ weight
+        passes = task.passes(rows, logits, of_teacher, spare)
+        weight = task.of_chunk(task.loss_mask, rows).to(exact)
+        losses = passes.resolve(shard.gather(passes.statistics()))
+        sums += losses @ weight
         if any(needs_grad):
+            passes.gradient_(weight)
             gradients.add_(rows, logits, chunk)
     loss_sum = objective.cross_entropy_weight * sums[0] + objective.divergence_weight * sums[1]
     return loss_sum, sums, gradients.finished()
@@ -252,17 +280,22 @@ class _GradientInForward(torch.autograd.Function):
     """The loop over chunks as one autograd node: forward computes the gradients, backward scales them."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, task: _Task) -> tuple[Tensor, Tensor]:
-        loss_sum, sums, gradients = _chunked_forward_backward(hidden, head, task, ctx.needs_input_grad[:2])
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, task: _Task, into_main_grad: bool) -> tuple[Tensor, Tensor]:
+        needs_grad = ctx.needs_input_grad[:2]
+        loss_sum, sums, gradients = _chunked_forward_backward(hidden, head, task, needs_grad, into_main_grad)
         ctx.save_for_backward(*gradients)
         ctx.main_grad, ctx.head_type = getattr(head, "main_grad", None), head.dtype
+        ctx.added = head if into_main_grad and needs_grad[1] else None
         ctx.mark_non_differentiable(sums)
         return loss_sum, sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, loss_gradient: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, loss_gradient: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         of_hidden, of_head = ctx.saved_tensors
+        if ctx.added is not None:
+            _assert_one(loss_gradient)
+            return of_hidden, dummy_gradient(ctx.added), None, None
         if not (loss_gradient.is_cpu and loss_gradient == 1):  # on a GPU `==` would synchronise: multiply
             # In place: these gradients are used once. A second backward detects the change and raises.
             of_hidden, of_head = (x if x is None else x.mul_(loss_gradient) for x in (of_hidden, of_head))
@@ -270,16 +303,26 @@ class _GradientInForward(torch.autograd.Function):
             ctx.main_grad.add_(of_head)
             # DDP's hook requires a gradient and adds it to main_grad; with tied embeddings it holds the embedding's.
             of_head = of_head.zero_().to(ctx.head_type)
-        return of_hidden, of_head, None
+        return of_hidden, of_head, None, None
 
 
-def _loss(hidden: Tensor, head: Tensor, task: _Task) -> Loss:
+def _assert_one(loss_gradient: Tensor) -> None:
+    """Raises RuntimeError unless the incoming gradient is 1; on a GPU an asynchronous device assertion."""
+    message = "into_main_grad: the head's gradient is already added, so that the loss must have a gradient of 1"
+    torch._assert_async(loss_gradient == 1, message)
+
+
+def _loss(hidden: Tensor, head: Tensor, task: _Task, into_main_grad: bool) -> Loss:
     _check(hidden, head, task)
     if torch.is_grad_enabled() and (hidden.requires_grad or head.requires_grad):
-        loss_sum, sums = _GradientInForward.apply(hidden, head, task)
+        if into_main_grad and head.requires_grad and not hasattr(head, "main_grad"):
+            raise UserError(
+                "into_main_grad: the LM head has no main_grad; wrap the model in Megatron's DDP or unset it"
+            )
+        loss_sum, sums = _GradientInForward.apply(hidden, head, task, into_main_grad)
     else:
         with torch.no_grad():
-            loss_sum, sums, _ = _chunked_forward_backward(hidden, head, task, (False, False))
+            loss_sum, sums, _ = _chunked_forward_backward(hidden, head, task, (False, False), False)
     report = {"cross_entropy": sums[0]}
     if task.teacher is not None:
         report["divergence"] = sums[1]

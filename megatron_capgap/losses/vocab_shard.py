@@ -100,7 +100,7 @@ def blocks_in_cache(matrix: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, .
     On a GPU the block is the whole matrix: it has no such cache, and each kernel launch costs time.
     """
     block = BLOCK_OF_A_CORE * torch.get_num_threads()
-    rows = matrix.shape[0] if matrix.is_cuda else max(1, block // max(1, matrix.shape[1]))
+    rows = max(1, block // max(1, matrix.shape[1])) if matrix.is_cpu else matrix.shape[0]
     return zip(*(tensor.split(rows) for tensor in (matrix, *others)), strict=True)
 
 

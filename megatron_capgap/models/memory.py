@@ -16,6 +16,7 @@ from megatron_capgap.config.architectures import ARCHITECTURES
 from megatron_capgap.config.schema import Config, Layout, ModelShape, Precision
 from megatron_capgap.config.validation import fp8
 from megatron_capgap.models import activations, size
+from megatron_capgap.models.logits import Logits, of_loss
 
 # Bytes per parameter and in total while a checkpoint is written, measured: complete weights and both moments on the
 # first data-parallel rank, then the copies that are written to the file.
@@ -90,10 +91,9 @@ def estimate(
         on_cpu: whether the run is on a CPU, whose allocator and matrix library need more.
     """
     ranks = derived.student_world(config, world)
-    chunk = derived.loss_chunk_tokens(on_cpu)
     needs = []
     for mine, of_teacher in _stages(config, world):
-        need = _of_stage(config, stage, student, teacher, ranks, mine, chunk)
+        need = _of_stage(config, stage, student, teacher, ranks, mine, on_cpu)
         if teacher is not None and derived.teacher_runs(config, stage):
             share = teacher_memory(config, student, teacher, world, mine, of_teacher)
             away = share.weights if derived.teacher_section(config).offload and not on_cpu else 0
@@ -118,11 +118,11 @@ def _of_stage(
     teacher: ModelShape | None,
     world: int,
     pipeline_rank: int,
-    chunk: int,
+    on_cpu: bool,
 ) -> Memory:
     if stage == "prune":
         assert teacher is not None
-        return _of_scoring(config, teacher, world, pipeline_rank, chunk)
+        return _of_scoring(config, teacher, world, pipeline_rank, on_cpu)
     layout, precision = config.student.layout, derived.student_precision(config)
     width = derived.BYTES[precision.compute]
     held = size.rank_parameters(student, layout, pipeline_rank)
@@ -136,7 +136,7 @@ def _of_stage(
         return Memory(
             weights=held * width - in_fp8.not_in_bf16,
             activations=backward * tokens * width,
-            loss=_logits(student, layout, min(chunk, tokens)) if last else 0,
+            loss=Logits(student, layout, precision, on_cpu).of_chunks(tokens) if last else 0,
             fp8_copies=in_fp8.copies,
             until_cast=in_fp8.until_cast,
         )
@@ -164,7 +164,7 @@ def _of_stage(
         optimizer=held * (8 if width == 4 else 12) // (derived.data_parallel(layout, world) * layout.context),
         activations=sum(kept) * tokens + masks,
         backward_pass=backward * tokens * width,
-        loss=_loss(config, student, teacher, tokens, chunk) if last else 0,
+        loss=of_loss(config, student, teacher, tokens, on_cpu) if last else 0,
         fp8_copies=in_fp8.copies,
         heap=_heap([*kept, *[student.ffn // layout.tensor * width] * 6], tokens, layout),
         workspace=_WORKSPACE,
@@ -173,7 +173,7 @@ def _of_stage(
     )
 
 
-def _of_scoring(config: Config, teacher: ModelShape, world: int, pipeline_rank: int, chunk: int) -> Memory:
+def _of_scoring(config: Config, teacher: ModelShape, world: int, pipeline_rank: int, on_cpu: bool) -> Memory:
     """A teacher during importance scoring: gradients of activations, but not of weights."""
     layout = replace(config.student.layout, virtual_pipeline=1)
     precision = derived.teacher_precision(config)
@@ -196,11 +196,12 @@ def _of_scoring(config: Config, teacher: ModelShape, world: int, pipeline_rank: 
         kept = activations.at_peak(layer, layer_input * width, layers, chunk_layers, recompute)
         kept += activations.recomputed(layer, recompute)
     in_fp8 = _weights_in_fp8(precision, teacher, layout, pipeline_rank, backward=bool(kept))
+    logits = Logits(teacher, layout, precision, on_cpu)
     return Memory(
         weights=size.rank_parameters(teacher, layout, pipeline_rank) * width - in_fp8.not_in_bf16,
         activations=sum(kept) * tokens,
         backward_pass=backward * tokens * width,
-        loss=_logits(teacher, layout, min(chunk, tokens)) + tokens * teacher.hidden * width if last else 0,
+        loss=logits.of_chunks(tokens) + tokens * teacher.hidden * width if last else 0,
         fp8_copies=in_fp8.copies,
         heap=_heap([*kept, *[teacher.ffn // layout.tensor * width] * 6], tokens, layout),
         workspace=_WORKSPACE,
@@ -364,23 +365,3 @@ def _heap(kept: list[int], tokens: int, layout: Layout) -> int:
     sizes = [nbytes * tokens for nbytes in kept]
     waste = _HEAP_WASTE_OF_SEQUENCE if layout.sequence else _HEAP_WASTE
     return int(waste * sum(nbytes for nbytes in sizes if nbytes < _HEAP_BLOCK))
-
-
-def _loss(config: Config, student: ModelShape, teacher: ModelShape | None, tokens: int, chunk: int) -> int:
-    """Bytes of the live logits, and of the gradients of hidden states and LM head until the backward pass.
-
-    Logits: the student's, the teacher's, and a second copy of the student's if the temperature is not 1.
-    """
-    layout, objective = config.student.layout, config.objective
-    buffers = 1
-    if teacher is not None and objective.divergence_weight > 0:
-        chunk *= derived.loss_chunks_together(objective.divergence, layout.tensor)
-        buffers = 2 if objective.temperature == 1 else 3
-    head = size.padded_vocab(student.vocab, layout.tensor) // layout.tensor * student.hidden
-    of_hidden = tokens * student.hidden * derived.BYTES[derived.student_precision(config).compute]
-    return buffers * _logits(student, layout, min(chunk, tokens)) + 4 * head + of_hidden
-
-
-def _logits(shape: ModelShape, layout: Layout, tokens: int) -> int:
-    """Bytes of one model's fp32 logits for `tokens` tokens."""
-    return 4 * tokens * size.padded_vocab(shape.vocab, layout.tensor) // layout.tensor

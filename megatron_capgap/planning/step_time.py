@@ -6,14 +6,15 @@ from dataclasses import dataclass
 
 from megatron_capgap.config import derived
 from megatron_capgap.config.architectures import ARCHITECTURES
-from megatron_capgap.config.schema import Config, Layout, ModelShape, Precision
+from megatron_capgap.config.schema import WITHOUT_CHAIN_RULE, Config, Layout, ModelShape, Precision
 from megatron_capgap.models import size
 from megatron_capgap.planning.gpus import Gpu
 from megatron_capgap.planning.schedule import Schedule
 
-# Bytes per entry of the logits [tokens, vocab / tp] that the loss moves through memory on a GPU, counted operation by
-# operation: with a teacher, and half for cross-entropy alone.
-_LOSS_BYTES = 170
+# Numbers per entry of the logits [tokens, vocab / tp] that the loss's Triton kernels move on a GPU, as counted by
+# benchmarks/loss_traffic.py: the statistics read them, the gradient reads them and overwrites the student's; a
+# divergence without a chain rule reads them once more.
+_OF_STUDENT, _OF_TEACHER, _EVALUATED, _WITHOUT_CHAIN_RULE = 3, 2, 1, 2
 # Bytes per parameter of the rank's part of the optimizer that one step moves: master weights and moments in fp32, read
 # and written, and the gradient.
 _OPTIMIZER_BYTES = 28
@@ -138,15 +139,15 @@ def _loss_seconds(
     config: Config, stage: str, shape: ModelShape, teacher: ModelShape | None, tokens: int, gpu: Gpu, utilisation: float
 ) -> float:
     """Seconds of the loss of one micro-batch on one rank of the last stage."""
-    tensor, rate = (
-        config.student.layout.tensor,
-        gpu.bf16 if derived.student_precision(config).compute == "bf16" else gpu.fp32,
-    )
+    tensor, compute = config.student.layout.tensor, derived.student_precision(config).compute
+    rate = gpu.bf16 if compute == "bf16" else gpu.fp32
     entries = tokens * size.padded_vocab(shape.vocab, tensor) / tensor
     products = 2.0 if stage == "evaluate" else 4.0 if stage == "prune" else 6.0
-    flops, moved = products * shape.hidden, _LOSS_BYTES / (6 if stage == "evaluate" else 2)
+    flops, numbers = products * shape.hidden, _EVALUATED if stage == "evaluate" else _OF_STUDENT
     if teacher is not None and config.objective.divergence_weight > 0:
-        flops, moved = flops + 2.0 * teacher.hidden, float(_LOSS_BYTES)
+        flops, numbers = flops + 2.0 * teacher.hidden, numbers + _OF_TEACHER
+        numbers += _WITHOUT_CHAIN_RULE * (config.objective.divergence in WITHOUT_CHAIN_RULE)
+    moved = numbers * derived.BYTES[compute]
     return entries * flops / (rate * 1e12 * utilisation) + entries * moved / (gpu.memory_bandwidth * 1e9)
 
 

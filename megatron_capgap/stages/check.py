@@ -12,6 +12,7 @@ from megatron_capgap.config.loader import LoadedConfig
 from megatron_capgap.config.schema import Layout, ModelShape
 from megatron_capgap.config.validation import fp8
 from megatron_capgap.models import memory, size
+from megatron_capgap.models.logits import Logits
 from megatron_capgap.planning import report as planning_report
 from megatron_capgap.planning.case import Case
 from megatron_capgap.planning.gpus import Gpu, gpu_named
@@ -248,20 +249,31 @@ def _memory(plan: Outline, *, on_gpu: bool) -> list[str]:
     ctx = "CPU" if on_cpu else "GPU"
     if on_cpu and config.device == "auto":
         ctx += " (no GPU found; use --device=cuda to estimate for a GPU)"
-    lines = _table(f"memory of the fullest rank on a {ctx}, MiB", memory.estimate(*facts, on_cpu=on_cpu))
+    lines = [*_fused_loss_lines(plan, on_cpu), f"memory of the fullest rank on a {ctx}, MiB"]
+    lines += _rows(memory.estimate(*facts, on_cpu=on_cpu))
     if not derived.teacher_runs(config, plan.stage):
         return lines
     if plan.student_world < plan.world:
         assert plan.teacher is not None, "ranks that are not the student's are a teacher's"
         need = memory.estimate_teacher(config, plan.student, plan.teacher, plan.world)
-        lines = [*_table("memory of the teacher's fullest rank, MiB", need), "", *lines]
+        lines = ["memory of the teacher's fullest rank, MiB", *_rows(need), "", *lines]
     return [*_teacher_memory_lines(plan), "", *lines]
 
 
-def _table(title: str, need: memory.Memory) -> list[str]:
-    lines = [title]
+def _fused_loss_lines(plan: Outline, on_cpu: bool) -> list[str]:
+    """Which implementation computes the loss, and in which chunks. A GPU is taken to have Triton, as PyTorch for CUDA
+    requires it; the start-up table says what a run has."""
+    if plan.stage == "prune":
+        return []
+    config = plan.config
+    logits = Logits(plan.student, config.student.layout, derived.student_precision(config), on_cpu)
+    kernels = "eager, torch on blocks of the CPU's caches" if on_cpu else "Triton kernels"
+    return [f"fused loss: {kernels}; logits of {logits.chunk_tokens} tokens at a time"]
+
+
+def _rows(need: memory.Memory) -> list[str]:
     rows = {name: round(value / _MIB, 1) for name, value in need.at_peak().items() if value}
-    lines += [f"  {name.replace('_', ' '):<18}{value:>12,.1f}" for name, value in rows.items()]
+    lines = [f"  {name.replace('_', ' '):<18}{value:>12,.1f}" for name, value in rows.items()]
     lines.append(
         f"  {'total':<18}{sum(rows.values()):>12,.1f}  without the interpreter, its libraries and communication buffers"
     )

@@ -177,9 +177,18 @@ def build_student(ctx: StageContext[RunPlan], *, trains: bool = True) -> list[to
     return chunks
 
 
+def adds_into_main_grad(device: Device) -> bool:
+    """Whether the loss adds the LM head's gradient to DDP's buffer within its matrix products, without another buffer.
+
+    GPUs can; on a CPU the product is rounded to the type of its factors first, and a buffer per call saves nothing.
+    """
+    return device.name != "cpu"
+
+
 def language_model_run(ctx: StageContext[RunPlan]) -> TrainingRun:
     """Training run of a student without a teacher. Collective."""
     vocab_size, parallel = ctx.plan.student.vocab, ctx.parallel
+    into_main_grad = adds_into_main_grad(ctx.device)
 
     def loss(hidden: Tensor, lm_head: Tensor, batch: MicroBatch) -> Loss:
         return language_model_loss(
@@ -189,6 +198,7 @@ def language_model_run(ctx: StageContext[RunPlan]) -> TrainingRun:
             vocab_size=vocab_size,
             group=parallel.groups.tp,
             sequence_parallel=parallel.layout.sequence,
+            into_main_grad=into_main_grad,
         )
 
     return training_run(ctx, build_student(ctx), TrainingObjective(lambda batches, teacher_states: loss))

@@ -90,6 +90,7 @@ def distillation_run(
     plan, parallel = ctx.plan, ctx.parallel
     # Both models share one tokenizer; vocabulary rows that only one model has are excluded from the divergence.
     vocab_size = min(plan.student.vocab, plan.teacher.vocab)
+    into_main_grad = context.adds_into_main_grad(ctx.device)
     matching = HiddenStateMatching(student, parallel, objective.matching)
 
     def loss_function(batches: Sequence[MicroBatch], teacher_states: TeacherStates | None) -> LossFunction:
@@ -109,6 +110,7 @@ def distillation_run(
                 vocab_size=vocab_size,
                 group=parallel.groups.tp,
                 sequence_parallel=parallel.layout.sequence,
+                into_main_grad=into_main_grad,
             )
 
         return loss

@@ -57,6 +57,7 @@ def distil(case: Case, whole: Tensors, hidden: Tensor, head: Tensor, teacher: An
         group=dist.group.WORLD,
         sequence_parallel=case.sequence_parallel,
         chunk_tokens=case.chunk_tokens,
+        kernels=case.kernels,
     )
 
 
@@ -250,6 +251,58 @@ def test_against_the_dense_reference(pool: WorkerPool, world: int, cases: list[C
         check(case, list(of_ranks))
 
 
+# In Triton's interpreter: every row with every kind of shard, and each of the other properties with some row. Three
+# ranks have 22 columns of the padded vocabulary each; of a vocabulary of 40 the last has none, of 3 only the first has.
+KERNELS = [
+    Case(divergence, temperature, teacher, tokens=6, chunk_tokens=4, padded=66, vocab=vocab, masked=masked)
+    for divergence, temperature, teacher, vocab, masked in (
+        ("forward_kl", 1.0, "hidden", 53, "some"),
+        ("forward_kl", 2.5, "hidden", 3, "some"),
+        ("reverse_kl", 2.5, "hidden", 40, "some"),
+        ("reverse_kl", 1.0, "logits", 3, "none"),
+        ("jsd", 1.0, "hidden", 40, "none"),
+        ("jsd", 2.5, "logits", 53, "some"),
+        ("skew_forward_kl", 2.5, "hidden", 40, "some"),
+        ("skew_reverse_kl", 1.0, "hidden", 53, "all"),
+        ("total_variation", 2.5, "hidden", 3, "none"),
+        ("soft_cross_entropy", 1.0, "hidden", 40, "some"),
+        ("reverse_kl", 2.5, "ghost", 40, "some"),
+        ("jsd", 1.0, "renormalise", 53, "none"),
+        ("forward_kl", 1.0, "drop", 53, "some"),
+    )
+]
+KERNELS += [
+    replace(KERNELS[0], weights=(0.0, 1.0)),
+    *(replace(KERNELS[i], dtype=torch.bfloat16) for i in (0, 4, 10)),
+    *(replace(KERNELS[i], large=1e4) for i in (0, 2, 4)),
+]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_triton_kernels_against_the_dense_reference(pool: WorkerPool, world: int) -> None:
+    cases = [replace(case, kernels="triton", sequence_parallel=i % 2 == 0) for i, case in enumerate(KERNELS)]
+    answers = pool.run(run_cases, cases, world=world)
+    for case, of_ranks in zip(cases, zip(*answers, strict=True), strict=True):
+        check(case, list(of_ranks))
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_triton_kernels_in_every_combination(pool: WorkerPool, divergence: str, world: int) -> None:
+    cases = [
+        replace(
+            KERNELS[0], divergence=divergence, temperature=temperature, vocab=vocab, masked=masked, kernels="triton"
+        )
+        for temperature in (1.0, 2.5)
+        for vocab in (66, 53, 40, 3)
+        for masked in ("none", "some", "all")
+    ]
+    answers = pool.run(run_cases, cases, world=world)
+    for case, of_ranks in zip(cases, zip(*answers, strict=True), strict=True):
+        check(case, list(of_ranks))
+
+
 CASES = st.builds(
     Case,
     divergence=st.sampled_from(list(DIVERGENCES)),
@@ -313,6 +366,11 @@ def test_the_number_of_collectives(pool: WorkerPool, world: int) -> None:
     odd = {Case("jsd", tokens=27): {"all_gather": 4, "all_reduce": 1}}  # the second pair is one chunk
     sparse = {Case("jsd", teacher=tail): {"all_gather": chunks, "all_reduce": 1} for tail in ("renormalise", "ghost")}
     expected = dense | odd | sparse
+    if world == 2:
+        expected |= {
+            replace(case, kernels="triton"): expected[case]
+            for case in (Case("reverse_kl"), Case("jsd"), Case("jsd", sequence_parallel=True))
+        }
     for of_rank in pool.run(run_counted, list(expected), world=world):
         assert dict(zip(expected, of_rank, strict=True)) == expected
 
@@ -330,6 +388,12 @@ def test_equal_models_give_exactly_zero(pool: WorkerPool, world: int) -> None:
         for temperature in (1.0, 2.0)
         for dtype in (torch.float32, torch.bfloat16)
     ]
+    if world == 2:
+        cases += [
+            replace(case, kernels="triton", tokens=4)
+            for case in cases
+            if case.temperature == 2 or case.divergence == "jsd"
+        ]
     for largest in pool.run(run_equal_models, cases, world=world):
         assert largest == [0.0] * len(cases)
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megatron_capgap.losses import DistillationObjective, TeacherHidden, TeacherLogits, TeacherTopK
+from megatron_capgap.losses.backend import Kernels
 from tests.support.reference_loss import teacher_log_probs
 
 
@@ -25,6 +26,7 @@ class Case:
     sequence_parallel: bool = False
     masked: str = "some"
     weights: tuple[float, float] = (0.7, 0.4)
+    kernels: Kernels = "auto"
     large: float = 0.0
     """Added to a part of the logits and taken from the others: the student's signs are any, the teacher prefers the
     first columns, so that whole shards have no mass."""

@@ -178,6 +178,32 @@ def test_tied_embeddings_add_up() -> None:
     assert error(gradient(ours), gradient(dense)) <= 1e-10
 
 
+def test_into_main_grad_needs_no_buffer() -> None:
+    """The gradient adds to what is there; the parameter itself gets none, since no DDP asks for one."""
+    t = tensors(64, 500, 512)
+    head = t["head"]
+    head.main_grad = torch.ones_like(head)
+    run = partial(distil, *t.values(), objective=DistillationObjective(), vocab_size=500, into_main_grad=True)
+    out, held, _ = allocations(run)
+    assert held < t["hidden"].nbytes + 500
+    out.loss_sum.backward()
+    expected = reference_loss(*t.values(), DistillationObjective(), 500)
+    assert error(head.main_grad - 1, expected.head_gradient) <= 1e-10 and head.grad is None
+    assert error(t["hidden"].grad, expected.hidden_gradient) <= 1e-10
+
+
+def test_into_main_grad_refuses_a_scaled_loss_and_a_head_without_main_grad() -> None:
+    t = tensors(7, 9, 12)
+    run = partial(distil, *t.values(), objective=DistillationObjective(), vocab_size=9, into_main_grad=True)
+    with pytest.raises(UserError, match="into_main_grad: the LM head has no main_grad"):
+        run()
+    t["head"].main_grad = torch.zeros_like(t["head"])
+    with pytest.raises(RuntimeError, match="the loss must have a gradient of 1"):
+        (run().loss_sum / 8).backward()
+    with torch.no_grad():
+        run()
+
+
 def test_the_head_gradient_is_rounded_once() -> None:
     """bf16: many chunks must not lose more than one does."""
     t = tensors(512, 50, 50, torch.bfloat16)

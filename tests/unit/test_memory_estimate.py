@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from megatron_capgap.config.derived import loss_chunk_tokens
 from megatron_capgap.config.schema import (
     FP8,
     Config,
@@ -94,6 +95,34 @@ def test_logits_are_counted(
     )
     columns = padded_vocab(1000, tensor) // tensor
     assert found.loss == 4 * (matrices * tokens * columns + 64 * columns + 2 * 512 * 64)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "temperature", "tensor", "vocab", "tokens"),
+    [
+        ("forward_kl", 2.0, 1, 128256, 2048),
+        ("forward_kl", 1.0, 2, 128256, 4096),
+        ("forward_kl", 1.0, 8, 128256, 8192),
+        ("forward_kl", 1.0, 8, 1000, 8192),
+        ("jsd", 1.0, 2, 128256, 2 * 4096),
+    ],
+)
+def test_chunks_of_a_gpu_fill_a_budget(
+    divergence: str, temperature: float, tensor: int, vocab: int, tokens: int
+) -> None:
+    """In bf16, and without a buffer for the head's gradient."""
+    student, layout = replace(STUDENT, vocab=vocab), Layout(tensor=tensor)
+    precision = Precision(compute="bf16")
+    config = replace(
+        CONFIG,
+        objective=ObjectiveConfig(divergence, temperature),
+        student=StudentConfig(model=student, layout=layout, precision=precision),
+        data=replace(CONFIG.data, sequence_length=8192),
+    )
+    found = estimate(config, "distill", student, TEACHER, tensor, on_cpu=False)
+    columns = padded_vocab(vocab, tensor) // tensor
+    assert found.loss == max(2 * 2 * tokens * columns, 2 * 64 * columns) + 2 * 2 * 8192 * 64
+    assert 2 * loss_chunk_tokens(False, 2 * columns) * 2 * columns <= max(1 << 30, 2 * 2 * 2048 * columns)
 
 
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise"])
