@@ -42,14 +42,19 @@ STAGE_REQUIREMENTS = {
         required=("train.steps", "data.train"), unread=("teacher", "prune", "finetune", "objective")
     ),
     "prune": StageRequirements(
-        required=("teacher", "prune", "data.train"), unread=("finetune", "objective"), student=False
+        required=("teacher", "prune", "data.train"), unread=("finetune", "objective", "profile"), student=False
     ),
     "distill": StageRequirements(required=("train.steps", "data.train", "teacher"), unread=("prune", "finetune")),
     "finetune": StageRequirements(required=("student.checkpoint", "data.train"), unread=("prune",)),
-    "evaluate": StageRequirements(required=("data.valid",), unread=("teacher", "prune", "objective")),
+    "evaluate": StageRequirements(required=("data.valid",), unread=("teacher", "prune", "objective", "profile")),
 }
 
-_MISSING_KEYS = {"teacher": "has no teacher", "prune": "does not prune", "finetune": "reads no conversations"}
+_MISSING_KEYS = {
+    "teacher": "has no teacher",
+    "prune": "does not prune",
+    "finetune": "reads no conversations",
+    "profile": "has no training steps",
+}
 """Reason why a stage refuses a section that it does not read."""
 
 

@@ -121,7 +121,7 @@ def stage_context(plan: PlanT, environment: Environment, device: Device) -> Iter
             warnings, steps = roles.barrier_with_errors(open_run_dir)
         plan = datasets.with_steps(plan, steps)
         parallel = parallel_context.build(layout, config.seed, timeout)
-        log = RunLogger(Path(config.run_dir), environment.rank == 0, config.runtime.tensorboard)
+        log = RunLogger(Path(config.run_dir), environment.rank == 0, config.runtime.tensorboard, environment.rank)
         for warning in warnings:
             log.warning(warning)
         _log_summary(log, plan, device)
@@ -135,14 +135,26 @@ def stage_context(plan: PlanT, environment: Environment, device: Device) -> Iter
         _remove_if_uncommitted(new)
         if not isinstance(error, UserError):
             watchdog.report(error)
+            _log_error(log, error, Path(config.run_dir))
             raise  # this rank only: destroying the groups could wait for other ranks and hide the error
         error.raised_on_all_ranks = True
+        _log_error(log, error, Path(config.run_dir))
         watchdog.stop()
         _shut_down(log)
         raise
     lock.release()
     watchdog.stop()
     _shut_down(log)
+
+
+def _log_error(log: RunLogger | None, error: BaseException, run_dir: Path) -> None:
+    """Writes the error that ends this rank to its log. A run that is refused before it starts or continues logs
+    nothing; one that crashes there does, if its directory is that of an earlier start."""
+    if log is None:
+        return
+    if not isinstance(error, UserError) and (run_dir / _RESOLVED).exists():
+        log.open_rank_log()
+    log.record_error(error)
 
 
 def _shut_down(log: RunLogger | None) -> None:
@@ -213,6 +225,7 @@ def training_run(
         checkpointing.keep,
         async_save=checkpointing.async_save,
         timeout_seconds=config.runtime.timeout_seconds,
+        on_saved=lambda step, seconds: ctx.log.info(f"step {step}: checkpoint saved in {seconds:.1f} s"),
     )
     run = TrainingRun(
         config=config,
@@ -295,7 +308,9 @@ def commit_run_dir(ctx: StageContext[RunPlan], done: int = 0) -> None:
             dump(ctx.config, str(path))
         return changed
 
-    if changed := collectives.run_on_rank0(write):
+    changed = collectives.run_on_rank0(write)
+    ctx.log.open_rank_log()
+    if changed:
         ctx.log.info(f"changed since the last start: {'; '.join(changed)}")
 
 

@@ -205,13 +205,24 @@ def make_teacher_forward(ctx: DistillationContext, teacher: FrozenTeacher) -> Ca
     size, steps, host = ctx.plan.global_batch, ctx.config.train.steps, torch.device("cpu")
     assert steps is not None, "guaranteed by config.loader"
     batches = Prefetcher(lambda step: teacher.micro_batches(samples, step * size, host), ctx.device.upload, steps)
-    return lambda first_sample: teacher.forward(batches.take(first_sample // size), layers)
+
+    def forward(first_sample: int) -> States:
+        with ctx.device.span("teacher forward"):
+            return teacher.forward(batches.take(first_sample // size), layers)
+
+    return forward
 
 
 def _colocated_teacher(ctx: DistillationContext, teacher: FrozenTeacher) -> Callable[[int], TeacherStates]:
     """Teacher forward and transfer on ranks that teacher and student share."""
     transfer, forward = _hidden_state_transfer(ctx, batched_p2p), make_teacher_forward(ctx, teacher)
-    return lambda first_sample: TeacherStates(transfer.start(forward(first_sample), first_sample).wait())
+
+    def forward_and_transfer(first_sample: int) -> TeacherStates:
+        states = forward(first_sample)
+        with ctx.device.span("hand-off"):
+            return TeacherStates(transfer.start(states, first_sample).wait())
+
+    return forward_and_transfer
 
 
 def student_loop(ctx: DistillationContext, roles: RoleGroups) -> None:
@@ -224,9 +235,14 @@ def student_loop(ctx: DistillationContext, roles: RoleGroups) -> None:
         steps=ctx.config.train.steps,
         ahead=ctx.plan.teacher_config.ahead,
     )
+
+    def receive(first_sample: int) -> TeacherStates:
+        with ctx.device.span("hand-off"):
+            return student_peer.receive_teacher_states(first_sample)
+
     teacher_lm_head = roles.barrier_with_errors(lambda: load_teacher_lm_head(ctx, None))
     # The run directory is committed after the teacher is loaded.
-    run = roles.barrier_with_errors(lambda: distillation_run(ctx, teacher_lm_head, student_peer.receive_teacher_states))
+    run = roles.barrier_with_errors(lambda: distillation_run(ctx, teacher_lm_head, receive))
     student_peer.start(run.steps_done)
     failed: UserError | None = None
     try:
@@ -247,11 +263,14 @@ def teacher_loop(ctx: DistillationContext, roles: RoleGroups) -> None:
     transfer = _hidden_state_transfer(ctx, roles.start_send_recv)
     teacher = roles.barrier_with_errors(lambda: load_teacher(ctx))
     forward = roles.barrier_with_errors(lambda: make_teacher_forward(ctx, teacher))
+    ctx.log.open_rank_log()  # the student has committed the run directory
 
     def run_teacher_step(step: int) -> PendingTransfer:
         first_sample = step * batch_size
         ctx.watchdog.activity = f"teacher forward of step {step + 1}"
-        return transfer.start(forward(first_sample), first_sample)
+        states = forward(first_sample)
+        with ctx.device.span("hand-off"):
+            return transfer.start(states, first_sample)
 
     # Only the student knows its step: it may resume from an earlier checkpoint.
     done = roles.start_all_reduce_max(0).wait()
@@ -274,4 +293,5 @@ def abort_on_rank_failure(ctx: DistillationContext) -> Iterator[None]:
         raise
     except Exception as error:
         ctx.watchdog.report(error)
+        ctx.log.record_error(error)
         process_group.abort(error)

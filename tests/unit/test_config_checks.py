@@ -551,6 +551,30 @@ ONE_PROBLEM = [
         "--student.recompute.what: mlp: gpt_neox has linear biases;",
         ["set it to full", "(llama, mistral, qwen2, qwen3)"],
     ),
+    (
+        ["--profile.steps=[12, 10]"],
+        {},
+        "--profile.steps: [12, 10] ends before it starts;",
+        ["use [10, 12]"],
+    ),
+    (
+        ["--profile.steps=[9, 12]", "--train.steps=10"],
+        {},
+        "--profile.steps: [9, 12]: the run has train.steps 10;",
+        ["for example [7, 10]"],
+    ),
+    (
+        ["--profile.steps=[1, 2]", "--profile.ranks=[0, 8]"],
+        {},
+        "--profile.ranks: 8 is not a rank of this job;",
+        ["valid values: 0 to 7"],
+    ),
+    (
+        ["--profile.steps=[1, 2]", "--teacher.placement=disjoint", "--teacher.ranks=4"],
+        {},
+        "--profile.steps: torch's profiler crashes beside a disjoint teacher;",
+        ["set teacher.placement to colocated", "or remove the section profile"],
+    ),
 ]
 
 
