@@ -21,7 +21,7 @@ from megatron_capgap.checkpoint.saver import Saver
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.config import derived
 from megatron_capgap.config.loader import changes, dump
-from megatron_capgap.config.schema import Config, Layout
+from megatron_capgap.config.schema import Config
 from megatron_capgap.data.batch import MicroBatch
 from megatron_capgap.devices import Device
 from megatron_capgap.distillation.transfer import TeacherStates
@@ -34,11 +34,12 @@ from megatron_capgap.losses import Loss, language_model_loss
 from megatron_capgap.models import gpt, memory, projections, size
 from megatron_capgap.models.fp8_weights import cast_params_to_fp8
 from megatron_capgap.models.sharded_state import initialise
-from megatron_capgap.runtime.logging import RunLogger, count
+from megatron_capgap.runtime.logging import RunLogger
 from megatron_capgap.runtime.metrics import drop_metrics_after
 from megatron_capgap.runtime.run_lock import RunLock
-from megatron_capgap.stages import check, datasets
+from megatron_capgap.stages import datasets
 from megatron_capgap.stages.plan import RunPlan
+from megatron_capgap.stages.summary import log_summary
 from megatron_capgap.training import optimizer
 from megatron_capgap.training.checkpointing import resume
 from megatron_capgap.training.neftune import Neftune
@@ -124,7 +125,7 @@ def stage_context(plan: PlanT, environment: Environment, device: Device) -> Iter
         log = RunLogger(Path(config.run_dir), environment.rank == 0, config.runtime.tensorboard, environment.rank)
         for warning in warnings:
             log.warning(warning)
-        _log_summary(log, plan, device)
+        log_summary(log, plan, device)
         memory_at_start = device.peak_memory()
         watchdog.activity = plan.stage
         yield StageContext(
@@ -349,32 +350,6 @@ def _remove_if_uncommitted(new: list[Path]) -> None:
     with suppress(OSError):
         for folder in new[1:]:
             folder.rmdir()
-
-
-def _log_summary(log: RunLogger, plan: RunPlan, device: Device) -> None:
-    """Logs the summary at the start of a run."""
-    log.table(*device.component_table())
-    for name, shape in (("student", plan.student), ("teacher", plan.teacher)):
-        if shape is not None:
-            total, inner = size.parameters(shape), size.non_embedding_parameters(shape)
-            log.info(f"{name}: {count(total)} parameters, {count(inner)} non-embedding")
-    for line in [*check.padding_lines(plan), *check.precision_lines(plan)]:
-        log.info(line)
-    config = plan.config
-    tokens = plan.global_batch * config.data.sequence_length
-    log.info(f"{_layout_line('ranks', config.student.layout, plan.student_world)}; {tokens} tokens per step")
-    if plan.stage == "finetune":
-        log.info(f"{config.train.steps} steps (finetune.epochs {plan.finetune.epochs}, unless train.steps is set)")
-    if derived.teacher_runs(config, plan.stage):
-        ranks = derived.teacher_rank_range(config, plan.world)
-        where = "disjoint" if ranks.start else "colocated with the student"
-        log.info(f"{_layout_line('teacher ranks', derived.teacher_layout(config), len(ranks))}; {where}")
-
-
-def _layout_line(title: str, layout: Layout, ranks: int) -> str:
-    data = derived.data_parallel(layout, ranks)
-    sizes = f"tensor {layout.tensor}{derived.context_factor(layout)} x pipeline {layout.pipeline} x data {data}"
-    return f"{title}: {ranks} = {sizes}"
 
 
 def checkpoint_metadata(ctx: StageContext[RunPlan], done: int) -> CheckpointMetadata:

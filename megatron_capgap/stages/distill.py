@@ -31,7 +31,7 @@ from megatron_capgap.distillation.transfer import (
 from megatron_capgap.distributed import collectives, parallel_context, process_group
 from megatron_capgap.distributed.environment import Environment
 from megatron_capgap.distributed.role_groups import FAILED, RoleGroups
-from megatron_capgap.distributed.signals import StopRequest
+from megatron_capgap.distributed.signals import StopRequest, exit_code, reason_of
 from megatron_capgap.losses import DistillationObjective, Loss, TeacherHidden, distillation_loss
 from megatron_capgap.models import gpt, size
 from megatron_capgap.models.fp8_weights import cast_params_to_fp8
@@ -50,15 +50,11 @@ def run(plan: DistillationPlan, environment: Environment, device: Device) -> int
     with context.stage_context(plan, environment, device) as ctx:
         roles = ctx.roles
         if roles is None:
-            train(colocated_run(ctx))
+            reason = train(colocated_run(ctx))
             _write_record(ctx)
-        elif roles.is_teacher:
-            with abort_on_rank_failure(ctx):
-                teacher_loop(ctx, roles)
-        else:
-            with abort_on_rank_failure(ctx):
-                student_loop(ctx, roles)
-    return 0
+            return exit_code(reason)
+        with abort_on_rank_failure(ctx):
+            return exit_code(teacher_loop(ctx, roles) if roles.is_teacher else student_loop(ctx, roles))
 
 
 def _write_record(ctx: DistillationContext) -> None:
@@ -225,8 +221,8 @@ def _colocated_teacher(ctx: DistillationContext, teacher: FrozenTeacher) -> Call
     return forward_and_transfer
 
 
-def student_loop(ctx: DistillationContext, roles: RoleGroups) -> None:
-    """Runs the student's ranks, with a disjoint teacher."""
+def student_loop(ctx: DistillationContext, roles: RoleGroups) -> str | None:
+    """Runs the student's ranks, with a disjoint teacher; returns the reason to stop, as `train`."""
     assert ctx.config.train.steps is not None, "guaranteed by config.loader"
     student_peer = StudentPeer(
         roles,
@@ -245,8 +241,9 @@ def student_loop(ctx: DistillationContext, roles: RoleGroups) -> None:
     run = roles.barrier_with_errors(lambda: distillation_run(ctx, teacher_lm_head, receive))
     student_peer.start(run.steps_done)
     failed: UserError | None = None
+    reason = None
     try:
-        train(replace(run, all_reduce_max=student_peer.all_reduce_max))
+        reason = train(replace(run, all_reduce_max=student_peer.all_reduce_max))
         _write_record(ctx)
     except UserError as error:
         failed = error
@@ -254,10 +251,11 @@ def student_loop(ctx: DistillationContext, roles: RoleGroups) -> None:
     student_peer.drain()
     if failed is not None:
         raise failed
+    return reason
 
 
-def teacher_loop(ctx: DistillationContext, roles: RoleGroups) -> None:
-    """Runs the ranks of a disjoint teacher."""
+def teacher_loop(ctx: DistillationContext, roles: RoleGroups) -> str | None:
+    """Runs the ranks of a disjoint teacher; returns the reason to stop, as `train`."""
     batch_size, last = ctx.plan.global_batch, ctx.config.train.steps
     assert last is not None, "guaranteed by config.loader"
     transfer = _hidden_state_transfer(ctx, roles.start_send_recv)
@@ -279,6 +277,7 @@ def teacher_loop(ctx: DistillationContext, roles: RoleGroups) -> None:
         end = run_teacher_ahead(steps, ahead, run_teacher_step, lambda: roles.start_all_reduce_max(stop.seen))
     if end == FAILED:
         raise roles.peer_error()
+    return reason_of(end)
 
 
 @contextmanager

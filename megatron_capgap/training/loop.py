@@ -33,9 +33,13 @@ from megatron_capgap.training.step_timer import StepTimer
 _GC_STEPS = 50
 
 
-def train(run: TrainingRun) -> None:
+def train(run: TrainingRun) -> str | None:
     """Trains from the run's current step to its last one, or until a signal, the time limit or early stopping
-    (finetune.patience) ends it at a step boundary. Collective."""
+    (finetune.patience) ends it at a step boundary. Collective.
+
+    Returns:
+        The reason to stop before the end, as `StopRequest` names it; None if the run is complete.
+    """
     config, log, steps = run.config, run.log, run.config.train.steps
     assert steps is not None
     done, skipped = run.steps_done, run.steps_skipped
@@ -44,9 +48,10 @@ def train(run: TrainingRun) -> None:
         _evaluate(run, done, skipped, stopping, saved=True)  # the run was stopped between saving and evaluating
     if done >= steps or stopping.exhausted:
         _log_nothing_to_do(run, done, stopping)
-        return
+        return None
     meter, timer = ThroughputMeter(run.costs.flops_per_token), StepTimer(run.device)
-    stop_request = StopRequest(run.device.torch_device, run.all_reduce_max, run.stop_at)
+    lost = lambda: _lost_steps(run, done)  # noqa: E731 (reads `done` when it is called)
+    stop_request = StopRequest(run.device.torch_device, run.all_reduce_max, run.stop_at, lost)
     exchange = RankExchange(stop_request, timer, run.device)
     data = Prefetcher(lambda done: read_global_batch(run, done), run.device.upload, steps)
     log.bar(done, steps)
@@ -78,11 +83,12 @@ def train(run: TrainingRun) -> None:
             meter.pause()
             if reason:
                 _stop(run, done, skipped, reason, saved=saved)
-                return
+                return reason
     if not saved:  # stopped early
         save(run, done, skipped, last=True)
     run.checkpoints.saver.wait()
     _log_finished(run, done, stopping)
+    return None
 
 
 def read_global_batch(run: TrainingRun, done: int) -> list[MicroBatch]:
@@ -180,6 +186,16 @@ def _stop(run: TrainingRun, done: int, skipped: int, reason: str, *, saved: bool
     run.log.info(f"stopped by {reason} after step {done} of {steps}; rerun the same command to continue")
     if run.log.is_rank0:
         process_group.write_outcome("stopped")
+
+
+def _lost_steps(run: TrainingRun, done: int) -> str:
+    """What is lost if the process ends now, in words."""
+    saved = max(run_directory.steps_in(run.run_dir), default=0)
+    if done <= saved:
+        return f"ends at once; step {saved} is saved, nothing is lost but the step at work"
+    lost = f"step {done} is" if done == saved + 1 else f"steps {saved + 1} to {done} are"
+    after = f"the next start continues after step {saved}" if saved else "there is no checkpoint yet"
+    return f"ends at once, without saving; {lost} lost, {after}"
 
 
 @contextmanager
