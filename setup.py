@@ -30,6 +30,7 @@ HF = ["transformers>=4.56"]
 PLOT = ["scipy", "matplotlib", "markdown"]
 # 0.4.12 is the first whose tasks are loaded where a broken one is told of; accelerate: for the harness's own backend.
 EVAL = [*HF, "lm-eval>=0.4.12", "accelerate"]
+TRACK = ["wandb", "mlflow"]
 FP8 = ["transformer-engine[pytorch]"]  # needs an NVIDIA GPU
 QUICKSTART = [*HF]
 SMOLLM2 = [*HF, "gguf"]
@@ -69,6 +70,7 @@ setup(
         "plot": PLOT,
         "eval": EVAL,
         "fp8": FP8,
+        "track": TRACK,
         "quickstart": QUICKSTART,
         "smollm2": SMOLLM2,
         "docs": DOCS,

@@ -5,7 +5,7 @@
 
 prints the tables and writes OUT/compare.html (one file with the picture in it, which needs no network) and
 OUT/compare.png. A run that is still going can be compared, too. Metrics are the fields of metrics.jsonl; the horizontal
-axis counts the tokens that a run has trained on. Step losses are drawn as they are, and smoothed.
+axis counts the tokens that a run has trained on. Lines of many steps are drawn as they are, and smoothed.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
+    from megatron_capgap.law.formatting import short
     from megatron_capgap.law.html_page import page
     from megatron_capgap.law.plot import COLOURS, MARKERS
 except ImportError as missing:
@@ -48,8 +49,8 @@ NOT_COMPARED = ("run_dir",)
 """Configuration keys that differ in any two runs."""
 SMOOTHED_FROM = 50
 """Number of points from which a line is also smoothed."""
-SMOOTHING = 0.03
-"""Share of a run's points over which the exponential average of the smoothed line reaches."""
+SMOOTHING = 0.02
+"""Share of a run's points on either side that a point of the smoothed line averages."""
 TITLES = {
     "loss": "training loss, nats a token",
     "cross_entropy": "cross-entropy, nats a token",
@@ -189,8 +190,8 @@ def leaves(config: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 def results(runs: Sequence[Run]) -> Table:
     """Steps, tokens, losses, speed and memory of each run."""
-    header = ["run", "steps", "tokens", "last loss", "lowest loss", "last held-out", "best held-out", "at step"]
-    table = [[*header, "tokens/s", "peak GiB a rank"]]
+    header = ["run", "steps", "tokens", "last loss", "lowest loss", "last held-out", "best held-out", "step"]
+    table = [[*header, "tokens/s", "peak GiB"]]
     for run in runs:
         losses, steps = [step["loss"] for step in run.steps], run.config.get("train.steps", "null")
         best = min(run.evaluations, key=lambda entry: entry["valid_loss"], default=None)
@@ -201,7 +202,7 @@ def results(runs: Sequence[Run]) -> Table:
             [
                 run.name,
                 f"{run.steps[-1]['step']}" + (f" of {steps}" if steps != "null" else ""),
-                f"{sum(_tokens(run.steps)):,}",
+                short(sum(_tokens(run.steps))),
                 f"{losses[-1]:.4f}",
                 f"{min(losses):.4f}",
                 f"{run.evaluations[-1]['valid_loss']:.4f}" if best else "-",
@@ -220,7 +221,7 @@ def differences(runs: Sequence[Run]) -> Table:
     table = [["key", *(run.name for run in runs)]]
     for key in keys:
         values = [run.config.get(key, "-") for run in runs]
-        if len(set(values)) > 1:
+        if len({"null" if value == "-" else value for value in values}) > 1:
             table.append([key, *values])
     return table
 
@@ -260,14 +261,10 @@ def _draw_line(axes: Axes, points: Sequence[tuple[int, float]], name: str, numbe
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Exponential average, each value the mean of those before it where there are few."""
-    keep = 1 - 1 / max(1.0, SMOOTHING * len(values))
-    total = weight = 0.0
-    averages = []
-    for value in values:
-        total, weight = keep * total + value, keep * weight + 1.0
-        averages.append(total / weight)
-    return averages
+    """The mean of each value and as many on either side, fewer towards the ends: a straight line stays where it is."""
+    sums, most = [0.0, *accumulate(values)], int(SMOOTHING * len(values))
+    reaches = [min(most, at, len(values) - 1 - at) for at in range(len(values))]
+    return [(sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1) for at, reach in enumerate(reaches)]
 
 
 def as_markdown(runs: Sequence[Run], tables: dict[str, Table]) -> str:
@@ -275,13 +272,10 @@ def as_markdown(runs: Sequence[Run], tables: dict[str, Table]) -> str:
     (first, table), (second, keys) = tables.items()
     title = "Comparison of " + ("one run" if len(runs) == 1 else f"{len(runs)} runs")
     rest = _markdown_table(keys) if len(keys) > 1 else "The configurations are the same."
-    note = "Pale lines are steps as they are, strong ones their exponential average." if _any_smoothed(runs) else ""
+    smooth = any(len(run.steps) >= SMOOTHED_FROM for run in runs)
+    note = "Pale lines are steps as they are, strong ones the mean of the steps around each." if smooth else ""
     parts = [f"# {title}", f"## {first}", _markdown_table(table), "![metrics over tokens](compare.png)", note]
     return "\n\n".join([*parts, f"## {second}", rest, ""])
-
-
-def _any_smoothed(runs: Sequence[Run]) -> bool:
-    return any(len(run.steps) >= SMOOTHED_FROM for run in runs)
 
 
 def _markdown_table(table: Table) -> str:

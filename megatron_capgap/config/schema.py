@@ -13,6 +13,7 @@ from megatron_capgap.config.architectures import FamilyName
 from megatron_capgap.config.finetune import FinetuneConfig
 from megatron_capgap.config.prune import PruneConfig
 from megatron_capgap.config.recompute import Recompute
+from megatron_capgap.config.track import TrackConfig
 from megatron_capgap.config.training import CheckpointConfig, OptimizerConfig, ProfileConfig, RuntimeConfig, TrainConfig
 from megatron_capgap.config.types import (
     STRICT,
@@ -324,3 +325,5 @@ class Config:
     """Timeouts and monitoring."""
     profile: ProfileConfig | None = None
     """Traces of torch's profiler, as Chrome traces in run_dir/profile; null: none."""
+    track: TrackConfig | None = None
+    """Experiment trackers: Weights & Biases, MLflow; null: none."""

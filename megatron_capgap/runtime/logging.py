@@ -20,6 +20,7 @@ from rich.table import Table
 
 from megatron_capgap.common.log import LOG
 from megatron_capgap.runtime.rank_log import AppendedFile, RankLog
+from megatron_capgap.runtime.tracking import Trackers
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -50,6 +51,8 @@ class RunLogger:
             self._writer = SummaryWriter
         self._rank_log = None if run_dir is None or rank is None else RankLog(run_dir, rank)
         self._metrics: AppendedFile | None = None
+        self.trackers = Trackers()
+        """Get the numbers of each record; none at first."""
         self._board: SummaryWriter | None = None
         self._progress: Progress | None = None
 
@@ -86,6 +89,7 @@ class RunLogger:
         if error and complete:
             self.warning(f"{self._metrics.path}: {error.strerror}; kept in memory until there is space again")
         self._draw(entry)
+        self.trackers.log(entry)
 
     def _open_board(self, folder: Path, first_step: int) -> None:
         try:
@@ -117,6 +121,7 @@ class RunLogger:
         if self._board is not None:
             with suppress(OSError):  # full disk: already reported, or only events are lost
                 self._board.close()
+        self.trackers.close()
         if self._rank_log is not None:
             self._rank_log.close()
 
@@ -127,7 +132,9 @@ class RunLogger:
             self._rank_log.open()
 
     def record_error(self, error: BaseException) -> None:
-        """Writes the error that ends this rank to its log, and closes it; with a traceback unless it is a UserError."""
+        """Writes the error that ends this rank to its log, with a traceback unless it is a UserError; ends log and
+        trackers."""
+        self.trackers.close(failed=True)
         if self._rank_log is not None:
             self._rank_log.end(error)
 

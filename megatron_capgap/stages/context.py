@@ -20,7 +20,7 @@ from megatron_capgap.checkpoint.run_directory import begin_training_run
 from megatron_capgap.checkpoint.saver import Saver
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.config import derived
-from megatron_capgap.config.loader import changes, dump
+from megatron_capgap.config.loader import changes, dump, plain
 from megatron_capgap.config.schema import Config
 from megatron_capgap.data.batch import MicroBatch
 from megatron_capgap.devices import Device
@@ -34,6 +34,7 @@ from megatron_capgap.losses import Loss, language_model_loss
 from megatron_capgap.models import gpt, memory, projections, size
 from megatron_capgap.models.fp8_weights import cast_params_to_fp8
 from megatron_capgap.models.sharded_state import initialise
+from megatron_capgap.runtime import tracking
 from megatron_capgap.runtime.logging import RunLogger
 from megatron_capgap.runtime.metrics import drop_metrics_after
 from megatron_capgap.runtime.run_lock import RunLock
@@ -299,18 +300,22 @@ def commit_run_dir(ctx: StageContext[RunPlan], done: int = 0) -> None:
         done: steps that the run has completed.
     """
     plan, path = ctx.plan, ctx.run_dir / _RESOLVED
+    is_complete = done > 0 and done == ctx.config.train.steps  # then its directory stays as it is
 
     def write() -> list[str]:
+        if ctx.config.track is not None and not is_complete:
+            ctx.log.trackers.add(tracking.start(ctx.config.track, plain(ctx.config), plan.stage, ctx.run_dir))
         if plan.stage != "evaluate":
             drop_metrics_after(ctx.run_dir, done)
             begin_training_run(ctx.run_dir)
         changed = changes(ctx.config, path) if done else []
-        if not (done and done == ctx.config.train.steps and path.exists()):  # not if the run is complete
+        if not (is_complete and path.exists()):
             dump(ctx.config, str(path))
         return changed
 
     changed = collectives.run_on_rank0(write)
-    ctx.log.open_rank_log()
+    if not is_complete:
+        ctx.log.open_rank_log()
     if changed:
         ctx.log.info(f"changed since the last start: {'; '.join(changed)}")
 

@@ -10,7 +10,7 @@ from megatron_capgap.config import derived
 from megatron_capgap.config.loader import LoadedConfig, load
 from megatron_capgap.config.schema import Config, DataConfig, Layout, ModelShape, StudentConfig, TeacherConfig
 from megatron_capgap.config.training import TrainConfig
-from megatron_capgap.config.validation import checks
+from megatron_capgap.config.validation import checks, track
 
 STUDENT = ModelShape(layers=4, hidden=64, heads=8, kv_heads=4, ffn=160, vocab=1000)
 TEACHER = ModelShape(layers=8, hidden=96, heads=8, kv_heads=4, ffn=256, vocab=1000)
@@ -32,6 +32,7 @@ BASE = {
 def problems_of(tmp_path, monkeypatch):
     """Runs all checks on BASE with overrides; gives the problems, none of them empty."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(track, "_is_installed", lambda package: False)
     Path("distill.yaml").write_text(yaml.safe_dump(BASE, sort_keys=False))
 
     def problems_of(
@@ -574,6 +575,12 @@ ONE_PROBLEM = [
         {},
         "--profile.steps: torch's profiler crashes beside a disjoint teacher;",
         ["set teacher.placement to colocated", "or remove the section profile"],
+    ),
+    (
+        ["--track.mlflow.experiment=capgap"],
+        {},
+        "--track.mlflow.experiment: mlflow is not installed;",
+        ["run pip install -e '.[track]'", "or remove the section track.mlflow"],
     ),
 ]
 
