@@ -60,6 +60,7 @@ def train(run: TrainingRun) -> str | None:
         while done < steps and not stopping.exhausted:
             run.watchdog.activity = f"step {done + 1}, reading"
             profiler.start_step()
+            meter.pause()  # evaluations, saves and traces are no part of a step
             timer.start()
             batches = data.take(done)
             timer.data_loaded()
@@ -80,7 +81,6 @@ def train(run: TrainingRun) -> str | None:
                 reason = stop.reason
                 if reason and done < steps:
                     stop.poll_all_ranks()  # informs a teacher on its own ranks
-            meter.pause()
             if reason:
                 _stop(run, done, skipped, reason, saved=saved)
                 return reason
