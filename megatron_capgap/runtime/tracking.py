@@ -76,7 +76,12 @@ def start(track: TrackConfig, config: Mapping[str, Any], stage: str, run_dir: Pa
             raise UserError(f"track.{key}: {in_one_line(error, 300)}; {fix}") from error
         started.append(tracker)
         ids[key] = tracker.run_id
-    write_atomically(path, json.dumps(ids))
+    try:
+        write_atomically(path, json.dumps(ids))
+    except OSError as error:
+        for other in started:
+            other.close(failed=True)
+        raise UserError(f"{path}: {error.strerror}; free some space, or remove the section track") from error
     return started
 
 
