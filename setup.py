@@ -31,6 +31,7 @@ PLOT = ["scipy", "matplotlib", "markdown"]
 # 0.4.12 is the first whose tasks are loaded where a broken one is told of; accelerate: for the harness's own backend.
 EVAL = [*HF, "lm-eval>=0.4.12", "accelerate"]
 DATA = ["pyarrow", "zstandard", "datasets"]  # other files than JSON lines
+TRACK = ["wandb", "mlflow"]
 FP8 = ["transformer-engine[pytorch]"]  # needs an NVIDIA GPU
 QUICKSTART = [*HF]
 SMOLLM2 = [*HF, "gguf"]
@@ -73,6 +74,7 @@ setup(
         "data": DATA,
         "eval": EVAL,
         "fp8": FP8,
+        "track": TRACK,
         "quickstart": QUICKSTART,
         "smollm2": SMOLLM2,
         "docs": DOCS,

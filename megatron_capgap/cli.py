@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_capgap.common import log
-from megatron_capgap.common.errors import UserError
+from megatron_capgap.common.errors import INTERRUPTED, UserError
 from megatron_capgap.config import derived, help
 from megatron_capgap.config.fields import table
 from megatron_capgap.config.loader import LoadedConfig, load, nearest
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from megatron_capgap.devices import Device
 
 USER_ERROR = 2
-INTERRUPTED = 130
 
 _FLAGS = {"-h": "help", "--help": "help", "--version": "version", "--check": "check"}
 _OPTIONS = (
@@ -66,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         Exit code: 0 or the stage's exit code; 2 after a user error, which rank 0 prints, one line per problem (another
-        rank prints it if the error may be its alone); 130 after a keyboard interrupt.
+        rank prints it if the error may be its alone); 130 after Ctrl-C, which training stages save at.
     """
     words = sys.argv[1:] if argv is None else argv
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
@@ -38,14 +39,24 @@ class Saver:
         keep: number of newest checkpoints to keep.
         async_save: whether training continues while a checkpoint is written.
         timeout_seconds: timeout of the collectives of an asynchronous save.
+        on_saved: called with the step and the seconds that its save took, in the training thread: once the checkpoint
+            is on disk, or at the first `poll` or `wait` after that.
     """
 
-    def __init__(self, run_dir: Path, keep: int, *, async_save: bool, timeout_seconds: int) -> None:
-        self._run_dir, self._keep = run_dir, keep
+    def __init__(
+        self,
+        run_dir: Path,
+        keep: int,
+        *,
+        async_save: bool,
+        timeout_seconds: int,
+        on_saved: Callable[[int, float], None] = lambda step, seconds: None,
+    ) -> None:
+        self._run_dir, self._keep, self._on_saved = run_dir, keep, on_saved
         timeout = timedelta(seconds=timeout_seconds)
         self._group = dist.new_group(backend="gloo", timeout=timeout) if async_save else None
         self._beside = async_save
-        self._begun: Future[None] | None = None
+        self._begun: Future[tuple[int, float]] | None = None
 
     def start(
         self,
@@ -68,6 +79,7 @@ class Saver:
             SaveFailed: a file could not be written; raised on all ranks.
         """
         assert self._begun is None, "one checkpoint at a time"
+        began = time.perf_counter()
         staged = self._run_dir / "checkpoints" / f".step_{meta.step}.incomplete"
         try:
             run_on_rank0(lambda: _fresh_folder(staged))
@@ -76,10 +88,11 @@ class Saver:
         state = loader.training_state(chunks, parallel, optimizer, copied=self._beside)
         if not self._beside:
             self._write(meta, staged, state)
+            self._on_saved(meta.step, time.perf_counter() - began)
             return
         self._begun = Future()
         # A daemon thread: a process that must exit does not wait for a lost rank.
-        Thread(target=self._write_async, args=(self._begun, meta, staged, state), daemon=True).start()
+        Thread(target=self._write_async, args=(self._begun, began, meta, staged, state), daemon=True).start()
 
     def wait(self) -> None:
         """Waits for the save in progress, if any.
@@ -89,20 +102,22 @@ class Saver:
         """
         begun, self._begun = self._begun, None
         if begun is not None:
-            begun.result()
+            self._on_saved(*begun.result())
 
     def poll(self) -> None:
         """Calls `wait` if the save in progress has finished. The ranks may see this at different steps."""
         if self._begun is not None and self._begun.done():
             self.wait()
 
-    def _write_async(self, begun: Future[None], meta: CheckpointMetadata, staged: Path, state: State) -> None:
+    def _write_async(
+        self, begun: Future[tuple[int, float]], began: float, meta: CheckpointMetadata, staged: Path, state: State
+    ) -> None:
         try:
             self._write(meta, staged, state)
         except BaseException as error:  # re-raised in the training thread
             begun.set_exception(error)
         else:
-            begun.set_result(None)
+            begun.set_result((meta.step, time.perf_counter() - began))
 
     def _write(self, meta: CheckpointMetadata, staged: Path, state: State) -> None:
         def finish() -> None:

@@ -1,5 +1,8 @@
 """User errors. Any other exception is a bug of this project."""
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+
 
 class UserError(ValueError):
     """Invalid input. The message is one line with the key or file, its value and the fix.

@@ -42,14 +42,20 @@ STAGE_REQUIREMENTS = {
         required=("train.steps", "data.train"), unread=("teacher", "prune", "finetune", "objective")
     ),
     "prune": StageRequirements(
-        required=("teacher", "prune", "data.train"), unread=("finetune", "objective"), student=False
+        required=("teacher", "prune", "data.train"), unread=("finetune", "objective", "profile", "track"), student=False
     ),
     "distill": StageRequirements(required=("train.steps", "data.train", "teacher"), unread=("prune", "finetune")),
     "finetune": StageRequirements(required=("student.checkpoint", "data.train"), unread=("prune",)),
-    "evaluate": StageRequirements(required=("data.valid",), unread=("teacher", "prune", "objective")),
+    "evaluate": StageRequirements(required=("data.valid",), unread=("teacher", "prune", "objective", "profile")),
 }
 
-_MISSING_KEYS = {"teacher": "has no teacher", "prune": "does not prune", "finetune": "reads no conversations"}
+_MISSING_KEYS = {
+    "teacher": "has no teacher",
+    "prune": "does not prune",
+    "finetune": "reads no conversations",
+    "profile": "has no training steps",
+    "track": "has no metrics",
+}
 """Reason why a stage refuses a section that it does not read."""
 
 
@@ -120,7 +126,7 @@ def load(
 
 def dump(config: Config, path: str) -> None:
     """Writes the configuration to `path` atomically, keys in schema order; `load` reads back an equal object."""
-    text = yaml.dump(_plain(config), Dumper=Dumper, sort_keys=False, width=110)
+    text = yaml.dump(plain(config), Dumper=Dumper, sort_keys=False, width=110)
     write_atomically(Path(path), text)
 
 
@@ -131,10 +137,10 @@ def changes(config: Config, path: Path) -> list[str]:
         before = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return []
-    return list(_differences(before, _plain(config), ""))
+    return list(_differences(before, plain(config), ""))
 
 
-def _plain(config: Config) -> dict[str, Any]:
+def plain(config: Config) -> dict[str, Any]:
     """The configuration as YAML mappings and lists."""
     return json.loads(json.dumps(asdict(config)))
 

@@ -13,7 +13,8 @@ from megatron_capgap.config.architectures import FamilyName
 from megatron_capgap.config.finetune import FinetuneConfig
 from megatron_capgap.config.prune import PruneConfig
 from megatron_capgap.config.recompute import Recompute
-from megatron_capgap.config.training import CheckpointConfig, OptimizerConfig, RuntimeConfig, TrainConfig
+from megatron_capgap.config.track import TrackConfig
+from megatron_capgap.config.training import CheckpointConfig, OptimizerConfig, ProfileConfig, RuntimeConfig, TrainConfig
 from megatron_capgap.config.types import (
     STRICT,
     NonNegative,
@@ -295,7 +296,7 @@ class Config:
     __pydantic_config__ = STRICT
 
     run_dir: str
-    """Run directory: resolved.yaml, metrics.jsonl, tensorboard/, checkpoints/, latest; runs resume from it."""
+    """Run directory: resolved.yaml, metrics.jsonl, logs/, tensorboard/, checkpoints/, latest; runs resume from it."""
     student: StudentConfig
     """The model that is trained, measured or created; prune does not require the section."""
     data: DataConfig
@@ -322,3 +323,7 @@ class Config:
     """When checkpoints are saved, and how many are kept."""
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     """Timeouts and monitoring."""
+    profile: ProfileConfig | None = None
+    """Traces of torch's profiler, as Chrome traces in run_dir/profile; null: none."""
+    track: TrackConfig | None = None
+    """Experiment trackers: Weights & Biases, MLflow; null: none."""

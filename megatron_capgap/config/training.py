@@ -1,4 +1,4 @@
-"""Configuration sections train, optimizer, checkpoint and runtime."""
+"""Configuration sections train, optimizer, checkpoint, runtime and profile."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -98,3 +98,21 @@ class RuntimeConfig:
     """Peak TFLOP/s of one GPU, used to report model FLOPs utilisation (MFU); null: not reported."""
     tensorboard: bool = True
     """Whether to write TensorBoard events to run_dir/tensorboard."""
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """Traces of torch's profiler, as Chrome traces in run_dir/profile. Not with a disjoint teacher."""
+
+    __pydantic_config__ = STRICT
+
+    steps: tuple[Positive, Positive]
+    """First and last step that are recorded, for example [10, 12]; with what follows them, such as a save."""
+    ranks: tuple[NonNegative, ...] = (0,)
+    """Ranks that record, one file each."""
+    shapes: bool = False
+    """Record the shapes of each operator's inputs."""
+    memory: bool = False
+    """Record allocations."""
+    stacks: bool = False
+    """Record the Python source lines of each operator; slows the recorded steps down."""

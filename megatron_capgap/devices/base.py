@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, record_function
+
+Span = Callable[[str], AbstractContextManager[Any]]
+"""Takes the name of a range of work; returns a context manager around it."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,20 @@ class Device:
     """Called between micro-batches without an optimizer step: returns freed memory before the next one."""
     tune_optimizer: Callable[[torch.optim.Optimizer], None]
     """Enables the fused kernels that this device supports in Megatron's optimizer."""
+    span: Span
+    """Names a range of this process's work in profiles: of torch's profiler while it records, and on a GPU of nsys."""
+    profiler_activities: tuple[ProfilerActivity, ...]
+    """What torch's profiler records here."""
 
     def component_table(self) -> tuple[str, tuple[str, ...], list[tuple[str, str, str]]]:
         """The start-up table (title, header, rows): engine and fused components in use, or the reason why not."""
         rows = [(part.name, "yes" if part.active else "no", part.why) for part in self.components]
         return f"device {self.name}, backend {self.backend}", ("part", "in use", ""), rows
+
+
+def recorded_span(name: str) -> AbstractContextManager[Any]:
+    """A range in the trace of torch's profiler while it records; otherwise nothing."""
+    return record_function(name) if torch.autograd._profiler_enabled() else nullcontext()
 
 
 def fuse_adam(optimizer: torch.optim.Optimizer) -> None:

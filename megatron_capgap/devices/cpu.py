@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity
 from torch.utils._device import _device_constructors
 
 from megatron_capgap.devices import cpu_kernels, transformer_engine_cpu
-from megatron_capgap.devices.base import Component, Device, fuse_adam
+from megatron_capgap.devices.base import Component, Device, fuse_adam, recorded_span
 
 _CPU = torch.device("cpu")
 _FACTORIES = (
@@ -100,6 +101,8 @@ def prepare(with_engine: bool = False) -> Device:
         between_steps=_tidy(),
         between_micro_batches=_return_free_memory,
         tune_optimizer=fuse_adam,
+        span=recorded_span,
+        profiler_activities=(ProfilerActivity.CPU,),
     )
 
 

@@ -1,13 +1,12 @@
-"""Output of a run: console, progress bar, metrics.jsonl and TensorBoard.
+"""Output of a run: console, progress bar, metrics.jsonl, TensorBoard, and a log file of each rank.
 
-Only rank 0 writes. On other ranks the methods of `RunLogger` do nothing.
+Only rank 0 writes the former. On other ranks the methods of `RunLogger` write to the rank's log alone.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -20,21 +19,27 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from megatron_capgap.common.log import LOG
+from megatron_capgap.runtime.rank_log import AppendedFile, RankLog
+from megatron_capgap.runtime.tracking import Trackers
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
 class RunLogger:
-    """Console, metrics.jsonl and TensorBoard of a run.
+    """Console, metrics.jsonl, TensorBoard and this rank's log of a run.
 
     Args:
-        run_dir: folder of metrics.jsonl and tensorboard/, which are created at the first record; None writes no files.
-        is_rank0: whether this is rank 0; other ranks write nothing.
+        run_dir: folder of metrics.jsonl and tensorboard/, which are created at the first record, and of logs/, which
+            `open_rank_log` creates; None writes no files.
+        is_rank0: whether this is rank 0; other ranks write their log only.
         tensorboard: whether to write TensorBoard events.
+        rank: rank of this process in the job; None writes no log.
     """
 
-    def __init__(self, run_dir: Path | None, is_rank0: bool, tensorboard: bool = False) -> None:
+    def __init__(
+        self, run_dir: Path | None, is_rank0: bool, tensorboard: bool = False, rank: int | None = None
+    ) -> None:
         self.is_rank0 = is_rank0
         self.console = Console(file=sys.stdout, quiet=not is_rank0, highlight=False, soft_wrap=True)
         self._run_dir = run_dir if is_rank0 else None
@@ -44,14 +49,17 @@ class RunLogger:
             from torch.utils.tensorboard import SummaryWriter
 
             self._writer = SummaryWriter
-        self._metrics: int | None = None
-        self._unwritten = b""
+        self._rank_log = None if run_dir is None or rank is None else RankLog(run_dir, rank)
+        self._metrics: AppendedFile | None = None
+        self.trackers = Trackers()
+        """Get the numbers of each record; none at first."""
         self._board: SummaryWriter | None = None
         self._progress: Progress | None = None
 
     def info(self, text: str) -> None:
-        """Prints one line to the console."""
+        """Prints one line to the console, and to this rank's log."""
         self.console.print(text, markup=False)
+        self._log(text)
 
     def warning(self, text: str) -> None:
         """Logs one warning."""
@@ -59,7 +67,8 @@ class RunLogger:
             LOG.warning(text)
 
     def table(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Prints a table."""
+        """Prints a table, and its rows to this rank's log."""
+        self._log("\n".join([title, *("  ".join(row) for row in rows)]))
         table = Table(*header, title=title, title_justify="left", box=None, pad_edge=False)
         for row in rows:
             table.add_row(*row)
@@ -72,20 +81,23 @@ class RunLogger:
         """
         if self._run_dir is None:
             return
-        complete = not self._unwritten
-        self._unwritten += f"{json.dumps(dict(entry))}\n".encode()
-        try:
-            if self._metrics is None:
-                self._open(self._run_dir, entry["step"])
-            assert self._metrics is not None, "_open sets it or raises"
-            while self._unwritten:
-                self._unwritten = self._unwritten[os.write(self._metrics, self._unwritten) :]
-        except OSError as error:
-            if complete:
-                self.warning(
-                    f"{self._run_dir}/metrics.jsonl: {error.strerror}; kept in memory until there is space again"
-                )
+        if self._metrics is None:
+            self._metrics = AppendedFile(self._run_dir / "metrics.jsonl")
+            self._open_board(self._run_dir / "tensorboard", entry["step"])
+        complete = not self._metrics.unwritten
+        error = self._metrics.append(f"{json.dumps({**entry, 'time': round(time.time(), 3)})}\n")
+        if error and complete:
+            self.warning(f"{self._metrics.path}: {error.strerror}; kept in memory until there is space again")
         self._draw(entry)
+        self.trackers.log(entry)
+
+    def _open_board(self, folder: Path, first_step: int) -> None:
+        try:
+            if self._writer is not None:
+                # Hides events that a killed run wrote after its last checkpoint.
+                self._board = self._writer(str(folder), purge_step=first_step)
+        except OSError as error:
+            self.warning(f"{folder}: {error.strerror}; TensorBoard is disabled for this run")
 
     def _draw(self, entry: Mapping[str, Any]) -> None:
         if self._board is None:
@@ -98,25 +110,37 @@ class RunLogger:
             self.warning(f"{self._run_dir}/tensorboard: {error.strerror}; TensorBoard is disabled for this run")
             self._board = None
 
-    def _open(self, run_dir: Path, first_step: int) -> None:
-        self._metrics = os.open(run_dir / "metrics.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        if self._writer is not None:
-            # Hides events that a killed run wrote after its last checkpoint.
-            self._board = self._writer(str(run_dir / "tensorboard"), purge_step=first_step)
-
     def close(self) -> None:
         """Closes the progress bar and the files."""
         if self._progress is not None:
             self._progress.stop()
         if self._metrics is not None:
-            os.close(self._metrics)
-        if self._unwritten:
-            self.warning(
-                f"{self._run_dir}/metrics.jsonl lacks its last {len(self._unwritten)} bytes: no space left on device"
-            )
+            self._metrics.close()
+            if lost := len(self._metrics.unwritten):
+                self.warning(f"{self._metrics.path} lacks its last {lost} bytes: no space left on device")
         if self._board is not None:
             with suppress(OSError):  # full disk: already reported, or only events are lost
                 self._board.close()
+        self.trackers.close()
+        if self._rank_log is not None:
+            self._rank_log.close()
+
+    def open_rank_log(self) -> None:
+        """Opens run_dir/logs/rank_N.log and writes what was logged before. Called once the run directory is there to
+        stay; a run that is refused before leaves nothing in it."""
+        if self._rank_log is not None:
+            self._rank_log.open()
+
+    def record_error(self, error: BaseException) -> None:
+        """Writes the error that ends this rank to its log, with a traceback unless it is a UserError; ends log and
+        trackers."""
+        self.trackers.close(failed=True)
+        if self._rank_log is not None:
+            self._rank_log.end(error)
+
+    def _log(self, text: str) -> None:
+        if self._rank_log is not None:
+            self._rank_log.info(text)
 
     def bar(self, done: int, total: int) -> None:
         """Starts a progress bar if the output is a terminal."""
@@ -127,9 +151,10 @@ class RunLogger:
             self._progress.start()
 
     def progress(self, step: int, total: int, line: str, every: int) -> None:
-        """Shows step `step` of `total`: on the bar, or as a line every `every` steps."""
+        """Shows step `step` of `total`: on the bar, or as a line every `every` steps; this rank's log gets the line."""
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], completed=step, line=line)
+            self._log(f"step {step}/{total}  {line}")
         elif step % every == 0 or step == total:
             self.info(f"step {step}/{total}  {line}")
 
@@ -142,20 +167,20 @@ class ThroughputMeter:
         self._last = time.perf_counter()
         self._recent: float | None = None
 
-    def update(self, tokens: int) -> tuple[float, float]:
+    def update(self, tokens: int) -> tuple[float, float, float]:
         """Ends a step.
 
         Args:
             tokens: tokens of the global batch.
 
         Returns:
-            (tokens per second, model FLOP/s), over all ranks.
+            (seconds of the step, tokens per second, model FLOP/s), the latter two over all ranks.
         """
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         self._recent = seconds if self._recent is None else 0.9 * self._recent + 0.1 * seconds
         rate = tokens / max(seconds, 1e-9)
-        return rate, rate * self._flops
+        return seconds, rate, rate * self._flops
 
     def pause(self) -> None:
         """Excludes the time since the last update from the next step, for example an evaluation or a save."""

@@ -24,6 +24,12 @@ def evaluations(run_dir: Path) -> list[tuple[int, float]]:
     return [(entry["step"], entry["valid_loss"]) for entry in entries if "valid_loss" in entry]
 
 
+def complete_entries(run_dir: Path) -> list[dict[str, Any]]:
+    """All entries of metrics.jsonl but an incomplete last line, which a running or killed run may leave."""
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 def drop_metrics_after(run_dir: Path, step: int) -> None:
     """Removes entries after `step`, which a killed run wrote beyond its last checkpoint, and incomplete lines. Rank 0
     only."""

@@ -20,8 +20,8 @@ from megatron_capgap.checkpoint.run_directory import begin_training_run
 from megatron_capgap.checkpoint.saver import Saver
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.config import derived
-from megatron_capgap.config.loader import changes, dump
-from megatron_capgap.config.schema import Config, Layout
+from megatron_capgap.config.loader import changes, dump, plain
+from megatron_capgap.config.schema import Config
 from megatron_capgap.data.batch import MicroBatch
 from megatron_capgap.devices import Device
 from megatron_capgap.distillation.transfer import TeacherStates
@@ -34,11 +34,13 @@ from megatron_capgap.losses import Loss, language_model_loss
 from megatron_capgap.models import gpt, memory, projections, size
 from megatron_capgap.models.fp8_weights import cast_params_to_fp8
 from megatron_capgap.models.sharded_state import initialise
-from megatron_capgap.runtime.logging import RunLogger, count
+from megatron_capgap.runtime import tracking
+from megatron_capgap.runtime.logging import RunLogger
 from megatron_capgap.runtime.metrics import drop_metrics_after
 from megatron_capgap.runtime.run_lock import RunLock
-from megatron_capgap.stages import check, datasets
+from megatron_capgap.stages import datasets
 from megatron_capgap.stages.plan import RunPlan
+from megatron_capgap.stages.summary import log_summary
 from megatron_capgap.training import optimizer
 from megatron_capgap.training.checkpointing import resume
 from megatron_capgap.training.neftune import Neftune
@@ -121,10 +123,10 @@ def stage_context(plan: PlanT, environment: Environment, device: Device) -> Iter
             warnings, steps = roles.barrier_with_errors(open_run_dir)
         plan = datasets.with_steps(plan, steps)
         parallel = parallel_context.build(layout, config.seed, timeout)
-        log = RunLogger(Path(config.run_dir), environment.rank == 0, config.runtime.tensorboard)
+        log = RunLogger(Path(config.run_dir), environment.rank == 0, config.runtime.tensorboard, environment.rank)
         for warning in warnings:
             log.warning(warning)
-        _log_summary(log, plan, device)
+        log_summary(log, plan, device)
         memory_at_start = device.peak_memory()
         watchdog.activity = plan.stage
         yield StageContext(
@@ -135,14 +137,26 @@ def stage_context(plan: PlanT, environment: Environment, device: Device) -> Iter
         _remove_if_uncommitted(new)
         if not isinstance(error, UserError):
             watchdog.report(error)
+            _log_error(log, error, Path(config.run_dir))
             raise  # this rank only: destroying the groups could wait for other ranks and hide the error
         error.raised_on_all_ranks = True
+        _log_error(log, error, Path(config.run_dir))
         watchdog.stop()
         _shut_down(log)
         raise
     lock.release()
     watchdog.stop()
     _shut_down(log)
+
+
+def _log_error(log: RunLogger | None, error: BaseException, run_dir: Path) -> None:
+    """Writes the error that ends this rank to its log. A run that is refused before it starts or continues logs
+    nothing; one that crashes there does, if its directory is that of an earlier start."""
+    if log is None:
+        return
+    if not isinstance(error, UserError) and (run_dir / _RESOLVED).exists():
+        log.open_rank_log()
+    log.record_error(error)
 
 
 def _shut_down(log: RunLogger | None) -> None:
@@ -223,6 +237,7 @@ def training_run(
         checkpointing.keep,
         async_save=checkpointing.async_save,
         timeout_seconds=config.runtime.timeout_seconds,
+        on_saved=lambda step, seconds: ctx.log.info(f"step {step}: checkpoint saved in {seconds:.1f} s"),
     )
     run = TrainingRun(
         config=config,
@@ -295,17 +310,23 @@ def commit_run_dir(ctx: StageContext[RunPlan], done: int = 0) -> None:
         done: steps that the run has completed.
     """
     plan, path = ctx.plan, ctx.run_dir / _RESOLVED
+    is_complete = done > 0 and done == ctx.config.train.steps  # then its directory stays as it is
 
     def write() -> list[str]:
+        if ctx.config.track is not None and not is_complete:
+            ctx.log.trackers.add(tracking.start(ctx.config.track, plain(ctx.config), plan.stage, ctx.run_dir))
         if plan.stage != "evaluate":
             drop_metrics_after(ctx.run_dir, done)
             begin_training_run(ctx.run_dir)
         changed = changes(ctx.config, path) if done else []
-        if not (done and done == ctx.config.train.steps and path.exists()):  # not if the run is complete
+        if not (is_complete and path.exists()):
             dump(ctx.config, str(path))
         return changed
 
-    if changed := collectives.run_on_rank0(write):
+    changed = collectives.run_on_rank0(write)
+    if not is_complete:
+        ctx.log.open_rank_log()
+    if changed:
         ctx.log.info(f"changed since the last start: {'; '.join(changed)}")
 
 
@@ -344,32 +365,6 @@ def _remove_if_uncommitted(new: list[Path]) -> None:
     with suppress(OSError):
         for folder in new[1:]:
             folder.rmdir()
-
-
-def _log_summary(log: RunLogger, plan: RunPlan, device: Device) -> None:
-    """Logs the summary at the start of a run."""
-    log.table(*device.component_table())
-    for name, shape in (("student", plan.student), ("teacher", plan.teacher)):
-        if shape is not None:
-            total, inner = size.parameters(shape), size.non_embedding_parameters(shape)
-            log.info(f"{name}: {count(total)} parameters, {count(inner)} non-embedding")
-    for line in [*check.padding_lines(plan), *check.precision_lines(plan)]:
-        log.info(line)
-    config = plan.config
-    tokens = plan.global_batch * config.data.sequence_length
-    log.info(f"{_layout_line('ranks', config.student.layout, plan.student_world)}; {tokens} tokens per step")
-    if plan.stage == "finetune":
-        log.info(f"{config.train.steps} steps (finetune.epochs {plan.finetune.epochs}, unless train.steps is set)")
-    if derived.teacher_runs(config, plan.stage):
-        ranks = derived.teacher_rank_range(config, plan.world)
-        where = "disjoint" if ranks.start else "colocated with the student"
-        log.info(f"{_layout_line('teacher ranks', derived.teacher_layout(config), len(ranks))}; {where}")
-
-
-def _layout_line(title: str, layout: Layout, ranks: int) -> str:
-    data = derived.data_parallel(layout, ranks)
-    sizes = f"tensor {layout.tensor}{derived.context_factor(layout)} x pipeline {layout.pipeline} x data {data}"
-    return f"{title}: {ranks} = {sizes}"
 
 
 def checkpoint_metadata(ctx: StageContext[RunPlan], done: int) -> CheckpointMetadata:

@@ -31,7 +31,7 @@ from megatron_capgap.distillation.transfer import (
 from megatron_capgap.distributed import collectives, parallel_context, process_group
 from megatron_capgap.distributed.environment import Environment
 from megatron_capgap.distributed.role_groups import FAILED, RoleGroups
-from megatron_capgap.distributed.signals import StopRequest
+from megatron_capgap.distributed.signals import StopRequest, exit_code, reason_of
 from megatron_capgap.losses import DistillationObjective, Loss, TeacherHidden, distillation_loss
 from megatron_capgap.models import gpt, size
 from megatron_capgap.models.fp8_weights import cast_params_to_fp8
@@ -50,15 +50,11 @@ def run(plan: DistillationPlan, environment: Environment, device: Device) -> int
     with context.stage_context(plan, environment, device) as ctx:
         roles = ctx.roles
         if roles is None:
-            train(colocated_run(ctx))
+            reason = train(colocated_run(ctx))
             _write_record(ctx)
-        elif roles.is_teacher:
-            with abort_on_rank_failure(ctx):
-                teacher_loop(ctx, roles)
-        else:
-            with abort_on_rank_failure(ctx):
-                student_loop(ctx, roles)
-    return 0
+            return exit_code(reason)
+        with abort_on_rank_failure(ctx):
+            return exit_code(teacher_loop(ctx, roles) if roles.is_teacher else student_loop(ctx, roles))
 
 
 def _write_record(ctx: DistillationContext) -> None:
@@ -207,17 +203,28 @@ def make_teacher_forward(ctx: DistillationContext, teacher: FrozenTeacher) -> Ca
     size, steps, host = ctx.plan.global_batch, ctx.config.train.steps, torch.device("cpu")
     assert steps is not None, "guaranteed by config.loader"
     batches = Prefetcher(lambda step: teacher.micro_batches(samples, step * size, host), ctx.device.upload, steps)
-    return lambda first_sample: teacher.forward(batches.take(first_sample // size), layers)
+
+    def forward(first_sample: int) -> States:
+        with ctx.device.span("teacher forward"):
+            return teacher.forward(batches.take(first_sample // size), layers)
+
+    return forward
 
 
 def _colocated_teacher(ctx: DistillationContext, teacher: FrozenTeacher) -> Callable[[int], TeacherStates]:
     """Teacher forward and transfer on ranks that teacher and student share."""
     transfer, forward = _hidden_state_transfer(ctx, batched_p2p), make_teacher_forward(ctx, teacher)
-    return lambda first_sample: TeacherStates(transfer.start(forward(first_sample), first_sample).wait())
+
+    def forward_and_transfer(first_sample: int) -> TeacherStates:
+        states = forward(first_sample)
+        with ctx.device.span("hand-off"):
+            return TeacherStates(transfer.start(states, first_sample).wait())
+
+    return forward_and_transfer
 
 
-def student_loop(ctx: DistillationContext, roles: RoleGroups) -> None:
-    """Runs the student's ranks, with a disjoint teacher."""
+def student_loop(ctx: DistillationContext, roles: RoleGroups) -> str | None:
+    """Runs the student's ranks, with a disjoint teacher; returns the reason to stop, as `train`."""
     assert ctx.config.train.steps is not None, "guaranteed by config.loader"
     student_peer = StudentPeer(
         roles,
@@ -226,13 +233,19 @@ def student_loop(ctx: DistillationContext, roles: RoleGroups) -> None:
         steps=ctx.config.train.steps,
         ahead=ctx.plan.teacher_config.ahead,
     )
+
+    def receive(first_sample: int) -> TeacherStates:
+        with ctx.device.span("hand-off"):
+            return student_peer.receive_teacher_states(first_sample)
+
     teacher_lm_head = roles.barrier_with_errors(lambda: load_teacher_lm_head(ctx, None))
     # The run directory is committed after the teacher is loaded.
-    run = roles.barrier_with_errors(lambda: distillation_run(ctx, teacher_lm_head, student_peer.receive_teacher_states))
+    run = roles.barrier_with_errors(lambda: distillation_run(ctx, teacher_lm_head, receive))
     student_peer.start(run.steps_done)
     failed: UserError | None = None
+    reason = None
     try:
-        train(replace(run, all_reduce_max=student_peer.all_reduce_max))
+        reason = train(replace(run, all_reduce_max=student_peer.all_reduce_max))
         _write_record(ctx)
     except UserError as error:
         failed = error
@@ -240,20 +253,24 @@ def student_loop(ctx: DistillationContext, roles: RoleGroups) -> None:
     student_peer.drain()
     if failed is not None:
         raise failed
+    return reason
 
 
-def teacher_loop(ctx: DistillationContext, roles: RoleGroups) -> None:
-    """Runs the ranks of a disjoint teacher."""
+def teacher_loop(ctx: DistillationContext, roles: RoleGroups) -> str | None:
+    """Runs the ranks of a disjoint teacher; returns the reason to stop, as `train`."""
     batch_size, last = ctx.plan.global_batch, ctx.config.train.steps
     assert last is not None, "guaranteed by config.loader"
     transfer = _hidden_state_transfer(ctx, roles.start_send_recv)
     teacher = roles.barrier_with_errors(lambda: load_teacher(ctx))
     forward = roles.barrier_with_errors(lambda: make_teacher_forward(ctx, teacher))
+    ctx.log.open_rank_log()  # the student has committed the run directory
 
     def run_teacher_step(step: int) -> PendingTransfer:
         first_sample = step * batch_size
         ctx.watchdog.activity = f"teacher forward of step {step + 1}"
-        return transfer.start(forward(first_sample), first_sample)
+        states = forward(first_sample)
+        with ctx.device.span("hand-off"):
+            return transfer.start(states, first_sample)
 
     # Only the student knows its step: it may resume from an earlier checkpoint.
     done = roles.start_all_reduce_max(0).wait()
@@ -262,6 +279,7 @@ def teacher_loop(ctx: DistillationContext, roles: RoleGroups) -> None:
         end = run_teacher_ahead(steps, ahead, run_teacher_step, lambda: roles.start_all_reduce_max(stop.seen))
     if end == FAILED:
         raise roles.peer_error()
+    return reason_of(end)
 
 
 @contextmanager
@@ -276,4 +294,5 @@ def abort_on_rank_failure(ctx: DistillationContext) -> Iterator[None]:
         raise
     except Exception as error:
         ctx.watchdog.report(error)
+        ctx.log.record_error(error)
         process_group.abort(error)

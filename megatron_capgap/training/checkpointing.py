@@ -69,6 +69,11 @@ def save(run: TrainingRun, done: int, skipped: int, *, last: bool) -> bool:
         UserError: another job has taken over the run directory.
     """
     run.watchdog.activity = f"the save after step {done}"
+    with run.device.span("save"):
+        return _save(run, done, skipped, last=last)
+
+
+def _save(run: TrainingRun, done: int, skipped: int, *, last: bool) -> bool:
     collectives.run_on_rank0(run.checkpoints.check_ownership)
     param_sync.gather_all(run.chunks)
     # A save copies the optimizer's state, into the memory that activations used.

@@ -24,6 +24,7 @@ from megatron_capgap.training import early_stopping
 from megatron_capgap.training.checkpointing import finish_saving_on_error, save, warn_if_save_failed
 from megatron_capgap.training.early_stopping import EarlyStopping
 from megatron_capgap.training.evaluate import evaluate
+from megatron_capgap.training.profiling import StepProfiler
 from megatron_capgap.training.rank_exchange import RankExchange
 from megatron_capgap.training.run import TrainingRun
 from megatron_capgap.training.step import BadBatch, StepResult, train_step
@@ -32,9 +33,13 @@ from megatron_capgap.training.step_timer import StepTimer
 _GC_STEPS = 50
 
 
-def train(run: TrainingRun) -> None:
+def train(run: TrainingRun) -> str | None:
     """Trains from the run's current step to its last one, or until a signal, the time limit or early stopping
-    (finetune.patience) ends it at a step boundary. Collective."""
+    (finetune.patience) ends it at a step boundary. Collective.
+
+    Returns:
+        The reason to stop before the end, as `StopRequest` names it; None if the run is complete.
+    """
     config, log, steps = run.config, run.log, run.config.train.steps
     assert steps is not None
     done, skipped = run.steps_done, run.steps_skipped
@@ -43,16 +48,19 @@ def train(run: TrainingRun) -> None:
         _evaluate(run, done, skipped, stopping, saved=True)  # the run was stopped between saving and evaluating
     if done >= steps or stopping.exhausted:
         _log_nothing_to_do(run, done, stopping)
-        return
+        return None
     meter, timer = ThroughputMeter(run.costs.flops_per_token), StepTimer(run.device)
-    stop_request = StopRequest(run.device.torch_device, run.all_reduce_max, run.stop_at)
+    lost = lambda: _lost_steps(run, done)  # noqa: E731 (reads `done` when it is called)
+    stop_request = StopRequest(run.device.torch_device, run.all_reduce_max, run.stop_at, lost)
     exchange = RankExchange(stop_request, timer, run.device)
     data = Prefetcher(lambda done: read_global_batch(run, done), run.device.upload, steps)
     log.bar(done, steps)
-    with stop_request as stop, finish_saving_on_error(run), _manual_gc():
+    with stop_request as stop, finish_saving_on_error(run), _manual_gc(), StepProfiler(run, done) as profiler:
         teacher = TeacherForward(run)
         while done < steps and not stopping.exhausted:
             run.watchdog.activity = f"step {done + 1}, reading"
+            profiler.start_step()
+            meter.pause()  # evaluations, saves and traces are no part of a step
             timer.start()
             batches = data.take(done)
             timer.data_loaded()
@@ -73,14 +81,14 @@ def train(run: TrainingRun) -> None:
                 reason = stop.reason
                 if reason and done < steps:
                     stop.poll_all_ranks()  # informs a teacher on its own ranks
-            meter.pause()
             if reason:
                 _stop(run, done, skipped, reason, saved=saved)
-                return
+                return reason
     if not saved:  # stopped early
         save(run, done, skipped, last=True)
     run.checkpoints.saver.wait()
     _log_finished(run, done, stopping)
+    return None
 
 
 def read_global_batch(run: TrainingRun, done: int) -> list[MicroBatch]:
@@ -144,21 +152,24 @@ def student_step(
         timer.arrived()
         teacher.run_early(done + 1)
 
+    states = teacher.states(done)
     try:
-        return train_step(
-            run.chunks,
-            run.parallel,
-            run.optimizer,
-            batches,
-            objective.loss_function(batches, teacher.states(done)),
-            objective.matching_loss,
-            report=objective.report,
-            exchange=exchange,
-            before_reduction=before_reduction,
-            step=done + 1,
-            clip_norm=run.config.optimizer.clip_norm,
-            max_norm=run.config.train.max_grad_norm,
-        )
+        with run.device.span("student step"):
+            return train_step(
+                run.chunks,
+                run.parallel,
+                run.optimizer,
+                batches,
+                objective.loss_function(batches, states),
+                objective.matching_loss,
+                report=objective.report,
+                exchange=exchange,
+                before_reduction=before_reduction,
+                span=run.device.span,
+                step=done + 1,
+                clip_norm=run.config.optimizer.clip_norm,
+                max_norm=run.config.train.max_grad_norm,
+            )
     except BadBatch as bad:
         scales.restore()
         _skip_bad_batch(run, done + 1, skipped + 1, bad)
@@ -175,6 +186,16 @@ def _stop(run: TrainingRun, done: int, skipped: int, reason: str, *, saved: bool
     run.log.info(f"stopped by {reason} after step {done} of {steps}; rerun the same command to continue")
     if run.log.is_rank0:
         process_group.write_outcome("stopped")
+
+
+def _lost_steps(run: TrainingRun, done: int) -> str:
+    """What is lost if the process ends now, in words."""
+    saved = max(run_directory.steps_in(run.run_dir), default=0)
+    if done <= saved:
+        return f"ends at once; step {saved} is saved, nothing is lost but the step at work"
+    lost = f"step {done} is" if done == saved + 1 else f"steps {saved + 1} to {done} are"
+    after = f"the next start continues after step {saved}" if saved else "there is no checkpoint yet"
+    return f"ends at once, without saving; {lost} lost, {after}"
 
 
 @contextmanager
@@ -276,17 +297,20 @@ def _is_logged(run: TrainingRun, done: int) -> bool:
 
 def _log_step(run: TrainingRun, done: int, result: StepResult, meter: ThroughputMeter, timer: StepTimer) -> None:
     """Writes one line to metrics.jsonl and one to the console."""
-    rate, flops = meter.update(result.tokens)
+    seconds, rate, flops = meter.update(result.tokens)
     steps, every = run.config.train.steps, run.config.train.log_every
     assert steps is not None, "set by stage_context"
     entry = {"step": done, "loss": result.loss, **result.loss_parts, "grad_norm": result.grad_norm, "lr": result.lr}
-    run.log.record({**entry, "tokens": result.tokens, "tokens_per_second": round(rate, 1)})
+    speeds = {"tokens_per_second": round(rate, 1), "step_seconds": round(seconds, 6)}
+    run.log.record({**entry, "tokens": result.tokens, **speeds, "peak_memory_bytes": timer.peak_memory})
     if not _is_logged(run, done):
         return
     speed = f"{count(rate)} tokens/s  {count(flops, 'FLOP/s')}"
     if run.costs.peak_flops is not None:
         speed += f" ({flops / run.costs.peak_flops:.1%} of the peak)"
-    line = f"loss {result.loss:.4f}  norm {result.grad_norm:.3f}  lr {result.lr:.2e}"
+    of_loss = result.loss_parts.items() if len(result.loss_parts) > 1 else ()
+    line = "  ".join([f"loss {result.loss:.4f}", *(f"{name.replace('_', '-')} {part:.4f}" for name, part in of_loss)])
+    line += f"  norm {result.grad_norm:.3f}  lr {result.lr:.2e}"
     parts = (line, speed, timer.summary(), f"left {meter.eta(steps - done)}")
     run.log.progress(done, steps, "  ".join(filter(None, parts)), every)
 
@@ -313,18 +337,19 @@ def _evaluate(
     if run.data.valid is None:
         return saved
     run.watchdog.activity = f"the evaluation after step {done}"
-    result = evaluate(
-        run.chunks,
-        run.parallel,
-        run.data.valid,
-        vocab_size=run.data.vocab_size,
-        byte_lengths=run.data.byte_lengths,
-        micro_batch=run.config.train.micro_batch,
-        global_batch=run.data.global_batch,
-        batches=run.config.train.eval_batches,
-        device=run.device.torch_device,
-        should_stop=(lambda: stop.poll_default_group() is not None) if stop else (lambda: False),
-    )
+    with run.device.span("evaluation"):
+        result = evaluate(
+            run.chunks,
+            run.parallel,
+            run.data.valid,
+            vocab_size=run.data.vocab_size,
+            byte_lengths=run.data.byte_lengths,
+            micro_batch=run.config.train.micro_batch,
+            global_batch=run.data.global_batch,
+            batches=run.config.train.eval_batches,
+            device=run.device.torch_device,
+            should_stop=(lambda: stop.poll_default_group() is not None) if stop else (lambda: False),
+        )
     if result is None:
         return saved
     run.log.record(result.entry(done))

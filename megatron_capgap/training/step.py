@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from megatron_capgap.common.errors import UserError
 from megatron_capgap.data.batch import MicroBatch
+from megatron_capgap.devices.base import Span
 from megatron_capgap.distributed.parallel_context import ParallelContext
 from megatron_capgap.losses import Loss
 from megatron_capgap.models import pipeline_schedule
@@ -78,6 +80,7 @@ def train_step(
     report: Sequence[str],
     exchange: Exchange | None = None,
     before_reduction: Callable[[], None] = lambda: None,
+    span: Span = nullcontext,
     step: int,
     clip_norm: float,
     max_norm: float | None = None,
@@ -97,6 +100,7 @@ def train_step(
         report: names of the parts of the loss, on any stage.
         exchange: called between the reduction of gradients and the update; None exchanges nothing.
         before_reduction: called after the last backward pass; on a device, its work hides the reduction of gradients.
+        span: names ranges of the step in profiles.
         step: its number, for messages.
         clip_norm: gradients with a larger norm are scaled down to it; 0 disables clipping.
         max_norm: a batch with a larger gradient norm is bad; None accepts every finite norm.
@@ -105,11 +109,8 @@ def train_step(
         BadBatch: loss or gradient norm is not finite, or the norm is too large; weights, optimizer and schedule are
             unchanged.
     """
-    optimizer.optimizer.zero_grad()
-    for chunk in chunks:
-        chunk.zero_grad_buffer()
-        param_sync.wait_for(chunk, unwrap(chunk).projections.parameters())  # read by hooks of other modules
-    sums = _StepSums(chunks, parallel, loss, matching_loss, report, before_reduction)
+    _prepare(chunks, optimizer)
+    sums = _StepSums(chunks, parallel, loss, matching_loss, report, before_reduction, span)
     get_model_config(chunks[0]).finalize_model_grads_func = sums.reduce_gradients
     micro_batch, sequence_length = batches[0].tokens.shape
     pipeline_schedule.run(
@@ -126,14 +127,14 @@ def train_step(
     if not loss_mean - loss_mean == 0.0:  # true for NaN and infinities
         raise _bad_batch(f"loss {loss_mean} is not finite", step, sums.suspect(batches))
     _check_norm(grad_norm, max_norm, step, batches)
-    return StepResult(loss_mean, parts, tokens, grad_norm, _update(optimizer, grad_norm, clip_norm))
+    return StepResult(loss_mean, parts, tokens, grad_norm, _update(optimizer, grad_norm, clip_norm, span))
 
 
 class _StepSums:
     """The sums of one global batch, and the functions that Megatron's schedule calls to compute them.
 
     Args:
-        chunks, parallel, loss, matching_loss, report, before_reduction: as `train_step` takes them.
+        chunks, parallel, loss, matching_loss, report, before_reduction, span: as `train_step` takes them.
     """
 
     total: Tensor
@@ -147,7 +148,9 @@ class _StepSums:
         matching_loss: Callable[[], Loss] | None,
         report: Sequence[str],
         before_reduction: Callable[[], None],
+        span: Span,
     ) -> None:
+        self._span = span
         self._chunks, self._parallel, self._report = chunks, parallel, report
         self._loss, self._matching_loss, self._before_reduction = loss, matching_loss, before_reduction
         self._losses: list[tuple[Loss, MicroBatch]] = []
@@ -155,7 +158,8 @@ class _StepSums:
 
     def last_stage(self, hidden: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor, None]:
         """The loss of a micro-batch."""
-        out = self._loss(hidden, param_sync.lm_head(self._chunks[-1]), batch)
+        with self._span("loss"):
+            out = self._loss(hidden, param_sync.lm_head(self._chunks[-1]), batch)
         self._losses.append((Loss(out.loss_sum.detach(), out.num_tokens, out.report), batch))
         return out.loss_sum, out.num_tokens.to(torch.int), None
 
@@ -167,12 +171,13 @@ class _StepSums:
         if self._matching_loss is not None:
             self._of_layers.append(self._matching_loss())
         self._before_reduction()
-        finalize_model_grads(model, None, **options)
-        losses = [*(out for out, _ in self._losses), *self._of_layers]
-        self.total = _sum_losses(losses, self._report, self._parallel)
-        scale = 1.0 / self.total[1].to(torch.int).clamp(min=1)
-        for chunk in model:
-            chunk.scale_gradients(scale)
+        with self._span("gradient reduction"):
+            finalize_model_grads(model, None, **options)
+            losses = [*(out for out, _ in self._losses), *self._of_layers]
+            self.total = _sum_losses(losses, self._report, self._parallel)
+            scale = 1.0 / self.total[1].to(torch.int).clamp(min=1)
+            for chunk in model:
+                chunk.scale_gradients(scale)
 
     def suspect(self, batches: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
         """The micro-batches whose loss is not finite; all `batches` if the layers' loss is not."""
@@ -180,15 +185,24 @@ class _StepSums:
         return found if all(map(_finite, self._of_layers)) else batches
 
 
-def _update(optimizer: OptimizerState, grad_norm: float, clip_norm: float) -> float:
+def _prepare(chunks: Sequence[DistributedDataParallel], optimizer: OptimizerState) -> None:
+    """Sets all gradients to zero, and waits for the weights that hooks of other modules read."""
+    optimizer.optimizer.zero_grad()
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+        param_sync.wait_for(chunk, unwrap(chunk).projections.parameters())
+
+
+def _update(optimizer: OptimizerState, grad_norm: float, clip_norm: float, span: Span) -> float:
     """Clips the gradients and updates the weights; returns the learning rate of the update."""
-    if clip_norm > 0.0:
-        for part in optimizer.optimizer.chained_optimizers:
-            clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=clip_norm, total_norm=grad_norm)
-    lr: float = next(group["lr"] for group in optimizer.optimizer.param_groups if group.get("default_config", True))
-    optimizer.optimizer.step_with_ready_grads()
-    optimizer.lr_scheduler.step(1)  # after the update: the first update uses the schedule's first rate
-    return lr
+    with span("optimizer"):
+        if clip_norm > 0.0:
+            for part in optimizer.optimizer.chained_optimizers:
+                clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=clip_norm, total_norm=grad_norm)
+        lr: float = next(group["lr"] for group in optimizer.optimizer.param_groups if group.get("default_config", True))
+        optimizer.optimizer.step_with_ready_grads()
+        optimizer.lr_scheduler.step(1)  # after the update: the first update uses the schedule's first rate
+        return lr
 
 
 def reduce_losses(

@@ -1,15 +1,23 @@
-"""Step timing: reports the slowest rank (straggler) and the share of time spent on waiting for data."""
+"""Step timing: reports the slowest rank (straggler), the share of time spent on waiting for data, the peak memory."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_capgap.devices import Device
 
-Times = tuple[float, float]
-"""Seconds from a step's start to the reduction of gradients, and the seconds of them spent on waiting for data."""
+
+class RankTimes(NamedTuple):
+    """What a rank tells of its step before."""
+
+    to_reduction: float
+    """Seconds from the step's start to the reduction of gradients."""
+    waiting: float
+    """Seconds of them spent on waiting for data."""
+    peak_memory: float
+    """Peak bytes of the rank since it started, as of now."""
 
 
 class StepTimer:
@@ -29,8 +37,10 @@ class StepTimer:
         self._marks: tuple[Any, Any] | None = None  # of the last step: its start, its arrival at the reduction
         self._began = device.mark()
         self._started, self._waited = time.perf_counter(), 0.0
-        self._last: Times = (0.0, 0.0)
-        self._of_ranks: list[Times] = []
+        self._last = (0.0, 0.0)
+        self._of_ranks: list[RankTimes] = []
+        self.peak_memory = 0
+        """Peak bytes of the rank that uses most, as of the last exchange."""
 
     def start(self) -> None:
         """Marks the start of a step, which begins with its batch."""
@@ -46,27 +56,29 @@ class StepTimer:
         """Marks the end of the last backward pass."""
         self._marks = (self._began, self._device.mark())
 
-    def last_times(self) -> Times:
-        """This rank's times of the step before; zeros in the first step of a process."""
-        return self._last
+    def last_times(self) -> RankTimes:
+        """This rank's times of the step before, which are zeros in the first step of a process, and its peak memory."""
+        return RankTimes(*self._last, self._device.peak_memory())
 
-    def receive(self, times: list[Times]) -> None:
+    def receive(self, times: list[RankTimes]) -> None:
         """Takes the times of all ranks; empty if this step did not exchange them."""
         self._of_ranks = times
+        if times:
+            self.peak_memory = int(max(rank.peak_memory for rank in times))
 
     def summary(self) -> str:
         """One phrase about the step before, of all ranks; "" in the first step of a process."""
-        return as_text(self._of_ranks) if any(way for way, _ in self._of_ranks) else ""
+        return as_text(self._of_ranks) if any(rank.to_reduction for rank in self._of_ranks) else ""
 
 
-def as_text(times: Sequence[Times]) -> str:
+def as_text(times: Sequence[RankTimes]) -> str:
     """Names the slowest rank if there are several, and the largest share of a rank's time spent on waiting for data.
 
     Args:
         times: of each rank.
     """
-    ways = [way for way, _ in times]
+    ways = [rank.to_reduction for rank in times]
     slowest = max(range(len(ways)), key=ways.__getitem__)
-    data = max(waiting / max(way, 1e-9) for way, waiting in times)
+    data = max(rank.waiting / max(rank.to_reduction, 1e-9) for rank in times)
     spread = f"slowest rank {slowest} {ways[slowest] / max(min(ways), 1e-9):.2f}x of the fastest  "
     return f"{spread if len(ways) > 1 else ''}data {data:.0%}"

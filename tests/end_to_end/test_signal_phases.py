@@ -150,7 +150,7 @@ PHASES: dict[str, tuple[dict[str, Any], Callable[[Path, psutil.Process], bool]]]
     "phase, number",
     [
         ("warm-up", signal.SIGUSR1),
-        ("a step", signal.SIGTERM),
+        ("a step", signal.SIGINT),
         ("an evaluation", signal.SIGUSR1),
         ("a save", signal.SIGTERM),
     ],

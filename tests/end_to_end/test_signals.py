@@ -45,35 +45,67 @@ def test_a_signal_to_one_rank_stops_all_at_a_step(
     assert [entry["step"] for entry in runs.steps_of(run_dir)] == list(range(1, done + 2))
 
 
-def signal_myself(step: int, number: int, words: list[str]) -> int:
-    """Runs a command whose process is signalled at the end of a step."""
+def signal_myself(step: int, number: int, words: list[str], times: int = 1) -> int:
+    """Runs a command whose process is signalled at the end of a step, perhaps several times, far enough apart."""
+    from megatron_capgap.distributed import signals
     from megatron_capgap.training import loop
 
-    report = loop._log_step
+    report, after = loop._log_step, signals.SECOND_AFTER_SECONDS
 
     def report_and_signal(run: loop.TrainingRun, done: int, *rest: Any) -> None:
         report(run, done, *rest)
         if done == step:
-            signal.raise_signal(number)
+            for _ in range(times):
+                signal.raise_signal(number)
 
     loop._log_step = report_and_signal
+    signals.SECOND_AFTER_SECONDS = -1.0 if times > 1 else 1e9
     try:
         return main(words)
     finally:
-        loop._log_step = report
+        loop._log_step, signals.SECOND_AFTER_SECONDS = report, after
 
 
-def test_a_stopped_run_goes_on_to_the_last_digit(pool: WorkerPool, fixtures: Fixtures, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)], ids=["SIGTERM", "Ctrl-C"])
+def test_a_stopped_run_goes_on_to_the_last_digit(
+    pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     changes = {"train__steps": 5, "train__dropout": 0.1}
     unbroken = runs.train(pool, "adapt", runs.adapt_config(fixtures, tmp_path / "unbroken", **changes))
     stopped = runs.adapt_config(fixtures, tmp_path / "stopped", **changes)
-    handler = pool.run(signal.getsignal, signal.SIGTERM, world=1, initialise=False)
-    work = partial(signal_myself, 2, signal.SIGTERM, ["adapt", "--config", runs.write_config(stopped)])
-    assert pool.run(work, world=1, initialise=False) == [0]
-    assert pool.run(signal.getsignal, signal.SIGTERM, world=1, initialise=False) == handler
+    handler = pool.run(signal.getsignal, number, world=1, initialise=False)
+    work = partial(signal_myself, 2, number, ["adapt", "--config", runs.write_config(stopped)])
+    (rank,) = pool.run(work, world=1, initialise=False, capture=True)
+    assert rank.value == code and f"stopped by {number.name} after step 3 of 5" in rank.stdout
+    warned = (
+        "capgap: interrupted: saves after this step or the next one and ends; a second Ctrl-C ends it without saving"
+    )
+    assert rank.stderr.splitlines() == ([warned] if code else [])
+    assert pool.run(signal.getsignal, number, world=1, initialise=False) == handler
     # The signal comes after the ranks have agreed in step 2, so that they stop after step 3.
     assert [entry["step"] for entry in runs.metrics(tmp_path / "stopped")] == [1, 2, 3]
     assert runs.metrics(runs.train(pool, "adapt", stopped)) == runs.metrics(unbroken)
+
+
+@pytest.mark.parametrize(
+    "step, lost",
+    [
+        (1, "ends at once, without saving; step 1 is lost, there is no checkpoint yet"),
+        (4, "ends at once, without saving; steps 3 to 4 are lost, the next start continues after step 2"),
+    ],
+)
+def test_a_second_interrupt_ends_the_run_and_says_what_is_lost(
+    pool: WorkerPool, fixtures: Fixtures, tmp_path: Path, step: int, lost: str
+) -> None:
+    config = runs.adapt_config(fixtures, tmp_path / "run", train__steps=8, data__valid=None)
+    if step > 1:
+        runs.train(pool, "adapt", runs.changed(config, train__steps=2))
+    words = ["adapt", "--config", runs.write_config(config)]
+    (rank,) = pool.run(partial(signal_myself, step, signal.SIGINT, words, 2), world=1, initialise=False, capture=True)
+    assert rank.value == 130
+    assert rank.stderr.splitlines()[-1] == f"capgap: interrupted again: {lost}"
+    assert not (tmp_path / "run" / "in_use.json").exists()
+    assert runs.checkpoints(tmp_path / "run") == (["step_2"] if step > 1 else [])
 
 
 def test_the_end_of_its_time_stops_a_run_as_a_signal_does(pool: WorkerPool, fixtures: Fixtures, tmp_path: Path) -> None:

@@ -155,12 +155,16 @@ def make_teacher(pool: WorkerPool, fixtures: Fixtures) -> Path:
     return train(pool, "adapt", adapt_config(fixtures, fixtures.folder / "runs" / "teacher", **changes))
 
 
+FIELDS_OF_A_CLOCK = {"time", "step_seconds", "tokens_per_second", "peak_memory_bytes"}
+"""Fields of metrics.jsonl that differ between two equal runs: times, and the memory that the system counts."""
+
+
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl that are whole, without what a clock says."""
+    """The lines of metrics.jsonl that are whole, without `FIELDS_OF_A_CLOCK`."""
     path = run_dir / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     entries = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [{k: v for k, v in entry.items() if k != "tokens_per_second"} for entry in entries]
+    return [{k: v for k, v in entry.items() if k not in FIELDS_OF_A_CLOCK} for entry in entries]
 
 
 def steps_of(run_dir: Path) -> list[dict[str, Any]]:

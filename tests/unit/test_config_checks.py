@@ -10,7 +10,7 @@ from megatron_capgap.config import derived
 from megatron_capgap.config.loader import LoadedConfig, load
 from megatron_capgap.config.schema import Config, DataConfig, Layout, ModelShape, StudentConfig, TeacherConfig
 from megatron_capgap.config.training import TrainConfig
-from megatron_capgap.config.validation import checks
+from megatron_capgap.config.validation import checks, track
 
 STUDENT = ModelShape(layers=4, hidden=64, heads=8, kv_heads=4, ffn=160, vocab=1000)
 TEACHER = ModelShape(layers=8, hidden=96, heads=8, kv_heads=4, ffn=256, vocab=1000)
@@ -32,6 +32,7 @@ BASE = {
 def problems_of(tmp_path, monkeypatch):
     """Runs all checks on BASE with overrides; gives the problems, none of them empty."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(track, "_is_installed", lambda package: False)
     Path("distill.yaml").write_text(yaml.safe_dump(BASE, sort_keys=False))
 
     def problems_of(
@@ -550,6 +551,36 @@ ONE_PROBLEM = [
         {"student": ModelShape(4, 64, 8, 160, 1000, family="gpt_neox")},
         "--student.recompute.what: mlp: gpt_neox has linear biases;",
         ["set it to full", "(llama, mistral, qwen2, qwen3)"],
+    ),
+    (
+        ["--profile.steps=[12, 10]"],
+        {},
+        "--profile.steps: [12, 10] ends before it starts;",
+        ["use [10, 12]"],
+    ),
+    (
+        ["--profile.steps=[9, 12]", "--train.steps=10"],
+        {},
+        "--profile.steps: [9, 12]: the run has train.steps 10;",
+        ["for example [7, 10]"],
+    ),
+    (
+        ["--profile.steps=[1, 2]", "--profile.ranks=[0, 8]"],
+        {},
+        "--profile.ranks: 8 is not a rank of this job;",
+        ["valid values: 0 to 7"],
+    ),
+    (
+        ["--profile.steps=[1, 2]", "--teacher.placement=disjoint", "--teacher.ranks=4"],
+        {},
+        "--profile.steps: torch's profiler crashes beside a disjoint teacher;",
+        ["set teacher.placement to colocated", "or remove the section profile"],
+    ),
+    (
+        ["--track.mlflow.experiment=capgap"],
+        {},
+        "--track.mlflow.experiment: mlflow is not installed;",
+        ["run pip install -e '.[track]'", "or remove the section track.mlflow"],
     ),
 ]
 

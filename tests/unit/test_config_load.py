@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_capgap.common.errors import ConfigError
-from megatron_capgap.config import help, schema
+from megatron_capgap.config import help, schema, track
 from megatron_capgap.config.fields import table
 from megatron_capgap.config.loader import STAGE_REQUIREMENTS, LoadedConfig, dump, load
 from megatron_capgap.config.schema import STAGES, Config, DataConfig, Layout, ModelShape, StudentConfig, TeacherConfig
@@ -333,7 +333,7 @@ def test_nearly_every_misspelt_key_is_answered_with_the_right_one(read):
 
 
 def test_the_table_has_every_field_of_the_schema():
-    classes = [c for c in vars(schema).values() if isinstance(c, type) and is_dataclass(c)]
+    classes = [c for c in (vars(schema) | vars(track)).values() if isinstance(c, type) and is_dataclass(c)]
     named = {field.name for c in classes for field in fields(c)}
     assert named == {key.rpartition(".")[2] for key in table() if key}
     assert all(key.doc for key in table().values() if key.name)

@@ -2,10 +2,12 @@
 
 import logging
 import re
+from pathlib import Path
 
 import pytest
 
 from megatron_capgap.common import log
+from megatron_capgap.common.errors import UserError
 from megatron_capgap.runtime.logging import RunLogger
 
 
@@ -52,3 +54,26 @@ def test_a_program_that_embeds_the_package_can_add_a_handler() -> None:
     finally:
         log.LOG.removeHandler(handler)
     assert [(record.levelname, record.getMessage()) for record in seen] == [("WARNING", "text")]
+
+
+def test_the_log_of_a_rank_begins_when_it_is_opened_and_takes_warnings_until_it_is_closed(tmp_path: Path) -> None:
+    run = RunLogger(tmp_path, is_rank0=False, rank=3)
+    run.info("before")
+    log.LOG.warning("of another module")
+    assert not list(tmp_path.iterdir())
+    run.open_rank_log()
+    run.progress(2, 4, "loss 1.5", every=2)
+    run.close()
+    log.LOG.error("after the run")
+    again = RunLogger(tmp_path, is_rank0=False, rank=3)
+    again.open_rank_log()
+    again.record_error(UserError("wrong\nin two ways"))
+    lines = (tmp_path / "logs" / "rank_3.log").read_text().splitlines()
+    assert all(re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ", line) for line in lines)
+    assert [line[20:] for line in lines] == [
+        "info: before",
+        "warning: of another module",
+        "info: step 2/4  loss 1.5",
+        "error: wrong",
+        "error: in two ways",
+    ]

@@ -12,7 +12,7 @@ from megatron_capgap.config import derived
 from megatron_capgap.config.architectures import ARCHITECTURES
 from megatron_capgap.config.loader import STAGE_REQUIREMENTS, LoadedConfig
 from megatron_capgap.config.schema import Layout, ModelShape, ObjectiveConfig
-from megatron_capgap.config.validation import fp8, recompute, teacher
+from megatron_capgap.config.validation import fp8, profile, recompute, teacher, track
 from megatron_capgap.config.validation.context import (
     CheckedModel,
     ValidationContext,
@@ -371,4 +371,6 @@ CHECKS: tuple[Callable[[ValidationContext], Iterator[str]], ...] = (
     finetuning_shares_all_ranks,
     *recompute.CHECKS,
     *fp8.CHECKS,
+    *profile.CHECKS,
+    *track.CHECKS,
 )
