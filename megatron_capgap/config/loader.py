@@ -105,7 +105,7 @@ def load(
     if isinstance(source, str):
         tree = read_file(source)
     else:
-        tree = read_mapping(_plain(source) if isinstance(source, Config) else source)
+        tree = read_mapping(plain(source) if isinstance(source, Config) else source)
     unreadable = bool(tree.problems) and not tree.values
     for number, words in enumerate(overrides):
         override(tree, words, number)
