@@ -293,7 +293,13 @@ def test_distilling_and_evaluating_in_every_layout(
             in_fp8 = sum(count for rank in ranks for gemm, count in rank.value.items() if "e4m3" in gemm)
             assert in_fp8 == len(ranks) // layout.get("pipeline", 1) * PRODUCTS[who], (who, name)
     for who, name in losses:
-        assert_close(losses[who, name], losses[who, "one"], 1e-6 if name == "pipeline" else 1e-4, f"{who} {name}")
+        found, one = losses[who, name], losses[who, "one"]
+        # After an update a cast that flipped in a gradient is in the weights, as in every later step above.
+        parts = {"step": 1e-4, "evaluation": 2e-3} if name == "tensor" else {"step": 1e-6, "evaluation": 1e-6}
+        for part, tolerance in parts.items():
+            keys = [key for key in one if key.startswith(("valid_", "bits_")) == (part == "evaluation")]
+            of_part = ({key: entry[key] for key in keys} | {"step": entry["step"]} for entry in (found, one))
+            assert_close(*of_part, tolerance, f"{who} {name}")
     plain, student, teacher = (losses[who, "one"] for who in TAUGHT)
     assert teacher["cross_entropy"] == plain["cross_entropy"] != student["cross_entropy"]
     for found in (student, teacher):

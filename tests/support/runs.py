@@ -178,10 +178,12 @@ def checkpoints(run_dir: Path) -> list[str]:
 
 
 def files_of(folder: Path) -> dict[str, bytes] | None:
-    """Every file below a folder with its content; None where there is no folder."""
+    """Every file below a folder with its content; None where there is no folder. A run's logs are left out: a start that
+    has nothing to do may say so there."""
     if not folder.exists():
         return None
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    found = {str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file()}
+    return {name: file.read_bytes() for name, file in found.items() if not name.startswith("logs/")}
 
 
 def rewind(run_dir: Path, copy: Path, step: int) -> Path:
