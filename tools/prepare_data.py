@@ -234,7 +234,7 @@ def tokenize(
     from megatron_capgap.data.inputs import size_of
 
     bounds = list(itertools.accumulate(args.split or [1.0]))[:-1]
-    malformed, found = Malformed(), Report(writers)
+    malformed, found, limit = Malformed(), Report(writers), args.max_tokens or sys.maxsize
     total = sum(map(size_of, args.input))
     workers = min(args.workers, 1 + (total >> 20)) if total else args.workers  # at least a megabyte per process
     blocks = encode_files(source, tokenizer_path, bos, not args.no_eos, workers)
@@ -247,10 +247,10 @@ def tokenize(
             for number, ids, size, digest in documents(encoded):
                 writers[sum(uniform(number) >= bound for bound in bounds)].add(ids, size)
                 found.add(len(ids), digest)
-                if found.tokens >= (args.max_tokens or float("inf")):
+                if found.tokens >= limit:
                     break
             progress(encoded.consumed)
-            if found.tokens >= (args.max_tokens or float("inf")):
+            if found.tokens >= limit:
                 break
     if not found.hashes:
         raise malformed.nothing_read(source)

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,6 +45,18 @@ class Tracker(Protocol):
         """Sends what is left and ends the session."""
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What every tracker is told of a run."""
+
+    name: str
+    tags: tuple[str, ...]
+    config: Mapping[str, Any]
+    facts: Mapping[str, str]
+    """Stage, commit and version."""
+    run_dir: Path
+
+
 def start(track: TrackConfig, config: Mapping[str, Any], stage: str, run_dir: Path) -> list[Tracker]:
     """Starts the trackers of a run, or continues in them.
 
@@ -59,13 +72,13 @@ def start(track: TrackConfig, config: Mapping[str, Any], stage: str, run_dir: Pa
     path = run_dir / _IDS
     ids: dict[str, str] = json.loads(path.read_text()) if path.is_file() else {}
     facts = {"stage": stage, "git_commit": git_commit(), "capgap_version": __version__}
-    name = track.name or run_dir.resolve().name
+    run = _Run(track.name or run_dir.resolve().name, track.tags, config, facts, run_dir)
     started: list[Tracker] = []
     makers: dict[str, Callable[[], _Wandb | _Mlflow]] = {}
     if (wandb := track.wandb) is not None:
-        makers["wandb"] = lambda: _Wandb(wandb, name, track.tags, config, facts, run_dir, ids.get("wandb"))
+        makers["wandb"] = lambda: _Wandb(wandb, run, ids.get("wandb"))
     if (mlflow := track.mlflow) is not None:
-        makers["mlflow"] = lambda: _Mlflow(mlflow, name, track.tags, config, facts, run_dir, ids.get("mlflow"))
+        makers["mlflow"] = lambda: _Mlflow(mlflow, run, ids.get("mlflow"))
     for key, make in makers.items():
         try:
             tracker = make()
@@ -101,16 +114,7 @@ class _Wandb:
 
     name = "wandb"
 
-    def __init__(
-        self,
-        options: WandbConfig,
-        name: str,
-        tags: tuple[str, ...],
-        config: Mapping[str, Any],
-        facts: Mapping[str, str],
-        run_dir: Path,
-        run_id: str | None,
-    ) -> None:
+    def __init__(self, options: WandbConfig, run: _Run, run_id: str | None) -> None:
         import wandb
 
         self._run = wandb.init(
@@ -119,12 +123,12 @@ class _Wandb:
             mode=options.mode,
             id=run_id,
             resume="allow" if options.mode == "online" else None,
-            name=name,
-            tags=list(tags),
-            job_type=facts["stage"],
-            config={**config, **facts},
+            name=run.name,
+            tags=list(run.tags),
+            job_type=run.facts["stage"],
+            config={**run.config, **run.facts},
             allow_val_change=True,
-            dir=str(run_dir),
+            dir=str(run.run_dir),
             settings=wandb.Settings(console="off", silent=True),
         )
         self.run_id = str(self._run.id)
@@ -146,34 +150,25 @@ class _Mlflow:
 
     name = "mlflow"
 
-    def __init__(
-        self,
-        options: MlflowConfig,
-        name: str,
-        tags: tuple[str, ...],
-        config: Mapping[str, Any],
-        facts: Mapping[str, str],
-        run_dir: Path,
-        run_id: str | None,
-    ) -> None:
+    def __init__(self, options: MlflowConfig, run: _Run, run_id: str | None) -> None:
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         from mlflow.entities import Metric, Param, RunTag
         from mlflow.tracking import MlflowClient
 
         self._metric = Metric
-        uri = options.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir.resolve()}/mlflow.db"
+        uri = options.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run.run_dir.resolve()}/mlflow.db"
         self._client = MlflowClient(tracking_uri=uri)
         if run_id is None:
             found = self._client.get_experiment_by_name(options.experiment)
             experiment = found.experiment_id if found else self._client.create_experiment(options.experiment)
-            run_id = self._client.create_run(experiment, run_name=name).info.run_id
-            params = [Param(key, value[:_MLFLOW_VALUE]) for key, value in _leaves(config)]
+            run_id = self._client.create_run(experiment, run_name=run.name).info.run_id
+            params = [Param(key, value[:_MLFLOW_VALUE]) for key, value in _leaves(run.config)]
             for first in range(0, len(params), _MLFLOW_PARAMS):
                 self._client.log_batch(run_id, params=params[first : first + _MLFLOW_PARAMS])
         else:
             self._client.update_run(run_id, status="RUNNING")
         self.run_id = str(run_id)
-        told = {**facts, "mlflow.source.git.commit": facts["git_commit"], **dict.fromkeys(tags, "true")}
+        told = {**run.facts, "mlflow.source.git.commit": run.facts["git_commit"], **dict.fromkeys(run.tags, "true")}
         self._client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in told.items()])
         self._queue: queue.SimpleQueue[list[Any] | None] = queue.SimpleQueue()
         self._error: Exception | None = None
